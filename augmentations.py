@@ -1,0 +1,383 @@
+"""Multi-crop 3D augmentations for CT: drawn per sample in the loader's workers, applied per batch on any device.
+
+Axes: volumes and crops are (X, Y, Z) in RAS, batches (B, C, X, Y, Z); positions are voxel indices in that order.
+
+Rotation, scale, flip, elastic deformation and crop are one map from a view's voxels to the base patch. The map is
+stored as the control points of a cubic B-spline: such a spline reproduces affine maps exactly, so a small lattice of
+positions says everything about a view's geometry, and the device expands it at the view's own voxels only and
+interpolates once. Gaussian smoothing and histogram shift follow on the view, with parameters of its own.
+
+The six augmentations and their ranges are those of "Evaluating Task-Specific Augmentations in Self-Supervised
+Pre-Training for 3D Medical Image Analysis" (SPIE Medical Imaging 2024, doi 10.1117/12.3000850). monai_transforms.py
+offers each of them as a MONAI transform.
+"""
+import itertools
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
+MIN_IOU = 0.25   # of two global windows of a sample, before rotation and scale (the paper's rule)
+MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see draw_elastic)
+
+
+def keyed_rng(seed, epoch, sample, view):
+    """The random generator of one view (or, with view = PATCH_VIEW, of one sample) in one epoch.
+
+    Equal keys give equal draws whatever process, worker or rank asks. All four are integers, view >= -1.
+    """
+    # view + 1, and not view: SeedSequence takes a missing word for 0, so (s, e, i) and (s, e, i, 0) are one seed
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch, sample, view + 1))))
+
+
+class ViewParameters(NamedTuple):
+    """All that is random about N views of one size.
+
+    control: (N, gx, gy, gz, 3) float32, the base-patch position in voxels at each control point of the view's spline
+    sigma: (N, 3) float32, standard deviation of the smoothing along each axis in the view's voxels; 0: none
+    histogram: (N, points) float32, where equally spaced grey values in [0, 1] go; equally spaced: unchanged
+    """
+    control: torch.Tensor
+    sigma: torch.Tensor
+    histogram: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which of the paper's augmentations are on and how strong; 0 switches one off.
+
+    rotation: degrees, about each axis, drawn from [-rotation, rotation]
+    scale: relative, along each axis; 0.25 draws from [0.75, 1.25], more than 1 shows more of the patch
+    flip: 1 mirrors one axis, drawn at random
+    elastic: furthest that a control point moves along an axis, in control point spacings, at most MAX_BENT
+    gaussian: voxels, largest standard deviation along each axis
+    histogram: number of control points of the grey-value curve, at least 3
+    prob: probability of each augmentation, for each view on its own
+    """
+    rotation: float = 0.0
+    scale: float = 0.0
+    flip: int = 0
+    elastic: float = 0.0
+    gaussian: float = 0.0
+    histogram: int = 0
+    prob: float = 0.5
+
+    def __post_init__(self):
+        limits = {"rotation": 180, "scale": 0.99, "flip": 1, "elastic": MAX_BENT, "gaussian": math.inf,
+                  "histogram": math.inf, "prob": 1}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value <= limits[field.name]:
+                raise ValueError(f"{field.name} = {value}: must lie between 0 and {limits[field.name]}")
+        if 0 < self.histogram < 3:
+            raise ValueError(f"histogram = {self.histogram}: a curve needs at least 3 control points (0: off)")
+
+    @property
+    def bent(self):
+        return self.elastic > 0
+
+    # Every draw below is made whether its augmentation is on or not: switching one off leaves the others as they were.
+
+    def draw_affine(self, rng):
+        """(3, 3) matrix from offsets in the view to offsets in the patch: rotation times scale times flip.
+
+        The order and the signs are MONAI's `Affine(rotate_params, scale_params)`: intrinsic rotations about x, y, z.
+        """
+        rotate, angles = rng.rand() < self.prob, np.radians(rng.uniform(-self.rotation, self.rotation, 3))
+        rescale, factors = rng.rand() < self.prob, rng.uniform(1 - self.scale, 1 + self.scale, 3)
+        mirror, axis = rng.rand() < self.prob, rng.randint(3)
+        signs = np.ones(3)
+        signs[axis] = -1 if mirror and self.flip else 1
+        return rotation_matrix(angles if rotate else np.zeros(3)) @ np.diag((factors if rescale else np.ones(3)) * signs)
+
+    def draw_elastic(self, rng, lattice):
+        """(gx, gy, gz, 3) displacement of each control point in control point spacings.
+
+        A cubic B-spline map is one-to-one, its Jacobian positive everywhere, if no control point moves by 1 / 2.479
+        of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
+        """
+        bend, size = rng.rand() < self.prob, rng.uniform(0, self.elastic)
+        moves = rng.uniform(-1, 1, (*lattice, 3)) if self.bent else np.zeros((*lattice, 3))
+        return moves * (size if bend else 0)
+
+    def draw_sigma(self, rng):
+        """(3,) standard deviations in voxels, zeros where the view is not smoothed."""
+        smooth, sigma = rng.rand() < self.prob, rng.uniform(0, self.gaussian, 3)
+        return sigma if smooth else np.zeros(3)
+
+    def draw_histogram(self, rng):
+        """(points,) non-decreasing curve from 0 to 1, drawn as MONAI's `RandHistogramShift` draws it."""
+        shift = rng.rand() < self.prob
+        curve = np.linspace(0, 1, max(self.histogram, 2))
+        drawn = curve.copy()
+        for i in range(1, len(curve) - 1):
+            drawn[i] = rng.uniform(drawn[i - 1], drawn[i + 1])
+        return drawn if shift else curve
+
+
+def rotation_matrix(angles):
+    """(3, 3) rotation about x, then the turned y, then the turned z; angles in radians."""
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_x @ about_y @ about_z
+
+
+# ------------------------------------------------------------------------------------------------ a view's geometry
+
+
+class Lattice:
+    """The control points of the splines that carry views of `size` voxels: one every `spacing` voxels, per axis."""
+
+    def __init__(self, size, spacing):
+        self.size = tuple(size)
+        self.spacing = np.asarray(spacing, float)
+        self.shape = tuple(int((n - 1) // h) + 4 for n, h in zip(self.size, self.spacing))
+        axes = [(np.arange(g) - 1) * h for g, h in zip(self.shape, self.spacing)]
+        self.points = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (gx, gy, gz, 3) in the view's voxels
+        self._expansions = {}
+
+    @classmethod
+    def for_views(cls, size, policy, reference=None):
+        """Six spans per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
+        reference = np.asarray(reference if policy.bent and reference is not None else size, float)
+        return cls(size, reference / (6 if policy.bent else 1))
+
+    def control(self, matrix, centre, moves, view_spacing=1.0, patch_spacing=1.0):
+        """(gx, gy, gz, 3) patch positions of the control points.
+
+        matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
+        centre: (3,) patch position of the view's centre, in the patch's voxels
+        moves: (gx, gy, gz, 3), see `Policy.draw_elastic`
+        """
+        offsets = self.points + moves * self.spacing - (np.asarray(self.size) - 1) / 2
+        return centre + (offsets * view_spacing) @ np.asarray(matrix).T / patch_spacing
+
+    def weights(self, axis, at=None):
+        """(n, g) weight of each control point at the positions `at` (default: every voxel) along an axis."""
+        t = np.arange(self.size[axis]) if at is None else np.asarray(at)
+        t = np.abs(t[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
+        return np.where(t < 1, 2 / 3 - t ** 2 + t ** 3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
+
+    def expansion(self, dtype, device):
+        """The weights of the three axes as tensors: (x, gx), (y, gy) and (gz 3, z 3), made once per type and device.
+
+        The last keeps the three components of a position side by side, the layout that grid_sample reads.
+        """
+        if (dtype, device) not in self._expansions:
+            wx, wy, wz = (self.weights(axis) for axis in range(3))
+            self._expansions[dtype, device] = [torch.tensor(w, dtype=dtype, device=device)
+                                               for w in (wx, wy, np.kron(wz.T, np.eye(3)))]
+        return self._expansions[dtype, device]
+
+
+def sampling_grid(control, lattice):
+    """Expand control points to one patch position for every voxel of the view.
+
+    control: (N, gx, gy, gz, 3) tensor; returns (N, x, y, z, 3).
+    """
+    views, gx, gy, gz, _ = control.shape
+    x, y, z = lattice.size
+    wx, wy, wz = lattice.expansion(control.dtype, control.device)
+    grid = wx @ control.reshape(views, gx, gy * gz * 3)  # (N, x, gy gz 3)
+    grid = wy @ grid.reshape(views * x, gy, gz * 3)      # (N x, y, gz 3)
+    return (grid.reshape(views * x * y, gz * 3) @ wz).reshape(views, x, y, z, 3)
+
+
+def warp(patch, control, lattice, mode="bilinear"):
+    """Views of `patch`, each seen through its own control points; positions outside repeat the border.
+
+    patch: (B, C, X, Y, Z); control: (B, gx, gy, gz, 3) in voxels; returns (B, C, x, y, z).
+    """
+    last = control.new_tensor([max(n - 1, 1) for n in patch.shape[2:]])
+    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first
+    grid = sampling_grid((control * (2 / last) - 1).flip(-1), lattice)
+    return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)
+
+
+# -------------------------------------------------------------------------------------------------------- intensity
+
+
+def scale_intensity(volume, low, high):
+    """Hounsfield units to [0, 1]: low (HU) and below become 0, high and above 1. Any shape; the default float type."""
+    return (volume.to(torch.get_default_dtype()) - low).div_(high - low).clamp_(0, 1)
+
+
+def gaussian_smooth(views, sigma):
+    """Gaussian smoothing, integrated over each voxel, with the border repeated outwards.
+
+    views: (N, C, X, Y, Z); sigma: (N, 3) standard deviations in voxels, 0: no smoothing along that axis.
+    Along each axis it is a product with the matrix of weights from every voxel to every other.
+    """
+    for axis, n in enumerate(views.shape[2:]):
+        edges = torch.arange(1, n, dtype=views.dtype, device=views.device) - 0.5
+        at = torch.arange(n, dtype=views.dtype, device=views.device)
+        width = sigma[:, axis].to(views.dtype).clamp_min(1e-3)[:, None, None] * math.sqrt(2)
+        below = 0.5 * (1 + torch.erf((edges - at[:, None]) / width))  # (N, n, n - 1): share of i's weight below edge j
+        weights = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=2)  # (N, n, n): from voxel j to voxel i
+        shape = views.shape
+        if axis == 2:
+            views = (views.reshape(shape[0], -1, n) @ weights.mT).reshape(shape)
+        else:
+            columns = views.reshape(shape[0], math.prod(shape[1:2 + axis]), n, -1)  # (N, before, n, after the axis)
+            views = (weights[:, None] @ columns).reshape(shape)
+    return views
+
+
+def histogram_shift(views, curve):
+    """Map each view's grey values through a piecewise linear curve with equally spaced knots.
+
+    views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range.
+    """
+    views_shape, knots = views.shape, curve.shape[1]
+    views, curve = views.flatten(1), curve.to(views.dtype)
+    low, high = views.aminmax(dim=1, keepdim=True)
+    t = (views - low) * ((knots - 1) / (high - low).clamp_min(torch.finfo(views.dtype).tiny))
+    # The knots are equally spaced: the curve is a sum of ramps, one from each knot on, without search or gather
+    slopes = curve.diff(dim=1)
+    bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)
+    shifted = torch.addcmul(low + curve[:, :1] * (high - low), t, bends[:, :1])
+    for k in range(1, knots - 1):
+        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k:k + 1])
+    return shifted.reshape(views_shape)
+
+
+# ------------------------------------------------------------------------------------------------------- multi-crop
+
+
+class MultiCropAugmentation:
+    """Global and local views of one base patch: where they lie, how large the patch must be, what is random.
+
+    policy: Policy
+    global_size, local_size: (3,) voxels of a view; local_number: how many local views (two views are global)
+    spacing: (3,) mm per voxel of a view; None: a view's voxels are the volume's, whatever they measure
+
+    core: (3,) the box that holds all unrotated windows, in which two global ones overlap by an IoU of MIN_IOU
+    patch_size: (3,) the core and a margin, so that fewer than 5 % of global views see more than 1 % outside it;
+                both in voxels of a view
+    """
+
+    def __init__(self, policy, global_size, local_size, local_number, spacing=None):
+        self.policy, self.local_number, self.spacing = policy, local_number, spacing
+        self.global_size, self.local_size = tuple(global_size), tuple(local_size)
+        # Two windows of size n shifted by f n along every axis: IoU = (1 - f)^3 / (2 - (1 - f)^3)
+        most = 1 - (2 * MIN_IOU / (1 + MIN_IOU)) ** (1 / 3)
+        self.core = tuple(n + int(most * n) for n in self.global_size)
+        self.lattices = [Lattice.for_views(size, policy, self.global_size) for size in (self.global_size, self.local_size)]
+        self.patch_size = self._patch_size()
+
+    def draw(self, seed, epoch, sample, patch_shape=None, patch_spacing=None):
+        """[global, local] ViewParameters of one sample, as NumPy arrays with one row per view.
+
+        patch_shape: (3,) voxels of the patch that was read; default: patch_size
+        patch_spacing: (3,) mm per voxel of it, needed where `spacing` is given
+        """
+        rngs = (keyed_rng(seed, epoch, sample, view) for view in itertools.count())
+        groups = []
+        for lattice, number in zip(self.lattices, (2, self.local_number)):
+            views = [self._draw_view(next(rngs), lattice, patch_shape or self.patch_size, patch_spacing)
+                     for _ in range(number)]
+            groups.append(ViewParameters(*(np.stack(part).astype(np.float32) for part in zip(*views))) if views else None)
+        return groups
+
+    def _draw_view(self, rng, lattice, patch_shape, patch_spacing):
+        size, core, patch_size = np.array(lattice.size), np.array(self.core), np.array(self.patch_size)
+        # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
+        start = (patch_size - core) // 2 + rng.randint(0, core - size + 1)
+        shift = start + (size - 1) / 2 - (patch_size - 1) / 2  # of the view's centre from the patch's
+        matrix, moves = self.policy.draw_affine(rng), self.policy.draw_elastic(rng, lattice.shape)
+        ours, theirs = (1.0, 1.0) if self.spacing is None else (np.array(self.spacing), np.array(patch_spacing))
+        centre = (np.array(patch_shape) - 1) / 2 + shift * ours / theirs
+        return (lattice.control(matrix, centre, moves, ours, theirs), self.policy.draw_sigma(rng),
+                self.policy.draw_histogram(rng))
+
+    def _patch_size(self, views=1200, points=9):
+        """Found by drawing: the smallest patch, its axes cut at one common quantile, that meets the 5 % and 1 %."""
+        self.patch_size = self.core  # the draws below measure from its centre
+        lattice, rng = self.lattices[0], np.random.RandomState(0)
+        at = [(np.arange(points) + 0.5) / points * n - 0.5 for n in lattice.size]
+        wx, wy, wz = (lattice.weights(axis, at[axis]) for axis in range(3))
+        controls = np.stack([self._draw_view(rng, lattice, self.core, self.spacing)[0] for _ in range(views)])
+        reach = np.einsum("xi,yj,zk,nijkc->nxyzc", wx, wy, wz, controls, optimize=True)
+        reach = np.abs(reach.reshape(views, -1, 3) - (np.array(self.core) - 1) / 2)  # (views, points, 3) from the centre
+        furthest = np.quantile(reach, 0.995, axis=1)  # (views, 3)
+        low, high = 0.5, 1.0
+        for _ in range(8):
+            middle = (low + high) / 2
+            half = np.quantile(furthest, middle, axis=0)
+            spills = (reach > half).any(2).mean(1) > 0.01
+            low, high = (low, middle) if spills.mean() < 0.04 else (middle, high)  # 4 and not 5 %: these are samples
+        half = np.quantile(furthest, high, axis=0)
+        # An even difference from the core keeps it in the middle, whole voxels from either side
+        return tuple(int(c + 2 * max(0, math.ceil((2 * h + 1 - c) / 2))) for h, c in zip(half, self.core))
+
+    def render(self, patches, groups, clip_range):
+        """The views of a batch: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)], first view of all samples first.
+
+        patches: (B, X, Y, Z) int16 HU on any device
+        groups: as `collate_views` returns them, on the same device
+        clip_range: HU that become 0 and 1
+        """
+        patches = scale_intensity(patches, *clip_range)[:, None]  # (B, 1, X, Y, Z)
+        return [render_views(patches, lattice, *group) for lattice, group in zip(self.lattices, groups) if group]
+
+
+def render_views(patches, lattice, parameters, smoothed, shifted):
+    """(V B, 1, x, y, z) views: geometry, then smoothing, then grey values. See `collate_views` for the arguments."""
+    batch = len(patches)
+    views = torch.cat([warp(patches, control.to(patches.dtype), lattice)
+                       for control in parameters.control.split(batch)])  # (V B, 1, x, y, z)
+    if len(smoothed):
+        views.index_copy_(0, smoothed, gaussian_smooth(views[smoothed], parameters.sigma[smoothed]))
+    if len(shifted):
+        views.index_copy_(0, shifted, histogram_shift(views[shifted], parameters.histogram[shifted]))
+    return views
+
+
+def collate_views(samples):
+    """Batch what `MultiCropAugmentation.draw` gave for each sample: [(parameters, smoothed, shifted) or None, ...] per group.
+
+    parameters: ViewParameters of V B views, the first view of all B samples first
+    smoothed, shifted: indices of the views that are smoothed and of those whose grey values shift. They are found
+    here, on the CPU, so that the device works on those alone without the host waiting for it.
+    """
+    groups = []
+    for group in zip(*samples):
+        if group[0] is None:
+            groups.append(None)
+            continue
+        parameters = ViewParameters(*(torch.from_numpy(np.concatenate(np.stack(part, 1))) for part in zip(*group)))
+        straight = torch.linspace(0, 1, parameters.histogram.shape[1])
+        smoothed = (parameters.sigma > 0).any(1).nonzero()[:, 0]
+        shifted = ((parameters.histogram - straight).abs() > 1e-6).any(1).nonzero()[:, 0]
+        groups.append((parameters, smoothed, shifted))
+    return groups
+
+
+def example_views(patch, crops, clip_range, draws=4):
+    """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
+
+    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. For a look at what the flags do:
+    every augmentation is shown at the paper's strength, and labelled where the policy has it off.
+    """
+    paper = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
+    patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
+    centre = (np.array(patch.shape) - 1) / 2
+    examples = {}
+    for name in (None, *paper):
+        policy = Policy(**({name: paper[name]} if name else {}), prob=1.0)
+        lattice, rng, views = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0), []
+        for _ in range(draws):
+            control = lattice.control(policy.draw_affine(rng), centre, policy.draw_elastic(rng, lattice.shape))
+            sigma, curve = policy.draw_sigma(rng), policy.draw_histogram(rng)
+            view = warp(patches, torch.as_tensor(control, dtype=patches.dtype, device=patches.device)[None], lattice)
+            view = gaussian_smooth(view, torch.as_tensor(sigma, device=view.device)[None])
+            views.append(histogram_shift(view, torch.as_tensor(curve, device=view.device)[None])[0])
+        on = name is None or getattr(crops.policy, name)
+        examples[(name or "plain") + ("" if on else " (off)")] = torch.stack(views)
+    return examples

@@ -1,0 +1,411 @@
+"""CT volumes on disk: the HDF5 format, what is found below a folder, and the patches that pre-training reads.
+
+Volumes are (X, Y, Z) arrays of int16 Hounsfield units in RAS: indices grow towards the patient's right, anterior and
+superior side. Affines are 4 x 4, from voxel indices to RAS millimetres. Files may lie in any orientation: what is
+read from them is flipped and its axes swapped (never interpolated) to the nearest RAS axes.
+"""
+import contextlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import hdf5plugin
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from augmentations import PATCH_VIEW, collate_views, keyed_rng
+
+AIR = -1024  # HU; what lies outside a volume, and the floor for padding values of -2000 to -3024
+SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")
+CHUNK = 32   # voxels per side of a chunk: a random crop then touches few bytes besides its own
+RUN = 8      # patches of one volume that follow each other in an epoch, read with one opening of its file
+FILTERS = {
+    "blosc": lambda: hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.BITSHUFFLE),
+    "gzip": lambda: {"compression": "gzip", "compression_opts": 4},
+    "none": dict,
+}
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world has x and y the other way round
+
+
+class DataError(Exception):
+    """A file that can't be used: which, what was found in it and what was expected."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+
+# -------------------------------------------------------------------------------------------------------- one volume
+
+
+class Volume:
+    """A volume on disk in RAS, of which parts can be read; a context manager that closes the file.
+
+    shape: (3,) voxels; spacing: (3,) mm; affine: (4, 4). Raises DataError where the file is no 3D image.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self._closing = contextlib.ExitStack()
+        try:
+            opener = _open_hdf5 if str(path).endswith((".hdf5", ".h5")) else _open_nifti
+            shape, affine, self._take = opener(path, self._closing)
+            self._orient(shape, affine)
+        except DataError:
+            self.close()
+            raise
+        except Exception as error:  # the libraries raise many kinds for a broken file
+            self.close()
+            raise DataError(path, f"can't be read ({_first_line(error)})") from error
+
+    def _orient(self, shape, affine):
+        from nibabel.orientations import inv_ornt_aff, io_orientation
+        if len(shape) != 3:
+            raise DataError(self.path, f"is a {len(shape)}D image of shape {tuple(shape)}, expected a 3D volume")
+        if min(shape) < 1:
+            raise DataError(self.path, f"is empty: shape {tuple(shape)}")
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            raise DataError(self.path, "has spacings and directions that span no volume")
+        orientation = io_orientation(affine)  # (3, 2): the RAS axis of each axis of the file, and its sign
+        self._axes = np.argsort(orientation[:, 0])  # (3,): the file's axis for each RAS axis
+        self._signs = orientation[self._axes, 1]
+        self.shape = tuple(int(shape[axis]) for axis in self._axes)
+        self.affine = affine @ inv_ornt_aff(orientation, shape)
+        self.spacing = tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    def read(self, start=(0, 0, 0), size=None):
+        """(x, y, z) int16 HU from `start` on; what lies outside the volume is air. Default: all of it."""
+        start = np.asarray(start)
+        size = np.asarray(self.shape if size is None else size)
+        low, high = np.clip(start, 0, self.shape), np.clip(start + size, 0, self.shape)
+        if (high <= low).any():
+            return np.full(size, AIR, np.int16)
+        inside = self._read_inside(low, high)
+        if (inside.shape == size).all():
+            return inside
+        patch = np.full(size, AIR, np.int16)
+        patch[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
+        return patch
+
+    def _read_inside(self, low, high):
+        slices = [None] * 3
+        for axis, sign, n, a, b in zip(self._axes, self._signs, self.shape, low, high):
+            slices[axis] = slice(int(a), int(b)) if sign > 0 else slice(int(n - b), int(n - a))
+        try:
+            voxels = self._take(tuple(slices))
+        except Exception as error:
+            raise DataError(self.path, f"can't be read ({_first_line(error)})") from error
+        flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
+        return np.maximum(_to_int16(voxels, self.path).transpose(self._axes)[flips], AIR)
+
+    def is_constant(self):
+        """True if all voxels are equal: such a file holds no image. Reads until it sees a second value."""
+        first = self.read(size=(1, 1, 1)).item()
+        return all((self.read((0, 0, z), (*self.shape[:2], min(CHUNK, self.shape[2] - z))) == first).all()
+                   for z in range(0, self.shape[2], CHUNK))
+
+    def close(self):
+        self._closing.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _open_hdf5(path, closing):
+    """(shape, affine, take) in the file's own axis order (x, y, z); take(three slices) gives an array."""
+    file = closing.enter_context(h5py.File(path, "r", locking=False))  # read-only: no lock, which NFS may refuse
+    names = ("VoxelData", "Spacing", "Origin", "Directions")
+    image = file.get("ITKImage/0")
+    missing = [name for name in names if image is None or name not in image]
+    if missing:
+        raise DataError(path, f"has no ITKImage/0/{missing[0]}: not an ITK HDF5 image")
+    voxels, spacing, origin, directions = (image[name] for name in names)
+    if voxels.ndim != 3 or spacing.shape != (3,) or origin.shape != (3,) or directions.shape != (3, 3):
+        raise DataError(path, f"is a {len(spacing)}D image with voxels of shape {voxels.shape}, expected a 3D volume")
+    affine = np.eye(4)
+    affine[:3, :3] = directions[()].T * spacing[()]  # the rows of Directions are the axis vectors
+    affine[:3, 3] = origin[()]
+    return voxels.shape[::-1], LPS @ affine, lambda slices: voxels[slices[::-1]].T
+
+
+def _open_nifti(path, closing):
+    import nibabel
+    image = nibabel.load(path)
+    return image.shape, image.affine, lambda slices: np.asanyarray(image.dataobj[slices])
+
+
+def _to_int16(voxels, path):
+    if voxels.dtype == np.int16:
+        return voxels
+    if voxels.dtype.kind not in "iuf":
+        raise DataError(path, f"has voxels of type {voxels.dtype}, expected numbers")
+    if voxels.dtype.kind == "f":
+        if not np.isfinite(voxels).all():
+            raise DataError(path, "has voxels that are NaN or infinite")
+        voxels = np.rint(voxels)
+    return np.clip(voxels, -32768, 32767).astype(np.int16)
+
+
+def _first_line(error):
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def write_volume(path, volume, affine, compression="blosc"):
+    """Write an ITK HDF5 file in chunks made for random crops, under a temporary name until it is whole.
+
+    volume: (X, Y, Z) int16 HU; affine: (4, 4) to RAS mm, whose axes must be orthogonal (ITK stores no shear).
+    compression: "blosc" (LZ4 with bitshuffle: fastest, opens wherever hdf5plugin is installed), or "gzip" or "none"
+    for files that ITK itself must open. Raises ValueError for a volume or affine of another kind, OSError.
+    """
+    volume, affine = np.asarray(volume), np.asarray(affine, float)
+    if volume.dtype != np.int16 or volume.ndim != 3 or not volume.size:
+        raise ValueError(f"{path}: can't write a {volume.ndim}D {volume.dtype} array {volume.shape}, expected 3D int16")
+    lps = LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not (spacing > 0).all():
+        raise ValueError(f"{path}: the affine {affine.tolist()} has an axis without length")
+    directions = (lps[:3, :3] / spacing).T
+    if not np.allclose(directions @ directions.T, np.eye(3), atol=1e-3):
+        raise ValueError(f"{path}: the axes of the affine are not orthogonal, which ITK images can't store")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    voxels = np.ascontiguousarray(volume.T)  # (z, y, x)
+    try:
+        with h5py.File(part, "w") as file:
+            file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
+            image = file.create_group("ITKImage/0")
+            image["Dimension"] = np.array(volume.shape, np.uint64)
+            image["Directions"], image["Origin"], image["Spacing"] = directions, lps[:3, 3], spacing
+            image["VoxelType"] = ["SHORT"]
+            image.create_group("MetaData")
+            image.create_dataset("VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape),
+                                 **FILTERS[compression]())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------- many volumes
+
+
+def find_volumes(folder):
+    """Paths of all volumes below a folder, relative to it and sorted; hidden files and folders are left out.
+
+    Links to folders are followed, each real folder once. Raises DataError for a folder that is missing or no folder.
+    """
+    if not os.path.isdir(folder):
+        raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.relpath(os.path.join(here, name), folder) for name in files
+                  if name.endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found)
+
+
+def read_data_list(path, folder=None):
+    """Paths in a text file, one per line; relative ones belong to `folder` or, without it, to the list's own folder.
+
+    Empty lines and lines that start with # are passed over. Raises DataError.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(path, f"can't be read as a list of files ({_first_line(error)})") from error
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [os.path.join(folder or os.path.dirname(path), name) for name in names]
+
+
+def list_volumes(folder, index):
+    """Paths of all volumes below `folder`, from the file `index` if an earlier call made it for this folder.
+
+    Finding 100,000 files on a network drive takes minutes, so what was found is kept in `index`, which is a list that
+    `read_data_list` reads. Remove it to look again.
+    """
+    header = f"# volumes below {os.path.abspath(folder)}"
+    index = Path(index)
+    if index.is_file():
+        with open(index) as file:
+            if file.readline().rstrip("\n") == header:
+                return read_data_list(index, folder)
+    names = find_volumes(folder)
+    if names:
+        part = index.with_name(index.name + ".part")
+        part.write_text("\n".join([header, *names]) + "\n")
+        os.replace(part, index)
+    return [os.path.join(folder, name) for name in names]
+
+
+# ----------------------------------------------------------------------------------------------------- pre-training
+
+
+class Sample(NamedTuple):
+    """patch: (x, y, z) int16; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met on the way, as (path, reason)."""
+    patch: np.ndarray
+    views: list
+    bad: list
+
+
+class Batch(NamedTuple):
+    """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came."""
+    patches: torch.Tensor
+    groups: list
+    bad: list
+    fatal: str
+
+    def to(self, device):
+        def move(part):
+            if isinstance(part, torch.Tensor):
+                return part.to(device, non_blocking=True)
+            if isinstance(part, tuple):
+                return type(part)(*map(move, part)) if hasattr(part, "_fields") else tuple(map(move, part))
+            return part
+        return self._replace(patches=move(self.patches), groups=[move(group) for group in self.groups])
+
+
+class PretrainingPatches(Dataset):
+    """A random base patch of each volume and the parameters of its views, for keys (epoch, sample).
+
+    paths: the volumes; multi_crop: augmentations.MultiCropAugmentation; seed: of all draws
+    patches_per_volume: sample // patches_per_volume is the volume
+    strict: an unreadable file ends the run; otherwise the next readable one in the list takes its place
+    """
+
+    def __init__(self, paths, multi_crop, seed, patches_per_volume=1, strict=False):
+        self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
+        self.patches_per_volume, self.strict = patches_per_volume, strict
+        self._bad = {}  # path -> reason; this worker's memory, so that no file is tried twice
+
+    def __getitems__(self, keys):
+        """The samples of a batch; neighbours from one volume share one opening of its file."""
+        samples, opened = [], None
+        try:
+            for epoch, sample in keys:
+                bad = []
+                for attempt in range(len(self.paths)):
+                    path = self.paths[(sample // self.patches_per_volume + attempt) % len(self.paths)]
+                    try:
+                        if path in self._bad:
+                            raise DataError(path, self._bad[path])
+                        if opened is None or opened.path != path:
+                            if opened is not None:
+                                opened.close()
+                            opened = None
+                            opened = Volume(path)
+                        samples.append(Sample(*self._draw(opened, epoch, sample), bad))
+                        break
+                    except DataError as error:
+                        self._bad[path] = error.reason
+                        bad.append((error.path, error.reason))
+                        if self.strict:
+                            raise
+                else:
+                    raise DataError(f"{len(self.paths)} files", f"not one can be used, such as {bad[0][0]}: {bad[0][1]}")
+        except DataError as error:  # an exception would reach the main process as a traceback's text
+            return [str(error)]
+        finally:
+            if opened is not None:
+                opened.close()
+        return samples
+
+    def _draw(self, volume, epoch, sample):
+        """(patch, views) of one sample: where spacing is given, a much finer volume is averaged first."""
+        crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
+        spacing = np.array(volume.spacing)
+        stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # volume voxels per view's
+        factors = np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
+        size = np.ceil(np.array(crops.patch_size) * stretch / factors).astype(int) * factors
+        start = place_patch(rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch).astype(int), size)
+        patch = volume.read(start, size)
+        if patch.min() == patch.max() and volume.is_constant():
+            raise DataError(volume.path, f"has the same value in all voxels ({patch.flat[0]})")
+        patch = block_mean(patch, factors)
+        return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing * factors)
+
+
+def place_patch(rng, shape, core, size):
+    """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`.
+
+    The margin around the core stays inside too, so that turned views don't look beyond the volume, unless that left
+    less than half of the room to choose from. A volume smaller than the core sits in its middle.
+    """
+    room = shape - core
+    inset = np.minimum((size - core) // 2, room // 4)
+    low, high = np.where(room > 0, inset, room // 2), np.where(room > 0, room - inset, room // 2)
+    return rng.randint(low, high + 1) - (size - core) // 2
+
+
+def block_mean(patch, factors):
+    """Mean over blocks of factors[0] x factors[1] x factors[2] voxels, which must divide the patch; int16, rounded."""
+    if (np.asarray(factors) == 1).all():
+        return patch
+    x, y, z = np.array(patch.shape) // factors
+    blocks = patch.reshape(x, factors[0], y, factors[1], z, factors[2])
+    return np.rint(blocks.mean((1, 3, 5), dtype=np.float32)).astype(np.int16)
+
+
+def collate(samples):
+    """A Batch of Samples. Patches of different sizes are padded with air at their far ends, where no view looks."""
+    if isinstance(samples[0], str):
+        return Batch(torch.empty(0), [], [], samples[0])
+    shapes = np.array([sample.patch.shape for sample in samples])
+    patches = np.empty((len(samples), *shapes.max(0)), np.int16)
+    for slot, sample, shape in zip(patches, samples, shapes):
+        if (shape < slot.shape).any():
+            slot.fill(AIR)
+        slot[tuple(map(slice, shape))] = sample.patch
+    bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
+    return Batch(torch.from_numpy(patches), collate_views([sample.views for sample in samples]), bad, "")
+
+
+def epoch_order(volumes, patches_per_volume, seed, epoch):
+    """(volumes * patches_per_volume,) sample numbers in the order of an epoch, the same on every rank.
+
+    Up to RUN patches of one volume follow each other, so that its file is opened once for them.
+    """
+    run = min(patches_per_volume, RUN)
+    starts = np.arange(0, patches_per_volume, run)
+    runs = (np.arange(volumes)[:, None] * patches_per_volume + starts).ravel()
+    runs = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(runs)
+    order = (runs[:, None] + np.arange(run)).ravel()
+    ends = (runs // patches_per_volume + 1) * patches_per_volume
+    return order[order < np.repeat(ends, run)]  # a volume's last run may be shorter
+
+
+class BatchStream(Sampler):
+    """Batches of keys (epoch, sample) from a position in the run to its end, without a pause between epochs.
+
+    The epoch's order is cut into global batches and each of those into the ranks' shares, so that the samples of a
+    step do not depend on the number of ranks. What is left at an epoch's end and fills no global batch is dropped.
+
+    volumes, patches_per_volume, seed: see `epoch_order`
+    batch_size: of one rank; rank, world_size
+    epoch, position: where to start, in epochs and in samples of that epoch; epochs: where to end
+    """
+
+    def __init__(self, volumes, patches_per_volume, batch_size, rank, world_size, seed, epoch, position, epochs):
+        self.order_of = lambda epoch: epoch_order(volumes, patches_per_volume, seed, epoch)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.start, self.epochs = (epoch, position), epochs
+
+    def __iter__(self):
+        first, position = self.start
+        for epoch in range(first, self.epochs):
+            order = self.order_of(epoch)
+            step = self.batch_size * self.world_size
+            for at in range(position, len(order) - step + 1, step):
+                mine = order[at + self.rank * self.batch_size:][:self.batch_size]
+                yield [(epoch, int(sample)) for sample in mine]
+            position = 0

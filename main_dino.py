@@ -1,0 +1,573 @@
+"""DINO pre-training of a 3D Vision Transformer on unlabelled CT (Caron et al. 2021, arXiv 2104.14294).
+
+One machine with four GPUs, a laptop, two machines, Slurm:
+    torchrun --nproc_per_node=4 main_dino.py --arch vit_small --data_dir /path/to/nlst/data --output_dir /path/to/output
+    python main_dino.py --arch vit_tiny --data_dir /path/to/data --output_dir /path/to/output --batch_size_per_gpu 8
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main_dino.py ...
+    srun --ntasks-per-node=8 --gpus-per-task=1 --kill-on-bad-exit=1 python main_dino.py ...
+
+The same --output_dir goes on where it stopped. What stands there: checkpoint.pth (the newest whole state), numbered
+copies, config.json, log.txt (one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
+"""
+import argparse
+import functools
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+import utils
+from augmentations import MAX_BENT, MultiCropAugmentation, Policy
+from checkpoint import keep_copy, load_checkpoint, save_checkpoint
+from data import SUFFIXES, BatchStream, DataError, PretrainingPatches, collate, list_volumes, read_data_list
+from monitor import Monitor, forget_after, summary
+from utils import UserError, boolean, cosine_schedule, linear_schedule, number
+from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
+
+STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser(prog="main_dino.py", description="DINO pre-training of a 3D ViT on CT volumes.")
+    flag = functools.partial(boolean_flag, parser)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", default="vit_small", type=architecture,
+                       help="one of " + ", ".join(ARCHITECTURES) + "; vit_tiny for CPUs, vit_small as in the paper")
+    group.add_argument("--patch_size", default=[12, 12, 6], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
+                       help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost")
+    group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
+                       help="stochastic depth of the student's last block; 0 for small data and short runs")
+    group.add_argument("--pretrained_weights", default="", metavar="FILE",
+                       help="go on from these weights in a new run (a run of one's own goes on by its --output_dir)")
+    group.add_argument("--checkpoint_key", default="teacher", help="which state dict of --pretrained_weights to take")
+
+    group = parser.add_argument_group("DINO")
+    group.add_argument("--out_dim", default=65536, type=number(int, 2),
+                       help="prototypes, the outputs of the head; fewer (1024) for small data")
+    flag(group, "--norm_last_layer", True, "keep the prototypes at unit length; off trains slightly better, less stably")
+    group.add_argument("--momentum_teacher", default=0.996, type=number(float, 0, 1),
+                       help="teacher's momentum, rising to 1 over the run; 0.9995 for small batches")
+    flag(group, "--use_bn_in_head", False, "batch norms in the head")
+    group.add_argument("--warmup_teacher_temp", default=0.04, type=number(float, above=0),
+                       help="teacher's temperature at the start; lower it if the loss does not fall")
+    group.add_argument("--teacher_temp", default=0.04, type=number(float, above=0),
+                       help="teacher's temperature after its warm-up; above 0.07 the teacher may become uniform")
+    group.add_argument("--warmup_teacher_temp_epochs", default=0, type=number(float, 0), help="epochs of that warm-up")
+    group.add_argument("--center_momentum", default=0.9, type=number(float, 0, 1), help="momentum of the centre")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the volumes")
+    group.add_argument("--batch_size_per_gpu", default=64, type=number(int, 1),
+                       help="base patches per process and step; lower it when memory runs out")
+    group.add_argument("--lr", default=0.0005, type=number(float, 0),
+                       help="peak learning rate for a batch of 256 over all processes, scaled linearly with that batch")
+    group.add_argument("--warmup_epochs", default=10, type=number(float, 0), help="epochs of linear warm-up")
+    group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end")
+    group.add_argument("--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start")
+    group.add_argument("--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end")
+    group.add_argument("--clip_grad", default=3.0, type=number(float, 0),
+                       help="largest gradient norm of each parameter tensor; 0: no clipping")
+    group.add_argument("--freeze_last_layer", default=1, type=number(int, 0),
+                       help="epochs in which the prototypes stay as they are; more if the loss does not fall")
+    group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="adamw for ViTs")
+    group.add_argument("--precision", default=None, choices=("bf16", "fp16", "fp32"),
+                       help="of the matrix products; default: bf16 on GPUs that have it, else fp16; fp32 on CPUs")
+
+    group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
+    group.add_argument("--input_size", default=[96, 96, 48], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
+                       help="voxels of a global view; a multiple of the patch size")
+    group.add_argument("--local_crops_number", default=8, type=number(int, 0), help="local views per sample")
+    group.add_argument("--local_crops_scale", default=0.25, type=number(float, above=0, high=1),
+                       help="side of a local view relative to a global one")
+    group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=("X", "Y", "Z"),
+                       help="mm per voxel that views are resampled to, for data of mixed spacings; angles and scales then "
+                            "act in mm; default: the volumes' own voxels, as in the paper")
+    group.add_argument("--clip_range", default=[-1000.0, 1000.0], nargs=2, type=number(float), metavar=("LOW", "HIGH"),
+                       help="HU that become 0 and 1")
+    flag(group, "--use_rotation", True, "turn by up to 30 degrees about each axis")
+    flag(group, "--use_scale", True, "scale by up to 25 %% along each axis")
+    flag(group, "--use_flip", True, "mirror one axis")
+    flag(group, "--use_elastic", False, "bend space, without folds")
+    flag(group, "--use_gaussian", False, "smooth with a sigma of up to 2 voxels along each axis")
+    flag(group, "--use_histogram", False, "shift grey values by a curve with 10 control points")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
+                       help="folder with volumes (.hdf5, .h5, .nii, .nii.gz) at any depth")
+    group.add_argument("--data_list", default=None, metavar="FILE",
+                       help="text file with one path per line, relative to --data_dir; nothing is searched then")
+    group.add_argument("--patches_per_volume", default=1, type=number(int, 1),
+                       help="samples of each volume per epoch, read up to 8 at a time: raise it for slow storage or few "
+                            "volumes, and lower --epochs as much")
+    group.add_argument("--num_workers", default=None, type=number(int, 0),
+                       help="reading processes per process; default: the cores that each process can have, at most 16")
+    flag(group, "--strict_data", False, "stop at an unreadable file instead of putting another in its place")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="output", metavar="DIR", help="where all results go; goes on from there")
+    group.add_argument("--saveckp_freq", default=20, type=number(int, 0), help="epochs between numbered copies; 0: none")
+    group.add_argument("--max_steps", default=None, type=number(int, 1),
+                       help="stop after this many steps in all, with a checkpoint; schedules still follow --epochs")
+    group.add_argument("--log_every", default=10, type=number(int, 1), help="steps between entries in TensorBoard")
+    group.add_argument("--seed", default=0, type=number(int, 0), help="of weights, order, crops and augmentations")
+
+    group = parser.add_argument_group("older flags, accepted")
+    group.add_argument("--use_fp16", default=None, nargs="?", const=True, type=boolean, help="now --precision")
+    group.add_argument("--dist_url", default=None, help="ignored: the launcher tells")
+    group.add_argument("--local_rank", "--local-rank", default=None, help="ignored: the launcher tells")
+    return parser
+
+
+def boolean_flag(parser, group, name, default, text):
+    group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
+
+
+def architecture(name):
+    if name in ARCHITECTURES:
+        return name
+    why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
+    raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(ARCHITECTURES)}")
+
+
+def check_flags(parser, args):
+    """Refuse what is wrong whatever the data (exit code 2)."""
+    args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
+    for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
+        if any(n % p for n, p in zip(size, args.patch_size)) and (size is args.input_size or args.local_crops_number):
+            parser.error(f"{flag}: a view of {spaced(size)} voxels is not a multiple of --patch_size "
+                         f"{spaced(args.patch_size)} along each axis")
+    if args.clip_range[0] >= args.clip_range[1]:
+        parser.error(f"--clip_range {spaced(args.clip_range)}: the first value must be below the second")
+    if args.data_dir is None and args.data_list is None:
+        parser.error("--data_dir is missing: the folder with the volumes, or give a --data_list")
+
+
+def spaced(values):
+    return " ".join(f"{value:g}" for value in values)
+
+
+def main(argv=None):
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    processes = utils.distributed_init()
+    output_dir = Path(args.output_dir)
+    processes.from_main(lambda: make_output_dir(output_dir))
+    args.precision, notices = choose_precision(args, processes.device)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    paths = processes.from_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
+    policy = Policy(rotation=30 * args.use_rotation, scale=0.25 * args.use_scale, flip=int(args.use_flip),
+                    elastic=MAX_BENT * args.use_elastic, gaussian=2 * args.use_gaussian,
+                    histogram=10 * args.use_histogram)
+    crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
+    dataset = PretrainingPatches(paths, crops, args.seed, args.patches_per_volume, args.strict_data)
+    samples_per_epoch = len(paths) * args.patches_per_volume
+    global_batch = args.batch_size_per_gpu * processes.world_size
+    steps_per_epoch = samples_per_epoch // global_batch
+    if not steps_per_epoch:
+        raise UserError(f"{len(paths)} volumes with --patches_per_volume {args.patches_per_volume} make less than one "
+                        f"batch of {global_batch} ({args.batch_size_per_gpu} x {processes.world_size} processes): lower "
+                        "--batch_size_per_gpu or raise --patches_per_volume", everywhere=True)
+
+    # --------------------------------------------------------------------------------------------------------- model
+    torch.manual_seed(args.seed)
+    build = functools.partial(build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head)
+    student, teacher = build(args.drop_path_rate, args.norm_last_layer), build(0.0, True)
+    if args.pretrained_weights:
+        notices += start_from(student, args.pretrained_weights, args.checkpoint_key)
+    teacher.load_state_dict(student.state_dict())  # both start from the same weights
+    student, teacher = student.to(processes.device), teacher.to(processes.device).requires_grad_(False)
+    network, teacher = distribute(student, teacher, args.use_bn_in_head, processes)
+    dino_loss = DINOLoss(args.out_dim, args.center_momentum, processes.mean).to(processes.device)
+
+    # -------------------------------------------------------------------------------------------------- optimisation
+    optimizer = make_optimizer(args.optimizer, utils.parameter_groups(student))
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=args.precision == "fp16")
+    epoch_length = steps_per_epoch * global_batch  # samples; schedules are functions of samples seen
+    schedules = Schedules(
+        total=args.epochs * epoch_length, lr=args.lr * global_batch / 256, min_lr=args.min_lr,
+        warmup=args.warmup_epochs * epoch_length, weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end, momentum_teacher=args.momentum_teacher, teacher_temp=args.teacher_temp,
+        warmup_teacher_temp=args.warmup_teacher_temp, temp_warmup=args.warmup_teacher_temp_epochs * epoch_length)
+
+    # ------------------------------------------------------------------------------------------------------ training
+    run = Run(network, student, teacher, dino_loss, optimizer, scaler, schedules, crops, tuple(args.clip_range),
+              PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes)
+    done = restore(run, output_dir, vars(args))
+    last_step = done.step + steps_left(samples_per_epoch, global_batch, args.epochs, done)
+    last_step = min(last_step, args.max_steps or last_step)
+    say = print if processes.is_main else utils.Silent().print
+    for notice in notices:
+        say(notice)
+    if done.epoch >= args.epochs or done.step >= last_step:
+        say(f"nothing to do, {done.epoch} of {args.epochs} epochs are done ({done.step} steps)\n{summary(output_dir)}")
+        return
+    if processes.is_main:
+        write_config(output_dir / "config.json", args, processes, paths)
+        forget_after(output_dir / "log.txt", done.step)
+    say(announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done))
+
+    stream = BatchStream(len(paths), args.patches_per_volume, args.batch_size_per_gpu, processes.rank,
+                         processes.world_size, args.seed, done.epoch, done.position, args.epochs)
+    workers = min(16, utils.cores_per_process(processes)) if args.num_workers is None else args.num_workers
+    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers,
+                              pin_memory=processes.device.type == "cuda"))
+    monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, done.step, global_batch)
+    try:
+        while done.step < last_step:
+            steps = min((samples_per_epoch - done.position) // global_batch, last_step - done.step)
+            train_one_epoch(run, batches, steps, done, done.epoch < args.freeze_last_layer, monitor)
+            if done.position + global_batch > samples_per_epoch:
+                done.epoch, done.position = done.epoch + 1, 0
+            monitor.log_epoch(done.epoch, done.step, schedules.at(done.samples))
+            if processes.is_main:
+                save(run, output_dir, vars(args), done, args.saveckp_freq)
+    finally:
+        monitor.close()
+    say(f"{done.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Done:
+    """How far a run is: epochs finished, samples of the current one, and steps and samples in all."""
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    samples: int = 0
+
+    def count_step(self, samples):
+        self.position, self.step, self.samples = self.position + samples, self.step + 1, self.samples + samples
+
+
+class Run(NamedTuple):
+    """What a step needs. network: the student as it is called, inside DDP where there are several processes."""
+    network: nn.Module
+    student: MultiCropWrapper
+    teacher: MultiCropWrapper
+    dino_loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedules: "Schedules"
+    crops: MultiCropAugmentation
+    clip_range: tuple
+    dtype: torch.dtype
+    clip_grad: float
+    global_batch: int
+    seed: int
+    processes: utils.Processes
+
+
+def steps_left(samples_per_epoch, global_batch, epochs, done):
+    """Whole batches from `done` to the end of the last epoch; what fills no batch at an epoch's end is dropped."""
+    whole = (epochs - done.epoch - 1) * (samples_per_epoch // global_batch)
+    return max(0, whole + (samples_per_epoch - done.position) // global_batch)
+
+
+def train_one_epoch(run, batches, steps, done, frozen, monitor):
+    """Take `steps` steps on what the iterator `batches` gives; `done` counts them. frozen: prototypes stay as they are."""
+    monitor.start_epoch()
+    for index in range(steps):
+        began = time.perf_counter()
+        batch = next_batch(batches)
+        waited = time.perf_counter() - began
+        monitor.note_bad_files(batch.bad)
+        batch = batch.to(run.processes.device)
+        views = run.crops.render(batch.patches, batch.groups, run.clip_range)
+        if index == 0:
+            monitor.show_views(views, len(batch.patches), done.step)
+        if done.step == 0:
+            monitor.show_augmentations(batch.patches, run.crops, run.clip_range, done.step)
+
+        utils.seed_step(run.seed, done.step, run.processes.rank)
+        values = run.schedules.at(done.samples)
+        metrics, winners, features = train_step(run, views, values, frozen)
+        done.count_step(run.global_batch)
+
+        monitor.step(metrics, winners, waited, views)
+        if done.step % monitor.log_every == 0 or index == steps - 1:
+            monitor.entry(done.step, values, run.dino_loss.center.norm(), features)
+
+
+def train_step(run, views, values, frozen):
+    """One step of DINO (Caron et al. 2021, algorithm 1).
+
+    views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)], the first view of all B samples first
+    values: what the schedules say. Returns metrics (4,), winners (2 B,) and the teacher's embeddings (2 B, D).
+    """
+    with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        with torch.no_grad():
+            teacher_logits, features = run.teacher(views[:1], return_embeddings=True)  # (2 B, out_dim), (2 B, D)
+        student_logits = run.network(views)  # ((2 + L) B, out_dim)
+    loss, entropy, winners = run.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
+
+    for group in run.optimizer.param_groups:
+        group["lr"] = values["lr"]
+    run.optimizer.param_groups[0]["weight_decay"] = values["weight_decay"]  # the other group has none
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    if frozen:
+        for parameter in run.student.head.last_layer.parameters():
+            parameter.grad = None
+    norm = clip_gradients(run.student, run.clip_grad)
+    scale = run.scaler.get_scale()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.scaler.get_scale() >= scale:  # fp16: a step whose gradients overflowed was not taken, and changes nothing
+        update_teacher(run.student, run.teacher, values["momentum_teacher"])
+        run.dino_loss.update_center(teacher_logits)
+    loss = loss.detach()
+    return torch.stack([loss, loss - entropy, entropy, norm.to(loss.dtype)]), winners, features
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the teacher's view of a sample and the student's other views of it (eq. 1 to 4).
+
+    out_dim: prototypes; center_momentum: of the running mean of the teacher's logits
+    mean_over_ranks: averages a tensor over all processes, in place
+    """
+
+    def __init__(self, out_dim, center_momentum, mean_over_ranks):
+        super().__init__()
+        self.center_momentum, self.mean_over_ranks = center_momentum, mean_over_ranks
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def forward(self, student_logits, teacher_logits, teacher_temp):
+        """student_logits: (V B, K) of all V views; teacher_logits: (2 B, K) of the global ones, which come first.
+
+        Returns the loss, the teacher's mean entropy in nats (loss - entropy is the mean KL divergence), and the
+        largest prototype of each teacher output (2 B,).
+        """
+        batch, out_dim = len(teacher_logits) // 2, teacher_logits.shape[1]
+        at_least = torch.promote_types(student_logits.dtype, torch.float32)
+        log_teacher = ((teacher_logits.to(at_least) - self.center) / teacher_temp).log_softmax(-1)  # (2 B, K)
+        teacher = log_teacher.exp()
+        first, second = teacher.view(2, batch, out_dim)
+        student = (student_logits.to(at_least) / STUDENT_TEMP).view(-1, batch, out_dim)  # (V, B, K)
+        # - sum q log p = logsumexp(s) - q s: the log-softmax of all views needn't be formed. A global view is
+        # compared with the other global one, a local view with both
+        normaliser = student.logsumexp(-1)  # (V, B)
+        loss = (normaliser[0] - (second * student[0]).sum(-1) + normaliser[1] - (first * student[1]).sum(-1)
+                + (2 * normaliser[2:] - torch.einsum("bk,vbk->vb", first + second, student[2:])).sum(0))  # (B,)
+        pairs = 2 * (len(student) - 1)
+        entropy = -(teacher * log_teacher).sum(-1).mean()
+        return loss.mean() / pairs, entropy, teacher.argmax(-1)
+
+    @torch.no_grad()
+    def update_center(self, teacher_logits):
+        """Running mean over batches and ranks of the teacher's logits (eq. 4)."""
+        mean = self.mean_over_ranks(teacher_logits.to(self.center.dtype).mean(0, keepdim=True))
+        self.center.lerp_(mean, 1 - self.center_momentum)
+
+
+@torch.no_grad()
+def update_teacher(student, teacher, momentum):
+    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1)."""
+    get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
+
+
+def clip_gradients(model, largest):
+    """Bring the norm of each parameter's gradient down to `largest` (0: leave them); the whole norm before that.
+
+    Per tensor, as DINO does it, and not over all of them together.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    if largest:
+        for gradient, factor in zip(gradients, (largest / (norms + 1e-6)).clamp_max(1)):
+            gradient.mul_(factor)
+    return torch.linalg.vector_norm(norms)
+
+
+@dataclass
+class Schedules:
+    """Everything that changes along a run, as functions of the samples seen. total, warmup, temp_warmup: samples."""
+    total: float
+    lr: float
+    min_lr: float
+    warmup: float
+    weight_decay: float
+    weight_decay_end: float
+    momentum_teacher: float
+    teacher_temp: float
+    warmup_teacher_temp: float
+    temp_warmup: float
+
+    def at(self, samples):
+        return {
+            "lr": cosine_schedule(samples, self.lr, self.min_lr, self.total, self.warmup),
+            "weight_decay": cosine_schedule(samples, self.weight_decay, self.weight_decay_end, self.total),
+            "momentum_teacher": cosine_schedule(samples, self.momentum_teacher, 1.0, self.total),
+            "teacher_temp": linear_schedule(samples, self.warmup_teacher_temp, self.teacher_temp, self.temp_warmup),
+        }
+
+
+# ------------------------------------------------------------------------------------------------- parts of the run
+
+
+def make_output_dir(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: can't be written to ({error.strerror or error}); "
+                        "choose another folder") from error
+
+
+def choose_precision(args, device):
+    """The precision to use, and notices about older flags."""
+    notices = [f"--{name} is no longer needed and ignored" for name in ("dist_url", "local_rank")
+               if getattr(args, name) is not None]
+    chosen = args.precision
+    if args.use_fp16 is not None:
+        chosen = chosen or (None if args.use_fp16 else "fp32")
+        notices.append("--use_fp16 is now --precision: " + (
+            "mixed precision is the default on GPUs" if args.use_fp16 else "false stands for fp32"))
+    if chosen == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16", everywhere=True)
+    if chosen is None:
+        chosen = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return chosen, notices
+
+
+def find_data(folder, data_list, index):
+    """Paths of all volumes, from a list or from below a folder; UserError where there is none."""
+    try:
+        paths = read_data_list(data_list, folder) if data_list else list_volumes(folder, index)
+    except DataError as error:
+        flag = "--data_list" if data_list else "--data_dir"
+        raise UserError(f"{flag} {error}") from error
+    if not paths:
+        raise UserError(f"--data_list {data_list}: names no file" if data_list else
+                        f"--data_dir {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})")
+    return paths
+
+
+def build_model(arch, input_size, patch_size, out_dim, use_bn_in_head, drop_path_rate, norm_last_layer):
+    backbone = ARCHITECTURES[arch](img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate)
+    return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))
+
+
+def start_from(model, path, checkpoint_key):
+    """Load the backbone, and the head if the file has one that fits; returns notices."""
+    try:
+        utils.load_pretrained_weights(model, path, checkpoint_key)
+        return [f"starting from {path}"]
+    except (FileNotFoundError, ValueError):
+        pass
+    try:
+        utils.load_pretrained_weights(model.backbone, path, checkpoint_key)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
+    return [f"starting from the backbone of {path}; the head is new, the file has none of this shape"]
+
+
+def distribute(student, teacher, use_bn_in_head, processes):
+    """The student inside DDP, where there are several processes, and the teacher."""
+    if processes.world_size == 1:
+        return student, teacher
+    if use_bn_in_head:
+        if processes.device.type == "cpu":
+            raise UserError("--use_bn_in_head true with several processes needs GPUs", everywhere=True)
+        student.head, teacher.head = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head))
+    devices = None if processes.device.type == "cpu" else [processes.device]
+    return DistributedDataParallel(student, device_ids=devices), teacher
+
+
+def make_optimizer(name, groups):
+    """Learning rate and weight decay are set at every step."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return utils.LARS(groups)
+
+
+def next_batch(batches):
+    try:
+        batch = next(batches)
+    except RuntimeError as error:  # how torch tells that a worker is gone
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower "
+                        "--num_workers or --batch_size_per_gpu") from error
+    if batch.fatal:
+        raise UserError(batch.fatal)
+    return batch
+
+
+# --------------------------------------------------------------------------------------------- saving and going on
+
+
+def save(run, output_dir, config, done, every):
+    """Write checkpoint.pth, and keep a numbered copy each `every` epochs (0: never)."""
+    newest = output_dir / "checkpoint.pth"
+    save_checkpoint(newest, {
+        "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+        "dino_loss": run.dino_loss.state_dict(), **asdict(done), "config": config,
+    })
+    if every and done.position == 0 and done.epoch % every == 0:
+        keep_copy(newest, output_dir / f"checkpoint{done.epoch:04}.pth")
+
+
+def restore(run, output_dir, config):
+    """Go on from the checkpoint in the output folder, if there is one; returns how far it is."""
+    fixed = ("arch", "patch_size", "input_size", "spacing", "clip_range", "out_dim", "use_bn_in_head",
+             "norm_last_layer", "optimizer")
+    path = output_dir / "checkpoint.pth"
+    state = load_checkpoint(path, {name: config[name] for name in fixed})
+    if state is None:
+        return Done()
+    for part in ("student", "teacher", "dino_loss", "optimizer", "scaler"):
+        getattr(run, part).load_state_dict(state[part])
+    return Done(*(state[name] for name in ("epoch", "position", "step", "samples")))
+
+
+def write_config(path, args, processes, paths):
+    """What a result depends on, for the reader of the folder."""
+    path.write_text(json.dumps({
+        "arguments": vars(args), "world_size": processes.world_size, "device": device_name(processes.device),
+        "volumes": len(paths), "git_revision": utils.git_revision(), "versions": utils.versions(),
+    }, indent=2) + "\n")
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done):
+    """What is about to run, in a few lines."""
+    lines = [f"{args.arch} on {processes.world_size} x {device_name(processes.device)}, {args.precision}; "
+             f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
+             f"base patch {spaced(crops.patch_size)}, 2 global views {spaced(crops.global_size)}, "
+             f"{crops.local_number} local views {spaced(crops.local_size)}; "
+             + ", ".join(name for name in ("rotation", "scale", "flip", "elastic", "gaussian", "histogram")
+                         if getattr(crops.policy, name)) + " on"]
+    nifti = sum(path.endswith((".nii", ".nii.gz")) for path in paths)
+    if nifti:
+        lines.append(f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, NIFTI_FACTOR times "
+                     "slower than reading a converted file (see README, data)")
+    if done.step:
+        lines.append(f"going on after step {done.step}, epoch {done.epoch}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,231 @@
+"""What a pre-training run says of itself: progress bar, log.txt, TensorBoard, pictures, and a word when it collapses."""
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from augmentations import example_views
+from utils import Silent, UserError, append_json, montage, radiological
+
+# A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):
+# healthy ones kept the entropy between 0.6 and 0.95 of ln(out_dim) with 6 to 20 prototypes winning; without a centre
+# it fell below 0.1 with 2 winning, at teacher temperature 0.1 it stood above 0.97 with a KL divergence below 0.05.
+UNIFORM_ENTROPY, UNIFORM_KL = 0.97, 0.05
+CONSTANT_ENTROPY, CONSTANT_WINNERS = 0.1, 2
+PATIENCE = 3             # log entries in a row before a warning: a single one may be chance
+ENOUGH_VIEWS = 32        # teacher outputs that an entry must rest on to count prototypes
+NO_TISSUE = 0.05         # grey value below which a voxel is taken for air (-900 HU in the default clip range)
+
+METRICS = ("loss", "kl", "teacher_entropy", "grad_norm", "air_views")
+
+
+def collapse_warning(entropy, kl, winners, out_dim, views):
+    """What to tell the user about a teacher that has become useless, or None.
+
+    entropy: mean entropy of the teacher's outputs in nats; kl: divergence of the student from it
+    winners: prototypes that are the largest output of any of `views` teacher outputs
+    """
+    share = entropy / math.log(out_dim)
+    if share > UNIFORM_ENTROPY and kl < UNIFORM_KL:
+        return (f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
+                "Lower --teacher_temp and --warmup_teacher_temp (0.04), or raise --lr")
+    if share < CONSTANT_ENTROPY or (winners <= CONSTANT_WINNERS and views >= ENOUGH_VIEWS):
+        return (f"the teacher answers nearly the same to every view (entropy {share:.2f} of ln(out_dim), {winners} "
+                "prototypes winning): it has collapsed. Lower --lr, use --norm_last_layer true and a "
+                "--center_momentum of 0.9, raise --warmup_teacher_temp, or lower --out_dim for small data")
+    return None
+
+
+def effective_rank(features):
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007). features: (B, D); 1 to min(B, D)."""
+    features = features.float()
+    shares = torch.linalg.svdvals(features - features.mean(0))
+    shares = shares / shares.sum().clamp_min(1e-12)
+    return torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())
+
+
+class Monitor:
+    """Collects on the device what each step tells, fetches it every `log_every` steps, and shows it from rank 0.
+
+    output_dir; processes: utils.Processes; out_dim: prototypes
+    total_steps, done_steps: of the whole run, for the bar and its ETA
+    """
+
+    def __init__(self, output_dir, processes, out_dim, log_every, total_steps, done_steps, global_batch):
+        self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
+        self.log_every, self.global_batch = log_every, global_batch
+        self.bad, self._warned, self._streak = {}, set(), 0
+        self.writer, self.bar = Silent(), Silent()
+        if processes.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(self.output_dir / "tensorboard", purge_step=done_steps)
+            # In a file or a batch job's log one line a minute is enough
+            self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, file=sys.stderr,
+                            mininterval=0.5 if sys.stderr.isatty() else 60)
+        self._reset_window()
+        self.start_epoch()
+
+    def start_epoch(self):
+        self._epoch = []  # (steps, {metric: mean}, seconds without data) of each entry
+        self._epoch_began = time.perf_counter()
+        self._epoch_wins = torch.zeros(self.out_dim, device=self.processes.device)
+
+    def _reset_window(self):
+        device = self.processes.device
+        self._sums = torch.zeros(len(METRICS), device=device)
+        self._wins = torch.zeros(self.out_dim, device=device)
+        self._steps, self._waited, self._began, self._views = 0, 0.0, time.perf_counter(), 0
+
+    def say(self, message):
+        tqdm.write(message, file=sys.stderr)
+
+    def note_bad_files(self, bad):
+        """Report each unreadable file once. bad: (path, reason) pairs of this rank's batch."""
+        for path, reason in bad:
+            if path not in self.bad:
+                self.bad[path] = reason
+                self.say(f"unreadable, another sample takes its place: {path}: {reason}")
+
+    def step(self, metrics, winners, waited, views):
+        """Take note of one step.
+
+        metrics: (4,) the first four of METRICS; winners: (2 B,) prototypes of the teacher's outputs
+        waited: seconds without data; views: [global, local] tensors
+        """
+        air = torch.cat([(view.flatten(1).amax(1) < NO_TISSUE).float() for view in views]).mean()
+        self._sums += torch.cat([metrics, air[None]])
+        self._wins.index_add_(0, winners, torch.ones_like(winners, dtype=self._wins.dtype))
+        self._steps, self._waited, self._views = self._steps + 1, self._waited + waited, self._views + len(winners)
+        self.bar.update()
+
+    def entry(self, step, schedules, center_norm, features):
+        """Fetch what was collected since the last entry and show it. Raises UserError, on all ranks, for NaN.
+
+        schedules: {name: value}; features: (B, D) embeddings of this rank's last global views
+        """
+        values = dict(zip(METRICS, self.processes.mean(self._sums / self._steps).tolist()))
+        wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size
+        seconds, winners = time.perf_counter() - self._began, int((wins > 0).sum())
+        if not all(map(math.isfinite, values.values())):
+            broken = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+            raise UserError(f"training has diverged before step {step} ({broken}); what was saved before is unharmed. "
+                            "Start again from there with a lower --lr, --clip_grad 3 or --precision fp32", everywhere=True)
+        rate, waiting = self._steps * self.global_batch / seconds, self._waited / seconds
+        self._epoch.append((self._steps, values, self._waited))
+        self._epoch_wins += wins
+        if self.processes.is_main:
+            shown = {"dino/" + name: value for name, value in values.items()} | {
+                "dino/teacher_entropy_share": values["teacher_entropy"] / math.log(self.out_dim),
+                "dino/winning_prototypes": winners, "dino/center_norm": center_norm.item(),
+                "dino/effective_rank": effective_rank(features).item(),
+                "speed/volumes_per_second": rate, "speed/waiting_for_data": waiting,
+            } | {"schedule/" + name: value for name, value in schedules.items()}
+            for name, value in shown.items():
+                self.writer.add_scalar(name, value, step)
+            self.bar.set_postfix_str(f"KL {values['kl']:.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data")
+            self._watch(values, winners, views)
+        self._reset_window()
+
+    def _watch(self, values, winners, views):
+        warning = collapse_warning(values["teacher_entropy"], values["kl"], winners, self.out_dim, views)
+        self._streak = self._streak + 1 if warning else 0
+        kind = warning and warning.split("(")[0]
+        if self._streak >= PATIENCE and kind not in self._warned:
+            self._warned.add(kind)
+            self.say(f"warning: {warning}")
+
+    def log_epoch(self, epoch, step, schedules):
+        """One more line of log.txt: means over the epoch's steps (`epoch`, `step`: how many are done)."""
+        seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, _, _ in self._epoch)
+        means = {name: sum(count * values[name] for count, values, _ in self._epoch) / steps for name in METRICS}
+        bad = len(self.bad)
+        if self.processes.world_size > 1:
+            bad = int(self.processes.sum(torch.tensor(float(bad), device=self.processes.device)))
+        if self.processes.is_main:
+            append_json(self.output_dir / "log.txt", {"epoch": epoch, "step": step} | means | {
+                "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim),
+                "winning_prototypes": int((self._epoch_wins > 0).sum()), "kl_first_steps": self._epoch[0][1]["kl"],
+                "seconds": round(seconds, 2), "volumes_per_second": round(steps * self.global_batch / seconds, 2),
+                "waiting_for_data": round(sum(waited for _, _, waited in self._epoch) / seconds, 4), "bad_files": bad,
+            } | schedules)
+        self.writer.flush()
+
+    def picture(self, name, image, step):
+        """Save a uint8 picture as a PNG in the output folder and show it in TensorBoard."""
+        from PIL import Image
+        Image.fromarray(image).save(self.output_dir / f"{name}.png")
+        self.writer.add_image(name, image, step, dataformats="HW")
+
+    def show_views(self, views, batch, step, most=4):
+        """Picture of the current views: per sample two global ones (axial and coronal) and its local ones (axial)."""
+        if self.processes.is_main:
+            self.picture("views", montage(*view_rows(views, batch, most)), step)
+
+    def show_augmentations(self, patches, crops, clip_range, step):
+        """Picture of each augmentation alone, four draws each, on the batch's most varied patch. patches: (B, X, Y, Z)."""
+        if self.processes.is_main:
+            patch = patches[patches.flatten(1).clamp(*map(int, clip_range)).float().std(1).argmax()]
+            examples = example_views(patch, crops, clip_range)
+            rows = [[tile for view in views for tile in planes(view[0])] for views in examples.values()]
+            self.picture("augmentations", montage(rows, [f"{name}: axial, coronal" for name in examples]), step)
+
+    def close(self):
+        self.writer.close()
+        self.bar.close()
+
+
+def planes(view):
+    """[axial, coronal] middle planes of a view (X, Y, Z), as pictures with anterior or superior on top."""
+    view = view.float().cpu().numpy()
+    x, y, z = view.shape
+    return [radiological(view[:, :, z // 2]), radiological(view[:, y // 2])]
+
+
+def view_rows(views, batch, most):
+    """Rows of tiles and their labels for `montage`. views: [global (2 B, 1, ...), local (L B, 1, ...)]."""
+    rows, labels = [], []
+    for sample in range(min(batch, most)):
+        row = [tile for view in views[0][sample::batch] for tile in planes(view[0])]
+        row += [planes(view[0])[0] for local in views[1:] for view in local[sample::batch]]
+        rows.append(row)
+        labels.append(f"sample {sample}: two global views (axial, coronal), then local ones (axial); patient's right on the left")
+    return rows, labels
+
+
+def read_log(path):
+    """The records of a log.txt, oldest first; none where there is no file."""
+    records = []
+    for line in Path(path).read_text().splitlines() if Path(path).is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that a crash cut off: its epoch was not saved either
+            continue
+    return records
+
+
+def forget_after(path, step):
+    """Drop the records of a log.txt beyond a step: epochs that ended after the checkpoint a run goes on from."""
+    records = read_log(path)
+    kept = [record for record in records if record["step"] <= step]
+    if len(kept) < len(records):
+        Path(path).write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def summary(output_dir):
+    """A few lines on how a run went and where its results are."""
+    output_dir = Path(output_dir)
+    records = read_log(output_dir / "log.txt")
+    lines = []
+    if records:
+        first, last = records[0], records[-1]
+        lines.append(f"epoch {last['epoch']}, step {last['step']}: KL divergence {first['kl_first_steps']:.3f} in the "
+                     f"first steps, {last['kl']:.3f} over the last epoch; teacher entropy "
+                     f"{last['teacher_entropy_share']:.2f} of ln(out_dim); {last['winning_prototypes']} prototypes win")
+    lines += [f"checkpoint   {output_dir / 'checkpoint.pth'}", f"log          {output_dir / 'log.txt'}",
+              f"pictures     {output_dir / 'views.png'}, {output_dir / 'augmentations.png'}",
+              f"TensorBoard  tensorboard --logdir {output_dir}"]
+    return "\n".join(lines)

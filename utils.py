@@ -1,0 +1,360 @@
+"""What the scripts share: errors in one line, processes, seeds, schedules, parameter groups, weights, logs."""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# ------------------------------------------------------------------------------------------------- errors and flags
+
+
+class UserError(Exception):
+    """An expected failure, told in one line: which file or flag, what was found, what to do.
+
+    everywhere: all ranks raise it alike, so that one of them may tell it for all.
+    """
+
+    def __init__(self, message, everywhere=False):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+def run_script(main):
+    """Call main(); a UserError ends the process with its one line and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        finish_with(str(error), error.everywhere, 1)
+    except KeyboardInterrupt:
+        finish_with("interrupted", True, 130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def finish_with(message, everywhere, code):
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    short = everywhere and rank > 0
+    print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with errors in one line, and every default in the help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        finish_with(f"{message} (see --help)", True, 2)
+
+
+def boolean(text):
+    """argparse type: true/false, 1/0, on/off, yes/no."""
+    values = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return values[text.lower()]
+
+
+def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+    """argparse type: an int or float with low <= value <= high, above < value < below where those are given."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {'an integer' if kind is int else 'a number'}") from None
+        fits = (low <= value <= high and (above is None or value > above) and (below is None or value < below)
+                and math.isfinite(value))
+        if not fits:
+            bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+            bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {' and '.join(bounds) or 'a finite number'}")
+        return value
+    return parse
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Who we are among the processes of a run: one per GPU, or any number on CPUs. A lone process is a world of one."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def mean(self, tensor):
+        """Mean over all ranks, in place."""
+        return self.sum(tensor).div_(self.world_size)
+
+    def sum(self, tensor):
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, make):
+        """make() as rank 0 finds it, on every rank; so is a UserError that it raises there."""
+        result = [None, None]
+        if self.is_main:
+            try:
+                result[0] = make()
+            except UserError as error:
+                result[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(result, device=self.device)
+        if result[1] is not None:
+            raise UserError(result[1], everywhere=True)
+        return result[0]
+
+
+def distributed_init():
+    """Join the run that torchrun or srun started (NCCL on GPUs, gloo on CPUs), or be a single process."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        first = env.get("SLURM_LAUNCH_NODE_IPADDR") or subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
+            capture_output=True, text=True, check=True).stdout.split()[0]
+        tasks = env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")).split("(")[0].split(",")[0]
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"],
+                   LOCAL_WORLD_SIZE=tasks)
+        env.setdefault("MASTER_ADDR", first)
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 40000))
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_rank, local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this machine finds no GPU of its own: {torch.cuda.device_count()} "
+                            f"GPU(s) for {local_world_size} processes; start as many processes as there are GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
+    return Processes(rank, world_size, local_rank, local_world_size, device)
+
+
+def cores_per_process(processes):
+    """CPU cores that this process may use, its share of what the machine grants."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes.local_world_size)
+
+
+def seed_step(seed, step, rank):
+    """Seed torch for what a model draws in one step (stochastic depth): a run that is resumed draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ------------------------------------------------------------------------------------------------------ optimisation
+
+
+def cosine_schedule(at, start, end, total, warmup=0.0, warmup_start=0.0):
+    """Linear from warmup_start to `start` while at < warmup, then half a cosine to `end` at `total`.
+
+    at, total and warmup are in samples. Defined for every at >= 0 and any warmup, one longer than `total` included.
+    """
+    if at < warmup:
+        return warmup_start + (start - warmup_start) * at / warmup
+    progress = min(1.0, (at - warmup) / max(total - warmup, 1))
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+
+
+def linear_schedule(at, start, end, length):
+    """Linear from start to `end` over `length` samples, then constant."""
+    return end if at >= length else start + (end - start) * at / length
+
+
+def parameter_groups(model):
+    """Two optimizer groups: with weight decay, and without it for biases, norms, pos_embed and cls_token."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim <= 1 or name.endswith((".bias", "pos_embed", "cls_token"))]
+    chosen = {id(p) for p in plain}
+    return [{"params": [p for _, p in named if id(p) not in chosen]},
+            {"params": plain, "weight_decay": 0.0}]
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled layer by layer to the weights' norm (You et al. 2017, eq. 6).
+
+    Biases and norms (one-dimensional parameters) take the plain step. Weight decay is added to the gradient.
+    """
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                step = p.grad
+                if p.ndim > 1:
+                    step = step.add(p, alpha=group["weight_decay"])
+                    weight, gradient = torch.linalg.vector_norm(p), torch.linalg.vector_norm(step)
+                    scaled = group["trust"] * weight / gradient
+                    step = step * torch.where((weight > 0) & (gradient > 0), scaled, torch.ones_like(scaled))
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(step)
+                p.sub_(momentum, alpha=group["lr"])
+        return loss
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def load_file(path):
+    """What torch.save wrote, with nothing in it ever executed: tensors, numbers, dicts, and by name the
+    argparse.Namespace and NumPy scalars of older checkpoints. Raises FileNotFoundError, ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    allowed = [argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct,
+               *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?"))]
+    # NumPy moved its internals to _core in version 2: older files name them by the older module
+    allowed += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+                (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch raise many kinds for a file that is cut off or something else
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: can't be read as a checkpoint ({reason})") from error
+
+
+def load_pretrained_weights(model, path, checkpoint_key="teacher"):
+    """Load a state dict into `model`, whatever wrapper prefixes (module., backbone., ...) its names carry.
+
+    path: a checkpoint that holds state dicts by key, or a plain state dict. Every tensor of the model must be there
+    with its shape; tensors of the file beyond those (a projection head) are left alone. Returns the checkpoint.
+    Raises FileNotFoundError, and ValueError naming the tensors that don't fit.
+    """
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint's dict")
+    nested = {key: value for key, value in checkpoint.items() if isinstance(value, dict)
+              and value and all(isinstance(tensor, torch.Tensor) for tensor in value.values())}
+    if checkpoint_key in nested:
+        state = nested[checkpoint_key]
+    elif checkpoint and all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
+        state = checkpoint
+    else:
+        raise ValueError(f"{path}: has no '{checkpoint_key}', only {', '.join(map(str, checkpoint))[:200]}; "
+                         "name another with --checkpoint_key")
+    fit_state_dict(model, state, path)
+    return checkpoint
+
+
+def fit_state_dict(model, state, path):
+    """Load `state` into the model under the one prefix that brings it the most names; strict for the model's names."""
+    wanted = model.state_dict()
+    tail = next(iter(wanted))
+    prefixes = {name[:-len(tail)] for name in state if name == tail or name.endswith("." + tail)} or {""}
+
+    def under(prefix):
+        return {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
+    found = max((modern_names(under(prefix), wanted) for prefix in sorted(prefixes)), key=lambda s: len(wanted.keys() & s))
+    missing = [name for name in wanted if name not in found]
+    shapes = [f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}" for name in wanted
+              if name in found and found[name].shape != wanted[name].shape]
+    if missing or shapes:
+        parts = ["without " + shortened(missing)] * bool(missing) + ["with " + shortened(shapes)] * bool(shapes)
+        raise ValueError(f"{path}: does not fit the model: {'; '.join(parts)}")
+    model.load_state_dict({name: found[name] for name in wanted})
+
+
+def modern_names(state, wanted):
+    """Names of weight normalisation before torch's parametrizations: weight_g, weight_v."""
+    renamed = {name.replace("weight_g", "parametrizations.weight.original0")
+                   .replace("weight_v", "parametrizations.weight.original1"): name for name in state}
+    return {new if new in wanted else old: state[old] for new, old in renamed.items()}
+
+
+def shortened(names, most=4):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# -------------------------------------------------------------------------------------------------------------- logs
+
+
+def git_revision():
+    """The commit of this code, with + where files differ from it; "unknown" outside a checkout."""
+    try:
+        here = Path(__file__).resolve().parent
+        described = subprocess.run(["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+                                   capture_output=True, text=True, timeout=10)
+        return described.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def versions():
+    """Versions of what a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "numpy", "h5py", "hdf5plugin", "nibabel", "monai"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class Silent:
+    """Takes any call and does nothing: the logger and the progress bar of the ranks that don't speak."""
+
+    def __getattr__(self, _):
+        return lambda *args, **kwargs: None
+
+
+def append_json(path, record):
+    """One more line of JSON at the end of a file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def radiological(plane):
+    """(rows, columns) picture of a plane whose axes grow to the right and up: the patient's right is on the left.
+
+    plane: (a, b) with a towards the patient's right (a coronal or axial plane), b towards anterior or superior.
+    """
+    return np.asarray(plane)[::-1, ::-1].T
+
+
+def montage(rows, labels=None, tile=96, gap=2):
+    """uint8 (height, width) picture: rows of grey tiles in [0, 1], each row under its label.
+
+    The largest tile is magnified to at least `tile` pixels, all by the same whole factor.
+    """
+    from PIL import Image, ImageDraw
+    zoom = max(1, round(tile / max(max(image.shape) for row in rows for image in row)))
+    strip = 14 if labels else 0  # height of a label
+    width = max(sum(image.shape[1] * zoom + gap for image in row) for row in rows)
+    heights = [max(image.shape[0] for image in row) * zoom + gap + strip for row in rows]
+    canvas = Image.new("L", (width, sum(heights)), 40)
+    draw, top = ImageDraw.Draw(canvas), 0
+    for row, label, height in zip(rows, labels or [""] * len(rows), heights):
+        draw.text((4, top + 1), label, fill=255)
+        left = 0
+        for image in row:
+            pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1)
+            canvas.paste(Image.fromarray(pixels), (left, top + strip))
+            left += pixels.shape[1] + gap
+        top += height
+    return np.asarray(canvas)

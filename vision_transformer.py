@@ -1,0 +1,338 @@
+"""3D vision transformer and DINO head.
+
+Volumes follow one axis convention everywhere: tensors are (B, C, X, Y, Z) in RAS, and whatever is given
+per axis (sizes, patches, grids) is in that order, in voxels. Tokens run over the patch grid with x slowest
+and z fastest, the class token first.
+
+Sources:
+    Dosovitskiy et al. 2021, An Image is Worth 16x16 Words, https://arxiv.org/abs/2010.11929
+    Caron et al. 2021, Emerging Properties in Self-Supervised Vision Transformers, https://arxiv.org/abs/2104.14294
+    Huang et al. 2016, Deep Networks with Stochastic Depth, https://arxiv.org/abs/1603.09382
+    Salimans and Kingma 2016, Weight Normalization, https://arxiv.org/abs/1602.07868
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one linear or normalisation layer as in DINO; for `nn.Module.apply`.
+
+    The patch projection, a convolution, keeps PyTorch's default: its spread falls with the number of voxels
+    in a patch, so tokens start on the same scale whatever the patch size (std 0.0196 for 12x12x6).
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang 2016): in training, zero a residual branch for whole samples at probability `rate`.
+
+    Kept samples are scaled by 1 / (1 - rate), which keeps the expected value. Any shape (B, ...).
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, 1)
+        return x * kept / keep  # the 0/1 mask stays exact in bf16, which 1 / keep would not
+
+
+class PatchEmbed(nn.Module):
+    """Cut a volume into patches and project each linearly: (B, C, X, Y, Z) -> (B, N, D)."""
+
+    def __init__(self, patch_size: tuple[int, int, int], in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is one matrix product. Written as such it gives (B, N, D) at
+        # once, and is spared cuDNN's 3D convolutions, slow in bf16 in some releases (pytorch issue 174051).
+        x = x.unflatten(4, (-1, self.proj.kernel_size[2]))
+        x = x.unflatten(3, (-1, self.proj.kernel_size[1]))
+        x = x.unflatten(2, (-1, self.proj.kernel_size[0]))  # (B, C, x, px, y, py, z, pz)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, N, C * px * py * pz)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Dosovitskiy 2021, appendix A)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, head_dim)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, heads, T, head_dim)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, queries, D): every token is attended to, only the first `queries` ask."""
+        q, k, v = self._queries_keys_values(x)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # (B, heads, queries, head_dim)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, D)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Attention after the softmax, (B, heads, T, T): rows are queries and sum to 1."""
+        q, k, _ = self._queries_keys_values(x)
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between, on each token by itself."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (Dosovitskiy 2021, equations 2 and 3)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, queries, D) where only the first `queries` tokens are needed further on."""
+        x = x[:, :queries] + self.drop_path(self.attn(self.norm1(x), queries))  # (B, queries, D)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """3D vision transformer with a class token and a learned position embedding (Dosovitskiy 2021, Caron 2021).
+
+    Volumes are (B, in_chans, X, Y, Z); X, Y, Z may differ from `img_size` as long as each is a multiple of the
+    patch: the position embedding is then interpolated to the grid at hand.
+
+    Args:
+        img_size: training size (X, Y, Z) in voxels, a multiple of `patch_size` on each axis.
+        patch_size: patch (x, y, z) in voxels; need not be cubic.
+        in_chans: channels of the input.
+        embed_dim: width D, a multiple of `num_heads`.
+        depth: number of blocks, at least 1.
+        num_heads: attention heads per block.
+        mlp_ratio: width of the MLP over `embed_dim`.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); it grows linearly from 0 in the first.
+
+    Raises:
+        ValueError: a size is not a multiple of the patch, `embed_dim` not one of `num_heads`, or the rate is
+            outside [0, 1); from every method that takes a volume, if its rank, channels or size don't fit.
+    """
+
+    def __init__(
+        self,
+        img_size: Sequence[int] = (96, 96, 48),
+        patch_size: Sequence[int] = (12, 12, 6),
+        in_chans: int = 1,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be at least 0 and below 1")
+        self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
+        self.in_chans, self.embed_dim, self.num_heads = in_chans, embed_dim, num_heads
+        self.grid_size = self._grid(self.img_size)
+        num_patches = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
+
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, embed_dim))  # the class token's comes first
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_weights)
+
+    def _grid(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Patches per axis of a volume of `size` voxels; ValueError if it isn't a positive multiple of the patch."""
+        if not len(size) == len(self.patch_size) == 3:
+            raise ValueError(f"size {tuple(size)} and patch_size {self.patch_size} must have three axes (X, Y, Z)")
+        if any(s < p or s % p for s, p in zip(size, self.patch_size)):
+            raise ValueError(f"size {tuple(size)} is not a multiple of patch_size {self.patch_size} on each axis")
+        return tuple(s // p for s, p in zip(size, self.patch_size))
+
+    def interpolate_pos_embed(self, grid: tuple[int, ...]) -> Tensor:
+        """Position embedding (1, 1 + N, D) for a patch grid (x, y, z): the parameter itself at the training grid.
+
+        Grids are compared, not their numbers of tokens: (4, 2, 1) holds as many as (2, 4, 1).
+        """
+        if grid == self.grid_size:
+            return self.pos_embed
+        dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)
+        patches = self.pos_embed[:, 1:].to(dtype).transpose(1, 2).unflatten(2, self.grid_size)  # (1, D, x, y, z)
+        patches = F.interpolate(patches, size=grid, mode="trilinear", align_corners=False)
+        patches = patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)  # (1, N, D)
+        return torch.cat((self.pos_embed[:, :1], patches), dim=1)  # (1, 1 + N, D)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Tokens that enter the first block, (B, 1 + N, D), and their patch grid (x, y, z)."""
+        if x.ndim != 5 or x.shape[1] != self.in_chans:
+            raise ValueError(f"expected a volume of shape (B, {self.in_chans}, X, Y, Z), found {tuple(x.shape)}")
+        grid = self._grid(x.shape[2:])
+        x = self.patch_embed(x)  # (B, N, D)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, 1 + N, D)
+        return x + self.interpolate_pos_embed(grid), grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class embedding after the final norm: (B, C, X, Y, Z) -> (B, D).
+
+        Equals `forward_tokens(x)[:, 0]`, but spares the last block the patch tokens that nothing would read.
+        """
+        x, _ = self._embed(x)
+        for block in self.blocks[:-1]:
+            x = block(x)  # (B, 1 + N, D)
+        x = self.blocks[-1](x, queries=1)  # (B, 1, D)
+        return self.norm(x[:, 0])
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D)."""
+        x, _ = self._embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """Feature maps of the last `n` blocks, oldest first, each after the final norm: n x (B, D, x, y, z).
+
+        Entry [..., i, j, k] is the patch that starts at voxel (i, j, k) * patch_size. ValueError unless
+        1 <= n <= depth.
+        """
+        if not 1 <= n <= len(self.blocks):
+            raise ValueError(f"n is {n}; the model has {len(self.blocks)} blocks to take feature maps from")
+        x, grid = self._embed(x)
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                maps.append(self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
+        return maps
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """Attention weights of the last block: (B, C, X, Y, Z) -> (B, heads, 1 + N, 1 + N), rows summing to 1."""
+        x, _ = self._embed(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+
+
+# Each is called as vit_small(img_size=(96, 96, 48), patch_size=(12, 12, 6), in_chans=1, drop_path_rate=0.).
+vit_tiny = partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3)
+vit_small = partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6)
+vit_base = partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12)
+vit_large = partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16)
+vit_huge = partial(VisionTransformer, embed_dim=1280, depth=32, num_heads=16)
+
+ARCHITECTURES = {
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_large": vit_large,
+    "vit_huge": vit_huge,
+}
+
+
+class DINOHead(nn.Module):
+    """Projection head of DINO (Caron 2021, section 3.1 and appendix C): (B, in_dim) -> logits (B, out_dim).
+
+    An MLP down to a bottleneck, L2 normalisation, and one weight-normalised linear layer without bias
+    (Salimans 2016), whose rows are the prototypes. With their gains at 1 a logit is a cosine, in [-1, 1].
+
+    Args:
+        in_dim: width of the backbone's embedding.
+        out_dim: number of prototypes.
+        use_bn: batch normalisation after each hidden layer of the MLP.
+        norm_last_layer: keep the prototypes' gains frozen at 1: steadier in training, a little below in accuracy
+            where training is stable anyway.
+        num_layers: linear layers in the MLP, at least 1 (ValueError otherwise).
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: width after the MLP.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        num_layers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers}; the head needs at least 1")
+        layers, width = [], in_dim
+        for _ in range(num_layers - 1):
+            layers.append(nn.Linear(width, hidden_dim))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+            width = hidden_dim
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, bottleneck_dim))
+        self.apply(init_weights)
+        # After apply: the prototypes have no bias and keep the default spread, of which only the direction counts.
+        self.last_layer = weight_norm(nn.Linear(bottleneck_dim, out_dim, bias=False))
+        gain = self.last_layer.parametrizations.weight.original0  # (out_dim, 1); original1 holds the directions
+        nn.init.ones_(gain)
+        gain.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)  # (B, bottleneck_dim)
+        x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)  # 1e-12 is 0 in fp16
+        return self.last_layer(x)  # (B, out_dim)
+
+
+class MultiCropWrapper(nn.Module):
+    """Backbone and head over views of several sizes, all in one `forward` so that DDP sees every gradient."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: Sequence[Tensor], return_embeddings: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of all views, in their order; with `return_embeddings` the backbone's embeddings too.
+
+        Args:
+            views: tensors (B_i, C, X_i, Y_i, Z_i), each one pass of the backbone: put views of equal size together.
+            return_embeddings: return (logits, embeddings) instead of the logits.
+
+        Returns:
+            logits (sum of B_i, out_dim); embeddings (sum of B_i, D).
+        """
+        embeddings = torch.cat([self.backbone(view) for view in views])  # (sum of B_i, D)
+        logits = self.head(embeddings)  # (sum of B_i, out_dim)
+        return (logits, embeddings) if return_embeddings else logits
