@@ -101,7 +101,8 @@ class Policy:
         of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
         """
         bend, size = rng.rand() < self.prob, rng.uniform(0, self.elastic)
-        moves = rng.uniform(-1, 1, (*lattice, 3)) if self.bent else np.zeros((*lattice, 3))
+        moves_rng = np.random.RandomState(rng.randint(2 ** 31))  # its own: how many it draws depends on the lattice
+        moves = moves_rng.uniform(-1, 1, (*lattice, 3)) if self.bent else np.zeros((*lattice, 3))
         return moves * (size if bend else 0)
 
     def draw_sigma(self, rng):
@@ -237,7 +238,8 @@ def histogram_shift(views, curve):
     views_shape, knots = views.shape, curve.shape[1]
     views, curve = views.flatten(1), curve.to(views.dtype)
     low, high = views.aminmax(dim=1, keepdim=True)
-    t = (views - low) * ((knots - 1) / (high - low).clamp_min(torch.finfo(views.dtype).tiny))
+    tiny = knots * torch.finfo(views.dtype).tiny  # knots times: a view of one value would give 0 * inf
+    t = (views - low) * ((knots - 1) / (high - low).clamp_min(tiny))
     # The knots are equally spaced: the curve is a sum of ramps, one from each knot on, without search or gather
     slopes = curve.diff(dim=1)
     bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)

@@ -178,7 +178,8 @@ def write_volume(path, volume, affine, compression="blosc"):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     voxels = np.ascontiguousarray(volume.T)  # (z, y, x)
     try:
-        with h5py.File(part, "w") as file:
+        # In memory first: on a full disk the HDF5 library itself crashes the process, plain writing raises OSError
+        with h5py.File(part, "w", driver="core", backing_store=False) as file:
             file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
             image = file.create_group("ITKImage/0")
             image["Dimension"] = np.array(volume.shape, np.uint64)
@@ -187,6 +188,8 @@ def write_volume(path, volume, affine, compression="blosc"):
             image.create_group("MetaData")
             image.create_dataset("VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape),
                                  **FILTERS[compression]())
+            file.flush()
+            part.write_bytes(file.id.get_file_image())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

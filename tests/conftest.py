@@ -19,3 +19,26 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory):
+    """Folder in the pre-training layout with eight volumes of 80 x 72 x 40 voxels: real CT, or a phantom without it."""
+    import nibabel
+    import numpy as np
+
+    from data import write_volume
+    folder = tmp_path_factory.mktemp("volumes")
+    scan = ROOT.parent / "shared" / "data" / "ct" / "lungdx_a0001.nii.gz"
+    if scan.is_file():
+        image = nibabel.as_closest_canonical(nibabel.load(scan))
+        volume, affine = np.asarray(image.dataobj).astype(np.int16), image.affine
+    else:
+        from prepare_data import chest_phantom
+        volume, affine = chest_phantom(0, shape=(320, 256, 64))
+    for i in range(8):
+        x, y = 40 + 90 * (i % 3), 20 + 60 * (i // 3)
+        corner = affine @ [x, y, 12, 1]
+        moved = np.column_stack([affine[:, :3], corner])
+        write_volume(folder / f"patient{i}" / "t0" / "scan.hdf5", volume[x:x + 80, y:y + 72, 12:52], moved)
+    return folder

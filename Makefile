@@ -1,0 +1,49 @@
+# Everything runs in a virtual environment that the targets make and fill themselves.
+PYTHON ?= python3
+VENV ?= .venv
+
+# A pre-training run that ends within minutes on a CPU. It shows that training runs, not that it helps.
+DEMO_FLAGS ?= --input_size 48 48 24 --local_crops_scale 0.5 --out_dim 1024 --batch_size_per_gpu 32 \
+	--patches_per_volume 160 --epochs 16 --lr 0.004 --warmup_epochs 2
+
+PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
+RUNTIME = $(VENV)/.runtime-installed
+TEST = $(VENV)/.test-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test clean-demo
+
+help:
+	@echo "make demo        install, fetch two lung CTs and pre-train a small model on them into demo/pretrain"
+	@echo "make test        install and run the tests"
+	@echo "make clean-demo  delete demo/"
+	@echo "PYTHON=python3.12 chooses the interpreter, VENV=.venv the virtual environment, DEMO_FLAGS=... the demo's run"
+
+demo: $(RUNTIME)
+	"$(VENV)/bin/python" prepare_data.py demo --output demo/data
+	"$(VENV)/bin/torchrun" --standalone --nproc_per_node=1 main_dino.py --arch vit_tiny \
+		--data_dir demo/data/pretrain --output_dir demo/pretrain $(DEMO_FLAGS)
+
+test: $(TEST)
+	"$(VENV)/bin/python" -m pytest tests
+
+clean-demo:
+	rm -rf demo
+
+$(RUNTIME): requirements.txt $(VENV)/.created
+	@echo "installing requirements.txt into $(VENV) (minutes and gigabytes the first time)"
+	@$(PIP_INSTALL) -r requirements.txt
+	@touch "$@"
+
+$(TEST): requirements-test.txt $(RUNTIME)
+	@echo "installing requirements-test.txt into $(VENV)"
+	@$(PIP_INSTALL) -r requirements-test.txt
+	@touch "$@"
+
+# The stamp, not the interpreter, says that the environment is whole: venv puts pip in last.
+$(VENV)/.created:
+	@command -v "$(PYTHON)" > /dev/null || { echo "error: no $(PYTHON) found: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: $(PYTHON) is older than Python 3.11: name a newer one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c "import ensurepip, venv" 2> /dev/null || { echo "error: $(PYTHON) lacks the modules venv and ensurepip (Debian and Ubuntu: install python3-venv), or name another with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@touch "$@"

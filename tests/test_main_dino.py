@@ -1,0 +1,456 @@
+"""The pre-training script: its arithmetic against formulas, and the script itself from its command line."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import main_dino
+import utils
+from data import write_volume
+from monitor import collapse_warning, effective_rank, forget_after, read_log
+
+TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--local_crops_scale", "0.5", "--local_crops_number", "2",
+        "--out_dim", "64", "--num_workers", "0", "--log_every", "2", "--warmup_epochs", "1", "--saveckp_freq", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def run_main(capsys, *flags):
+    """(exit code, standard output, lines of standard error) of the script, called in this process."""
+    code = 0
+    try:
+        utils.run_script(lambda: main_dino.main([*TINY, *map(str, flags)]))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.replace("\r", "\n").splitlines()
+              if line.strip() and "step/s" not in line and "s/step" not in line]  # without the progress bar
+    return code, captured.out, errors
+
+
+def command(*flags, processes=0, script=ROOT / "main_dino.py", environment=None):
+    """Run a script as users do, under torchrun with some processes or, with 0, by itself."""
+    start = [*TORCHRUN, f"--nproc_per_node={processes}", str(script)] if processes else [sys.executable, str(script)]
+    return subprocess.run([*start, *TINY, *map(str, flags)], capture_output=True, text=True, timeout=300, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}))
+
+
+def checkpoint(folder, name="checkpoint.pth"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def same(first, second, tolerance=0.0):
+    """Largest difference between two state dicts is at most `tolerance`."""
+    assert first.keys() == second.keys()
+    worst = max((first[name] - second[name]).abs().max().item() for name in first)
+    return worst <= tolerance, worst
+
+
+# -------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_loss_is_the_papers_formula():
+    """Against equations 1 to 4 of Caron et al. 2021 written out in float64."""
+    torch.manual_seed(0)
+    batch, views, out_dim, temp = 3, 5, 16, 0.05
+    student, teacher = torch.randn(views * batch, out_dim).double(), torch.randn(2 * batch, out_dim).double()
+    loss = main_dino.DINOLoss(out_dim, 0.9, lambda mean: mean).double()
+    loss.center.normal_()
+    value, entropy, winners = loss(student, teacher, temp)
+    q = ((teacher - loss.center) / temp).softmax(-1).view(2, batch, out_dim)
+    p = (student / 0.1).softmax(-1).view(views, batch, out_dim)
+    terms = [-(q[t] * p[v].log()).sum(-1).mean() for t in range(2) for v in range(views) if v != t]
+    assert len(terms) == 2 * (views - 1)
+    torch.testing.assert_close(value, sum(terms) / len(terms))
+    torch.testing.assert_close(entropy, -(q * q.log()).sum(-1).mean())
+    assert (winners == q.reshape(-1, out_dim).argmax(-1)).all()
+
+
+def test_loss_without_local_views():
+    loss = main_dino.DINOLoss(8, 0.9, lambda mean: mean)
+    teacher, student = torch.randn(4, 8), torch.randn(4, 8)
+    value, _, _ = loss(student, teacher, 0.04)
+    q, log_p = (teacher / 0.04).softmax(-1), (student / 0.1).log_softmax(-1)
+    expected = -((q[:2] * log_p[2:]).sum(-1).mean() + (q[2:] * log_p[:2]).sum(-1).mean()) / 2
+    torch.testing.assert_close(value, expected)
+
+
+def test_centre_is_a_running_mean():
+    loss = main_dino.DINOLoss(4, 0.9, lambda mean: mean)
+    logits = torch.randn(6, 4)
+    loss.update_center(logits)
+    torch.testing.assert_close(loss.center, 0.1 * logits.mean(0, keepdim=True))
+    loss.update_center(logits)
+    torch.testing.assert_close(loss.center, 0.19 * logits.mean(0, keepdim=True))
+
+
+def test_teacher_is_a_moving_average():
+    student, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = 0.9 * teacher.weight.detach() + 0.1 * student.weight.detach()
+    main_dino.update_teacher(student, teacher, 0.9)
+    torch.testing.assert_close(teacher.weight.detach(), expected)
+
+
+def test_gradients_are_clipped_tensor_by_tensor():
+    model = torch.nn.Linear(3, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 10.0), torch.full((2,), 0.1)
+    norm = main_dino.clip_gradients(model, 3.0)
+    torch.testing.assert_close(norm, torch.tensor(math.sqrt(600 + 0.02)))
+    torch.testing.assert_close(torch.linalg.vector_norm(model.weight.grad), torch.tensor(3.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(model.bias.grad, torch.full((2,), 0.1))
+    main_dino.clip_gradients(model, 0)
+    torch.testing.assert_close(torch.linalg.vector_norm(model.weight.grad), torch.tensor(3.0), rtol=1e-5, atol=0)
+
+
+def test_effective_rank():
+    assert effective_rank(torch.eye(8)[:, :4].repeat(4, 1) * 3).item() == pytest.approx(4, rel=0.2)
+    assert effective_rank(torch.randn(64, 1) @ torch.randn(1, 16)).item() == pytest.approx(1, rel=1e-3)
+
+
+def test_warnings_follow_the_measured_limits():
+    top = math.log(1024)
+    assert collapse_warning(0.8 * top, 0.4, 12, 1024, 640) is None
+    assert "uniform" in collapse_warning(0.98 * top, 0.02, 12, 1024, 640)
+    assert collapse_warning(0.98 * top, 0.2, 12, 1024, 640) is None
+    assert "collapsed" in collapse_warning(0.05 * top, 0.2, 12, 1024, 640)
+    assert "collapsed" in collapse_warning(0.8 * top, 0.2, 2, 1024, 640)
+    assert collapse_warning(0.8 * top, 0.2, 2, 1024, 4) is None  # four views can't fill many prototypes
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_ranks_and_workers_give_the_same_run(volumes, tmp_path):
+    """Two gloo ranks with b and one process with 2 b: same samples, losses to 1e-5 (fp32), weights to 1e-9 (float64)."""
+    flags = ["--data_dir", volumes, "--epochs", 4, "--drop_path_rate", 0, "--lr", 0.2, "--use_elastic", "--use_gaussian",
+             "--use_histogram", "--log_every", 1, "--freeze_last_layer", 1]  # lr 0.2 x 4 / 256 = 0.003
+    for precision, script in (("fp32", ROOT / "main_dino.py"), ("float64", ROOT / "tests" / "run_float64.py")):
+        for processes, batch, workers in ((2, 2, 1), (0, 4, 0)):
+            done = command(*flags, "--batch_size_per_gpu", batch, "--output_dir", tmp_path / f"{precision}{processes}",
+                           "--num_workers", workers, processes=processes, script=script)
+            assert done.returncode == 0, done.stderr
+        logs = [read_log(tmp_path / f"{precision}{n}" / "log.txt") for n in (0, 2)]
+        assert len(logs[0]) == 4 and logs[0][-1]["step"] == 8
+        for one, two in zip(*logs):
+            assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    one, two = (checkpoint(tmp_path / f"float64{n}") for n in (0, 2))
+    assert one["student"]["backbone.cls_token"].dtype == torch.float64
+    for part in ("student", "teacher", "dino_loss"):
+        close, worst = same(one[part], two[part], 1e-9)
+        assert close, f"{part}: {worst}"
+    start = main_dino.build_model("vit_tiny", (24, 24, 12), (12, 12, 6), 64, False, 0.0, True).state_dict()
+    assert not same(start, one["student"], 1e-4)[0]  # eight steps did move the weights
+
+
+def test_loader_workers_do_not_change_the_run(volumes, tmp_path, capsys):
+    states = []
+    for workers in (0, 1, 2):
+        out = tmp_path / str(workers)
+        code, _, errors = run_main(capsys, "--data_dir", volumes, "--output_dir", out, "--epochs", 2,
+                                   "--batch_size_per_gpu", 4, "--num_workers", workers)
+        assert code == 0 and not errors, errors
+        states.append(checkpoint(out))
+    for other in states[1:]:
+        assert same(states[0]["student"], other["student"])[0] and same(states[0]["teacher"], other["teacher"])[0]
+
+
+def test_a_run_goes_on_where_it_stopped(volumes, tmp_path, capsys):
+    """Stopped inside an epoch, and after one: the weights of the undisturbed run to the last bit, stochastic depth on."""
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 2, "--drop_path_rate", 0.3, "--epochs", 3]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert run_main(capsys, *flags, "--output_dir", straight)[0] == 0
+    for stop in (3, 4, 9):
+        code, out, _ = run_main(capsys, *flags, "--output_dir", broken, "--max_steps", stop)
+        assert code == 0 and checkpoint(broken)["step"] == stop
+    code, out, _ = run_main(capsys, *flags, "--output_dir", broken)
+    assert code == 0 and "going on after step 9, epoch 2" in out
+    one, two = checkpoint(straight), checkpoint(broken)
+    assert (one["epoch"], one["step"], one["samples"]) == (two["epoch"], two["step"], two["samples"]) == (3, 12, 24)
+    for part in ("student", "teacher", "dino_loss"):
+        assert same(one[part], two[part])[0]
+    before = (broken / "checkpoint.pth").stat().st_mtime_ns
+    code, out, _ = run_main(capsys, *flags, "--output_dir", broken)
+    assert code == 0 and "nothing to do" in out and (broken / "checkpoint.pth").stat().st_mtime_ns == before
+    code, out, _ = run_main(capsys, *flags, "--output_dir", broken, "--epochs", 4)
+    assert code == 0 and checkpoint(broken)["epoch"] == 4
+
+
+def test_what_a_run_leaves(volumes, tmp_path, capsys):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    code, out, _ = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--epochs", 4,
+                            "--batch_size_per_gpu", 4, "--saveckp_freq", 2)
+    assert code == 0
+    state = checkpoint(tmp_path)
+    assert {"student", "teacher", "optimizer", "dino_loss", "epoch", "step", "config"} <= state.keys()
+    assert (state["epoch"], state["step"]) == (4, 8) and state["config"]["arch"] == "vit_tiny"
+    assert state["config"]["input_size"] == [24, 24, 12] and state["config"]["patch_size"] == [12, 12, 6]
+    assert {name.split(".")[0] for name in state["student"]} == {name.split(".")[0] for name in state["teacher"]} == {
+        "backbone", "head"}
+    assert (tmp_path / "checkpoint0002.pth").is_file() and checkpoint(tmp_path, "checkpoint0002.pth")["epoch"] == 2
+    records = read_log(tmp_path / "log.txt")
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["kl"] + record["teacher_entropy"], abs=1e-4)
+        assert 0 < record["teacher_entropy_share"] < 1 and 1 <= record["winning_prototypes"] <= 16
+        assert record["air_views"] <= 1 and record["bad_files"] == 0 and 0 <= record["waiting_for_data"] <= 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["world_size"] == 1 and config["versions"]["torch"] and config["git_revision"]
+    for name in ("views.png", "augmentations.png"):
+        assert np.asarray(Image.open(tmp_path / name)).std() > 10
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"dino/teacher_entropy", "dino/kl", "dino/winning_prototypes", "dino/effective_rank", "dino/center_norm",
+            "dino/grad_norm", "dino/air_views", "schedule/lr", "speed/waiting_for_data"} <= set(events.Tags()["scalars"])
+    assert set(events.Tags()["images"]) == {"views", "augmentations"}
+    rates = [event.value for event in events.Scalars("schedule/lr")]  # entries at steps 2, 4, 6, 8: values of step - 1
+    peak = 0.0005 * 4 / 256
+    assert rates[0] == pytest.approx(peak / 2) and rates[1] == pytest.approx(
+        utils.cosine_schedule(12, peak, 1e-6, 32, 8))
+    for text in ("KL divergence", "prototypes win", "checkpoint.pth", "log.txt", "tensorboard --logdir"):
+        assert text in out
+
+
+def test_last_layer_is_frozen_for_the_first_epochs(volumes, tmp_path, capsys):
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--output_dir", tmp_path, "--freeze_last_layer", 2]
+    name = "head.last_layer.parametrizations.weight.original1"
+    seen = []
+    for epochs in (1, 2, 3):
+        assert run_main(capsys, *flags, "--epochs", epochs)[0] == 0
+        seen.append(checkpoint(tmp_path)["student"][name])
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_no_weight_decay_on_biases_norms_and_positions():
+    model = main_dino.build_model("vit_tiny", (24, 24, 12), (12, 12, 6), 64, False, 0.0, False)
+    decayed, plain = utils.parameter_groups(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for p in plain["params"]:
+        assert p.ndim == 1 or names[id(p)].endswith(("pos_embed", "cls_token"))
+    assert plain["weight_decay"] == 0.0 and all(p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert not {"backbone.pos_embed", "backbone.cls_token"} & {names[id(p)] for p in decayed["params"]}
+
+
+@pytest.mark.parametrize("off", ["rotation", "scale", "flip"])
+def test_every_flag_can_be_switched_off(volumes, tmp_path, capsys, off):
+    code, out, _ = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 8,
+                            "--max_steps", 1, f"--use_{off}", "off")
+    assert code == 0 and off not in out.splitlines()[1]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--use_rotation", "0", "--use_scale", "false", "--use_flip", "no", "--local_crops_number", "0"],
+    ["--spacing", "1.5", "1.5", "4"], ["--optimizer", "lars"], ["--optimizer", "sgd"], ["--precision", "bf16"],
+    ["--use_bn_in_head", "true", "--norm_last_layer", "false", "--clip_grad", "0"], ["--patches_per_volume", "5"],
+    ["--warmup_epochs", "500", "--warmup_teacher_temp_epochs", "7"],
+], ids=lambda flags: flags[0])
+def test_other_settings_run(volumes, tmp_path, capsys, flags):
+    code, _, errors = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 4,
+                               "--max_steps", 2, *flags)
+    assert code == 0 and not errors, errors
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path)["student"].values())
+
+
+def test_older_flags_are_accepted(volumes, tmp_path, capsys):
+    code, out, _ = run_main(capsys, "--data_path", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 8,
+                            "--max_steps", 1, "--use_fp16", "true", "--dist_url", "env://", "--local_rank", "0")
+    assert code == 0
+    assert all(sum(flag in line for line in out.splitlines()) == 1 for flag in ("dist_url", "local_rank", "use_fp16"))
+
+
+def test_one_unreadable_file_is_replaced(volumes, tmp_path, capsys):
+    import shutil
+    data = tmp_path / "data"
+    shutil.copytree(volumes, data)
+    bad = data / "patient3" / "t0" / "scan.hdf5"
+    bad.write_bytes(bad.read_bytes()[:3000])
+    flags = ["--data_dir", data, "--output_dir", tmp_path / "out", "--batch_size_per_gpu", 4, "--epochs", 2]
+    code, _, errors = run_main(capsys, *flags)
+    assert code == 0 and len(errors) == 1 and str(bad) in errors[0] and "takes its place" in errors[0]
+    assert read_log(tmp_path / "out" / "log.txt")[-1]["bad_files"] == 1
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "strict", "--strict_data")
+    assert code == 1 and len(errors) == 1 and str(bad) in errors[0]
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_volume(folder, kind):
+    """Four files of one kind of bad input."""
+    import SimpleITK as sitk
+    rng = np.random.default_rng(0)
+    good = rng.integers(-1000, 500, (40, 40, 30)).astype(np.int16)
+    for i in range(4):
+        path = folder / f"patient{i}" / "t0" / "scan.hdf5"
+        path.parent.mkdir(parents=True)
+        if kind == "truncated":
+            write_volume(path, good, np.eye(4))
+            path.write_bytes(path.read_bytes()[:5000])
+        elif kind == "no group":
+            with h5py.File(path, "w") as file:
+                file["something"] = good
+        elif kind == "nan":
+            volume = good.astype(np.float32)
+            volume[20] = np.nan
+            sitk.WriteImage(sitk.GetImageFromArray(volume), str(path))
+        elif kind == "constant":
+            write_volume(path, np.full_like(good, 7), np.eye(4))
+        elif kind == "2D":
+            sitk.WriteImage(sitk.GetImageFromArray(good[0]), str(path))
+        elif kind == "4D":
+            sitk.WriteImage(sitk.GetImageFromArray(np.stack([good, good], -1), isVector=True), str(path))
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("truncated", "can't be read"), ("no group", "no ITKImage/0"), ("nan", "NaN"), ("constant", "same value"),
+    ("2D", "2D image"), ("4D", "expected a 3D"),
+])
+def test_all_files_bad(tmp_path, capsys, kind, says):
+    bad_volume(tmp_path / "data", kind)
+    code, _, errors = run_main(capsys, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out",
+                               "--batch_size_per_gpu", 2)
+    assert code == 1 and len(errors) == 1 and says in errors[0] and "scan.hdf5" in errors[0], errors
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--input_size", "25", "24", "12"], "--input_size"), (["--local_crops_scale", "0.3"], "--local_crops_scale"),
+    (["--clip_range", "1000", "-1000"], "--clip_range"), (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu"),
+    (["--arch", "vit_enormous"], "vit_enormous"), (["--arch", "resnet50"], "ResNets are not available yet"),
+    (["--lr", "nan"], "--lr"), (["--epochs", "ten"], "--epochs"), (["--use_flip", "perhaps"], "--use_flip"),
+    (["--drop_path_rate", "1"], "--drop_path_rate"), (["--spacing", "1", "0", "1"], "--spacing"), (["--no_such"], "--no_such"),
+    (["--patch_size", "0", "1", "1"], "--patch_size"), (["--seed", "-1"], "--seed"),
+])
+def test_flags_wrong_by_themselves(tmp_path, capsys, flags, says):
+    code, _, errors = run_main(capsys, "--data_dir", tmp_path, "--output_dir", tmp_path / "out", *flags)
+    assert code == 2 and len(errors) == 1 and says in errors[0], errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_dir_is_needed(capsys):
+    code, _, errors = run_main(capsys)
+    assert code == 2 and len(errors) == 1 and "--data_dir" in errors[0]
+
+
+def test_folders_and_sizes(volumes, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    out = ["--output_dir", tmp_path / "out"]
+    for flags, says in (
+        (["--data_dir", tmp_path / "nowhere", *out], "nowhere: no such folder"),
+        (["--data_dir", tmp_path / "empty", *out], "no volume found"),
+        (["--data_dir", tmp_path / "file", *out], "is a file"),
+        (["--data_dir", volumes, "--output_dir", tmp_path / "file"], "--output_dir"),
+        (["--data_dir", volumes, "--output_dir", tmp_path / "file" / "below"], "--output_dir"),
+        (["--data_dir", volumes, *out, "--batch_size_per_gpu", 9], "less than one batch"),
+        (["--data_list", tmp_path / "no list", *out], "--data_list"),
+        (["--data_dir", volumes, *out, "--pretrained_weights", tmp_path / "no.pth"], "no.pth"),
+        (["--data_dir", volumes, *out, "--precision", "fp16"], "--precision fp16"),
+    ):
+        code, _, errors = run_main(capsys, *flags)
+        assert code == 1 and len(errors) == 1 and says in errors[0], errors
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_checkpoints_that_do_not_fit(volumes, tmp_path, capsys):
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1]
+    assert run_main(capsys, *flags, "--output_dir", tmp_path / "out")[0] == 0
+    path = tmp_path / "out" / "checkpoint.pth"
+    whole = path.read_bytes()
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "out", "--arch", "vit_small")
+    assert code == 1 and len(errors) == 1 and "--arch vit_tiny" in errors[0] and path.read_bytes() == whole
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "new", "--pretrained_weights", path, "--arch",
+                               "vit_small")
+    assert code == 1 and len(errors) == 1 and "cls_token (1, 1, 192) instead of (1, 1, 384)" in errors[0]
+    path.write_bytes(whole[:len(whole) // 2])
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert code == 1 and len(errors) == 1 and "can't be read as a checkpoint" in errors[0]
+    assert path.read_bytes() == whole[:len(whole) // 2]
+
+
+def test_going_on_from_existing_weights(volumes, tmp_path, capsys):
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1, "--lr", 0]
+    assert run_main(capsys, *flags, "--output_dir", tmp_path / "a", "--seed", 1)[0] == 0
+    weights = ["--pretrained_weights", tmp_path / "a" / "checkpoint.pth"]
+    code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "b", *weights)
+    assert code == 0 and f"starting from {tmp_path}" in out
+    assert same(checkpoint(tmp_path / "a")["teacher"], checkpoint(tmp_path / "b")["student"])[0]
+    code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "c", *weights, "--out_dim", 128)
+    assert code == 0 and "head is new" in out
+
+
+def test_nan_stops_the_run_in_one_line(volumes, tmp_path, capsys, monkeypatch):
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--output_dir", tmp_path]
+    assert run_main(capsys, *flags, "--epochs", 1)[0] == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    monkeypatch.setattr(main_dino, "clip_gradients", lambda model, largest: torch.tensor(float("nan")))
+    code, _, errors = run_main(capsys, *flags, "--epochs", 2)
+    assert code == 1 and len(errors) == 1 and "diverged" in errors[0]
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(volumes, tmp_path, capsys, monkeypatch):
+    import checkpoint as module
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--output_dir", tmp_path]
+    assert run_main(capsys, *flags, "--epochs", 1)[0] == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(module.os, "fsync", full)
+    code, _, errors = run_main(capsys, *flags, "--epochs", 2)
+    assert code == 1 and len(errors) == 1 and "No space left" in errors[0]
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+
+def test_log_forgets_what_no_checkpoint_has(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "lo')
+    assert [record["step"] for record in read_log(path)] == [2, 4, 6]
+    forget_after(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_errors_under_torchrun(volumes, tmp_path):
+    """Both ranks end with exit code 1 or 2; the reason is told once, the other rank's line is short."""
+    done = command("--data_dir", tmp_path / "nowhere", "--output_dir", tmp_path / "out", processes=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1 and sum("no such folder" in line for line in lines) == 1 and len(lines) <= 2
+    assert "Traceback" not in done.stderr.split("torch.distributed")[0]
+
+
+def test_plain_python_and_one_line_errors(tmp_path):
+    done = command("--data_dir", tmp_path, "--arch", "resnet50")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    done = command("--data_dir", tmp_path / "nowhere", "--output_dir", tmp_path / "out")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_srun_environment(volumes, tmp_path):
+    """Two tasks that find each other by what srun sets."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4711", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+             "SLURM_NTASKS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    tasks = [subprocess.Popen(
+        [sys.executable, str(ROOT / "main_dino.py"), *TINY, "--data_dir", str(volumes), "--output_dir", str(tmp_path),
+         "--batch_size_per_gpu", "2", "--max_steps", "2"], env=os.environ | slurm | {
+            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)]
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert json.loads((tmp_path / "config.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_gpu_run(volumes, tmp_path, capsys, precision):
+    code, out, errors = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 4,
+                                 "--epochs", 3, "--precision", precision, "--use_elastic", "--use_gaussian",
+                                 "--use_histogram", "--num_workers", 2)
+    assert code == 0 and not errors
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path)["teacher"].values())
