@@ -126,7 +126,8 @@ def _open_hdf5(path, closing):
         raise DataError(path, f"has no ITKImage/0/{missing[0]}: not an ITK HDF5 image")
     voxels, spacing, origin, directions = (image[name] for name in names)
     if voxels.ndim != 3 or spacing.shape != (3,) or origin.shape != (3,) or directions.shape != (3, 3):
-        raise DataError(path, f"is a {len(spacing)}D image with voxels of shape {voxels.shape}, expected a 3D volume")
+        raise DataError(path, f"has {spacing.size} spacings and voxels of shape {voxels.shape} (z, y, x), expected a 3D "
+                              "volume with one value per voxel")
     affine = np.eye(4)
     affine[:3, :3] = directions[()].T * spacing[()]  # the rows of Directions are the axis vectors
     affine[:3, 3] = origin[()]
@@ -345,9 +346,10 @@ def place_patch(rng, shape, core, size):
     less than half of the room to choose from. A volume smaller than the core sits in its middle.
     """
     room = shape - core
-    inset = np.minimum((size - core) // 2, room // 4)
-    low, high = np.where(room > 0, inset, room // 2), np.where(room > 0, room - inset, room // 2)
-    return rng.randint(low, high + 1) - (size - core) // 2
+    margin = (size - core) // 2  # before the core; behind it there may be one voxel more
+    low = np.where(room > 0, np.minimum(margin, room // 4), room // 2)
+    high = np.where(room > 0, room - np.minimum(size - core - margin, room // 4), room // 2)
+    return rng.randint(low, high + 1) - margin
 
 
 def block_mean(patch, factors):
@@ -360,15 +362,16 @@ def block_mean(patch, factors):
 
 
 def collate(samples):
-    """A Batch of Samples. Patches of different sizes are padded with air at their far ends, where no view looks."""
+    """A Batch of Samples. Patches of different sizes are padded at their far ends by repeating the border.
+
+    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch.
+    """
     if isinstance(samples[0], str):
         return Batch(torch.empty(0), [], [], samples[0])
     shapes = np.array([sample.patch.shape for sample in samples])
     patches = np.empty((len(samples), *shapes.max(0)), np.int16)
     for slot, sample, shape in zip(patches, samples, shapes):
-        if (shape < slot.shape).any():
-            slot.fill(AIR)
-        slot[tuple(map(slice, shape))] = sample.patch
+        slot[:] = np.pad(sample.patch, [(0, n - m) for n, m in zip(slot.shape, shape)], "edge")
     bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
     return Batch(torch.from_numpy(patches), collate_views([sample.views for sample in samples]), bad, "")
 

@@ -205,9 +205,10 @@ def main(argv=None):
     run = Run(network, student, teacher, dino_loss, optimizer, scaler, schedules, crops, tuple(args.clip_range),
               PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes)
     done = restore(run, output_dir, vars(args))
+    done.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into the rest of an epoch
     last_step = done.step + steps_left(samples_per_epoch, global_batch, args.epochs, done)
     last_step = min(last_step, args.max_steps or last_step)
-    say = print if processes.is_main else utils.Silent().print
+    say = print if processes.is_main else lambda *_: None
     for notice in notices:
         say(notice)
     if done.epoch >= args.epochs or done.step >= last_step:
@@ -228,8 +229,7 @@ def main(argv=None):
         while done.step < last_step:
             steps = min((samples_per_epoch - done.position) // global_batch, last_step - done.step)
             train_one_epoch(run, batches, steps, done, done.epoch < args.freeze_last_layer, monitor)
-            if done.position + global_batch > samples_per_epoch:
-                done.epoch, done.position = done.epoch + 1, 0
+            done.end_epoch(samples_per_epoch, global_batch)
             monitor.log_epoch(done.epoch, done.step, schedules.at(done.samples))
             if processes.is_main:
                 save(run, output_dir, vars(args), done, args.saveckp_freq)
@@ -251,6 +251,11 @@ class Done:
 
     def count_step(self, samples):
         self.position, self.step, self.samples = self.position + samples, self.step + 1, self.samples + samples
+
+    def end_epoch(self, samples_per_epoch, global_batch):
+        """Go to the next epoch if what is left of this one fills no batch."""
+        if self.position + global_batch > samples_per_epoch:
+            self.epoch, self.position = self.epoch + 1, 0
 
 
 class Run(NamedTuple):
