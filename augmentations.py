@@ -302,18 +302,23 @@ class MultiCropAugmentation:
         """Found by drawing: the smallest patch, its axes cut at one common quantile, that meets the 5 % and 1 %."""
         self.patch_size = self.core  # the draws below measure from its centre
         lattice, rng = self.lattices[0], np.random.RandomState(0)
-        at = [(np.arange(points) + 0.5) / points * n - 0.5 for n in lattice.size]
+        # Voxels, closer to each other towards the ends, where views spill first, and the share that each stands for
+        at = [np.unique(np.rint((1 - np.cos(np.linspace(0, np.pi, points))) / 2 * (n - 1))) for n in lattice.size]
+        share = [np.diff(np.concatenate([[-0.5], (a[1:] + a[:-1]) / 2, [n - 0.5]])) / n
+                 for a, n in zip(at, lattice.size)]
+        share = np.einsum("x,y,z->xyz", *share).ravel()
         wx, wy, wz = (lattice.weights(axis, at[axis]) for axis in range(3))
         controls = np.stack([self._draw_view(rng, lattice, self.core, self.spacing)[0] for _ in range(views)])
         reach = np.einsum("xi,yj,zk,nijkc->nxyzc", wx, wy, wz, controls, optimize=True)
         reach = np.abs(reach.reshape(views, -1, 3) - (np.array(self.core) - 1) / 2)  # (views, points, 3) from the centre
+        reach = reach.round(6)  # a view that ends with the core does not spill
         furthest = np.quantile(reach, 0.995, axis=1)  # (views, 3)
         low, high = 0.5, 1.0
         for _ in range(8):
             middle = (low + high) / 2
             half = np.quantile(furthest, middle, axis=0)
-            spills = (reach > half).any(2).mean(1) > 0.01
-            low, high = (low, middle) if spills.mean() < 0.04 else (middle, high)  # 4 and not 5 %: these are samples
+            spills = (reach > half).any(2) @ share > 0.01  # the ends stand for their neighbours too: too many, if anything
+            low, high = (low, middle) if spills.mean() < 0.05 else (middle, high)
         half = np.quantile(furthest, high, axis=0)
         # An even difference from the core keeps it in the middle, whole voxels from either side
         return tuple(int(c + 2 * max(0, math.ceil((2 * h + 1 - c) / 2))) for h, c in zip(half, self.core))

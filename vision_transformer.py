@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 
-def init_weights(module: nn.Module) -> None:
-    """Initialise one linear or normalisation layer as in DINO; for `nn.Module.apply`.
+# Mean grey value of thorax CT scaled from [-1000, 1000] HU to [0, 1], between air (0), lung (0.1) and tissue (0.5)
+MEAN_GREY = 0.3
 
-    The patch projection, a convolution, keeps PyTorch's default: its spread falls with the number of voxels
-    in a patch, so tokens start on the same scale whatever the patch size (std 0.0196 for 12x12x6).
-    """
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise one linear or normalisation layer as in DINO; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -57,7 +57,13 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: tuple[int, int, int], in_chans: int, embed_dim: int):
         super().__init__()
+        # PyTorch's default weights: their spread falls with the number of voxels in a patch, so that tokens start
+        # on the same scale whatever the patch size (std 0.0196 for 12x12x6)
         self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        # Grey values lie in [0, 1]. A bias that takes their mean off lets dark and bright patches start in opposite
+        # directions; without it all tokens point the same way, and DINO's teacher starts, and often stays, uniform
+        with torch.no_grad():
+            self.proj.bias.copy_(-MEAN_GREY * self.proj.weight.sum((1, 2, 3, 4)))
 
     def forward(self, x: Tensor) -> Tensor:
         # A convolution whose stride is its kernel is one matrix product. Written as such it gives (B, N, D) at

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 COMMANDS = {
     "augment": ["--repeats", "1", "--samples", "1"],
-    "read": ["--repeats", "2", "--reads", "1", "--size", "160", "140", "80"],
+    "read": ["--repeats", "2", "--reads", "1", "--size", "160", "140", "125"],
 }
 
 
@@ -58,7 +58,7 @@ def test_baseline_stands_in_the_report_as_it_ran(run):
 
 
 def test_without_json_only_the_report():
-    process = benchmark("read", "--repeats", "1", "--reads", "1", "--size", "130", "125", "65")
+    process = benchmark("read", "--repeats", "1", "--reads", "1", "--size", "130", "125", "121")
     assert process.returncode == 0, process.stderr
     assert "baseline / ours" in process.stdout and not process.stdout.splitlines()[-1].startswith("{")
 

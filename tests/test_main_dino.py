@@ -318,7 +318,7 @@ def bad_volume(folder, kind):
 
 @pytest.mark.parametrize("kind, says", [
     ("truncated", "can't be read"), ("no group", "no ITKImage/0"), ("nan", "NaN"), ("constant", "same value"),
-    ("2D", "2D image"), ("4D", "expected a 3D"),
+    ("2D", "expected a 3D"), ("4D", "expected a 3D"),
 ])
 def test_all_files_bad(tmp_path, capsys, kind, says):
     bad_volume(tmp_path / "data", kind)
