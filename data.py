@@ -202,12 +202,16 @@ def write_volume(path, volume, affine, compression="blosc"):
 def find_volumes(folder):
     """Paths of all volumes below a folder, relative to it and sorted; hidden files and folders are left out.
 
-    Links to folders are followed, each real folder once. Raises DataError for a folder that is missing or no folder.
+    Links to folders are followed, each real folder once. Raises DataError for a folder that is missing, no folder, or
+    can't be listed: going on without it would silently leave out patients.
     """
     if not os.path.isdir(folder):
         raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
+
+    def fail(error):
+        raise DataError(error.filename, f"can't be listed ({error.strerror})") from error
     found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(here)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -241,13 +245,14 @@ def list_volumes(folder, index):
     header = f"# volumes below {os.path.abspath(folder)}"
     index = Path(index)
     if index.is_file():
-        with open(index) as file:
+        with open(index, errors="replace") as file:
             if file.readline().rstrip("\n") == header:
                 return read_data_list(index, folder)
     names = find_volumes(folder)
     if names:
         part = index.with_name(index.name + ".part")
-        part.write_text("\n".join([header, *names]) + "\n")
+        lines = ["./" + name if name.startswith("#") else name for name in names]  # and no comment
+        part.write_text("\n".join([header, *lines]) + "\n")
         os.replace(part, index)
     return [os.path.join(folder, name) for name in names]
 
