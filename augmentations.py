@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
 MIN_IOU = 0.25   # of two global windows of a sample, before rotation and scale (the paper's rule)
+SPANS = 4        # spline spans along a global view that is bent: longer ones bend it further, without folds
 MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see draw_elastic)
 
 
@@ -145,9 +146,9 @@ class Lattice:
 
     @classmethod
     def for_views(cls, size, policy, reference=None):
-        """Six spans per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
+        """SPANS per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
         reference = np.asarray(reference if policy.bent and reference is not None else size, float)
-        return cls(size, reference / (6 if policy.bent else 1))
+        return cls(size, reference / (SPANS if policy.bent else 1))
 
     def control(self, matrix, centre, moves, view_spacing=1.0, patch_spacing=1.0):
         """(gx, gy, gz, 3) patch positions of the control points.
@@ -282,7 +283,7 @@ class MultiCropAugmentation:
         rngs = (keyed_rng(seed, epoch, sample, view) for view in itertools.count())
         groups = []
         for lattice, number in zip(self.lattices, (2, self.local_number)):
-            views = [self._draw_view(next(rngs), lattice, patch_shape or self.patch_size, patch_spacing)
+            views = [self._draw_view(next(rngs), lattice, self.patch_size if patch_shape is None else patch_shape, patch_spacing)
                      for _ in range(number)]
             groups.append(ViewParameters(*(np.stack(part).astype(np.float32) for part in zip(*views))) if views else None)
         return groups
@@ -330,8 +331,9 @@ class MultiCropAugmentation:
         groups: as `collate_views` returns them, on the same device
         clip_range: HU that become 0 and 1
         """
-        patches = scale_intensity(patches, *clip_range)[:, None]  # (B, 1, X, Y, Z)
-        return [render_views(patches, lattice, *group) for lattice, group in zip(self.lattices, groups) if group]
+        with torch.autocast(patches.device.type, enabled=False):  # positions need more than bf16's three digits
+            patches = scale_intensity(patches, *clip_range)[:, None]  # (B, 1, X, Y, Z)
+            return [render_views(patches, lattice, *group) for lattice, group in zip(self.lattices, groups) if group]
 
 
 def render_views(patches, lattice, parameters, smoothed, shifted):
@@ -374,7 +376,8 @@ def example_views(patch, crops, clip_range, draws=4):
     """
     paper = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
     patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
-    centre = (np.array(patch.shape) - 1) / 2
+    size = np.array(crops.global_size)
+    centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
     examples = {}
     for name in (None, *paper):
         policy = Policy(**({name: paper[name]} if name else {}), prob=1.0)

@@ -334,9 +334,10 @@ class PretrainingPatches(Dataset):
         crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
         spacing = np.array(volume.spacing)
         stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # volume voxels per view's
+        # Spacings in files are rounded: - 1e-3 below keeps a view's voxels on the file's where both are meant to be equal
         factors = np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
-        size = np.ceil(np.array(crops.patch_size) * stretch / factors).astype(int) * factors
-        start = place_patch(rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch).astype(int), size)
+        size = np.ceil(np.array(crops.patch_size) * stretch / factors - 1e-3).astype(int) * factors
+        start = place_patch(rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int), size)
         patch = volume.read(start, size)
         if patch.min() == patch.max() and volume.is_constant():
             raise DataError(volume.path, f"has the same value in all voxels ({patch.flat[0]})")

@@ -21,6 +21,7 @@ class RandAugmentation(RandomizableTransform):
     def __init__(self, prob, **strength):
         super().__init__(prob)
         self.policy = Policy(**strength, prob=self.prob)
+        self.drawn = None
 
     def randomize(self, key=None):
         """Draw the parameters. key: (seed, epoch, sample, view) to reseed `self.R` from; None: go on drawing from it."""
@@ -35,6 +36,8 @@ class RandAugmentation(RandomizableTransform):
             raise ValueError(f"{type(self).__name__} takes one volume (C, X, Y, Z), got shape {tuple(volume.shape)}")
         if randomize:
             self.randomize()
+        if self.drawn is None:
+            raise RuntimeError(f"{type(self).__name__}: nothing drawn yet, call randomize() before randomize=False")
         volume = volume.to(torch.promote_types(volume.dtype, torch.float32))
         return convert_to_dst_type(self.apply(volume[None])[0], dst=img, dtype=volume.dtype)[0]
 
@@ -53,7 +56,7 @@ class RandSpatial(RandAugmentation):
         matrix, moves = self.drawn
         lattice = self._lattice(volumes.shape[2:])
         centre = [(n - 1) / 2 for n in volumes.shape[2:]]
-        gx, gy, gz = lattice.shape  # fewer than were drawn where a volume has fewer than six voxels along an axis
+        gx, gy, gz = lattice.shape  # fewer than were drawn where a volume has very few voxels along an axis
         control = torch.as_tensor(lattice.control(matrix, centre, moves[:gx, :gy, :gz]), dtype=volumes.dtype)
         return warp(volumes, control[None].to(volumes.device), lattice, mode)
 
