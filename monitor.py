@@ -168,7 +168,8 @@ class Monitor:
     def show_augmentations(self, patches, crops, clip_range, step):
         """Picture of each augmentation alone, four draws each, on the batch's most varied patch. patches: (B, X, Y, Z)."""
         if self.processes.is_main:
-            patch = patches[patches.flatten(1).clamp(*map(int, clip_range)).float().std(1).argmax()]
+            patches = patches[:16]
+            patch = patches[patches.flatten(1).float().clamp(*clip_range).std(1).argmax()]
             examples = example_views(patch, crops, clip_range)
             rows = [[tile for view in views for tile in planes(view[0])] for views in examples.values()]
             self.picture("augmentations", montage(rows, [f"{name}: axial, coronal" for name in examples]), step)

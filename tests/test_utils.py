@@ -1,6 +1,7 @@
 """Weights, schedules and the small things that the scripts share."""
 import argparse
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -48,6 +49,20 @@ def test_older_checkpoint_loads_with_every_tensor_in_place(older_checkpoint, key
         older = name.replace("parametrizations.weight.original0", "weight_g").replace(
             "parametrizations.weight.original1", "weight_v")
         assert torch.equal(tensor, state["head." + older] + shift), name
+
+
+def test_numpy_scalars_under_their_older_name_load(older_checkpoint, tmp_path):
+    """NumPy 1 wrote numpy.core.multiarray.scalar where NumPy 2 writes numpy._core.multiarray.scalar."""
+    renamed = 0
+    with zipfile.ZipFile(older_checkpoint[0]) as source, zipfile.ZipFile(tmp_path / "numpy1.pth", "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                renamed = content.count(b"numpy._core.multiarray")
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(entry.filename, content)
+    assert renamed > 0
+    assert utils.load_file(tmp_path / "numpy1.pth")["args"].lr == 0.1
 
 
 def test_another_architecture_is_refused_by_tensor(older_checkpoint):
