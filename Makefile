@@ -4,7 +4,7 @@ VENV ?= .venv
 
 # A pre-training run that ends within minutes on a CPU. It shows that training runs, not that it helps.
 DEMO_FLAGS ?= --input_size 48 48 24 --local_crops_scale 0.75 --local_crops_number 4 --out_dim 1024 \
-	--batch_size_per_gpu 32 --patches_per_volume 160 --epochs 16 --warmup_epochs 2 --lr 0.004 --drop_path_rate 0 \
+	--batch_size_per_gpu 32 --patches_per_volume 160 --epochs 10 --warmup_epochs 2 --lr 0.004 --drop_path_rate 0 \
 	--teacher_temp 0.06 --warmup_teacher_temp_epochs 4 --log_every 5
 
 PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check

@@ -126,7 +126,7 @@ class Monitor:
             } | {"schedule/" + name: value for name, value in schedules.items()}
             for name, value in shown.items():
                 self.writer.add_scalar(name, value, step)
-            self.bar.set_postfix_str(f"KL {values['kl']:.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data")
+            self.bar.set_postfix_str(f"KL {values['kl']:.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data", refresh=False)
             self._watch(values, winners, views)
         self._reset_window()
 
