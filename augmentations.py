@@ -271,7 +271,8 @@ class MultiCropAugmentation:
         # Two windows of size n shifted by f n along every axis: IoU = (1 - f)^3 / (2 - (1 - f)^3)
         most = 1 - (2 * MIN_IOU / (1 + MIN_IOU)) ** (1 / 3)
         self.core = tuple(n + int(most * n) for n in self.global_size)
-        self.lattices = [Lattice.for_views(size, policy, self.global_size) for size in (self.global_size, self.local_size)]
+        self.lattices = [Lattice.for_views(size, policy, self.global_size)
+                         for size in (self.global_size, self.local_size)]
         self.patch_size = self._patch_size()
 
     def draw(self, seed, epoch, sample, patch_shape=None, patch_spacing=None):

@@ -126,7 +126,8 @@ class Monitor:
             } | {"schedule/" + name: value for name, value in schedules.items()}
             for name, value in shown.items():
                 self.writer.add_scalar(name, value, step)
-            self.bar.set_postfix_str(f"KL {values['kl']:.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data", refresh=False)
+            self.bar.set_postfix_str(f"KL {values['kl']:.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data",
+                                     refresh=False)
             self._watch(values, winners, views)
         self._reset_window()
 
@@ -193,7 +194,8 @@ def view_rows(views, batch, most):
         row = [tile for view in views[0][sample::batch] for tile in planes(view[0])]
         row += [planes(view[0])[0] for local in views[1:] for view in local[sample::batch]]
         rows.append(row)
-        labels.append(f"sample {sample}: two global views (axial, coronal), then local ones (axial); patient's right on the left")
+        labels.append(f"sample {sample}: two global views (axial, coronal), then local ones (axial); patient's right on "
+                      "the left")
     return rows, labels
 
 

@@ -32,6 +32,10 @@ def run_script(main):
         main()
     except UserError as error:
         finish_with(str(error), error.everywhere, 1)
+    except OSError as error:  # a full disk, a folder that vanished: it says what and where
+        finish_with(str(error), False, 1)
+    except torch.OutOfMemoryError as error:
+        finish_with(f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})", False, 1)
     except KeyboardInterrupt:
         finish_with("interrupted", True, 130)
     finally:
@@ -83,7 +87,8 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
         if not fits:
             bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
             bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
-            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {' and '.join(bounds) or 'a finite number'}")
+            expected = " and ".join(bounds) or "a finite number"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
         return value
     return parse
 
@@ -115,12 +120,12 @@ class Processes:
         return tensor
 
     def from_main(self, make):
-        """make() as rank 0 finds it, on every rank; so is a UserError that it raises there."""
+        """make() as rank 0 finds it, on every rank; what goes wrong there is a UserError on all of them."""
         result = [None, None]
         if self.is_main:
             try:
                 result[0] = make()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 result[1] = str(error)
         if self.world_size > 1:
             dist.broadcast_object_list(result, device=self.device)
@@ -132,7 +137,8 @@ class Processes:
 def distributed_init():
     """Join the run that torchrun or srun started (NCCL on GPUs, gloo on CPUs), or be a single process."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+    by_srun = "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env
+    if by_srun:
         first = env.get("SLURM_LAUNCH_NODE_IPADDR") or subprocess.run(
             ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
             capture_output=True, text=True, check=True).stdout.split()[0]
@@ -145,15 +151,22 @@ def distributed_init():
     local_rank, local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine finds no GPU of its own: {torch.cuda.device_count()} "
-                            f"GPU(s) for {local_world_size} processes; start as many processes as there are GPUs")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", choose_gpu(local_rank, local_world_size, torch.cuda.device_count(), by_srun))
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
     return Processes(rank, world_size, local_rank, local_world_size, device)
+
+
+def choose_gpu(local_rank, local_world_size, visible, by_srun):
+    """Index of the GPU of a process among those it sees; UserError where there is none for it."""
+    if by_srun and visible == 1:  # srun --gpus-per-task=1 shows each process its own alone
+        return 0
+    if local_rank >= visible:
+        raise UserError(f"process {local_rank} of this machine finds no GPU of its own: {visible} GPU(s) for "
+                        f"{local_world_size} processes; start as many processes as there are GPUs")
+    return local_rank
 
 
 def cores_per_process(processes):

@@ -150,7 +150,7 @@ def test_cosine_schedule_is_its_closed_form():
 def test_cosine_schedule_is_defined_everywhere(total, warmup):
     values = [utils.cosine_schedule(at, 1.0, 0.1, total, warmup) for at in range(2 * max(total, warmup) + 2)]
     assert all(0 <= value <= 1 for value in values) and values[-1] == pytest.approx(0.1)
-    assert max(abs(b - a) for a, b in zip(values[:warmup], values[1:warmup + 1])) <= 1 / max(warmup, 1) + 1e-9 if warmup else True
+    assert all(b - a == pytest.approx(1 / warmup) for a, b in zip(values[:warmup], values[1:warmup]))
 
 
 def test_linear_schedule():
@@ -197,3 +197,25 @@ def test_seeds_of_steps_differ_by_rank_and_step():
         draws.add(torch.rand(1).item())
     utils.seed_step(0, 1, 0)
     assert len(draws) == 4 and torch.rand(1).item() in draws
+
+
+def test_gpu_of_a_process():
+    assert utils.choose_gpu(3, 4, 4, False) == 3
+    assert utils.choose_gpu(3, 4, 1, True) == 0   # srun --gpus-per-task=1
+    assert utils.choose_gpu(3, 4, 8, True) == 3
+    with pytest.raises(utils.UserError, match="1 GPU.s. for 4 processes"):
+        utils.choose_gpu(3, 4, 1, False)
+
+
+@pytest.mark.parametrize("error, says", [
+    (OSError(28, "No space left on device", "log.txt"), "No space left on device: 'log.txt'"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --batch_size_per_gpu"),
+    (utils.UserError("plain"), "error: plain"),
+])
+def test_failures_end_in_one_line(capsys, error, says):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(lines) == 1 and says in lines[0]
