@@ -266,6 +266,35 @@ def test_other_settings_run(volumes, tmp_path, capsys, flags):
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path)["student"].values())
 
 
+def test_nifti_works_with_a_word_on_its_cost(volumes, tmp_path, capsys):
+    """The same volumes as .nii.gz: the same run, to the last bit, and one line about converting them."""
+    import nibabel
+
+    from data import Volume
+    data = tmp_path / "nifti"
+    for path in sorted(volumes.rglob("*.hdf5")):
+        target = data / path.relative_to(volumes).with_suffix(".nii.gz")
+        target.parent.mkdir(parents=True)
+        with Volume(path) as volume:
+            nibabel.save(nibabel.Nifti1Image(volume.read(), volume.affine), target)
+    flags = ["--batch_size_per_gpu", 4, "--epochs", 1]
+    code, out, errors = run_main(capsys, "--data_dir", data, "--output_dir", tmp_path / "a", *flags)
+    assert code == 0 and not errors and sum("8 of the volumes are NIfTI" in line for line in out.splitlines()) == 1
+    code, out, _ = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path / "b", *flags)
+    assert code == 0 and "NIfTI" not in out
+    assert same(checkpoint(tmp_path / "a")["student"], checkpoint(tmp_path / "b")["student"])[0]
+
+
+def test_a_run_goes_on_with_another_batch_and_number_of_processes(volumes, tmp_path):
+    """From one process inside an epoch to two with twice the batch: what is left of the epoch, then the next ones."""
+    flags = ["--data_dir", volumes, "--output_dir", tmp_path, "--epochs", 2]
+    assert command(*flags, "--batch_size_per_gpu", 2, "--max_steps", 1).returncode == 0
+    done = command(*flags, "--batch_size_per_gpu", 2, processes=2)
+    assert done.returncode == 0, done.stderr
+    state = checkpoint(tmp_path)  # 2 samples, then 4 of the 6 left (2 fill no batch), then 8
+    assert (state["epoch"], state["step"], state["samples"]) == (2, 4, 14)
+
+
 def test_older_flags_are_accepted(volumes, tmp_path, capsys):
     code, out, _ = run_main(capsys, "--data_path", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 8,
                             "--max_steps", 1, "--use_fp16", "true", "--dist_url", "env://", "--local_rank", "0")
