@@ -332,9 +332,11 @@ def train_step(run, views, values, frozen):
     scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.scaler.get_scale() >= scale:  # fp16: a step whose gradients overflowed was not taken, and changes nothing
+    if run.scaler.get_scale() >= scale:
         update_teacher(run.student, run.teacher, values["momentum_teacher"])
         run.dino_loss.update_center(teacher_logits)
+    else:  # fp16: a step whose gradients overflowed was not taken, and changes nothing; the scale is being sought
+        norm = torch.zeros_like(norm)
     loss = loss.detach()
     return torch.stack([loss, loss - entropy, entropy, norm.to(loss.dtype)]), winners, features
 

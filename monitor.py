@@ -14,6 +14,8 @@ from utils import Silent, UserError, append_json, montage, radiological
 # A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):
 # healthy ones kept the entropy between 0.6 and 0.95 of ln(out_dim) with 6 to 20 prototypes winning; without a centre
 # it fell below 0.1 with 2 winning, at teacher temperature 0.1 it stood above 0.97 with a KL divergence below 0.05.
+# vit_tiny on two CTs: healthy from 0.68 to 0.91 with 5 to 16 winning; one that went uniform passed 0.98 and 0.03 by
+# step 20 and ended at 1.00 and 0.0004, with 9 to 35 winning: their number alone does not tell a uniform teacher.
 UNIFORM_ENTROPY, UNIFORM_KL = 0.97, 0.05
 CONSTANT_ENTROPY, CONSTANT_WINNERS = 0.1, 2
 PATIENCE = 3             # log entries in a row before a warning: a single one may be chance

@@ -27,20 +27,29 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Call main(); a UserError ends the process with its one line and exit code 1."""
+    """Call main(); an expected failure ends the process with its one line and exit code 1."""
     try:
         main()
+        leave_group()
     except UserError as error:
+        if error.everywhere:  # otherwise the others wait for this rank in a collective, and would be waited for
+            leave_group()
         finish_with(str(error), error.everywhere, 1)
     except OSError as error:  # a full disk, a folder that vanished: it says what and where
         finish_with(str(error), False, 1)
     except torch.OutOfMemoryError as error:
         finish_with(f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})", False, 1)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        finish_with("another process of this run has ended, its own message says why", False, 1)
     except KeyboardInterrupt:
         finish_with("interrupted", True, 130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def leave_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def finish_with(message, everywhere, code):

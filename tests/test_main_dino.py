@@ -118,6 +118,26 @@ def test_gradients_are_clipped_tensor_by_tensor():
     torch.testing.assert_close(torch.linalg.vector_norm(model.weight.grad), torch.tensor(3.0), rtol=1e-5, atol=0)
 
 
+def test_an_overflowing_step_changes_nothing():
+    """Mixed precision's scaler skips a step: student, teacher and centre stay, and the metrics are finite."""
+    def make():
+        torch.manual_seed(0)
+        return main_dino.build_model("vit_tiny", (24, 24, 12), (12, 12, 6), 16, False, 0.0, True)
+    student, teacher, loss = make(), make().requires_grad_(False), main_dino.DINOLoss(16, 0.9, lambda mean: mean)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=1)
+    run = main_dino.Run(student, student, teacher, loss, main_dino.make_optimizer("adamw", utils.parameter_groups(student)),
+                        scaler, None, None, None, torch.float32, 3.0, 4, 0, utils.Processes())
+    views = [torch.rand(8, 1, 24, 24, 12)]
+    values = {"lr": 0.01, "weight_decay": 0.04, "momentum_teacher": 0.5, "teacher_temp": 0.04}
+    metrics, _, _ = main_dino.train_step(run, views, values, False)
+    assert torch.isfinite(metrics).all() and scaler.get_scale() < 1e38
+    assert same(student.state_dict(), make().state_dict())[0] and same(teacher.state_dict(), make().state_dict())[0]
+    assert not loss.center.any()
+    while not loss.center.any():  # the scale falls until a step is taken
+        main_dino.train_step(run, views, values, False)
+    assert not same(student.state_dict(), make().state_dict())[0] and not same(teacher.state_dict(), make().state_dict())[0]
+
+
 def test_effective_rank():
     assert effective_rank(torch.eye(8)[:, :4].repeat(4, 1) * 3).item() == pytest.approx(4, rel=0.2)
     assert effective_rank(torch.randn(64, 1) @ torch.randn(1, 16)).item() == pytest.approx(1, rel=1e-3)
@@ -461,6 +481,20 @@ def test_errors_under_torchrun(volumes, tmp_path):
     assert done.returncode == 1 and sum("no such folder" in line for line in lines) == 1 and len(lines) <= 2
     before_the_launcher_speaks = done.stderr.split("ChildFailedError")[0].split("E1")[0].split("W1")[0]
     assert not any(line.startswith("Traceback") for line in before_the_launcher_speaks.splitlines())
+
+
+def test_one_rank_alone_that_fails_ends_the_run(volumes, tmp_path):
+    """A file that only one rank meets: its line says why, the other doesn't hang, and nobody prints a traceback."""
+    import shutil
+    data = tmp_path / "data"
+    shutil.copytree(volumes, data)
+    bad = data / "patient3" / "t0" / "scan.hdf5"
+    bad.write_bytes(bad.read_bytes()[:3000])
+    done = command("--data_dir", data, "--output_dir", tmp_path / "out", "--batch_size_per_gpu", 1, "--epochs", 3,
+                   "--strict_data", processes=2)
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "error:" in line]
+    assert done.returncode == 1 and sum(str(bad) in line for line in lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("E1")[0].split("W1")[0]
 
 
 def test_plain_python_and_one_line_errors(tmp_path):
