@@ -479,8 +479,7 @@ def test_errors_under_torchrun(volumes, tmp_path):
     done = command("--data_dir", tmp_path / "nowhere", "--output_dir", tmp_path / "out", processes=2)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 1 and sum("no such folder" in line for line in lines) == 1 and len(lines) <= 2
-    before_the_launcher_speaks = done.stderr.split("ChildFailedError")[0].split("E1")[0].split("W1")[0]
-    assert not any(line.startswith("Traceback") for line in before_the_launcher_speaks.splitlines())
+    assert f'File "{ROOT}' not in done.stderr  # the launcher's own traceback doesn't go through our code
 
 
 def test_one_rank_alone_that_fails_ends_the_run(volumes, tmp_path):
@@ -494,7 +493,7 @@ def test_one_rank_alone_that_fails_ends_the_run(volumes, tmp_path):
                    "--strict_data", processes=2)
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "error:" in line]
     assert done.returncode == 1 and sum(str(bad) in line for line in lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("E1")[0].split("W1")[0]
+    assert f'File "{ROOT}' not in done.stderr
 
 
 def test_plain_python_and_one_line_errors(tmp_path):
