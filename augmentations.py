@@ -372,7 +372,8 @@ def collate_views(samples):
 def example_views(patch, crops, clip_range, draws=4):
     """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
 
-    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. For a look at what the flags do:
+    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels, without
+    resampling to a spacing. For a look at what the flags do:
     every augmentation is shown at the paper's strength, and labelled where the policy has it off.
     """
     paper = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}

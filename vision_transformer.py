@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
         # on the same scale whatever the patch size (std 0.0196 for 12x12x6)
         self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         # Grey values lie in [0, 1]. A bias that takes their mean off lets dark and bright patches start in opposite
-        # directions; without it all tokens point the same way, and DINO's teacher starts, and often stays, uniform
+        # directions; without it all tokens point much the same way, and DINO's teacher is soon close to uniform
         with torch.no_grad():
             self.proj.bias.copy_(-MEAN_GREY * self.proj.weight.sum((1, 2, 3, 4)))
 
