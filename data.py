@@ -6,6 +6,7 @@ read from them is flipped and its axes swapped (never interpolated) to the neare
 """
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from augmentations import PATCH_VIEW, collate_views, keyed_rng
 
 AIR = -1024  # HU; what lies outside a volume, and the floor for padding values of -2000 to -3024
-SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")
+SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")  # what Volume reads
 CHUNK = 32   # voxels per side of a chunk: a random crop then touches few bytes besides its own
 RUN = 8      # patches of one volume that follow each other in an epoch, read with one opening of its file
 FILTERS = {
@@ -255,6 +256,101 @@ def list_volumes(folder, index):
         part.write_text("\n".join([header, *lines]) + "\n")
         os.replace(part, index)
     return [os.path.join(folder, name) for name in names]
+
+
+# ----------------------------------------------------------------------------------------- the layouts with labels
+
+
+class Crop(NamedTuple):
+    """A labelled crop: file, class, whose it is, and the subset folder that it lies in."""
+    path: str
+    label: int
+    patient: str
+    subset: str
+
+
+class Pair(NamedTuple):
+    """A case for segmentation: its name, and the files of its image and of its label."""
+    name: str
+    image: str
+    label: str
+
+
+def stem(path):
+    """Name of a volume's file without folders and suffix: scan for a/scan.nii.gz."""
+    name = os.path.basename(path)
+    return next((name[:-len(suffix)] for suffix in SUFFIXES if name.endswith(suffix)), name)
+
+
+def find_crops(folder):
+    """(Crops, DataErrors) of `subset*/label<k>/<patient>/<name>.nii.gz`, sorted; label folders may be named <k> alone.
+
+    The errors are all that keeps the folder from being trained on as it is, as far as names tell. Raises DataError for
+    a folder that is missing or can't be listed.
+    """
+    names, problems, crops = find_volumes(folder), [], []
+    for subset in sorted(name for name in os.listdir(folder) if name.startswith("subset")):
+        if not os.path.isdir(os.path.join(folder, subset)):
+            continue
+        for label in sorted(os.listdir(os.path.join(folder, subset))):
+            path = os.path.join(folder, subset, label)
+            if label.startswith(".") or not os.path.isdir(path):
+                continue
+            if _class_of(label) is None:
+                problems.append(DataError(path, "is no label folder: expected label0, label1, ... or 0, 1, ..."))
+            elif not any(name.startswith(os.path.join(subset, label) + os.sep) for name in names):
+                problems.append(DataError(path, "holds no crop: expected <patient>/<name>.nii.gz below it, or remove it"))
+    for name in names:
+        parts = name.split(os.sep)
+        if not parts[0].startswith("subset"):
+            continue
+        if len(parts) == 4 and _class_of(parts[1]) is not None:
+            crops.append(Crop(os.path.join(folder, name), _class_of(parts[1]), parts[2], parts[0]))
+        elif len(parts) < 3 or _class_of(parts[1]) is not None:
+            problems.append(DataError(os.path.join(folder, name), "expected as subset*/label<k>/<patient>/<name>.nii.gz"))
+    if not crops:
+        problems.append(DataError(folder, "holds no crops: expected subset*/label0|label1/<patient>/<name>.nii.gz"))
+        return crops, problems
+    classes = sorted({crop.label for crop in crops})
+    if len(classes) == 1:
+        problems.append(DataError(folder, f"has crops of one class only (label{classes[0]}), expected at least two"))
+    elif classes != list(range(len(classes))):
+        problems.append(DataError(folder, f"has the classes {', '.join(map(str, classes))}: expected 0 to {len(classes) - 1}"
+                                          " without a gap"))
+    subsets = {}
+    for crop in crops:
+        subsets.setdefault(crop.patient, set()).add(crop.subset)
+    problems += [DataError(folder, f"has patient {patient} in {' and '.join(sorted(where))}: expected every patient in "
+                                   "one subset") for patient, where in sorted(subsets.items()) if len(where) > 1]
+    return crops, problems
+
+
+def _class_of(folder):
+    match = re.fullmatch(r"(?:label)?(\d+)", folder)
+    return int(match[1]) if match else None
+
+
+def find_pairs(folder):
+    """(Pairs, DataErrors) of `images/<name>.nii.gz` with `labels/<name>.nii.gz`, paired by name and sorted.
+
+    The errors are images without label, labels without image and names that stand for two files. Raises DataError for
+    a folder that is missing or can't be listed.
+    """
+    problems, files = [], {}
+    for kind in ("images", "labels"):
+        files[kind] = {}
+        for name in find_volumes(os.path.join(folder, kind)):
+            path = os.path.join(folder, kind, name)
+            first = files[kind].setdefault(stem(name), path)
+            if first != path:
+                problems.append(DataError(path, f"has the same name as {first}: expected one file of each name"))
+    images, labels = files["images"], files["labels"]
+    problems += [DataError(images[name], "has no label of the same name in labels/") for name in sorted(images.keys() - labels)]
+    problems += [DataError(labels[name], "has no image of the same name in images/") for name in sorted(labels.keys() - images)]
+    pairs = [Pair(name, images[name], labels[name]) for name in sorted(images.keys() & labels)]
+    if not pairs and not problems:
+        problems.append(DataError(folder, "holds no cases: expected images/<name>.nii.gz and labels/<name>.nii.gz"))
+    return pairs, problems
 
 
 # ----------------------------------------------------------------------------------------------------- pre-training
