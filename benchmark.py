@@ -240,7 +240,7 @@ def scan(size):
     A CT that is smaller than `size` goes on as its mirror image, which keeps its noise and so what it compresses to.
     """
     if not SCAN.is_file():
-        from prepare_data import chest_phantom
+        from demo_data import chest_phantom
         return *chest_phantom(0, size, (0.7, 0.7, 1.5)), f"chest phantom of {by(size)} voxels (no {SCAN.name} here)"
     with Volume(SCAN) as file:
         volume, affine = file.read(), file.affine

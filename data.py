@@ -90,7 +90,19 @@ class Volume:
         patch[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
         return patch
 
+    def read_labels(self):
+        """(X, Y, Z) uint8 classes of a mask. Raises DataError for values that are no whole numbers from 0 to 255."""
+        voxels = self._take_oriented(np.zeros(3, int), np.array(self.shape))
+        found = np.unique(voxels)
+        if voxels.dtype.kind not in "iuf" or not ((found >= 0) & (found <= 255) & (found == np.floor(found))).all():
+            wrong = [f"{value:g}" for value in found if not (0 <= value <= 255 and value == np.floor(value))][:3]
+            raise DataError(self.path, f"has label values such as {', '.join(wrong)}, expected whole numbers from 0 to 255")
+        return voxels.astype(np.uint8)
+
     def _read_inside(self, low, high):
+        return np.maximum(to_int16(self._take_oriented(low, high), self.path), AIR)
+
+    def _take_oriented(self, low, high):
         slices = [None] * 3
         for axis, sign, n, a, b in zip(self._axes, self._signs, self.shape, low, high):
             slices[axis] = slice(int(a), int(b)) if sign > 0 else slice(int(n - b), int(n - a))
@@ -99,7 +111,7 @@ class Volume:
         except Exception as error:
             raise DataError(self.path, f"can't be read ({_first_line(error)})") from error
         flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
-        return np.maximum(_to_int16(voxels, self.path).transpose(self._axes)[flips], AIR)
+        return voxels.transpose(self._axes)[flips]
 
     def is_constant(self):
         """True if all voxels are equal: such a file holds no image. Reads until it sees a second value."""
@@ -141,7 +153,8 @@ def _open_nifti(path, closing):
     return image.shape, image.affine, lambda slices: np.asanyarray(image.dataobj[slices])
 
 
-def _to_int16(voxels, path):
+def to_int16(voxels, path):
+    """An array of numbers, rounded and clamped to int16; itself if it is. Raises DataError for NaN or other types."""
     if voxels.dtype == np.int16:
         return voxels
     if voxels.dtype.kind not in "iuf":
@@ -200,18 +213,12 @@ def write_volume(path, volume, affine, compression="blosc"):
 # ----------------------------------------------------------------------------------------------------- many volumes
 
 
-def find_volumes(folder):
-    """Paths of all volumes below a folder, relative to it and sorted; hidden files and folders are left out.
+def walk_files(folder, fail):
+    """(subfolder, names of its files) below a folder, sorted; hidden files and folders are left out.
 
-    Links to folders are followed, each real folder once. Raises DataError for a folder that is missing, no folder, or
-    can't be listed: going on without it would silently leave out patients.
+    Links to folders are followed, each real folder once. fail: called with the OSError of a folder that can't be listed.
     """
-    if not os.path.isdir(folder):
-        raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
-
-    def fail(error):
-        raise DataError(error.filename, f"can't be listed ({error.strerror})") from error
-    found, seen = [], set()
+    seen = set()
     for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(here)
         if (status.st_dev, status.st_ino) in seen:
@@ -219,9 +226,22 @@ def find_volumes(folder):
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.relpath(os.path.join(here, name), folder) for name in files
-                  if name.endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
+        yield here, sorted(name for name in files if not name.startswith("."))
+
+
+def find_volumes(folder):
+    """Paths of all volumes below a folder, relative to it and sorted; hidden files and folders are left out.
+
+    Raises DataError for a folder that is missing, no folder, or can't be listed: going on without it would silently
+    leave out patients.
+    """
+    if not os.path.isdir(folder):
+        raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
+
+    def fail(error):
+        raise DataError(error.filename, f"can't be listed ({error.strerror})") from error
+    return sorted(os.path.relpath(os.path.join(here, name), folder) for here, names in walk_files(folder, fail)
+                  for name in names if name.endswith(SUFFIXES))
 
 
 def read_data_list(path, folder=None):
@@ -351,6 +371,27 @@ def find_pairs(folder):
     if not pairs and not problems:
         problems.append(DataError(folder, "holds no cases: expected images/<name>.nii.gz and labels/<name>.nii.gz"))
     return pairs, problems
+
+
+def read_pair(pair):
+    """(image (X, Y, Z) int16 HU, label (X, Y, Z) uint8, affine (4, 4)) of a Pair. Raises DataError where one can't be
+    used, or both don't lie on the same grid."""
+    with Volume(pair.image) as image, Volume(pair.label) as label:
+        reason = other_grid(label.shape, label.affine, image.shape, image.affine)
+        if reason:
+            raise DataError(pair.label, reason)
+        return image.read(), label.read_labels(), image.affine
+
+
+def other_grid(shape, affine, image_shape, image_affine):
+    """Why a label does not lie on its image's grid; None if it does, to a tenth of a voxel at every corner."""
+    if tuple(shape) != tuple(image_shape):
+        return f"has another shape than its image: {' x '.join(map(str, shape))}, not {' x '.join(map(str, image_shape))}"
+    corners = np.stack(np.meshgrid(*([0, n - 1] for n in shape), [1], indexing="ij")).reshape(4, -1)  # (4, 8)
+    apart = np.linalg.norm(((affine - image_affine) @ corners)[:3], axis=0).max()
+    if not apart <= 0.1 * np.linalg.norm(image_affine[:3, :3], axis=0).min():
+        return f"lies elsewhere than its image: up to {apart:.3g} mm apart at the corners"
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------- pre-training

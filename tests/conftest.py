@@ -34,7 +34,7 @@ def volumes(tmp_path_factory):
         image = nibabel.as_closest_canonical(nibabel.load(scan))
         volume, affine = np.asarray(image.dataobj).astype(np.int16), image.affine
     else:
-        from prepare_data import chest_phantom
+        from demo_data import chest_phantom
         volume, affine = chest_phantom(0, shape=(320, 256, 64))
     for i in range(8):
         x, y = 40 + 90 * (i % 3), 20 + 60 * (i // 3)

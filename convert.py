@@ -1,0 +1,352 @@
+"""Converting many inputs in parallel: one worker per volume, a manifest, and going on after any interruption.
+
+Outputs are written under a temporary name in `<output>/.prepare` and moved to their place when they are whole; so is a
+journal of what is done, from which a rerun goes on. Both are gone when a run ends, and `manifest.csv` stands instead.
+"""
+import collections
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data import DataError
+from images import LeftOut
+from utils import UserError
+
+WORK = ".prepare"         # folder in the output: journal, lock, unfinished files
+MANIFEST = "manifest.csv"
+RECIPE = "prepare.json"   # what the output was made with
+WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
+FORMAT = 1                # raise it when the same input and options give another output
+
+
+class Job(NamedTuple):
+    """One input, or several that are decided on together.
+
+    sources: what the manifest calls them; stamp: changes when they or the options do
+    outputs: relative paths that it will write, as far as they are known before
+    task: what the converting function takes, whatever it is
+    """
+    sources: tuple
+    stamp: str
+    task: Any
+
+
+class Output(NamedTuple):
+    """What a converting function yields for each file: a row of the manifest, and the function that writes the file.
+
+    row: dict with source and output (relative to the output folder), and what else the manifest's columns name
+    write: function of a path with the output's suffix; None for an input that leads to no file
+    """
+    row: dict
+    write: Any
+
+
+def stamp_of(*parts):
+    """16 hex digits that stand for the parts: anything that has a repr."""
+    return hashlib.sha256(repr((FORMAT, parts)).encode()).hexdigest()[:16]
+
+
+def state_of(path):
+    """(size, time of change) of a file: what tells that it is another one now. (-1, 0) for a missing one."""
+    try:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    except OSError:
+        return -1, 0
+
+
+# --------------------------------------------------------------------------------------------------- the output folder
+
+
+@contextlib.contextmanager
+def opened(output, recipe):
+    """The output folder, made and locked, for a run with these options; a Records of what stands in it.
+
+    recipe: dict of everything that the outputs depend on beside the inputs. Raises UserError where the folder was made
+    with another, is in use or can't be written to.
+    """
+    work = output / WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with open(work / "lock", "w") as lock:
+            _lock(lock, output)
+            for left in work.glob("part.*"):  # of a run that was killed
+                left.unlink()
+            _same_recipe(output / RECIPE, json.loads(json.dumps(recipe)))
+            yield Records(output)
+        shutil.rmtree(work)
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
+
+
+def _lock(file, output):
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{output}: another prepare_data.py is writing to it; wait for it or give another --output") from None
+    except (ImportError, OSError):  # another system, or a network drive without locks
+        pass
+
+
+def _same_recipe(path, recipe):
+    if not path.exists():
+        part = path.parent / WORK / "part.recipe"
+        part.write_text(json.dumps(recipe, indent=1) + "\n")
+        os.replace(part, path)
+        return
+    try:
+        found = json.loads(path.read_text())
+        different = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
+    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error}); remove it if you know what made the files beside it") from error
+    if different:
+        name = different[0]
+        raise UserError(f"{path}: the folder was made with {name} {found.get(name)}, this run has {recipe.get(name)}; "
+                        "give another --output")
+
+
+def standing(output):
+    """Whether a finished run's manifest and all files in it stand in the output folder."""
+    if not (output / MANIFEST).is_file() or (output / WORK).exists():
+        return False
+    records = Records(output)
+    return all(map(records.stands, itertools.chain.from_iterable(records.earlier.values())))
+
+
+class Records:
+    """Rows of the manifest, by the stamp of their job: those of earlier runs, and those that a run adds."""
+
+    def __init__(self, output):
+        self.output, self.journal = output, output / WORK / "journal.jsonl"
+        self.earlier = collections.defaultdict(list)  # stamp -> rows
+        if (output / MANIFEST).exists():
+            with open(output / MANIFEST, newline="", errors="surrogateescape") as file:
+                for row in csv.DictReader(file):
+                    self.earlier[row.get("stamp")].append(row)
+        if self.journal.exists():
+            with open(self.journal, errors="surrogateescape") as file:
+                for line in file:
+                    with contextlib.suppress(ValueError):  # the last line of a run that was killed may be half
+                        rows = json.loads(line)
+                        self.earlier[rows[0]["stamp"]] = rows
+
+    def finished(self, job):
+        """The rows of a job that an earlier run has done and whose files are still there; None if it has to be done."""
+        rows = self.earlier.get(job.stamp)
+        return rows if rows and all(map(self.stands, rows)) else None
+
+    def stands(self, row):
+        if row["status"] == WRITTEN:
+            return state_of(self.output / row["output"])[0] == int(row["bytes"])
+        return row["status"] == LEFT_OUT
+
+    def add(self, rows):
+        with open(self.journal, "a", errors="surrogateescape") as file:
+            file.write(json.dumps(rows) + "\n")
+
+    def finish(self, rows, columns):
+        """Write the manifest; returns the rows that earlier runs left in it.
+
+        A file of an earlier run is removed if its input now leads elsewhere. One whose input is gone or can't be read any
+        more stays, and so does its row.
+        """
+        outputs = {row["output"] for row in rows}
+        replaced = {row["source"] for row in rows if row["status"] != FAILED}
+        kept = []
+        for row in itertools.chain.from_iterable(self.earlier.values()):
+            if row.get("output") and row["output"] not in outputs and (self.output / row["output"]).is_file():
+                if row["source"] in replaced:
+                    (self.output / row["output"]).unlink()
+                else:
+                    kept.append(row)
+        part = self.output / WORK / "part.manifest"
+        with open(part, "w", newline="", errors="surrogateescape") as file:
+            table = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+            table.writeheader()
+            table.writerows(sorted(rows + kept, key=lambda row: (row["source"], row["output"])))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.output / MANIFEST)
+        return kept
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+def convert_all(convert, jobs, records, columns, workers, unit):
+    """Do the jobs that are not done yet, then write the manifest; returns an Outcome for `report`.
+
+    convert: a module's function from a job's task to an iterator of Outputs; it runs in a worker and may raise DataError
+    columns: of the manifest; unit: what the progress bar counts
+    Raises UserError where the output can't be written; what is done stays done.
+    """
+    rows, before, todo = [], 0, []
+    for job in jobs:
+        found = records.finished(job)
+        if found is None:
+            todo.append(job)
+        else:
+            rows += found
+            before += sum(row["status"] == WRITTEN for row in found)
+    items = ((convert, job, str(records.output)) for job in todo)
+    with progress(len(todo), unit) as bar:
+        for (_, job, _), result in in_processes(_do, items, workers):
+            if result is None:
+                result = _finish([{"source": source, "status": FAILED, "reason": "the process that read it died: it may "
+                                   "need more memory than there is, or break a library"} for source in job.sources], job)
+            if isinstance(result, str):
+                raise UserError(result)
+            records.add(result)
+            rows += result
+            bar.update()
+    return Outcome(rows, before, records.finish(rows, columns), records.output / MANIFEST)
+
+
+class Outcome(NamedTuple):
+    """rows: of the manifest; before: files that were there; kept: rows of earlier runs besides; manifest: its path."""
+    rows: list
+    before: int
+    kept: list
+    manifest: Path
+
+
+def _do(item):
+    """In a worker: the rows of a job; a message where the output can't be written, which ends the run."""
+    convert, job, output = item
+    rows = []
+    try:
+        for row, write in convert(job.task):
+            rows.append({"status": WRITTEN if write else LEFT_OUT, "output": "", **row})
+            if write:
+                rows[-1]["bytes"] = _commit(write, Path(output), row["output"])
+    except _CantWrite as error:
+        return str(error)
+    except Exception as error:  # one input, whatever is wrong with it, must not stop the others
+        status = LEFT_OUT if isinstance(error, LeftOut) else FAILED
+        reason = error.reason if isinstance(error, DataError) else f"unexpected: {type(error).__name__}: {error}"
+        told = {row["source"] for row in rows}
+        rows += [{"source": source, "output": "", "status": status, "reason": reason} for source in job.sources
+                 if source not in told]
+    return _finish(rows, job)
+
+
+class _CantWrite(Exception):
+    pass
+
+
+def _finish(rows, job):
+    """Rows as they go into the journal and manifest: all text, so that both give the same back."""
+    return [{name: str(value).replace("\r", " ").replace("\n", " ") for name, value in {"output": "", "reason": "", **row,
+             "stamp": job.stamp}.items()} for row in rows]
+
+
+def _commit(write, output, name):
+    """Write a file under a temporary name and move it to its place; returns its size in bytes."""
+    suffix = ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+    part = output / WORK / f"part.{os.getpid()}{suffix}"
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part, output / name)
+        return size
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _CantWrite(f"{output / name}: {error.strerror or error}") from error
+
+
+def in_processes(function, items, workers):
+    """(item, function(item)) of every item as they are done, from so many processes; None where a process died of it.
+
+    When a process dies, nothing tells of which item: those that were being worked on are tried again one by one.
+    """
+    items = iter(items)
+    waiting = collections.deque(itertools.islice(items, 2 * workers))
+    while waiting:
+        with _pool(min(workers, len(waiting))) as pool:
+            running = {}
+            try:
+                while waiting or running:
+                    while waiting:
+                        running[pool.submit(function, waiting[0])] = waiting[0]
+                        waiting.popleft()
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        result = future.result()
+                        yield running.pop(future), result
+                        waiting.extend(itertools.islice(items, 1))
+            except BrokenProcessPool:
+                pass
+            finally:
+                pool.shutdown(cancel_futures=True)
+        for item in running.values():
+            with _pool(1) as alone:
+                try:
+                    result = alone.submit(function, item).result()
+                except BrokenProcessPool:
+                    result = None
+                yield item, result
+        waiting.extend(itertools.islice(items, 2 * workers))
+
+
+def _pool(workers):
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker():
+    """One thread per worker, and none outlives the process that started it, however that one ends."""
+    import SimpleITK
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends these
+
+    def follow():
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def progress(total, unit):
+    """A progress bar with rate and remaining time on standard error; a line now and then where that is no terminal."""
+    from tqdm import tqdm
+    return tqdm(total=total, unit=unit, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True,
+                disable=not total, smoothing=0.05)
+
+
+def report(outcome):
+    """Print what became of the inputs. Raises UserError if some failed."""
+    rows = outcome.rows
+    count = collections.Counter(row["status"] for row in rows)
+    size = sum(int(row["bytes"]) for row in rows if row["status"] == WRITTEN)
+    print(f"{count[WRITTEN]} files of {size / 1e9:.3g} GB, {outcome.before} of them from before; {count[LEFT_OUT]} inputs left "
+          f"out, {count[FAILED]} failed")
+    for status in (LEFT_OUT, FAILED):
+        examples = collections.defaultdict(list)
+        for row in rows:
+            if row["status"] == status:
+                examples[row["reason"].split(":")[0]].append(row["source"])
+        for reason, sources in sorted(examples.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+            print(f"  {status} {len(sources):6}  {reason}, such as {min(sources)}")
+    if outcome.kept:
+        print(f"note: {len(outcome.kept)} files from earlier runs stay, of inputs that are gone or can't be read any more, "
+              f"such as {outcome.kept[0]['output']}")
+    print(f"manifest: {outcome.manifest}", flush=True)
+    if count[FAILED]:
+        first = min((row for row in rows if row["status"] == FAILED), key=lambda row: row["source"])
+        raise UserError(f"{count[FAILED]} inputs failed, such as {first['source']}: {first['reason']}; the others are in "
+                        f"{outcome.manifest}")
