@@ -3,6 +3,7 @@
     python benchmark.py augment                  ten views of a sample on one core, against MONAI's transforms in a chain
     python benchmark.py augment --device cuda    the same views on the GPU, the baseline still on one core
     python benchmark.py read                     a random patch of a scan, against gzip ITK files, NIfTI and others
+    python benchmark.py convert                  a DICOM series into the layout, against SimpleITK reading and writing it
 
 Seconds are wall-clock. Baseline and ours take turns, so that a machine that slows down slows both; reported are
 medians over the repeats, with the lowest and highest. With --json the last line on standard output is one JSON object.
@@ -62,6 +63,9 @@ def get_args_parser():
     sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(BASELINE_PATCH)),
                      metavar=("X", "Y", "Z"),
                      help="voxels of the scan that patches are read from; the default is a usual chest CT's")
+    sub = command(convert, 5, ["cpu"], [1])
+    sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, 16), metavar=("X", "Y", "Z"),
+                     help="voxels of the scan, one DICOM file per z; the default is a usual chest CT's")
     return parser
 
 
@@ -231,6 +235,83 @@ def write_itk(path, volume, affine):
     SimpleITK.WriteImage(image, path, useCompression=True)
 
 
+# ----------------------------------------------------------------------------------------------------------- convert
+
+
+def convert(device, repeats, size):
+    """A DICOM series to HDF5, headers checked and voxels described, against SimpleITK reading and writing it."""
+    import SimpleITK
+    from prepare_data import Scan, ScanTask, convert_scans, look_into, place_scans
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    volume, affine, origin = scan(size)
+    with tempfile.TemporaryDirectory() as folder:
+        series, target = os.path.join(folder, "series"), os.path.join(folder, "out")
+        write_dicom(series, volume, affine)
+        paths = {kind: f"{target}.{kind}.hdf5" for kind in ("baseline", "ours", "gzip", "none")}
+
+        def prepared(path, compression):
+            def run(turn):
+                found = look_into((series, sorted(os.listdir(series)))).series
+                scans = [Scan(uid, files, header) for uid, header, files in found]
+                task = ScanTask(series, scans, list(place_scans(scans).values()), False, 16, None, compression)
+                for row, write in convert_scans(task):
+                    if write is None:
+                        raise UserError(f"the series that was written for this benchmark is refused: {row['reason']}")
+                    write(path)
+            return run
+        times = take_turns({"baseline": (lambda turn: convert_itk(series, paths["baseline"]), 1),
+                            "ours": (prepared(paths["ours"], "blosc"), 1),
+                            **{kind: (prepared(paths[kind], kind), 1) for kind in ("gzip", "none")}}, repeats)
+        megabytes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
+        for name in ("ours", "gzip", "none"):
+            if not np.array_equal(read_volume(paths[name], (0, 0, 0), size), np.maximum(volume, -1024)):
+                raise UserError(f"{name}: other voxels than the scan's")
+    notes = {"baseline": "SimpleITK: the series read and written as .hdf5 with gzip",
+             "ours": "prepare_data.py nlst: headers read twice and checked, series read, RAS, quantiles, Blosc",
+             "gzip": "the same with --compression gzip", "none": "the same with --compression none"}
+    result = comparison(2, f"seconds per volume of {by(size)} voxels on one core", times,
+                        {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()}, getsource(convert_itk),
+                        {"data": origin + ", written as DICOM", "repeats": repeats, "megabytes": megabytes})
+    result["volumes_per_second_and_core"] = 1 / result["ours"]
+    return result
+
+
+def convert_itk(folder, path):
+    import SimpleITK
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
+    SimpleITK.WriteImage(SimpleITK.DICOMOrient(reader.Execute(), "RAS"), path, useCompression=True)
+
+
+def write_dicom(folder, volume, affine):
+    """Write an (X, Y, Z) volume in RAS as a series of CT slices, axial and head first as scanners write them."""
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+    os.makedirs(folder)
+    volume, affine = volume[::-1, ::-1], affine @ np.diag([-1, -1, 1, 1])  # columns to the left, rows to the back
+    lps = LPS @ affine
+    lps[:3, 3] += (LPS @ affine @ np.array([1 - volume.shape[0], 1 - volume.shape[1], 0, 0]))[:3]
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    study, series = generate_uid(), generate_uid()
+    for z in range(volume.shape[2]):
+        header = pydicom.Dataset()
+        header.file_meta = pydicom.dataset.FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = pydicom.uid.CTImageStorage
+        header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = generate_uid()
+        header.PatientID, header.Modality, header.ImageType = "benchmark", "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        header.StudyInstanceUID, header.SeriesInstanceUID, header.InstanceNumber = study, series, z + 1
+        header.ImagePositionPatient = [f"{value:.6f}" for value in (lps @ [0, 0, z, 1])[:3]]
+        header.ImageOrientationPatient = [f"{value:.6f}" for value in (lps[:3, :2] / spacing[:2]).T.ravel()]
+        header.PixelSpacing, header.SliceThickness = [f"{spacing[1]:.6f}", f"{spacing[0]:.6f}"], f"{spacing[2]:.6f}"
+        header.Columns, header.Rows = volume.shape[:2]
+        header.SamplesPerPixel, header.PhotometricInterpretation, header.PixelRepresentation = 1, "MONOCHROME2", 1
+        header.BitsAllocated, header.BitsStored, header.HighBit = 16, 16, 15
+        header.RescaleIntercept, header.RescaleSlope = 0, 1
+        header.PixelData = np.ascontiguousarray(volume[:, :, z].T).tobytes()
+        header.save_as(os.path.join(folder, f"{z:04}.dcm"), enforce_file_format=True)
+
+
 # ------------------------------------------------------------------------------------------------ what they all share
 
 
@@ -298,6 +379,8 @@ def print_report(result):
     print(f"baseline / ours: {result['ratio']:.1f} ({low:.1f} to {high:.1f} within a repeat), goal {result['goal']}")
     if "nifti_ratio" in result:
         print(f"nii.gz / ours: {result['nifti_ratio']:.1f}")
+    if "volumes_per_second_and_core" in result:
+        print(f"ours: {result['volumes_per_second_and_core']:.2f} volumes per second and core")
     print(f"device {result['device']}: {result['device_name']}; CPU threads: {result['threads']}")
     print("versions: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     print("parameters:")

@@ -12,6 +12,7 @@ from conftest import ROOT
 COMMANDS = {
     "augment": ["--repeats", "1", "--samples", "1"],
     "read": ["--repeats", "2", "--reads", "1", "--size", "160", "140", "125"],
+    "convert": ["--repeats", "1", "--size", "120", "100", "20"],
 }
 
 
@@ -43,13 +44,16 @@ def test_last_line_is_the_result_as_json(run):
     assert result["versions"]["torch"] and result["parameters"]["data"]
     if what == "read":
         assert result["nifti_ratio"] == pytest.approx(result["rows"]["nii.gz"]["seconds"] / result["ours"])
+    if what == "convert":
+        assert result["volumes_per_second_and_core"] == pytest.approx(1 / result["ours"])
+        assert set(result["parameters"]["megabytes"]) == set(result["rows"])
 
 
 def test_baseline_stands_in_the_report_as_it_ran(run):
     what, process = run
     result = json.loads(process.stdout.splitlines()[-1])
     functions = [node.name for node in ast.parse(result["baseline_code"]).body if isinstance(node, ast.FunctionDef)]
-    assert functions == {"augment": ["monai_transforms", "monai_views"], "read": ["write_itk", "read_itk"]}[what]
+    assert functions == {"augment": ["monai_transforms", "monai_views"], "read": ["write_itk", "read_itk"], "convert": ["convert_itk"]}[what]
     source = (ROOT / "benchmark.py").read_text()
     assert all(part.strip() in source for part in result["baseline_code"].split("\n\n\n"))
     report = process.stdout[:process.stdout.rindex("{\"what\"")]

@@ -1,8 +1,8 @@
-"""prepare_data.py: the demo from the command line, fetching without running foreign code, orientation, the phantom."""
+"""demo_data.py and the demo from the command line: fetching without running foreign code, the phantom."""
 import hashlib
 import io
-import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+import demo_data
+import images
 import prepare_data
-from data import Volume
+from data import Volume, find_crops, find_pairs, read_pair
 
 ROOT = Path(prepare_data.__file__).parent
 
@@ -55,16 +57,39 @@ def phantoms(tmp_path_factory):
     return output
 
 
-def test_phantoms_fill_the_pretraining_layout(phantoms):
+def test_phantoms_fill_all_three_layouts(phantoms):
     names = sorted(path.relative_to(phantoms).as_posix() for path in phantoms.rglob("*") if path.is_file())
-    assert names == ["SOURCE.txt", "pretrain/lung1/t0/phantom.hdf5", "pretrain/lung2/t0/phantom.hdf5"]
-    assert (phantoms / "SOURCE.txt").read_text().count("synthetic") == 2
-    expected, affine = prepare_data.chest_phantom(0)
-    with Volume(phantoms / names[1]) as volume:
-        np.testing.assert_array_equal(volume.read(), expected)
-        np.testing.assert_allclose(volume.affine, affine)
-    with Volume(phantoms / names[2]) as volume:
-        assert (volume.read() != expected).mean() > 0.5
+    assert [name for name in names if name.startswith("pretrain")] == [
+        "pretrain/lung1/t0/phantom.hdf5", "pretrain/lung2/t0/phantom.hdf5", "pretrain/manifest.csv", "pretrain/prepare.json"]
+    assert (phantoms / "SOURCE.txt").read_text().count("synthetic") == 2 + prepare_data.PHANTOMS
+    assert not list(phantoms.glob(".*"))
+    expected, affine = demo_data.chest_phantom(0)
+    for patient, same in (("lung1", True), ("lung2", False)):
+        with Volume(phantoms / "pretrain" / patient / "t0" / "phantom.hdf5") as volume:
+            assert (volume.read() == expected).all() == same
+            np.testing.assert_allclose(volume.affine, affine)
+
+    crops, problems = find_crops(phantoms / "luna16")
+    assert not problems and {crop.subset for crop in crops} == {f"subset{i}" for i in range(5)}
+    assert len({crop.patient for crop in crops}) == 2 + prepare_data.PHANTOMS
+    pairs, problems = find_pairs(phantoms / "msd")
+    assert not problems and [pair.name for pair in pairs] == sorted([*demo_data.PATIENTS, *prepare_data.phantom_names()])
+
+
+def test_the_demos_crops_show_what_their_labels_say(phantoms):
+    """Positive crops are centred on a nodule of the phantom, negative ones lie in the lung, away from all of them."""
+    nodules = demo_data.labelled_phantom(0)[2]
+    _, affine = demo_data.chest_phantom(0)
+    places = affine @ np.vstack([np.argwhere(nodules > 0).T, np.ones((nodules > 0).sum())])  # (4, N) RAS mm
+    crops = [crop for crop in find_crops(phantoms / "luna16")[0] if crop.patient == "lung1"]
+    for crop in crops:
+        with Volume(crop.path) as volume:
+            centre = volume.affine @ [*(np.array(volume.shape) - 1) / 2, 1]
+            distance = np.linalg.norm(places[:3].T - centre[:3], axis=1).min()
+            assert distance < 3 if crop.label else distance > 15
+    assert sum(crop.label for crop in crops) == nodules.max()
+    pair = next(pair for pair in find_pairs(phantoms / "msd")[0] if pair.name == "lung1")
+    np.testing.assert_array_equal(read_pair(pair)[1], nodules > 0)
 
 
 @pytest.mark.parametrize("flags", [[], ["--phantom"]])
@@ -76,66 +101,85 @@ def test_a_complete_folder_is_left_alone(phantoms, offline, flags):
     assert state(phantoms) == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
-def test_a_half_made_folder_is_completed(phantoms, offline, tmp_path, damage):
+def test_a_half_made_folder_is_completed(phantoms, offline, tmp_path):
+    """Without a network, from --phantom or not: what was synthetic stays so, what is whole stays as it is."""
     output = tmp_path / "demo"
-    kept, made = (output / "pretrain" / patient / "t0" / "phantom.hdf5" for patient in ("lung1", "lung2"))
-    content = (phantoms / made.relative_to(output)).read_bytes()
-    for path in (kept, made):
-        path.parent.mkdir(parents=True)
-        path.write_bytes((phantoms / path.relative_to(output)).read_bytes())
+    shutil.copytree(phantoms, output)
+    cut, kept = (output / "pretrain" / patient / "t0" / "phantom.hdf5" for patient in ("lung1", "lung2"))
+    cut.write_bytes(cut.read_bytes()[:1000])
+    next((output / "luna16").rglob("*.nii.gz")).unlink()
+    shutil.rmtree(output / "msd")
+    (output / ".raw").mkdir()
     os.utime(kept, ns=(0, 0))
-    if damage == "missing":
-        made.unlink()
-    else:
-        made.write_bytes(content[:len(content) // 2] if damage == "cut" else b"")
 
-    code, _, err = run("demo", "--output", output, "--phantom")
+    code, _, err = run("demo", "--output", output)
     assert (code, err) == (0, "")
     assert kept.stat().st_mtime_ns == 0
-    with Volume(made) as volume, Volume(phantoms / made.relative_to(output)) as expected:
-        np.testing.assert_array_equal(volume.read(), expected.read())
-    assert (output / "SOURCE.txt").read_text() == (phantoms / "SOURCE.txt").read_text()
+    assert {path.relative_to(output): content for path, (_, content) in state(output).items()} == {
+        path.relative_to(phantoms): content for path, (_, content) in state(phantoms).items()}
 
 
-def test_without_a_network_the_phantoms_step_in(offline, tmp_path):
-    code, _, err = run("demo", "--output", tmp_path / "demo")
-    assert code == 0
+@pytest.fixture
+def small_phantoms(monkeypatch):
+    """labelled_phantom in few voxels."""
+    whole = demo_data.labelled_phantom
+    monkeypatch.setattr(demo_data, "labelled_phantom", lambda seed, **_: whole(seed, (64, 56, 24), (5, 5, 12)))
+
+
+def test_without_a_network_the_phantoms_step_in(offline, tmp_path, small_phantoms, capsys):
+    prepare_data.demo(tmp_path / "demo", phantom=False)
+    err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "No matching distribution found for pyradiomics" in err and "SYNTHETIC" in err
-    assert "synthetic" in (tmp_path / "demo" / "SOURCE.txt").read_text()
+    assert (tmp_path / "demo" / "SOURCE.txt").read_text() == prepare_data.demo_source(prepare_data.PHANTOM)
 
 
 def test_a_missing_pip_is_no_obstacle(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
+    monkeypatch.setattr(demo_data.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
         command, 1, "", f"{sys.executable}: No module named pip\n"))
-    monkeypatch.setattr(prepare_data, "chest_phantom", lambda seed: (np.zeros((4, 4, 4), np.int16), np.eye(4)))
-    prepare_data.demo(tmp_path, phantom=False)
+    assert prepare_data.fetch_demo(tmp_path, phantom=False, held=None) == prepare_data.PHANTOM
     assert "No module named pip" in capsys.readouterr().err
 
 
-def test_fetched_cts_are_converted_and_named(monkeypatch, tmp_path, capsys):
-    """The whole of demo() but for pip: an archive as pyradiomics has it, with small images."""
-    images = {patient: nrrd_bytes(tmp_path, seed) for seed, patient in enumerate(prepare_data.PATIENTS)}
+def test_fetched_cts_are_converted_and_named(monkeypatch, tmp_path, small_phantoms, capsys):
+    """The whole of demo() but for pip: an archive as pyradiomics has it, with a small CT and mask of each patient."""
+    contents, expected = {}, {}
+    for seed, patient in enumerate(demo_data.PATIENTS):
+        volume, affine, nodules = demo_data.labelled_phantom(seed)
+        turned = images.make_image(volume, affine)[::-1, :, ::-1]  # not in RAS
+        mask = images.make_image(np.where(nodules == 1, 7, 0).astype(np.uint8), affine)[::-1, :, ::-1]
+        for names, image in ((demo_data.IMAGES, turned), (demo_data.LABELS, mask)):
+            sitk.WriteImage(image, str(tmp_path / "image.nrrd"))
+            contents[names[patient]] = (tmp_path / "image.nrrd").read_bytes()
+        expected[patient] = volume, affine, nodules == 1
     archive = tmp_path / "sdist.tar.gz"
-    write_tar(archive, {prepare_data.IMAGES[patient]: content for patient, content in images.items()})
-    monkeypatch.setattr(prepare_data, "fetch_sdist", lambda folder: archive)
+    write_tar(archive, contents)
+    monkeypatch.setattr(demo_data, "fetch_sdist", lambda folder: archive)
 
     prepare_data.demo(tmp_path / "demo", phantom=False)
-    for patient, content in images.items():
-        (tmp_path / "image.nrrd").write_bytes(content)
-        expected, affine = prepare_data.read_ct(tmp_path / "image.nrrd")
+    pairs = {pair.name: pair for pair in find_pairs(tmp_path / "demo" / "msd")[0]}
+    for patient, (voxels, affine, mask) in expected.items():
         with Volume(tmp_path / "demo" / "pretrain" / patient / "t0" / f"{patient}_image.hdf5") as volume:
-            np.testing.assert_array_equal(volume.read(), expected)
-            np.testing.assert_allclose(volume.affine, affine)
+            np.testing.assert_array_equal(volume.read(), voxels)
+            np.testing.assert_allclose(volume.affine, affine, atol=1e-4)
+        np.testing.assert_array_equal(read_pair(pairs[patient])[1], mask)
     source = (tmp_path / "demo" / "SOURCE.txt").read_text()
-    assert source.count("BSD-3-Clause") == 2 and "synthetic" not in source
+    assert source.count("BSD-3-Clause") == 2 and source.count("synthetic") == prepare_data.PHANTOMS
+    assert "lung1 and lung2 will be SYNTHETIC" not in "".join(capsys.readouterr())
 
     before = state(tmp_path / "demo")
     with pytest.raises(prepare_data.UserError, match="already holds CTs"):
         prepare_data.demo(tmp_path / "demo", phantom=True)
     assert state(tmp_path / "demo") == before
-    assert "SYNTHETIC" not in "".join(capsys.readouterr())
+
+    shutil.rmtree(tmp_path / "demo" / "luna16")
+    monkeypatch.setattr(demo_data, "fetch_sdist", no_network)
+    with pytest.raises(prepare_data.UserError, match="could not be fetched"):
+        prepare_data.demo(tmp_path / "demo", phantom=False)  # no mixture of CTs and phantoms under one name
+
+
+def no_network(folder):
+    raise demo_data.FetchError("no network")
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -193,8 +237,8 @@ def test_nothing_of_the_package_runs(sdist, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "."]))  # would import from the unpacked package
     folder = tmp_path / "fetched"
     folder.mkdir()
-    archive = prepare_data.fetch_sdist(folder, "trap", "1.0", sha256)
-    assert prepare_data.read_members(archive, ["trap-1.0/data/image.nrrd"]) == {"trap-1.0/data/image.nrrd": b"voxels"}
+    archive = demo_data.fetch_sdist(folder, "trap", "1.0", sha256)
+    assert demo_data.read_members(archive, ["trap-1.0/data/image.nrrd"]) == {"trap-1.0/data/image.nrrd": b"voxels"}
     assert not mark.exists()
     assert not list(folder.rglob("image.nrrd"))  # nothing is unpacked
 
@@ -202,8 +246,8 @@ def test_nothing_of_the_package_runs(sdist, tmp_path, monkeypatch):
 def test_pip_refuses_another_checksum(sdist, tmp_path):
     folder = tmp_path / "fetched"
     folder.mkdir()
-    with pytest.raises(prepare_data.FetchError, match="DO NOT MATCH THE HASHES") as error:
-        prepare_data.fetch_sdist(folder, "trap", "1.0", "0" * 64)
+    with pytest.raises(demo_data.FetchError, match="DO NOT MATCH THE HASHES") as error:
+        demo_data.fetch_sdist(folder, "trap", "1.0", "0" * 64)
     assert "\n" not in str(error.value)
     assert not sdist[1].exists()
 
@@ -216,8 +260,8 @@ def test_another_checksum_is_refused_whatever_pip_says(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(prepare_data.FetchError, match=f"expected {prepare_data.SHA256}"):
-        prepare_data.fetch_sdist(tmp_path)
+    with pytest.raises(demo_data.FetchError, match=f"expected {demo_data.SHA256}"):
+        demo_data.fetch_sdist(tmp_path)
 
 
 def test_a_pip_that_hangs_is_ended(tmp_path, monkeypatch):
@@ -225,22 +269,22 @@ def test_a_pip_that_hangs_is_ended(tmp_path, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(prepare_data.FetchError, match="within 5 s"):
-        prepare_data.fetch_sdist(tmp_path, timeout=5)
+    with pytest.raises(demo_data.FetchError, match="within 5 s"):
+        demo_data.fetch_sdist(tmp_path, timeout=5)
 
 
 def test_only_regular_members_of_exactly_that_name_are_read(tmp_path):
     archive = tmp_path / "a.tar.gz"
     write_tar(archive, {"a/image": b"1", "a/image.bak": b"2", "../a/image": b"3"})
-    assert prepare_data.read_members(archive, ["a/image"]) == {"a/image": b"1"}
-    with pytest.raises(prepare_data.FetchError, match="a/label"):
-        prepare_data.read_members(archive, ["a/image", "a/label"])
+    assert demo_data.read_members(archive, ["a/image"]) == {"a/image": b"1"}
+    with pytest.raises(demo_data.FetchError, match="a/label"):
+        demo_data.read_members(archive, ["a/image", "a/label"])
     with tarfile.open(archive, "w:gz") as tar:
         link = tarfile.TarInfo("a/image")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
-    with pytest.raises(prepare_data.FetchError, match="a/image"):
-        prepare_data.read_members(archive, ["a/image"])
+    with pytest.raises(demo_data.FetchError, match="a/image"):
+        demo_data.read_members(archive, ["a/image"])
 
 
 @pytest.mark.parametrize("text, line", [
@@ -249,57 +293,7 @@ def test_only_regular_members_of_exactly_that_name_are_read(tmp_path):
     ("WARNING: a\nERROR: b\n  ERROR: c: d\n[notice] e\n", "c: d"),
     ("error: metadata-generation-failed\n\nhint: see above\n", "metadata-generation-failed")])
 def test_last_error_line(text, line):
-    assert prepare_data.last_error_line(text) == line
-
-
-# ---------------------------------------------------------------------------------------------------- orientation
-
-
-def nrrd_bytes(folder, seed):
-    """A small CT as an NRRD file, whose voxels leave the range of HU on both sides."""
-    rng = np.random.default_rng(seed)
-    image = sitk.GetImageFromArray(rng.integers(-3024, 5000, (7, 6, 5)).astype(np.int16))  # (Z, Y, X)
-    image.SetSpacing((0.6, 0.7, 5.0))
-    image.SetOrigin((-146.0, -325.0, 777.5))
-    path = folder / f"image{seed}.nrrd"
-    sitk.WriteImage(image, str(path))
-    return path.read_bytes()
-
-
-def rotation(x, y, z):
-    """The matrix that turns by these angles (degrees) about the x, then the y, then the z axis."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(np.deg2rad((x, y, z))):
-        turn = np.eye(3)
-        a, b = [k for k in range(3) if k != axis]
-        turn[a, a] = turn[b, b] = np.cos(angle)
-        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
-        matrix = turn @ matrix
-    return matrix
-
-
-@pytest.mark.parametrize("angles", [(0, 0, 0), (9, -14, 20)], ids=["aligned", "oblique"])
-@pytest.mark.parametrize("permutation", list(itertools.permutations(range(3))), ids=str)
-def test_read_ct_agrees_with_nibabel_for_every_flip(tmp_path, permutation, angles):
-    rng = np.random.default_rng(0)
-    spacing, origin = np.array([0.6, 0.7, 5.0]), np.array([-146.0, 25.0, 777.5])  # LPS mm
-    voxels = rng.integers(-3024, 5000, (5, 6, 7)).astype(np.int16)  # (I, J, K), the file's own order
-    for signs in itertools.product((1, -1), repeat=3):
-        directions = rotation(*angles) @ np.eye(3)[:, permutation] * signs  # columns are the axis vectors
-        image = sitk.GetImageFromArray(voxels.transpose(2, 1, 0))
-        image.SetSpacing(spacing)
-        image.SetOrigin(origin)
-        image.SetDirection(directions.ravel())
-        sitk.WriteImage(image, str(tmp_path / "image.nrrd"))
-
-        affine = np.eye(4)
-        affine[:3] = np.diag([-1, -1, 1]) @ np.column_stack([directions * spacing, origin])
-        expected = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
-
-        volume, found = prepare_data.read_ct(tmp_path / "image.nrrd")
-        np.testing.assert_allclose(found, expected.affine, atol=1e-4)
-        np.testing.assert_array_equal(volume, np.asarray(expected.dataobj).clip(-1024, 3071))
-        assert volume.dtype == np.int16 and nibabel.aff2axcodes(found) == ("R", "A", "S")
+    assert demo_data.last_error_line(text) == line
 
 
 # --------------------------------------------------------------------------------------------------------- phantom
@@ -309,7 +303,7 @@ def test_read_ct_agrees_with_nibabel_for_every_flip(tmp_path, permutation, angle
     (0, (320, 256, 96), (1, 1, 3)), (1, (320, 256, 96), (1, 1, 3)), (7, (96, 80, 48), (3, 3, 5)),
     (3, (64, 64, 64), (1, 1, 1))])
 def test_the_phantom_tells_left_from_right_front_from_back_and_up_from_down(seed, shape, spacing):
-    hu, affine = prepare_data.chest_phantom(seed, shape, spacing)
+    hu, affine = demo_data.chest_phantom(seed, shape, spacing)
     assert hu.shape == shape and hu.dtype == np.int16
     assert hu.min() >= -1024 and hu.max() <= 3071
     assert nibabel.aff2axcodes(affine) == ("R", "A", "S")
@@ -331,7 +325,7 @@ def test_the_phantom_tells_left_from_right_front_from_back_and_up_from_down(seed
 
 def test_the_phantom_is_the_seeds_alone():
     state_before = np.random.get_state()[1].copy()
-    first, again, other = (prepare_data.chest_phantom(seed, (48, 40, 24))[0] for seed in (5, 5, 6))
+    first, again, other = (demo_data.chest_phantom(seed, (48, 40, 24))[0] for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.5
     np.testing.assert_array_equal(np.random.get_state()[1], state_before)
@@ -339,4 +333,4 @@ def test_the_phantom_is_the_seeds_alone():
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 8, 4), (33, 17, 5)])
 def test_the_phantom_takes_any_shape(shape):
-    assert prepare_data.chest_phantom(0, shape)[0].shape == shape
+    assert demo_data.chest_phantom(0, shape)[0].shape == shape
