@@ -6,6 +6,7 @@ journal of what is done, from which a rerun goes on. Both are gone when a run en
 import collections
 import contextlib
 import csv
+import filecmp
 import hashlib
 import itertools
 import json
@@ -25,17 +26,18 @@ from images import LeftOut
 from utils import UserError
 
 WORK = ".prepare"         # folder in the output: journal, lock, unfinished files
+JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.csv"
 RECIPE = "prepare.json"   # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
 FORMAT = 1                # raise it when the same input and options give another output
+TEXT = {"encoding": "utf-8", "errors": "replace"}  # what we write is UTF-8; what was done to it since may not be
 
 
 class Job(NamedTuple):
     """One input, or several that are decided on together.
 
-    sources: what the manifest calls them; stamp: changes when they or the options do
-    outputs: relative paths that it will write, as far as they are known before
+    sources: what the manifest calls them; stamp: changes when they do
     task: what the converting function takes, whatever it is
     """
     sources: tuple
@@ -63,7 +65,7 @@ def state_of(path):
     try:
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
         return -1, 0
 
 
@@ -102,15 +104,19 @@ def _lock(file, output):
 
 
 def _same_recipe(path, recipe):
-    if not path.exists():
-        part = path.parent / WORK / "part.recipe"
-        part.write_text(json.dumps(recipe, indent=1) + "\n")
-        os.replace(part, path)
-        return
+    """Write down what the folder is made with; where files stand in it, that must be what they were made with."""
+    work, text = path.parent / WORK, json.dumps(recipe, indent=1) + "\n"
+    stands = sorted(name for name in os.listdir(path.parent) if not name.startswith(".") and name != RECIPE)
+    if stands and not path.exists():
+        raise UserError(f"{path.parent}: holds {stands[0]}, which no earlier run made; give a new or empty --output")
+    if not stands and not (path.exists() and path.read_bytes() == text.encode()):
+        (work / JOURNAL).unlink(missing_ok=True)  # of a run that left everything out for other options
+        (work / "part.recipe").write_text(text)
+        os.replace(work / "part.recipe", path)
     try:
         found = json.loads(path.read_text())
         different = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
-    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: can't be read ({error}); remove it if you know what made the files beside it") from error
     if different:
         name = different[0]
@@ -130,31 +136,32 @@ class Records:
     """Rows of the manifest, by the stamp of their job: those of earlier runs, and those that a run adds."""
 
     def __init__(self, output):
-        self.output, self.journal = output, output / WORK / "journal.jsonl"
+        self.output, self.journal = output, output / WORK / JOURNAL
         self.earlier = collections.defaultdict(list)  # stamp -> rows
         if (output / MANIFEST).exists():
-            with open(output / MANIFEST, newline="", errors="surrogateescape") as file:
-                for row in csv.DictReader(file):
-                    self.earlier[row.get("stamp")].append(row)
+            with open(output / MANIFEST, newline="", **TEXT) as file:
+                for row in filter(_is_whole, csv.DictReader(file)):
+                    self.earlier[row["stamp"]].append(row)
         if self.journal.exists():
-            with open(self.journal, errors="surrogateescape") as file:
+            with open(self.journal, **TEXT) as file:
                 for line in file:
                     with contextlib.suppress(ValueError):  # the last line of a run that was killed may be half
                         rows = json.loads(line)
-                        self.earlier[rows[0]["stamp"]] = rows
+                        if isinstance(rows, list) and rows and all(map(_is_whole, rows)):
+                            self.earlier[rows[0]["stamp"]] = rows
 
     def finished(self, job):
         """The rows of a job that an earlier run has done and whose files are still there; None if it has to be done."""
-        rows = self.earlier.get(job.stamp)
-        return rows if rows and all(map(self.stands, rows)) else None
+        rows = self.earlier.get(job.stamp, [])
+        return rows if len(rows) >= len(job.sources) and all(map(self.stands, rows)) else None
 
     def stands(self, row):
         if row["status"] == WRITTEN:
-            return state_of(self.output / row["output"])[0] == int(row["bytes"])
+            return str(state_of(self.output / row["output"])[0]) == row.get("bytes")
         return row["status"] == LEFT_OUT
 
     def add(self, rows):
-        with open(self.journal, "a", errors="surrogateescape") as file:
+        with open(self.journal, "a", **TEXT) as file:
             file.write(json.dumps(rows) + "\n")
 
     def finish(self, rows, columns):
@@ -172,15 +179,24 @@ class Records:
                     (self.output / row["output"]).unlink()
                 else:
                     kept.append(row)
-        part = self.output / WORK / "part.manifest"
-        with open(part, "w", newline="", errors="surrogateescape") as file:
+        part, manifest = self.output / WORK / "part.manifest", self.output / MANIFEST
+        with open(part, "w", newline="", **TEXT) as file:
             table = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
             table.writeheader()
             table.writerows(sorted(rows + kept, key=lambda row: (row["source"], row["output"])))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, self.output / MANIFEST)
+        if not manifest.exists() or not filecmp.cmp(part, manifest, shallow=False):
+            os.replace(part, manifest)
         return kept
+
+
+def _is_whole(row):
+    """Whether a row of a manifest or journal is one as `_finish` makes them, whatever was done to the file since."""
+    needed = ("source", "output", "status", "stamp")
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in needed):
+        return False
+    return ".." not in Path(row["output"]).parts and not os.path.isabs(row["output"])
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -229,9 +245,8 @@ def _do(item):
     rows = []
     try:
         for row, write in convert(job.task):
-            rows.append({"status": WRITTEN if write else LEFT_OUT, "output": "", **row})
-            if write:
-                rows[-1]["bytes"] = _commit(write, Path(output), row["output"])
+            size = {"bytes": _commit(write, Path(output), row["output"])} if write else {}
+            rows.append({"status": WRITTEN if write else LEFT_OUT, "output": "", **row, **size})
     except _CantWrite as error:
         return str(error)
     except Exception as error:  # one input, whatever is wrong with it, must not stop the others
@@ -248,9 +263,11 @@ class _CantWrite(Exception):
 
 
 def _finish(rows, job):
-    """Rows as they go into the journal and manifest: all text, so that both give the same back."""
-    return [{name: str(value).replace("\r", " ").replace("\n", " ") for name, value in {"output": "", "reason": "", **row,
-             "stamp": job.stamp}.items()} for row in rows]
+    """Rows as they go into the journal and manifest: all text in one line, so that both give the same back."""
+    def text(value):  # names of files may be any bytes
+        return str(value).replace("\r", " ").replace("\n", " ").encode(errors="backslashreplace").decode()
+    rows = [{"output": "", "reason": "", **row, "stamp": job.stamp} for row in rows]
+    return [{name: text(value) for name, value in row.items()} for row in rows]
 
 
 def _commit(write, output, name):
@@ -268,6 +285,9 @@ def _commit(write, output, name):
     except OSError as error:
         part.unlink(missing_ok=True)
         raise _CantWrite(f"{output / name}: {error.strerror or error}") from error
+    except ValueError as error:  # such as axes that the format can't hold
+        part.unlink(missing_ok=True)
+        raise DataError(name, f"can't be written: {str(error).replace(f'{part}: ', '')}") from error
 
 
 def in_processes(function, items, workers):
@@ -283,7 +303,7 @@ def in_processes(function, items, workers):
             try:
                 while waiting or running:
                     while waiting:
-                        running[pool.submit(function, waiting[0])] = waiting[0]
+                        running[_submit(pool, function, waiting[0])] = waiting[0]
                         waiting.popleft()
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -297,7 +317,7 @@ def in_processes(function, items, workers):
         for item in running.values():
             with _pool(1) as alone:
                 try:
-                    result = alone.submit(function, item).result()
+                    result = _submit(alone, function, item).result()
                 except BrokenProcessPool:
                     result = None
                 yield item, result
@@ -306,6 +326,17 @@ def in_processes(function, items, workers):
 
 def _pool(workers):
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+
+
+def _submit(pool, function, item):
+    """pool.submit, which may start a process: one that Ctrl-C never reaches, not even while it imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return pool.submit(function, item)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; until then it waits for us
+    try:
+        return pool.submit(function, item)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker():
@@ -322,10 +353,10 @@ def _start_worker():
 
 
 def progress(total, unit):
-    """A progress bar with rate and remaining time on standard error; a line now and then where that is no terminal."""
+    """A progress bar with rate and remaining time on standard error, seldom renewed where that is a log file."""
     from tqdm import tqdm
-    return tqdm(total=total, unit=unit, file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True,
-                disable=not total, smoothing=0.05)
+    pause = 1 if sys.stderr.isatty() else 30  # seconds; what ends before shows no bar
+    return tqdm(total=total, unit=unit, delay=pause, mininterval=pause, dynamic_ncols=True, smoothing=0.05)
 
 
 def report(outcome):

@@ -7,6 +7,8 @@ towards the patient's right, anterior and superior side, as nearly as its axes a
 import collections
 import os
 import re
+import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,37 +80,48 @@ def read_header(path):
     try:
         if os.path.getsize(path) == 0:
             raise DataError(path, "can't be read: the file is empty")
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True)
-        if header.get("SOPClassUID") is None:
-            media = header.file_meta.get("MediaStorageSOPClassUID") if hasattr(header, "file_meta") else None
-            if media == DICOMDIR:
-                return None
-            raise DataError(path, "can't be read: no DICOM file, or its header is cut off")
-
-        def text(tag):
-            value = header.get(tag)
-            several = isinstance(value, (list, tuple, pydicom.multival.MultiValue))
-            return "\\".join(map(str, value)) if several else str("" if value is None else value).strip()
-
-        def numbers(tag, count, default=()):
-            value = header.get(tag)
-            if value is None or value == "":
-                return default
-            values = tuple(float(v) for v in (value if count > 1 else [value]))
-            return values if len(values) == count and np.isfinite(values).all() else default
-        if text("SOPClassUID") == DICOMDIR:
-            return None
-        return Slice(
-            path, text("PatientID"), text("StudyInstanceUID"), text("StudyDate"), text("SeriesInstanceUID"),
-            text("SOPClassUID"), text("Modality"), text("ImageType"), int(header.get("SamplesPerPixel") or 1),
-            int(header.get("NumberOfFrames") or 1), (int(header.get("Columns") or 0), int(header.get("Rows") or 0)),
-            numbers("PixelSpacing", 2), numbers("ImageOrientationPatient", 6), numbers("ImagePositionPatient", 3),
-            numbers("RescaleSlope", 1, (1.0,)) + numbers("RescaleIntercept", 1, (0.0,)),
-            numbers("SliceThickness", 1, (0.0,))[0], text("ConvolutionKernel"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # many archives break DICOM's rules for values
+            return _slice_of(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True), path)
     except DataError:
         raise
     except Exception as error:  # pydicom raises many kinds for a broken file
         raise DataError(path, f"can't be read: {_one_line(error, path)}") from error
+
+
+def _slice_of(header, path):
+    if header.get("SOPClassUID") is None:
+        media = header.file_meta.get("MediaStorageSOPClassUID") if hasattr(header, "file_meta") else None
+        if media == DICOMDIR:
+            return None
+        raise DataError(path, "can't be read: no DICOM file, or its header is cut off")
+
+    def text(tag):
+        value = header.get(tag)
+        several = not isinstance(value, (str, bytes)) and hasattr(value, "__iter__")
+        return "\\".join(map(str, value)) if several else str("" if value is None else value).strip()
+
+    def numbers(value, count):  # () for anything else than so many numbers
+        try:
+            values = tuple(map(float, value.split("\\")))
+        except ValueError:
+            return ()
+        return values if len(values) == count and np.isfinite(values).all() else ()
+    kind, columns, rows = text("SOPClassUID"), header.get("Columns"), header.get("Rows")
+    if kind == DICOMDIR:
+        return None
+    if kind == CT_IMAGE and not (columns and rows):
+        raise DataError(path, "can't be read: its header is cut off, or lacks the image's size")
+    slope, intercept = text("RescaleSlope") or "1", text("RescaleIntercept") or "0"
+    rescale = numbers(slope, 1) + numbers(intercept, 1)
+    if len(rescale) < 2:
+        raise DataError(path, f"can't be read: its rescale slope is {slope!r:.40}, its intercept {intercept!r:.40}")
+    return Slice(
+        path, text("PatientID"), text("StudyInstanceUID"), text("StudyDate"), text("SeriesInstanceUID"), kind,
+        text("Modality"), text("ImageType"), int(header.get("SamplesPerPixel") or 1), int(header.get("NumberOfFrames") or 1),
+        (int(columns or 0), int(rows or 0)), numbers(text("PixelSpacing"), 2), numbers(text("ImageOrientationPatient"), 6),
+        numbers(text("ImagePositionPatient"), 3), rescale, (numbers(text("SliceThickness"), 1) or (0.0,))[0],
+        text("ConvolutionKernel"))
 
 
 def sort_slices(slices, min_slices, source):
@@ -121,14 +134,12 @@ def sort_slices(slices, min_slices, source):
     kept = [one for one, kind in zip(slices, kinds) if kind is None]
     if not kept:
         raise LeftOut(source, collections.Counter(kinds).most_common(1)[0][0])
-    for what, values in {"sizes": {one.size for one in kept},
-                         "pixel spacings": {tuple(np.round(one.spacing, 4)) for one in kept},
-                         "orientations": {tuple(np.round(one.orientation, 3) + 0.0) for one in kept}}.items():
-        if len(values) > 1:
-            some = " and ".join(" x ".join(f"{v:g}" for v in value) for value in sorted(values)[:2])
-            raise LeftOut(source, f"mixed slices: {len(values)} {what}, such as {some}")
-    if len(kept) < min_slices:
-        raise LeftOut(source, f"too few slices: {len(kept)}, expected at least {min_slices} (--min_slices)")
+    for what, tolerance in (("size", 0), ("spacing", 1e-4), ("orientation", 1e-3)):
+        values = sorted({getattr(one, what) for one in kept})
+        if (np.ptp(values, axis=0) > tolerance).any():
+            raise LeftOut(source, f"mixed slices: {what}s such as {by(values[0])} and {by(values[-1])}")
+    if len(kept) < max(min_slices, 2):
+        raise LeftOut(source, f"too few slices: {len(kept)}, expected at least {max(min_slices, 2)} (--min_slices)")
     orientation = np.array(kept[0].orientation)
     normal = np.cross(orientation[:3], orientation[3:])
     positions = np.array([one.position for one in kept])  # (N, 3)
@@ -142,7 +153,7 @@ def sort_slices(slices, min_slices, source):
         first, second = kept[doubled[0]], kept[doubled[0] + 1]
         raise LeftOut(source, f"doubled slices: {len(doubled)}, such as {os.path.basename(first.path)} and "
                               f"{os.path.basename(second.path)} at {heights[doubled[0]]:g} mm")
-    uneven = np.flatnonzero(np.abs(gaps - usual) > max(0.05 * usual, 0.02))
+    uneven = np.flatnonzero(np.abs(gaps - usual) > 0.05 * usual + 0.1)  # some scanners write tenths of a millimetre
     if len(uneven):
         widest = int(uneven[np.argmax(gaps[uneven])])
         what = "missing slices" if gaps[widest] > 1.5 * usual else "uneven spacing"
@@ -207,7 +218,7 @@ def read_series(slices):
     rescales = {one.rescale for one in slices}
     if len(rescales) > 1 or not all(value.is_integer() for pair in rescales for value in pair):
         reader.SetOutputPixelType(sitk.sitkFloat32)  # the first slice alone would decide otherwise
-    return to_hu(_execute(reader, slices[0].path), slices[0].path)
+    return to_hu(_call(reader.Execute, slices[0].path), slices[0].path)
 
 
 def read_image(path):
@@ -217,32 +228,100 @@ def read_image(path):
 
 def read_raw(path):
     """The 3D image in a volume file as SimpleITK reads it, in the file's own orientation and type. Raises DataError."""
-    if path.endswith((".hdf5", ".h5")):  # in chunks and filters that ITK does not know
-        with Volume(path) as volume:
-            return make_image(volume.read(), volume.affine)
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
+    if not os.path.isfile(path):
+        raise DataError(path, "can't be read: no such file")
+    if os.path.getsize(path) == 0:
         raise DataError(path, "can't be read: the file is empty")
+    if path.endswith((".hdf5", ".h5")):  # in chunks and filters that ITK does not know
+        try:
+            with Volume(path) as volume:
+                return make_image(volume.read(), volume.affine)
+        except DataError as error:
+            raise DataError(path, _one_line(error.reason, path)) from error
     reader = sitk.ImageFileReader()
     reader.SetFileName(path)
-    image = _execute(reader, path)
+    nifti = path.lower().endswith((".nii", ".nii.gz"))
+    image = _read_nifti(reader, path) if nifti else _call(reader.Execute, path)
+    _call(lambda: _require_whole(path, 0 if nifti else sitk.GetArrayViewFromImage(image).nbytes), path)
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[..., 0]
     if image.GetDimension() != 3:
         raise DataError(path, f"not a volume: {image.GetDimension()}D, {by(image.GetSize())}")
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise DataError(path, f"not a volume of HU: {image.GetNumberOfComponentsPerPixel()} values per voxel")
+    if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in image.GetPixelIDTypeAsString():
+        raise DataError(path, f"not a volume of HU: voxels of type {image.GetPixelIDTypeAsString()}")
     return image
 
 
-def _execute(reader, path):
+def _read_nifti(reader, path):
+    """ITK's geometry and nibabel's voxels: ITK takes NaN for 0 and, where a file is cut off, whatever its memory held."""
+    import nibabel
+
+    def read():
+        reader.ReadImageInformation()
+        nifti = nibabel.load(path)
+        return nifti.affine, np.asanyarray(nifti.dataobj)
+    affine, voxels = _call(read, path)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:  # ITK makes something up
+        raise DataError(path, "no geometry: its spacings and directions span no volume")
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim != 3:
+        raise DataError(path, f"not a volume: {voxels.ndim}D, {by(voxels.shape)}")
+    if voxels.dtype.kind not in "iuf":
+        raise DataError(path, f"not a volume of HU: voxels of type {voxels.dtype}")
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T, voxels.dtype.newbyteorder("=")))
+    image.SetSpacing(reader.GetSpacing()[:3])
+    image.SetOrigin(reader.GetOrigin()[:3])
+    image.SetDirection(np.reshape(reader.GetDirection(), [reader.GetDimension()] * 2)[:3, :3].ravel().tolist())
+    return image
+
+
+def _require_whole(path, size):
+    """Raise an error where the compressed voxels in a file are damaged or fewer than `size` bytes.
+
+    ITK passes over both, and what is missing is what its memory held before, such as another patient's voxels.
+    """
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    header = re.match(rb"(?!\x1f\x8b).*?(^ElementDataFile *=.*?\n|\n\r?\n|\Z)|", start, re.S | re.M)[0]  # none in a .nii.gz
+    if header and not re.search(rb"^CompressedData *= *True|^encoding: *gz", header, re.M | re.I):
+        return
+    apart = re.search(rb"^(?:ElementDataFile *=|data ?file:) *(?!LOCAL\s)(\S.*?)\s*$", header, re.M | re.I)
+    stream, found = zlib.decompressobj(47), 0  # 47: zlib or gzip
+    with open(os.path.join(os.path.dirname(path), os.fsdecode(apart[1])) if apart else path, "rb") as file:
+        file.seek(0 if apart else len(header))
+        while chunk := stream.unused_data or file.read(1 << 20):
+            if stream.eof:
+                if not chunk.startswith(b"\x1f\x8b"):  # no further part of a gzip file
+                    break
+                stream = zlib.decompressobj(47)
+            found += len(stream.decompress(chunk))
+    if found < size:
+        raise EOFError(f"its voxels end after {found} of {size} bytes")
+
+
+def _call(read, path):
+    """What `read` returns, without what C libraries print of a broken file beside raising. Raises DataError."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
-        return reader.Execute()
-    except RuntimeError as error:
+        return read()
+    except Exception as error:  # ITK and nibabel raise many kinds
         raise DataError(path, f"can't be read: {_one_line(error, path)}") from error
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def to_hu(image, path):
-    """A SimpleITK image brought to RAS and int16, values below air clamped. Raises DataError for NaN, not for any value."""
+    """A SimpleITK image brought to RAS and int16, values below air clamped.
+
+    Raises DataError for NaN and for axes that are not at right angles, not for any value.
+    """
+    axes = np.reshape(image.GetDirection(), (3, 3))
+    if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
+        raise DataError(path, "no geometry: its axes are not at right angles")
     image = to_ras(image)
     if image.GetPixelID() != sitk.sitkInt16:
         converted = sitk.GetImageFromArray(to_int16(sitk.GetArrayViewFromImage(image), path))
@@ -322,11 +401,11 @@ def crop_at(image, point, size, spacing, source):
     own = np.array(image.GetSpacing())
     if spacing is None:
         start = np.rint(index - (np.array(size) - 1) / 2)
-        return _sample(image, start, own, size, sitk.sitkNearestNeighbor)
+        return _sample(image, start, own, size)
     factors = averaged(own, spacing)
     fine = np.array(spacing) / factors
     start = index - (np.array(size) * factors - 1) / 2 * fine / own
-    return _shrink(_sample(image, start, fine, np.array(size) * factors, sitk.sitkLinear), factors)
+    return _mean(_sample(image, start, fine, np.array(size) * factors, linear=True), factors)
 
 
 def resample(image, spacing, is_label=False):
@@ -336,8 +415,9 @@ def resample(image, spacing, is_label=False):
     factors = np.ones(3, int) if is_label else averaged(own, spacing)
     fine = np.array(spacing) / factors
     start = (fine / own - 1) / 2  # the outer faces of the first voxels coincide
-    nearest = sitk.sitkNearestNeighbor if is_label else sitk.sitkLinear
-    return _shrink(_sample(image, start, fine, size * factors, nearest), factors)
+    if is_label:
+        return _sample(image, start, fine, size, extend=True)
+    return _mean(_sample(image, start, fine, size * factors, linear=True, extend=True), factors)
 
 
 def averaged(own, spacing):
@@ -346,16 +426,22 @@ def averaged(own, spacing):
     return np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
 
 
-def _sample(image, start, spacing, size, interpolator):
-    """An image on a grid along the axes of another, `start` in its continuous voxel indices; outside is air, or 0."""
+def _sample(image, start, spacing, size, linear=False, extend=False):
+    """An image on a grid along the axes of another, `start` in its continuous voxel indices; linearly, in float, or nearest.
+
+    Outside is air, or 0 in a mask; with `extend` the nearest voxel, for a last voxel that reaches a little beyond.
+    """
     outside = AIR if image.GetPixelID() == sitk.sitkInt16 else 0
     origin = image.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
-    return sitk.Resample(image, [int(n) for n in size], sitk.Transform(), interpolator, origin,
-                         [float(s) for s in spacing], image.GetDirection(), outside, image.GetPixelID())
+    how, kind = (sitk.sitkLinear, sitk.sitkFloat32) if linear else (sitk.sitkNearestNeighbor, image.GetPixelID())
+    return sitk.Resample(image, [int(n) for n in size], sitk.Transform(), how, origin, [float(s) for s in spacing],
+                         image.GetDirection(), outside, kind, extend)
 
 
-def _shrink(image, factors):
-    return image if (factors == 1).all() else sitk.BinShrink(image, [int(f) for f in factors])
+def _mean(image, factors):
+    """Means over blocks of voxels of a float image, rounded (ITK itself would cut off decimals)."""
+    means = image if (factors == 1).all() else sitk.BinShrink(image, [int(f) for f in factors])
+    return sitk.Cast(sitk.Round(means), sitk.sitkInt16)
 
 
 def body_box(image, margin):
@@ -366,7 +452,7 @@ def body_box(image, margin):
 
 
 def box_of(mask, image, margin):
-    """(3,) first voxel and (3,) size in `image` of the non-zero part of a mask of the same extent, with `margin` mm.
+    """(3,) first voxel and (3,) size in `image` of the non-zero part of a mask of the same extent, with `margin` mm or more.
 
     Without any such part: all of the image.
     """
@@ -375,7 +461,7 @@ def box_of(mask, image, margin):
     if not len(found[0]):
         return np.zeros(3, int), shape
     scale = shape / np.array(mask.GetSize())
-    extra = margin / np.array(image.GetSpacing())
+    extra = margin / np.array(image.GetSpacing()) + scale - 1  # what begins between two voxels of a coarser mask is in
     low = np.maximum(np.floor([f[0] for f in found] * scale - extra), 0).astype(int)
     high = np.minimum(np.ceil((np.array([f[-1] for f in found]) + 1) * scale + extra), shape).astype(int)
     return low, high - low
@@ -407,6 +493,6 @@ def _one_line(error, path):
     """What a library says of a file, in one line without memory addresses, source files and the way to the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "ERROR:" in line]
-    text = told[-1].split("ERROR:")[-1] if told else (lines or [type(error).__name__])[-1]
+    text = told[-1].split("ERROR:")[-1] if told else " ".join(lines) or type(error).__name__
     text = re.sub(r"\(0x[0-9a-f]+\)", "", text).replace(str(Path(path).parent) + os.sep, "")
     return text.strip(" :")[:200]

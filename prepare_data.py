@@ -14,8 +14,9 @@ import csv
 import json
 import os
 import re
+import shutil
+import stat
 import sys
-import tempfile
 import unicodedata
 import zlib
 from pathlib import Path
@@ -26,8 +27,8 @@ import SimpleITK as sitk
 
 import demo_data
 import images
-from convert import (FAILED, LEFT_OUT, Job, Output, convert_all, in_processes, opened, progress, report, stamp_of,
-                     standing, state_of)
+from convert import (FAILED, LEFT_OUT, MANIFEST, RECIPE, Job, Output, convert_all, in_processes, opened, progress,
+                     report, stamp_of, standing, state_of)
 from data import (FILTERS, DataError, Volume, find_crops, find_pairs, find_volumes, other_grid, read_pair, walk_files,
                   write_volume)
 from demo_data import PATIENTS
@@ -109,10 +110,14 @@ def get_args_parser():
 def main():
     parser = get_args_parser()
     args = vars(parser.parse_args())
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     command, run = args.pop("command"), args.pop("run")
     if "input" in args:
-        if os.path.realpath(args["input"]) == os.path.realpath(args["output"]):
-            parser.error(f"--output {args['output']} is the --input itself: give another folder")
+        source, target = (Path(os.path.realpath(args[name])) for name in ("input", "output"))
+        if target in (source, *source.parents):
+            what = "is the --input itself" if target == source else f"holds the --input {args['input']}"
+            parser.error(f"--output {args['output']} {what}: give another folder")
         if not args["input"].is_dir():
             raise UserError(f"--input {args['input']}: " + ("is no folder" if args["input"].exists() else "no such folder"))
     if command == "luna16":
@@ -127,15 +132,26 @@ def main():
 
 
 def safe_name(text, otherwise):
-    """A name from a table or header made fit for one file or folder: no separators, not hidden, not long.
+    """A name from a table or header made fit for one file or folder: no separators, not hidden, not long, none of ours.
 
     Where something has to be changed, a hash keeps different names different. Empty ones become `otherwise`.
     """
     text = unicodedata.normalize("NFC", text).strip()
     if not text:
         return otherwise
-    name = re.sub(r"[^\w.+=-]", "_", text).lstrip(".")[:100]
-    return name if name == text else f"{name}-{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
+    name = re.sub(r"[^\w.+=-]", "_", text).lstrip(".")
+    name = name.encode()[:100].decode(errors="ignore")  # file systems count bytes, 255 at most
+    if name == text and name.lower() not in (MANIFEST, RECIPE):
+        return name
+    return f"{name or otherwise}-{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
+
+
+def path_in(folder, name):
+    """Path of an input file. Raises DataError for a name that isn't in UTF-8, at which SimpleITK aborts the process."""
+    try:
+        return os.path.join(folder, name).encode().decode()
+    except UnicodeEncodeError:
+        raise DataError(name, "can't be read: its name is not in UTF-8, rename it") from None
 
 
 def described(image):
@@ -187,8 +203,8 @@ def nlst(input, output, workers, one_per_study, **options):
             raise UserError(f"--input {input}: holds no DICOM files and no {', '.join(images.VOLUME_SUFFIXES)}")
         places, groups = place_scans(scans), collections.defaultdict(list)
         for scan in sorted(scans, key=preference):
-            study = one_per_study and scan.header and scan.header.study
-            groups[study or scan.source].append(scan)
+            study = one_per_study and scan.header and scan.header.study  # which badly anonymised patients may share
+            groups[(patient_of(scan.header), study) if study else scan.source].append(scan)
         tasks = [ScanTask(str(input), group, [places[scan.source] for scan in group], len(group) > 1, **options)
                  for group in groups.values()]
         jobs = [Job(tuple(scan.source for scan in task.scans), stamp_of(task.scans, task.outputs), task) for task in tasks]
@@ -237,7 +253,9 @@ def look_into(task):
     for name in names:
         path = os.path.join(root, name)
         try:
-            if name.lower().endswith(images.VOLUME_SUFFIXES):
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
+                others += 1
+            elif name.lower().endswith(images.VOLUME_SUFFIXES):
                 scans.append(Scan(name, [file_at(root, name), *companions(root, name)]))
             elif images.is_dicom(path) and (header := images.read_header(path)):
                 uid = header.series or f"no UID in {os.path.dirname(name)}"
@@ -342,7 +360,7 @@ def read_scan(task, scan):
     """The image of a Scan, or a DataError that says why there is none."""
     if scan.problem:
         raise DataError(scan.source, scan.problem)
-    paths = [os.path.join(task.input, file.path) for file in scan.files]
+    paths = [path_in(task.input, file.path) for file in scan.files]
     if scan.header:
         slices = images.sort_slices([images.read_header(path) for path in paths], task.min_slices, scan.source)
         image = images.read_series(slices)
@@ -362,6 +380,7 @@ def read_scan(task, scan):
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
+LABELS = 1000            # more classes than anyone has; what is beyond is no label
 VOLUME_OF_SERIES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd")
 
 
@@ -399,13 +418,13 @@ def luna16(input, output, workers, size, spacing, negatives_per_scan, seed, tabl
         subset_of_patient, tasks = {}, []
         for series in sorted({*points, *scans}):
             of_series, patient = scans.get(series, []), patient_of_series.get(series, "")
-            against = unusable(points.get(series, []), of_series, patient, patients)
+            chosen = draw(points.get(series, []), negatives_per_scan, seed, series)
+            against = unusable(points.get(series, []), chosen, of_series, patient, patients)
             if against:
                 tasks.append(CropTask(of_series[0] if of_series else series, [], patient, [], [], *against))
                 continue
             # All scans of a patient go where the first of them lies: folds by subset must not share patients
-            subset = subset_of_patient.setdefault(patient, subset_of(of_series[0]))
-            chosen = draw(points[series], negatives_per_scan, seed, series)
+            subset = subset_of_patient.setdefault(patient, subset_of(of_series[0]) or "subset0")
             outputs = [f"{subset}/label{point.label}/{safe_name(patient, 'unknown')}/{point.table}_{point.line:06d}.nii.gz"
                        for point in chosen]
             files = [file_at(input, of_series[0]), *companions(input, of_series[0])]
@@ -416,7 +435,7 @@ def luna16(input, output, workers, size, spacing, negatives_per_scan, seed, tabl
     report(outcome)
 
 
-def unusable(points, scans, patient, patients):
+def unusable(points, chosen, scans, patient, patients):
     """(status, reason) where a series can't be cropped from; None where it can."""
     if not scans:
         return LEFT_OUT, f"no scan of this series below --input: {len(points)} points"
@@ -424,13 +443,16 @@ def unusable(points, scans, patient, patients):
         return FAILED, f"two scans of one series: {scans[0]} and {scans[1]}"
     if not points:
         return LEFT_OUT, "no points: the table names none in this scan"
+    if not chosen:
+        return LEFT_OUT, f"no points: all {len(points)} are of label 0, of which --negatives_per_scan takes none"
     if not patient:
         return FAILED, f"no patient: {patients} does not name this series"
     return None
 
 
 def subset_of(scan):
-    return safe_name(next((part for part in scan.split(os.sep)[:-1] if part.startswith("subset")), "subset0"), "subset0")
+    """Name of the subset folder that a path leads through, "" without any."""
+    return safe_name(next((part for part in scan.split(os.sep)[:-1] if part.startswith("subset")), ""), "")
 
 
 def where(point):
@@ -462,7 +484,7 @@ def scans_of_series(folder, output):
         for name in names:
             if name.lower().endswith(VOLUME_OF_SERIES):
                 found[images.stem(name)].append(os.path.normpath(os.path.relpath(os.path.join(here, name), folder)))
-    in_subsets = {series: [path for path in paths if path.startswith("subset")] for series, paths in found.items()}
+    in_subsets = {series: [path for path in paths if subset_of(path)] for series, paths in found.items()}
     in_subsets = {series: paths for series, paths in in_subsets.items() if paths}
     return in_subsets or dict(found)
 
@@ -495,11 +517,12 @@ def read_points(path, label_column, optional=False):
         except ValueError:
             problem = f"not a point: {row['coordX']}, {row['coordY']}, {row['coordZ']}"
         try:
-            label = int(float(row[label_column]))
-            if label < 0 or label != float(row[label_column]):
+            if not 0 <= (value := float(row[label_column])) < LABELS or not value.is_integer():
                 raise ValueError
-        except (ValueError, OverflowError):
-            problem = f"not a label: {label_column} is '{row[label_column]}', expected a whole number from 0 on"
+            label = int(value)
+        except ValueError:
+            problem = (f"not a label: {label_column} is '{row[label_column][:50]}', expected a whole number from 0 to "
+                       f"{LABELS - 1}")
         points[row["seriesuid"]].append(Point(name, line, position, label, problem=problem))
     return dict(points)
 
@@ -522,6 +545,8 @@ def read_candidates(folder):
     for line, row in read_table(annotations, ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]):
         try:
             numbers = [float(row[name]) for name in ("coordX", "coordY", "coordZ", "diameter_mm")]
+            if not np.isfinite(numbers).all():
+                raise ValueError
         except ValueError:
             raise UserError(f"{annotations}: line {line} has no numbers in coordX, coordY, coordZ and diameter_mm") from None
         nodules[row["seriesuid"]].append(Point("annotations", line, tuple(numbers[:3]), 1, f"{numbers[3]:g}"))
@@ -538,8 +563,13 @@ def read_candidates(folder):
 
 
 def read_patients(path):
-    """{series: patient} of a table with these columns."""
-    return {row["seriesuid"]: row["patient"] for _, row in read_table(path, ["seriesuid", "patient"])}
+    """{series: patient} of a table with these columns. Raises UserError where it names two patients of one series."""
+    patients = {}
+    for line, row in read_table(path, ["seriesuid", "patient"]):
+        if patients.setdefault(row["seriesuid"], row["patient"]) != row["patient"]:
+            raise UserError(f"{path}: line {line} names patient {row['patient']} for series {row['seriesuid']}, an earlier "
+                            f"one {patients[row['seriesuid']]}; correct it")
+    return patients
 
 
 def convert_crops(task):
@@ -548,7 +578,7 @@ def convert_crops(task):
     if task.status:
         yield Output({"source": task.source, "patient": task.patient, "status": task.status, "reason": task.reason}, None)
         return
-    image = images.read_image(os.path.join(folder, task.source))
+    image = images.read_image(path_in(folder, task.source))
     for point, output in zip(task.points, task.outputs):
         row = {"source": task.source + where(point), "patient": task.patient, "diameter_mm": point.diameter,
                "label": "" if point.label is None else point.label, **dict(zip("xyz", point.position))}
@@ -607,11 +637,18 @@ def decathlon(folder):
         raise UserError(f"--input {folder}: has no dataset.json and no imagesTr and labelsTr; give the folder that holds them")
     else:
         print(f"note: no dataset.json in {folder}: images and labels are paired by name, any class is taken")
-    images_by_name = {images.stem(path): path for path, _ in listed}
-    labels_by_name = {images.stem(image): label for image, label in listed}
+    images_by_name, labels_by_name = {}, {}
+
+    def name_of(path, taken):  # a second one of a name goes by its path
+        return path if images.stem(path) in taken else images.stem(path)
+    for image, label in listed:
+        name = name_of(image, images_by_name)
+        images_by_name[name], labels_by_name[name] = image, label
+    known = {path for case in listed for path in case}
     for kind, found in (("imagesTr", images_by_name), ("labelsTr", labels_by_name)):
         for name in find_volumes(folder / kind) if (folder / kind).is_dir() else []:
-            found.setdefault(images.stem(name), os.path.join(kind, name))
+            if (path := os.path.join(kind, name)) not in known:
+                found[name_of(path, found)] = path
     names = sorted({*images_by_name, *labels_by_name})
     if not names:
         raise UserError(f"--input {folder}: holds no cases")
@@ -623,7 +660,7 @@ def convert_pair(task):
     folder, spacing, crop, margin, task = task
     if not task.image or not task.label:
         raise DataError(task.image or task.label, "no label: for this image" if task.image else "no image: for this label")
-    image, label = (images.read_raw(os.path.join(folder, path)) for path in (task.image, task.label))
+    image, label = (images.to_ras(images.read_raw(path_in(folder, path))) for path in (task.image, task.label))
     reason = other_grid(label.GetSize(), images.affine_of(label), image.GetSize(), images.affine_of(image))
     if reason:
         raise DataError(task.label, reason)
@@ -804,20 +841,20 @@ def demo(output, phantom):
             print(f"{output} is complete, nothing to do: {' and '.join(PATIENTS)} ({held})")
             return
         output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".raw") as raw:  # not writable: said now, not after the download
-            raw = Path(raw)
-            origin = fetch_demo(raw, phantom or held == PHANTOM, held)
-            part = raw / "SOURCE.txt"
-            part.write_text(demo_source(origin))
-            part.replace(source)
-            cases = demo_cases(raw, origin)
-            lay_out_demo(raw, cases, origin)
-            workers = cores_per_process(Processes())
-            nlst(raw / "nlst", output / "pretrain", workers, one_per_study=False, min_slices=16, crop_to_body=None,
-                 compression="blosc")
-            luna16(raw / "luna16", output / "luna16", workers, size=[48, 48, 24], spacing=[1.0, 1.0, 2.0],
-                   negatives_per_scan=8, seed=0, table=None, label_column="class", patients=None)
-            msd(raw / "msd", output / "msd", workers, spacing=None, crop="none", margin=0)
+        raw = output / ".raw"
+        shutil.rmtree(raw, ignore_errors=True)  # of a demo that was killed
+        raw.mkdir()  # not writable: said now, not after the download
+        origin = fetch_demo(raw, phantom or held == PHANTOM, held)
+        (raw / "SOURCE.txt").write_text(demo_source(origin))
+        os.replace(raw / "SOURCE.txt", source)
+        lay_out_demo(raw, demo_cases(raw, origin), origin)
+        workers = cores_per_process(Processes())
+        nlst(raw / "nlst", output / "pretrain", workers, one_per_study=False, min_slices=16, crop_to_body=None,
+             compression="blosc")
+        luna16(raw / "luna16", output / "luna16", workers, size=[48, 48, 24], spacing=[1.0, 1.0, 2.0],
+               negatives_per_scan=8, seed=0, table=None, label_column="class", patients=None)
+        msd(raw / "msd", output / "msd", workers, spacing=None, crop="none", margin=0)
+        shutil.rmtree(raw)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
 

@@ -1,0 +1,1427 @@
+"""images.py and the converters' geometry: DICOM against the headers' formula and ITK's series reader, volume files against
+nibabel, crops and resampled images against functions of the place in the world, broken files, labels and crops."""
+import gzip
+import itertools
+import os
+import re
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import scipy.ndimage
+import SimpleITK as sitk
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from raw_inputs import manifest, run  # noqa: F401
+from scipy.spatial.transform import Rotation
+
+import images
+from data import (AIR, Crop, DataError, Pair, Volume, block_mean, find_crops, find_pairs, other_grid, read_pair, stem,
+                  write_volume)
+from demo_data import chest_phantom
+from images import LeftOut, Slice, crop_at, read_header, read_image, read_raw, read_series, sort_slices
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+SIGNED_PERMUTATIONS = [np.eye(3)[list(axes)] * signs
+                       for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
+OBLIQUE = Rotation.from_euler("xyz", [11, -17, 23], degrees=True).as_matrix()
+SPACING, ORIGIN = (0.9, 0.7, 2.5), (-31.25, 47.5, -803.1)
+AXES = {  # LPS: columns are the unit vectors along a row, along a column and from slice to slice
+    "axial": np.eye(3),
+    "prone": np.diag([-1.0, -1, 1]),
+    "feet first": np.diag([-1.0, 1, -1]),
+    "coronal": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
+    "sagittal": np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]),
+    "oblique": OBLIQUE,
+    "oblique coronal, from the feet": OBLIQUE @ np.array([[-1.0, 0, 0], [0, 0, 1], [0, 1, 0]]),
+}
+MIRRORED = {"left-handed": np.diag([-1.0, 1, 1]), "oblique, permuted and flipped": OBLIQUE @ SIGNED_PERMUTATIONS[13]}
+
+
+def noise(shape=(8, 5, 6), low=0, high=4096, seed=0):
+    return np.random.default_rng(seed).integers(low, high, shape)
+
+
+def affine_to_ras(axes, spacing=SPACING, origin=ORIGIN):
+    """(4, 4) from voxel indices to RAS mm, of unit vectors in LPS (columns)."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = np.array(axes) * spacing, origin
+    return LPS @ affine
+
+
+def canonical(voxels, affine):
+    """(voxels, affine) in RAS by nibabel."""
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+    return np.asarray(image.dataobj), image.affine
+
+
+def as_hu(values):
+    """What becomes of a file's values: rounded, at least air, int16."""
+    return np.clip(np.rint(values), AIR, 32767).astype(np.int16)
+
+
+def contents(image):
+    """(voxels (X, Y, Z), affine) of a SimpleITK.Image, by ITK's own description of where its voxels lie."""
+    affine = np.eye(4)
+    origin = np.array(image.TransformIndexToPhysicalPoint((0, 0, 0)))
+    for axis in range(3):
+        affine[:3, axis] = image.TransformIndexToPhysicalPoint([int(a == axis) for a in range(3)]) - origin
+    affine[:3, 3] = origin
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), LPS @ affine
+
+
+def itk_image(voxels, axes=np.eye(3), spacing=SPACING, origin=ORIGIN):
+    """A SimpleITK.Image of an (x, y, z) array."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.transpose(2, 1, 0)), isVector=False)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(np.ravel(axes))
+    return image
+
+
+def assert_is(image, voxels, affine, atol=1e-6):
+    """The image lies in RAS, and is this one."""
+    found, where = contents(image)
+    assert image.GetPixelID() == sitk.sitkInt16
+    np.testing.assert_array_equal(found, voxels)
+    np.testing.assert_allclose(where, affine, rtol=0, atol=atol)
+    np.testing.assert_array_equal(images.voxels_of(image), found)
+    np.testing.assert_allclose(images.affine_of(image), where, rtol=0, atol=1e-9)
+
+
+def places(shape, affine):
+    """(X, Y, Z, 3) RAS mm of voxels."""
+    return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+
+
+GRADIENT, OFFSET = np.array([23.0, -17.0, 11.0]), 50.0  # HU per RAS mm: a tenth of a voxel away is more than rounding hides
+
+
+def linear_image(axes, shape=(31, 27, 19), spacing=SPACING, origin=(4.5, -7.25, 12.0)):
+    """An image in RAS whose HU are a linear function of the place in the world."""
+    affine = affine_to_ras(axes, spacing, origin)
+    middle = affine @ [*(np.array(shape) - 1) / 2, 1]
+    hu = (places(shape, affine) - middle[:3]) @ GRADIENT + OFFSET
+    return images.to_hu(itk_image(np.rint(hu).astype(np.int16), axes, spacing, origin), "image"), middle[:3]
+
+
+def assert_linear(image, middle, source):
+    """Where an image lies well within its source, its HU are that function to the rounding."""
+    voxels, affine = contents(image)
+    where = places(voxels.shape, affine)
+    index = (where - images.affine_of(source)[:3, 3]) @ np.linalg.inv(images.affine_of(source)[:3, :3]).T
+    reach = np.array(image.GetSpacing()) / source.GetSpacing() / 2 + 1e-6
+    inside = ((index >= reach) & (index <= np.array(source.GetSize()) - 1 - reach)).all(-1)
+    assert inside.sum() > 50
+    np.testing.assert_allclose(voxels[inside], ((where - middle) @ GRADIENT + OFFSET)[inside], rtol=0, atol=1.51)
+
+
+@pytest.fixture
+def silent(capfd):
+    """What a library has to say of a file reaches nobody but as a reason: no text and no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert capfd.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------------------------------------------- DICOM series
+
+
+def write_dicom(folder, stored, axes=np.eye(3), spacing=SPACING, origin=ORIGIN, names=None, signed=False,
+                syntax=ExplicitVRLittleEndian, **changes):
+    """Paths of CT slices with these stored values (columns, rows, slices).
+
+    changes: tags of other values, or of functions of the slice's number; None leaves a tag out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for k in range(stored.shape[2]):
+        one, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
+        meta.TransferSyntaxUID = syntax
+        one.file_meta = meta
+        fields = {
+            "SOPClassUID": images.CT_IMAGE, "SOPInstanceUID": f"1.2.3.4.{k + 1}", "StudyDate": "20000102",
+            "Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "PatientID": "patient",
+            "StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4", "SliceThickness": "2.5",
+            "ConvolutionKernel": "B30f", "Columns": stored.shape[0], "Rows": stored.shape[1],
+            "PixelSpacing": [f"{spacing[1]}", f"{spacing[0]}"],
+            "ImageOrientationPatient": [f"{value:.16f}"[:16] for value in (*axes[:, 0], *axes[:, 1])],
+            "ImagePositionPatient": [f"{value:.12f}"[:16] for value in np.array(origin) + k * spacing[2] * axes[:, 2]],
+            "RescaleSlope": "1", "RescaleIntercept": "-1024", "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15,
+            "PixelRepresentation": int(signed), **changes}
+        for name, value in fields.items():
+            value = value(k) if callable(value) else value
+            if value is not None:
+                setattr(one, name, value)
+        one.add_new("PixelData", "OW", stored[..., k].T.astype("<i2" if signed else "<u2").tobytes())
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = images.CT_IMAGE, f"1.2.3.4.{k + 1}"
+        paths.append(str(folder / (names[k] if names else f"{k:02d}.dcm")))
+        one.save_as(paths[-1], enforce_file_format=True)
+    return paths
+
+
+def read_dicom(paths, min_slices=3):
+    return read_series(sort_slices([read_header(path) for path in paths], min_slices, "series"))
+
+
+SHUFFLED = ["d.dcm", "a.dcm", "f", "b.ima", "c.dcm", "e.dcm"]
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_series_is_what_its_headers_say_and_what_itk_reads(axes, tmp_path):
+    stored = noise()
+    paths = write_dicom(tmp_path, stored, axes, names=SHUFFLED)
+    image = read_dicom(sorted(paths))
+    assert_is(image, *canonical((stored - 1024).astype(np.int16), affine_to_ras(axes)))
+
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
+    itk = reader.Execute()
+    voxels, affine = contents(itk)
+    assert_is(image, *canonical(voxels.astype(np.int16), affine))
+
+
+def test_series_of_all_24_orientations_in_reversed_order(tmp_path):
+    right_handed = [axes for axes in SIGNED_PERMUTATIONS if np.linalg.det(axes) > 0]
+    assert len(right_handed) == 24
+    for number, axes in enumerate(right_handed):
+        stored = noise((4, 3, 5), seed=number)
+        paths = write_dicom(tmp_path / str(number), stored, axes)
+        assert_is(read_dicom(paths[::-1]), *canonical((stored - 1024).astype(np.int16), affine_to_ras(axes)))
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("slope, intercept, signed, low, high", [
+    (1, -1024, False, 0, 4096), (1, 0, True, -1024, 3072), (1, -1024, True, -3000, 32768), (1, -1024, False, 0, 65536),
+    (2, -1000, False, 0, 2000), (0.5, -1000.25, False, 0, 65536), (0.37, 11.5, True, -3000, 3000),
+    (1.0, 0.5, True, -900, 900), (-1, 50, True, -900, 900),
+    (lambda k: (1, 2, 0.25)[k % 3], lambda k: -1024 + 10 * k, False, 0, 4096),
+    (1, lambda k: -1024 * (k > 0), False, 0, 4096), (1, lambda k: -1024 + k, False, 0, 4096),
+    (lambda k: 1 + k % 2, -1024, False, 0, 4096),
+])
+def test_values_are_rescaled_slice_by_slice(slope, intercept, signed, low, high, tmp_path):
+    stored = noise(low=low, high=high)
+    stored[:2, 0, 0] = low, high - 1
+    slopes, intercepts = ([value(k) if callable(value) else value for k in range(6)] for value in (slope, intercept))
+    paths = write_dicom(tmp_path, stored, signed=signed, RescaleSlope=lambda k: str(slopes[k]),
+                        RescaleIntercept=lambda k: str(intercepts[k]))
+    expected = as_hu(stored * np.array(slopes) + np.array(intercepts))
+    assert_is(read_dicom(paths), *canonical(expected, affine_to_ras(np.eye(3))))
+
+
+def test_values_without_rescale_are_hu(tmp_path):
+    stored = noise(low=-1024, high=3000)
+    paths = write_dicom(tmp_path, stored, signed=True, RescaleSlope=None, RescaleIntercept=lambda k: None if k % 2 else "")
+    assert_is(read_dicom(paths), *canonical(stored.astype(np.int16), affine_to_ras(np.eye(3))))
+
+
+@pytest.mark.parametrize("padding, intercept", [(-2000, 0), (-3024, 0), (-2000, -1024), (-32768, 0)])
+def test_padding_becomes_air(padding, intercept, tmp_path):
+    stored = noise(low=-1024 - intercept, high=2000)
+    stored[:3] = padding
+    paths = write_dicom(tmp_path, stored, signed=True, RescaleIntercept=str(intercept), PixelPaddingValue=padding)
+    voxels, _ = contents(read_dicom(paths))
+    assert voxels.min() == AIR
+    np.testing.assert_array_equal(voxels, np.maximum(stored + intercept, AIR)[::-1, ::-1])
+
+
+def test_signed_and_unsigned_slices_in_one_series(tmp_path):
+    stored = noise()
+    paths = write_dicom(tmp_path, stored, PixelRepresentation=lambda k: k % 2)
+    np.testing.assert_array_equal(contents(read_dicom(paths))[0], (stored - 1024)[::-1, ::-1])
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, "JPEG", "JPEG2000"])
+def test_transfer_syntaxes(syntax, tmp_path, capfd):
+    stored = noise((40, 32, 5))
+    own = syntax if syntax in (ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian) else ExplicitVRLittleEndian
+    paths = write_dicom(tmp_path, stored, syntax=own)
+    for path in paths if own != syntax else []:
+        if syntax == RLELossless:
+            one = pydicom.dcmread(path)
+            one.compress(RLELossless)
+            one.save_as(path)
+            continue
+        image = sitk.ReadImage(path)
+        short = sitk.Cast(image, sitk.sitkInt16)
+        for key in set(image.GetMetaDataKeys()) - {"0028|0100", "0028|0101", "0028|0102"}:
+            short.SetMetaData(key, image.GetMetaData(key))
+        writer = sitk.ImageFileWriter()
+        writer.SetImageIO("GDCMImageIO")
+        writer.KeepOriginalImageUIDOn()
+        writer.UseCompressionOn()
+        writer.SetCompressor(syntax)
+        writer.SetFileName(path)
+        writer.Execute(short)
+    capfd.readouterr()  # what the writers print
+    used = pydicom.dcmread(paths[0]).file_meta.TransferSyntaxUID
+    assert used == syntax if own == syntax else used.is_compressed
+    assert_is(read_dicom(paths), *canonical((stored - 1024).astype(np.int16), affine_to_ras(np.eye(3))))
+
+    if used.is_encapsulated:
+        whole = Path(paths[2]).read_bytes()
+        for length in (len(whole) // 2, len(whole) - 300):
+            Path(paths[2]).write_bytes(whole[:length])
+            with pytest.raises(DataError, match="can't be read: GDCMImageIO"):
+                read_dicom(paths)
+
+
+@pytest.mark.usefixtures("silent")
+def test_slices_that_are_cut_off_or_gone_are_refused(tmp_path):
+    paths = write_dicom(tmp_path, noise((40, 32, 5)))
+    whole = Path(paths[2]).read_bytes()
+    pixels = 40 * 32 * 2
+    for missing in (1, 2, 100, pixels // 2, pixels, pixels + 8):
+        Path(paths[2]).write_bytes(whole[:-missing])
+        with pytest.raises(DataError, match="can't be read: GDCMImageIO") as error:
+            read_dicom(paths)
+        assert "\n" not in error.value.reason and str(tmp_path) not in error.value.reason
+    slices = [read_header(path) for path in paths[:2] + paths[3:]]
+    with pytest.raises(DataError, match="gone.dcm") as error:
+        read_series([slices[0]._replace(path=str(tmp_path / "gone.dcm")), *slices])
+    assert str(tmp_path) not in error.value.reason and not isinstance(error.value, LeftOut)
+
+
+@pytest.mark.usefixtures("silent")
+def test_files_without_preamble_are_dicom_by_their_suffix(tmp_path):
+    stored = noise()
+    paths = write_dicom(tmp_path, stored)
+    for path in paths:
+        one = pydicom.dcmread(path)
+        del one.file_meta, one.preamble
+        one.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=False, overwrite=True)
+        assert Path(path).read_bytes()[:2] == b"\x08\x00" and images.is_dicom(path)
+    assert_is(read_dicom(paths), *canonical((stored - 1024).astype(np.int16), affine_to_ras(np.eye(3))))
+    (tmp_path / "short").write_bytes(b"DI")
+    (tmp_path / "notes.txt").write_bytes(b"x" * 200)
+    assert not images.is_dicom(str(tmp_path / "short")) and not images.is_dicom(str(tmp_path / "notes.txt"))
+    renamed = shutil.copy(write_dicom(tmp_path / "marked", noise((4, 4, 1)))[0], tmp_path / "I0001")
+    assert images.is_dicom(str(renamed))
+
+
+# ------------------------------------------------------------------------------------------------------- DICOM headers
+
+
+def test_header_of_a_slice(tmp_path):
+    path, = write_dicom(tmp_path, noise((8, 5, 1)), OBLIQUE, ConvolutionKernel=["B30f", "3"], PatientID=" a patient ")
+    found = read_header(path)
+    assert found._replace(orientation=(), position=()) == Slice(
+        path, "a patient", "1.2.3", "20000102", "1.2.3.4", images.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1, (8, 5),
+        (0.7, 0.9), (), (), (1.0, -1024.0), 2.5, "B30f\\3")
+    np.testing.assert_allclose(found.orientation, [*OBLIQUE[:, 0], *OBLIQUE[:, 1]], atol=1e-12)
+    np.testing.assert_allclose(found.position, ORIGIN, atol=1e-9)
+
+
+@pytest.mark.usefixtures("silent")
+def test_tags_that_are_missing_or_empty(tmp_path):
+    optional = ["PatientID", "StudyInstanceUID", "StudyDate", "SeriesInstanceUID", "Modality", "ImageType", "SamplesPerPixel",
+                "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept",
+                "SliceThickness", "ConvolutionKernel"]
+    for value in (None, ""):
+        tags = optional if value is None else [tag for tag in optional if tag != "SamplesPerPixel"]
+        path, = write_dicom(tmp_path, noise((8, 5, 1)), **dict.fromkeys(tags, value))
+        found = read_header(path)
+        assert found == Slice(path, "", "", "", "", images.CT_IMAGE, "", "", 1, 1, (8, 5), (), (), (), (1.0, 0.0), 0.0, "")
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("old, new, field, value", [  # of the same length: the file stays one
+    (b"0.7\\0.9", b"abc\\def", "spacing", ()), (b"0.7\\0.9", b"0,7\\0,9", "spacing", ()),
+    (b"0.7\\0.9", b"nan\\0.9", "spacing", ()), (b"0.7\\0.9", b"0.70.9 ", "spacing", ()),
+    (b"0.7\\0.9", b"0.71234", "spacing", ()), (b"0.7\\0.9", b"1\\2\\3 4", "spacing", ()),
+    (b"0.7\\0.9", b" 0.7\\.9", "spacing", (0.7, 0.9)), (b"2.5 ", b"thin", "thickness", 0.0),
+    (b"2.5 ", b"inf ", "thickness", 0.0),
+    (b"B30f", b"\xff\xfe3f", "kernel", "ÿþ3f"), (b"1.2.3.4\0", b"1.2.3.a\0", "series", "1.2.3.a"),
+    (b"20000102", b"2000.1.2", "date", "2000.1.2"), (b"20000102", b"January ", "date", "January"),
+    (b"ORIGINAL", b"orig nal", "image_type", "orig nal\\PRIMARY\\AXIAL"),
+])
+def test_odd_values_are_passed_over_in_silence(old, new, field, value, tmp_path):
+    path, = write_dicom(tmp_path, noise((8, 5, 1)))
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content.replace(old, new))
+    assert Path(path).read_bytes() != content
+    assert getattr(read_header(path), field) == value
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("old, new", [(b"-1024", b"-10 4"), (b"-1024", b"-1\\24"), (b"-1024", b"--nan"), (b"-1024", b"-inf ")])
+def test_an_odd_rescale_is_refused(old, new, tmp_path):
+    """Taken for the usual one, it would give other HU."""
+    path, = write_dicom(tmp_path, noise((8, 5, 1)))
+    Path(path).write_bytes(Path(path).read_bytes().replace(old, new))
+    with pytest.raises(DataError, match="rescale slope is '1', its intercept '-"):
+        read_header(path)
+
+
+@pytest.mark.usefixtures("silent")
+def test_files_that_are_no_dicom_or_cut_off_in_their_header(tmp_path):
+    source, = write_dicom(tmp_path, noise((8, 5, 1)))
+    whole = Path(source).read_bytes()
+    size = whole.index(b"\x28\x00\x11\x00US")  # Columns, by which a cut is told
+    path = tmp_path / "broken.dcm"
+    made = {"empty": b"", "text": b"hello world\n" * 50, "short": b"hi", "page": b"<html>404 not found</html>",
+            "bytes": bytes(range(256)) * 40, "zeros": bytes(5000),
+            **{f"random {seed}": np.random.default_rng(seed).bytes(5000) for seed in range(20)}}
+    for name, content in made.items():
+        path.write_bytes(content)
+        with pytest.raises(DataError) as error:
+            read_header(str(path))
+        assert error.value.path == str(path) and not isinstance(error.value, LeftOut), name
+        assert error.value.reason.startswith("can't be read: ") and "\n" not in error.value.reason, name
+    for at in range(1, len(whole) - 80, 7):
+        path.write_bytes(whole[:at])
+        with pytest.raises(DataError) as error:
+            read_dicom([str(path)] * 3)
+        if whole.index(b"\x08\x00\x16\x00UI") + 34 <= at <= size:  # from the end of the SOP class on
+            assert "header is cut off" in error.value.reason
+    with pytest.raises(DataError, match="No such file") as error:
+        read_header(str(tmp_path / "gone.dcm"))
+    assert str(tmp_path) not in error.value.reason
+
+
+def test_random_damage_to_a_header_is_silent(tmp_path, silent):
+    source, = write_dicom(tmp_path, noise((8, 5, 1)))
+    whole, rng = Path(source).read_bytes(), np.random.default_rng(0)
+    for _ in range(200):
+        content = bytearray(whole)
+        for at in rng.integers(132, len(whole) - 80, 3):
+            content[at] = rng.integers(256)
+        Path(source).write_bytes(content)
+        try:
+            assert isinstance(read_header(source), Slice)
+        except DataError as error:
+            assert "\n" not in error.reason and len(error.reason) < 250
+
+
+def test_a_dicomdir_is_no_slice(tmp_path):
+    for with_class in (True, False):
+        one, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, images.DICOMDIR
+        meta.MediaStorageSOPInstanceUID, one.file_meta, one.FileSetID = "1.2.3", meta, "DISK"
+        if with_class:
+            one.SOPClassUID = images.DICOMDIR
+        one.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
+        assert images.is_dicom(str(tmp_path / "DICOMDIR")) and read_header(str(tmp_path / "DICOMDIR")) is None
+
+
+# ----------------------------------------------------------------------------------------------------- slices in order
+
+
+def stack(n=20, step=2.5, axes=np.eye(3), decimals=9, **fields):
+    """Headers of n even slices, positions rounded to so many decimals."""
+    position = np.round(np.array(ORIGIN) + step * np.arange(n)[:, None] * axes[:, 2], decimals)
+    one = Slice("", "patient", "1.2.3", "20000102", "1.2.3.4", images.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1,
+                (512, 512), (0.7, 0.7), (*axes[:, 0], *axes[:, 1]), (), (1.0, -1024.0), 2.5, "B30f")
+    return [one._replace(path=f"folder/{k:02d}.dcm", position=tuple(position[k]), **fields) for k in range(n)]
+
+
+def edited(slices, which, **fields):
+    return [one._replace(**fields) if k == which else one for k, one in enumerate(slices)]
+
+
+def moved(slices, which, by):
+    """The slice `which` at another place along z."""
+    x, y, z = slices[which].position
+    return edited(slices, which, position=(x, y, z + by))
+
+
+def tilted(by):
+    """Each slice moved by so many mm towards the back against the one below."""
+    return [one._replace(position=(one.position[0], one.position[1] + by * k, one.position[2]))
+            for k, one in enumerate(stack())]
+
+
+LEFT_OUT = {  # name: (slices, reason)
+    "scout": (stack(image_type="ORIGINAL\\PRIMARY\\LOCALIZER"), r"not a CT image: a scout \(localizer\)"),
+    "MR": (stack(modality="MR", sop_class="1.2.840.10008.5.1.4.1.1.4"), "not a CT image: modality MR"),
+    "no modality": (stack(modality=""), "not a CT image: modality unknown"),
+    "secondary capture": (stack(sop_class=images.SECONDARY_CAPTURE), "not a CT image: a secondary capture"),
+    "multi-frame capture": (stack(sop_class=images.SECONDARY_CAPTURE + ".2"), "not a CT image: a secondary capture"),
+    "screen save": (stack(image_type="DERIVED\\SECONDARY\\SCREEN SAVE"), "not a CT image: a screen capture"),
+    "colour": (stack(samples=3), "not a CT image: colour, 3 values per pixel"),
+    "several frames": (stack(1, frames=40), "multi-frame file of 40; convert it to NIfTI first"),
+    "enhanced CT": (stack(1, sop_class=images.ENHANCED_CT), "multi-frame file"),
+    "dose report": (stack(sop_class="1.2.840.10008.5.1.4.1.1.88.67"), "SOP class 1.2.840.10008.5.1.4.1.1.88.67"),
+    "no spacing": (stack(spacing=()), "no geometry"),
+    "spacing below 0": (stack(spacing=(-0.7, 0.7)), "no geometry"),
+    "no orientation": (stack(orientation=()), "no geometry"),
+    "no position": ([one._replace(position=()) for one in stack()], "no geometry"),
+    "mostly scouts": (stack(3, modality="MR") + stack(4, image_type="LOCALIZER"), "a scout"),
+    "mixed sizes": (edited(stack(), 7, size=(512, 511)), "mixed slices: sizes such as 512 x 511 and 512 x 512"),
+    "mixed spacings": (edited(stack(), 7, spacing=(0.7, 0.75)), "mixed slices: spacings such as 0.7 x 0.7 and 0.7 x 0.75"),
+    "mixed orientations": (stack(10) + stack(10, axes=AXES["coronal"]), "mixed slices: orientations such as 1 x 0 x 0 x 0"),
+    "too few": (stack(15), r"too few slices: 15, expected at least 16 \(--min_slices\)"),
+    "too few with scouts": (stack(15) + stack(9, image_type="LOCALIZER"), "too few slices: 15"),
+    "doubled": (stack() + [stack()[4]._replace(path="other/again.dcm")],
+                "doubled slices: 1, such as 04.dcm and again.dcm at -793.1 mm"),
+    "all doubled": (stack() + stack(), "doubled slices: 20"),
+    "all in one place": (stack(step=0), "doubled slices: 19"),
+    "almost doubled": (moved(stack(), 9, 2.3), "doubled slices: 1, such as 09.dcm and 10.dcm"),
+    "missing": (stack()[:8] + stack()[9:], "missing slices: 5 mm between 07.dcm and 09.dcm, 2.5 mm between most"),
+    "several missing": (stack(40)[:4] + stack(40)[5:8] + stack(40)[11:], "missing slices: 10 mm between 07.dcm and 11"),
+    "thin and missing": (stack(step=0.5)[:8] + stack(step=0.5)[9:], "missing slices: 1 mm"),
+    "uneven": (moved(stack(), 9, 0.4), "uneven spacing: 2.9 mm between 08.dcm and 09.dcm, 2.5 mm between most"),
+    "thick from the middle on": (stack(16) + [one._replace(position=(*one.position[:2], one.position[2] + 40)) for one in
+                                              stack(8, step=3.5)[1:]], "mm between .*, 2.5 mm between most"),
+    "tilted gantry": (tilted(0.2), "tilted gantry: the slices are shifted sideways by up to 3.8 mm"),
+}
+
+
+@pytest.mark.parametrize("slices, reason", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_series_that_form_no_volume_are_left_out(slices, reason):
+    order = np.random.default_rng(0).permutation(len(slices))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for few in (slices, [slices[k] for k in order]):
+            with pytest.raises(LeftOut, match=reason) as error:
+                sort_slices(few, 16, "folder#series")
+            assert error.value.path == "folder#series" and "\n" not in error.value.reason
+
+
+@pytest.mark.parametrize("slices", [
+    stack(), stack(axes=AXES["feet first"]), stack(axes=AXES["oblique"]), stack(axes=AXES["sagittal"]),
+    stack(decimals=2, step=2.503), stack(decimals=2, step=0.625, axes=OBLIQUE), stack(200, decimals=1, step=1.25),
+    stack(400, decimals=1, step=0.625), stack(100, decimals=1, step=3.27), stack(200, decimals=0, step=5.0),
+    edited(stack(), 4, orientation=(1, 1e-4, 0, -1e-4, 1, 0)),
+    [one._replace(orientation=(1, 0.0004999 + 2e-7 * (k % 2), 0, 0, 1, 0)) for k, one in enumerate(stack())],
+    edited(stack(spacing=(0.70315, 0.70315)), 4, spacing=(0.703151, 0.703149)),
+    tilted(0.01),
+], ids=["axial", "feet first", "oblique", "sagittal", "positions of 0.01 mm", "oblique of 0.01 mm", "1.25 mm slices in 0.1 mm",
+        "0.625 mm slices in 0.1 mm", "3.27 mm slices in 0.1 mm", "whole millimetres", "noise in an orientation",
+        "orientations beside a rounding", "spacings beside a rounding", "hardly tilted"])
+def test_slices_that_form_a_volume_are_put_in_order(slices):
+    order = np.random.default_rng(1).permutation(len(slices))
+    assert sort_slices([slices[k] for k in order], 16, "series") == slices
+    scout = slices[3]._replace(path="scout.dcm", image_type="ORIGINAL\\PRIMARY\\LOCALIZER", size=(888, 733), position=())
+    capture = slices[3]._replace(path="capture.dcm", sop_class=images.SECONDARY_CAPTURE, spacing=())
+    assert sort_slices([scout, *slices, capture], 16, "series") == slices
+
+
+def test_one_slice_is_no_volume():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(LeftOut, match="too few slices: 1, expected at least 2"):
+            sort_slices(stack(1), 1, "series")
+    assert len(sort_slices(stack(2), 1, "series")) == 2
+
+
+def test_softer_kernels_come_first():
+    for names in (["B20f", "B30f", "B50f", "B70f"], ["SOFT", "STANDARD", "LUNG", "BONE", "BONEPLUS"],
+                  ["FC01", "FC51", "FC30", "FC81"], ["A", "B", "C", "D", "L"], ["Br36d\\3", "Br59d", "Qr69"],
+                  ["standard", "mine", "lung"]):
+        found = [images.sharpness(name) for name in names]
+        assert found == sorted(found) and len(set(found)) == len(found), names
+    assert images.sharpness("") == images.sharpness("unknown") == 50
+
+
+# -------------------------------------------------------------------------------------------------------- volume files
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("suffix", images.VOLUME_SUFFIXES)
+def test_volume_files_of_all_48_orientations_and_oblique_ones(suffix, tmp_path):
+    assert len({axes.tobytes() for axes in SIGNED_PERMUTATIONS}) == 48
+    path = str(tmp_path / f"ct{suffix}")
+    for number, axes in enumerate([*SIGNED_PERMUTATIONS, OBLIQUE, *(OBLIQUE @ SIGNED_PERMUTATIONS[k] for k in (5, 22, 43))]):
+        stored = noise((4, 3, 5), -3000, 3000, seed=number).astype(np.int16)
+        sitk.WriteImage(itk_image(stored, axes), path, useCompression=number % 2 == 0)
+        voxels, affine = canonical(as_hu(stored), affine_to_ras(axes))
+        assert_is(read_image(path), voxels, affine, 1e-4 if "nii" in suffix else 1e-6)
+        if suffix == ".nii":
+            assert_is(read_image(path), *canonical(as_hu(stored), nibabel.load(path).affine), 1e-5)
+
+
+def test_headers_written_by_hand(tmp_path):
+    """What the formats' descriptions say of origin and directions, not what ITK writes."""
+    stored = noise((4, 3, 5), -900, 3000).astype("<i2")
+    (tmp_path / "ct.raw").write_bytes(stored.tobytes(order="F"))
+    header = ["ObjectType = Image", "NDims = 3", "BinaryData = True", "CompressedData = False", "Offset = 10 -20 30",
+              "TransformMatrix = 0 1 0 0 0 -1 1 0 0", "ElementSpacing = 0.5 0.7 2", "DimSize = 4 3 5",
+              "ElementType = MET_SHORT", "ElementDataFile = ct.raw"]  # a row of the matrix is an axis of the file, in LPS
+    (tmp_path / "ct.mhd").write_text("\n".join(header) + "\n")
+    axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]).T
+    assert_is(read_image(str(tmp_path / "ct.mhd")), *canonical(stored, affine_to_ras(axes, (0.5, 0.7, 2), (10, -20, 30))))
+
+    for space, to_ras in (("right-anterior-superior", np.eye(4)), ("left-posterior-superior", LPS), ("RAS", np.eye(4))):
+        lines = ["NRRD0004", "type: short", "dimension: 3", f"space: {space}", "sizes: 4 3 5", "endian: little",
+                 "encoding: raw", "space directions: (0,0.5,0) (0,0,-0.7) (2,0,0)", "space origin: (10,-20,30)", "", ""]
+        (tmp_path / "ct.nrrd").write_bytes("\n".join(lines).encode() + stored.tobytes(order="F"))
+        affine = to_ras @ np.array([[0, 0, 2, 10], [0.5, 0, 0, -20], [0, -0.7, 0, 30], [0, 0, 0, 1]])
+        assert_is(read_image(str(tmp_path / "ct.nrrd")), *canonical(stored, affine))
+
+
+@pytest.mark.parametrize("suffix", images.VOLUME_SUFFIXES)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint32, np.float32, np.float64])
+def test_other_voxel_types_are_rounded_and_clamped(dtype, suffix, tmp_path):
+    values = np.array([-1e6, -32769, -3024, -2000, -1025, -1024.4, -0.6, 0.4, 99.6, 200, 32766.4, 32768, 65535, 1e6])
+    limits = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else np.finfo(dtype)
+    stored = values.clip(float(limits.min), float(limits.max)).astype(dtype).reshape(7, 2, 1)
+    path = str(tmp_path / f"ct{suffix}")
+    sitk.WriteImage(itk_image(stored), path)
+    image = read_image(path)
+    assert image.GetPixelID() == sitk.sitkInt16
+    np.testing.assert_array_equal(contents(image)[0], as_hu(stored.astype(np.float64))[::-1, ::-1])
+
+
+@pytest.mark.parametrize("endian", "<>")
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_nifti_scaling_and_byte_order(suffix, endian, tmp_path):
+    stored = noise((4, 3, 5), -900, 900).astype(f"{endian}i2")
+    header = nibabel.Nifti1Header(endianness=endian)
+    header.set_data_shape(stored.shape)
+    header.set_data_dtype(stored.dtype)
+    header.set_sform(np.eye(4), code=1)
+    path = tmp_path / f"ct{suffix}"
+    for slope, inter in ((1, 0), (np.nan, np.nan), (2, -7), (0.37, 11.25)):
+        header["scl_slope"], header["scl_inter"], header["vox_offset"], header["magic"] = slope, inter, 352, b"n+1"
+        content = header.binaryblock + bytes(4) + stored.tobytes(order="F")
+        path.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
+        expected = as_hu(stored * np.float64(np.float32(np.nan_to_num(slope, nan=1))) + np.nan_to_num(inter))
+        assert_is(read_image(str(path)), expected, np.eye(4))
+        labels = contents(read_raw(str(path)))[0]  # in the file's own axes, its x from right to left
+        np.testing.assert_allclose(labels, stored * np.float32(np.nan_to_num(slope, nan=1)) + np.nan_to_num(inter), rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
+def test_one_frame_is_a_volume_and_several_are_none(suffix, tmp_path):
+    path = str(tmp_path / f"ct{suffix}")
+    stored = noise((5, 3, 4), -900, 900).astype(np.int16)  # (z, y, x)
+
+    def write(array):
+        if "nii" in suffix:
+            nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(array.T), LPS), path)
+        else:
+            sitk.WriteImage(sitk.GetImageFromArray(array, isVector=False), path)
+    write(stored[None])
+    assert_is(read_image(path), *canonical(stored.T, LPS))
+    write(stored[None, None])
+    assert_is(read_image(path), *canonical(stored.T, LPS))
+    write(np.stack([stored, stored]))
+    with pytest.raises(DataError, match="not a volume: 4D, 4 x 3 x 5 x 2"):
+        read_image(path)
+    write(stored[0])
+    with pytest.raises(DataError, match="not a volume: 2D, 4 x 3"):
+        read_image(path)
+
+
+def test_nifti_in_two_gzip_parts(tmp_path):
+    path = tmp_path / "ct.nii.gz"
+    stored = noise((40, 30, 20), -900, 900).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(stored, np.eye(4)), tmp_path / "ct.nii")
+    content = (tmp_path / "ct.nii").read_bytes()
+    path.write_bytes(gzip.compress(content[:9000]) + gzip.compress(content[9000:]))
+    assert_is(read_image(str(path)), stored, np.eye(4))
+    second = bytearray(gzip.compress(content[9000:], 0))  # not compressed: only its checksum tells of damage
+    second[2000] ^= 8
+    for damaged in (gzip.compress(content[9000:])[:-500], second):
+        path.write_bytes(gzip.compress(content[:9000]) + damaged)
+        with pytest.raises(DataError, match="can't be read"):
+            read_image(str(path))
+
+
+def smooth(shape=(40, 40, 30)):
+    """A volume that compresses."""
+    field = np.random.default_rng(0).normal(size=shape)
+    return np.rint(3000 * scipy.ndimage.gaussian_filter(field, 2)).astype(np.int16)
+
+
+def refusal(path):
+    """The reason for which a file is refused: one line, the same wherever the folder lies."""
+    reasons = []
+    for folder in (path.parent, path.parent / "elsewhere" / "deeper"):
+        if folder != path.parent:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in [file for file in path.parent.iterdir() if file.is_file()]:
+                shutil.copy(file, folder)
+        there = str(folder / path.name)
+        with pytest.raises(DataError) as error:
+            read_image(there)
+        assert error.value.path == there and not isinstance(error.value, LeftOut)
+        reasons.append(error.value.reason)
+    assert reasons[0] == reasons[1] and "\n" not in reasons[0] and len(reasons[0]) < 250
+    assert str(path.parent) not in reasons[0] and not re.search("0x[0-9a-f]{4}", reasons[0])
+    shutil.rmtree(path.parent / "elsewhere")
+    return reasons[0]
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("suffix", images.VOLUME_SUFFIXES)
+def test_files_that_are_cut_off_are_refused(suffix, compressed, tmp_path):
+    """ITK reads many of them, and fills what is missing with what its memory held."""
+    path = tmp_path / f"ct{suffix}"
+    image = itk_image(smooth())
+    sitk.WriteImage(image, str(path), compressed)
+    data, = [file for file in tmp_path.iterdir() if file != path] or [path]
+    whole = data.read_bytes()
+    for length in sorted({0, 1, 10, 100, 352, 400, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 12}):
+        data.write_bytes(whole[:length])
+        assert "can't be read" in refusal(path)
+    if data != path:
+        data.unlink()
+        assert "can't be read" in refusal(path)
+    if suffix == ".mhd":
+        path.write_text(re.sub("CompressedDataSize.*\n", "", path.read_text()))  # by which MetaIO notices
+        data.write_bytes(whole[:len(whole) // 2])
+        assert "can't be read" in refusal(path)
+        data.write_bytes(whole)
+        assert_is(read_image(str(path)), *canonical(smooth().clip(AIR), affine_to_ras(np.eye(3))))
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mhd", ".mha", ".nrrd", ".nhdr"])
+def test_damage_inside_compressed_voxels_is_noticed(suffix, tmp_path):
+    path = tmp_path / f"ct{suffix}"
+    sitk.WriteImage(itk_image(smooth()), str(path), True)
+    data, = [file for file in tmp_path.iterdir() if file != path] or [path]
+    whole = data.read_bytes()
+    for at, new in ((len(whole) // 2, bytes(40)), (len(whole) // 3, b"\xff"), (len(whole) - 3000, b"damage")):
+        data.write_bytes(whole[:at] + new + whole[at + len(new):])
+        assert "can't be read" in refusal(path)
+
+
+def nifti_with(path, voxels=noise((4, 3, 5)).astype(np.int16), affine=np.eye(4), **fields):
+    """A NIfTI file with fields of its header set as they are."""
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+    content = path.read_bytes()
+    header = nibabel.Nifti1Header(content[:348], check=False)
+    for name, value in fields.items():
+        header[name] = value
+    path.write_bytes(header.binaryblock + content[348:])
+
+
+def with_(voxels, value):
+    voxels = voxels.astype(np.float32)
+    voxels[1, 1, 1] = value
+    return voxels
+
+
+def write_rgb(path):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 4, 3, 3), np.uint8), isVector=True), path)
+
+
+def write_complex(path):
+    sitk.WriteImage(sitk.GetImageFromArray(noise().astype(np.complex64)), path)
+
+
+def write_sheared(path):
+    sitk.WriteImage(itk_image(noise(), SHEARED[:3, :3]), path)
+
+
+def write_not_gzipped(path):
+    nifti_with(path.with_suffix(""))
+    path.with_suffix("").rename(path)
+
+
+def write_nan_origin(path):
+    sitk.WriteImage(itk_image(noise().astype(np.int16)), path)
+    path.write_bytes(re.sub(rb"space origin: \([^,]*", b"space origin: (nan", path.read_bytes()))
+
+
+SHEARED = np.eye(4) + 0.2 * np.eye(4, k=1)
+RGB = np.zeros((4, 3, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+REFUSED = {  # name: (file, how it is made, reason)
+    "missing": ("ct.mha", lambda path: None, "can't be read: no such file"),
+    "missing hdf5": ("ct.hdf5", lambda path: None, "can't be read: no such file"),
+    "empty": ("ct.nrrd", lambda path: path.write_bytes(b""), "can't be read: the file is empty"),
+    "empty nifti": ("ct.nii.gz", lambda path: path.write_bytes(b""), "can't be read: the file is empty"),
+    "text nifti": ("ct.nii", lambda path: path.write_text("<html>404</html>\n" * 99), "can't be read"),
+    "text nifti.gz": ("ct.nii.gz", lambda path: path.write_text("<html>404</html>\n" * 99), "can't be read"),
+    "text mha": ("ct.mha", lambda path: path.write_text("<html>404</html>\n" * 99), "can't be read"),
+    "text nrrd": ("ct.nrrd", lambda path: path.write_text("<html>404</html>\n" * 99), "can't be read"),
+    "text hdf5": ("ct.hdf5", lambda path: path.write_text("<html>404</html>\n" * 99), "can't be read"),
+    "not gzipped": ("ct.nii.gz", write_not_gzipped, "not a gzip"),
+    "nan nifti": ("ct.nii", lambda path: nifti_with(path, with_(noise((4, 3, 5)), np.nan)), "NaN or infinite"),
+    "nan nifti.gz": ("ct.nii.gz", lambda path: nibabel.save(nibabel.Nifti1Image(with_(noise(), np.nan), LPS), path), "NaN"),
+    "nan mha": ("ct.mha", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.nan)), path), "NaN or infinite"),
+    "inf nrrd": ("ct.nrrd", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.inf)), path), "NaN or infinite"),
+    "nan hdf5": ("ct.hdf5", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.nan)), path), "NaN or infinite"),
+    "RGB nifti": ("ct.nii", lambda path: nifti_with(path, RGB), "not a volume of HU: voxels of type"),
+    "RGB nrrd": ("ct.nrrd", write_rgb, "not a volume of HU: voxels of type vector of 8-bit"),
+    "RGB mha": ("ct.mha", write_rgb, "not a volume of HU"),
+    "RGB hdf5": ("ct.hdf5", write_rgb, "expected a 3D volume"),
+    "complex nifti": ("ct.nii", lambda path: nifti_with(path, noise().astype(np.complex64)), "volume of HU: .* complex64"),
+    "complex mha": ("ct.mha", write_complex, "not a volume of HU"),
+    "complex nrrd": ("ct.nrrd", write_complex, "not a volume of HU: voxels of type complex"),
+    "sheared mha": ("ct.mha", write_sheared, "not at right angles"),
+    "sheared hdf5": ("ct.hdf5", write_sheared, "not at right angles"),
+    "nan origin in nrrd": ("ct.nrrd", write_nan_origin, "can't be read"),
+    "sheared": ("ct.nii", lambda path: nifti_with(path, affine=SHEARED), "ITK only supports orthonormal direction cosines"),
+    "nan affine": ("ct.nii", lambda path: nifti_with(path, srow_x=[np.nan, 0, 0, 0]), "no geometry"),
+    "nan origin": ("ct.nii", lambda path: nifti_with(path, srow_x=[1, 0, 0, np.nan]), "no geometry"),
+    "singular affine": ("ct.nii", lambda path: nifti_with(path, srow_x=[0, 1, 0, 0]), "can't be read|no geometry"),
+    "no voxels": ("ct.nii", lambda path: nifti_with(path, dim=[3, 0, 3, 5, 1, 1, 1, 1]), "can't be read"),
+    "too large": ("ct.nii", lambda path: nifti_with(path, dim=[3, 9000, 9000, 9000, 1, 1, 1, 1]), "can't be read"),
+    "a folder": ("ct.nii", lambda path: path.mkdir(), "can't be read"),
+}
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("name, make, reason", REFUSED.values(), ids=REFUSED)
+def test_unusable_volumes_are_named_with_the_reason(name, make, reason, tmp_path):
+    path = tmp_path / name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what makes the file
+        make(path)
+    if path.is_dir():
+        with pytest.raises(DataError, match=reason):
+            read_image(str(path))
+    else:
+        assert re.search(reason, refusal(path))
+
+
+def test_files_are_closed_and_standard_error_is_back(tmp_path, capfd):
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    sitk.WriteImage(itk_image(smooth()), str(tmp_path / "ct.mha"))
+    (tmp_path / "bad.mha").write_bytes((tmp_path / "ct.mha").read_bytes()[:500])
+    for _ in range(5):
+        read_image(str(tmp_path / "ct.mha"))
+        with pytest.raises(DataError):
+            read_image(str(tmp_path / "bad.mha"))
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+    os.write(2, b"heard\n")
+    assert capfd.readouterr().err == "heard\n"
+
+
+def test_images_that_are_no_ct_of_a_thorax():
+    for voxels, kind, reason in ((np.full((4, 3, 5), -1000), DataError, r"constant: .* \(-1000\)"),
+                                 (np.full((4, 3, 5), 0), DataError, "constant"),
+                                 (noise((4, 3, 5), 0, 2), LeftOut, "not a thorax CT in HU: values from 0 to 1"),
+                                 (noise((4, 3, 5), -190, 900), LeftOut, "nothing as dark as lung")):
+        with pytest.raises(kind, match=reason) as error:
+            images.require_ct(images.to_hu(itk_image(voxels.astype(np.int16)), "x"), "scan")
+        assert error.value.path == "scan" and type(error.value) is kind
+    images.require_ct(images.to_hu(itk_image(noise((4, 3, 5), -900, 900).astype(np.int16)), "x"), "scan")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+def test_masks_keep_their_classes(dtype):
+    stored = noise((4, 3, 5), 0, 4)
+    for axes in (np.eye(3), *MIRRORED.values()):
+        image = images.to_classes(itk_image(stored.astype(dtype), axes), "mask", [0, 1, 2, 3])
+        assert image.GetPixelID() == sitk.sitkUInt8
+        voxels, affine = canonical(stored.astype(np.uint8), affine_to_ras(axes))
+        np.testing.assert_array_equal(contents(image)[0], voxels)
+        np.testing.assert_allclose(contents(image)[1], affine, atol=1e-9)
+
+
+@pytest.mark.parametrize("values, classes, reason", [
+    ([0, 1, 0.5], None, "unexpected label values: 0.5; expected whole numbers from 0 to 255"), ([-1, 0], None, "values: -1;"),
+    ([0, 300], None, "values: 300;"), ([0, np.nan], None, "values: nan;"),
+    ([0, 1, 2], [0, 1], "values: 2; expected only 0, 1"), ([5, 6, 7, 8, 9], [0], "values: 5, 6, 7;"),
+])
+def test_masks_with_other_values_are_refused(values, classes, reason):
+    with pytest.raises(DataError, match=reason):
+        images.to_classes(itk_image(np.resize(np.array(values, np.float32), (4, 3, 5))), "mask", classes)
+
+
+# --------------------------------------------------------------------------------------------------------------- crops
+
+
+ALL_AXES = AXES | MIRRORED
+
+
+@pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
+def test_crops_of_whole_voxels_are_slices_of_the_scan(axes):
+    stored = noise((21, 20, 19), -1000, 3000).astype(np.int16)
+    raw = itk_image(stored, axes)
+    scan, affine = canonical(stored, affine_to_ras(axes))
+    image, rng = images.to_hu(raw, "image"), np.random.default_rng(0)
+    wide = np.pad(scan, 40, constant_values=AIR)
+    for _ in range(40):
+        point = raw.TransformContinuousIndexToPhysicalPoint(rng.uniform(-0.49, np.array(stored.shape) - 0.51).tolist())
+        size = rng.integers(1, 30, 3)
+        crop = crop_at(image, point, size, None, "point")
+        voxels, where = contents(crop)
+        start = np.linalg.solve(affine, where[:, 3])[:3]
+        np.testing.assert_allclose(start, np.rint(start), atol=1e-6)
+        np.testing.assert_allclose(where[:3, :3], affine[:3, :3], atol=1e-9)
+        part = tuple(slice(40 + a, 40 + a + n) for a, n in zip(np.rint(start).astype(int), size))
+        assert crop.GetPixelID() == sitk.sitkInt16
+        np.testing.assert_array_equal(voxels, wide[part])
+        centre = (where @ [*(size - 1) / 2, 1])[:3]
+        off = np.linalg.solve(affine[:3, :3], centre - LPS[:3, :3] @ point)
+        assert np.abs(off).max() <= 0.5 + 1e-6  # of a voxel
+
+
+CROP_SPACINGS = [(0.7, 0.7, 1.4), (0.5, 0.45, 0.6), (2.7, 2.1, 2.5), (1.0, 1.4, 5.0), (0.9, 0.7, 2.5)]
+
+
+@pytest.mark.parametrize("spacing", CROP_SPACINGS, ids=str)
+@pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
+def test_resampled_crops_show_the_place_that_they_lie_at(axes, spacing):
+    image, middle = linear_image(axes)
+    for shift in (np.zeros(3), np.array([1.3, -2.1, 0.9])):
+        for size in ((12, 10, 6), (7, 9, 5)):
+            crop = crop_at(image, LPS[:3, :3] @ (middle + shift), size, spacing, "point")
+            _, where = contents(crop)
+            assert crop.GetSize() == size and crop.GetPixelID() == sitk.sitkInt16
+            np.testing.assert_allclose(crop.GetSpacing(), spacing, rtol=1e-9)
+            np.testing.assert_allclose((where @ [*(np.array(size) - 1) / 2, 1])[:3], middle + shift, atol=1e-6)
+            np.testing.assert_allclose(crop.GetDirection(), image.GetDirection(), atol=1e-9)
+            assert_linear(crop, middle, image)
+
+
+def test_crops_in_a_corner_have_air_outside():
+    image = images.to_hu(itk_image(noise((21, 20, 19), 0, 100).astype(np.int16)), "image")
+    for corner in itertools.product((0, 20), (0, 19), (0, 18)):
+        point = image.TransformIndexToPhysicalPoint(corner)
+        own = np.array(image.GetSpacing())
+        for spacing in (None, own, 0.5 * own, 2 * own):
+            voxels, affine = contents(crop_at(image, point, (10, 10, 10), spacing, "point"))
+            index = places(voxels.shape, np.linalg.inv(images.affine_of(image)) @ affine)
+            outside = ((index < -1.1) | (index > np.array(image.GetSize()) + 0.1)).any(-1)
+            inside = ((index > 0.6) & (index < np.array(image.GetSize()) - 1.6)).all(-1)
+            assert inside.any() and outside.sum() > 300
+            assert (voxels[outside] == AIR).all() and (voxels[inside] >= 0).all() and (voxels >= AIR).all()
+
+
+def test_larger_voxels_are_means():
+    image = images.to_hu(itk_image(noise((24, 24, 24), -1000, 3000).astype(np.int16)), "image")
+    voxels = contents(image)[0]
+    own = np.array(image.GetSpacing())
+    for factors, at in (((2, 2, 2), 4), ((3, 3, 2), 3), ((1, 4, 1), 4)):
+        size = np.array([6, 5, 4])
+        index = at + (size * factors - 1) / 2  # so that blocks begin at voxel `at`
+        point = image.TransformContinuousIndexToPhysicalPoint(index.tolist())
+        crop = contents(crop_at(image, point, size, own * factors, "point"))[0]
+        part = voxels[tuple(slice(at, at + n) for n in size * factors)]
+        mean = part.reshape(np.stack([size, factors], 1).ravel()).mean((1, 3, 5))
+        np.testing.assert_allclose(crop, mean, rtol=0, atol=0.5 + 1e-6)
+        np.testing.assert_allclose(crop, block_mean(part, factors), rtol=0, atol=1)  # as pre-training averages
+
+
+def test_points_outside_are_refused():
+    for axes in ALL_AXES.values():
+        image = images.to_hu(itk_image(noise((21, 20, 19), 0, 100).astype(np.int16), axes), "image")
+        for axis, far in itertools.product(range(3), (-0.51, "end")):
+            index = [5.0, 5.0, 5.0]
+            index[axis] = image.GetSize()[axis] - 0.49 if far == "end" else far
+            with pytest.raises(DataError, match="outside the scan: .* mm .LPS. is voxel .* of .* .RAS.") as error:
+                crop_at(image, image.TransformContinuousIndexToPhysicalPoint(index), (8, 8, 8), None, "table:7")
+            assert error.value.path == "table:7"
+            index[axis] += 0.02 if far != "end" else -0.02
+            crop_at(image, image.TransformContinuousIndexToPhysicalPoint(index), (8, 8, 8), None, "table:7")
+
+
+# ------------------------------------------------------------------------------------------------- resampling, boxes
+
+
+@pytest.mark.parametrize("spacing", [(0.5, 0.5, 1.0), (1.0, 1.0, 2.0), (1.8, 1.4, 5.0), (2.0, 3.0, 4.0), SPACING], ids=str)
+@pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
+def test_resampling_keeps_the_extent_and_every_place(axes, spacing):
+    image, middle = linear_image(axes)
+    found = images.resample(image, spacing)
+    np.testing.assert_allclose(found.GetSpacing(), spacing, rtol=1e-9)
+    np.testing.assert_allclose(found.GetDirection(), image.GetDirection(), atol=1e-9)
+    np.testing.assert_allclose(found.TransformContinuousIndexToPhysicalPoint([-0.5] * 3),
+                               image.TransformContinuousIndexToPhysicalPoint([-0.5] * 3), atol=1e-6)
+    far = found.TransformContinuousIndexToPhysicalPoint([n - 0.5 for n in found.GetSize()])
+    beyond = np.array(image.TransformPhysicalPointToContinuousIndex(far)) - np.array(image.GetSize()) + 0.5
+    assert (np.abs(beyond) * image.GetSpacing() <= np.array(spacing) / 2 + 1e-6).all()
+    assert_linear(found, middle, image)
+
+
+def test_resampling_to_the_own_spacing_changes_nothing():
+    for axes in ALL_AXES.values():
+        image = images.to_hu(itk_image(noise((9, 8, 7), -1000, 3000).astype(np.int16), axes), "image")
+        assert_is(images.resample(image, image.GetSpacing()), *contents(image))
+        label = images.to_classes(itk_image(noise((9, 8, 7), 0, 5).astype(np.uint8), axes), "label")
+        found = images.resample(label, label.GetSpacing(), is_label=True)
+        np.testing.assert_array_equal(contents(found)[0], contents(label)[0])
+
+
+def test_no_air_comes_in_at_the_far_end():
+    """A last voxel reaches up to half of it beyond the image."""
+    for n, own, spacing in itertools.product((3, 7, 10, 11), (0.7, 1.0), (0.3, 0.5, 1.0, 1.2, 1.4, 1.5, 2.0, 3.0)):
+        image = images.make_image(np.full((n, 4, 5), 100, np.int16), np.diag([own, 1.0, 2.0, 1.0]))
+        assert (contents(images.resample(image, (spacing, 1.0, 2.0)))[0] == 100).all(), (n, own, spacing)
+        label = images.make_image(np.full((n, 4, 5), 3, np.uint8), np.diag([own, 1.0, 2.0, 1.0]))
+        assert (contents(images.resample(label, (spacing, 1.0, 2.0), is_label=True))[0] == 3).all(), (n, own, spacing)
+
+
+@pytest.mark.parametrize("spacing", [(0.53, 0.47, 1.1), (1.17, 1.1, 2.9), (2.3, 1.9, 6.1)], ids=str)
+def test_labels_are_taken_from_the_nearest_voxel(spacing):
+    for axes in ALL_AXES.values():
+        label = images.to_classes(itk_image(5 * noise((21, 20, 19), 0, 5), axes), "label")
+        found, where = contents(images.resample(label, spacing, is_label=True))
+        source, affine = contents(label)
+        index = np.rint(places(found.shape, np.linalg.inv(affine) @ where)).astype(int)
+        index = np.clip(index, 0, np.array(source.shape) - 1)
+        assert found.dtype == np.uint8 and set(np.unique(found)) <= {0, 5, 10, 15, 20}
+        assert (found == source[tuple(index.transpose(3, 0, 1, 2))]).mean() > 0.999  # a tie may go either way
+        image = images.to_hu(itk_image(noise((21, 20, 19)).astype(np.int16), axes), "image")
+        resampled = images.resample(image, spacing)
+        assert resampled.GetSize() == found.shape
+        np.testing.assert_allclose(images.affine_of(resampled), where, atol=1e-9)  # image and label stay on one grid
+
+
+def test_boxes_around_labels():
+    mask = np.zeros((31, 27, 19), np.uint8)
+    mask[10:14, 3, 5:17] = 2
+    for axes in ALL_AXES.values():
+        label = images.to_classes(itk_image(mask, axes), "label")
+        image = images.to_hu(itk_image(noise(mask.shape).astype(np.int16), axes), "image")
+        inside = np.argwhere(contents(label)[0])
+        for margin in (0, 1.7, 4.0, 1000):
+            first, size = images.box_of(label != 0, image, margin)
+            extra = np.ceil(margin / np.array(image.GetSpacing()) - 1e-9)
+            low = np.maximum(inside.min(0) - extra, 0)
+            high = np.minimum(inside.max(0) + 1 + extra, image.GetSize())
+            np.testing.assert_array_equal(first, low)
+            np.testing.assert_array_equal(first + size, high)
+            part = images.cut(image, (first, size))
+            voxels, affine = contents(part)
+            np.testing.assert_array_equal(voxels, contents(image)[0][tuple(slice(a, a + n) for a, n in zip(first, size))])
+            np.testing.assert_allclose(affine[:3, 3], (images.affine_of(image) @ [*first, 1])[:3], atol=1e-9)
+            np.testing.assert_allclose(affine[:3, :3], images.affine_of(image)[:3, :3], atol=1e-9)
+        first, size = images.box_of(label > 7, image, 3)
+        assert (first == 0).all() and (size == image.GetSize()).all()
+
+
+@pytest.mark.parametrize("shape, spacing", [
+    ((96, 80, 40), (3.3, 3.2, 7.0)), ((97, 83, 41), (3.3, 3.2, 7.0)), ((98, 81, 54), (3.2, 3.1, 5.3))])
+def test_the_box_around_the_body_holds_all_of_it(shape, spacing):
+    for seed, (before, behind) in enumerate([((5, 20, 3), (17, 11, 6)), ((0, 7, 0), (30, 2, 11)), ((23, 0, 9), (0, 21, 0))]):
+        scan, affine = chest_phantom(seed, shape, spacing)
+        wide = np.pad(scan, list(zip(before, behind)), constant_values=-1000)
+        if before[1] > 15:
+            wide[20:60, 1:3] = 200  # something small and dense apart from the body stays out
+        image = images.make_image(wide, affine)
+        labelled, _ = scipy.ndimage.label(wide > -300)
+        body = labelled == np.bincount(labelled[labelled > 0]).argmax()
+        inside = np.argwhere(scipy.ndimage.binary_opening(body))  # noise at its skin may be cut
+        for margin in (0.0, 10.0):
+            first, size = images.body_box(image, margin)
+            extra = margin / np.array(spacing)
+            assert (first <= np.maximum(inside.min(0) - extra, 0) + 0.5).all()
+            assert (first + size >= np.minimum(inside.max(0) + 1 + extra, wide.shape) - 0.5).all()
+            assert (first >= inside.min(0) - extra - 8).all() and (first + size <= inside.max(0) + 1 + extra + 8).all()
+    air = images.make_image(np.full((30, 20, 10), -1000, np.int16), np.eye(4))
+    first, size = images.body_box(air, 5.0)
+    assert (first == 0).all() and tuple(size) == (30, 20, 10)
+    tiny = images.make_image(np.full((3, 2, 1), 40, np.int16), np.eye(4))
+    assert tuple(images.body_box(tiny, 0.0)[1]) == (3, 2, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- written as NIfTI
+
+
+def test_nifti_has_the_same_bytes_a_second_later_under_another_name(tmp_path):
+    image = images.to_hu(itk_image(smooth(), OBLIQUE), "image")
+    images.save_nifti(tmp_path / "a.nii.gz", image)
+    time.sleep(1.1)  # gzip keeps whole seconds
+    images.save_nifti(str(tmp_path / "part.123.nii.gz"), image)
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "part.123.nii.gz").read_bytes()
+
+
+@pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
+def test_nifti_is_read_back_by_others(axes, tmp_path):
+    path = tmp_path / "ct.nii.gz"
+    for image in (images.to_hu(itk_image(noise(low=-1024, high=32768).astype(np.int16), axes), "image"),
+                  images.to_classes(itk_image(noise(high=256).astype(np.uint8), axes), "label")):
+        images.save_nifti(path, image)
+        voxels, affine = contents(image)
+        read = nibabel.load(path)
+        assert read.get_data_dtype() == voxels.dtype
+        np.testing.assert_array_equal(np.asanyarray(read.dataobj), voxels)
+        np.testing.assert_allclose(read.affine, affine, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(read.get_qform(), read.get_sform(), rtol=0, atol=1e-4)
+        assert read.header["qform_code"] == read.header["sform_code"] == 1 and read.header.get_xyzt_units()[0] == "mm"
+        assert np.isnan(read.header["scl_slope"]) or read.header["scl_slope"] == 1
+        itk = sitk.ReadImage(path)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(itk).transpose(2, 1, 0), voxels)
+        np.testing.assert_allclose(contents(itk)[1], affine, rtol=0, atol=1e-4)
+        with Volume(path) as volume:
+            np.testing.assert_array_equal(volume.read_labels() if voxels.dtype == np.uint8 else volume.read(), voxels)
+            np.testing.assert_allclose(volume.affine, affine, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ the converters
+
+
+def scan_of(axes, seed, shape=(30, 26, 22)):
+    """(stored HU with padding, affine): a scan as the archives hold it, and where."""
+    stored = noise(shape, -1000, 1500, seed).astype(np.int16)
+    stored[:2], stored[:, -1] = -2000, -3024
+    return stored, affine_to_ras(axes, (2.0, 1.5, 2.5), (10.0 * seed, -40.0, 300.0))
+
+
+def write_scan(path, stored, affine):
+    """Write an (x, y, z) array at an affine to RAS in the format of the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lps = LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    sitk.WriteImage(itk_image(stored, lps[:3, :3] / spacing, spacing.tolist(), lps[:3, 3].tolist()), str(path), True)
+
+
+FORMATS = (".nii.gz", ".mha", ".mhd", ".nrrd", ".hdf5", ".nii", ".nhdr")
+
+
+def test_every_geometry_is_converted_for_pretraining(run, tmp_path):  # noqa: F811
+    expected = {}
+    for number, (name, axes) in enumerate(AXES.items()):
+        stored, affine = scan_of(axes, number)
+        folder = tmp_path / "input" / "dicom" / f"{number}"
+        order = np.random.default_rng(number).permutation(stored.shape[2])
+        write_dicom(folder, stored + np.int16(1024), axes, (2.0, 1.5, 2.5), (10.0 * number, -40.0, 300.0), signed=True,
+                    names=[f"{k:03d}" for k in order], PatientID=f"dicom{number}", StudyInstanceUID=f"1.2.{number}",
+                    SeriesInstanceUID=f"1.2.{number}.1")
+        expected[f"dicom{number}"] = canonical(stored, affine)
+    for number, (name, axes) in enumerate(ALL_AXES.items()):
+        stored, affine = scan_of(axes, number)
+        write_scan(tmp_path / "input" / f"file{number}" / f"scan{FORMATS[number % len(FORMATS)]}", stored, affine)
+        expected[f"file{number}"] = canonical(stored, affine)
+    result = run("nlst", "--input", tmp_path / "input", "--output", tmp_path / "out", "--compression", "gzip",
+                 "--min_slices", 4)
+    assert result.code == 0, result.errors
+    rows = manifest(tmp_path / "out")
+    assert len(rows) == len(expected)
+    for row in rows.values():
+        voxels, affine = expected.pop(row["output"].split("/")[0])
+        itk = sitk.ReadImage(tmp_path / "out" / row["output"])
+        found, where = contents(sitk.DICOMOrient(itk, "RAS"))
+        np.testing.assert_array_equal(found, as_hu(voxels))
+        np.testing.assert_allclose(where, affine, rtol=0, atol=1e-4)
+        with Volume(tmp_path / "out" / row["output"]) as volume:
+            np.testing.assert_array_equal(volume.read(), as_hu(voxels))
+            np.testing.assert_allclose(volume.affine, affine, rtol=0, atol=1e-4)
+        assert row["shape"] == " x ".join(map(str, voxels.shape)) and (row["hu_min"], row["status"]) == ("-1024", "written")
+    assert not expected
+
+
+def bright(voxels, affine):
+    """RAS mm of the middle of what is brighter than air."""
+    weights = np.maximum(voxels.astype(float) + 900, 0)
+    return (affine @ [*scipy.ndimage.center_of_mass(weights), 1])[:3]
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 2.0), (0.7, 0.7, 1.4), (5.0, 4.0, 6.0), (0, 0, 0)], ids=str)
+def test_nodules_lie_at_the_middle_of_their_crops(spacing, run, tmp_path):  # noqa: F811
+    """A ball of tissue in air around each point of the table, wherever the axes of the scan point to."""
+    points, table = {}, ["seriesuid,coordX,coordY,coordZ,class"]
+    for number, axes in enumerate(ALL_AXES.values()):
+        shape, own = (50, 44, 38), (1.7, 1.9, 2.3)
+        affine = affine_to_ras(axes, own, (10.0 * number, -40.0, 300.0))
+        index = np.random.default_rng(number).uniform(16, np.array(shape) - 16)
+        point = (affine @ [*index, 1])[:3]
+        distance = np.linalg.norm(places(shape, affine) - point, axis=-1)
+        scan = np.clip(-1000 + 1000 * (9.5 - distance), -1000, 0).astype(np.int16)
+        suffix = (".mhd", ".nii.gz", ".mha", ".nrrd")[number % 4]
+        write_scan(tmp_path / "input" / "subset0" / f"1.2.{number}{suffix}", scan, affine)
+        points[f"1.2.{number}"] = LPS[:3, :3] @ point
+        table += [",".join([f"1.2.{number}", *(f"{value:.6f}" for value in LPS[:3, :3] @ point), str(number % 2)])]
+    (tmp_path / "input" / "candidates_V2.csv").write_text("\n".join(table) + "\n")
+    result = run("luna16", "--input", tmp_path / "input", "--output", tmp_path / "out", "--size", 20, 21, 22,
+                 "--spacing", *spacing)
+    assert result.code == 0, result.errors
+    rows = manifest(tmp_path / "out")
+    assert len(rows) == len(points)
+    for row in rows.values():
+        assert row["status"] == "written", row
+        point = LPS[:3, :3] @ points[row["patient"]]  # RAS
+        crop = nibabel.load(tmp_path / "out" / row["output"])
+        voxels, affine = np.asarray(crop.dataobj), crop.affine
+        assert voxels.shape == (20, 21, 22)
+        step = np.linalg.norm(affine[:3, :3], axis=0)
+        np.testing.assert_allclose(np.sort(step), np.sort(spacing if any(spacing) else (1.7, 1.9, 2.3)), atol=1e-4)
+        centre = (affine @ [9.5, 10, 10.5, 1])[:3]
+        off = np.linalg.solve(affine[:3, :3], np.stack([centre, bright(voxels, affine)], 1) - point[:, None])
+        assert np.abs(off[:, 0]).max() <= (0.501 if not any(spacing) else 1e-3)  # the grid's middle
+        if (step * (20, 21, 22) > 20).all() and step.max() < 3:
+            assert np.abs(off[:, 1]).max() <= 0.1  # and the ball's, in voxels
+        elif (step * (20, 21, 22) > 20).all():
+            assert np.abs(off[:, 1]).max() <= 0.5
+
+
+def test_images_and_labels_stay_on_each_other(run, tmp_path):  # noqa: F811
+    expected = {}
+    for number, axes in enumerate(ALL_AXES.values()):
+        stored, affine = scan_of(axes, number)
+        label = (noise(stored.shape, 0, 20, number) == 0).astype(np.uint8) * noise(stored.shape, 1, 3, 99).astype(np.uint8)
+        write_scan(tmp_path / "task" / "imagesTr" / f"case{number}.nii.gz", stored, affine)
+        write_scan(tmp_path / "task" / "labelsTr" / f"case{number}.nii.gz", label, affine)
+        expected[f"case{number}"] = canonical(as_hu(stored), affine), canonical(label, affine)
+    result = run("msd", "--input", tmp_path / "task", "--output", tmp_path / "out")
+    assert result.code == 0, result.errors
+    pairs, problems = find_pairs(tmp_path / "out")
+    assert not problems and [pair.name for pair in pairs] == sorted(expected)
+    for pair in pairs:
+        (voxels, affine), (classes, _) = expected[pair.name]
+        image, label, where = read_pair(pair)
+        np.testing.assert_array_equal(image, voxels)
+        np.testing.assert_array_equal(label, classes)
+        np.testing.assert_allclose(where, affine, rtol=0, atol=1e-4)
+        for path, array in ((pair.image, voxels), (pair.label, classes)):
+            found = nibabel.load(path)
+            np.testing.assert_array_equal(np.asarray(found.dataobj), array)  # RAS in the file
+            np.testing.assert_allclose(found.affine, affine, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--spacing", 1.0, 1.0, 1.0), ("--crop", "label", "--margin", 6), ("--crop", "body", "--margin", 4),
+    ("--spacing", 3.0, 2.5, 4.0, "--crop", "label")], ids=lambda flags: " ".join(map(str, flags)))
+def test_resampled_and_cut_cases_keep_the_lesion_in_its_place(flags, run, tmp_path):  # noqa: F811
+    lesions = {}
+    for number, axes in enumerate(ALL_AXES.values()):
+        shape, own = (44, 40, 36), (1.7, 1.9, 2.3)
+        affine = affine_to_ras(axes, own, (10.0 * number, -40.0, 300.0))
+        point = (affine @ [*np.random.default_rng(number).uniform(14, np.array(shape) - 14), 1])[:3]
+        distance = np.linalg.norm(places(shape, affine) - point, axis=-1)
+        scan = np.clip(-1000 + 1000 * (11 - distance), -1000, 0).astype(np.int16)
+        write_scan(tmp_path / "task" / "imagesTr" / f"case{number}.nii.gz", scan, affine)
+        write_scan(tmp_path / "task" / "labelsTr" / f"case{number}.nii.gz", 2 * (distance < 10).astype(np.uint8), affine)
+        lesions[f"case{number}"] = point
+    result = run("msd", "--input", tmp_path / "task", "--output", tmp_path / "out", *flags)
+    assert result.code == 0, result.errors
+    for pair in find_pairs(tmp_path / "out")[0]:
+        image, label, affine = read_pair(pair)
+        inside = (affine @ [*scipy.ndimage.center_of_mass(label), 1])[:3]
+        quarter = 0.25 * max(np.linalg.norm(affine[:3, :3], axis=0).max(), max(own))  # of a voxel
+        np.testing.assert_allclose(inside, lesions[pair.name], atol=quarter)
+        np.testing.assert_allclose(bright(image, affine), lesions[pair.name], atol=quarter)
+        assert set(np.unique(label)) == {0, 2}
+        volume = (label > 0).sum() * abs(np.linalg.det(affine[:3, :3]))
+        np.testing.assert_allclose(volume, 4 / 3 * np.pi * 10 ** 3, rtol=0.15)
+        assert image[label > 0].min() > -1000 or "--spacing" in flags
+        lesions.pop(pair.name)
+    assert not lesions
+
+
+# ------------------------------------------------------------------------------------------------------------- real CT
+
+
+def test_real_dicom_is_what_itk_reads(shared_data):
+    folder = shared_data / "dicom" / "lungdx_a0002" / "t0"
+    paths = [str(path) for path in folder.iterdir()]
+    image = read_dicom(paths, 16)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    itk = reader.Execute()
+    voxels, affine = contents(itk)
+    assert_is(image, *canonical(as_hu(voxels), affine))
+    images.require_ct(image, "scan")
+    one = pydicom.dcmread(paths[0])
+    x, y, z = (float(value) for value in one.ImagePositionPatient)
+    index = np.rint(np.linalg.solve(images.affine_of(image), [-x, -y, z, 1]))[:3].astype(int)
+    plane = one.pixel_array.T * float(one.RescaleSlope) + float(one.RescaleIntercept)
+    np.testing.assert_array_equal(contents(image)[0][::-1, ::-1, index[2]], as_hu(plane))
+
+
+def test_real_nodules_lie_in_their_crops(shared_data):
+    lines = (shared_data / "luna16" / "annotations.csv").read_text().split()[1:]
+    read = {}
+    for line in lines:
+        series, *numbers = line.split(",")
+        *point, diameter = map(float, numbers)
+        if series not in read:
+            path, = (shared_data / "luna16").glob(f"subset*/{series}.mhd")
+            read[series] = read_image(str(path)), sitk.ReadImage(path)
+            voxels, affine = contents(read[series][1])
+            assert_is(read[series][0], *canonical(as_hu(voxels), affine))
+        image, itk = read[series]
+        crop = crop_at(image, point, (48, 48, 24), (0.7, 0.7, 1.4), line)
+        voxels, affine = contents(crop)
+        np.testing.assert_allclose((affine @ [23.5, 23.5, 11.5, 1])[:3], LPS[:3, :3] @ point, atol=1e-6)
+        distance = np.linalg.norm(places(voxels.shape, affine) - LPS[:3, :3] @ point, axis=-1)
+        assert voxels[distance < diameter / 4].mean() > -300  # dense where the table says, and as ITK has it there
+        at = itk.TransformPhysicalPointToIndex(point)
+        native = crop_at(image, point, (1, 1, 1), None, line)
+        assert contents(native)[0].item() == max(itk.GetPixel(at), AIR)
+
+
+def test_real_masks_lie_on_dense_tissue(shared_data, run, tmp_path):  # noqa: F811
+    task = shared_data / "msd" / "Task06_Lung"
+    (tmp_path / "task").mkdir()
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / "task" / kind).mkdir()
+        shutil.copy(task / kind / "lung_001.nii.gz", tmp_path / "task" / kind)
+    result = run("msd", "--input", tmp_path / "task", "--output", tmp_path / "out")
+    assert result.code == 0, result.errors
+    (pair,), problems = find_pairs(tmp_path / "out")
+    image, label, affine = read_pair(pair)
+    for path, array in (("imagesTr", image), ("labelsTr", label)):
+        voxels, where = canonical(np.asarray(nibabel.load(task / path / "lung_001.nii.gz").dataobj),
+                                  nibabel.load(task / path / "lung_001.nii.gz").affine)
+        np.testing.assert_array_equal(array, as_hu(voxels))
+        np.testing.assert_allclose(affine, where, rtol=0, atol=1e-3)
+    assert not problems and image[label > 0].mean() > image[label == 0].mean() + 100
+
+
+# ---------------------------------------------------------------------------------------------------- labels and crops
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def told(problems, folder):
+    """{path relative to the folder: reason} of DataErrors."""
+    assert all(type(problem) is DataError for problem in problems)
+    found = {os.path.relpath(problem.path, folder): problem.reason for problem in problems}
+    assert len(found) == len(problems)
+    return found
+
+
+GOOD_CROPS = ["subset0/label0/p1/a.nii.gz", "subset0/label0/p1/b.nii.gz", "subset0/label1/p2/a.nii.gz",
+              "subset1/label0/p3/a.nii", "subset1/label1/p4/a.hdf5", "subset10/1/p5/a.h5", "subset10/0/p6/a.nii.gz"]
+
+
+def test_crops_are_found_with_label_patient_and_subset(tmp_path):
+    touch(tmp_path, *GOOD_CROPS, "manifest.csv", "other/label7/p/a.nii.gz", ".hidden/subset0/label1/p/a.nii.gz",
+          "subset0/notes.txt", "subset0/.DS_Store", "subset0/.cache/x.nii.gz", "subset1/label0/p3/._a.nii", "subset.txt",
+          "subset0/label1/p2/notes.txt")
+    crops, problems = find_crops(tmp_path)
+    assert problems == []
+    assert crops == [Crop(str(tmp_path / name), int(name.split("/")[1][-1]), name.split("/")[2], name.split("/")[0])
+                     for name in sorted(GOOD_CROPS)]
+
+
+def test_everything_that_is_wrong_with_crops_is_named(tmp_path):
+    touch(tmp_path, *GOOD_CROPS, "subset0/nodules/p9/a.nii.gz", "subset0/label1/alone.nii.gz",
+          "subset1/label1/p4/deeper/a.nii.gz", "subset1/alone.nii.gz", "subset0/label-1/p/a.nii.gz")
+    (tmp_path / "subset1" / "label2").mkdir()
+    crops, problems = find_crops(tmp_path)
+    assert [crop.path for crop in crops] == [str(tmp_path / name) for name in sorted(GOOD_CROPS)]
+    assert told(problems, tmp_path) == {
+        "subset0/nodules": "is no label folder: expected label0, label1, ... or 0, 1, ...",
+        "subset0/label-1": "is no label folder: expected label0, label1, ... or 0, 1, ...",
+        "subset1/label2": "holds no crop: expected <patient>/<name>.nii.gz below it, or remove it",
+        "subset0/label1/alone.nii.gz": "expected as subset*/label<k>/<patient>/<name>.nii.gz",
+        "subset1/label1/p4/deeper/a.nii.gz": "expected as subset*/label<k>/<patient>/<name>.nii.gz",
+        "subset1/alone.nii.gz": "expected as subset*/label<k>/<patient>/<name>.nii.gz"}
+
+
+@pytest.mark.parametrize("names, reason", [
+    ([], "holds no crops"), (["subset0/notes.txt"], "holds no crops"), (["p1/t0/a.hdf5"], "holds no crops"),
+    (["subset0/label0/p1/a.nii.gz", "subset1/label0/p2/a.nii.gz"], r"one class only \(label0\), expected at least two"),
+    (["subset0/label0/p1/a.nii.gz", "subset1/label2/p2/a.nii.gz"], "has the classes 0, 2: expected 0 to 1 without a gap"),
+    (["subset0/label1/p1/a.nii.gz", "subset1/label2/p2/a.nii.gz"], "has the classes 1, 2: expected 0 to 1 without a gap"),
+    (["subset0/label0/p1/a.nii.gz", "subset1/label1/p1/a.nii.gz", "subset1/label1/p2/a.nii.gz"],
+     "has patient p1 in subset0 and subset1: expected every patient in one subset"),
+])
+def test_crops_that_cannot_be_trained_on_together(names, reason, tmp_path):
+    touch(tmp_path, *names)
+    _, problems = find_crops(tmp_path)
+    assert len(problems) == 1 and problems[0].path == str(tmp_path)
+    assert re.search(reason, problems[0].reason)
+
+
+def test_a_missing_folder_of_crops_or_pairs_is_named(tmp_path):
+    touch(tmp_path, "file", "half/images/a.nii.gz")
+    for find, folder, wrong in ((find_crops, "gone", "gone"), (find_crops, "file", "file"),
+                                (find_pairs, "gone", "gone/images"), (find_pairs, "half", "half/labels")):
+        with pytest.raises(DataError, match="no such folder|is a file, expected a folder") as error:
+            find(tmp_path / folder)
+        assert error.value.path == str(tmp_path / wrong)
+
+
+def test_pairs_are_found_by_name_whatever_the_suffix(tmp_path):
+    touch(tmp_path, "images/b.nii.gz", "labels/b.nii", "images/a.hdf5", "labels/a.nii.gz", "images/c.d.nii.gz",
+          "labels/c.d.nii.gz", "images/._a.nii.gz", "images/notes.txt", "manifest.csv")
+    pairs, problems = find_pairs(tmp_path)
+    assert problems == []
+    assert pairs == [Pair("a", str(tmp_path / "images/a.hdf5"), str(tmp_path / "labels/a.nii.gz")),
+                     Pair("b", str(tmp_path / "images/b.nii.gz"), str(tmp_path / "labels/b.nii")),
+                     Pair("c.d", str(tmp_path / "images/c.d.nii.gz"), str(tmp_path / "labels/c.d.nii.gz"))]
+    assert [stem(name) for name in ("x/a.nii.gz", "a.nii", "a.b.hdf5", "a.h5", "a")] == ["a", "a", "a.b", "a", "a"]
+
+
+def test_everything_that_is_wrong_with_pairs_is_named(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "images/b.nii.gz", "labels/c.nii.gz", "images/a.nii",
+          "labels/deeper/a.nii.gz")
+    pairs, problems = find_pairs(tmp_path)
+    found = told(problems, tmp_path)
+    assert found == {
+        "images/a.nii.gz": f"has the same name as {tmp_path / 'images/a.nii'}: expected one file of each name",
+        "labels/deeper/a.nii.gz": f"has the same name as {tmp_path / 'labels/a.nii.gz'}: expected one file of each name",
+        "images/b.nii.gz": "has no label of the same name in labels/",
+        "labels/c.nii.gz": "has no image of the same name in images/"}
+    assert [pair.name for pair in pairs] == ["a"]
+    touch(tmp_path, "empty/images/x.txt", "empty/labels/x.txt")
+    pairs, (problem,) = find_pairs(tmp_path / "empty")
+    assert pairs == [] and "holds no cases" in problem.reason
+
+
+def test_grids_are_the_same_to_a_tenth_of_a_voxel():
+    affine, shape = affine_to_ras(OBLIQUE), (40, 30, 20)
+
+    def off(by=np.zeros(3), turn=0.0, scale=1.0):
+        other = affine.copy()
+        other[:3, :3] = Rotation.from_euler("z", turn, degrees=True).as_matrix() @ affine[:3, :3] * scale
+        other[:3, 3] += by
+        return other_grid(shape, other, shape, affine)
+    assert off() is None and off([0.06, 0, 0]) is None and off(turn=0.05) is None and off(scale=1 + 1e-4) is None
+    noisy = affine.astype(np.float32) + np.float32(1e-5)
+    assert other_grid(shape, noisy, shape, affine) is None
+    for reason in (off([0.08, 0, 0]), off([0, 0, -2.5]), off(turn=1.0), off(scale=1.01), off([np.nan, 0, 0])):
+        assert re.fullmatch(r"lies elsewhere than its image: up to [\d.naN]+ mm apart at the corners", reason)
+    assert "up to 2.5 mm" in off([0, 0, -2.5])
+    flipped = affine @ np.diag([-1, 1, 1, 1])
+    assert "elsewhere" in other_grid(shape, flipped, shape, affine)
+    assert other_grid((40, 30, 21), affine, shape, affine) == ("has another shape than its image: 40 x 30 x 21, "
+                                                               "not 40 x 30 x 20")
+
+
+def save(path, voxels, affine=LPS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+def test_labels_of_any_number_type_are_read(dtype, tmp_path):
+    stored = noise(high=256).astype(dtype)
+    with Volume(save(tmp_path / "label.nii.gz", stored)) as volume:
+        labels = volume.read_labels()
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, stored[::-1, ::-1])
+
+
+@pytest.mark.parametrize("value, said", [
+    (0.5, "0.5"), (-1, "-1"), (300, "300"), (np.nan, "nan"), (np.inf, "inf"), (255.5, "255.5")])
+def test_labels_that_are_no_classes_are_refused(value, said, tmp_path):
+    path = save(tmp_path / "label.nii.gz", with_(noise(high=3), value))
+    with Volume(path) as volume, pytest.raises(DataError, match=f"has label values such as {said}, expected whole") as error:
+        volume.read_labels()
+    assert error.value.path == path
+
+
+def test_a_pair_is_read_in_ras(tmp_path):
+    image, label = noise(low=-3000, high=3000).astype(np.int16), noise(high=3).astype(np.uint8)
+    for axes in ALL_AXES.values():
+        affine = affine_to_ras(axes)
+        pair = Pair("a", save(tmp_path / "image.nii.gz", image, affine), save(tmp_path / "label.nii.gz", label, affine))
+        voxels, classes, where = read_pair(pair)
+        np.testing.assert_array_equal(voxels, as_hu(canonical(image, affine)[0]))
+        np.testing.assert_array_equal(classes, canonical(label, affine)[0])
+        np.testing.assert_allclose(where, canonical(image, affine)[1], rtol=0, atol=1e-4)
+        assert (voxels.dtype, classes.dtype) == (np.int16, np.uint8)
+        other = affine_to_ras(axes) @ np.array([[-1, 0, 0, 7], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        save(tmp_path / "label.nii.gz", label[::-1], other)  # the same voxels, stored from the other side
+        np.testing.assert_array_equal(read_pair(pair)[1], classes)
+        write_volume(tmp_path / "image.hdf5", voxels, where)
+        np.testing.assert_array_equal(read_pair(Pair("a", tmp_path / "image.hdf5", pair.label))[0], voxels)
+
+
+@pytest.mark.parametrize("label, affine, reason", [
+    (noise((8, 5, 7)), LPS, "has another shape than its image: 8 x 5 x 7, not 8 x 5 x 6"),
+    (noise(), LPS @ np.diag([1, 1, 1.1, 1]), "lies elsewhere than its image: up to 0.5 mm"),
+    (with_(noise(high=3), 0.5), LPS, "has label values such as 0.5"),
+])
+def test_a_pair_that_does_not_fit_is_refused(label, affine, reason, tmp_path):
+    pair = Pair("a", save(tmp_path / "image.nii.gz", noise().astype(np.int16)),
+                save(tmp_path / "label.nii.gz", label.astype(np.float32) % 256, affine))
+    with pytest.raises(DataError, match=reason) as error:
+        read_pair(pair)
+    assert error.value.path == pair.label
