@@ -30,6 +30,18 @@ NUM_TEST = 37              # cases of the paper's test set
 SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
 BOOTSTRAP_ROUNDS = 1000
 
+
+class Device(NamedTuple):
+    """How this process computes. batch_size: per process; workers: reading processes; dtype: of the matrix products."""
+    processes: utils.Processes
+    dtype: torch.dtype
+    batch_size: int
+    workers: int
+
+    def autocast(self):
+        return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
@@ -37,7 +49,7 @@ def add_flags(parser, batch_size, folds):
     """The flags of both downstream scripts. batch_size: default per process; folds: choices of --folds."""
     group = parser.add_argument_group("model (default: as in the config of --pretrained_weights)")
     group.add_argument("--pretrained_weights", default="", metavar="FILE",
-                       help="checkpoint of main_dino.py, or of older DINO code; without it training starts from scratch")
+                       help="checkpoint of main_dino.py or of older DINO code; without it: from scratch")
     group.add_argument("--checkpoint_key", default="teacher", help="which state dict of --pretrained_weights to take")
     group.add_argument("--arch", default=None, type=utils.architecture(ARCHITECTURES),
                        help=f"one of {', '.join(ARCHITECTURES)}; without weights {ENCODER['arch']}")
@@ -49,27 +61,29 @@ def add_flags(parser, batch_size, folds):
     group.add_argument("--clip_range", default=None, nargs=2, type=number(float), metavar=("LOW", "HIGH"),
                        help=f"HU that become 0 and 1; without weights {spaced(ENCODER['clip_range'])}")
     group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=("X", "Y", "Z"),
-                       help="mm per voxel that the crops should have, for a warning where they differ; rotations then act "
-                            "in mm")
+                       help="mm per voxel that the crops should have, for a warning where they differ; rotations "
+                            "then act in mm")
     group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
                        help="stochastic depth of the encoder's last block in training")
     utils.boolean_flag(group, "--freeze_encoder", False, "leave the encoder as it is and train the head alone")
 
     group = parser.add_argument_group("folds (by patient)")
     group.add_argument("--folds", default="patients", choices=folds,
-                       help="patients: a fixed test set and --k_fold folds of the rest; subsets: each subset* folder is "
-                            "tested once, the next one validates")
-    group.add_argument("--k_fold", default=5, type=number(int, 2), help="folds of what is no test set; each validates once")
+                       help="patients: a fixed test set and --k_fold folds of the rest; subsets: each subset* folder "
+                            "is tested once, the next one validates")
+    group.add_argument("--k_fold", default=5, type=number(int, 2),
+                       help="folds of what is no test set; each validates once")
     group.add_argument("--num_test", default=None, type=number(int, 1),
-                       help=f"cases of the fixed test set, as near as whole patients allow; default: {NUM_TEST}, or a fifth "
-                            "of the cases where that is less than a tenth or more than a third of them")
+                       help=f"cases of the fixed test set, as near as whole patients allow; default: {NUM_TEST}, or a "
+                            "fifth of the cases where that is less than a tenth or more than a third of them")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the training cases")
-    group.add_argument("--batch_size_per_gpu", default=batch_size, type=number(int, 1), help="cases per process and step")
+    group.add_argument("--batch_size_per_gpu", default=batch_size, type=number(int, 1),
+                       help="cases per process and step; lower it when memory runs out")
     group.add_argument("--lr", default=0.001, type=number(float, 0),
-                       help="peak learning rate of the head, not scaled with the batch; the encoder's layers have less, see "
-                            "--layer_decay. For --optimizer sgd take 0.01 and more")
+                       help="peak learning rate of the head, not scaled with the batch; the encoder's layers have "
+                            "less, see --layer_decay. For --optimizer sgd take 0.01 and more")
     group.add_argument("--layer_decay", default=0.75, type=number(float, above=0, high=1),
                        help="learning rate of each layer relative to the one above it; 1: all layers alike")
     group.add_argument("--warmup_epochs", default=5, type=number(float, 0), help="epochs of linear warm-up")
@@ -91,7 +105,7 @@ def add_flags(parser, batch_size, folds):
     group.add_argument("--num_workers", default=None, type=number(int, 0),
                        help="reading processes per process; default: the cores that each process can have, at most 16")
     group.add_argument("--max_steps", default=None, type=number(int, 1),
-                       help="stop after this many steps of this call, with a checkpoint; the same command goes on from there")
+                       help="stop after this many steps of this call, with a checkpoint; the same command goes on")
     group.add_argument("--seed", default=0, type=number(int, 0), help="of folds, weights, order and augmentations")
 
     group = parser.add_argument_group("older flags, accepted")
@@ -101,7 +115,7 @@ def add_flags(parser, batch_size, folds):
 
 
 def check_flags(parser, given, pretrained):
-    """Refuse what is wrong whatever the data (exit code 2). given: {name: value or None}; pretrained: are there weights."""
+    """Refuse what is wrong whatever the data (exit code 2). given: {name: value or None}; pretrained: with weights."""
     if given["clip_range"] and given["clip_range"][0] >= given["clip_range"][1]:
         parser.error(f"--clip_range {spaced(given['clip_range'])}: the first value must be below the second")
     size, patch = (given[name] or (None if pretrained else ENCODER[name]) for name in ("input_size", "patch_size"))
@@ -153,7 +167,7 @@ def load_encoder(path, checkpoint_key, given):
     for name, default in ENCODER.items():
         trained = config.get(name)
         trained = list(trained) if isinstance(trained, tuple) else trained
-        if None not in (trained, given[name]) and trained != given[name] and name != "spacing":
+        if None not in (trained, given[name]) and trained != given[name]:
             raise UserError(f"--{name} {_plain(given[name])} contradicts --pretrained_weights {path}, which has "
                             f"{_plain(trained)}: leave --{name} out", everywhere=True)
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
@@ -215,12 +229,28 @@ def check_crops(paths, processes):
 
 
 def size_problem(path, size, first_path, first_size):
-    return (f"{path}: has {spaced(size)} voxels, but {first_path} has {spaced(first_size)}: expected crops of one size, as "
-            "prepare_data.py makes them")
+    return f"{path}: has {spaced(size)} voxels, but {first_path} has {spaced(first_size)}: expected crops of one size"
+
+
+def spacing_of(path):
+    """(3,) mm. Raises UserError."""
+    try:
+        with Volume(path) as volume:
+            return volume.spacing
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+def spacing_warning(ours, theirs, whose, against):
+    """[] or [one line] where two spacings (mm) differ."""
+    if theirs is None or np.allclose(ours, theirs, rtol=SAME_SPACING, atol=0):
+        return []
+    ours, theirs = (spaced(np.round(spacing, 3)) for spacing in (ours, theirs))
+    return [f"warning: {whose} a spacing of {ours} mm, {against} {theirs} mm: the encoder sees things at another size"]
 
 
 def read_crop(path, size, expected=None):
-    """(x, y, z) int16 HU around the crop's centre: at least `size` voxels, padded with air, and whatever is beyond them.
+    """(x, y, z) int16 HU around the crop's centre: at least `size` voxels, padded with air, and all that lies beyond.
 
     expected: (first path, its size), which the crop must share. Raises DataError.
     """
@@ -268,7 +298,7 @@ class WindowAugmentation:
 
 
 class CropBatch(NamedTuple):
-    """crops: (B, X, Y, Z) int16; cases: (B,); counted: (B,) 0 for a stand-in; group: see `collate_views`; fatal: a reason."""
+    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; fatal: why nothing came."""
     crops: torch.Tensor
     cases: torch.Tensor
     counted: torch.Tensor
@@ -299,7 +329,7 @@ class TrainingCrops(Dataset):
 
 
 class EvaluationCrops(Dataset):
-    """The exact centre window of a crop, nothing random, for case numbers. size: (3,) voxels; expected: see `read_crop`."""
+    """The exact centre window of a crop, nothing random, by case number. size: (3,); expected: see `read_crop`."""
 
     def __init__(self, paths, size, expected=None):
         self.paths, self.size, self.expected = paths, np.array(size), expected
@@ -324,9 +354,9 @@ def collate_crops(samples):
 class TrainingBatches(Sampler):
     """Batches of keys (epoch, case, counted) from a position in a fold to its end, without a pause between epochs.
 
-    The epoch's order is cut into global batches and each of those into the ranks' shares, so that the cases of a step do
-    not depend on the number of ranks. The last batch of an epoch may be smaller, and the shares of a batch may differ by
-    one; a rank that is left without a case takes one that does not count, as every rank has to take the step.
+    The epoch's order is cut into global batches and each of those into the ranks' shares, so that the cases of a step
+    do not depend on the number of ranks. The last batch of an epoch may be smaller, and the shares of a batch may
+    differ by one; a rank that is left without a case takes one that does not count, as every rank has to take the step.
 
     order_of: gives the cases of an epoch in their order, equal on every rank; batch_size: of one rank
     epoch, position: where to start, in epochs and in cases of that epoch; epochs: where to end
@@ -387,14 +417,14 @@ def divide(counts, shares, rng):
     """
     counts, shares = np.asarray(counts, float), np.asarray(shares, float)
     parts = counts / np.maximum(counts.sum(0), 1)  # (P, C) of each class
-    parts = np.concatenate([parts, counts.sum(1, keepdims=True) / counts.sum()], 1)  # and of all cases
     order = rng.permutation(len(counts))
     order = order[np.argsort(-parts[order].max(1), kind="stable")]
-    missing = np.repeat(shares[:, None], parts.shape[1], 1)  # (S, C + 1)
+    parts = np.column_stack([parts, 0.01 * counts.sum(1) / counts.sum()])  # where classes don't tell, by size
+    missing = shares[:, None] * parts.sum(0)  # (S, C + 1)
     sides = np.empty(len(counts), int)
     for patient in order:
-        after = ((missing - parts[patient]) ** 2).sum(1) - (missing ** 2).sum(1)
-        sides[patient] = after.round(12).argmin()  # equal but for rounding: the first
+        worse = ((missing - parts[patient]) ** 2 - missing ** 2).sum(1)
+        sides[patient] = worse.round(12).argmin()  # equal but for rounding: the first
         missing[sides[patient]] -= parts[patient]
     for side in range(len(shares)):
         if not (sides == side).any():
@@ -411,8 +441,8 @@ def patient_splits(patients, labels, num_test, k_fold, seed):
     """
     names, counts = count_by_patient(patients, labels)
     if len(names) < k_fold + 1:
-        raise UserError(f"{len(names)} patients are too few for a test set and --k_fold {k_fold}: a fold needs at least one "
-                        "patient; lower --k_fold", everywhere=True)
+        raise UserError(f"{len(names)} patients are too few for a test set and --k_fold {k_fold}: lower --k_fold",
+                        everywhere=True)
     wanted = default_num_test(len(labels)) if num_test is None else num_test
     if wanted >= len(labels):
         raise UserError(f"--num_test {wanted}: there are only {len(labels)} cases; lower it", everywhere=True)
@@ -421,8 +451,8 @@ def patient_splits(patients, labels, num_test, k_fold, seed):
     tested = divide(counts, (share, 1 - share), rng) == 0
     rest = np.flatnonzero(~tested)
     if len(rest) < k_fold:
-        raise UserError(f"{len(rest)} patients besides the test set of {tested.sum()} are too few for --k_fold {k_fold}: lower "
-                        "--k_fold or --num_test", everywhere=True)
+        raise UserError(f"{len(rest)} patients besides the {tested.sum()} of the test set are too few for --k_fold "
+                        f"{k_fold}: lower --k_fold or --num_test", everywhere=True)
     folds = divide(counts[rest], np.full(k_fold, 1 / k_fold), rng)
     return [Split([names[i] for i in rest[folds != fold]], [names[i] for i in rest[folds == fold]],
                   [names[i] for i in np.flatnonzero(tested)]) for fold in range(k_fold)]
@@ -435,8 +465,8 @@ def subset_splits(patients, subsets):
         members.setdefault(subset, set()).add(patient)
     names = sorted(members, key=lambda name: (len(name), name))  # subset10 after subset9
     if len(names) < 3:
-        raise UserError(f"--folds subsets needs at least 3 subsets (test, validation, training), found {', '.join(names)}; "
-                        "take --folds patients", everywhere=True)
+        raise UserError("--folds subsets needs at least 3 subsets (test, validation, training), found "
+                        f"{', '.join(names)}; take --folds patients", everywhere=True)
     splits = []
     for test, name in enumerate(names):
         validation = names[(test + 1) % len(names)]
@@ -454,6 +484,29 @@ def count_by_patient(patients, labels):
     return names, counts
 
 
+def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets):
+    """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
+
+    patients, labels, subsets: of each case. Raises UserError, also where splits.json is of other flags or patients.
+    """
+    described = {"folds": folds, "k_fold": k_fold, "num_test": num_test, "seed": seed,
+                 "cases": np.bincount(labels).tolist(), "patients": len(set(patients))}
+    saved = load_splits(path, described)
+    if saved is None:
+        splits = (subset_splits(patients, subsets) if folds == "subsets" else
+                  patient_splits(patients, labels, num_test, k_fold, seed))
+        return splits, described
+    if {patient for side in saved[0][0] for patient in side} != set(patients):
+        raise UserError(f"{path}: names other patients than --data_dir holds; choose another --output_dir")
+    return saved
+
+
+def of_patients(chosen, patients):
+    """(n,) numbers of the cases whose patient is among the chosen. patients: of each case."""
+    chosen = set(chosen)
+    return np.array([i for i, patient in enumerate(patients) if patient in chosen], int)
+
+
 def load_splits(path, described):
     """(splits, header) of a splits.json, or None where there is no file.
 
@@ -469,7 +522,7 @@ def load_splits(path, described):
         raise UserError(f"{path}: can't be read ({error}); move it away to start anew") from error
     for name, value in described.items():
         if saved["data"].get(name) != value:
-            raise UserError(f"{path}: is of a run with {name} {_told(saved['data'].get(name))}, now it is {_told(value)}; go on "
+            raise UserError(f"{path}: is of a run with {name} {saved['data'].get(name)}, now it is {value}; go on "
                             "with the same data and flags or choose another --output_dir")
     return splits, saved["data"]
 
@@ -479,18 +532,14 @@ def save_splits(path, splits, described):
     write_json(path, {"data": described, "splits": [split._asdict() for split in splits]})
 
 
-def _told(value):
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
-
-
 # ------------------------------------------------------------------------------------------------------ optimisation
 
 
 def layer_groups(model, encoder_prefix, depth, layer_decay, weight_decay):
-    """Optimizer groups with layer-wise learning rates (Clark et al. 2020; Bao et al. 2022): `scale` is relative to --lr.
+    """Optimizer groups with layer-wise learning rates (Clark et al. 2020, Bao et al. 2022): `scale` is that of --lr.
 
-    Names below `encoder_prefix` are a VisionTransformer's of `depth` blocks: what embeds patches and positions is layer 0,
-    block i is layer i + 1; the last norm and the head are at the top, with scale 1. Frozen parameters are left out.
+    Names below `encoder_prefix` are a VisionTransformer's of `depth` blocks: what embeds patches and positions is layer
+    0, block i is layer i + 1; the last norm and the head are at the top, with scale 1. Frozen parameters are left out.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -506,6 +555,11 @@ def layer_groups(model, encoder_prefix, depth, layer_decay, weight_decay):
             "params": [], "scale": layer_decay ** (depth + 1 - layer), "weight_decay": weight_decay if decays else 0.0})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def learning_rate(lr, min_lr, epochs, warmup_epochs, epoch_length, seen):
+    """Of the head, after `seen` cases: linear warm-up, then half a cosine. epoch_length: cases."""
+    return utils.cosine_schedule(seen, lr, min_lr, epochs * epoch_length, warmup_epochs * epoch_length)
 
 
 def set_learning_rate(optimizer, lr):
@@ -531,7 +585,7 @@ class Done:
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
-def bootstrap_interval(metric, patients, seed=0, rounds=BOOTSTRAP_ROUNDS):
+def bootstrap_interval(metric, patients, seed=0):
     """[low, high], the 95 % percentile interval of a metric when patients are drawn with replacement.
 
     metric: gives a number, or None where it is undefined, of (N,) weights of the cases: how often each was drawn
@@ -539,7 +593,7 @@ def bootstrap_interval(metric, patients, seed=0, rounds=BOOTSTRAP_ROUNDS):
     """
     names, index = np.unique(patients, return_inverse=True)
     rng, values = np.random.default_rng(seed), []
-    for _ in range(rounds):
+    for _ in range(BOOTSTRAP_ROUNDS):
         times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
         value = metric(times[index])
         if value is not None:
@@ -548,13 +602,17 @@ def bootstrap_interval(metric, patients, seed=0, rounds=BOOTSTRAP_ROUNDS):
 
 
 def mean_and_deviation(records, names):
-    """{name: mean}, {name: standard deviation (n - 1)} over the records that have a value; None where there are too few."""
+    """{name: mean}, {name: standard deviation (n - 1)} over the records that have a value; None where too few have."""
     means, deviations = {}, {}
     for name in names:
         values = [record[name] for record in records if record[name] is not None]
         means[name] = float(np.mean(values)) if values else None
         deviations[name] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return means, deviations
+
+
+def told(value, digits=3):
+    return "undefined" if value is None else f"{value:.{digits}f}"
 
 
 def write_json(path, content):
@@ -585,14 +643,25 @@ def read_table(path):
 
 
 def fold_folders(path, name):
-    """Folders that hold a fold's `name` file: `path` itself, or its sub-folders 0, 1, ... in order. Raises UserError."""
+    """Folders with a fold's file `name`: `path` itself, or its sub-folders 0, 1, ... in order. Raises UserError."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"--weights {path}: no such folder; expected the --output_dir of a finished run, or a fold in it")
+        raise UserError(f"--weights {path}: no such folder; expected the --output_dir of a trained run or a fold in it")
     if (path / name).is_file():
         return [path]
-    folders = sorted((folder for folder in path.iterdir() if folder.name.isdigit()), key=lambda folder: int(folder.name))
-    found = [folder for folder in folders if (folder / name).is_file()]
+    found = sorted((folder for folder in path.iterdir() if folder.name.isdigit() and (folder / name).is_file()),
+                   key=lambda folder: int(folder.name))
     if not found:
         raise UserError(f"--weights {path}: holds no trained fold (looked for {name} there and in 0, 1, ...)")
     return found
+
+
+def start_folder(folder):
+    """Make a fold's folder; its results will be new."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
+
+
+def is_finished(folder):
+    """Whether a fold is trained and tested: its metrics are the last thing that is written."""
+    return (folder / "metrics.json").is_file()

@@ -140,7 +140,7 @@ def ignored_flags(**flags):
 
 
 def choose_precision(precision, use_fp16, device):
-    """The precision to use on a device, and notices. precision: --precision; use_fp16: the older flag; None: not given."""
+    """The precision to use on a device, and notices. precision, use_fp16: the flags, None where they are not given."""
     notices = []
     if use_fp16 is not None:
         precision = precision or (None if use_fp16 else "fp32")
@@ -260,7 +260,7 @@ def device_name(device):
 
 
 def next_batch(batches):
-    """The next of a DataLoader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died."""
+    """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died."""
     try:
         batch = next(batches)
     except RuntimeError as error:  # how torch tells that a worker is gone
