@@ -148,13 +148,13 @@ class Encoder(NamedTuple):
         return {name: getattr(self, name) for name in ENCODER}
 
 
-def load_encoder(path, checkpoint_key, given):
+def load_encoder(path, checkpoint_key="teacher", given=None):
     """The Encoder of a checkpoint; without `path` one with random weights.
 
     given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says.
     Raises UserError for a file that is missing, broken or of another architecture, and for flags that contradict it.
     """
-    config, checkpoint = {}, None
+    config, given = {}, given or dict.fromkeys(ENCODER)
     if path:
         try:
             checkpoint = utils.load_file(path)

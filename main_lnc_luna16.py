@@ -233,7 +233,6 @@ class Run(NamedTuple):
 
 def train_fold(fold, recipe, run, done, best, config, most_steps):
     """Train to the last epoch or for `most_steps`; returns what `validate` said of the best epoch."""
-    from torch.utils.tensorboard import SummaryWriter
     processes, paths = fold.device.processes, fold.cases.paths
     if done.epoch >= recipe.epochs:
         return best
@@ -245,6 +244,7 @@ def train_fold(fold, recipe, run, done, best, config, most_steps):
                               pin_memory=processes.device.type == "cuda"))
     writer = utils.Silent()
     if processes.is_main:
+        from torch.utils.tensorboard import SummaryWriter
         forget_after(fold.folder / "log.txt", done.step)
         writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=done.step)
     last_step, saved = done.step + most_steps, time.monotonic()

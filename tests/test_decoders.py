@@ -8,7 +8,8 @@ from vision_transformer import VisionTransformer
 
 
 def small_encoder(drop_path_rate=0.0):
-    return VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3, drop_path_rate=drop_path_rate)
+    return VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3,
+                             drop_path_rate=drop_path_rate)
 
 
 def test_logits_are_the_heads_of_the_features():
@@ -17,7 +18,8 @@ def test_logits_are_the_heads_of_the_features():
     volumes = torch.rand(5, 1, 24, 24, 12, dtype=torch.float64)
     features = model.encoder(volumes)
     model.head.standardise.fit(features.detach())
-    expected = (features - features.mean(0)) / features.std(0, correction=0) @ model.head.linear.weight.T + model.head.linear.bias
+    standard = (features - features.mean(0)) / features.std(0, correction=0)
+    expected = standard @ model.head.linear.weight.T + model.head.linear.bias
     torch.testing.assert_close(model(volumes), expected)
     assert torch.equal(model.features(volumes), features)
 

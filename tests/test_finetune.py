@@ -86,7 +86,8 @@ def test_patient_splits():
 
 
 def test_default_test_set():
-    assert [finetune.default_num_test(n) for n in (61, 110, 111, 185, 370, 371, 1000, 3)] == [12, 22, 37, 37, 37, 74, 200, 1]
+    for cases, wanted in ((3, 1), (61, 12), (110, 22), (111, 37), (185, 37), (370, 37), (371, 74), (1000, 200)):
+        assert finetune.default_num_test(cases) == wanted
 
 
 @pytest.mark.parametrize("patients, num_test, k_fold, says", [
@@ -94,7 +95,8 @@ def test_default_test_set():
 ])
 def test_too_few_patients(patients, num_test, k_fold, says):
     with pytest.raises(UserError, match=says):
-        finetune.patient_splits([f"p{i}" for i in range(patients)], [i % 2 for i in range(patients)], num_test, k_fold, 0)
+        labels = [i % 2 for i in range(patients)]
+        finetune.patient_splits([f"p{i}" for i in range(patients)], labels, num_test, k_fold, 0)
 
 
 def test_subset_splits():
@@ -162,7 +164,8 @@ def drawn_window(augmentation, crop, seed=0, epoch=0, case=0):
     return augmentation.render(torch.from_numpy(crop)[None], group, (-1000, 600))[0, 0]
 
 
-@pytest.mark.parametrize("shape, size", [((20, 18, 11), (12, 12, 6)), ((12, 12, 6), (12, 12, 6)), ((13, 14, 7), (12, 12, 6))])
+@pytest.mark.parametrize("shape, size", [((20, 18, 11), (12, 12, 6)), ((12, 12, 6), (12, 12, 6)),
+                                         ((13, 14, 7), (12, 12, 6))])
 def test_without_augmentations_training_sees_what_evaluation_sees(shape, size):
     crop = random_crop(shape)
     window = drawn_window(WindowAugmentation(Policy(), size, (0, 0, 0)), crop)
@@ -214,7 +217,8 @@ def global_batches(cases, batch, world, position=0, epochs=2):
     ranks = [list(TrainingBatches(order_of, batch, rank, world, 0, position, epochs)) for rank in range(world)]
     assert len({len(steps) for steps in ranks}) == 1  # every rank takes every step
     assert all(len(share) >= 1 for steps in ranks for share in steps)
-    return [[(epoch, case) for share in step for epoch, case, counted in share if counted] for step in zip(*ranks)], ranks
+    return [[(epoch, case) for share in step for epoch, case, counted in share if counted]
+            for step in zip(*ranks)], ranks
 
 
 @pytest.mark.parametrize("cases", [1, 7, 12, 13])
@@ -259,12 +263,14 @@ def test_each_case_has_one_row():
 
 def test_learning_rates_fall_from_layer_to_layer():
     from decoders import Classifier, LinearHead
-    model = Classifier(VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3), LinearHead(24, 2))
+    model = Classifier(VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3),
+                       LinearHead(24, 2))
     groups = finetune.layer_groups(model, "encoder.", 3, 0.5, 0.05)
     place = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(place) == len(list(model.parameters()))
     expected = {"encoder.patch_embed": 0.5 ** 4, "encoder.cls_token": 0.5 ** 4, "encoder.pos_embed": 0.5 ** 4,
-                "encoder.blocks.0.": 0.5 ** 3, "encoder.blocks.1.": 0.25, "encoder.blocks.2.": 0.5, "encoder.norm": 1, "head": 1}
+                "encoder.blocks.0.": 0.5 ** 3, "encoder.blocks.1.": 0.25, "encoder.blocks.2.": 0.5, "encoder.norm": 1,
+                "head": 1}
     for name, parameter in model.named_parameters():
         group = place[id(parameter)]
         assert group["scale"] == next(scale for start, scale in expected.items() if name.startswith(start)), name
@@ -286,18 +292,19 @@ def test_learning_rate_over_a_fold():
 
 
 def test_bootstrap_draws_patients():
-    """A mean's interval is that of the patients' means: 1.96 standard errors, with ten equal cases per patient or one."""
+    """A mean's interval: 1.96 standard errors over patients, with ten equal cases of each or one."""
     values = np.random.default_rng(0).normal(size=400)
     half = 1.96 * values.std() / 20
     for cases in (1, 10):
         repeated, patients = np.repeat(values, cases), np.repeat(np.arange(400), cases)
         low, high = finetune.bootstrap_interval(lambda w, v=repeated: float((w * v).sum() / w.sum()), patients)
-        assert low == pytest.approx(values.mean() - half, abs=0.02) and high == pytest.approx(values.mean() + half, abs=0.02)
+        assert [low, high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.02)
     assert finetune.bootstrap_interval(lambda weights: None, [1, 2]) is None
 
 
 def test_mean_and_deviation():
-    records = [{"auc": 0.5, "one": 1.0, "none": None}, {"auc": 0.7, "one": None, "none": None}, {"auc": 0.9, "one": None, "none": None}]
+    records = [{"auc": 0.5, "one": 1.0, "none": None}, {"auc": 0.7, "one": None, "none": None},
+               {"auc": 0.9, "one": None, "none": None}]
     means, deviations = finetune.mean_and_deviation(records, ["auc", "one", "none"])
     assert means == {"auc": pytest.approx(0.7), "one": 1.0, "none": None}
     assert deviations == {"auc": pytest.approx(np.std([0.5, 0.7, 0.9], ddof=1)), "one": None, "none": None}
@@ -323,7 +330,8 @@ GIVEN = dict.fromkeys(finetune.ENCODER)
 def pretrained(tmp_path, monkeypatch):
     """A checkpoint of a small encoder with a config."""
     import functools
-    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=24, depth=2, num_heads=3))
+    small = functools.partial(VisionTransformer, embed_dim=24, depth=2, num_heads=3)
+    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", small)
     torch.manual_seed(0)
     model = ARCHITECTURES["vit_tiny"]((24, 24, 12), (12, 12, 6))
     state = {"backbone." + name: tensor for name, tensor in model.state_dict().items()}
@@ -346,7 +354,8 @@ def test_the_encoder_is_as_the_checkpoint_says(pretrained):
 
 def test_a_file_without_config_needs_flags(pretrained, tmp_path):
     path, config, model = pretrained
-    torch.save({"teacher": model.state_dict(), "args": argparse.Namespace(arch="vit_tiny", lr=1.0)}, tmp_path / "old.pth")
+    torch.save({"teacher": model.state_dict(), "args": argparse.Namespace(arch="vit_tiny", lr=1.0)},
+               tmp_path / "old.pth")
     with pytest.raises(UserError, match="pos_embed.*--arch vit_tiny"):  # of the default size
         finetune.load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN)
     encoder = finetune.load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN | {"input_size": [24, 24, 12]})
@@ -354,7 +363,8 @@ def test_a_file_without_config_needs_flags(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("given, says", [
-    ({"arch": "vit_small"}, "--arch vit_small contradicts"), ({"patch_size": [6, 6, 6]}, "--patch_size 6 6 6 contradicts"),
+    ({"arch": "vit_small"}, "--arch vit_small contradicts"),
+    ({"patch_size": [6, 6, 6]}, "--patch_size 6 6 6 contradicts"),
     ({"input_size": [48, 48, 24]}, "--input_size 48 48 24 contradicts"),
     ({"clip_range": [-1000.0, 1000.0]}, "--clip_range -1000 1000 contradicts"),
     ({"spacing": [2.0, 2.0, 2.0]}, "--spacing 2 2 2 contradicts"),
@@ -368,7 +378,8 @@ def test_contradictions(pretrained, given, says):
 def test_weights_that_are_missing_or_broken(pretrained, tmp_path):
     path = pretrained[0]
     (tmp_path / "broken.pth").write_bytes(path.read_bytes()[:1000])
-    for name, key, says in ((tmp_path / "no.pth", "teacher", "no such file"), (tmp_path / "broken.pth", "teacher", "can't be read"),
+    for name, key, says in ((tmp_path / "no.pth", "teacher", "no such file"),
+                            (tmp_path / "broken.pth", "teacher", "can't be read"),
                             (path, "ema", "--checkpoint_key")):
         with pytest.raises(UserError, match=says):
             finetune.load_encoder(str(name), key, GIVEN)
