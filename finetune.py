@@ -441,8 +441,8 @@ def patient_splits(patients, labels, num_test, k_fold, seed):
     """
     names, counts = count_by_patient(patients, labels)
     if len(names) < k_fold + 1:
-        raise UserError(f"{len(names)} patients are too few for a test set and --k_fold {k_fold}: lower --k_fold",
-                        everywhere=True)
+        raise UserError(f"{len(names)} patients are too few for a test set and --k_fold {k_fold}, expected at least "
+                        f"{k_fold + 1}: lower --k_fold (2 or more) or add patients", everywhere=True)
     wanted = default_num_test(len(labels)) if num_test is None else num_test
     if wanted >= len(labels):
         raise UserError(f"--num_test {wanted}: there are only {len(labels)} cases; lower it", everywhere=True)

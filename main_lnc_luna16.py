@@ -127,6 +127,7 @@ def main(argv=None):
     if processes.is_main:
         utils.write_config(output_dir / "config.json", config, processes, cases=len(cases.names))
         finetune.save_splits(output_dir / "splits.json", splits, data)
+    notices += one_step_notice(sides, cases, recipe, args.batch_size_per_gpu * processes.world_size)
     for line in [*notices, announcement(config, processes, cases, sides)]:
         say(line)
     left = args.max_steps or math.inf
@@ -636,6 +637,15 @@ def warnings_about(encoder, protocol, data):
         lines.append(f"warning: the crops have {spaced(data['crop_size'])} voxels, less than the input's "
                      f"{spaced(encoder.input_size)}: air is put around them")
     return lines
+
+
+def one_step_notice(sides, cases, recipe, global_batch):
+    """[] or [one line] where an epoch is a single step, of which few epochs make few."""
+    most = max(len(epoch_order(side.train, cases.labels, recipe.negatives, recipe.seed, 0)) for side in sides)
+    if most > global_batch or not recipe.epochs:
+        return []
+    return [f"an epoch of {most} cases is one step: {recipe.epochs} epochs are {recipe.epochs} steps; for more of them lower "
+            "--batch_size_per_gpu"]
 
 
 def announcement(config, processes, cases, sides):

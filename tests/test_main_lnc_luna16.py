@@ -244,28 +244,28 @@ def test_metrics_with_three_ranks(crops, tmp_path):
     assert len(predictions(tmp_path / "new")) == len(list((crops / "subset3").rglob("*.nii.gz")))
 
 
-def test_two_ranks_train_the_weights_of_one(crops, tmp_path):
-    """float64: both ranks' weights are equal, and those of one process with the whole batch to 1e-9, the last smaller
-    batches of an epoch, which leave one rank without a case, included."""
-    flags = ["--data_dir", crops, "--epochs", 2, "--num_test", 3, "--negatives", 0, "--use_elastic", "--use_gaussian",
-             "--use_histogram", "--shift_range", 1, 1, 1]
-    for processes, batch in ((0, 4), (2, 2)):
+def test_ranks_train_the_weights_of_one_process(crops, tmp_path):
+    """float64: the weights of all ranks are equal, and those of one process with the whole batch to 1e-9; the last smaller
+    batches of an epoch, which leave one of three ranks without a case, included."""
+    flags = ["--data_dir", crops, "--epochs", 2, "--num_test", 3, "--k_fold", 3, "--negatives", 0, "--use_elastic",
+             "--use_gaussian", "--use_histogram", "--shift_range", 1, 1, 1]
+    for processes, batch in ((0, 6), (2, 3), (3, 2)):
         done = command(*flags, "--output_dir", tmp_path / str(processes), "--batch_size_per_gpu", batch,
-                       processes=processes,
-                       double="1")
+                       processes=processes, double="1")
         assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    start = finetune.Encoder("vit_tiny", [12, 12, 6], [24, 24, 12], [-1000.0, 1000.0], None).build().state_dict()
     lengths = []
-    for fold in ("0", "1"):
+    for fold in ("0", "1", "2"):
         one = torch.load(tmp_path / "0" / fold / "weights0.pth")
-        first, second = (torch.load(tmp_path / "2" / fold / f"weights{rank}.pth") for rank in (0, 1))
         assert one["encoder.cls_token"].dtype == torch.float64
-        assert all(torch.equal(first[name], second[name]) for name in one)
-        assert max((one[name] - first[name]).abs().max() for name in one) < 1e-9
-        lengths.append(read_log(tmp_path / "0" / fold / "log.txt")[0]["step"])
-        torch.manual_seed(0)
-        start = finetune.Encoder("vit_tiny", [12, 12, 6], [24, 24, 12], [-1000.0, 1000.0], None).build().state_dict()
         assert all((one["encoder." + name] - tensor).abs().max() > 1e-6 for name, tensor in start.items())  # it moved
-    assert max(lengths) >= 2
+        for processes in (2, 3):
+            ranks = [torch.load(tmp_path / str(processes) / fold / f"weights{rank}.pth") for rank in range(processes)]
+            assert all(torch.equal(ranks[0][name], rank[name]) for rank in ranks for name in one)
+            assert max((one[name] - ranks[0][name]).abs().max() for name in one) < 1e-9
+        lengths.append(torch.load(tmp_path / "0" / fold / "checkpoint.pth")["cases"] // 2)
+    assert any(length % 6 == 2 for length in lengths), lengths  # two cases are left for three ranks
 
 
 def test_a_linear_run_leaves_the_encoder(crops, tmp_path, capsys, weights):
@@ -462,8 +462,14 @@ def test_all_folds_together_are_the_mean_model(crops, tmp_path, capsys):
 
 
 def test_prediction_repeats_the_test(crops, tmp_path, capsys):
-    """A fold on its own test cases: its probabilities. All folds: their mean."""
-    assert run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 2)[0] == 0
+    """A fold on its own test cases: the probabilities of its best epoch, not its last. All folds: their mean."""
+    flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 6, "--lr", 0.01, "--drop_path_rate", 0.3]
+    assert run_main(capsys, *flags)[0] == 0
+    for record in metrics(tmp_path / "out")["folds"]:
+        log = read_log(tmp_path / "out" / str(record["fold"]) / "log.txt")
+        best = max(log, key=lambda epoch: (epoch["validation_auc"], -epoch["validation_loss"]))
+        assert record["best_epoch"] == best["epoch"] and record["validation_auc"] == best["validation_auc"]
+    assert any(record["best_epoch"] < 6 for record in metrics(tmp_path / "out")["folds"])
     tested = predictions(tmp_path / "out")
     for case, _ in tested:
         target = tmp_path / "new" / f"{case}.nii.gz"
@@ -563,7 +569,10 @@ def test_warnings(crops, tmp_path, capsys, weights):
     code, out, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "b", "--protocol", "knn")
     assert code == 0 and "random encoder" in out and "spacing of" not in out
     code, out, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "c", "--epochs", 1)
-    assert code == 0 and "training from scratch" in out and "warning:" not in out
+    assert code == 0 and "training from scratch" in out and "warning:" not in out and "is one step" not in out
+    code, out, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "d", "--epochs", 1,
+                            "--batch_size_per_gpu", 20)
+    assert code == 0 and "is one step: 1 epochs are 1 steps" in out
 
 
 def test_older_flags_are_accepted(crops, tmp_path, capsys):
