@@ -24,6 +24,8 @@ PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: w
 MIN_IOU = 0.25   # of two global windows of a sample, before rotation and scale (the paper's rule)
 SPANS = 4        # spline spans along a global view that is bent: longer ones bend it further, without folds
 MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see draw_elastic)
+# The paper's ranges, see Policy
+PAPER = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
 
 
 def keyed_rng(seed, epoch, sample, view):
@@ -119,6 +121,11 @@ class Policy:
         for i in range(1, len(curve) - 1):
             drawn[i] = rng.uniform(drawn[i - 1], drawn[i + 1])
         return drawn if shift else curve
+
+
+def paper_policy(names):
+    """The Policy that has the augmentations of these names (keys of PAPER) on, as strong as in the paper."""
+    return Policy(**{name: PAPER[name] for name in names})
 
 
 def rotation_matrix(angles):
@@ -376,13 +383,12 @@ def example_views(patch, crops, clip_range, draws=4):
     resampling to a spacing. For a look at what the flags do:
     every augmentation is shown at the paper's strength, and labelled where the policy has it off.
     """
-    paper = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
     patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
     size = np.array(crops.global_size)
     centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
     examples = {}
-    for name in (None, *paper):
-        policy = Policy(**({name: paper[name]} if name else {}), prob=1.0)
+    for name in (None, *PAPER):
+        policy = Policy(**({name: PAPER[name]} if name else {}), prob=1.0)
         lattice, rng, views = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0), []
         for _ in range(draws):
             control = lattice.control(policy.draw_affine(rng), centre, policy.draw_elastic(rng, lattice.shape))

@@ -9,10 +9,7 @@ One machine with four GPUs, a laptop, two machines, Slurm:
 The same --output_dir goes on where it stopped. What stands there: checkpoint.pth (the newest whole state), numbered
 copies, config.json, log.txt (one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
 """
-import argparse
 import functools
-import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,23 +22,22 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import utils
-from augmentations import MAX_BENT, MultiCropAugmentation, Policy
+from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from checkpoint import keep_copy, load_checkpoint, save_checkpoint
 from data import SUFFIXES, BatchStream, DataError, PretrainingPatches, collate, list_volumes, read_data_list
 from monitor import Monitor, forget_after, summary
-from utils import UserError, boolean, cosine_schedule, linear_schedule, number
+from utils import UserError, boolean, cosine_schedule, linear_schedule, number, spaced
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
 
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def get_args_parser():
     parser = utils.ArgumentParser(prog="main_dino.py", description="DINO pre-training of a 3D ViT on CT volumes.")
-    flag = functools.partial(boolean_flag, parser)
+    flag = utils.boolean_flag
 
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", default="vit_small", type=architecture,
+    group.add_argument("--arch", default="vit_small", type=utils.architecture(ARCHITECTURES),
                        help="one of " + ", ".join(ARCHITECTURES) + "; vit_tiny for CPUs, vit_small as in the paper")
     group.add_argument("--patch_size", default=[12, 12, 6], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
                        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost")
@@ -94,12 +90,7 @@ def get_args_parser():
                             "act in mm; default: the volumes' own voxels, as in the paper")
     group.add_argument("--clip_range", default=[-1000.0, 1000.0], nargs=2, type=number(float), metavar=("LOW", "HIGH"),
                        help="HU that become 0 and 1")
-    flag(group, "--use_rotation", True, "turn by up to 30 degrees about each axis")
-    flag(group, "--use_scale", True, "scale by up to 25 %% along each axis")
-    flag(group, "--use_flip", True, "mirror one axis")
-    flag(group, "--use_elastic", False, "bend space, without folds")
-    flag(group, "--use_gaussian", False, "smooth with a sigma of up to 2 voxels along each axis")
-    flag(group, "--use_histogram", False, "shift grey values by a curve with 10 control points")
+    utils.augmentation_flags(group)
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
@@ -128,17 +119,6 @@ def get_args_parser():
     return parser
 
 
-def boolean_flag(parser, group, name, default, text):
-    group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
-
-
-def architecture(name):
-    if name in ARCHITECTURES:
-        return name
-    why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
-    raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(ARCHITECTURES)}")
-
-
 def check_flags(parser, args):
     """Refuse what is wrong whatever the data (exit code 2)."""
     args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
@@ -152,24 +132,19 @@ def check_flags(parser, args):
         parser.error("--data_dir is missing: the folder with the volumes, or give a --data_list")
 
 
-def spaced(values):
-    return " ".join(f"{value:g}" for value in values)
-
-
 def main(argv=None):
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
     processes = utils.distributed_init()
     output_dir = Path(args.output_dir)
-    processes.from_main(lambda: make_output_dir(output_dir))
-    args.precision, notices = choose_precision(args, processes.device)
+    processes.from_main(lambda: utils.make_output_dir(output_dir))
+    args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
+    notices += utils.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
 
     # ---------------------------------------------------------------------------------------------------------- data
     paths = processes.from_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
-    policy = Policy(rotation=30 * args.use_rotation, scale=0.25 * args.use_scale, flip=int(args.use_flip),
-                    elastic=MAX_BENT * args.use_elastic, gaussian=2 * args.use_gaussian,
-                    histogram=10 * args.use_histogram)
+    policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
     crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
     dataset = PretrainingPatches(paths, crops, args.seed, args.patches_per_volume, args.strict_data)
     samples_per_epoch = len(paths) * args.patches_per_volume
@@ -192,7 +167,7 @@ def main(argv=None):
     dino_loss = DINOLoss(args.out_dim, args.center_momentum, processes.mean).to(processes.device)
 
     # -------------------------------------------------------------------------------------------------- optimisation
-    optimizer = make_optimizer(args.optimizer, utils.parameter_groups(student))
+    optimizer = utils.make_optimizer(args.optimizer, utils.parameter_groups(student))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.precision == "fp16")
     epoch_length = steps_per_epoch * global_batch  # samples; schedules are functions of samples seen
     schedules = Schedules(
@@ -203,7 +178,7 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------------ training
     run = Run(network, student, teacher, dino_loss, optimizer, scaler, schedules, crops, tuple(args.clip_range),
-              PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes)
+              utils.PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes)
     done = restore(run, output_dir, vars(args))
     done.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into the rest of an epoch
     last_step = done.step + steps_left(samples_per_epoch, global_batch, args.epochs, done)
@@ -215,7 +190,7 @@ def main(argv=None):
         say(f"nothing to do, {done.epoch} of {args.epochs} epochs are done ({done.step} steps)\n{summary(output_dir)}")
         return
     if processes.is_main:
-        write_config(output_dir / "config.json", args, processes, paths)
+        utils.write_config(output_dir / "config.json", vars(args), processes, volumes=len(paths))
         forget_after(output_dir / "log.txt", done.step)
     say(announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done))
 
@@ -287,7 +262,7 @@ def train_one_epoch(run, batches, steps, done, frozen, monitor):
     monitor.start_epoch()
     for index in range(steps):
         began = time.perf_counter()
-        batch = next_batch(batches)
+        batch = utils.next_batch(batches)
         waited = time.perf_counter() - began
         monitor.note_bad_files(batch.bad)
         batch = batch.to(run.processes.device)
@@ -426,33 +401,6 @@ class Schedules:
 # ------------------------------------------------------------------------------------------------- parts of the run
 
 
-def make_output_dir(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: can't be written to ({error.strerror or error}); "
-                        "choose another folder") from error
-
-
-def choose_precision(args, device):
-    """The precision to use, and notices about older flags."""
-    notices = [f"--{name} is no longer needed and ignored" for name in ("dist_url", "local_rank")
-               if getattr(args, name) is not None]
-    chosen = args.precision
-    if args.use_fp16 is not None:
-        chosen = chosen or (None if args.use_fp16 else "fp32")
-        notices.append("--use_fp16 is now --precision: " + (
-            "mixed precision is the default on GPUs" if args.use_fp16 else "false stands for fp32"))
-    if chosen == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16", everywhere=True)
-    if chosen is None:
-        chosen = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return chosen, notices
-
-
 def find_data(folder, data_list, index):
     """Paths of all volumes, from a list or from below a folder; UserError where there is none."""
     try:
@@ -497,28 +445,6 @@ def distribute(student, teacher, use_bn_in_head, processes):
     return DistributedDataParallel(student, device_ids=devices), teacher
 
 
-def make_optimizer(name, groups):
-    """Learning rate and weight decay are set at every step."""
-    if name == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return utils.LARS(groups)
-
-
-def next_batch(batches):
-    try:
-        batch = next(batches)
-    except RuntimeError as error:  # how torch tells that a worker is gone
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower "
-                        "--num_workers or --batch_size_per_gpu") from error
-    if batch.fatal:
-        raise UserError(batch.fatal)
-    return batch
-
-
 # --------------------------------------------------------------------------------------------- saving and going on
 
 
@@ -547,21 +473,9 @@ def restore(run, output_dir, config):
     return Done(*(state[name] for name in ("epoch", "position", "step", "samples")))
 
 
-def write_config(path, args, processes, paths):
-    """What a result depends on, for the reader of the folder."""
-    path.write_text(json.dumps({
-        "arguments": vars(args), "world_size": processes.world_size, "device": device_name(processes.device),
-        "volumes": len(paths), "git_revision": utils.git_revision(), "versions": utils.versions(),
-    }, indent=2) + "\n")
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
 def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done):
     """What is about to run, in a few lines."""
-    lines = [f"{args.arch} on {processes.world_size} x {device_name(processes.device)}, {args.precision}; "
+    lines = [f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
              f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
              f"base patch {spaced(crops.patch_size)}, 2 global views {spaced(crops.global_size)}, "
              f"{crops.local_number} local views {spaced(crops.local_size)}; "

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 # ------------------------------------------------------------------------------------------------- errors and flags
 
 
@@ -102,6 +104,67 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     return parse
 
 
+def boolean_flag(group, name, default, text):
+    """A flag that takes true or false, or stands alone for true."""
+    group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
+
+
+def augmentation_flags(group):
+    """--use_rotation to --use_histogram."""
+    boolean_flag(group, "--use_rotation", True, "turn by up to 30 degrees about each axis")
+    boolean_flag(group, "--use_scale", True, "scale by up to 25 %% along each axis")
+    boolean_flag(group, "--use_flip", True, "mirror one axis")
+    boolean_flag(group, "--use_elastic", False, "bend space, without folds")
+    boolean_flag(group, "--use_gaussian", False, "smooth with a sigma of up to 2 voxels along each axis")
+    boolean_flag(group, "--use_histogram", False, "shift grey values by a curve with 10 control points")
+
+
+def architecture(known):
+    """argparse type: one of the names in `known`."""
+    def parse(name):
+        if name in known:
+            return name
+        why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
+        raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}")
+    return parse
+
+
+def spaced(values):
+    """Numbers as they are typed after a flag."""
+    return " ".join(f"{value:g}" for value in values)
+
+
+def ignored_flags(**flags):
+    """Notices about flags of older scripts that are given but no longer needed."""
+    return [f"--{name} is no longer needed and ignored" for name, value in flags.items() if value is not None]
+
+
+def choose_precision(precision, use_fp16, device):
+    """The precision to use on a device, and notices. precision, use_fp16: the flags, None where they are not given."""
+    notices = []
+    if use_fp16 is not None:
+        precision = precision or (None if use_fp16 else "fp32")
+        notices.append("--use_fp16 is now --precision: " + (
+            "mixed precision is the default on GPUs" if use_fp16 else "false stands for fp32"))
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16", everywhere=True)
+    if precision is None:
+        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return precision, notices
+
+
+def make_output_dir(path):
+    """Make the folder of --output_dir, and see that it can be written to. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: can't be written to ({error.strerror or error}); "
+                        "choose another folder") from error
+
+
 # --------------------------------------------------------------------------------------------------------- processes
 
 
@@ -127,6 +190,14 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value):
+        """[value of rank 0, of rank 1, ...] on every rank; any value that pickle can store, of any size."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, make):
         """make() as rank 0 finds it, on every rank; what goes wrong there is a UserError on all of them."""
@@ -184,6 +255,24 @@ def cores_per_process(processes):
     return max(1, cores // processes.local_world_size)
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def next_batch(batches):
+    """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died."""
+    try:
+        batch = next(batches)
+    except RuntimeError as error:  # how torch tells that a worker is gone
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower "
+                        "--num_workers or --batch_size_per_gpu") from error
+    if batch.fatal:
+        raise UserError(batch.fatal)
+    return batch
+
+
 def seed_step(seed, step, rank):
     """Seed torch for what a model draws in one step (stochastic depth): a run that is resumed draws the same."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
@@ -211,10 +300,22 @@ def linear_schedule(at, start, end, length):
 def parameter_groups(model):
     """Two optimizer groups: with weight decay, and without it for biases, norms, pos_embed and cls_token."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim <= 1 or name.endswith((".bias", "pos_embed", "cls_token"))]
-    chosen = {id(p) for p in plain}
-    return [{"params": [p for _, p in named if id(p) not in chosen]},
-            {"params": plain, "weight_decay": 0.0}]
+    return [{"params": [p for name, p in named if decays(name, p)]},
+            {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0}]
+
+
+def decays(name, parameter):
+    """Whether weight decay is for this parameter: not for biases, norms, pos_embed and cls_token."""
+    return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token"))
+
+
+def make_optimizer(name, groups):
+    """AdamW, SGD with momentum or LARS; learning rates are set at every step."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return LARS(groups)
 
 
 class LARS(torch.optim.Optimizer):
@@ -272,19 +373,22 @@ def load_pretrained_weights(model, path, checkpoint_key="teacher"):
     Raises FileNotFoundError, and ValueError naming the tensors that don't fit.
     """
     checkpoint = load_file(path)
+    fit_state_dict(model, find_state_dict(checkpoint, path, checkpoint_key), path)
+    return checkpoint
+
+
+def find_state_dict(checkpoint, path, checkpoint_key):
+    """The state dict of that key in what `load_file` gave, or all of it if it is a plain one. Raises ValueError."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint's dict")
     nested = {key: value for key, value in checkpoint.items() if isinstance(value, dict)
               and value and all(isinstance(tensor, torch.Tensor) for tensor in value.values())}
     if checkpoint_key in nested:
-        state = nested[checkpoint_key]
-    elif checkpoint and all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
-        state = checkpoint
-    else:
-        raise ValueError(f"{path}: has no '{checkpoint_key}', only {', '.join(map(str, checkpoint))[:200]}; "
-                         "name another with --checkpoint_key")
-    fit_state_dict(model, state, path)
-    return checkpoint
+        return nested[checkpoint_key]
+    if checkpoint and all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
+        return checkpoint
+    raise ValueError(f"{path}: has no '{checkpoint_key}', only {', '.join(map(str, checkpoint))[:200]}; "
+                     "name another with --checkpoint_key")
 
 
 def fit_state_dict(model, state, path):
@@ -334,12 +438,20 @@ def versions():
     """Versions of what a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
     found = {"python": sys.version.split()[0]}
-    for package in ("torch", "numpy", "h5py", "hdf5plugin", "nibabel", "monai"):
+    for package in ("torch", "numpy", "h5py", "hdf5plugin", "nibabel", "monai", "scikit-learn"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def write_config(path, arguments, processes, **more):
+    """What a result depends on, for the reader of the folder, as JSON."""
+    path.write_text(json.dumps({
+        "arguments": arguments, "world_size": processes.world_size, "device": device_name(processes.device),
+        **more, "git_revision": git_revision(), "versions": versions(),
+    }, indent=2) + "\n")
 
 
 class Silent:

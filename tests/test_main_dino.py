@@ -130,7 +130,7 @@ def test_an_overflowing_step_changes_nothing():
         return main_dino.build_model("vit_tiny", (24, 24, 12), (12, 12, 6), 16, False, 0.0, True)
     student, teacher, loss = make(), make().requires_grad_(False), main_dino.DINOLoss(16, 0.9, lambda mean: mean)
     scaler = torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=1)
-    run = main_dino.Run(student, student, teacher, loss, main_dino.make_optimizer("adamw", utils.parameter_groups(student)),
+    run = main_dino.Run(student, student, teacher, loss, utils.make_optimizer("adamw", utils.parameter_groups(student)),
                         scaler, None, None, None, torch.float32, 3.0, 4, 0, utils.Processes())
     views = [torch.rand(8, 1, 24, 24, 12)]
     values = {"lr": 0.01, "weight_decay": 0.04, "momentum_teacher": 0.5, "teacher_temp": 0.04}

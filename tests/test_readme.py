@@ -58,6 +58,21 @@ def test_encoder_snippet(tmp_path):
     assert [tuple(feature.shape) for feature in names["maps"]] == [(1, 384, 8, 8, 8)] * 4
 
 
+def test_features_snippet(tmp_path):
+    from test_main_lnc_luna16 import write_cases
+
+    from vision_transformer import ARCHITECTURES
+    write_cases(tmp_path / "data", 4)
+    config = {"arch": "vit_tiny", "patch_size": [12, 12, 6], "input_size": [24, 24, 12], "clip_range": [-1350.0, 150.0]}
+    model = ARCHITECTURES["vit_tiny"]((24, 24, 12), (12, 12, 6))
+    torch.save({"teacher": model.state_dict(), "config": config}, tmp_path / "checkpoint.pth")
+    code = snippet("LogisticRegression").replace("/path/to/output", str(tmp_path))
+    names = {}
+    exec(code.replace("/path/to/lnc_luna16/data", str(tmp_path / "data")), names)
+    assert names["features"].shape == (6, 192) and not names["problems"] and names["windows"].dtype == np.int16
+    assert names["classifier"].predict(names["features"].numpy()).shape == (6,)
+
+
 def test_conversion_snippet(tmp_path):
     import nibabel
 

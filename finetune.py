@@ -1,0 +1,667 @@
+"""What the two downstream scripts share: flags, the pre-trained encoder, folds by patient, crops as training and
+evaluation see them, layer-wise learning rates, the bootstrap, and a run that goes on fold by fold.
+
+Cases are numbered by their place in the sorted list of the data set; a case's name is its path below --data_dir without
+suffix. Everything random is a function of --seed, the epoch and the case, so that neither the number of loader workers
+nor the number of processes nor an interruption changes what a case is trained on.
+"""
+import csv
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+import utils
+from augmentations import Lattice, ViewParameters, collate_views, keyed_rng, render_views, scale_intensity
+from data import SUFFIXES, DataError, Volume
+from utils import UserError, boolean, number, spaced
+from vision_transformer import ARCHITECTURES
+
+# Where neither a flag nor the checkpoint's config says
+ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96, 48], "clip_range": [-1000.0, 1000.0],
+           "spacing": None}
+NUM_TEST = 37              # cases of the paper's test set
+SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
+BOOTSTRAP_ROUNDS = 1000
+
+
+class Device(NamedTuple):
+    """How this process computes. batch_size: per process; workers: reading processes; dtype: of the matrix products."""
+    processes: utils.Processes
+    dtype: torch.dtype
+    batch_size: int
+    workers: int
+
+    def autocast(self):
+        return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+
+def add_flags(parser, batch_size, folds):
+    """The flags of both downstream scripts. batch_size: default per process; folds: choices of --folds."""
+    group = parser.add_argument_group("model (default: as in the config of --pretrained_weights)")
+    group.add_argument("--pretrained_weights", default="", metavar="FILE",
+                       help="checkpoint of main_dino.py or of older DINO code; without it: from scratch")
+    group.add_argument("--checkpoint_key", default="teacher", help="which state dict of --pretrained_weights to take")
+    group.add_argument("--arch", default=None, type=utils.architecture(ARCHITECTURES),
+                       help=f"one of {', '.join(ARCHITECTURES)}; without weights {ENCODER['arch']}")
+    group.add_argument("--patch_size", default=None, nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
+                       help=f"voxels per token; without weights {spaced(ENCODER['patch_size'])}")
+    group.add_argument("--input_size", default=None, nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
+                       help=f"voxels that the encoder sees, from a crop's centre; without weights "
+                            f"{spaced(ENCODER['input_size'])}")
+    group.add_argument("--clip_range", default=None, nargs=2, type=number(float), metavar=("LOW", "HIGH"),
+                       help=f"HU that become 0 and 1; without weights {spaced(ENCODER['clip_range'])}")
+    group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=("X", "Y", "Z"),
+                       help="mm per voxel that the crops should have, for a warning where they differ; rotations "
+                            "then act in mm")
+    group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
+                       help="stochastic depth of the encoder's last block in training")
+    utils.boolean_flag(group, "--freeze_encoder", False, "leave the encoder as it is and train the head alone")
+
+    group = parser.add_argument_group("folds (by patient)")
+    group.add_argument("--folds", default="patients", choices=folds,
+                       help="patients: a fixed test set and --k_fold folds of the rest; subsets: each subset* folder "
+                            "is tested once, the next one validates")
+    group.add_argument("--k_fold", default=5, type=number(int, 2),
+                       help="folds of what is no test set; each validates once")
+    group.add_argument("--num_test", default=None, type=number(int, 1),
+                       help=f"cases of the fixed test set, as near as whole patients allow; default: {NUM_TEST}, or a "
+                            "fifth of the cases where that is less than a tenth or more than a third of them")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the training cases")
+    group.add_argument("--batch_size_per_gpu", default=batch_size, type=number(int, 1),
+                       help="cases per process and step; lower it when memory runs out")
+    group.add_argument("--lr", default=0.001, type=number(float, 0),
+                       help="peak learning rate of the head, not scaled with the batch; the encoder's layers have "
+                            "less, see --layer_decay. For --optimizer sgd take 0.01 and more")
+    group.add_argument("--layer_decay", default=0.75, type=number(float, above=0, high=1),
+                       help="learning rate of each layer relative to the one above it; 1: all layers alike")
+    group.add_argument("--warmup_epochs", default=5, type=number(float, 0), help="epochs of linear warm-up")
+    group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end")
+    group.add_argument("--weight_decay", default=0.05, type=number(float, 0), help="weight decay")
+    group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"), help="sgd as in the paper")
+    group.add_argument("--precision", default=None, choices=tuple(utils.PRECISIONS),
+                       help="of the matrix products; default: bf16 on GPUs that have it, else fp16; fp32 on CPUs")
+    group.add_argument("--val_freq", default=1, type=number(int, 1), help="epochs between validations")
+
+    group = parser.add_argument_group("augmentations (of training data alone; each with probability 0.5)")
+    group.add_argument("--shift_range", default=[0, 0, 0], nargs=3, type=number(int, 0), metavar=("X", "Y", "Z"),
+                       help="voxels by which the window's centre moves at most, always drawn")
+    utils.augmentation_flags(group)
+
+    group = parser.add_argument_group("data and run")
+    group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR", help="folder with the labelled data")
+    group.add_argument("--output_dir", default="output", metavar="DIR", help="where all results go; goes on from there")
+    group.add_argument("--num_workers", default=None, type=number(int, 0),
+                       help="reading processes per process; default: the cores that each process can have, at most 16")
+    group.add_argument("--max_steps", default=None, type=number(int, 1),
+                       help="stop after this many steps of this call, with a checkpoint; the same command goes on")
+    group.add_argument("--seed", default=0, type=number(int, 0), help="of folds, weights, order and augmentations")
+
+    group = parser.add_argument_group("older flags, accepted")
+    group.add_argument("--use_fp16", default=None, nargs="?", const=True, type=boolean, help="now --precision")
+    group.add_argument("--dist_url", default=None, help="ignored: the launcher tells")
+    group.add_argument("--local_rank", "--local-rank", default=None, help="ignored: the launcher tells")
+
+
+def check_flags(parser, given, pretrained):
+    """Refuse what is wrong whatever the data (exit code 2). given: {name: value or None}; pretrained: with weights."""
+    if given["clip_range"] and given["clip_range"][0] >= given["clip_range"][1]:
+        parser.error(f"--clip_range {spaced(given['clip_range'])}: the first value must be below the second")
+    size, patch = (given[name] or (None if pretrained else ENCODER[name]) for name in ("input_size", "patch_size"))
+    if size and patch and any(n % p for n, p in zip(size, patch)):
+        parser.error(f"--input_size {spaced(size)} is not a multiple of --patch_size {spaced(patch)} along each axis")
+
+
+# ----------------------------------------------------------------------------------------------------------- encoder
+
+
+class Encoder(NamedTuple):
+    """A pre-trained encoder: what to build it with, and its weights (None: from scratch)."""
+    arch: str
+    patch_size: list
+    input_size: list
+    clip_range: list
+    spacing: list | None
+    state: dict | None = None
+
+    def build(self, drop_path_rate=0.0):
+        """A new VisionTransformer with these weights, or random ones."""
+        encoder = ARCHITECTURES[self.arch](img_size=self.input_size, patch_size=self.patch_size,
+                                           drop_path_rate=drop_path_rate)
+        if self.state is not None:
+            encoder.load_state_dict(self.state)
+        return encoder
+
+    def settings(self):
+        """{name: value} of all but the weights."""
+        return {name: getattr(self, name) for name in ENCODER}
+
+
+def load_encoder(path, checkpoint_key="teacher", given=None):
+    """The Encoder of a checkpoint; without `path` one with random weights.
+
+    given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says.
+    Raises UserError for a file that is missing, broken or of another architecture, and for flags that contradict it.
+    """
+    config, given = {}, given or dict.fromkeys(ENCODER)
+    if path:
+        try:
+            checkpoint = utils.load_file(path)
+            state = utils.find_state_dict(checkpoint, path, checkpoint_key)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
+        config = checkpoint.get("config") or checkpoint.get("args") or {}  # older code: an argparse.Namespace
+        config = config if isinstance(config, dict) else vars(config)
+    chosen = {}
+    for name, default in ENCODER.items():
+        trained = config.get(name)
+        trained = list(trained) if isinstance(trained, tuple) else trained
+        if None not in (trained, given[name]) and trained != given[name]:
+            raise UserError(f"--{name} {_plain(given[name])} contradicts --pretrained_weights {path}, which has "
+                            f"{_plain(trained)}: leave --{name} out", everywhere=True)
+        chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
+    if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
+        raise UserError(f"an input of {spaced(chosen['input_size'])} voxels is not a multiple of the patch size "
+                        f"{spaced(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
+                        everywhere=True)
+    encoder = Encoder(**chosen)
+    if not path:
+        return encoder
+    model = encoder.build()
+    try:
+        utils.fit_state_dict(model, state, path)
+    except ValueError as error:
+        raise UserError(f"--pretrained_weights {error}; is --arch {encoder.arch} right?", everywhere=True) from error
+    return encoder._replace(state=model.state_dict())
+
+
+def _plain(value):
+    return value if isinstance(value, str) else spaced(value)
+
+
+# ------------------------------------------------------------------------------------------------------------- crops
+
+
+def case_names(paths, folder):
+    """Names of cases: their paths relative to `folder` without suffix. Raises UserError where two would share one."""
+    names = {}
+    for path in paths:
+        name = os.path.relpath(path, folder)
+        name = next(name[:-len(suffix)] for suffix in SUFFIXES if name.endswith(suffix)).replace(os.sep, "/")
+        if name in names:
+            raise UserError(f"{path}: has the same name as {names[name]}, expected one file of each name")
+        names[name] = path
+    return list(names)
+
+
+def check_crops(paths, processes):
+    """(size, spacing) that all crops share: voxels and mm (of the first crop). Looks into every file's header.
+
+    Raises UserError, on all ranks, for one that can't be read or is of another size than the first.
+    """
+    def look(path):
+        try:
+            with Volume(path) as volume:
+                return volume.shape, volume.spacing, None
+        except DataError as error:
+            return None, None, str(error)
+    mine = paths[processes.rank::processes.world_size]
+    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
+        found = list(pool.map(look, mine))
+    heads = [None] * len(paths)
+    for rank, part in enumerate(processes.gather(found)):
+        heads[rank::processes.world_size] = part
+    for path, (size, _, problem) in zip(paths, heads):
+        if problem or size != heads[0][0]:
+            raise UserError(problem or size_problem(path, size, paths[0], heads[0][0]), everywhere=True)
+    return list(heads[0][0]), [round(s, 4) for s in heads[0][1]]
+
+
+def size_problem(path, size, first_path, first_size):
+    return f"{path}: has {spaced(size)} voxels, but {first_path} has {spaced(first_size)}: expected crops of one size"
+
+
+def spacing_of(path):
+    """(3,) mm. Raises UserError."""
+    try:
+        with Volume(path) as volume:
+            return volume.spacing
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+def spacing_warning(ours, theirs, whose, against):
+    """[] or [one line] where two spacings (mm) differ."""
+    if theirs is None or np.allclose(ours, theirs, rtol=SAME_SPACING, atol=0):
+        return []
+    ours, theirs = (spaced(np.round(spacing, 3)) for spacing in (ours, theirs))
+    return [f"warning: {whose} a spacing of {ours} mm, {against} {theirs} mm: the encoder sees things at another size"]
+
+
+def read_crop(path, size, expected=None):
+    """(x, y, z) int16 HU around the crop's centre: at least `size` voxels, padded with air, and all that lies beyond.
+
+    expected: (first path, its size), which the crop must share. Raises DataError.
+    """
+    with Volume(path) as volume:
+        if expected and volume.shape != tuple(expected[1]):
+            raise DataError(path, size_problem(path, volume.shape, *expected).partition(": ")[2])
+        shape = np.array(volume.shape)
+        whole = np.maximum(shape, size)
+        return volume.read((shape - whole) // 2, whole)
+
+
+def centre_window(crop, size):
+    """The middle `size` voxels of a crop that is at least as large."""
+    start = (np.array(crop.shape) - size) // 2
+    return crop[tuple(slice(a, a + n) for a, n in zip(start, size))]
+
+
+class WindowAugmentation:
+    """One augmented window of a crop around its centre, drawn per case and rendered per batch.
+
+    policy: augmentations.Policy; size: (3,) voxels of the window; shift_range: (3,) voxels
+    spacing: (3,) mm per voxel, for rotations in mm; None: in voxels, as in the paper
+    """
+
+    def __init__(self, policy, size, shift_range, spacing=None):
+        self.policy, self.size, self.shift_range = policy, np.array(size), np.array(shift_range)
+        self.spacing = 1.0 if spacing is None else np.array(spacing)
+        self.lattice = Lattice.for_views(size, policy)
+
+    def draw(self, seed, epoch, case, crop_shape):
+        """[ViewParameters] of one window, NumPy arrays with one row, as `augmentations.collate_views` takes them."""
+        rng = keyed_rng(seed, epoch, case, 0)
+        # Whole voxels: a window that is neither turned nor scaled is not blurred by interpolation
+        centre = (np.array(crop_shape) - self.size) // 2 + (self.size - 1) / 2
+        centre = centre + rng.randint(-self.shift_range, self.shift_range + 1)
+        matrix, moves = self.policy.draw_affine(rng), self.policy.draw_elastic(rng, self.lattice.shape)
+        control = self.lattice.control(matrix, centre, moves, self.spacing, self.spacing)
+        parts = control, self.policy.draw_sigma(rng), self.policy.draw_histogram(rng)
+        return [ViewParameters(*(part[None].astype(np.float32) for part in parts))]
+
+    def render(self, crops, group, clip_range):
+        """(B, 1, x, y, z) windows with grey values in [0, 1]. crops: (B, X, Y, Z) int16; group: of `collate_views`."""
+        with torch.autocast(crops.device.type, enabled=False):  # positions need more than bf16's three digits
+            return render_views(scale_intensity(crops, *clip_range)[:, None], self.lattice, *group)
+
+
+class CropBatch(NamedTuple):
+    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; fatal: why nothing came."""
+    crops: torch.Tensor
+    cases: torch.Tensor
+    counted: torch.Tensor
+    group: tuple | None
+    fatal: str = ""
+
+    def to(self, device):
+        """The crops and how to augment them on a device; the rest stays where it is."""
+        parameters, *indices = self.group
+        group = (ViewParameters(*(part.to(device, non_blocking=True) for part in parameters)),
+                 *(part.to(device, non_blocking=True) for part in indices))
+        return self._replace(crops=self.crops.to(device, non_blocking=True), group=group)
+
+
+class TrainingCrops(Dataset):
+    """Whole crops and how to augment them, for keys (epoch, case, counted). paths: of all cases; size: of all crops."""
+
+    def __init__(self, paths, size, augmentation, seed):
+        self.paths, self.expected, self.augmentation, self.seed = paths, (paths[0], size), augmentation, seed
+
+    def __getitem__(self, key):
+        epoch, case, counted = key
+        try:
+            crop = read_crop(self.paths[case], self.augmentation.size, self.expected)
+        except DataError as error:  # an exception would reach the main process as a traceback's text
+            return str(error)
+        return crop, case, counted, self.augmentation.draw(self.seed, epoch, case, crop.shape)
+
+
+class EvaluationCrops(Dataset):
+    """The exact centre window of a crop, nothing random, by case number. size: (3,); expected: see `read_crop`."""
+
+    def __init__(self, paths, size, expected=None):
+        self.paths, self.size, self.expected = paths, np.array(size), expected
+
+    def __getitem__(self, case):
+        try:
+            return centre_window(read_crop(self.paths[case], self.size, self.expected), self.size), case, True, None
+        except DataError as error:
+            return str(error)
+
+
+def collate_crops(samples):
+    """A CropBatch of what the two data sets give."""
+    broken = [sample for sample in samples if isinstance(sample, str)]
+    if broken:
+        return CropBatch(torch.empty(0), torch.empty(0), torch.empty(0), None, broken[0])
+    crops, cases, counted, drawn = zip(*samples)
+    group = collate_views(drawn)[0] if drawn[0] else None
+    return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group)
+
+
+class TrainingBatches(Sampler):
+    """Batches of keys (epoch, case, counted) from a position in a fold to its end, without a pause between epochs.
+
+    The epoch's order is cut into global batches and each of those into the ranks' shares, so that the cases of a step
+    do not depend on the number of ranks. The last batch of an epoch may be smaller, and the shares of a batch may
+    differ by one; a rank that is left without a case takes one that does not count, as every rank has to take the step.
+
+    order_of: gives the cases of an epoch in their order, equal on every rank; batch_size: of one rank
+    epoch, position: where to start, in epochs and in cases of that epoch; epochs: where to end
+    """
+
+    def __init__(self, order_of, batch_size, rank, world_size, epoch, position, epochs):
+        self.order_of, self.rank, self.world_size = order_of, rank, world_size
+        self.global_batch, self.start, self.epochs = batch_size * world_size, (epoch, position), epochs
+
+    def __iter__(self):
+        first, position = self.start
+        for epoch in range(first, self.epochs):
+            order = self.order_of(epoch)
+            for at in range(position, len(order), self.global_batch):
+                batch = order[at:at + self.global_batch]
+                mine = np.array_split(batch, self.world_size)[self.rank]
+                yield [(epoch, int(case), True) for case in mine] or [(epoch, int(batch[0]), False)]
+            position = 0
+
+
+def collect(processes, cases, mine):
+    """(N, ...) one row per case, in the order of `cases`, of the rows that the ranks have for their shares.
+
+    cases: (N,) case numbers, each once; mine: {case: row} of this rank. Raises RuntimeError unless every case has
+    exactly one row.
+    """
+    rows = {}
+    for part in processes.gather(mine):
+        if rows.keys() & part.keys():
+            raise RuntimeError("two processes evaluated the same case")
+        rows.update(part)
+    if rows.keys() != set(cases):
+        raise RuntimeError(f"{len(rows)} cases were evaluated instead of {len(cases)}")
+    return np.stack([rows[case] for case in cases])
+
+
+# ------------------------------------------------------------------------------------------------------------- folds
+
+
+class Split(NamedTuple):
+    """Patients of one fold's three sides."""
+    train: list
+    validation: list
+    test: list
+
+
+def default_num_test(cases):
+    """37 cases, or a fifth where that is less than a tenth or more than a third of them."""
+    return NUM_TEST if cases / 10 <= NUM_TEST <= cases / 3 else max(1, round(cases / 5))
+
+
+def divide(counts, shares, rng):
+    """(P,) side of each patient: as near to the shares of every class as whole patients allow; no side is left empty.
+
+    counts: (P, C) cases of each patient and class; shares: (S,) of each side, summing to 1; P >= S
+    rng: numpy Generator. Greedy, as scikit-learn's StratifiedGroupKFold, whose folds are all of one size: the patients
+    with the largest part of a class come first, and each goes where it leaves the smallest squared error.
+    """
+    counts, shares = np.asarray(counts, float), np.asarray(shares, float)
+    parts = counts / np.maximum(counts.sum(0), 1)  # (P, C) of each class
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(-parts[order].max(1), kind="stable")]
+    parts = np.column_stack([parts, 0.01 * counts.sum(1) / counts.sum()])  # where classes don't tell, by size
+    missing = shares[:, None] * parts.sum(0)  # (S, C + 1)
+    sides = np.empty(len(counts), int)
+    for patient in order:
+        worse = ((missing - parts[patient]) ** 2 - missing ** 2).sum(1)
+        sides[patient] = worse.round(12).argmin()  # equal but for rounding: the first
+        missing[sides[patient]] -= parts[patient]
+    for side in range(len(shares)):
+        if not (sides == side).any():
+            largest = np.bincount(sides, minlength=len(shares)).argmax()
+            givers = np.flatnonzero(sides == largest)
+            sides[givers[counts[givers].sum(1).argmin()]] = side
+    return sides
+
+
+def patient_splits(patients, labels, num_test, k_fold, seed):
+    """[Split] of k folds: one fixed test set, and each fold validates on its part of the other patients.
+
+    patients, labels: of each case; num_test: cases, None: `default_num_test`. Raises UserError.
+    """
+    names, counts = count_by_patient(patients, labels)
+    if len(names) < k_fold + 1:
+        raise UserError(f"{len(names)} patients are too few for a test set and --k_fold {k_fold}, expected at least "
+                        f"{k_fold + 1}: lower --k_fold (2 or more) or add patients", everywhere=True)
+    wanted = default_num_test(len(labels)) if num_test is None else num_test
+    if wanted >= len(labels):
+        raise UserError(f"--num_test {wanted}: there are only {len(labels)} cases; lower it", everywhere=True)
+    rng = np.random.default_rng(np.random.SeedSequence((seed, len(names))))
+    share = wanted / len(labels)
+    tested = divide(counts, (share, 1 - share), rng) == 0
+    rest = np.flatnonzero(~tested)
+    if len(rest) < k_fold:
+        raise UserError(f"{len(rest)} patients besides the {tested.sum()} of the test set are too few for --k_fold "
+                        f"{k_fold}: lower --k_fold or --num_test", everywhere=True)
+    folds = divide(counts[rest], np.full(k_fold, 1 / k_fold), rng)
+    return [Split([names[i] for i in rest[folds != fold]], [names[i] for i in rest[folds == fold]],
+                  [names[i] for i in np.flatnonzero(tested)]) for fold in range(k_fold)]
+
+
+def subset_splits(patients, subsets):
+    """[Split] in which each subset is tested once, the next one validates and the rest trains. Raises UserError."""
+    members = {}
+    for patient, subset in zip(patients, subsets):
+        members.setdefault(subset, set()).add(patient)
+    names = sorted(members, key=lambda name: (len(name), name))  # subset10 after subset9
+    if len(names) < 3:
+        raise UserError("--folds subsets needs at least 3 subsets (test, validation, training), found "
+                        f"{', '.join(names)}; take --folds patients", everywhere=True)
+    splits = []
+    for test, name in enumerate(names):
+        validation = names[(test + 1) % len(names)]
+        train = set().union(*(members[other] for other in names if other not in (name, validation)))
+        splits.append(Split(sorted(train), sorted(members[validation]), sorted(members[name])))
+    return splits
+
+
+def count_by_patient(patients, labels):
+    """(names, counts): the P patients, sorted, and the (P, C) cases that each has of each class."""
+    names = sorted(set(patients))
+    row = {name: i for i, name in enumerate(names)}
+    counts = np.zeros((len(names), max(labels) + 1), int)
+    np.add.at(counts, ([row[patient] for patient in patients], labels), 1)
+    return names, counts
+
+
+def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets):
+    """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
+
+    patients, labels, subsets: of each case. Raises UserError, also where splits.json is of other flags or patients.
+    """
+    described = {"folds": folds, "k_fold": k_fold, "num_test": num_test, "seed": seed,
+                 "cases": np.bincount(labels).tolist(), "patients": len(set(patients))}
+    saved = load_splits(path, described)
+    if saved is None:
+        splits = (subset_splits(patients, subsets) if folds == "subsets" else
+                  patient_splits(patients, labels, num_test, k_fold, seed))
+        return splits, described
+    if {patient for side in saved[0][0] for patient in side} != set(patients):
+        raise UserError(f"{path}: names other patients than --data_dir holds; choose another --output_dir")
+    return saved
+
+
+def of_patients(chosen, patients):
+    """(n,) numbers of the cases whose patient is among the chosen. patients: of each case."""
+    chosen = set(chosen)
+    return np.array([i for i, patient in enumerate(patients) if patient in chosen], int)
+
+
+def load_splits(path, described):
+    """(splits, header) of a splits.json, or None where there is no file.
+
+    described: {name: value} of what they depend on; raises UserError where the file says otherwise.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        saved = json.loads(Path(path).read_text())
+        splits = [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]]
+        saved["data"]["crop_size"], saved["data"]["crop_spacing"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: can't be read ({error}); move it away to start anew") from error
+    for name, value in described.items():
+        if saved["data"].get(name) != value:
+            raise UserError(f"{path}: is of a run with {name} {saved['data'].get(name)}, now it is {value}; go on "
+                            "with the same data and flags or choose another --output_dir")
+    return splits, saved["data"]
+
+
+def save_splits(path, splits, described):
+    """Write splits.json: what the folds depend on, and the patients of each side."""
+    write_json(path, {"data": described, "splits": [split._asdict() for split in splits]})
+
+
+# ------------------------------------------------------------------------------------------------------ optimisation
+
+
+def layer_groups(model, encoder_prefix, depth, layer_decay, weight_decay):
+    """Optimizer groups with layer-wise learning rates (Clark et al. 2020, Bao et al. 2022): `scale` is that of --lr.
+
+    Names below `encoder_prefix` are a VisionTransformer's of `depth` blocks: what embeds patches and positions is layer
+    0, block i is layer i + 1; the last norm and the head are at the top, with scale 1. Frozen parameters are left out.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = depth + 1
+        if name.startswith(encoder_prefix + "blocks."):
+            layer = int(name[len(encoder_prefix):].split(".")[1]) + 1
+        elif name.startswith(tuple(encoder_prefix + part for part in ("patch_embed", "pos_embed", "cls_token"))):
+            layer = 0
+        decays = utils.decays(name, parameter)
+        group = groups.setdefault((layer, decays), {
+            "params": [], "scale": layer_decay ** (depth + 1 - layer), "weight_decay": weight_decay if decays else 0.0})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rate(lr, min_lr, epochs, warmup_epochs, epoch_length, seen):
+    """Of the head, after `seen` cases: linear warm-up, then half a cosine. epoch_length: cases."""
+    return utils.cosine_schedule(seen, lr, min_lr, epochs * epoch_length, warmup_epochs * epoch_length)
+
+
+def set_learning_rate(optimizer, lr):
+    """lr: of the head; the layers below have `scale` of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+@dataclass
+class Done:
+    """How far a fold is: epochs finished, cases of the current one, and steps and cases in all."""
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    cases: int = 0
+
+    def count_step(self, cases, epoch_length):
+        self.position, self.step, self.cases = self.position + cases, self.step + 1, self.cases + cases
+        if self.position >= epoch_length:
+            self.epoch, self.position = self.epoch + 1, 0
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def bootstrap_interval(metric, patients, seed=0):
+    """[low, high], the 95 % percentile interval of a metric when patients are drawn with replacement.
+
+    metric: gives a number, or None where it is undefined, of (N,) weights of the cases: how often each was drawn
+    patients: of each case. Draws in which the metric is undefined are left out; None where all are.
+    """
+    names, index = np.unique(patients, return_inverse=True)
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(BOOTSTRAP_ROUNDS):
+        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+        value = metric(times[index])
+        if value is not None:
+            values.append(value)
+    return np.percentile(values, [2.5, 97.5]).tolist() if values else None
+
+
+def mean_and_deviation(records, names):
+    """{name: mean}, {name: standard deviation (n - 1)} over the records that have a value; None where too few have."""
+    means, deviations = {}, {}
+    for name in names:
+        values = [record[name] for record in records if record[name] is not None]
+        means[name] = float(np.mean(values)) if values else None
+        deviations[name] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return means, deviations
+
+
+def told(value, digits=3):
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def write_json(path, content):
+    """Write JSON under a temporary name until it is whole; NaN is refused."""
+    part = Path(path).with_name(Path(path).name + ".part")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def write_table(path, header, rows):
+    """Write a CSV under a temporary name until it is whole; floats keep all digits."""
+    part = Path(path).with_name(Path(path).name + ".part")
+    with open(part, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    os.replace(part, path)
+
+
+def read_table(path):
+    """[{column: text}] of a CSV."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fold_folders(path, name):
+    """Folders with a fold's file `name`: `path` itself, or its sub-folders 0, 1, ... in order. Raises UserError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"--weights {path}: no such folder; expected the --output_dir of a trained run or a fold in it")
+    if (path / name).is_file():
+        return [path]
+    found = sorted((folder for folder in path.iterdir() if folder.name.isdigit() and (folder / name).is_file()),
+                   key=lambda folder: int(folder.name))
+    if not found:
+        raise UserError(f"--weights {path}: holds no trained fold (looked for {name} there and in 0, 1, ...)")
+    return found
+
+
+def start_folder(folder):
+    """Make a fold's folder; its results will be new."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
+
+
+def is_finished(folder):
+    """Whether a fold is trained and tested: its metrics are the last thing that is written."""
+    return (folder / "metrics.json").is_file()

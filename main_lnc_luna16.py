@@ -1,0 +1,827 @@
+"""Lung nodule classification: fine-tune a pre-trained encoder on labelled crops, evaluate it, predict new ones.
+
+Four GPUs, a laptop, new crops:
+    torchrun --nproc_per_node=4 main_lnc_luna16.py --pretrained_weights /path/to/pretrained/model.pth \
+        --data_dir /path/to/lnc_luna16/data --output_dir /path/to/output
+    python main_lnc_luna16.py --protocol linear --pretrained_weights model.pth --data_dir DIR --output_dir OUT
+    python main_lnc_luna16.py --predict DIR --weights OUT --output_dir PREDICTIONS
+
+The same --output_dir goes on where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
+best.pth, the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png,
+config.json, TensorBoard.
+"""
+import functools
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import finetune
+import utils
+from augmentations import PAPER, paper_policy, scale_intensity
+from checkpoint import load_checkpoint, save_checkpoint
+from data import SUFFIXES, DataError, find_crops, find_volumes
+from decoders import Classifier, LinearHead, NearestNeighbours
+from finetune import Done, Encoder, EvaluationCrops, TrainingBatches, TrainingCrops, WindowAugmentation, collate_crops
+from monitor import forget_after, planes
+from utils import UserError, append_json, montage, number, radiological, spaced
+
+SAVE_SECONDS = 30  # between checkpoints, at ends of epochs: a run that is cut off loses that much, or an epoch
+SHOWN_ERRORS = 10  # in errors.png
+FIGURES = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
+# What must not change while a run goes on fold by fold
+FIXED = (*finetune.ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
+         "eval_negatives", "folds", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs", "min_lr",
+         "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser(prog="main_lnc_luna16.py", description="Lung nodule classification, fold by fold.")
+    group = parser.add_argument_group("classification")
+    group.add_argument("--protocol", default="finetune", choices=("finetune", "linear", "knn"),
+                       help="finetune: encoder and head are trained; linear: the head alone, on the frozen encoder's "
+                            "features; knn: nothing, cases are compared with the training cases")
+    group.add_argument("--negatives", default=1.0, type=number(float, 0),
+                       help="cases of label0 per case of the other labels that an epoch of training draws anew, "
+                            "without replacement; 0: all")
+    group.add_argument("--eval_negatives", default=0.0, type=number(float, 0),
+                       help="the same for validation and test, drawn once; 0: all, which is what to report")
+    group.add_argument("--knn_k", default=None, type=number(int, 1),
+                       help="neighbours that vote; default: the square root of the training cases, at most 20")
+    finetune.add_flags(parser, batch_size=128, folds=("patients", "subsets"))
+    group = parser.add_argument_group("prediction")
+    group.add_argument("--predict", default=None, metavar="DIR",
+                       help="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes to "
+                            "--output_dir")
+    group.add_argument("--weights", default=None, metavar="OUT",
+                       help="--output_dir of a trained run: its folds are averaged; OUT/0: one fold alone")
+    return parser
+
+
+def check_flags(parser, args):
+    """Refuse what is wrong whatever the data (exit code 2), and settle what one flag means for another."""
+    finetune.check_flags(parser, vars(args), bool(args.pretrained_weights))
+    if (args.predict is None) != (args.weights is None):
+        parser.error("--predict DIR and --weights OUT go together: the new crops, and the run whose models judge them")
+    if args.predict is None and args.data_dir is None:
+        parser.error("--data_dir is missing: the folder with subset*/label0|label1/<patient>/<name>.nii.gz")
+    if args.freeze_encoder and args.protocol == "finetune":
+        args.protocol = "linear"
+    args.freeze_encoder = args.protocol != "finetune"
+
+
+def main(argv=None):
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    processes = utils.distributed_init()
+    output_dir = Path(args.output_dir)
+    processes.from_main(lambda: utils.make_output_dir(output_dir))
+    args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
+    notices += utils.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
+    workers = min(16, utils.cores_per_process(processes)) if args.num_workers is None else args.num_workers
+    device = finetune.Device(processes, utils.PRECISIONS[args.precision], args.batch_size_per_gpu, workers)
+    say = print if processes.is_main else lambda *_: None
+    if args.predict:
+        predict(args.predict, args.weights, output_dir, device, say)
+        return
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    cases = processes.from_main(lambda: find_cases(args.data_dir, output_dir))
+    splits, data = processes.from_main(lambda: finetune.make_splits(
+        output_dir / "splits.json", args.folds, args.k_fold, args.num_test, args.seed, cases.patients,
+        cases.labels.tolist(), cases.subsets))
+    sides = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
+    if "crop_size" not in data:
+        check_training_sides(sides, cases)
+        data["crop_size"], data["crop_spacing"] = finetune.check_crops(cases.paths, processes)
+
+    # --------------------------------------------------------------------------------------------------------- model
+    args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
+    encoder = finetune.load_encoder(args.pretrained_weights, args.checkpoint_key,
+                                    {name: getattr(args, name) for name in finetune.ENCODER})
+    vars(args).update(encoder.settings())
+    notices += warnings_about(encoder, args.protocol, data)
+    config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}
+
+    # -------------------------------------------------------------------------------------------------- optimisation
+    policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
+    in_mm = data["crop_spacing"] if args.spacing else None  # views were turned and scaled in mm in pre-training too
+    augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, in_mm)
+    epochs = 0 if args.protocol == "knn" else args.epochs
+    rates = functools.partial(finetune.learning_rate, args.lr, args.min_lr, epochs, args.warmup_epochs)
+    recipe = Recipe(args.protocol, epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay,
+                    args.negatives, augmentation, tuple(args.clip_range), args.seed)
+
+    # ------------------------------------------------------------------------------------------------------ training
+    processes.from_main(lambda: check_same_run(output_dir, config))
+    if processes.is_main:
+        utils.write_config(output_dir / "config.json", config, processes, cases=len(cases.names))
+        finetune.save_splits(output_dir / "splits.json", splits, data)
+    notices += one_step_notice(sides, cases, recipe, args.batch_size_per_gpu * processes.world_size)
+    for line in [*notices, announcement(config, processes, cases, sides)]:
+        say(line)
+    left = args.max_steps or math.inf
+    for index, (train, validation, test) in enumerate(sides):
+        torch.manual_seed(args.seed)  # every fold starts from the same weights
+        drawn = draw_negatives(train, cases.labels, args.negatives, args.seed, 0)
+        model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, len(drawn), args.knn_k)
+        fold = Fold(index, output_dir / str(index), train, validation, test, cases, data["crop_size"],
+                    model.to(processes.device), device, say)
+        steps, finished = run_fold(fold, recipe, config, drawn, left)
+        left -= steps
+        if not finished:
+            say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
+            return
+    if processes.is_main:
+        say(summarise(output_dir, cases, len(splits), args.protocol, encoder))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+class Recipe(NamedTuple):
+    """How every fold is trained. rates: gives the head's learning rate from cases per epoch and cases seen."""
+    protocol: str
+    epochs: int
+    val_freq: int
+    optimizer: str
+    rates: callable
+    weight_decay: float
+    layer_decay: float
+    negatives: float
+    augmentation: WindowAugmentation
+    clip_range: tuple
+    seed: int
+
+
+class Fold(NamedTuple):
+    """One fold: its number, its folder, the case numbers of its three sides, and its model."""
+    number: int
+    folder: Path
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    cases: "Cases"
+    crop_size: list
+    model: Classifier
+    device: finetune.Device
+    say: callable
+
+
+def run_fold(fold, recipe, config, drawn, most_steps):
+    """Train, validate and test one fold, from where it stopped.
+
+    Returns the steps taken, at most `most_steps`, and whether the fold is finished.
+    """
+    processes, model = fold.device.processes, fold.model
+    state = load_checkpoint(fold.folder / "checkpoint.pth")
+    if state and state["epoch"] >= recipe.epochs and finetune.is_finished(fold.folder):
+        fold.say(f"fold {fold.number}: done before")
+        return 0, True
+    if most_steps <= 0:
+        return 0, False
+    processes.from_main(lambda: finetune.start_folder(fold.folder))
+    if state is None and recipe.protocol != "finetune":
+        fit_head(fold, recipe.clip_range, drawn)
+    depth = len(model.encoder.blocks)
+    groups = finetune.layer_groups(model, "encoder.", depth, recipe.layer_decay, recipe.weight_decay)
+    optimizer = utils.make_optimizer(recipe.optimizer, groups) if groups else None
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=fold.device.dtype == torch.float16)
+    done, best = Done(), None
+    if state:
+        model.load_state_dict(state["model"])
+        if groups:
+            optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        done, best = Done(*(state[name] for name in Done.__dataclass_fields__)), state["best"]
+        fold.say(f"fold {fold.number}: going on after step {done.step}, epoch {done.epoch}")
+    network = model
+    if processes.world_size > 1 and groups:
+        devices = None if processes.device.type == "cpu" else [processes.device]
+        network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    run = Run(network, optimizer, scaler, class_weights(drawn, fold.cases), len(drawn),
+              fold.device.batch_size * processes.world_size)
+    before = done.step
+    best = train_fold(fold, recipe, run, done, best, config, most_steps)
+    if done.epoch < recipe.epochs:
+        return done.step - before, False
+    if best is None:
+        best = validate(fold, recipe.clip_range, None, done, config)
+    save(fold, run, done, best, config)
+    test_fold(fold, recipe.clip_range)
+    return done.step - before, True
+
+
+class Run(NamedTuple):
+    """What a step needs. network: the model as it is called; class_weights: (classes,); epoch_length: cases."""
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    class_weights: torch.Tensor
+    epoch_length: int
+    global_batch: int
+
+
+def train_fold(fold, recipe, run, done, best, config, most_steps):
+    """Train to the last epoch or for `most_steps`; returns what `validate` said of the best epoch."""
+    processes, paths = fold.device.processes, fold.cases.paths
+    if done.epoch >= recipe.epochs:
+        return best
+    order = functools.partial(epoch_order, fold.train, fold.cases.labels, recipe.negatives, recipe.seed)
+    stream = TrainingBatches(order, fold.device.batch_size, processes.rank, processes.world_size, done.epoch,
+                             done.position, recipe.epochs)
+    dataset = TrainingCrops(paths, fold.crop_size, recipe.augmentation, recipe.seed)
+    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=collate_crops, num_workers=fold.device.workers,
+                              pin_memory=processes.device.type == "cuda"))
+    writer = utils.Silent()
+    if processes.is_main:
+        from torch.utils.tensorboard import SummaryWriter
+        forget_after(fold.folder / "log.txt", done.step)
+        writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=done.step)
+    last_step, saved = done.step + most_steps, time.monotonic()
+    while done.epoch < recipe.epochs and done.step < last_step:
+        began, epoch = time.perf_counter(), done.epoch
+        left = -(-(run.epoch_length - done.position) // run.global_batch)  # steps, the last one with what remains
+        loss, waited = train_one_epoch(fold, recipe, run, batches, int(min(left, last_step - done.step)), done)
+        if not math.isfinite(loss):
+            raise UserError(f"fold {fold.number}: training has diverged in epoch {epoch + 1} (loss {loss}); what was "
+                            "saved before is unharmed. Lower --lr or take --precision fp32", everywhere=True)
+        if done.epoch > epoch:
+            rate = recipe.rates(run.epoch_length, done.cases)
+            record = {"epoch": done.epoch, "step": done.step, "loss": loss, "lr": rate}
+            if done.epoch % recipe.val_freq == 0 or done.epoch == recipe.epochs:
+                best = validate(fold, recipe.clip_range, best, done, config)
+                record |= {f"validation_{name}": value for name, value in best["last"].items()}
+            record |= {"seconds": round(time.perf_counter() - began, 2), "waiting_for_data": round(waited, 2)}
+            report(fold, recipe, record, best, writer)
+        if processes.is_main and (time.monotonic() - saved > SAVE_SECONDS or done.step >= last_step):
+            save(fold, run, done, best, config)
+            saved = time.monotonic()
+    writer.close()
+    return best
+
+
+def train_one_epoch(fold, recipe, run, batches, steps, done):
+    """Take `steps` steps on what the iterator `batches` gives; `done` counts them. Returns mean loss and waiting."""
+    processes, device = fold.device.processes, fold.device.processes.device
+    fold.model.train()
+    labels = torch.from_numpy(fold.cases.labels)
+    sums, waited = torch.zeros(2, dtype=torch.float64, device=device), 0.0
+    for _ in range(steps):
+        began = time.perf_counter()
+        batch = utils.next_batch(batches)
+        waited += time.perf_counter() - began
+        target = labels[batch.cases]
+        weights = (run.class_weights[target] * batch.counted).to(device, non_blocking=True)
+        batch, target = batch.to(device), target.to(device, non_blocking=True)
+        volumes = recipe.augmentation.render(batch.crops, batch.group, recipe.clip_range)
+
+        utils.seed_step(recipe.seed, done.step, processes.rank)
+        finetune.set_learning_rate(run.optimizer, recipe.rates(run.epoch_length, done.cases))
+        sums += train_step(run, fold.device, volumes, target, weights)
+        done.count_step(min(run.global_batch, run.epoch_length - done.position), run.epoch_length)
+    loss, weight = processes.sum(sums).tolist()
+    return loss / weight, waited
+
+
+def train_step(run, device, volumes, labels, weights):
+    """One step of class-weighted cross-entropy, normalised over the global batch.
+
+    volumes: (B, 1, X, Y, Z); labels: (B,); weights: (B,) of each case, 0 for one that doesn't count
+    Returns (2,) this rank's sums of weighted losses and of weights.
+    """
+    processes = device.processes
+    with device.autocast():
+        logits = run.network(volumes)  # (B, classes)
+    loss = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
+    total = processes.sum(weights.sum())  # of all ranks
+    run.optimizer.zero_grad(set_to_none=True)
+    # DDP takes the mean of the ranks' gradients, and their sum is what belongs to the sum of their losses
+    run.scaler.scale(loss * (processes.world_size / total)).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return torch.stack([loss.detach(), weights.sum()]).double()
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Cases(NamedTuple):
+    """The data set, sorted by path. labels: (N,) int64; classes: how many there are."""
+    names: list
+    paths: list
+    labels: np.ndarray
+    patients: list
+    subsets: list
+    classes: int
+
+
+def find_cases(folder, output_dir):
+    """The Cases below a folder. Raises UserError, also where the output folder is of another script's run."""
+    if (output_dir / "checkpoint.pth").exists():
+        raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
+    try:
+        crops, problems = find_crops(folder)
+    except DataError as error:
+        raise UserError(f"--data_dir {error}") from error
+    if problems:
+        raise UserError(f"--data_dir {problems[0]}")
+    names = finetune.case_names([crop.path for crop in crops], folder)
+    labels = np.array([crop.label for crop in crops])
+    return Cases(names, [crop.path for crop in crops], labels, [crop.patient for crop in crops],
+                 [crop.subset for crop in crops], int(labels.max()) + 1)
+
+
+def check_training_sides(sides, cases):
+    """UserError where a fold has a class that it can't learn."""
+    for fold, side in enumerate(sides):
+        missing = sorted(set(range(cases.classes)) - set(cases.labels[side.train].tolist()))
+        if missing:
+            raise UserError(f"fold {fold} has no patient with label{missing[0]} to train on: too few patients have "
+                            "such cases; lower --k_fold or --num_test, or add patients", everywhere=True)
+
+
+def case_numbers(split, cases, eval_negatives, seed):
+    """Split with case numbers instead of patients; validation and test without the negatives that are not drawn."""
+    train, *others = (finetune.of_patients(side, cases.patients) for side in split)
+    return finetune.Split(train, *(draw_negatives(side, cases.labels, eval_negatives, seed, 0) for side in others))
+
+
+def draw_negatives(chosen, labels, ratio, seed, epoch):
+    """(n,) sorted: all of the `chosen` cases that are not label 0, and for each of them `ratio` of those that are.
+
+    Drawn without replacement, anew for each epoch. ratio 0: all.
+    """
+    positive = labels[chosen] != 0
+    if not ratio or not positive.any():
+        return chosen
+    negatives = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(chosen[~positive])
+    return np.sort(np.concatenate([chosen[positive], negatives[:max(1, round(ratio * positive.sum()))]]))
+
+
+def epoch_order(train, labels, negatives, seed, epoch):
+    """(n,) the cases of an epoch in the order of training."""
+    drawn = draw_negatives(train, labels, negatives, seed, epoch)
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, 1))).permutation(drawn)
+
+
+def class_weights(drawn, cases):
+    """(classes,) inverse frequency among an epoch's cases, 1 on average over them."""
+    counts = np.bincount(cases.labels[drawn], minlength=cases.classes)
+    return torch.as_tensor(len(drawn) / (cases.classes * counts), dtype=torch.get_default_dtype())
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def build_classifier(protocol, encoder, drop_path_rate, classes, known, knn_k):
+    """The Classifier of a protocol. encoder: finetune.Encoder; known: training cases that a k-NN head remembers."""
+    model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
+    if protocol == "knn":
+        k = knn_k or min(20, max(1, round(math.sqrt(known))))
+        return Classifier(model, NearestNeighbours(model.embed_dim, classes, known, k), freeze_encoder=True)
+    return Classifier(model, LinearHead(model.embed_dim, classes), freeze_encoder=protocol == "linear")
+
+
+def fit_head(fold, clip_range, drawn):
+    """Give a frozen encoder's head the training cases' features, not augmented: to standardise, to compare with."""
+    model = fold.model.eval()
+    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.crop_size))
+    features = torch.from_numpy(infer(model.features, dataset, drawn, clip_range, fold.device))
+    features = features.to(fold.device.processes.device, torch.get_default_dtype())
+    if isinstance(model.head, NearestNeighbours):
+        model.head.fit(features, torch.from_numpy(fold.cases.labels[drawn]))
+    else:
+        model.head.standardise.fit(features)
+
+
+def load_fold(path):
+    """(Classifier, its config, threshold) of a best.pth. Raises UserError."""
+    state = load_checkpoint(path)
+    config = state["config"]
+    if "classes" not in config:
+        raise UserError(f"--weights {path}: is no checkpoint of main_lnc_luna16.py")
+    encoder = Encoder(**{name: config[name] for name in finetune.ENCODER})
+    known = len(state["model"].get("head.known", ()))
+    model = build_classifier(config["protocol"], encoder, 0.0, config["classes"], known, config["knn_k"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"--weights {path}: does not fit {config['arch']} ({reason})", everywhere=True) from error
+    return model, config, state["best"]["threshold"]
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def infer(forward, dataset, cases, clip_range, device):
+    """(N, ...) float64 what `forward` makes of each case's centre window, in the order of `cases`, on every rank.
+
+    forward: gives (B, ...) of volumes (B, 1, X, Y, Z); dataset: EvaluationCrops; cases: (N,) numbers, each once
+    """
+    processes = device.processes
+    mine = [int(case) for case in cases[processes.rank::processes.world_size]]  # no rank repeats a case to fill up
+    loader = DataLoader(dataset, device.batch_size, sampler=mine, collate_fn=collate_crops,
+                        num_workers=min(device.workers, -(-len(mine) // device.batch_size)),
+                        pin_memory=processes.device.type == "cuda")
+    batches, rows = iter(loader), {}
+    for _ in range(len(loader)):
+        batch = utils.next_batch(batches)
+        volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
+        with torch.no_grad(), device.autocast():
+            rows.update(zip(batch.cases.tolist(), forward(volumes).double().cpu().numpy()))
+    return finetune.collect(processes, [int(case) for case in cases], rows)
+
+
+def classify(model, volumes):
+    """(B, classes) probabilities in double precision: in single precision confident cases would be ties."""
+    return model(volumes).double().softmax(-1)
+
+
+def probabilities_of(fold, cases, clip_range):
+    """(N, classes) of a fold's cases, with the model as it is."""
+    model = fold.model.eval()
+    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.crop_size))
+    return infer(functools.partial(classify, model), dataset, cases, clip_range, fold.device)
+
+
+def validate(fold, clip_range, best, done, config):
+    """What is known of the best epoch: {"auc", "loss", "epoch", "threshold", "last"}; saves best.pth if it is this one.
+
+    Best is the highest AUC, then the lowest loss; where AUC is undefined, the lowest loss. last: AUC and loss of now
+    """
+    probabilities = probabilities_of(fold, fold.validation, clip_range)
+    labels = fold.cases.labels[fold.validation]
+    auc = area_under_roc(labels, probabilities)
+    chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
+    loss = float(np.mean([-np.log(chosen[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
+    last = {"auc": auc, "loss": loss}
+    if best and (best["auc"] or 0, -best["loss"]) >= (auc or 0, -loss):
+        return best | {"last": last}
+    best = last | {"epoch": done.epoch, "threshold": choose_threshold(labels, probabilities), "last": last}
+    if fold.device.processes.is_main:
+        save_checkpoint(fold.folder / "best.pth", {"model": fold.model.state_dict(), "best": best, "config": config})
+    return best
+
+
+def test_fold(fold, clip_range):
+    """Evaluate the best epoch on the test cases and write the fold's predictions.csv and metrics.json."""
+    fold.device.processes.from_main(lambda: is_there(fold.folder / "best.pth"))  # which rank 0 may just have written
+    best = load_checkpoint(fold.folder / "best.pth")
+    fold.model.load_state_dict(best["model"])
+    probabilities = probabilities_of(fold, fold.test, clip_range)
+    if not fold.device.processes.is_main:
+        return
+    labels, patients = fold.cases.labels[fold.test], [fold.cases.patients[i] for i in fold.test]
+    best = best["best"]
+    record = {"fold": fold.number, "cases": len(labels), "patients": len(set(patients)), "best_epoch": best["epoch"],
+              "validation_auc": best["auc"], "validation_loss": best["loss"], "threshold": best["threshold"],
+              **figures(labels, probabilities, patients, best["threshold"]), "notes": []}
+    if best["auc"] is None:
+        record["notes"].append("validation cases are of one class: best epoch by loss, threshold 0.5")
+    if record["auc"] is None:
+        record["notes"].append("test cases lack a class: AUC and average precision are undefined")
+    rows = [[fold.cases.names[i], fold.cases.patients[i], fold.number, int(fold.cases.labels[i]), *shown(row)]
+            for i, row in zip(fold.test, probabilities)]
+    finetune.write_table(fold.folder / "predictions.csv", columns(fold.cases.classes), rows)
+    finetune.write_json(fold.folder / "metrics.json", record)
+
+
+def columns(classes, known=("case", "patient", "fold", "label")):
+    """Header of a predictions.csv: what is known of a case, then its probabilities."""
+    return [*known, *(["probability"] if classes == 2 else [f"probability_{k}" for k in range(classes)])]
+
+
+def shown(row):
+    """(classes,) probabilities as they stand in a table: with two classes, label 1's."""
+    return [float(p) for p in (row[1:] if len(row) == 2 else row)]
+
+
+def figures(labels, probabilities, patients, threshold):
+    """{name: value} of FIGURES, and the 95 % interval of the AUC by bootstrap over patients.
+
+    labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
+    the rest, and the most probable class stands for the threshold. None where a class is missing.
+    """
+    predicted = decide(probabilities, threshold)
+    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    hits = [(predicted[labels == k] == k) for k in classes]
+    rejections = [(predicted[labels != k] != k) for k in classes]
+    interval = finetune.bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
+    return {"auc": area_under_roc(labels, probabilities), "auc_interval": interval,
+            "average_precision": average_precision(labels, probabilities),
+            "accuracy": float((predicted == labels).mean()),
+            "sensitivity": float(np.mean([h.mean() for h in hits])) if all(map(len, hits)) else None,
+            "specificity": float(np.mean([r.mean() for r in rejections])) if all(map(len, rejections)) else None}
+
+
+def decide(probabilities, threshold):
+    """(N,) predicted classes: the most probable one or, with two, label 1 from the threshold on."""
+    if probabilities.shape[1] == 2:
+        return (probabilities[:, 1] >= threshold).astype(int)
+    return probabilities.argmax(1)
+
+
+def one_against_rest(score, labels, probabilities, weights):
+    """Mean over the classes of such a score (with two: label 1's); None where a class has no case or all."""
+    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    counts = np.ones(len(labels)) if weights is None else weights
+    values = []
+    for k in classes:
+        if not 0 < counts[labels == k].sum() < counts.sum():
+            return None
+        values.append(score(labels == k, probabilities[:, k], sample_weight=weights))
+    return float(np.mean(values))
+
+
+def area_under_roc(labels, probabilities, weights=None):
+    """Area under the ROC curve. labels: (N,); probabilities: (N, classes); weights: (N,) of the cases."""
+    return one_against_rest(pairs_in_order, labels, probabilities, weights)
+
+
+def pairs_in_order(positive, scores, sample_weight=None):
+    """Share of the pairs of a positive and a negative case in which the positive has the higher score; ties count half.
+
+    What scikit-learn's roc_auc_score gives, a hundred times faster on few cases: the bootstrap takes a thousand.
+    """
+    weights = np.ones(len(scores)) if sample_weight is None else sample_weight
+    values, place = np.unique(scores, return_inverse=True)
+    positives = np.bincount(place, weights * positive, len(values))  # at each score, ascending
+    negatives = np.bincount(place, weights * ~positive, len(values))
+    return positives @ (negatives.cumsum() - negatives / 2) / (positives.sum() * negatives.sum())
+
+
+def average_precision(labels, probabilities, weights=None):
+    """Area under the precision-recall curve, as scikit-learn's average_precision_score."""
+    from sklearn.metrics import average_precision_score
+    return one_against_rest(average_precision_score, labels, probabilities, weights)
+
+
+def choose_threshold(labels, probabilities):
+    """Where sensitivity + specificity is largest (Youden 1950), midway to the next case below; with one class 0.5."""
+    if probabilities.shape[1] > 2 or len(np.unique(labels)) < 2:
+        return 0.5
+    scores = np.unique(probabilities[:, 1])
+    steps = np.concatenate([[0.0], (scores[1:] + scores[:-1]) / 2])
+    youden = [(probabilities[labels == 1, 1] >= t).mean() + (probabilities[labels == 0, 1] < t).mean() for t in steps]
+    return float(steps[int(np.round(youden, 12).argmax())])
+
+
+# ------------------------------------------------------------------------------------------------------- prediction
+
+
+def predict(folder, weights, output_dir, device, say):
+    """Write predictions.csv for all crops below `folder`: the mean over the folds of a run."""
+    processes = device.processes
+    paths, names, folders = processes.from_main(lambda: find_new(folder, weights, output_dir))
+    spacing = processes.from_main(lambda: finetune.spacing_of(paths[0]))
+    total, thresholds = 0.0, []
+    for where in folders:
+        model, config, threshold = load_fold(where / "best.pth")
+        model = model.to(processes.device).eval()
+        dataset = EvaluationCrops(paths, config["input_size"])
+        forward, everything = functools.partial(classify, model), np.arange(len(paths))
+        total = total + infer(forward, dataset, everything, config["clip_range"], device)
+        thresholds.append(threshold)
+    probabilities = total / len(folders)
+    predicted = decide(probabilities, np.mean(thresholds))
+    for line in finetune.spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
+        say(line)
+    if processes.is_main:
+        rows = [[name, *shown(row), int(label)] for name, row, label in zip(names, probabilities, predicted)]
+        finetune.write_table(output_dir / "predictions.csv", [*columns(config["classes"], ["case"]), "predicted"], rows)
+    say(f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; "
+        + ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=config["classes"])))
+        + (f" (threshold {np.mean(thresholds):.3f})" if config["classes"] == 2 else "")
+        + f"\npredictions  {output_dir / 'predictions.csv'}")
+
+
+def find_new(folder, weights, output_dir):
+    """(paths, names, fold folders) of a prediction. Raises UserError."""
+    if (output_dir / "splits.json").exists():
+        raise UserError(f"--output_dir {output_dir}: holds a trained run, whose predictions.csv would be lost; choose "
+                        "another")
+    folders = finetune.fold_folders(weights, "best.pth")
+    try:
+        names = find_volumes(folder)
+    except DataError as error:
+        raise UserError(f"--predict {error}") from error
+    if not names:
+        raise UserError(f"--predict {folder}: no crop found below it (looked for {', '.join(SUFFIXES)})")
+    paths = [os.path.join(folder, name) for name in names]
+    return paths, finetune.case_names(paths, folder), folders
+
+
+# ----------------------------------------------------------------------------------------------------- what is shown
+
+
+def warnings_about(encoder, protocol, data):
+    """Lines about what works but may not be meant."""
+    lines = []
+    if encoder.state is None:
+        lines.append("training from scratch: no --pretrained_weights" if protocol == "finetune" else
+                     f"warning: no --pretrained_weights: --protocol {protocol} judges the features of a random encoder")
+    lines += finetune.spacing_warning(data["crop_spacing"], encoder.spacing, "the crops have", "the encoder knows")
+    if any(n < m for n, m in zip(data["crop_size"], encoder.input_size)):
+        lines.append(f"warning: the crops have {spaced(data['crop_size'])} voxels, less than the input's "
+                     f"{spaced(encoder.input_size)}: air is put around them")
+    return lines
+
+
+def one_step_notice(sides, cases, recipe, global_batch):
+    """[] or [one line] where an epoch is a single step, of which few epochs make few."""
+    most = max(len(epoch_order(side.train, cases.labels, recipe.negatives, recipe.seed, 0)) for side in sides)
+    if most > global_batch or not recipe.epochs:
+        return []
+    return [f"an epoch of {most} cases is one step: {recipe.epochs} epochs are {recipe.epochs} steps; for more of them lower "
+            "--batch_size_per_gpu"]
+
+
+def announcement(config, processes, cases, sides):
+    """What is about to run, in a few lines."""
+    counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
+    test = "each subset tested once" if config["folds"] == "subsets" else f"test set of {len(sides[0].test)} cases"
+    device = f"{processes.world_size} x {utils.device_name(processes.device)}"
+    return (f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
+            f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
+            f"{len(sides)} folds, {test}; crops {spaced(config['crop_size'])}, input {spaced(config['input_size'])}")
+
+
+def report(fold, recipe, record, best, writer):
+    """One epoch, on the console, in log.txt and in TensorBoard."""
+    if not fold.device.processes.is_main:
+        return
+    append_json(fold.folder / "log.txt", record)
+    for name, value in record.items():
+        if name not in ("epoch", "step") and value is not None:
+            writer.add_scalar(name, value, record["step"])
+    line = f"fold {fold.number} epoch {record['epoch']}/{recipe.epochs}: loss {record['loss']:.4f}"
+    if "validation_loss" in record:
+        line += (f", validation AUC {finetune.told(record['validation_auc'])}, loss {record['validation_loss']:.4f} "
+                 f"(best: {finetune.told(best['auc'])} in epoch {best['epoch']})")
+    fold.say(f"{line}, {record['seconds']:.1f} s")
+
+
+def with_interval(record):
+    interval = record["auc_interval"]
+    return finetune.told(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def summarise(output_dir, cases, folds, protocol, encoder):
+    """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
+    records = [finetune.read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
+    tables = [finetune.read_table(output_dir / str(fold) / "predictions.csv") for fold in range(folds)]
+    rows = [list(row.values()) for table in tables for row in table]
+    finetune.write_table(output_dir / "predictions.csv", columns(cases.classes), rows)
+    together = over_folds(tables, records, cases)
+    means, deviations = finetune.mean_and_deviation(records, FIGURES)
+    finetune.write_json(output_dir / "metrics.json", {
+        "protocol": protocol, "classes": cases.classes, "cases": len(cases.names), "patients": len(set(cases.patients)),
+        "folds": records, "mean": means, "sd": deviations, "all_folds": {
+            "cases": len(together.labels), **together.figures}})
+    draw_curves(output_dir / "curves.png", tables, cases.classes)
+    wrong = draw_errors(output_dir / "errors.png", together, cases, encoder)
+    row = "{:<9}  {:>5}  {:<24}  {:<17}  {:<8}  {:<11}  {}".format
+    lines = [row("fold", "cases", "AUC (95 % interval)", *(name.replace("_", " ") for name in FIGURES[1:]))]
+    for record in records:
+        values = [finetune.told(record[name]) for name in FIGURES[1:]]
+        lines.append(row(record["fold"], record["cases"], with_interval(record), *values))
+    values = [finetune.told(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
+              for name in FIGURES]
+    lines.append(row("mean ± SD", "", *values))
+    values = [finetune.told(together.figures[name]) for name in ("average_precision", "accuracy")]
+    lines.append(row("all folds", len(together.labels), with_interval(together.figures), *values, "", "").rstrip())
+    lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
+    lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]
+    lines += [f"metrics      {output_dir / 'metrics.json'}", f"predictions  {output_dir / 'predictions.csv'}",
+              f"curves       {output_dir / 'curves.png'}", f"errors       {output_dir / 'errors.png'}",
+              f"TensorBoard  tensorboard --logdir {output_dir}",
+              f"new crops    python main_lnc_luna16.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS"]
+    return "\n".join(lines)
+
+
+class Together(NamedTuple):
+    """Each tested case once, its probabilities averaged over the folds that tested it.
+
+    numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
+    confidence: (N,) distance of the probability from the threshold; with more classes, from the right label's
+    """
+    numbers: list
+    labels: np.ndarray
+    probabilities: np.ndarray
+    wrong: np.ndarray
+    confidence: np.ndarray
+    figures: dict
+
+
+def over_folds(tables, records, cases):
+    """Together, of the folds' tables: the mean of all models on a fixed test set; of one where subsets rotate."""
+    place = {name: i for i, name in enumerate(cases.names)}
+    rows = {}
+    for table, record in zip(tables, records):
+        for row, p in zip(table, table_probabilities(table, cases.classes)):
+            rows.setdefault(place[row["case"]], []).append(np.append(p, p[1] - record["threshold"]))
+    numbers = sorted(rows)
+    labels, means = cases.labels[numbers], np.stack([np.mean(rows[i], axis=0) for i in numbers])
+    probabilities, above = means[:, :-1], means[:, -1]  # (N, classes), (N,) above the folds' thresholds
+    if cases.classes == 2:
+        predicted, confidence = (above >= 0).astype(int), np.abs(above)
+    else:
+        predicted = probabilities.argmax(1)
+        confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
+    patients = [cases.patients[i] for i in numbers]
+    interval = finetune.bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
+    return Together(numbers, labels, probabilities, predicted != labels, confidence, {
+        "auc": area_under_roc(labels, probabilities), "auc_interval": interval,
+        "average_precision": average_precision(labels, probabilities), "accuracy": float((predicted == labels).mean())})
+
+
+def table_probabilities(table, classes):
+    """(N, classes) of the rows of a predictions.csv."""
+    values = np.array([[float(row[name]) for name in columns(classes, ())] for row in table])
+    return np.concatenate([1 - values, values], 1) if classes == 2 else values
+
+
+def draw_curves(path, tables, classes):
+    """PNG with the ROC and precision-recall curves of each fold; with more than two classes one per class and fold."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import precision_recall_curve, roc_curve
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    roc, precision = figure.subplots(1, 2)
+    for fold, table in enumerate(tables):
+        labels, probabilities = np.array([int(row["label"]) for row in table]), table_probabilities(table, classes)
+        for k in [1] if classes == 2 else range(classes):
+            is_class = labels == k
+            if not 0 < is_class.sum() < len(labels):
+                continue
+            name = f"fold {fold}" + (f", label{k}" if classes > 2 else "")
+            pair = np.stack([1 - probabilities[:, k], probabilities[:, k]], 1)
+            x, y, _ = roc_curve(is_class, probabilities[:, k])
+            roc.plot(x, y, label=f"{name}: AUC {area_under_roc(is_class.astype(int), pair):.3f}")
+            y, x, _ = precision_recall_curve(is_class, probabilities[:, k])
+            precision.step(x, y, where="post", label=f"{name}: {average_precision(is_class.astype(int), pair):.3f}")
+    roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    roc.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC", aspect="equal")
+    precision.set(xlabel="sensitivity (recall)", ylabel="precision", title="precision-recall (with average precision)")
+    for axes in (roc, precision):
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def draw_errors(path, together, cases, encoder):
+    """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are."""
+    from PIL import Image
+    wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])
+    rows, labels = [], []
+    for i in wrong[:SHOWN_ERRORS]:
+        crop = finetune.read_crop(cases.paths[together.numbers[i]], encoder.input_size)
+        window = torch.from_numpy(finetune.centre_window(crop, np.array(encoder.input_size)))
+        window = scale_intensity(window, *encoder.clip_range)
+        z = window.shape[2]
+        axial = [radiological(window[:, :, z // 2 + step * z // 12]) for step in (-3, -2, -1, 0, 1, 2, 3)]
+        rows.append([*axial, planes(window)[1], radiological(window[window.shape[0] // 2])])
+        p = together.probabilities[i]
+        said = f"p(label1) = {p[1]:.3f}" if cases.classes == 2 else f"most probable label{p.argmax()}, {p.max():.3f}"
+        labels.append(f"label{together.labels[i]}, {said}: {cases.names[together.numbers[i]]}")
+    if not rows:
+        rows, labels = [[np.zeros((8, 64))]], ["no errors"]
+    Image.fromarray(montage(rows, labels)).save(path)
+    return len(wrong)
+
+
+# --------------------------------------------------------------------------------------------- saving and going on
+
+
+def is_there(path):
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; remove its folder to train this fold again")
+
+
+def check_same_run(output_dir, config):
+    """UserError where the first fold's checkpoint is of a run with other flags."""
+    load_checkpoint(output_dir / "0" / "checkpoint.pth", {name: config[name] for name in FIXED})
+
+
+def save(fold, run, done, best, config):
+    """Write the fold's checkpoint.pth."""
+    if fold.device.processes.is_main:
+        save_checkpoint(fold.folder / "checkpoint.pth", {
+            "model": fold.model.state_dict(), "optimizer": run.optimizer.state_dict() if run.optimizer else {},
+            "scaler": run.scaler.state_dict(), **asdict(done), "best": best, "config": config})
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

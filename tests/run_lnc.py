@@ -1,0 +1,34 @@
+"""main_lnc_luna16.py with a small vit_tiny, for tests with several processes: torchrun run_lnc.py FLAGS.
+
+With DOUBLE=1 in the environment it computes in double precision, and every rank leaves its weights after training as
+weights<rank>.pth in the fold's folder.
+"""
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import finetune  # noqa: E402
+import main_lnc_luna16  # noqa: E402
+import utils  # noqa: E402
+from vision_transformer import ARCHITECTURES, VisionTransformer  # noqa: E402
+
+train_fold = main_lnc_luna16.train_fold
+
+
+def train_and_keep(fold, *rest):
+    best = train_fold(fold, *rest)
+    torch.save(fold.model.state_dict(), fold.folder / f"weights{os.environ.get('RANK', 0)}.pth")
+    return best
+
+
+ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
+finetune.BOOTSTRAP_ROUNDS = 50
+if os.environ.get("DOUBLE"):
+    main_lnc_luna16.train_fold = train_and_keep
+    torch.set_default_dtype(torch.float64)
+utils.run_script(main_lnc_luna16.main)

@@ -1,0 +1,403 @@
+"""What the downstream scripts share: folds, crops, batches, learning rates and the bootstrap against formulas."""
+import argparse
+import itertools
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+import finetune
+from augmentations import Policy, collate_views, paper_policy, scale_intensity
+from data import DataError
+from finetune import TrainingBatches, WindowAugmentation
+from utils import Processes, UserError
+from vision_transformer import ARCHITECTURES, VisionTransformer
+
+
+def write_crop(path, crop, spacing=(1.0, 1.0, 1.0)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(crop.astype(np.int16), np.diag([*spacing, 1.0])), path)
+    return str(path)
+
+
+def random_crop(shape, seed=0):
+    return np.random.default_rng(seed).integers(-1000, 600, shape).astype(np.int16)
+
+
+# ------------------------------------------------------------------------------------------------------------- folds
+
+
+def random_patients(seed, patients=40, classes=2, most=6):
+    """(patients, labels) of each case, some patients with many cases."""
+    rng = np.random.default_rng(seed)
+    names, labels = [], []
+    for patient in range(patients):
+        for _ in range(rng.integers(1, most + 1)):
+            names.append(f"p{patient:03}")
+            labels.append(int(rng.choice(classes, p=[0.7] + [0.3 / (classes - 1)] * (classes - 1))))
+    return names, labels
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_divide_is_as_even_as_scikit_learns(seed):
+    """Spread of the classes over folds, against StratifiedGroupKFold; each patient on one side; no side empty."""
+    from sklearn.model_selection import StratifiedGroupKFold
+    names, labels = random_patients(seed)
+    patients, counts = finetune.count_by_patient(names, labels)
+    sides = finetune.divide(counts, np.full(5, 0.2), np.random.default_rng(seed))
+    ours = np.stack([counts[sides == side].sum(0) for side in range(5)])
+    theirs = StratifiedGroupKFold(5).split(names, labels, names)
+    theirs = np.stack([np.bincount(np.array(labels)[test], minlength=2) for _, test in theirs])
+    assert ours.sum(0).tolist() == theirs.sum(0).tolist() == np.bincount(labels).tolist()
+    assert ours.std(0).sum() <= theirs.std(0).sum() + 0.5 and (ours.sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("cases, wanted", [(185, 37), (61, 12), (200, 37), (61, 30)])
+def test_a_test_set_has_the_size_asked_for(cases, wanted):
+    """One case per patient: exactly as many cases as asked for, with the classes in their proportion."""
+    labels = [int(i % 4 == 0) for i in range(cases)]
+    split = finetune.patient_splits([f"p{i:03}" for i in range(cases)], labels, wanted, 5, 0)[0]
+    assert len(split.test) == pytest.approx(wanted, abs=1)
+    positive = sum(labels[int(patient[1:])] for patient in split.test)
+    assert positive == pytest.approx(wanted * np.mean(labels), abs=1)
+
+
+def test_divide_leaves_no_side_empty():
+    for counts in ([[100, 0], [1, 0], [0, 1]], [[50, 50], [50, 50], [50, 50]], [[0, 3], [0, 3], [9, 0]]):
+        for shares in ((0.01, 0.99), (1 / 3, 1 / 3, 1 / 3)):
+            sides = finetune.divide(counts, shares, np.random.default_rng(0))
+            assert set(sides) == set(range(len(shares)))
+
+
+def test_patient_splits():
+    names, labels = random_patients(0)
+    splits = finetune.patient_splits(names, labels, None, 5, 0)
+    everyone = set(names)
+    assert len(splits) == 5 and all(split.test == splits[0].test for split in splits)
+    for split in splits:
+        sides = [set(side) for side in split]
+        assert set().union(*sides) == everyone and sum(map(len, sides)) == len(everyone)  # nobody on two sides
+    validated = [patient for split in splits for patient in split.validation]
+    assert sorted(validated) == sorted(everyone - set(splits[0].test))  # everyone else validates once
+    assert finetune.patient_splits(names, labels, None, 5, 0) == splits
+    assert finetune.patient_splits(names, labels, None, 5, 1) != splits
+
+
+def test_default_test_set():
+    for cases, wanted in ((3, 1), (61, 12), (110, 22), (111, 37), (185, 37), (370, 37), (371, 74), (1000, 200)):
+        assert finetune.default_num_test(cases) == wanted
+
+
+@pytest.mark.parametrize("patients, num_test, k_fold, says", [
+    (5, None, 5, "--k_fold 5"), (8, 7, 5, "--k_fold 5"), (8, 8, 2, "--num_test 8"), (2, None, 2, "2 patients"),
+])
+def test_too_few_patients(patients, num_test, k_fold, says):
+    with pytest.raises(UserError, match=says):
+        labels = [i % 2 for i in range(patients)]
+        finetune.patient_splits([f"p{i}" for i in range(patients)], labels, num_test, k_fold, 0)
+
+
+def test_subset_splits():
+    subsets = ["subset10", "subset2", "subset1", "subset1"]
+    splits = finetune.subset_splits(["a", "b", "c", "d"], subsets)
+    assert [split.test for split in splits] == [["c", "d"], ["b"], ["a"]]  # subset10 after subset2
+    assert [split.validation for split in splits] == [["b"], ["a"], ["c", "d"]]
+    assert [split.train for split in splits] == [["a"], ["c", "d"], ["b"]]
+    with pytest.raises(UserError, match="at least 3 subsets.*subset1, subset2"):
+        finetune.subset_splits(["a", "b"], ["subset2", "subset1"])
+
+
+def test_splits_are_read_back(tmp_path):
+    path, make = tmp_path / "splits.json", finetune.make_splits
+    names, labels = random_patients(1)
+    flags = ("patients", 5, None, 0, names, labels, ["subset0"] * len(names))
+    splits, data = make(path, *flags)
+    finetune.save_splits(path, splits, data | {"crop_size": [3, 3, 3], "crop_spacing": [1, 1, 1]})
+    assert make(path, *flags)[0] == splits and make(path, *flags)[1]["crop_size"] == [3, 3, 3]
+    for other in (("subsets", *flags[1:]), ("patients", 4, *flags[2:]), (*flags[:3], 1, *flags[4:]),
+                  (*flags[:5], [*labels[:-1], 1 - labels[-1]], flags[6]),
+                  (*flags[:4], [name.replace("p", "q") for name in names], *flags[5:])):
+        with pytest.raises(UserError, match="splits.json.*another --output_dir"):
+            make(path, *other)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError, match="can't be read"):
+        make(path, *flags)
+
+
+# ------------------------------------------------------------------------------------------------------------- crops
+
+
+def test_crops_are_read_around_their_centre(tmp_path):
+    crop = random_crop((8, 5, 6))
+    path = write_crop(tmp_path / "crop.nii.gz", crop)
+    assert (finetune.read_crop(path, (4, 4, 4)) == crop).all()
+    padded = finetune.read_crop(path, (4, 8, 6))
+    assert padded.shape == (8, 8, 6) and (padded[:, 2:7] == crop).all() and (padded[:, [0, 1, 7]] == -1024).all()
+    window = finetune.centre_window(crop, (4, 2, 6))
+    assert (window == crop[2:6, 1:3]).all()
+    (window,), *_ = [finetune.EvaluationCrops([path], (4, 8, 4))[0][:1]]
+    assert (window[:, 2:7] == crop[2:6, :, 1:5]).all()
+
+
+def test_crops_of_two_sizes_are_told_with_both_names(tmp_path):
+    first = write_crop(tmp_path / "first.nii.gz", random_crop((8, 8, 8)))
+    second = write_crop(tmp_path / "second.nii.gz", random_crop((8, 8, 9)))
+    with pytest.raises(UserError, match=r"second.nii.gz: has 8 8 9 voxels, but .*first.nii.gz has 8 8 8") as caught:
+        finetune.check_crops([first, second], Processes())
+    assert caught.value.everywhere
+    with pytest.raises(DataError, match=r"second.nii.gz: has 8 8 9 voxels, but .*first.nii.gz has 8 8 8"):
+        finetune.read_crop(second, (4, 4, 4), (first, [8, 8, 8]))
+    size, spacing = finetune.check_crops([first, first], Processes())
+    assert size == [8, 8, 8] and spacing == [1.0, 1.0, 1.0]
+
+
+def test_names_are_paths_without_suffix():
+    assert finetune.case_names(["/d/a/x.nii.gz", "/d/b/x.hdf5"], "/d") == ["a/x", "b/x"]
+    with pytest.raises(UserError, match="same name"):
+        finetune.case_names(["/d/a/x.nii.gz", "/d/a/x.nii"], "/d")
+
+
+def drawn_window(augmentation, crop, seed=0, epoch=0, case=0):
+    group = collate_views([augmentation.draw(seed, epoch, case, crop.shape)])[0]
+    return augmentation.render(torch.from_numpy(crop)[None], group, (-1000, 600))[0, 0]
+
+
+@pytest.mark.parametrize("shape, size", [((20, 18, 11), (12, 12, 6)), ((12, 12, 6), (12, 12, 6)),
+                                         ((13, 14, 7), (12, 12, 6))])
+def test_without_augmentations_training_sees_what_evaluation_sees(shape, size):
+    crop = random_crop(shape)
+    window = drawn_window(WindowAugmentation(Policy(), size, (0, 0, 0)), crop)
+    expected = scale_intensity(torch.from_numpy(finetune.centre_window(crop, np.array(size))), -1000, 600)
+    torch.testing.assert_close(window, expected, atol=1e-5, rtol=0)
+
+
+def test_shift_moves_the_centre_by_whole_voxels():
+    crop = random_crop((20, 20, 12))
+    augmentation = WindowAugmentation(Policy(), (12, 12, 6), (3, 0, 2))
+    full, seen = scale_intensity(torch.from_numpy(crop), -1000, 600), set()
+    for case in range(60):
+        window = drawn_window(augmentation, crop, case=case)
+        found = [(x, z) for x, z in itertools.product(range(-3, 4), range(-2, 3))
+                 if (full[4 + x:16 + x, 4:16, 3 + z:9 + z] - window).abs().max() < 1e-4]
+        assert len(found) == 1
+        seen.update(found)
+    assert {x for x, _ in seen} == set(range(-3, 4)) and {z for _, z in seen} == set(range(-2, 3))
+
+
+def test_augmentations_depend_on_seed_epoch_and_case_alone():
+    crop = random_crop((20, 20, 12))
+    augmentation = WindowAugmentation(paper_policy(("rotation", "scale", "flip", "elastic", "gaussian", "histogram")),
+                                      (12, 12, 6), (2, 2, 2))
+    windows = {key: drawn_window(augmentation, crop, *key) for key in itertools.product((0, 1), repeat=3)}
+    for (a, first), (b, second) in itertools.combinations(windows.items(), 2):
+        assert not torch.equal(first, second), (a, b)
+    assert all(torch.equal(window, drawn_window(augmentation, crop, *key)) for key, window in windows.items())
+
+
+def test_rotations_in_mm():
+    """With a spacing, control points are turned as a rigid body in mm: distances between them are kept in mm."""
+    spacing = np.array([0.5, 0.7, 2.0])
+    augmentation = WindowAugmentation(Policy(rotation=30, prob=1), (12, 12, 6), (0, 0, 0), spacing)
+    control = augmentation.draw(0, 0, 0, (12, 12, 6))[0].control[0]  # (gx, gy, gz, 3) in voxels
+    lattice = augmentation.lattice
+    for axis in range(3):
+        steps = np.linalg.norm(np.diff(control, axis=axis) * spacing, axis=-1)
+        np.testing.assert_allclose(steps, lattice.spacing[axis] * spacing[axis], rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+def global_batches(cases, batch, world, position=0, epochs=2):
+    """[counted cases of all ranks] for each step, and what each rank got."""
+    def order_of(epoch):
+        return np.random.default_rng(epoch).permutation(cases)
+    ranks = [list(TrainingBatches(order_of, batch, rank, world, 0, position, epochs)) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1  # every rank takes every step
+    assert all(len(share) >= 1 for steps in ranks for share in steps)
+    return [[(epoch, case) for share in step for epoch, case, counted in share if counted]
+            for step in zip(*ranks)], ranks
+
+
+@pytest.mark.parametrize("cases", [1, 7, 12, 13])
+def test_ranks_share_the_same_batches(cases):
+    one, _ = global_batches(cases, 6, 1)
+    two, _ = global_batches(cases, 3, 2)
+    three, ranks = global_batches(cases, 2, 3)
+    assert one == two == three
+    for epoch in range(2):
+        seen = [case for step in one for e, case in step if e == epoch]
+        assert sorted(seen) == list(range(cases))  # every case once, the last smaller batch too
+    if cases == 13:
+        assert [not share[0][2] for steps in ranks for share in steps[2::3]] == [False, False, True, True, True, True]
+
+
+def test_batches_go_on_from_a_position():
+    whole, _ = global_batches(13, 3, 2)
+    rest, _ = global_batches(13, 3, 2, position=6)
+    assert rest == whole[1:]
+
+
+def test_done_counts_to_the_end_of_an_epoch():
+    done = finetune.Done()
+    for cases in (6, 6, 1, 6):
+        done.count_step(cases, 13)
+    assert (done.epoch, done.position, done.step, done.cases) == (1, 6, 4, 19)
+
+
+def test_each_case_has_one_row():
+    class Two(Processes):
+        def gather(self, value):
+            return [value, other]
+    other = {3: np.array([3.0])}
+    assert finetune.collect(Two(), [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
+    for cases, mine in (([1, 3], {3: np.zeros(1)}), ([1, 3], {}), ([3], {1: np.zeros(1)})):
+        with pytest.raises(RuntimeError):
+            finetune.collect(Two(), cases, mine)
+
+
+# ----------------------------------------------------------------------------------------------------- optimisation
+
+
+def test_learning_rates_fall_from_layer_to_layer():
+    from decoders import Classifier, LinearHead
+    model = Classifier(VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3),
+                       LinearHead(24, 2))
+    groups = finetune.layer_groups(model, "encoder.", 3, 0.5, 0.05)
+    place = {id(p): group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(place) == len(list(model.parameters()))
+    expected = {"encoder.patch_embed": 0.5 ** 4, "encoder.cls_token": 0.5 ** 4, "encoder.pos_embed": 0.5 ** 4,
+                "encoder.blocks.0.": 0.5 ** 3, "encoder.blocks.1.": 0.25, "encoder.blocks.2.": 0.5, "encoder.norm": 1,
+                "head": 1}
+    for name, parameter in model.named_parameters():
+        group = place[id(parameter)]
+        assert group["scale"] == next(scale for start, scale in expected.items() if name.startswith(start)), name
+        plain = parameter.ndim == 1 or name.endswith(("cls_token", "pos_embed"))
+        assert group["weight_decay"] == (0 if plain else 0.05), name
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    finetune.set_learning_rate(optimizer, 0.2)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.0125, 0.025, 0.05, 0.1, 0.2])
+    frozen = Classifier(model.encoder, model.head, freeze_encoder=True)
+    assert sum(len(group["params"]) for group in finetune.layer_groups(frozen, "encoder.", 3, 0.5, 0.05)) == 2
+
+
+def test_learning_rate_over_a_fold():
+    rates = [finetune.learning_rate(1.0, 0.1, 10, 2, 50, seen) for seen in (0, 50, 100, 300, 500)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.55, 0.1])
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def test_bootstrap_draws_patients():
+    """A mean's interval: 1.96 standard errors over patients, with ten equal cases of each or one."""
+    values = np.random.default_rng(0).normal(size=400)
+    half = 1.96 * values.std() / 20
+    for cases in (1, 10):
+        repeated, patients = np.repeat(values, cases), np.repeat(np.arange(400), cases)
+        low, high = finetune.bootstrap_interval(lambda w, v=repeated: float((w * v).sum() / w.sum()), patients)
+        assert [low, high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.02)
+    assert finetune.bootstrap_interval(lambda weights: None, [1, 2]) is None
+
+
+def test_mean_and_deviation():
+    records = [{"auc": 0.5, "one": 1.0, "none": None}, {"auc": 0.7, "one": None, "none": None},
+               {"auc": 0.9, "one": None, "none": None}]
+    means, deviations = finetune.mean_and_deviation(records, ["auc", "one", "none"])
+    assert means == {"auc": pytest.approx(0.7), "one": 1.0, "none": None}
+    assert deviations == {"auc": pytest.approx(np.std([0.5, 0.7, 0.9], ddof=1)), "one": None, "none": None}
+
+
+def test_tables_keep_all_digits(tmp_path):
+    value = float(np.float64(1) / 3)
+    finetune.write_table(tmp_path / "t.csv", ["case", "p"], [["a,b", value], ["c", 1e-17]])
+    rows = finetune.read_table(tmp_path / "t.csv")
+    assert [(row["case"], float(row["p"])) for row in rows] == [("a,b", value), ("c", 1e-17)]
+    with pytest.raises(ValueError):
+        finetune.write_json(tmp_path / "m.json", {"auc": float("nan")})
+    assert not (tmp_path / "m.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+
+GIVEN = dict.fromkeys(finetune.ENCODER)
+
+
+@pytest.fixture
+def pretrained(tmp_path, monkeypatch):
+    """A checkpoint of a small encoder with a config."""
+    import functools
+    small = functools.partial(VisionTransformer, embed_dim=24, depth=2, num_heads=3)
+    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", small)
+    torch.manual_seed(0)
+    model = ARCHITECTURES["vit_tiny"]((24, 24, 12), (12, 12, 6))
+    state = {"backbone." + name: tensor for name, tensor in model.state_dict().items()}
+    config = {"arch": "vit_tiny", "patch_size": [12, 12, 6], "input_size": [24, 24, 12], "clip_range": [-1350.0, 150.0],
+              "spacing": [1.0, 1.0, 2.0]}
+    torch.save({"teacher": state, "student": state, "config": config}, tmp_path / "model.pth")
+    return tmp_path / "model.pth", config, model
+
+
+def test_the_encoder_is_as_the_checkpoint_says(pretrained):
+    path, config, model = pretrained
+    encoder = finetune.load_encoder(str(path), "teacher", GIVEN)
+    assert encoder.settings() == config
+    built = encoder.build()
+    assert built.img_size == (24, 24, 12)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in built.state_dict().items())
+    same = finetune.load_encoder(str(path), "teacher", GIVEN | {"arch": "vit_tiny", "input_size": [24, 24, 12]})
+    assert same.settings() == config
+
+
+def test_a_file_without_config_needs_flags(pretrained, tmp_path):
+    path, config, model = pretrained
+    torch.save({"teacher": model.state_dict(), "args": argparse.Namespace(arch="vit_tiny", lr=1.0)},
+               tmp_path / "old.pth")
+    with pytest.raises(UserError, match="pos_embed.*--arch vit_tiny"):  # of the default size
+        finetune.load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN)
+    encoder = finetune.load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN | {"input_size": [24, 24, 12]})
+    assert encoder.arch == "vit_tiny" and encoder.clip_range == [-1000.0, 1000.0] and encoder.spacing is None
+
+
+@pytest.mark.parametrize("given, says", [
+    ({"arch": "vit_small"}, "--arch vit_small contradicts"),
+    ({"patch_size": [6, 6, 6]}, "--patch_size 6 6 6 contradicts"),
+    ({"input_size": [48, 48, 24]}, "--input_size 48 48 24 contradicts"),
+    ({"clip_range": [-1000.0, 1000.0]}, "--clip_range -1000 1000 contradicts"),
+    ({"spacing": [2.0, 2.0, 2.0]}, "--spacing 2 2 2 contradicts"),
+])
+def test_contradictions(pretrained, given, says):
+    with pytest.raises(UserError, match=says) as caught:
+        finetune.load_encoder(str(pretrained[0]), "teacher", GIVEN | given)
+    assert caught.value.everywhere and "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing_or_broken(pretrained, tmp_path):
+    path = pretrained[0]
+    (tmp_path / "broken.pth").write_bytes(path.read_bytes()[:1000])
+    for name, key, says in ((tmp_path / "no.pth", "teacher", "no such file"),
+                            (tmp_path / "broken.pth", "teacher", "can't be read"),
+                            (path, "ema", "--checkpoint_key")):
+        with pytest.raises(UserError, match=says):
+            finetune.load_encoder(str(name), key, GIVEN)
+
+
+def test_folds_of_a_run(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        finetune.fold_folders(tmp_path / "nowhere", "best.pth")
+    for fold in (0, 2, 10):
+        (tmp_path / str(fold)).mkdir()
+    with pytest.raises(UserError, match="no trained fold"):
+        finetune.fold_folders(tmp_path, "best.pth")
+    for fold in (0, 2, 10):
+        (tmp_path / str(fold) / "best.pth").touch()
+    assert [folder.name for folder in finetune.fold_folders(tmp_path, "best.pth")] == ["0", "2", "10"]
+    assert finetune.fold_folders(tmp_path / "2", "best.pth") == [tmp_path / "2"]
+
+
+def test_json_is_readable(tmp_path):
+    finetune.write_json(tmp_path / "x.json", {"a": None})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None} == finetune.read_json(tmp_path / "x.json")
