@@ -93,8 +93,10 @@ class Volume:
     def read_labels(self):
         """(X, Y, Z) uint8 classes of a mask. Raises DataError for values that are no whole numbers from 0 to 255."""
         voxels = self._take_oriented(np.zeros(3, int), np.array(self.shape))
+        if voxels.dtype.kind not in "iuf":
+            raise DataError(self.path, f"has label voxels of type {voxels.dtype}, expected whole numbers")
         found = np.unique(voxels)
-        if voxels.dtype.kind not in "iuf" or not ((found >= 0) & (found <= 255) & (found == np.floor(found))).all():
+        if not ((found >= 0) & (found <= 255) & (found == np.floor(found))).all():
             wrong = [f"{value:g}" for value in found if not (0 <= value <= 255 and value == np.floor(value))][:3]
             raise DataError(self.path, f"has label values such as {', '.join(wrong)}, expected whole numbers from 0 to 255")
         return voxels.astype(np.uint8)
