@@ -2,6 +2,7 @@
 nibabel, crops and resampled images against functions of the place in the world, broken files, labels and crops."""
 import gzip
 import itertools
+import locale
 import os
 import re
 import shutil
@@ -243,6 +244,7 @@ def test_signed_and_unsigned_slices_in_one_series(tmp_path):
 def test_transfer_syntaxes(syntax, tmp_path, capfd):
     stored = noise((40, 32, 5))
     own = syntax if syntax in (ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian) else ExplicitVRLittleEndian
+    before = locale.setlocale(locale.LC_ALL)
     paths = write_dicom(tmp_path, stored, syntax=own)
     for path in paths if own != syntax else []:
         if syntax == RLELossless:
@@ -261,10 +263,12 @@ def test_transfer_syntaxes(syntax, tmp_path, capfd):
         writer.SetCompressor(syntax)
         writer.SetFileName(path)
         writer.Execute(short)
+    locale.setlocale(locale.LC_ALL, before)  # the JPEG writer, not the reader, sets it to C for the whole process
     capfd.readouterr()  # what the writers print
     used = pydicom.dcmread(paths[0]).file_meta.TransferSyntaxUID
     assert used == syntax if own == syntax else used.is_compressed
     assert_is(read_dicom(paths), *canonical((stored - 1024).astype(np.int16), affine_to_ras(np.eye(3))))
+    assert locale.setlocale(locale.LC_ALL) == before
 
     if used.is_encapsulated:
         whole = Path(paths[2]).read_bytes()
