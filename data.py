@@ -51,7 +51,7 @@ class Volume:
         self.path = path
         self._closing = contextlib.ExitStack()
         try:
-            opener = _open_hdf5 if str(path).endswith((".hdf5", ".h5")) else _open_nifti
+            opener = _open_hdf5 if is_hdf5(path) else _open_nifti
             shape, affine, self._take = opener(path, self._closing)
             self._orient(shape, affine)
         except DataError:
@@ -90,11 +90,16 @@ class Volume:
         patch[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
         return patch
 
-    def read_labels(self):
-        """(X, Y, Z) uint8 classes of a mask. Raises DataError for values that are no whole numbers from 0 to 255."""
+    def read_values(self):
+        """(X, Y, Z) numbers as they are stored, of whatever type. Raises DataError where they are none."""
         voxels = self._take_oriented(np.zeros(3, int), np.array(self.shape))
         if voxels.dtype.kind not in "iuf":
-            raise DataError(self.path, f"has label voxels of type {voxels.dtype}, expected whole numbers")
+            raise DataError(self.path, f"has voxels of type {voxels.dtype}, expected numbers")
+        return voxels
+
+    def read_labels(self):
+        """(X, Y, Z) uint8 classes of a mask. Raises DataError for values that are no whole numbers from 0 to 255."""
+        voxels = self.read_values()
         found = np.unique(voxels)
         if not ((found >= 0) & (found <= 255) & (found == np.floor(found))).all():
             wrong = [f"{value:g}" for value in found if not (0 <= value <= 255 and value == np.floor(value))][:3]
@@ -129,6 +134,10 @@ class Volume:
 
     def __exit__(self, *_):
         self.close()
+
+
+def is_hdf5(path):
+    return str(path).lower().endswith((".hdf5", ".h5"))
 
 
 def _open_hdf5(path, closing):
@@ -243,7 +252,7 @@ def find_volumes(folder):
     def fail(error):
         raise DataError(error.filename, f"can't be listed ({error.strerror})") from error
     return sorted(os.path.relpath(os.path.join(here, name), folder) for here, names in walk_files(folder, fail)
-                  for name in names if name.endswith(SUFFIXES))
+                  for name in names if name.lower().endswith(SUFFIXES))
 
 
 def read_data_list(path, folder=None):
@@ -301,7 +310,7 @@ class Pair(NamedTuple):
 def stem(path):
     """Name of a volume's file without folders and suffix: scan for a/scan.nii.gz."""
     name = os.path.basename(path)
-    return next((name[:-len(suffix)] for suffix in SUFFIXES if name.endswith(suffix)), name)
+    return next((name[:-len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
 
 
 def find_crops(folder):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from data import AIR, LPS, DataError, Volume, to_int16
+from data import AIR, LPS, DataError, Volume, is_hdf5, to_int16
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mhd", ".mha", ".nrrd", ".nhdr", ".hdf5", ".h5")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -232,10 +232,12 @@ def read_raw(path):
         raise DataError(path, "can't be read: no such file")
     if os.path.getsize(path) == 0:
         raise DataError(path, "can't be read: the file is empty")
-    if path.endswith((".hdf5", ".h5")):  # in chunks and filters that ITK does not know
+    if is_hdf5(path):  # in chunks and filters that ITK does not know
         try:
             with Volume(path) as volume:
-                return make_image(volume.read(), volume.affine)
+                voxels = volume.read_values()
+                native = np.float32 if voxels.dtype == np.float16 else voxels.dtype.newbyteorder("=")  # all that ITK takes
+                return make_image(voxels.astype(native), volume.affine)
         except DataError as error:
             raise DataError(path, _one_line(error.reason, path)) from error
     reader = sitk.ImageFileReader()

@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import h5py
 import nibabel
 import numpy as np
 import pydicom
@@ -573,6 +574,17 @@ def test_other_voxel_types_are_rounded_and_clamped(dtype, suffix, tmp_path):
     image = read_image(path)
     assert image.GetPixelID() == sitk.sitkInt16
     np.testing.assert_array_equal(contents(image)[0], as_hu(stored.astype(np.float64))[::-1, ::-1])
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", ">i2", "<f2"])
+def test_hdf5_is_read_as_it_is_stored(dtype, tmp_path):
+    stored = (noise((4, 3, 5), -9, 9) / (1 if "i" in dtype else 4)).astype(dtype)
+    sitk.WriteImage(itk_image(stored.astype(np.float32)), tmp_path / "mask.hdf5")
+    with h5py.File(tmp_path / "mask.hdf5", "r+") as file:
+        del file["ITKImage/0/VoxelData"]
+        file["ITKImage/0/VoxelData"] = stored.T
+    os.rename(tmp_path / "mask.hdf5", tmp_path / "mask.HDF5")
+    np.testing.assert_array_equal(contents(read_raw(str(tmp_path / "mask.HDF5")))[0], stored[::-1, ::-1])
 
 
 @pytest.mark.parametrize("endian", "<>")
@@ -1331,14 +1343,14 @@ def test_a_missing_folder_of_crops_or_pairs_is_named(tmp_path):
 
 
 def test_pairs_are_found_by_name_whatever_the_suffix(tmp_path):
-    touch(tmp_path, "images/b.nii.gz", "labels/b.nii", "images/a.hdf5", "labels/a.nii.gz", "images/c.d.nii.gz",
+    touch(tmp_path, "images/b.nii.gz", "labels/b.NII", "images/a.hdf5", "labels/a.nii.gz", "images/c.d.nii.gz",
           "labels/c.d.nii.gz", "images/._a.nii.gz", "images/notes.txt", "manifest.csv")
     pairs, problems = find_pairs(tmp_path)
     assert problems == []
     assert pairs == [Pair("a", str(tmp_path / "images/a.hdf5"), str(tmp_path / "labels/a.nii.gz")),
-                     Pair("b", str(tmp_path / "images/b.nii.gz"), str(tmp_path / "labels/b.nii")),
+                     Pair("b", str(tmp_path / "images/b.nii.gz"), str(tmp_path / "labels/b.NII")),
                      Pair("c.d", str(tmp_path / "images/c.d.nii.gz"), str(tmp_path / "labels/c.d.nii.gz"))]
-    assert [stem(name) for name in ("x/a.nii.gz", "a.nii", "a.b.hdf5", "a.h5", "a")] == ["a", "a", "a.b", "a", "a"]
+    assert [stem(name) for name in ("x/a.nii.gz", "a.NII", "a.b.hdf5", "a.h5", "a")] == ["a", "a", "a.b", "a", "a"]
 
 
 def test_everything_that_is_wrong_with_pairs_is_named(tmp_path):
