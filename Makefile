@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-# A pre-training run that ends within minutes on a CPU. It shows that training runs, not that it helps.
+# Runs that end within minutes on a CPU. They show that training runs, not that it helps.
 DEMO_FLAGS ?= --input_size 48 48 24 --local_crops_scale 0.75 --local_crops_number 4 --out_dim 1024 \
 	--batch_size_per_gpu 32 --patches_per_volume 160 --epochs 10 --warmup_epochs 2 --lr 0.004 --drop_path_rate 0 \
 	--teacher_temp 0.06 --warmup_teacher_temp_epochs 4 --log_every 5
+
+LNC_DEMO_FLAGS ?= --folds subsets --epochs 5 --batch_size_per_gpu 8
 
 PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
 RUNTIME = $(VENV)/.runtime-installed
@@ -15,15 +17,17 @@ TEST = $(VENV)/.test-installed
 .PHONY: help demo test clean-demo
 
 help:
-	@echo "make demo        install, fetch two lung CTs and pre-train a small model on them into demo/pretrain"
+	@echo "make demo        install, fetch two lung CTs, pre-train a small model (demo/pretrain) and fine-tune it (demo/lnc)"
 	@echo "make test        install and run the tests"
 	@echo "make clean-demo  delete demo/"
-	@echo "PYTHON=python3.12 chooses the interpreter, VENV=.venv the virtual environment, DEMO_FLAGS=... the demo's run"
+	@echo "PYTHON=python3.12 chooses the interpreter, VENV=.venv the virtual environment, DEMO_FLAGS=... and LNC_DEMO_FLAGS=... the demo's runs"
 
 demo: $(RUNTIME)
 	"$(VENV)/bin/python" prepare_data.py demo --output demo/data
 	"$(VENV)/bin/torchrun" --standalone --nproc_per_node=1 main_dino.py --arch vit_tiny \
 		--data_dir demo/data/pretrain --output_dir demo/pretrain $(DEMO_FLAGS)
+	"$(VENV)/bin/torchrun" --standalone --nproc_per_node=1 main_lnc_luna16.py --pretrained_weights demo/pretrain/checkpoint.pth \
+		--data_dir demo/data/luna16 --output_dir demo/lnc $(LNC_DEMO_FLAGS)
 
 test: $(TEST)
 	"$(VENV)/bin/python" -m pytest tests

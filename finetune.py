@@ -198,7 +198,7 @@ def case_names(paths, folder):
     names = {}
     for path in paths:
         name = os.path.relpath(path, folder)
-        name = next(name[:-len(suffix)] for suffix in SUFFIXES if name.endswith(suffix)).replace(os.sep, "/")
+        name = next(name[:-len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)).replace(os.sep, "/")
         if name in names:
             raise UserError(f"{path}: has the same name as {names[name]}, expected one file of each name")
         names[name] = path
