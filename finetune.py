@@ -7,20 +7,26 @@ nor the number of processes nor an interruption changes what a case is trained o
 """
 import csv
 import json
+import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 import utils
 from augmentations import Lattice, ViewParameters, collate_views, keyed_rng, render_views, scale_intensity
+from checkpoint import load_checkpoint, save_checkpoint
 from data import SUFFIXES, DataError, Volume
-from utils import UserError, boolean, number, spaced
+from monitor import forget_after
+from utils import UserError, append_json, boolean, number, spaced
 from vision_transformer import ARCHITECTURES
 
 # Where neither a flag nor the checkpoint's config says
@@ -29,6 +35,7 @@ ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96
 NUM_TEST = 37              # cases of the paper's test set
 SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
 BOOTSTRAP_ROUNDS = 1000
+SAVE_SECONDS = 30          # between checkpoints, at ends of epochs: a run that is cut off loses that much, or an epoch
 
 
 class Device(NamedTuple):
@@ -568,20 +575,6 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr * group["scale"]
 
 
-@dataclass
-class Done:
-    """How far a fold is: epochs finished, cases of the current one, and steps and cases in all."""
-    epoch: int = 0
-    position: int = 0
-    step: int = 0
-    cases: int = 0
-
-    def count_step(self, cases, epoch_length):
-        self.position, self.step, self.cases = self.position + cases, self.step + 1, self.cases + cases
-        if self.position >= epoch_length:
-            self.epoch, self.position = self.epoch + 1, 0
-
-
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
@@ -640,6 +633,259 @@ def read_table(path):
     """[{column: text}] of a CSV."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------------ fold by fold
+
+
+class Recipe(NamedTuple):
+    """How every fold is trained. rates: gives the head's learning rate from cases per epoch and cases seen."""
+    epochs: int
+    val_freq: int
+    optimizer: str
+    rates: callable
+    weight_decay: float
+    layer_decay: float
+    seed: int
+
+
+class Fold(NamedTuple):
+    """One fold: its number, its folder, the case numbers of its three sides, and its model.
+
+    cases: the script's data set; model: with the encoder as `model.encoder`; say: prints, on the main process alone
+    """
+    number: int
+    folder: Path
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    cases: NamedTuple
+    model: nn.Module
+    device: Device
+    say: callable
+
+
+class Task(NamedTuple):
+    """What a script brings to a fold: functions, whose fold is already theirs.
+
+    order: (n,) samples of an epoch in their order, given the epoch
+    dataset: gives samples of keys (epoch, sample, counted), for `collate_crops`
+    losses: (B,) loss and (B,) weight of each sample, given the network and a CropBatch on the CPU
+    fit: called once before a new fold's training
+    validate: what is known of the best epoch, as `keep_best` gives it, from what was known, a Done and the config
+    test: evaluates the best epoch and writes the fold's tables and metrics.json
+    show: puts pictures into TensorBoard, given its writer and the step, after a validation, on the main process alone
+    """
+    order: callable
+    dataset: Dataset
+    losses: callable
+    fit: callable
+    validate: callable
+    test: callable
+    show: callable = lambda writer, step: None
+
+
+class Run(NamedTuple):
+    """What a step needs. network: the model as it is called; epoch_length, global_batch: in samples."""
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch_length: int
+    global_batch: int
+
+
+@dataclass
+class Done:
+    """How far a fold is: epochs finished, samples of the current one, and steps and samples in all."""
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    cases: int = 0
+
+    def count_step(self, cases, epoch_length):
+        self.position, self.step, self.cases = self.position + cases, self.step + 1, self.cases + cases
+        if self.position >= epoch_length:
+            self.epoch, self.position = self.epoch + 1, 0
+
+
+def run_fold(fold, recipe, task, config, most_steps):
+    """Train, validate and test one fold, from where it stopped.
+
+    Returns the steps taken, at most `most_steps`, and whether the fold is finished.
+    """
+    processes, model = fold.device.processes, fold.model
+    state = load_checkpoint(fold.folder / "checkpoint.pth")
+    if state and state["epoch"] >= recipe.epochs and is_finished(fold.folder):
+        fold.say(f"fold {fold.number}: done before")
+        return 0, True
+    if most_steps <= 0:
+        return 0, False
+    processes.from_main(lambda: start_folder(fold.folder))
+    if state is None:
+        task.fit()
+    groups = layer_groups(model, "encoder.", len(model.encoder.blocks), recipe.layer_decay, recipe.weight_decay)
+    optimizer = utils.make_optimizer(recipe.optimizer, groups) if groups else None
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=fold.device.dtype == torch.float16)
+    done, best = Done(), None
+    if state:
+        model.load_state_dict(state["model"])
+        if groups:
+            optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        done, best = Done(*(state[name] for name in Done.__dataclass_fields__)), state["best"]
+        fold.say(f"fold {fold.number}: going on after step {done.step}, epoch {done.epoch}")
+    network = model
+    if processes.world_size > 1 and groups:
+        devices = None if processes.device.type == "cpu" else [processes.device]
+        network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    run = Run(network, optimizer, scaler, len(task.order(0)), fold.device.batch_size * processes.world_size)
+    before = done.step
+    best = train_fold(fold, recipe, task, run, done, best, config, most_steps)
+    if done.epoch < recipe.epochs:
+        return done.step - before, False
+    if best is None:
+        best = task.validate(None, done, config)
+    save(fold, run, done, best, config)
+    task.test()
+    return done.step - before, True
+
+
+def train_fold(fold, recipe, task, run, done, best, config, most_steps):
+    """Train to the last epoch or for `most_steps`; returns what `validate` said of the best epoch."""
+    processes = fold.device.processes
+    if done.epoch >= recipe.epochs:
+        return best
+    stream = TrainingBatches(task.order, fold.device.batch_size, processes.rank, processes.world_size, done.epoch,
+                             done.position, recipe.epochs)
+    batches = iter(DataLoader(task.dataset, batch_sampler=stream, collate_fn=collate_crops,
+                              num_workers=fold.device.workers, pin_memory=processes.device.type == "cuda"))
+    writer = utils.Silent()
+    if processes.is_main:
+        from torch.utils.tensorboard import SummaryWriter
+        forget_after(fold.folder / "log.txt", done.step)
+        writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=done.step)
+    last_step, saved = done.step + most_steps, time.monotonic()
+    while done.epoch < recipe.epochs and done.step < last_step:
+        began, epoch = time.perf_counter(), done.epoch
+        left = -(-(run.epoch_length - done.position) // run.global_batch)  # steps, the last one with what remains
+        loss, waited = train_one_epoch(fold, recipe, task, run, batches, int(min(left, last_step - done.step)), done)
+        if not math.isfinite(loss):
+            raise UserError(f"fold {fold.number}: training has diverged in epoch {epoch + 1} (loss {loss}); what was "
+                            "saved before is unharmed. Lower --lr or take --precision fp32", everywhere=True)
+        if done.epoch > epoch:
+            rate = recipe.rates(run.epoch_length, done.cases)
+            record = {"epoch": done.epoch, "step": done.step, "loss": loss, "lr": rate}
+            if done.epoch % recipe.val_freq == 0 or done.epoch == recipe.epochs:
+                best = task.validate(best, done, config)
+                record |= {f"validation_{name}": value for name, value in best["last"].items()}
+                if processes.is_main:
+                    task.show(writer, done.step)
+            record |= {"seconds": round(time.perf_counter() - began, 2), "waiting_for_data": round(waited, 2)}
+            report(fold, recipe, record, best, writer)
+        if processes.is_main and (time.monotonic() - saved > SAVE_SECONDS or done.step >= last_step):
+            save(fold, run, done, best, config)
+            saved = time.monotonic()
+    writer.close()
+    return best
+
+
+def train_one_epoch(fold, recipe, task, run, batches, steps, done):
+    """Take `steps` steps on what the iterator `batches` gives; `done` counts them. Returns mean loss and waiting."""
+    processes = fold.device.processes
+    fold.model.train()
+    sums, waited = torch.zeros(2, dtype=torch.float64, device=processes.device), 0.0
+    for _ in range(steps):
+        began = time.perf_counter()
+        batch = utils.next_batch(batches)
+        waited += time.perf_counter() - began
+        utils.seed_step(recipe.seed, done.step, processes.rank)
+        set_learning_rate(run.optimizer, recipe.rates(run.epoch_length, done.cases))
+        sums += train_step(run, processes, *task.losses(run.network, batch))
+        done.count_step(min(run.global_batch, run.epoch_length - done.position), run.epoch_length)
+    loss, weight = processes.sum(sums).tolist()
+    return loss / weight, waited
+
+
+def train_step(run, processes, losses, weights):
+    """One step on the weighted mean of losses over the global batch.
+
+    losses: (B,); weights: (B,) of each sample, 0 for one that doesn't count
+    Returns (2,) this rank's sums of weighted losses and of weights.
+    """
+    loss = (weights * losses).sum()
+    total = processes.sum(weights.sum())  # of all ranks
+    run.optimizer.zero_grad(set_to_none=True)
+    # DDP takes the mean of the ranks' gradients, and their sum is what belongs to the sum of their losses
+    run.scaler.scale(loss * (processes.world_size / total)).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return torch.stack([loss.detach(), weights.sum()]).double()
+
+
+def keep_best(fold, best, last, done, config, more):
+    """What is known of the best epoch: {its score, "loss", "epoch", "last", more}; saves best.pth if it is this one.
+
+    last: {score's name: value or None, "loss": value} of now. Best is the highest score, then the lowest loss.
+    more: what else to remember of the best epoch
+    """
+    score = next(iter(last))
+
+    def rank(values):
+        return values[score] or 0, -values["loss"]
+    if best and rank(best) >= rank(last):
+        return best | {"last": last}
+    best = last | {"epoch": done.epoch, "last": last} | more
+    if fold.device.processes.is_main:
+        save_checkpoint(fold.folder / "best.pth", {"model": fold.model.state_dict(), "best": best, "config": config})
+    return best
+
+
+def load_best(fold):
+    """Give the model its best epoch's weights; returns what `keep_best` knew of it. Raises UserError."""
+    def there():  # rank 0 may just have written it
+        if not (fold.folder / "best.pth").is_file():
+            raise UserError(f"{fold.folder / 'best.pth'}: is missing; remove its folder to train this fold again")
+    fold.device.processes.from_main(there)
+    state = load_checkpoint(fold.folder / "best.pth")
+    fold.model.load_state_dict(state["model"])
+    return state["best"]
+
+
+def report(fold, recipe, record, best, writer):
+    """One epoch, on the console, in log.txt and in TensorBoard."""
+    if not fold.device.processes.is_main:
+        return
+    append_json(fold.folder / "log.txt", record)
+    for name, value in record.items():
+        if name not in ("epoch", "step") and value is not None:
+            writer.add_scalar(name, value, record["step"])
+    line = f"fold {fold.number} epoch {record['epoch']}/{recipe.epochs}: loss {record['loss']:.4f}"
+    if "validation_loss" in record:
+        score = next(iter(best["last"]))
+        line += (f", validation {'AUC' if score == 'auc' else score} {told(record['validation_' + score])}, loss "
+                 f"{record['validation_loss']:.4f} (best: {told(best[score])} in epoch {best['epoch']})")
+    fold.say(f"{line}, {record['seconds']:.1f} s")
+
+
+def one_step_notice(longest, epochs, global_batch):
+    """[] or [one line] where an epoch, of `longest` samples at most, is a single step, of which few epochs make few."""
+    if longest > global_batch or not epochs:
+        return []
+    return [f"an epoch of {longest} samples is one step: {epochs} epochs are {epochs} steps; for more of them lower "
+            "--batch_size_per_gpu"]
+
+
+def save(fold, run, done, best, config):
+    """Write the fold's checkpoint.pth."""
+    if fold.device.processes.is_main:
+        save_checkpoint(fold.folder / "checkpoint.pth", {
+            "model": fold.model.state_dict(), "optimizer": run.optimizer.state_dict() if run.optimizer else {},
+            "scaler": run.scaler.state_dict(), **asdict(done), "best": best, "config": config})
+
+
+def check_same_run(output_dir, config, fixed):
+    """UserError where the first fold's checkpoint is of a run in which one of the `fixed` names had another value."""
+    load_checkpoint(output_dir / "0" / "checkpoint.pth", {name: config[name] for name in fixed})
 
 
 def fold_folders(path, name):

@@ -13,29 +13,24 @@ config.json, TensorBoard.
 import functools
 import math
 import os
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import finetune
 import utils
 from augmentations import PAPER, paper_policy, scale_intensity
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint
 from data import SUFFIXES, DataError, find_crops, find_volumes
 from decoders import Classifier, LinearHead, NearestNeighbours
-from finetune import Done, Encoder, EvaluationCrops, TrainingBatches, TrainingCrops, WindowAugmentation, collate_crops
-from monitor import forget_after, planes
-from utils import UserError, append_json, montage, number, radiological, spaced
+from finetune import Encoder, EvaluationCrops, Fold, TrainingCrops, WindowAugmentation, collate_crops
+from monitor import planes
+from utils import UserError, montage, number, radiological, spaced
 
-SAVE_SECONDS = 30  # between checkpoints, at ends of epochs: a run that is cut off loses that much, or an epoch
 SHOWN_ERRORS = 10  # in errors.png
 FIGURES = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
 # What must not change while a run goes on fold by fold
@@ -104,6 +99,7 @@ def main(argv=None):
     if "crop_size" not in data:
         check_training_sides(sides, cases)
         data["crop_size"], data["crop_spacing"] = finetune.check_crops(cases.paths, processes)
+    cases = cases._replace(crop_size=data["crop_size"])
 
     # --------------------------------------------------------------------------------------------------------- model
     args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
@@ -119,25 +115,25 @@ def main(argv=None):
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, in_mm)
     epochs = 0 if args.protocol == "knn" else args.epochs
     rates = functools.partial(finetune.learning_rate, args.lr, args.min_lr, epochs, args.warmup_epochs)
-    recipe = Recipe(args.protocol, epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay,
-                    args.negatives, augmentation, tuple(args.clip_range), args.seed)
+    recipe = finetune.Recipe(epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed)
 
     # ------------------------------------------------------------------------------------------------------ training
-    processes.from_main(lambda: check_same_run(output_dir, config))
+    processes.from_main(lambda: finetune.check_same_run(output_dir, config, FIXED))
     if processes.is_main:
         utils.write_config(output_dir / "config.json", config, processes, cases=len(cases.names))
         finetune.save_splits(output_dir / "splits.json", splits, data)
-    notices += one_step_notice(sides, cases, recipe, args.batch_size_per_gpu * processes.world_size)
+    longest = max(len(epoch_order(side.train, cases.labels, args.negatives, args.seed, 0)) for side in sides)
+    notices += finetune.one_step_notice(longest, epochs, args.batch_size_per_gpu * processes.world_size)
     for line in [*notices, announcement(config, processes, cases, sides)]:
         say(line)
     left = args.max_steps or math.inf
     for index, (train, validation, test) in enumerate(sides):
         torch.manual_seed(args.seed)  # every fold starts from the same weights
-        drawn = draw_negatives(train, cases.labels, args.negatives, args.seed, 0)
-        model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, len(drawn), args.knn_k)
-        fold = Fold(index, output_dir / str(index), train, validation, test, cases, data["crop_size"],
-                    model.to(processes.device), device, say)
-        steps, finished = run_fold(fold, recipe, config, drawn, left)
+        known = len(epoch_order(train, cases.labels, args.negatives, args.seed, 0))
+        model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, known, args.knn_k)
+        fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device, say)
+        task = nodule_task(fold, args.protocol, augmentation, args.clip_range, args.negatives, args.seed)
+        steps, finished = finetune.run_fold(fold, recipe, task, config, left)
         left -= steps
         if not finished:
             say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
@@ -149,181 +145,44 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-class Recipe(NamedTuple):
-    """How every fold is trained. rates: gives the head's learning rate from cases per epoch and cases seen."""
-    protocol: str
-    epochs: int
-    val_freq: int
-    optimizer: str
-    rates: callable
-    weight_decay: float
-    layer_decay: float
-    negatives: float
-    augmentation: WindowAugmentation
-    clip_range: tuple
-    seed: int
+def nodule_task(fold, protocol, augmentation, clip_range, negatives, seed):
+    """The finetune.Task of a fold's cases."""
+    drawn = draw_negatives(fold.train, fold.cases.labels, negatives, seed, 0)
+    return finetune.Task(
+        functools.partial(epoch_order, fold.train, fold.cases.labels, negatives, seed),
+        TrainingCrops(fold.cases.paths, fold.cases.crop_size, augmentation, seed),
+        functools.partial(case_losses, fold, augmentation, clip_range, class_weights(drawn, fold.cases)),
+        functools.partial(fit_head, fold, clip_range, drawn) if protocol != "finetune" else lambda: None,
+        functools.partial(validate, fold, clip_range), functools.partial(test_fold, fold, clip_range))
 
 
-class Fold(NamedTuple):
-    """One fold: its number, its folder, the case numbers of its three sides, and its model."""
-    number: int
-    folder: Path
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-    cases: "Cases"
-    crop_size: list
-    model: Classifier
-    device: finetune.Device
-    say: callable
+def case_losses(fold, augmentation, clip_range, weights, network, batch):
+    """(B,) cross-entropy of each case, (B,) its weight: its class's, 0 for a case that doesn't count.
 
-
-def run_fold(fold, recipe, config, drawn, most_steps):
-    """Train, validate and test one fold, from where it stopped.
-
-    Returns the steps taken, at most `most_steps`, and whether the fold is finished.
+    weights: (classes,); network: gives logits of (B, 1, X, Y, Z); batch: CropBatch on the CPU
     """
-    processes, model = fold.device.processes, fold.model
-    state = load_checkpoint(fold.folder / "checkpoint.pth")
-    if state and state["epoch"] >= recipe.epochs and finetune.is_finished(fold.folder):
-        fold.say(f"fold {fold.number}: done before")
-        return 0, True
-    if most_steps <= 0:
-        return 0, False
-    processes.from_main(lambda: finetune.start_folder(fold.folder))
-    if state is None and recipe.protocol != "finetune":
-        fit_head(fold, recipe.clip_range, drawn)
-    depth = len(model.encoder.blocks)
-    groups = finetune.layer_groups(model, "encoder.", depth, recipe.layer_decay, recipe.weight_decay)
-    optimizer = utils.make_optimizer(recipe.optimizer, groups) if groups else None
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=fold.device.dtype == torch.float16)
-    done, best = Done(), None
-    if state:
-        model.load_state_dict(state["model"])
-        if groups:
-            optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        done, best = Done(*(state[name] for name in Done.__dataclass_fields__)), state["best"]
-        fold.say(f"fold {fold.number}: going on after step {done.step}, epoch {done.epoch}")
-    network = model
-    if processes.world_size > 1 and groups:
-        devices = None if processes.device.type == "cpu" else [processes.device]
-        network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-    run = Run(network, optimizer, scaler, class_weights(drawn, fold.cases), len(drawn),
-              fold.device.batch_size * processes.world_size)
-    before = done.step
-    best = train_fold(fold, recipe, run, done, best, config, most_steps)
-    if done.epoch < recipe.epochs:
-        return done.step - before, False
-    if best is None:
-        best = validate(fold, recipe.clip_range, None, done, config)
-    save(fold, run, done, best, config)
-    test_fold(fold, recipe.clip_range)
-    return done.step - before, True
-
-
-class Run(NamedTuple):
-    """What a step needs. network: the model as it is called; class_weights: (classes,); epoch_length: cases."""
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    class_weights: torch.Tensor
-    epoch_length: int
-    global_batch: int
-
-
-def train_fold(fold, recipe, run, done, best, config, most_steps):
-    """Train to the last epoch or for `most_steps`; returns what `validate` said of the best epoch."""
-    processes, paths = fold.device.processes, fold.cases.paths
-    if done.epoch >= recipe.epochs:
-        return best
-    order = functools.partial(epoch_order, fold.train, fold.cases.labels, recipe.negatives, recipe.seed)
-    stream = TrainingBatches(order, fold.device.batch_size, processes.rank, processes.world_size, done.epoch,
-                             done.position, recipe.epochs)
-    dataset = TrainingCrops(paths, fold.crop_size, recipe.augmentation, recipe.seed)
-    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=collate_crops, num_workers=fold.device.workers,
-                              pin_memory=processes.device.type == "cuda"))
-    writer = utils.Silent()
-    if processes.is_main:
-        from torch.utils.tensorboard import SummaryWriter
-        forget_after(fold.folder / "log.txt", done.step)
-        writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=done.step)
-    last_step, saved = done.step + most_steps, time.monotonic()
-    while done.epoch < recipe.epochs and done.step < last_step:
-        began, epoch = time.perf_counter(), done.epoch
-        left = -(-(run.epoch_length - done.position) // run.global_batch)  # steps, the last one with what remains
-        loss, waited = train_one_epoch(fold, recipe, run, batches, int(min(left, last_step - done.step)), done)
-        if not math.isfinite(loss):
-            raise UserError(f"fold {fold.number}: training has diverged in epoch {epoch + 1} (loss {loss}); what was "
-                            "saved before is unharmed. Lower --lr or take --precision fp32", everywhere=True)
-        if done.epoch > epoch:
-            rate = recipe.rates(run.epoch_length, done.cases)
-            record = {"epoch": done.epoch, "step": done.step, "loss": loss, "lr": rate}
-            if done.epoch % recipe.val_freq == 0 or done.epoch == recipe.epochs:
-                best = validate(fold, recipe.clip_range, best, done, config)
-                record |= {f"validation_{name}": value for name, value in best["last"].items()}
-            record |= {"seconds": round(time.perf_counter() - began, 2), "waiting_for_data": round(waited, 2)}
-            report(fold, recipe, record, best, writer)
-        if processes.is_main and (time.monotonic() - saved > SAVE_SECONDS or done.step >= last_step):
-            save(fold, run, done, best, config)
-            saved = time.monotonic()
-    writer.close()
-    return best
-
-
-def train_one_epoch(fold, recipe, run, batches, steps, done):
-    """Take `steps` steps on what the iterator `batches` gives; `done` counts them. Returns mean loss and waiting."""
-    processes, device = fold.device.processes, fold.device.processes.device
-    fold.model.train()
-    labels = torch.from_numpy(fold.cases.labels)
-    sums, waited = torch.zeros(2, dtype=torch.float64, device=device), 0.0
-    for _ in range(steps):
-        began = time.perf_counter()
-        batch = utils.next_batch(batches)
-        waited += time.perf_counter() - began
-        target = labels[batch.cases]
-        weights = (run.class_weights[target] * batch.counted).to(device, non_blocking=True)
-        batch, target = batch.to(device), target.to(device, non_blocking=True)
-        volumes = recipe.augmentation.render(batch.crops, batch.group, recipe.clip_range)
-
-        utils.seed_step(recipe.seed, done.step, processes.rank)
-        finetune.set_learning_rate(run.optimizer, recipe.rates(run.epoch_length, done.cases))
-        sums += train_step(run, fold.device, volumes, target, weights)
-        done.count_step(min(run.global_batch, run.epoch_length - done.position), run.epoch_length)
-    loss, weight = processes.sum(sums).tolist()
-    return loss / weight, waited
-
-
-def train_step(run, device, volumes, labels, weights):
-    """One step of class-weighted cross-entropy, normalised over the global batch.
-
-    volumes: (B, 1, X, Y, Z); labels: (B,); weights: (B,) of each case, 0 for one that doesn't count
-    Returns (2,) this rank's sums of weighted losses and of weights.
-    """
-    processes = device.processes
-    with device.autocast():
-        logits = run.network(volumes)  # (B, classes)
-    loss = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
-    total = processes.sum(weights.sum())  # of all ranks
-    run.optimizer.zero_grad(set_to_none=True)
-    # DDP takes the mean of the ranks' gradients, and their sum is what belongs to the sum of their losses
-    run.scaler.scale(loss * (processes.world_size / total)).backward()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return torch.stack([loss.detach(), weights.sum()]).double()
+    device = fold.device.processes.device
+    labels = torch.from_numpy(fold.cases.labels)[batch.cases]
+    weights = (weights[labels] * batch.counted).to(device, non_blocking=True)
+    batch, labels = batch.to(device), labels.to(device, non_blocking=True)
+    volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
+    with fold.device.autocast():
+        logits = network(volumes)  # (B, classes)
+    return F.cross_entropy(logits, labels, reduction="none"), weights
 
 
 # -------------------------------------------------------------------------------------------------------------- data
 
 
 class Cases(NamedTuple):
-    """The data set, sorted by path. labels: (N,) int64; classes: how many there are."""
+    """The data set, sorted by path. labels: (N,) int64; classes: how many there are; crop_size: (3,) voxels of all."""
     names: list
     paths: list
     labels: np.ndarray
     patients: list
     subsets: list
     classes: int
+    crop_size: list | None = None
 
 
 def find_cases(folder, output_dir):
@@ -396,7 +255,7 @@ def build_classifier(protocol, encoder, drop_path_rate, classes, known, knn_k):
 def fit_head(fold, clip_range, drawn):
     """Give a frozen encoder's head the training cases' features, not augmented: to standardise, to compare with."""
     model = fold.model.eval()
-    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.crop_size))
+    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.cases.crop_size))
     features = torch.from_numpy(infer(model.features, dataset, drawn, clip_range, fold.device))
     features = features.to(fold.device.processes.device, torch.get_default_dtype())
     if isinstance(model.head, NearestNeighbours):
@@ -452,39 +311,27 @@ def classify(model, volumes):
 def probabilities_of(fold, cases, clip_range):
     """(N, classes) of a fold's cases, with the model as it is."""
     model = fold.model.eval()
-    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.crop_size))
+    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.cases.crop_size))
     return infer(functools.partial(classify, model), dataset, cases, clip_range, fold.device)
 
 
 def validate(fold, clip_range, best, done, config):
-    """What is known of the best epoch: {"auc", "loss", "epoch", "threshold", "last"}; saves best.pth if it is this one.
-
-    Best is the highest AUC, then the lowest loss; where AUC is undefined, the lowest loss. last: AUC and loss of now
-    """
+    """`finetune.keep_best` by AUC on validation; the threshold is chosen there too."""
     probabilities = probabilities_of(fold, fold.validation, clip_range)
     labels = fold.cases.labels[fold.validation]
-    auc = area_under_roc(labels, probabilities)
     chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
     loss = float(np.mean([-np.log(chosen[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
-    last = {"auc": auc, "loss": loss}
-    if best and (best["auc"] or 0, -best["loss"]) >= (auc or 0, -loss):
-        return best | {"last": last}
-    best = last | {"epoch": done.epoch, "threshold": choose_threshold(labels, probabilities), "last": last}
-    if fold.device.processes.is_main:
-        save_checkpoint(fold.folder / "best.pth", {"model": fold.model.state_dict(), "best": best, "config": config})
-    return best
+    last = {"auc": area_under_roc(labels, probabilities), "loss": loss}
+    return finetune.keep_best(fold, best, last, done, config, {"threshold": choose_threshold(labels, probabilities)})
 
 
 def test_fold(fold, clip_range):
     """Evaluate the best epoch on the test cases and write the fold's predictions.csv and metrics.json."""
-    fold.device.processes.from_main(lambda: is_there(fold.folder / "best.pth"))  # which rank 0 may just have written
-    best = load_checkpoint(fold.folder / "best.pth")
-    fold.model.load_state_dict(best["model"])
+    best = finetune.load_best(fold)
     probabilities = probabilities_of(fold, fold.test, clip_range)
     if not fold.device.processes.is_main:
         return
     labels, patients = fold.cases.labels[fold.test], [fold.cases.patients[i] for i in fold.test]
-    best = best["best"]
     record = {"fold": fold.number, "cases": len(labels), "patients": len(set(patients)), "best_epoch": best["epoch"],
               "validation_auc": best["auc"], "validation_loss": best["loss"], "threshold": best["threshold"],
               **figures(labels, probabilities, patients, best["threshold"]), "notes": []}
@@ -639,15 +486,6 @@ def warnings_about(encoder, protocol, data):
     return lines
 
 
-def one_step_notice(sides, cases, recipe, global_batch):
-    """[] or [one line] where an epoch is a single step, of which few epochs make few."""
-    most = max(len(epoch_order(side.train, cases.labels, recipe.negatives, recipe.seed, 0)) for side in sides)
-    if most > global_batch or not recipe.epochs:
-        return []
-    return [f"an epoch of {most} cases is one step: {recipe.epochs} epochs are {recipe.epochs} steps; for more of them lower "
-            "--batch_size_per_gpu"]
-
-
 def announcement(config, processes, cases, sides):
     """What is about to run, in a few lines."""
     counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
@@ -656,21 +494,6 @@ def announcement(config, processes, cases, sides):
     return (f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
             f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
             f"{len(sides)} folds, {test}; crops {spaced(config['crop_size'])}, input {spaced(config['input_size'])}")
-
-
-def report(fold, recipe, record, best, writer):
-    """One epoch, on the console, in log.txt and in TensorBoard."""
-    if not fold.device.processes.is_main:
-        return
-    append_json(fold.folder / "log.txt", record)
-    for name, value in record.items():
-        if name not in ("epoch", "step") and value is not None:
-            writer.add_scalar(name, value, record["step"])
-    line = f"fold {fold.number} epoch {record['epoch']}/{recipe.epochs}: loss {record['loss']:.4f}"
-    if "validation_loss" in record:
-        line += (f", validation AUC {finetune.told(record['validation_auc'])}, loss {record['validation_loss']:.4f} "
-                 f"(best: {finetune.told(best['auc'])} in epoch {best['epoch']})")
-    fold.say(f"{line}, {record['seconds']:.1f} s")
 
 
 def with_interval(record):
@@ -800,27 +623,6 @@ def draw_errors(path, together, cases, encoder):
         rows, labels = [[np.zeros((8, 64))]], ["no errors"]
     Image.fromarray(montage(rows, labels)).save(path)
     return len(wrong)
-
-
-# --------------------------------------------------------------------------------------------- saving and going on
-
-
-def is_there(path):
-    if not path.is_file():
-        raise UserError(f"{path}: is missing; remove its folder to train this fold again")
-
-
-def check_same_run(output_dir, config):
-    """UserError where the first fold's checkpoint is of a run with other flags."""
-    load_checkpoint(output_dir / "0" / "checkpoint.pth", {name: config[name] for name in FIXED})
-
-
-def save(fold, run, done, best, config):
-    """Write the fold's checkpoint.pth."""
-    if fold.device.processes.is_main:
-        save_checkpoint(fold.folder / "checkpoint.pth", {
-            "model": fold.model.state_dict(), "optimizer": run.optimizer.state_dict() if run.optimizer else {},
-            "scaler": run.scaler.state_dict(), **asdict(done), "best": best, "config": config})
 
 
 if __name__ == "__main__":

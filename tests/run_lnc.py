@@ -17,7 +17,7 @@ import main_lnc_luna16  # noqa: E402
 import utils  # noqa: E402
 from vision_transformer import ARCHITECTURES, VisionTransformer  # noqa: E402
 
-train_fold = main_lnc_luna16.train_fold
+train_fold = finetune.train_fold
 
 
 def train_and_keep(fold, *rest):
@@ -29,6 +29,6 @@ def train_and_keep(fold, *rest):
 ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
 finetune.BOOTSTRAP_ROUNDS = 50
 if os.environ.get("DOUBLE"):
-    main_lnc_luna16.train_fold = train_and_keep
+    finetune.train_fold = train_and_keep
     torch.set_default_dtype(torch.float64)
 utils.run_script(main_lnc_luna16.main)

@@ -204,11 +204,9 @@ def test_loss_is_weighted_over_the_global_batch():
             return class_weights[labels].sum() if tensor.ndim == 0 else tensor
     total = torch.zeros_like(expected)
     for share in (slice(0, 5), slice(5, 7)):
-        run = main_lnc_luna16.Run(model, torch.optim.SGD(model.parameters(), lr=0.0),
-                                  torch.amp.GradScaler("cpu", enabled=False),
-                                  class_weights, 7, 7)
-        device = finetune.Device(Two(world_size=2), torch.float32, 7, 0)
-        main_lnc_luna16.train_step(run, device, volumes[share], labels[share], class_weights[labels[share]])
+        run = finetune.Run(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False), 7, 7)
+        losses = torch.nn.functional.cross_entropy(model(volumes[share]), labels[share], reduction="none")
+        finetune.train_step(run, Two(world_size=2), losses, class_weights[labels[share]])
         total += model.weight.grad / 2  # as DDP averages
     torch.testing.assert_close(total, expected)
 
@@ -292,9 +290,9 @@ def test_only_training_data_is_augmented(crops, tmp_path, capsys, monkeypatch, p
     class Watched(VisionTransformer):
         def forward(self, volumes):
             stack = sys._getframe()
-            while stack.f_code.co_name not in ("train_step", "infer"):
+            while stack.f_code.co_name not in ("case_losses", "infer"):
                 stack = stack.f_back
-            seen[stack.f_code.co_name == "train_step"] += list(volumes[:, 0].detach().clone())
+            seen[stack.f_code.co_name == "case_losses"] += list(volumes[:, 0].detach().clone())
             return super().forward(volumes)
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(Watched, embed_dim=48, depth=2, num_heads=3))
     code, _, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--protocol", protocol, "--epochs", 2,
@@ -348,18 +346,18 @@ def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, seconds):
     """Cut off without a word in the middle of an epoch, with a checkpoint of the epoch before or none at all."""
     flags = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2]
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
-    monkeypatch.setattr(main_lnc_luna16, "SAVE_SECONDS", seconds)
-    train_step, calls = main_lnc_luna16.train_step, []
+    monkeypatch.setattr(finetune, "SAVE_SECONDS", seconds)
+    train_step, calls = finetune.train_step, []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return train_step(*args)
-    monkeypatch.setattr(main_lnc_luna16, "train_step", killed)
+    monkeypatch.setattr(finetune, "train_step", killed)
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "killed")[0] == 130
     assert (tmp_path / "killed" / "0" / "checkpoint.pth").exists() == (seconds == 0)
-    monkeypatch.setattr(main_lnc_luna16, "train_step", train_step)
+    monkeypatch.setattr(finetune, "train_step", train_step)
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "killed")
     assert code == 0 and ("going on" in out) == (seconds == 0)
     assert predictions(tmp_path / "straight") == predictions(tmp_path / "killed")
