@@ -1,7 +1,11 @@
 """What stands on the encoder for a task with labels: one module = encoder + head, one forward, so that DDP sees it all.
 
-Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]; features are the encoder's class embedding (B, D).
+Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]. A classifier reads the encoder's class embedding (B, D),
+a segmenter its feature maps (B, D, x, y, z), one entry per patch.
 """
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +13,33 @@ from torch import Tensor, nn
 TEMPERATURE = 0.07  # of the neighbours' votes (Caron et al. 2021, section 4)
 
 
-class Classifier(nn.Module):
+def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) in float32 at least: rounded to bf16's three digits, many logits would be ties."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+class OnEncoder(nn.Module):
+    """An encoder with room for what stands on it, trained along or frozen."""
+
+    def __init__(self, encoder: nn.Module, freeze_encoder: bool):
+        super().__init__()
+        self.encoder, self.freeze_encoder = encoder, freeze_encoder
+        if freeze_encoder:
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "OnEncoder":
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()  # no stochastic depth in features that nothing is trained on
+        return self
+
+    def encoding(self) -> torch.set_grad_enabled:
+        """Context to run the encoder in: a frozen one keeps no activations for a backward pass."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder)
+
+
+class Classifier(OnEncoder):
     """Encoder and classification head: (B, 1, X, Y, Z) -> logits (B, classes).
 
     encoder: gives (B, D) of a volume, as `VisionTransformer` does; head: gives logits (B, classes) of (B, D)
@@ -17,26 +47,16 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, head: nn.Module, freeze_encoder: bool = False):
-        super().__init__()
-        self.encoder, self.head, self.freeze_encoder = encoder, head, freeze_encoder
-        if freeze_encoder:
-            encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()  # no stochastic depth in features that nothing is trained on
-        return self
+        super().__init__(encoder, freeze_encoder)
+        self.head = head
 
     def features(self, volumes: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) -> (B, D)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+        with self.encoding():
             return self.encoder(volumes)
 
     def forward(self, volumes: Tensor) -> Tensor:
-        features = self.features(volumes)  # (B, D)
-        with torch.autocast(volumes.device.type, enabled=False):  # in bf16's three digits many cases would be ties
-            return self.head(features.to(torch.promote_types(features.dtype, torch.float32)))  # (B, classes)
+        return full_precision(self.head, self.features(volumes))  # (B, classes)
 
 
 class Standardise(nn.Module):
@@ -99,3 +119,122 @@ class NearestNeighbours(nn.Module):
         votes = (nearest / TEMPERATURE).softmax(-1)
         shares = votes.new_zeros(len(features), self.num_classes).scatter_add(1, self.labels[index], votes)
         return shares.log()  # (B, classes)
+
+
+# -------------------------------------------------------------------------------------------------------- segmentation
+
+
+class Segmenter(OnEncoder):
+    """Encoder and decoder: (B, 1, X, Y, Z) -> logits (B, classes, X, Y, Z), in float32 at least.
+
+    encoder: a `VisionTransformer`; volumes are of any size that is a multiple of its patch
+    decoder: one of `DECODERS`. Its `layers` are the indices of the blocks it reads, ascending, the encoder's last at the
+        end; called with the volumes and those blocks' maps, it gives the logits
+    freeze_encoder: the encoder stays as it is, to the last bit, and always in evaluation mode
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, freeze_encoder: bool = False):
+        super().__init__(encoder, freeze_encoder)
+        self.decoder = decoder
+
+    def features(self, volumes: Tensor) -> list[Tensor]:
+        """(B, 1, X, Y, Z) -> one map (B, D, x, y, z) per block in `decoder.layers`, the last after the final norm."""
+        with self.encoding():
+            maps = self.encoder.get_intermediate_layers(volumes, self.decoder.layers, norm=False)
+            maps[-1] = self.encoder.norm(maps[-1].movedim(1, -1)).movedim(-1, 1)
+            return maps
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        return self.decoder(volumes, self.features(volumes))  # (B, classes, X, Y, Z)
+
+
+def prime_factors(number: int) -> list[int]:
+    """Largest first; none of 1."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors[::-1]
+
+
+def upsampling_factors(patch_size: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Steps (x, y, z) that lead from patches back to voxels, coarsest first: their product is the patch.
+
+    As many as the axis with most prime factors has, at least one. Large factors come first, and axes with fewer are not
+    enlarged in the last steps: (12, 12, 6) -> (3, 3, 3), (2, 2, 2), (2, 2, 1).
+    """
+    return list(zip_longest(*map(prime_factors, patch_size), fillvalue=1)) or [(1, 1, 1)]
+
+
+class UnetrDecoder(nn.Module):
+    """UNETR's decoder for a patch of any size (Hatamizadeh et al. 2022, arXiv 2103.10504, figure 2).
+
+    One stage per step of `upsampling_factors`: upsample, join a skip of the same size, two convolutions with a residual.
+    Skips come from blocks at even distances, brought to their stage's size by steps of their own, and at full resolution
+    from the volume. For a patch of 16^3 and 12 blocks it is MONAI's UNETR, but for the blocks that skips come from: 3, 6
+    and 9 as in the paper, where MONAI takes 4, 7 and 10.
+
+    embed_dim, depth, patch_size: the encoder's, which needs a block for every stage (ValueError otherwise)
+    feature_size: channels at full resolution; they double with every stage below
+    """
+
+    def __init__(self, embed_dim: int, depth: int, patch_size: Sequence[int], classes: int, feature_size: int = 16):
+        super().__init__()
+        # Imported here: it takes seconds, of which only segmentation has any use
+        from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
+
+        def convolutions(in_channels, channels):
+            return UnetrBasicBlock(3, in_channels, channels, 3, 1, "instance", res_block=True)
+
+        def upsampling(in_channels, channels, factor):  # without a layer after the first it is a transposed convolution
+            return UnetrPrUpBlock(3, in_channels, channels, 0, 3, 1, factor, "instance")
+
+        factors = upsampling_factors(patch_size)
+        stages = len(factors)
+        if depth < stages:
+            raise ValueError(f"depth is {depth}; a patch of {tuple(patch_size)} voxels makes {stages} stages, each of "
+                             "which needs a block of the encoder")
+        self.layers = tuple(depth * (stage + 1) // stages - 1 for stage in range(stages))
+        channels = [feature_size * 2**stage for stage in reversed(range(stages))]  # that each stage puts out
+
+        self.skips = nn.ModuleList()
+        for stage in range(stages - 1):
+            steps = [upsampling(embed_dim, channels[stage], factors[0])]
+            for factor in factors[1:stage + 1]:
+                steps.append(upsampling(channels[stage], channels[stage], factor))
+                steps.append(convolutions(channels[stage], channels[stage]))
+            self.skips.append(nn.Sequential(*steps))
+        self.skips.append(convolutions(1, feature_size))
+        self.stages = nn.ModuleList(UnetrUpBlock(3, *widths, 3, factor, "instance", res_block=True)
+                                    for widths, factor in zip(pairwise([embed_dim, *channels]), factors))
+        self.head = UnetOutBlock(3, feature_size, classes)
+
+    def forward(self, volumes: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """volumes (B, 1, X, Y, Z), maps of the blocks `layers` (B, D, x, y, z) -> logits (B, classes, X, Y, Z)."""
+        x, *sources = *reversed(maps), volumes  # deepest first
+        for stage, skip, source in zip(self.stages, self.skips, sources):
+            x = stage(x, skip(source))  # (B, channels, x, y, z), a step larger and at the end (B, F, X, Y, Z)
+        return full_precision(self.head, x)
+
+
+class LinearDecoder(nn.Module):
+    """A linear layer on each patch of the last block, then trilinear upsampling: shows what frozen features hold.
+
+    embed_dim, depth: the encoder's; patch_size is not needed, the volume tells the size
+    """
+
+    def __init__(self, embed_dim: int, depth: int, patch_size: Sequence[int], classes: int):
+        super().__init__()
+        self.layers = (depth - 1,)
+        self.head = nn.Conv3d(embed_dim, classes, 1)
+
+    def forward(self, volumes: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """volumes (B, 1, X, Y, Z), the last block's map [(B, D, x, y, z)] -> logits (B, classes, X, Y, Z)."""
+        logits = full_precision(self.head, maps[-1])  # (B, classes, x, y, z)
+        return F.interpolate(logits, size=volumes.shape[2:], mode="trilinear", align_corners=False)
+
+
+# Each is called as UnetrDecoder(embed_dim, depth, patch_size, classes).
+DECODERS = {"unetr": UnetrDecoder, "linear": LinearDecoder}

@@ -13,6 +13,7 @@ Sources:
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -230,20 +231,32 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """Feature maps of the last `n` blocks, oldest first, each after the final norm: n x (B, D, x, y, z).
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool = True) -> list[Tensor]:
+        """Feature maps of some blocks, shallowest first, each (B, D, x, y, z).
 
-        Entry [..., i, j, k] is the patch that starts at voxel (i, j, k) * patch_size. ValueError unless
-        1 <= n <= depth.
+        Entry [..., i, j, k] is the patch that starts at voxel (i, j, k) * patch_size.
+
+        Args:
+            x: volumes (B, C, X, Y, Z).
+            n: how many of the last blocks, or which blocks: ascending indices, 0 the first block's.
+            norm: apply the final norm to every map; False leaves each as its block put it out.
+
+        Raises:
+            ValueError: `n` names no block, or not blocks of this model in ascending order.
         """
-        if not 1 <= n <= len(self.blocks):
-            raise ValueError(f"n is {n}; the model has {len(self.blocks)} blocks to take feature maps from")
+        depth = len(self.blocks)
+        indices = n if isinstance(n, Sequence) else range(depth - n, depth)
+        ascending = all(a < b for a, b in pairwise(indices))
+        if not (indices and ascending and 0 <= indices[0] and indices[-1] < depth):
+            raise ValueError(f"n is {n}; the model has {depth} blocks to take feature maps from: give a number of last "
+                             f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order")
         x, grid = self._embed(x)
         maps = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[:indices[-1] + 1]):
             x = block(x)
-            if i >= len(self.blocks) - n:
-                maps.append(self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
+            if i in indices:
+                tokens = self.norm(x) if norm else x  # (B, 1 + N, D)
+                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
         return maps
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:

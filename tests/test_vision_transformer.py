@@ -1,6 +1,7 @@
 """The backbone against MONAI and float64 formulas, its bookkeeping against closed forms; the head and multi-crop."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -30,27 +31,8 @@ def normal(*shape, seed=1, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# --- backbone -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "build, img_size, patch_size, in_chans",
-    [
-        (vit_tiny, (24, 12, 18), (12, 4, 6), 1),
-        (small_vit, (8, 12, 20), (2, 6, 5), 2),
-        (small_vit, (9, 6, 6), (3, 2, 3), 1),
-    ],
-)
-def test_equals_monai_vit(build, img_size, patch_size, in_chans):
-    pytest.importorskip("einops", reason="MONAI's ViT needs einops, which MONAI doesn't install")
-    from monai.networks.nets import ViT
-
-    ours = randomise(build(img_size=img_size, patch_size=patch_size, in_chans=in_chans), std=0.05).requires_grad_(False)
-    width, depth = ours.embed_dim, len(ours.blocks)
-    theirs = ViT(
-        in_chans, img_size, patch_size, width, 4 * width, depth, ours.num_heads, classification=True, qkv_bias=True
-    )
-    del theirs.classification_head  # without it `forward` returns all tokens
+def load_into_monai(theirs, ours):
+    """Give MONAI's ViT, made with a class token and qkv_bias, the weights of a VisionTransformer."""
     for module in theirs.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6  # MONAI leaves PyTorch's 1e-5, the ViT's own is 1e-6
@@ -72,6 +54,30 @@ def test_equals_monai_vit(build, img_size, patch_size, in_chans):
     weights["cls_token"] = weights["cls_token"] + pos_embed[:, :1]
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and all("norm_cross_attn" in name for name in missing)  # unused without cross-attention
+
+
+# --- backbone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build, img_size, patch_size, in_chans",
+    [
+        (vit_tiny, (24, 12, 18), (12, 4, 6), 1),
+        (small_vit, (8, 12, 20), (2, 6, 5), 2),
+        (small_vit, (9, 6, 6), (3, 2, 3), 1),
+    ],
+)
+def test_equals_monai_vit(build, img_size, patch_size, in_chans):
+    pytest.importorskip("einops", reason="MONAI's ViT needs einops, which MONAI doesn't install")
+    from monai.networks.nets import ViT
+
+    ours = randomise(build(img_size=img_size, patch_size=patch_size, in_chans=in_chans), std=0.05).requires_grad_(False)
+    width, depth = ours.embed_dim, len(ours.blocks)
+    theirs = ViT(
+        in_chans, img_size, patch_size, width, 4 * width, depth, ours.num_heads, classification=True, qkv_bias=True
+    )
+    del theirs.classification_head  # without it `forward` returns all tokens
+    load_into_monai(theirs, ours)
 
     x = normal(2, in_chans, *img_size)
     with torch.no_grad():
@@ -294,9 +300,31 @@ def test_intermediate_layers_are_those_of_shallower_models():
         shallow.load_state_dict({k: v for k, v in model.state_dict().items() if k in shallow.state_dict()})
         expected = shallow.eval().forward_tokens(x)[:, 1:].transpose(1, 2).reshape(2, 48, 4, 4, 3)
         torch.testing.assert_close(found, expected)
-    for n in (0, 4):
-        with pytest.raises(ValueError, match=f"n is {n}; the model has 3 blocks"):
+    for n in (0, 4, -1, [], [3], [-1, 0], [1, 0], (1, 1)):
+        with pytest.raises(ValueError, match=re.escape(f"n is {n}; the model has 3 blocks")):
             model.get_intermediate_layers(x, n=n)
+
+
+@pytest.mark.parametrize("indices", [(0,), [0, 2], (1, 2), range(3)])
+def test_intermediate_layers_by_index(indices):
+    model = randomise(small_vit())
+    x = normal(2, 1, *model.img_size)
+    expected = model.get_intermediate_layers(x, n=3)
+    found = model.get_intermediate_layers(x, n=indices)
+    assert len(found) == len(indices) and all(torch.equal(a, expected[i]) for a, i in zip(found, indices))
+
+
+def test_intermediate_layers_without_the_norm():
+    model = randomise(small_vit())
+    x = normal(2, 1, *model.img_size)
+    kept = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    raw = model.get_intermediate_layers(x, n=(0, 2), norm=False)
+    for i, found in zip((0, 2), raw):
+        assert torch.equal(found, kept[i][:, 1:].transpose(1, 2).reshape(2, 48, 4, 4, 3))
+    for found, normed in zip(raw, model.get_intermediate_layers(x, n=(0, 2))):
+        torch.testing.assert_close(model.norm(found.movedim(1, -1)).movedim(-1, 1), normed)
 
 
 def test_local_and_larger_crops_of_the_default_model():
