@@ -266,17 +266,18 @@ class MultiCropAugmentation:
     policy: Policy
     global_size, local_size: (3,) voxels of a view; local_number: how many local views (two views are global)
     spacing: (3,) mm per voxel of a view; None: a view's voxels are the volume's, whatever they measure
+    min_iou: of two global windows before rotation and scale; 1: they lie in the middle of the patch
 
-    core: (3,) the box that holds all unrotated windows, in which two global ones overlap by an IoU of MIN_IOU
+    core: (3,) the box that holds all unrotated windows, in which two global ones overlap by an IoU of min_iou
     patch_size: (3,) the core and a margin, so that fewer than 5 % of global views see more than 1 % outside it;
                 both in voxels of a view
     """
 
-    def __init__(self, policy, global_size, local_size, local_number, spacing=None):
+    def __init__(self, policy, global_size, local_size, local_number, spacing=None, min_iou=MIN_IOU):
         self.policy, self.local_number, self.spacing = policy, local_number, spacing
         self.global_size, self.local_size = tuple(global_size), tuple(local_size)
         # Two windows of size n shifted by f n along every axis: IoU = (1 - f)^3 / (2 - (1 - f)^3)
-        most = 1 - (2 * MIN_IOU / (1 + MIN_IOU)) ** (1 / 3)
+        most = 1 - (2 * min_iou / (1 + min_iou)) ** (1 / 3)
         self.core = tuple(n + int(most * n) for n in self.global_size)
         self.lattices = [Lattice.for_views(size, policy, self.global_size)
                          for size in (self.global_size, self.local_size)]

@@ -78,17 +78,7 @@ class Volume:
 
     def read(self, start=(0, 0, 0), size=None):
         """(x, y, z) int16 HU from `start` on; what lies outside the volume is air. Default: all of it."""
-        start = np.asarray(start)
-        size = np.asarray(self.shape if size is None else size)
-        low, high = np.clip(start, 0, self.shape), np.clip(start + size, 0, self.shape)
-        if (high <= low).any():
-            return np.full(size, AIR, np.int16)
-        inside = self._read_inside(low, high)
-        if (inside.shape == size).all():
-            return inside
-        patch = np.full(size, AIR, np.int16)
-        patch[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
-        return patch
+        return padded(self._read_inside, self.shape, start, self.shape if size is None else size)
 
     def read_values(self):
         """(X, Y, Z) numbers as they are stored, of whatever type. Raises DataError where they are none."""
@@ -134,6 +124,23 @@ class Volume:
 
     def __exit__(self, *_):
         self.close()
+
+
+def padded(read_inside, shape, start, size):
+    """(x, y, z) int16 box of a volume from `start` on, air where it reaches beyond.
+
+    read_inside: gives what lies between (3,) voxels low and high of a volume of this shape
+    """
+    start, size = np.asarray(start), np.asarray(size)
+    low, high = np.clip(start, 0, shape), np.clip(start + size, 0, shape)
+    if (high <= low).any():
+        return np.full(size, AIR, np.int16)
+    inside = read_inside(low, high)
+    if (inside.shape == size).all():
+        return inside
+    box = np.full(size, AIR, np.int16)
+    box[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
+    return box
 
 
 def is_hdf5(path):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import utils
-from augmentations import Lattice, ViewParameters, collate_views, keyed_rng, render_views, scale_intensity
+from augmentations import Lattice, ViewParameters, collate_views, keyed_rng, render_views, scale_intensity, warp
 from checkpoint import load_checkpoint, save_checkpoint
 from data import SUFFIXES, DataError, Volume
 from monitor import forget_after
@@ -75,9 +75,10 @@ def add_flags(parser, batch_size, folds):
     utils.boolean_flag(group, "--freeze_encoder", False, "leave the encoder as it is and train the head alone")
 
     group = parser.add_argument_group("folds (by patient)")
-    group.add_argument("--folds", default="patients", choices=folds,
-                       help="patients: a fixed test set and --k_fold folds of the rest; subsets: each subset* folder "
-                            "is tested once, the next one validates")
+    if len(folds) > 1:
+        group.add_argument("--folds", default="patients", choices=folds,
+                           help="patients: a fixed test set and --k_fold folds of the rest; subsets: each subset* folder "
+                                "is tested once, the next one validates")
     group.add_argument("--k_fold", default=5, type=number(int, 2),
                        help="folds of what is no test set; each validates once")
     group.add_argument("--num_test", default=None, type=number(int, 1),
@@ -212,27 +213,41 @@ def case_names(paths, folder):
     return list(names)
 
 
+def read_headers(paths, processes):
+    """[Header] of volumes, the same on every rank. Raises UserError, on all ranks, for one that can't be read."""
+    def look(path):
+        try:
+            with Volume(path) as volume:
+                return Header(volume.shape, volume.spacing)
+        except DataError as error:
+            return str(error)
+    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
+        mine = list(pool.map(look, paths[processes.rank::processes.world_size]))
+    heads = [None] * len(paths)
+    for rank, part in enumerate(processes.gather(mine)):
+        heads[rank::processes.world_size] = part
+    for head in heads:
+        if isinstance(head, str):
+            raise UserError(head, everywhere=True)
+    return heads
+
+
+class Header(NamedTuple):
+    """shape: (3,) voxels; spacing: (3,) mm; both along the axes of RAS."""
+    shape: tuple
+    spacing: tuple
+
+
 def check_crops(paths, processes):
     """(size, spacing) that all crops share: voxels and mm (of the first crop). Looks into every file's header.
 
     Raises UserError, on all ranks, for one that can't be read or is of another size than the first.
     """
-    def look(path):
-        try:
-            with Volume(path) as volume:
-                return volume.shape, volume.spacing, None
-        except DataError as error:
-            return None, None, str(error)
-    mine = paths[processes.rank::processes.world_size]
-    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
-        found = list(pool.map(look, mine))
-    heads = [None] * len(paths)
-    for rank, part in enumerate(processes.gather(found)):
-        heads[rank::processes.world_size] = part
-    for path, (size, _, problem) in zip(paths, heads):
-        if problem or size != heads[0][0]:
-            raise UserError(problem or size_problem(path, size, paths[0], heads[0][0]), everywhere=True)
-    return list(heads[0][0]), [round(s, 4) for s in heads[0][1]]
+    heads = read_headers(paths, processes)
+    for path, head in zip(paths, heads):
+        if head.shape != heads[0].shape:
+            raise UserError(size_problem(path, head.shape, paths[0], heads[0].shape), everywhere=True)
+    return list(heads[0].shape), [round(s, 4) for s in heads[0].spacing]
 
 
 def size_problem(path, size, first_path, first_size):
@@ -303,21 +318,29 @@ class WindowAugmentation:
         with torch.autocast(crops.device.type, enabled=False):  # positions need more than bf16's three digits
             return render_views(scale_intensity(crops, *clip_range)[:, None], self.lattice, *group)
 
+    def render_masks(self, masks, group):
+        """(B, x, y, z) int64 classes: the same geometry by nearest neighbour. masks: (B, X, Y, Z) uint8."""
+        control = group[0].control
+        return warp(masks[:, None].to(control.dtype), control, self.lattice, mode="nearest")[:, 0].long()
+
 
 class CropBatch(NamedTuple):
-    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; fatal: why nothing came."""
+    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; masks: (B, X, Y, Z) uint8 classes, for
+    tasks that have them; fatal: why nothing came."""
     crops: torch.Tensor
     cases: torch.Tensor
     counted: torch.Tensor
     group: tuple | None
+    masks: torch.Tensor | None = None
     fatal: str = ""
 
     def to(self, device):
-        """The crops and how to augment them on a device; the rest stays where it is."""
+        """The crops, their masks and how to augment them on a device; the rest stays where it is."""
         parameters, *indices = self.group
         group = (ViewParameters(*(part.to(device, non_blocking=True) for part in parameters)),
                  *(part.to(device, non_blocking=True) for part in indices))
-        return self._replace(crops=self.crops.to(device, non_blocking=True), group=group)
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        return self._replace(crops=self.crops.to(device, non_blocking=True), group=group, masks=masks)
 
 
 class TrainingCrops(Dataset):
@@ -349,13 +372,14 @@ class EvaluationCrops(Dataset):
 
 
 def collate_crops(samples):
-    """A CropBatch of what the two data sets give."""
+    """A CropBatch of samples (crop, case, counted, drawn views or None[, mask]), or of the text of what went wrong."""
     broken = [sample for sample in samples if isinstance(sample, str)]
     if broken:
-        return CropBatch(torch.empty(0), torch.empty(0), torch.empty(0), None, broken[0])
-    crops, cases, counted, drawn = zip(*samples)
+        return CropBatch(torch.empty(0), torch.empty(0), torch.empty(0), None, fatal=broken[0])
+    crops, cases, counted, drawn, *masks = zip(*samples)
     group = collate_views(drawn)[0] if drawn[0] else None
-    return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group)
+    masks = torch.from_numpy(np.stack(masks[0])) if masks else None
+    return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group, masks)
 
 
 class TrainingBatches(Sampler):
@@ -491,14 +515,15 @@ def count_by_patient(patients, labels):
     return names, counts
 
 
-def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets):
+def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets, known):
     """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
 
-    patients, labels, subsets: of each case. Raises UserError, also where splits.json is of other flags or patients.
+    patients, labels, subsets: of each case; known: names that a splits.json has in its data besides
+    Raises UserError, also where splits.json is of other flags or patients.
     """
     described = {"folds": folds, "k_fold": k_fold, "num_test": num_test, "seed": seed,
                  "cases": np.bincount(labels).tolist(), "patients": len(set(patients))}
-    saved = load_splits(path, described)
+    saved = load_splits(path, described, known)
     if saved is None:
         splits = (subset_splits(patients, subsets) if folds == "subsets" else
                   patient_splits(patients, labels, num_test, k_fold, seed))
@@ -514,17 +539,19 @@ def of_patients(chosen, patients):
     return np.array([i for i, patient in enumerate(patients) if patient in chosen], int)
 
 
-def load_splits(path, described):
-    """(splits, header) of a splits.json, or None where there is no file.
+def load_splits(path, described, known):
+    """(splits, data) of a splits.json, or None where there is no file.
 
-    described: {name: value} of what they depend on; raises UserError where the file says otherwise.
+    described: {name: value} of what they depend on; raises UserError where the file says otherwise, or lacks a `known` name.
     """
     if not os.path.exists(path):
         return None
     try:
         saved = json.loads(Path(path).read_text())
         splits = [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]]
-        saved["data"]["crop_size"], saved["data"]["crop_spacing"]
+        missing = [name for name in known if name not in saved["data"]]
+        if missing:
+            raise KeyError(missing[0])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: can't be read ({error}); move it away to start anew") from error
     for name, value in described.items():

@@ -94,7 +94,7 @@ def main(argv=None):
     cases = processes.from_main(lambda: find_cases(args.data_dir, output_dir))
     splits, data = processes.from_main(lambda: finetune.make_splits(
         output_dir / "splits.json", args.folds, args.k_fold, args.num_test, args.seed, cases.patients,
-        cases.labels.tolist(), cases.subsets))
+        cases.labels.tolist(), cases.subsets, ("crop_size", "crop_spacing")))
     sides = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
     if "crop_size" not in data:
         check_training_sides(sides, cases)

@@ -112,12 +112,12 @@ def test_subset_splits():
 def test_splits_are_read_back(tmp_path):
     path, make = tmp_path / "splits.json", finetune.make_splits
     names, labels = random_patients(1)
-    flags = ("patients", 5, None, 0, names, labels, ["subset0"] * len(names))
+    flags = ("patients", 5, None, 0, names, labels, ["subset0"] * len(names), ("crop_size", "crop_spacing"))
     splits, data = make(path, *flags)
     finetune.save_splits(path, splits, data | {"crop_size": [3, 3, 3], "crop_spacing": [1, 1, 1]})
     assert make(path, *flags)[0] == splits and make(path, *flags)[1]["crop_size"] == [3, 3, 3]
     for other in (("subsets", *flags[1:]), ("patients", 4, *flags[2:]), (*flags[:3], 1, *flags[4:]),
-                  (*flags[:5], [*labels[:-1], 1 - labels[-1]], flags[6]),
+                  (*flags[:5], [*labels[:-1], 1 - labels[-1]], *flags[6:]),
                   (*flags[:4], [name.replace("p", "q") for name in names], *flags[5:])):
         with pytest.raises(UserError, match="splits.json.*another --output_dir"):
             make(path, *other)

@@ -1,0 +1,244 @@
+"""Cases on the working grid of a segmentation run, kept on disk in chunks: a patch is read in milliseconds, not in the
+seconds that unpacking and resampling a whole CT take, and memory holds no more than patches.
+
+A copy is two HDF5 files as data.py writes them (the CT; its mask, whose classes stand in for HU), places of labelled
+voxels (foreground.npy) and, written last, what it was made of (json).
+"""
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+import images
+import segmentation
+from augmentations import PATCH_VIEW, keyed_rng
+from convert import in_processes, progress, state_of
+from data import DataError, Pair, Volume, padded, write_volume
+from utils import UserError
+
+FORMAT = 1         # raise it when the same case gives another copy
+BYTES = 1.3        # on disk, per voxel
+FOREGROUND = 5000  # places of labelled voxels of each class that are kept
+
+
+class Found(NamedTuple):
+    """What a case is. classes: that its label holds, sorted; shape: (3,) voxels on the working grid; stored: as a copy"""
+    classes: list
+    shape: list
+    stored: bool
+
+
+class Copy(NamedTuple):
+    """A copy to make, for a worker: of what, the files' path without suffix, and whether to write them."""
+    pair: Pair
+    spacing: tuple
+    path: Path
+    stamp: list
+    stored: bool
+
+
+class WorkingCopies:
+    """Copies of cases at a spacing, in a folder that several runs may share.
+
+    folder: Path; pairs: data.Pair of each case; heads: finetune.Header of each; spacing: (3,) mm
+    most_bytes: that the copies may take; cases beyond are read and resampled whenever they are asked for
+    """
+
+    def __init__(self, folder, pairs, heads, spacing, most_bytes):
+        self.folder = folder / "x".join(f"{s:g}" for s in spacing)
+        self.pairs, self.spacing = pairs, tuple(spacing)
+        voxels = [np.prod(np.array(head.shape) * head.spacing) / np.prod(spacing) for head in heads]
+        self.stored = (np.cumsum(voxels) * BYTES <= most_bytes).tolist()
+
+    def make(self, processes, workers):
+        """[Found] of every case, after making the copies that are not there yet; ranks share the work.
+
+        workers: reading processes of this rank. Raises UserError, on all ranks, for a case that can't be used.
+        """
+        processes.from_main(self._make_folder)
+        mine = range(processes.rank, len(self.pairs), processes.world_size)
+        found = {i: self._found(i) for i in mine}
+        todo = {self._copy(i): i for i in mine if found[i] is None}
+        with progress(len(todo), "case") as bar:
+            made = in_processes(make_copy, todo, workers) if workers > 1 and len(todo) > 1 else (
+                (copy, make_copy(copy)) for copy in todo)
+            for copy, result in made:
+                found[todo[copy]] = result or f"{copy.pair.image}: the process that read it died: it may need more memory"
+                bar.update()
+        found = {i: one for part in processes.gather(found) for i, one in part.items()}
+        for i in range(len(self.pairs)):
+            if isinstance(found[i], str):
+                raise UserError(found[i], everywhere=True)
+        return [found[i] for i in range(len(self.pairs))]
+
+    def read(self, case):
+        """(SimpleITK.Image int16 HU, (X, Y, Z) uint8 classes) of a whole case. Raises DataError."""
+        if not self.stored[case]:
+            image, label = working_pair(self.pairs[case], self.spacing)
+            return image, images.voxels_of(label).copy()
+        image_path, label_path = self._files(case)
+        with Volume(image_path) as image, Volume(label_path) as label:
+            return images.make_image(image.read(), image.affine), label.read().astype(np.uint8)
+
+    def read_window(self, case, size):
+        """(SimpleITK.Image, (x, y, z) uint8 classes) of a window of `size` voxels around the middle of what is labelled, or
+        of the case. Raises DataError."""
+        reader = self.reader(case)
+        centre = np.median(reader.foreground[:, :3], axis=0) if len(reader.foreground) else np.array(reader.shape) / 2
+        crop, mask = reader.read(np.rint(centre - np.array(size) / 2).astype(int), size)
+        return images.make_image(crop, np.diag([*self.spacing, 1.0])), mask
+
+    def reader(self, case):
+        """A Reader of patches of a case. Raises DataError."""
+        if self.stored[case]:
+            return StoredReader(*self._files(case), self._base(case))
+        return MemoryReader(*working_pair(self.pairs[case], self.spacing))
+
+    def _make_folder(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't be made ({error.strerror}); choose another --cache_dir") from error
+
+    def _base(self, case):
+        pair = self.pairs[case]
+        return self.folder / f"{pair.name.replace('/', '_')}-{zlib.crc32(os.path.abspath(pair.image).encode()):08x}"
+
+    def _files(self, case):
+        base = self._base(case)
+        return f"{base}.image.hdf5", f"{base}.label.hdf5"
+
+    def _copy(self, case):
+        return Copy(self.pairs[case], self.spacing, self._base(case), self._stamp(case), self.stored[case])
+
+    def _stamp(self, case):
+        pair = self.pairs[case]
+        return (FORMAT, os.path.abspath(pair.image), *state_of(pair.image), os.path.abspath(pair.label), *state_of(pair.label))
+
+    def _found(self, case):
+        """Found of a copy that an earlier run has made of the same files; None without one."""
+        try:
+            kept = json.loads(Path(f"{self._base(case)}.json").read_text())
+            whole = kept["stamp"] == list(self._stamp(case)) and all(map(os.path.exists, self._files(case)))
+            return Found(kept["classes"], kept["shape"], True) if whole and self.stored[case] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def working_pair(pair, spacing):
+    """(image, label), SimpleITK.Images on the working grid. Raises DataError."""
+    image, label = segmentation.read_case(pair)
+    return segmentation.to_working(image, spacing), segmentation.to_working(label, spacing, is_label=True)
+
+
+def make_copy(copy):
+    """The Found of a case, whose copy is then written; the text of what is wrong with it."""
+    try:
+        image, label = segmentation.read_case(copy.pair)
+        classes = [int(value) for value in np.unique(images.voxels_of(label))]
+        image = segmentation.to_working(image, copy.spacing)
+        if copy.stored:
+            label = segmentation.to_working(label, copy.spacing, is_label=True)
+            mask = images.voxels_of(label)
+            write_volume(f"{copy.path}.image.hdf5", images.voxels_of(image), images.affine_of(image))
+            write_volume(f"{copy.path}.label.hdf5", mask.astype(np.int16), images.affine_of(image))
+            part = Path(f"{copy.path}.part{os.getpid()}")
+            with open(part, "wb") as file:
+                np.save(file, places_of(mask))
+            os.replace(part, f"{copy.path}.foreground.npy")
+            part.write_text(json.dumps({"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()}))
+            os.replace(part, f"{copy.path}.json")
+        return Found(sorted({0, *classes}), list(image.GetSize()), copy.stored)
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"{copy.path}: can't be written ({error.strerror or error}); make room or choose another --cache_dir"
+
+
+def places_of(mask):
+    """(n, 4) int16 index and class of labelled voxels, at most FOREGROUND of each class, drawn the same way each time."""
+    places = []
+    for k in np.unique(mask):
+        if k:
+            index = np.argwhere(mask == k)
+            drawn = np.random.default_rng(0).permutation(len(index))[:FOREGROUND]
+            places.append(np.column_stack([index[np.sort(drawn)], np.full(len(drawn), k)]))
+    return np.concatenate(places).astype(np.int16) if places else np.zeros((0, 4), np.int16)
+
+
+class StoredReader:
+    """Patches of a copy on disk. shape: (3,) voxels; foreground: see `places_of`"""
+
+    def __init__(self, image_path, label_path, base):
+        self.image_path, self.label_path = image_path, label_path
+        try:
+            self.foreground = np.load(f"{base}.foreground.npy")
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"{base}.foreground.npy", f"can't be read ({error}); remove it to have it made again") from error
+        with Volume(image_path) as image:
+            self.shape = image.shape
+
+    def read(self, start, size):
+        """((x, y, z) int16 HU, (x, y, z) uint8 classes) from voxel `start` on; air and background outside."""
+        with Volume(self.image_path) as image, Volume(self.label_path) as label:
+            return image.read(start, size), np.maximum(label.read(start, size), 0).astype(np.uint8)
+
+
+class MemoryReader:
+    """The same of a case in memory."""
+
+    def __init__(self, image, label):
+        self.voxels = [images.voxels_of(one).astype(np.int16) for one in (image, label)]
+        self.shape, self.foreground = self.voxels[0].shape, places_of(self.voxels[1])
+
+    def read(self, start, size):
+        crop, mask = (padded(lambda low, high, voxels=voxels: voxels[tuple(map(slice, low, high))], self.shape, start, size)
+                      for voxels in self.voxels)
+        return crop, np.maximum(mask, 0).astype(np.uint8)
+
+
+class WorkingPatches(Dataset):
+    """Patches of cases with their masks and how to augment them, for keys (epoch, patch, counted).
+
+    per_case: patch // per_case is the case; foreground_share: of patches whose middle half holds a labelled voxel
+    augmentation: finetune.WindowAugmentation; size: (3,) voxels that are read: its window, and what a turned one reaches
+    """
+
+    def __init__(self, copies, per_case, foreground_share, augmentation, size, seed):
+        self.copies, self.per_case, self.foreground_share = copies, per_case, foreground_share
+        self.augmentation, self.size, self.seed = augmentation, np.array(size), seed
+        self._readers = {}  # of this worker: those of stored copies are small, of the others there is one
+
+    def __getitem__(self, key):
+        epoch, patch, counted = key
+        try:
+            reader = self._reader(patch // self.per_case)
+            rng = keyed_rng(self.seed, epoch, patch, PATCH_VIEW)
+            start = np.rint(self._centre(rng, reader) - self.size / 2).astype(int)
+            crop, mask = reader.read(start, self.size)
+        except DataError as error:  # an exception would reach the main process as a traceback's text
+            return str(error)
+        return crop, patch, counted, self.augmentation.draw(self.seed, epoch, patch, crop.shape), mask
+
+    def _reader(self, case):
+        if case not in self._readers:
+            if not self.copies.stored[case]:
+                self._readers = {i: reader for i, reader in self._readers.items() if self.copies.stored[i]}
+            self._readers[case] = self.copies.reader(case)
+        return self._readers[case]
+
+    def _centre(self, rng, reader):
+        """(3,) voxels: of a window anywhere in the case or, so often, with a labelled voxel in its middle half."""
+        window, shape = self.augmentation.size, np.array(reader.shape)
+        anywhere = shape / 2 + rng.uniform(-0.5, 0.5, 3) * np.maximum(shape - window, 0)
+        wanted, which, where = rng.uniform(size=3)
+        beside = rng.uniform(-0.25, 0.25, 3) * window
+        if wanted >= self.foreground_share or not len(reader.foreground):
+            return anywhere
+        classes = np.unique(reader.foreground[:, 3])
+        places = reader.foreground[reader.foreground[:, 3] == classes[int(which * len(classes))], :3]
+        return places[int(where * len(places))] + 0.5 + beside
