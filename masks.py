@@ -1,0 +1,234 @@
+"""What is measured, cleaned and drawn of a mask: overlap and surface distances, components, pictures with outlines.
+
+Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm. What lies outside a volume is
+background: where a mask touches the volume's border, its voxels there are surface.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+
+from utils import radiological
+
+TILE = 360  # pixels: the volume's longest side in all whole planes, and the side of a zoom
+ZOOM, AROUND = 60, 10  # mm: the side of a zoom, more for a lesion that wouldn't have AROUND on each side of it
+MAGNIFIED = 3  # how many times larger than the whole plane a zoom is at least
+HEADER, CAPTION, FRAME = 50, 20, 2  # pixels: title and legend, the line above a tile, what is left free around it
+GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
+DARK, GREY, BRIGHT = (24, 24, 24), (150, 150, 150), (230, 230, 230)
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(predicted, label, spacing, classes, tolerance):
+    """What a predicted mask is worth: a list with a dict for each foreground class, 1 to classes - 1.
+
+    predicted, label: (X, Y, Z) uint8; spacing: (3,) mm; tolerance: mm
+    class            its number
+    dice             twice the overlap over the sum of both volumes
+    surface_dice     share of both surfaces that lies within the tolerance of the other: the normalised surface Dice of
+                     Nikolov et al. 2018 (arXiv 1809.04430), surfaces measured in voxels (Seidlitz et al. 2021, arXiv
+                     2111.05408; MONAI's default)
+    hausdorff95_mm   the larger of the two directed 95th percentiles of the distances between the surfaces
+    volume_ml, predicted_ml    of the label and of the prediction
+    Where both are empty, dice and surface_dice are 1 and hausdorff95_mm is 0. Where one of them is, dice and surface_dice
+    are 0 and hausdorff95_mm is None: undefined, to be counted and left out of means.
+    """
+    box = box_of(predicted | label)
+    predicted, label = predicted[box], label[box]
+    return [{"class": c} | _class_figures(predicted == c, label == c, spacing, tolerance) for c in range(1, classes)]
+
+
+def _class_figures(predicted, label, spacing, tolerance):
+    sizes = [int(np.count_nonzero(mask)) for mask in (label, predicted)]
+    voxel = math.prod(float(s) for s in spacing) / 1000  # ml
+    volumes = {"volume_ml": sizes[0] * voxel, "predicted_ml": sizes[1] * voxel}
+    if not all(sizes):
+        same = float(sizes[0] == sizes[1])
+        return {"dice": same, "surface_dice": same, "hausdorff95_mm": 0.0 if same else None} | volumes
+    distances = _surface_distances(predicted, label, spacing)
+    near = sum(int(np.count_nonzero(d <= float(tolerance))) for d in distances)
+    return {"dice": 2 * int(np.count_nonzero(predicted & label)) / sum(sizes),
+            "surface_dice": near / sum(map(len, distances)),
+            "hausdorff95_mm": max(float(np.percentile(d, 95)) for d in distances)} | volumes
+
+
+def _surface_distances(predicted, label, spacing):
+    """[(N,), (M,)] float32 mm from each surface voxel of one mask to the nearest of the other, and back. Neither is empty."""
+    # MONAI's surface Dice and Hausdorff distance are made of these. Each would search for the nearest on its own, and
+    # its percentile fails beyond 16 million voxels: the speckle of an untrained model has more.
+    from monai.metrics import get_mask_edges, get_surface_distance
+    box = box_of(predicted | label)
+    surfaces, mm = get_mask_edges(predicted[box], label[box]), [float(s) for s in spacing]
+    return [get_surface_distance(*pair, spacing=mm) for pair in (surfaces, surfaces[::-1])]
+
+
+def box_of(mask):
+    """Slices of the smallest box with all non-zero elements of an array; of an empty one where there are none."""
+    others = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
+    found = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
+    return tuple(slice(int(f[0]), int(f[-1]) + 1) if len(f) else slice(0, 0) for f in found)
+
+
+# --------------------------------------------------------------------------------------------------------- cleaning
+
+
+def clean(mask, spacing, largest_component, min_volume):
+    """A mask without the small components of each class, which are likely false: the mask itself where nothing is asked.
+
+    mask: (X, Y, Z) uint8, stays as it is; spacing: (3,) mm
+    largest_component: keep only the largest component of each class; voxels that share a corner are connected
+    min_volume: millilitres; components below it are dropped, the largest as well
+    """
+    if not largest_component and min_volume <= 0:
+        return mask
+    voxels = math.ceil(min_volume * 1000 / math.prod(float(s) for s in spacing) - 1e-6)  # rounding costs none
+    cleaned, box = np.zeros_like(mask), box_of(mask)
+    for c in np.unique(mask[box]):
+        if c:
+            parts = components(mask[box] == c, voxels)
+            cleaned[box][(parts == 1) if largest_component else (parts > 0)] = c
+    return cleaned
+
+
+def components(mask, min_size=0):
+    """Numbers of the components of a mask with `min_size` voxels or more, 1 for the largest; 0 elsewhere."""
+    image = sitk.GetImageFromArray(mask.astype(np.uint8))
+    return sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(image, True), min_size))
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+class Plane(NamedTuple):
+    """A plane of a volume as a picture is seen: rows from the top, columns from the left."""
+    grey: np.ndarray       # (rows, columns) uint8
+    label: np.ndarray      # (rows, columns) classes, as the prediction
+    predicted: np.ndarray
+    mm: np.ndarray         # (2,) size of a voxel
+
+    @property
+    def extent(self):
+        return self.grey.shape * self.mm
+
+
+class Window(NamedTuple):
+    """A part of a plane, in mm from its upper left corner."""
+    low: np.ndarray   # (2,)
+    size: np.ndarray  # (2,)
+
+
+def overlay(image, predicted, label, spacing, clip_range, title):
+    """uint8 (height, width, 3) picture of a lesion in CT: three planes, each with a zoom beside it.
+
+    image: (X, Y, Z) HU; predicted, label: (X, Y, Z) uint8, label may be None; spacing: (3,) mm
+    clip_range: HU that are black and white; title: what to write above
+    Each plane is the one with most of the label; of the prediction where there is no label, the middle where neither is.
+    Outlines of all classes follow the faces of the voxels: green the label's, red the prediction's, yellow where they
+    meet. All planes have one scale, the same along rows and columns, and are turned as radiologists see them. A grey frame
+    shows what is magnified: the largest part in the plane. What is wrong in other planes is not seen.
+    """
+    if label is None:
+        label = np.zeros_like(predicted)
+        outlines = [("prediction", RED)]
+    else:
+        outlines = [("label", GREEN), ("prediction", RED), ("both", YELLOW)]
+    reference = label if label.any() else predicted
+    longest = max(n * float(s) for n, s in zip(image.shape, spacing))
+    rows = []
+    for axis, name, left in ((2, "axial", "patient's right"), (1, "coronal", "patient's right"), (0, "sagittal", "anterior")):
+        index = largest_plane(reference, axis)
+        cut = [radiological(volume.take(index, axis)) for volume in (image, label, predicted, reference)]
+        plane = Plane(grey_of(cut[0], clip_range), *cut[1:3], np.delete(np.array(spacing, float), axis)[::-1])
+        window, side = window_around(cut[3], plane, longest / MAGNIFIED)
+        rows.append([
+            (f"{name}, {'xyz'[axis]} = {index}; {left} on the left",
+             draw_plane(plane, Window(np.zeros(2), plane.extent), TILE / longest, 1, frame=window)),
+            (f"{longest / side:.1f} times larger, {window.size[1]:.0f} x {window.size[0]:.0f} mm",
+             draw_plane(plane, window, TILE / side, 2))])
+    return page(rows, title, outlines)
+
+
+def largest_plane(mask, axis):
+    """Index along an axis of the plane with most of a mask; of several, as in an empty mask, the middle one."""
+    areas = np.count_nonzero(mask, axis=tuple(a for a in range(3) if a != axis))
+    largest = np.flatnonzero(areas == areas.max())
+    return int(largest[len(largest) // 2])
+
+
+def grey_of(plane, clip_range):
+    low, high = clip_range
+    return np.uint8(np.clip((plane.astype(np.float32) - low) / (high - low), 0, 1) * 255)
+
+
+def window_around(reference, plane, most):
+    """The Window to magnify, around the largest part of a mask in a plane, and its side in mm, `most` at most.
+
+    It stays within the plane: at a border the lesion isn't in its middle, and in a narrow plane it is no square.
+    """
+    low, high = np.zeros(2), plane.extent
+    if reference.any():
+        box = box_of(components(reference != 0) == 1)
+        low, high = np.array([[s.start, s.stop] for s in box]).T * plane.mm
+    side = min(max(ZOOM, (high - low).max() + 2 * AROUND), most)
+    size = np.minimum(side, plane.extent)
+    return Window(np.clip((low + high - size) / 2, 0, plane.extent - size), size), side
+
+
+def draw_plane(plane, window, scale, width, frame=None):
+    """PIL picture of a window of a plane, FRAME pixels around it; scale: pixels per mm; width: pixels of an outline."""
+    from PIL import Image, ImageDraw
+    height_width = np.maximum(np.rint(window.size * scale), 1).astype(int)
+    corners = np.concatenate([window.low / plane.mm, (window.low + window.size) / plane.mm])  # top, left, bottom, right
+    shown = np.minimum(corners, np.tile(plane.grey.shape, 2))[[1, 0, 3, 2]]  # rounding must not reach beyond the picture
+    grey = Image.fromarray(plane.grey).resize(height_width[::-1].tolist(), Image.Resampling.BILINEAR, shown.tolist())
+    picture = Image.new("RGB", (height_width[::-1] + 2 * FRAME).tolist(), DARK)
+    picture.paste(grey, (FRAME, FRAME))
+    if frame is not None:
+        top, left, bottom, right = (np.concatenate([frame.low, frame.low + frame.size]) * scale + FRAME).round()
+        ImageDraw.Draw(picture).rectangle([left - 1, top - 1, right, bottom], outline=GREY)
+    pixels = np.array(picture)
+    lines = [outline(mask, window.low / plane.mm, plane.mm * scale, pixels.shape[:2], width)
+             for mask in (plane.label, plane.predicted)]
+    pixels[lines[0]], pixels[lines[1]], pixels[lines[0] & lines[1]] = GREEN, RED, YELLOW
+    return Image.fromarray(pixels)
+
+
+def outline(mask, low, zoom, shape, width):
+    """(rows, columns) bool: lines of `width` pixels on the faces between voxels of different classes, and at the border.
+
+    mask: (rows, columns) classes; low: (2,) the voxel coordinates of the picture's corner within FRAME
+    zoom: (2,) pixels per voxel; shape: of the picture with FRAME
+    """
+    lines, padded = np.zeros(shape, bool), np.pad(mask, 1)
+    for axis in range(2):  # along which both voxels of a face are neighbours
+        inner = padded[:, 1:-1] if axis == 0 else padded[1:-1]
+        starts = np.argwhere(np.diff(inner.astype(np.int16), axis=axis))  # (N, 2) corners of the voxels behind the faces
+        ends = starts + (np.arange(2) != axis)
+        starts, ends = [np.rint((corners - low) * zoom).astype(int) + FRAME - width // 2 for corners in (starts, ends)]
+        for (top, left), (bottom, right) in zip(np.maximum(starts, 0), np.maximum(ends + width, 0)):
+            lines[top:bottom, left:right] = True
+    return lines
+
+
+def page(rows, title, outlines):
+    """uint8 (height, width, 3) picture of rows of (caption, picture), a title and a legend: names of colours above it."""
+    from PIL import Image, ImageDraw, ImageFont
+    large, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    lefts = [0, *np.cumsum([max(tile.width for _, tile in column) for column in zip(*rows)]).tolist()]
+    heights = [CAPTION + max(tile.height for _, tile in row) for row in rows]
+    canvas = Image.new("RGB", (max(lefts[-1], math.ceil(large.getlength(title)) + 2 * FRAME), HEADER + sum(heights)), DARK)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((FRAME, 4), title, BRIGHT, large)
+    left = FRAME
+    for name, colour in outlines:
+        draw.text((left, 28), name, colour, large)
+        left += large.getlength(name) + 16
+    top = HEADER
+    for row, height in zip(rows, heights):
+        for left, (caption, tile) in zip(lefts, row):
+            draw.text((left + FRAME, top + 3), caption, BRIGHT, small)
+            canvas.paste(tile, (left, top + CAPTION))
+        top += height
+    return np.array(canvas)
