@@ -8,6 +8,8 @@ DEMO_FLAGS ?= --input_size 48 48 24 --local_crops_scale 0.75 --local_crops_numbe
 	--teacher_temp 0.06 --warmup_teacher_temp_epochs 4 --log_every 5
 
 LNC_DEMO_FLAGS ?= --folds subsets --epochs 5 --batch_size_per_gpu 8
+LTS_DEMO_FLAGS ?= --spacing 2.5 2.5 5 --k_fold 2 --num_test 2 --epochs 8 --val_freq 8 --patches_per_case 8 \
+	--batch_size_per_gpu 4 --lr 0.003 --overlap 0.25
 
 PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
 RUNTIME = $(VENV)/.runtime-installed
@@ -17,10 +19,10 @@ TEST = $(VENV)/.test-installed
 .PHONY: help demo test clean-demo
 
 help:
-	@echo "make demo        install, fetch two lung CTs, pre-train a small model (demo/pretrain) and fine-tune it (demo/lnc)"
+	@echo "make demo        install, fetch two lung CTs, pre-train a small model (demo/pretrain) and fine-tune it (demo/lnc, demo/lts)"
 	@echo "make test        install and run the tests"
 	@echo "make clean-demo  delete demo/"
-	@echo "PYTHON=python3.12 chooses the interpreter, VENV=.venv the virtual environment, DEMO_FLAGS=... and LNC_DEMO_FLAGS=... the demo's runs"
+	@echo "PYTHON=python3.12 chooses the interpreter, VENV=.venv the virtual environment, DEMO_FLAGS=..., LNC_DEMO_FLAGS=... and LTS_DEMO_FLAGS=... the demo's runs"
 
 demo: $(RUNTIME)
 	"$(VENV)/bin/python" prepare_data.py demo --output demo/data
@@ -28,6 +30,8 @@ demo: $(RUNTIME)
 		--data_dir demo/data/pretrain --output_dir demo/pretrain $(DEMO_FLAGS)
 	"$(VENV)/bin/torchrun" --standalone --nproc_per_node=1 main_lnc_luna16.py --pretrained_weights demo/pretrain/checkpoint.pth \
 		--data_dir demo/data/luna16 --output_dir demo/lnc $(LNC_DEMO_FLAGS)
+	"$(VENV)/bin/torchrun" --standalone --nproc_per_node=1 main_lts_msd.py --pretrained_weights demo/pretrain/checkpoint.pth \
+		--data_dir demo/data/msd --output_dir demo/lts $(LTS_DEMO_FLAGS)
 
 test: $(TEST)
 	"$(VENV)/bin/python" -m pytest tests

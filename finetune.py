@@ -52,8 +52,9 @@ class Device(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
-def add_flags(parser, batch_size, folds):
-    """The flags of both downstream scripts. batch_size: default per process; folds: choices of --folds."""
+def add_flags(parser, batch_size, folds, spacing, predict):
+    """The flags of both downstream scripts. batch_size: default per process; folds: choices of --folds; spacing, predict:
+    help of these."""
     group = parser.add_argument_group("model (default: as in the config of --pretrained_weights)")
     group.add_argument("--pretrained_weights", default="", metavar="FILE",
                        help="checkpoint of main_dino.py or of older DINO code; without it: from scratch")
@@ -68,8 +69,7 @@ def add_flags(parser, batch_size, folds):
     group.add_argument("--clip_range", default=None, nargs=2, type=number(float), metavar=("LOW", "HIGH"),
                        help=f"HU that become 0 and 1; without weights {spaced(ENCODER['clip_range'])}")
     group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=("X", "Y", "Z"),
-                       help="mm per voxel that the crops should have, for a warning where they differ; rotations "
-                            "then act in mm")
+                       help=spacing)
     group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
                        help="stochastic depth of the encoder's last block in training")
     utils.boolean_flag(group, "--freeze_encoder", False, "leave the encoder as it is and train the head alone")
@@ -116,19 +116,42 @@ def add_flags(parser, batch_size, folds):
                        help="stop after this many steps of this call, with a checkpoint; the same command goes on")
     group.add_argument("--seed", default=0, type=number(int, 0), help="of folds, weights, order and augmentations")
 
+    group = parser.add_argument_group("prediction")
+    group.add_argument("--predict", default=None, metavar="DIR", help=predict)
+    group.add_argument("--weights", default=None, metavar="OUT",
+                       help="--output_dir of a trained run: its folds are averaged; OUT/0: one fold alone")
+
     group = parser.add_argument_group("older flags, accepted")
     group.add_argument("--use_fp16", default=None, nargs="?", const=True, type=boolean, help="now --precision")
     group.add_argument("--dist_url", default=None, help="ignored: the launcher tells")
     group.add_argument("--local_rank", "--local-rank", default=None, help="ignored: the launcher tells")
 
 
-def check_flags(parser, given, pretrained):
-    """Refuse what is wrong whatever the data (exit code 2). given: {name: value or None}; pretrained: with weights."""
+def check_flags(parser, given, layout):
+    """Refuse what is wrong whatever the data (exit code 2). given: {name: value or None}; layout: of --data_dir."""
+    pretrained = bool(given["pretrained_weights"])
+    if (given["predict"] is None) != (given["weights"] is None):
+        parser.error("--predict DIR and --weights OUT go together: the new data, and the run whose models judge them")
+    if given["predict"] is None and given["data_dir"] is None:
+        parser.error(f"--data_dir is missing: the folder with {layout}")
     if given["clip_range"] and given["clip_range"][0] >= given["clip_range"][1]:
         parser.error(f"--clip_range {spaced(given['clip_range'])}: the first value must be below the second")
     size, patch = (given[name] or (None if pretrained else ENCODER[name]) for name in ("input_size", "patch_size"))
     if size and patch and any(n % p for n, p in zip(size, patch)):
         parser.error(f"--input_size {spaced(size)} is not a multiple of --patch_size {spaced(patch)} along each axis")
+
+
+def set_up(output_dir, precision, use_fp16, num_workers, batch_size, **ignored):
+    """(Device, name of its precision, notices), after joining the other processes and making the output folder.
+
+    precision, num_workers: None for what suits the machine; ignored: flags that have no effect any more
+    """
+    processes = utils.distributed_init()
+    processes.from_main(lambda: utils.make_output_dir(output_dir))
+    precision, notices = utils.choose_precision(precision, use_fp16, processes.device)
+    notices += utils.ignored_flags(**ignored)
+    workers = min(16, utils.cores_per_process(processes)) if num_workers is None else num_workers
+    return Device(processes, utils.PRECISIONS[precision], batch_size, workers), precision, notices
 
 
 # ----------------------------------------------------------------------------------------------------------- encoder
@@ -927,6 +950,24 @@ def fold_folders(path, name):
     if not found:
         raise UserError(f"--weights {path}: holds no trained fold (looked for {name} there and in 0, 1, ...)")
     return found
+
+
+def load_fold(path, build, script, known_by):
+    """(model, its config, what was known of its best epoch) of a fold's best.pth. Raises UserError.
+
+    build: gives the model of (Encoder, config, state dict); known_by: name in the config of `script`'s runs alone
+    """
+    state = load_checkpoint(path)
+    config = state["config"]
+    if known_by not in config:
+        raise UserError(f"--weights {path}: is no checkpoint of {script}", everywhere=True)
+    model = build(Encoder(**{name: config[name] for name in ENCODER}), config, state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"--weights {path}: does not fit {config['arch']} ({reason})", everywhere=True) from error
+    return model, config, state["best"]
 
 
 def start_folder(folder):

@@ -5,6 +5,7 @@ SimpleITK reads all of it, more than twice. An image is a SimpleITK.Image of int
 towards the patient's right, anterior and superior side, as nearly as its axes allow.
 """
 import collections
+import itertools
 import os
 import re
 import warnings
@@ -23,6 +24,7 @@ CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"  # SOP classes
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 DICOMDIR = "1.2.840.10008.1.3.10"
+UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # ITK's directions, which are LPS, of an image along the world's RAS axes
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is told as a reason
 
@@ -255,14 +257,18 @@ def read_raw(path):
 
 
 def _read_nifti(reader, path):
-    """ITK's geometry and nibabel's voxels: ITK takes NaN for 0 and, where a file is cut off, whatever its memory held."""
+    """ITK's geometry and nibabel's voxels: ITK takes NaN for 0 and, where a file is cut off, whatever its memory held.
+
+    Where the header says of neither form of its affine that it counts, nibabel's, by which data.py reads the file too.
+    """
     import nibabel
 
     def read():
         reader.ReadImageInformation()
         nifti = nibabel.load(path)
-        return nifti.affine, np.asanyarray(nifti.dataobj)
-    affine, voxels = _call(read, path)
+        told = nifti.header["qform_code"] or nifti.header["sform_code"]
+        return nifti.affine, np.asanyarray(nifti.dataobj), told
+    affine, voxels, told = _call(read, path)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:  # ITK makes something up
         raise DataError(path, "no geometry: its spacings and directions span no volume")
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
@@ -271,7 +277,10 @@ def _read_nifti(reader, path):
         raise DataError(path, f"not a volume: {voxels.ndim}D, {by(voxels.shape)}")
     if voxels.dtype.kind not in "iuf":
         raise DataError(path, f"not a volume of HU: voxels of type {voxels.dtype}")
-    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T, voxels.dtype.newbyteorder("=")))
+    voxels = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
+    if not told:
+        return make_image(voxels, affine)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
     image.SetSpacing(reader.GetSpacing()[:3])
     image.SetOrigin(reader.GetOrigin()[:3])
     image.SetDirection(np.reshape(reader.GetDirection(), [reader.GetDimension()] * 2)[:3, :3].ravel().tolist())
@@ -321,15 +330,25 @@ def to_hu(image, path):
 
     Raises DataError for NaN and for axes that are not at right angles, not for any value.
     """
-    axes = np.reshape(image.GetDirection(), (3, 3))
-    if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
-        raise DataError(path, "no geometry: its axes are not at right angles")
+    require_right_angles(image, path)
     image = to_ras(image)
     if image.GetPixelID() != sitk.sitkInt16:
         converted = sitk.GetImageFromArray(to_int16(sitk.GetArrayViewFromImage(image), path))
         converted.CopyInformation(image)
         image = converted
     return sitk.Threshold(image, AIR, 32767, AIR)
+
+
+def require_right_angles(image, path):
+    """Raise DataError for an image whose axes are not at right angles to each other."""
+    axes = _axes_of(image)
+    if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
+        raise DataError(path, "no geometry: its axes are not at right angles")
+
+
+def _axes_of(image):
+    """(3, 3) unit vectors of an image's axes in LPS, in columns."""
+    return np.reshape(image.GetDirection(), (3, 3))
 
 
 def to_classes(image, path, classes=None):
@@ -410,16 +429,45 @@ def crop_at(image, point, size, spacing, source):
     return _mean(_sample(image, start, fine, np.array(size) * factors, linear=True), factors)
 
 
-def resample(image, spacing, is_label=False):
-    """An image at another spacing (3,) mm over the same extent: linear and averaged as needed, or nearest for labels."""
-    own = np.array(image.GetSpacing())
-    size = np.maximum(np.rint(np.array(image.GetSize()) * own / spacing), 1).astype(int)
+def resample(image, spacing, is_label=False, upright=False):
+    """An image at another spacing (3,) mm over the same extent: linear and averaged as needed, or nearest for labels.
+
+    upright: an image whose axes are not the world's is turned to right, anterior and superior. Its extent is then the
+    box around its corners; what it does not fill is air, or 0 in a mask.
+    """
+    tilted = upright and not is_upright(image)
+    if tilted:
+        axes = UPRIGHT
+        first, extent, own = _box_along(image, axes)
+    else:
+        axes, own = _axes_of(image), np.array(image.GetSpacing())
+        extent = np.array(image.GetSize()) * own
+    size = np.maximum(np.rint(extent / spacing), 1).astype(int)
     factors = np.ones(3, int) if is_label else averaged(own, spacing)
     fine = np.array(spacing) / factors
-    start = (fine / own - 1) / 2  # the outer faces of the first voxels coincide
+    if tilted:
+        start = image.TransformPhysicalPointToContinuousIndex((axes @ (first + fine / 2)).tolist())
+    else:
+        start = (fine / own - 1) / 2  # the outer faces of the first voxels coincide
     if is_label:
-        return _sample(image, start, fine, size, extend=True)
-    return _mean(_sample(image, start, fine, size * factors, linear=True, extend=True), factors)
+        return _sample(image, start, fine, size, extend=not tilted, axes=axes)
+    return _mean(_sample(image, start, fine, size * factors, linear=True, extend=not tilted, axes=axes), factors)
+
+
+def is_upright(image):
+    """Whether an image's axes are the world's right, anterior and superior, to 1e-3."""
+    return np.allclose(_axes_of(image), UPRIGHT, rtol=0, atol=1e-3)
+
+
+def _box_along(image, axes):
+    """(3,) low corner and (3,) extent in mm of the box along `axes` around an image, and (3,) its voxels' distance along them.
+
+    That is the longest step that passes no voxel over, however flat the voxels are and however they lie.
+    """
+    faces = itertools.product(*((-0.5, n - 0.5) for n in image.GetSize()))
+    corners = np.array([image.TransformContinuousIndexToPhysicalPoint(face) for face in faces]) @ axes  # (8, 3)
+    voxels_per_mm = _axes_of(image).T @ axes / np.array(image.GetSpacing())[:, None]  # (3 of the image, 3 of the box)
+    return corners.min(0), np.ptp(corners, axis=0), 1 / np.linalg.norm(voxels_per_mm, axis=0)
 
 
 def averaged(own, spacing):
@@ -428,16 +476,17 @@ def averaged(own, spacing):
     return np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
 
 
-def _sample(image, start, spacing, size, linear=False, extend=False):
-    """An image on a grid along the axes of another, `start` in its continuous voxel indices; linearly, in float, or nearest.
+def _sample(image, start, spacing, size, linear=False, extend=False, axes=None):
+    """An image on a grid along its axes or others, `start` in its continuous voxel indices; linearly, in float, or nearest.
 
     Outside is air, or 0 in a mask; with `extend` the nearest voxel, for a last voxel that reaches a little beyond.
     """
+    axes = _axes_of(image) if axes is None else axes
     outside = AIR if image.GetPixelID() == sitk.sitkInt16 else 0
     origin = image.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
     how, kind = (sitk.sitkLinear, sitk.sitkFloat32) if linear else (sitk.sitkNearestNeighbor, image.GetPixelID())
     return sitk.Resample(image, [int(n) for n in size], sitk.Transform(), how, origin, [float(s) for s in spacing],
-                         image.GetDirection(), outside, kind, extend)
+                         axes.ravel().tolist(), outside, kind, extend)
 
 
 def _mean(image, factors):

@@ -24,10 +24,9 @@ from torch.utils.data import DataLoader
 import finetune
 import utils
 from augmentations import PAPER, paper_policy, scale_intensity
-from checkpoint import load_checkpoint
 from data import SUFFIXES, DataError, find_crops, find_volumes
 from decoders import Classifier, LinearHead, NearestNeighbours
-from finetune import Encoder, EvaluationCrops, Fold, TrainingCrops, WindowAugmentation, collate_crops
+from finetune import EvaluationCrops, Fold, TrainingCrops, WindowAugmentation, collate_crops
 from monitor import planes
 from utils import UserError, montage, number, radiological, spaced
 
@@ -52,23 +51,17 @@ def get_args_parser():
                        help="the same for validation and test, drawn once; 0: all, which is what to report")
     group.add_argument("--knn_k", default=None, type=number(int, 1),
                        help="neighbours that vote; default: the square root of the training cases, at most 20")
-    finetune.add_flags(parser, batch_size=128, folds=("patients", "subsets"))
-    group = parser.add_argument_group("prediction")
-    group.add_argument("--predict", default=None, metavar="DIR",
-                       help="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes to "
-                            "--output_dir")
-    group.add_argument("--weights", default=None, metavar="OUT",
-                       help="--output_dir of a trained run: its folds are averaged; OUT/0: one fold alone")
+    finetune.add_flags(parser, batch_size=128, folds=("patients", "subsets"),
+                       spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then act "
+                               "in mm",
+                       predict="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes to "
+                               "--output_dir")
     return parser
 
 
 def check_flags(parser, args):
     """Refuse what is wrong whatever the data (exit code 2), and settle what one flag means for another."""
-    finetune.check_flags(parser, vars(args), bool(args.pretrained_weights))
-    if (args.predict is None) != (args.weights is None):
-        parser.error("--predict DIR and --weights OUT go together: the new crops, and the run whose models judge them")
-    if args.predict is None and args.data_dir is None:
-        parser.error("--data_dir is missing: the folder with subset*/label0|label1/<patient>/<name>.nii.gz")
+    finetune.check_flags(parser, vars(args), "subset*/label0|label1/<patient>/<name>.nii.gz")
     if args.freeze_encoder and args.protocol == "finetune":
         args.protocol = "linear"
     args.freeze_encoder = args.protocol != "finetune"
@@ -78,13 +71,11 @@ def main(argv=None):
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    processes = utils.distributed_init()
     output_dir = Path(args.output_dir)
-    processes.from_main(lambda: utils.make_output_dir(output_dir))
-    args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
-    notices += utils.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
-    workers = min(16, utils.cores_per_process(processes)) if args.num_workers is None else args.num_workers
-    device = finetune.Device(processes, utils.PRECISIONS[args.precision], args.batch_size_per_gpu, workers)
+    device, args.precision, notices = finetune.set_up(
+        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, dist_url=args.dist_url,
+        local_rank=args.local_rank)
+    processes = device.processes
     say = print if processes.is_main else lambda *_: None
     if args.predict:
         predict(args.predict, args.weights, output_dir, device, say)
@@ -264,21 +255,10 @@ def fit_head(fold, clip_range, drawn):
         model.head.standardise.fit(features)
 
 
-def load_fold(path):
-    """(Classifier, its config, threshold) of a best.pth. Raises UserError."""
-    state = load_checkpoint(path)
-    config = state["config"]
-    if "classes" not in config:
-        raise UserError(f"--weights {path}: is no checkpoint of main_lnc_luna16.py")
-    encoder = Encoder(**{name: config[name] for name in finetune.ENCODER})
-    known = len(state["model"].get("head.known", ()))
-    model = build_classifier(config["protocol"], encoder, 0.0, config["classes"], known, config["knn_k"])
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"--weights {path}: does not fit {config['arch']} ({reason})", everywhere=True) from error
-    return model, config, state["best"]["threshold"]
+def classifier_of(encoder, config, state):
+    """The Classifier that a fold's state dict belongs to."""
+    known = len(state.get("head.known", ()))
+    return build_classifier(config["protocol"], encoder, 0.0, config["classes"], known, config["knn_k"])
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -435,12 +415,12 @@ def predict(folder, weights, output_dir, device, say):
     spacing = processes.from_main(lambda: finetune.spacing_of(paths[0]))
     total, thresholds = 0.0, []
     for where in folders:
-        model, config, threshold = load_fold(where / "best.pth")
+        model, config, best = finetune.load_fold(where / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         model = model.to(processes.device).eval()
         dataset = EvaluationCrops(paths, config["input_size"])
         forward, everything = functools.partial(classify, model), np.arange(len(paths))
         total = total + infer(forward, dataset, everything, config["clip_range"], device)
-        thresholds.append(threshold)
+        thresholds.append(best["threshold"])
     probabilities = total / len(folders)
     predicted = decide(probabilities, np.mean(thresholds))
     for line in finetune.spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):

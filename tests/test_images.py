@@ -980,6 +980,63 @@ def test_labels_are_taken_from_the_nearest_voxel(spacing):
         np.testing.assert_allclose(images.affine_of(resampled), where, atol=1e-9)  # image and label stay on one grid
 
 
+UPRIGHT_SPACINGS = [(0.5, 0.6, 1.0), (1.0, 1.0, 2.0), (2.0, 3.0, 4.0), SPACING]
+
+
+@pytest.mark.parametrize("spacing", UPRIGHT_SPACINGS, ids=str)
+@pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
+def test_upright_images_show_every_place(axes, spacing):
+    image, middle = linear_image(axes, (36, 31, 23))
+    found = images.resample(image, spacing, upright=True)
+    voxels, affine = contents(found)
+    np.testing.assert_allclose(affine[:3, :3], np.diag(spacing), atol=1e-6)
+    own = images.affine_of(image)
+    shape = np.array(image.GetSize())
+    corners = np.array(list(itertools.product(*((-0.5, n - 0.5) for n in shape)))) @ own[:3, :3].T + own[:3, 3]
+    low, high = (affine @ [-0.5, -0.5, -0.5, 1])[:3], (affine @ [*np.array(voxels.shape) - 0.5, 1])[:3]
+    np.testing.assert_allclose(low, corners.min(0), atol=1e-6)
+    assert (np.abs(high - corners.max(0)) <= np.array(spacing) / 2 + 1e-6).all()
+    where = places(voxels.shape, affine)
+    index = places(voxels.shape, np.linalg.inv(own) @ affine)
+    reach = np.linalg.inv(own)[:3, :3] @ np.array([*itertools.product(*((-s / 2, s / 2) for s in spacing))]).T
+    reach = reach.max(1) + 1e-6  # (3,) own voxels from the centre to the corner of a new one
+    inside = ((index >= reach) & (index <= shape - 1 - reach)).all(-1)
+    outside = ((index < -0.5 - reach) | (index > shape - 0.5 + reach)).any(-1)
+    assert inside.sum() > 50 and (voxels[outside] == AIR).all()
+    np.testing.assert_allclose(voxels[inside], ((where - middle) @ GRADIENT + OFFSET)[inside], rtol=0, atol=1.51)
+
+    label = images.to_classes(itk_image(noise((36, 31, 23), 1, 5), axes, SPACING, (4.5, -7.25, 12.0)), "label")
+    classes, on = contents(images.resample(label, spacing, is_label=True, upright=True))
+    np.testing.assert_allclose(on, affine, atol=1e-9)  # image and label stay on one grid
+    assert classes.shape == voxels.shape and (classes[outside] == 0).all() and classes[inside].min() > 0
+    nearest = np.clip(np.rint(index), 0, shape - 1).astype(int)
+    expected = contents(label)[0][tuple(np.moveaxis(nearest, -1, 0))]
+    clear = inside & (np.abs(index % 1 - 0.5) > 1e-4).all(-1)  # a tie may go either way
+    assert clear.any() and (classes == expected)[clear].all()
+
+
+def test_upright_images_are_resampled_as_ever():
+    for axes in [*SIGNED_PERMUTATIONS, np.diag([-1.0, -1, 1]) + 8e-4 * np.array([[0, -1, 0], [1, 0, 0], [0, 0, 0]])]:
+        for kind, high in ((np.int16, 3000), (np.uint8, 5)):
+            image = images.to_ras(itk_image(noise((9, 8, 7), 0, high).astype(kind), axes))
+            for spacing in UPRIGHT_SPACINGS:
+                for is_label in (False, True)[kind == np.uint8:]:
+                    one, other = (images.resample(image, spacing, is_label, upright) for upright in (False, True))
+                    np.testing.assert_array_equal(contents(one)[0], contents(other)[0])
+                    np.testing.assert_array_equal(contents(one)[1], contents(other)[1])
+
+
+def test_turned_images_are_averaged_over_all_that_a_voxel_holds():
+    """Noise is left as it is by steps between far points, whatever way the voxels lie."""
+    turned = Rotation.from_euler("x", 40, degrees=True).as_matrix()
+    for spacing, own in (((2.1, 2.1, 2.1), (0.7, 0.7, 0.7)), ((0.7, 5.0, 5.0), (0.7, 0.7, 5.0))):
+        image = images.to_hu(itk_image(noise((40, 60, 40), -500, 500).astype(np.int16), turned, own), "image")
+        voxels, affine = contents(images.resample(image, spacing, upright=True))
+        index = places(voxels.shape, np.linalg.inv(images.affine_of(image)) @ affine)
+        inside = ((index > 4) & (index < np.array(image.GetSize()) - 5)).all(-1)
+        assert inside.sum() > 200 and voxels[inside].std() < 90  # 289 before, 140 or more at points between voxels
+
+
 def test_boxes_around_labels():
     mask = np.zeros((31, 27, 19), np.uint8)
     mask[10:14, 3, 5:17] = 2

@@ -639,7 +639,7 @@ def lone_class(data):
 
 @pytest.mark.parametrize("spoil, flags, says", [
     (one_class, [], "one class only (label0)"), (patient_twice, [], "patient p00 in subset0 and subset1"),
-    (empty_label, [], "subset9/label1: holds no crop"), (unreadable, [], "can't be read"), 
+    (empty_label, [], "subset9/label1: holds no crop"), (unreadable, [], "can't be read"),
     (cut_off, [], "can't be read"),
     (two_sizes, [], "crops of one size"), (strange_label, [], "benign: is no label folder"),
     (too_few, ["--k_fold", "5"], "3 patients are too few"), (too_few, ["--folds", "subsets"], "at least 3 subsets"),
@@ -659,11 +659,11 @@ def test_bad_data(crops, tmp_path, capsys, spoil, flags, says):
 @pytest.mark.parametrize("flags, says", [
     (["--input_size", "25", "24", "12"], "--input_size"), (["--clip_range", "1000", "-1000"], "--clip_range"),
     (["--k_fold", "1"], "--k_fold"), (["--num_test", "0"], "--num_test"), (["--protocol", "svm"], "--protocol"),
-    (["--folds", "random"], "--folds"), (["--arch", "resnet50"], "ResNets are not available yet"), 
+    (["--folds", "random"], "--folds"), (["--arch", "resnet50"], "ResNets are not available yet"),
     (["--lr", "nan"], "--lr"),
-    (["--layer_decay", "0"], "--layer_decay"), (["--negatives", "-1"], "--negatives"), 
+    (["--layer_decay", "0"], "--layer_decay"), (["--negatives", "-1"], "--negatives"),
     (["--shift_range", "1", "1"], "--shift_range"),
-    (["--freeze_encoder", "maybe"], "--freeze_encoder"), (["--predict", "DIR"], "--weights"), 
+    (["--freeze_encoder", "maybe"], "--freeze_encoder"), (["--predict", "DIR"], "--weights"),
     (["--weights", "OUT"], "--predict"),
 ])
 def test_flags_wrong_by_themselves(tmp_path, capsys, flags, says):

@@ -25,7 +25,8 @@ SPACING = (2.0, 1.5, 3.0)
 def pairs(tmp_path):
     """Three cases of different sizes, spacings and orientations; the second has no labelled voxel, the third two classes."""
     rng = np.random.default_rng(0)
-    for number, (shape, axes) in enumerate([((30, 28, 20), [2, 1.5, 3]), ((24, 30, 22), [-1.8, 2, 2.5]), ((26, 25, 24), [2, -2, 2])]):
+    for number, (shape, axes) in enumerate([((30, 28, 20), [2, 1.5, 3]), ((24, 30, 22), [-1.8, 2, 2.5]),
+                                            ((26, 25, 24), [2, -2, 2])]):
         voxels = rng.integers(-1000, 400, shape).astype(np.int16)
         label = np.zeros(shape, np.uint8)
         if number != 1:
@@ -110,7 +111,8 @@ def test_worker_processes_make_the_same_files(pairs, tmp_path):
     contents = []
     for workers in (0, 2):
         copies_of(pairs, tmp_path / f"{workers}").make(Processes(), workers)
-        contents.append({path.name: path.read_bytes() for path in sorted((tmp_path / f"{workers}").rglob("*.*")) if path.is_file()})
+        files = [path for path in sorted((tmp_path / f"{workers}").rglob("*.*")) if path.is_file()]
+        contents.append({path.name: path.read_bytes() for path in files})
     assert contents[0] == contents[1] and len(contents[0]) == 12
 
 

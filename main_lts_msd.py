@@ -1,0 +1,535 @@
+"""Lung tumour segmentation: fine-tune a pre-trained encoder on CTs with masks, evaluate it, predict masks of new CTs.
+
+Four GPUs, a laptop, new CTs:
+    torchrun --nproc_per_node=4 main_lts_msd.py --pretrained_weights /path/to/pretrained/model.pth \
+        --data_dir /path/to/lts_msd/data --output_dir /path/to/output
+    python main_lts_msd.py --pretrained_weights model.pth --data_dir DIR --output_dir OUT --batch_size_per_gpu 2
+    python main_lts_msd.py --predict DIR --weights OUT --output_dir PREDICTIONS
+
+The same --output_dir goes on where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
+best.pth, the best on validation; log.txt; masks and overlays of the test cases), splits.json, metrics.json, cases.csv,
+config.json, TensorBoard; cache, which is only needed while training goes on.
+"""
+import collections
+import functools
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import finetune
+import masks
+import segmentation
+import utils
+from augmentations import PAPER, MultiCropAugmentation, paper_policy
+from data import SUFFIXES, DataError, find_pairs, find_volumes, stem
+from decoders import DECODERS, Segmenter
+from finetune import Fold, WindowAugmentation
+from images import voxels_of
+from segmentation import Windows, grid_of
+from utils import UserError, number, spaced
+from working_copies import WorkingCopies, WorkingPatches
+
+SHOWN_CASES = 8  # test cases in TensorBoard as training goes on
+FIGURES = ("dice", "surface_dice", "hausdorff95_mm")
+COLUMNS = ("case", "fold", "class", *FIGURES, "volume_ml", "predicted_ml")
+MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
+AS_TRAINED = " (with --predict: as in training)"
+# What must not change while a run goes on fold by fold
+FIXED = (*finetune.ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
+         "patches_per_case", "foreground_share", "overlap", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs",
+         "min_lr", "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser(prog="main_lts_msd.py", description="Lung tumour segmentation, fold by fold.")
+    group = parser.add_argument_group("segmentation")
+    group.add_argument("--decoder", default="unetr", choices=tuple(DECODERS),
+                       help="unetr: convolutions from the tokens up to the image's resolution; linear: one layer on the "
+                            "tokens, to judge frozen features (--freeze_encoder true)")
+    group.add_argument("--patches_per_case", default=16, type=number(int, 1),
+                       help="windows that an epoch of training takes from each case")
+    group.add_argument("--foreground_share", default=0.5, type=number(float, 0, 1),
+                       help="share of them with a labelled voxel, of a class drawn at random, in their middle half; the "
+                            "others lie anywhere")
+    group.add_argument("--overlap", default=None, type=number(float, 0, below=1),
+                       help="share of a window's side that it has in common with the next one in evaluation; 0.5 is "
+                            f"smoother and three times slower than {MASKS['overlap']}, the default{AS_TRAINED}")
+    group.add_argument("--tolerance", default=2.0, type=number(float, 0),
+                       help="mm within which surfaces agree, for the normalised surface Dice")
+    utils.boolean_flag(group, "--largest_component", None,
+                       f"keep only the largest component of each class in final masks; default: false{AS_TRAINED}")
+    group.add_argument("--min_volume", default=None, type=number(float, 0), metavar="ML",
+                       help=f"millilitres below which a component is dropped from final masks; default: 0{AS_TRAINED}")
+    group.add_argument("--cache_dir", default=None, metavar="DIR",
+                       help="where training keeps the cases at its spacing, about 1.3 bytes per voxel; a local disk is "
+                            "fastest; default: cache in --output_dir")
+    group.add_argument("--cache_gb", default=200.0, type=number(float, 0), metavar="GB",
+                       help="most that it may take; what is beyond is resampled anew for each window, in seconds")
+    finetune.add_flags(parser, batch_size=8, folds=("patients",),
+                       spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has none, "
+                               "the median of all cases but the test set",
+                       predict="folder with CTs at any depth; nothing is trained, a mask for each goes to --output_dir")
+    return parser
+
+
+def main(argv=None):
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    finetune.check_flags(parser, vars(args), "images/<name>.nii.gz and labels/<name>.nii.gz")
+    output_dir = Path(args.output_dir)
+    device, args.precision, notices = finetune.set_up(
+        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, dist_url=args.dist_url,
+        local_rank=args.local_rank)
+    processes = device.processes
+    say = print if processes.is_main else lambda *_: None
+    given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
+    if args.predict:
+        predict(args.predict, args.weights, output_dir, given, device, say)
+        return
+    vars(args).update(MASKS | given)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+    pairs = processes.from_main(lambda: find_cases(args.data_dir, output_dir))
+    names = [pair.name for pair in pairs]
+    splits, data = processes.from_main(lambda: finetune.make_splits(
+        output_dir / "splits.json", "patients", args.k_fold, args.num_test, args.seed, names, [0] * len(names),
+        [""] * len(names), ("spacing", "classes")))
+    sides = [finetune.Split(*(finetune.of_patients(side, names) for side in split)) for split in splits]
+
+    # --------------------------------------------------------------------------------------------------------- model
+    args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
+    encoder = finetune.load_encoder(args.pretrained_weights, args.checkpoint_key,
+                                    {name: getattr(args, name) for name in finetune.ENCODER})
+    heads = finetune.read_headers([pair.image for pair in pairs], processes)
+    if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
+        trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})
+        encoder = encoder._replace(spacing=data.get("spacing") or median_spacing([heads[i] for i in trained]))
+    vars(args).update(encoder.settings())
+
+    # ------------------------------------------------------------------------------------------------ working copies
+    copies = WorkingCopies(Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9)
+    found = copies.make(processes, device.workers)
+    processes.from_main(lambda: check_labels(found, sides, args.data_dir))
+    data |= {"spacing": args.spacing, "classes": 1 + max(max(one.classes) for one in found)}
+    cases = Cases(names, pairs, copies, data["classes"])
+    notices += warnings_about(encoder, args, found, names)
+    config = vars(args) | {"classes": cases.classes}
+
+    # -------------------------------------------------------------------------------------------------- optimisation
+    policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
+    augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
+    reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
+    rates = functools.partial(finetune.learning_rate, args.lr, args.min_lr, args.epochs, args.warmup_epochs)
+    recipe = finetune.Recipe(args.epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed)
+    patches = WorkingPatches(copies, args.patches_per_case, args.foreground_share, augmentation,
+                             tuple(n + 2 * s for n, s in zip(reach, args.shift_range)), args.seed)
+    look = look_of(vars(args), args.batch_size_per_gpu)
+
+    # ------------------------------------------------------------------------------------------------------ training
+    processes.from_main(lambda: finetune.check_same_run(output_dir, config, FIXED))
+    if processes.is_main:
+        utils.write_config(output_dir / "config.json", config, processes, cases=len(names))
+        finetune.save_splits(output_dir / "splits.json", splits, data)
+    longest = max(len(side.train) for side in sides) * args.patches_per_case
+    notices += finetune.one_step_notice(longest, args.epochs, args.batch_size_per_gpu * processes.world_size)
+    for line in [*notices, announcement(config, processes, cases, sides)]:
+        say(line)
+    left = args.max_steps or math.inf
+    for index, (train, validation, test) in enumerate(sides):
+        torch.manual_seed(args.seed)  # every fold starts from the same weights
+        model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
+        fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device, say)
+        steps, finished = finetune.run_fold(fold, recipe, lesion_task(fold, patches, look), config, left)
+        left -= steps
+        if not finished:
+            say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
+            return
+    if processes.is_main:
+        say(summarise(output_dir, cases, len(splits)))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def lesion_task(fold, patches, look):
+    """The finetune.Task of a fold's cases. patches: WorkingPatches; look: Look."""
+    order = functools.partial(patch_order, fold.train, patches.per_case, patches.seed)
+    return finetune.Task(order, patches, functools.partial(patch_losses, fold, patches.augmentation, look.clip_range),
+                         lambda: None, functools.partial(validate, fold, look), functools.partial(test_fold, fold, look),
+                         functools.partial(show_test_cases, fold, look))
+
+
+def patch_order(train, per_case, seed, epoch):
+    """(n,) the patches of an epoch in the order of training; patch // per_case is the case."""
+    patches = (train[:, None] * per_case + np.arange(per_case)).ravel()
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, 1))).permutation(patches)
+
+
+def patch_losses(fold, augmentation, clip_range, network, batch):
+    """(B,) loss of each patch, (B,) its weight: 1, or 0 for a patch that doesn't count. batch: CropBatch on the CPU"""
+    device = fold.device.processes.device
+    weights = batch.counted.to(device, torch.get_default_dtype(), non_blocking=True)
+    batch = batch.to(device)
+    volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
+    labels = augmentation.render_masks(batch.masks, batch.group)  # (B, x, y, z)
+    with fold.device.autocast():
+        logits = network(volumes)  # (B, classes, x, y, z)
+    return dice_and_cross_entropy(logits, labels), weights
+
+
+def dice_and_cross_entropy(logits, labels):
+    """(B,) soft Dice loss (Milletari et al. 2016), mean of the foreground classes, plus cross-entropy, mean of the voxels.
+
+    logits: (B, classes, X, Y, Z); labels: (B, X, Y, Z) int64. Each patch on its own, so that a step's loss is the same
+    however many processes share its patches.
+    """
+    from monai.losses import DiceLoss
+    dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")
+    overlap = dice(logits, labels[:, None]).flatten(1).mean(1)  # (B,)
+    return overlap + F.cross_entropy(logits, labels, reduction="none").flatten(1).mean(1)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Cases(NamedTuple):
+    """The data set, sorted by name. pairs: data.Pair of each; copies: WorkingCopies; classes: with the background."""
+    names: list
+    pairs: list
+    copies: WorkingCopies
+    classes: int
+
+
+def find_cases(folder, output_dir):
+    """[data.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's run."""
+    if (output_dir / "checkpoint.pth").exists():
+        raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
+    try:
+        pairs, problems = find_pairs(folder)
+    except DataError as error:
+        raise UserError(f"--data_dir {error}") from error
+    if problems:
+        raise UserError(f"--data_dir {problems[0]}")
+    return pairs
+
+
+def median_spacing(heads):
+    """(3,) mm: the median along each axis."""
+    return np.median([head.spacing for head in heads], axis=0).round(4).tolist()
+
+
+def check_labels(found, sides, folder):
+    """UserError where the labels can't be learnt from. found: working_copies.Found of each case."""
+    seen = sorted({value for one in found for value in one.classes})
+    if seen == [0]:
+        raise UserError(f"--data_dir {folder}: has no labelled voxel in any case; are these the right labels?")
+    if seen != list(range(len(seen))):
+        raise UserError(f"--data_dir {folder}: has the classes {', '.join(map(str, seen))}: expected 0 to {len(seen) - 1} "
+                        "without a gap")
+    for fold, side in enumerate(sides):
+        missing = set(seen) - {value for i in side.train for value in found[i].classes}
+        if missing:
+            raise UserError(f"fold {fold} has no case with class {min(missing)} to train on: too few cases have it; lower "
+                            "--k_fold or --num_test, or add cases")
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def build_segmenter(encoder, drop_path_rate, decoder, classes, freeze_encoder):
+    """The Segmenter. encoder: finetune.Encoder; decoder: its name."""
+    model = encoder.build(0.0 if freeze_encoder else drop_path_rate)
+    head = DECODERS[decoder](model.embed_dim, len(model.blocks), model.patch_size, classes)
+    return Segmenter(model, head, freeze_encoder)
+
+
+def segmenter_of(encoder, config, _):
+    """The Segmenter of a run's config."""
+    return build_segmenter(encoder, 0.0, config["decoder"], config["classes"], config["freeze_encoder"])
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Look(NamedTuple):
+    """How whole cases are looked at. tolerance: mm; final: function of a mask and its spacing that cleans it."""
+    windows: Windows
+    clip_range: tuple
+    tolerance: float
+    final: callable
+
+
+def look_of(config, batch_size):
+    """The Look of a run's config. batch_size: windows at a time"""
+    final = functools.partial(masks.clean, largest_component=config["largest_component"], min_volume=config["min_volume"])
+    return Look(Windows(tuple(config["input_size"]), config["overlap"], batch_size), config["clip_range"],
+                config["tolerance"], final)
+
+
+def share_out(fold, cases, work):
+    """(N, ...) what `work` gives for each case, in the order of `cases`, on every rank; each case on one of them."""
+    processes = fold.device.processes
+    fold.model.eval()
+    try:
+        rows = {int(case): work(int(case)) for case in cases[processes.rank::processes.world_size]}
+    except DataError as error:
+        raise UserError(str(error)) from error
+    return finetune.collect(processes, [int(case) for case in cases], rows)
+
+
+def segment(networks, image, look, device):
+    """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
+    return segmentation.segment(networks, image, look.windows, look.clip_range, device.processes.device, device.autocast)
+
+
+def validate(fold, look, best, done, config):
+    """`finetune.keep_best` by the mean Dice of the validation cases, on the working grid; then by their loss."""
+    def one(case):
+        image, label = fold.cases.copies.read(case)
+        return figures_on_grid(segment([fold.model], image, look, fold.device), label, fold.cases.classes)
+    dice, loss = share_out(fold, fold.validation, one).mean(0)
+    return finetune.keep_best(fold, best, {"dice": float(dice), "loss": float(loss)}, done, config, {})
+
+
+def figures_on_grid(log_probabilities, label, classes):
+    """(2,) Dice, mean of the foreground classes, and cross-entropy, to which all classes count alike.
+
+    log_probabilities: (classes, X, Y, Z); label: (X, Y, Z) uint8. Dice is 1 where a class is in neither.
+    """
+    label = torch.from_numpy(label.astype(np.int64))
+    predicted, dice, losses = log_probabilities.argmax(0), [], []
+    for k in range(classes):
+        here = label == k
+        both = here.sum() + (predicted == k).sum()
+        dice.append(float(2 * (here & (predicted == k)).sum() / both) if both else 1.0)
+        if here.any():
+            losses.append(-float(log_probabilities[k][here].double().mean()))
+    return np.array([np.mean(dice[1:]), np.mean(losses)])
+
+
+def test_fold(fold, look):
+    """Segment the test cases with the best epoch's weights; write masks, overlays, cases.csv and metrics.json."""
+    best = finetune.load_best(fold)
+    for name in ("masks", "overlays"):
+        (fold.folder / name).mkdir(exist_ok=True)
+    figures = share_out(fold, fold.test, functools.partial(test_case, fold, look))  # (N, classes - 1, figures)
+    if not fold.device.processes.is_main:
+        return
+    rows = [[fold.cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
+            for case, of_classes in zip(fold.test, figures) for k, row in enumerate(of_classes)]
+    finetune.write_table(fold.folder / "cases.csv", COLUMNS, rows)
+    finetune.write_json(fold.folder / "metrics.json", {
+        "fold": fold.number, "cases": len(fold.test), "best_epoch": best["epoch"], "validation_dice": best["dice"],
+        "validation_loss": best["loss"], "tolerance_mm": look.tolerance, **means_of(rows)})
+
+
+def test_case(fold, look, case):
+    """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
+    pair, name = fold.cases.pairs[case], safe(fold.cases.names[case])
+    image, label = segmentation.read_case(pair)
+    predicted = mask_of([fold.model], image, grid_of(image), fold.cases.copies.spacing, look, fold.device)
+    segmentation.save_mask(fold.folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
+    arrays, spacing = [voxels_of(one) for one in (image, predicted, label)], image.GetSpacing()
+    figures = masks.figures(*arrays[1:], spacing, fold.cases.classes, look.tolerance)
+    title = f"{pair.name}: Dice " + ", ".join(f"{row['dice']:.3f}" for row in figures)
+    save_picture(fold.folder / "overlays" / f"{name}.png", masks.overlay(*arrays, spacing, look.clip_range, title))
+    return np.array([[np.nan if row[figure] is None else row[figure] for figure in COLUMNS[3:]] for row in figures])
+
+
+def mask_of(networks, image, own, spacing, look, device):
+    """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks know."""
+    working = segmentation.to_working(image, spacing)
+    found = segmentation.to_own(segment(networks, working, look, device), grid_of(working), own)
+    voxels = voxels_of(found)
+    cleaned = look.final(voxels, own.spacing)
+    return found if cleaned is voxels else own.image(cleaned)
+
+
+def safe(name):
+    """A case's name as a file's: no folders."""
+    return name.replace("/", "_")
+
+
+def save_picture(path, picture):
+    from PIL import Image
+    Image.fromarray(picture).save(path)
+
+
+def means_of(rows):
+    """{figure: mean over cases, classes alike}, and how many Hausdorff distances are undefined. rows: as COLUMNS"""
+    means = {}
+    for name in FIGURES:
+        values = [row[COLUMNS.index(name)] for row in rows]
+        defined = [value for value in values if value is not None]
+        means[name] = float(np.mean(defined)) if defined else None
+    undefined = sum(row[COLUMNS.index("hausdorff95_mm")] is None for row in rows)
+    return means | {"undefined_hausdorff95": undefined}
+
+
+def show_test_cases(fold, look, writer, step):
+    """Put the window around the lesion of the first test cases into TensorBoard: how their outlines grow."""
+    fold.model.eval()
+    for case in fold.test[:SHOWN_CASES]:
+        image, label = fold.cases.copies.read_window(case, look.windows.size)
+        log_probabilities = segment([fold.model], image, look, fold.device)
+        picture = masks.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8),
+                                label, image.GetSpacing(), look.clip_range, fold.cases.names[case])
+        writer.add_image(f"test/{fold.cases.names[case]}", picture, step, dataformats="HWC")
+
+
+# ------------------------------------------------------------------------------------------------------- prediction
+
+
+def predict(folder, weights, output_dir, given, device, say):
+    """Write a mask for each volume below `folder`: the mean over the folds of a run. Raises UserError if some failed.
+
+    given: {name: value} of those in MASKS that differ from the run's
+    """
+    processes = device.processes
+    names, folders = processes.from_main(lambda: find_new(folder, weights, output_dir))
+    networks, config = [], None
+    for where in folders:
+        model, config, _ = finetune.load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
+        networks.append(model.to(processes.device).eval())
+    look = look_of(config | given, device.batch_size)
+    say(f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, {spaced(config['spacing'])} mm")
+    rows = {}
+    for at in range(processes.rank, len(names), processes.world_size):
+        try:
+            rows[at] = predict_case(os.path.join(folder, names[at]), output_dir / mask_name(names[at]), networks, config,
+                                    look, device)
+            print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml" for ml in rows[at]), flush=True)
+        except DataError as error:
+            rows[at] = str(error)
+    rows = {at: row for part in processes.gather(rows) for at, row in part.items()}
+    good = [[stem_of(names[at]), k + 1, ml] for at, row in sorted(rows.items()) if not isinstance(row, str)
+            for k, ml in enumerate(row)]
+    if processes.is_main:
+        finetune.write_table(output_dir / "volumes.csv", ["case", "class", "volume_ml"], good)
+    failed = [row for _, row in sorted(rows.items()) if isinstance(row, str)]
+    say(f"masks    {output_dir}\nvolumes  {output_dir / 'volumes.csv'}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(names)} volumes have no mask, such as {failed[0]}", everywhere=True)
+
+
+def predict_case(path, target, networks, config, look, device):
+    """Millilitres of each foreground class in a volume, after writing its mask. Raises DataError, UserError."""
+    image, own = segmentation.read_image_and_grid(path)
+    predicted = mask_of(networks, image, own, config["spacing"], look, device)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        segmentation.save_mask(target, predicted, path)
+    except OSError as error:
+        raise UserError(f"{target}: can't be written ({error.strerror or error})") from error
+    voxels = np.bincount(voxels_of(predicted).ravel(), minlength=config["classes"])[1:]
+    return [float(n * np.prod(own.spacing) / 1000) for n in voxels]
+
+
+def stem_of(name):
+    return os.path.join(os.path.dirname(name), stem(name))
+
+
+def mask_name(name):
+    """Where a volume's mask goes below --output_dir: the same name, as NIfTI."""
+    return name if name.lower().endswith((".nii", ".nii.gz")) else stem_of(name) + ".nii.gz"
+
+
+def find_new(folder, weights, output_dir):
+    """(names of volumes below the folder, fold folders) of a prediction. Raises UserError."""
+    if (output_dir / "splits.json").exists():
+        raise UserError(f"--output_dir {output_dir}: holds a trained run; choose another folder")
+    if os.path.realpath(folder) == os.path.realpath(output_dir):
+        raise UserError(f"--output_dir {output_dir}: is the --predict folder itself, whose files have the masks' names; "
+                        "choose another")
+    folders = finetune.fold_folders(weights, "best.pth")
+    try:
+        names = find_volumes(folder)
+    except DataError as error:
+        raise UserError(f"--predict {error}") from error
+    if not names:
+        raise UserError(f"--predict {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})")
+    targets = collections.Counter(mask_name(name) for name in names)
+    twice = next((name for name in names if targets[mask_name(name)] > 1), None)
+    if twice:
+        raise UserError(f"--predict {folder}: two volumes would have the mask {mask_name(twice)}; rename one")
+    return names, folders
+
+
+# ----------------------------------------------------------------------------------------------------- what is shown
+
+
+def warnings_about(encoder, args, found, names):
+    """Lines about what works but may not be meant. found: working_copies.Found of each case."""
+    lines = []
+    if encoder.state is None:
+        lines.append("training from scratch: no --pretrained_weights" if not args.freeze_encoder else
+                     "warning: no --pretrained_weights: --freeze_encoder judges the features of a random encoder")
+    empty = [name for name, one in zip(names, found) if len(one.classes) == 1]
+    if empty:
+        lines.append(f"note: {len(empty)} cases have no labelled voxel, such as {empty[0]}")
+    small = [name for name, one in zip(names, found) if any(n < m for n, m in zip(one.shape, args.input_size))]
+    if small:
+        lines.append(f"note: {len(small)} cases are smaller than the window of {spaced(args.input_size)} voxels, such as "
+                     f"{small[0]}: air is put around them")
+    beyond = sum(not one.stored for one in found)
+    if beyond:
+        lines.append(f"warning: {beyond} cases are beyond --cache_gb {args.cache_gb:g} and resampled for every window: slow")
+    return lines
+
+
+def announcement(config, processes, cases, sides):
+    """What is about to run, in a few lines."""
+    device = f"{processes.world_size} x {utils.device_name(processes.device)}"
+    frozen = ", frozen encoder" if config["freeze_encoder"] else ""
+    return (f"{config['arch']} with {config['decoder']} decoder{frozen} on {device}, {config['precision']}; "
+            f"{len(cases.names)} cases, {cases.classes} classes with the background\n"
+            f"{len(sides)} folds, test set of {len(sides[0].test)} cases; windows of {spaced(config['input_size'])} voxels "
+            f"of {spaced(config['spacing'])} mm")
+
+
+def summarise(output_dir, cases, folds):
+    """Write metrics.json and cases.csv of all folds; returns the table and where things are."""
+    records = [finetune.read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
+    rows = [list(row.values()) for fold in range(folds) for row in finetune.read_table(output_dir / str(fold) / "cases.csv")]
+    finetune.write_table(output_dir / "cases.csv", COLUMNS, rows)
+    means, deviations = finetune.mean_and_deviation(records, FIGURES)
+    together = over_folds(rows)
+    finetune.write_json(output_dir / "metrics.json", {
+        "classes": cases.classes, "cases": len(cases.names), "spacing": list(cases.copies.spacing), "folds": records,
+        "mean": means, "sd": deviations, "all_folds": together})
+    row = "{:<9}  {:>5}  {:<24}  {:<15}  {}".format
+    lines = [row("fold", "cases", "Dice", "surface Dice", "95 % Hausdorff, mm")]
+    for record in records:
+        undefined = record["undefined_hausdorff95"]
+        lines.append(row(record["fold"], record["cases"], *(finetune.told(record[name]) for name in FIGURES))
+                     + (f" ({undefined} undefined)" if undefined else ""))
+    lines.append(row("mean ± SD", "", *(finetune.told(means[name]) + (
+        f" ± {deviations[name]:.3f}" if deviations[name] is not None else "") for name in FIGURES)))
+    interval = together["dice_interval"]
+    lines.append(row("all folds", together["cases"], f"{together['dice']:.3f} ({interval[0]:.3f} to {interval[1]:.3f})",
+                     "", "").rstrip())
+    lines.append("all folds: each test case once, with the mean of its folds' Dice; in brackets the 95 % interval over cases")
+    lines += [f"metrics      {output_dir / 'metrics.json'}", f"cases        {output_dir / 'cases.csv'}",
+              f"overlays     {output_dir / '0' / 'overlays'} (label green, prediction red)",
+              f"masks        {output_dir / '0' / 'masks'}", f"TensorBoard  tensorboard --logdir {output_dir}",
+              f"new CTs      python main_lts_msd.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS"]
+    return "\n".join(lines)
+
+
+def over_folds(rows):
+    """{"cases", "dice", "dice_interval"}: each case once, the mean of its folds' and classes' Dice; bootstrap over cases."""
+    values = collections.defaultdict(list)
+    for row in rows:
+        values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index("dice")]))
+    dice = np.array([np.mean(of_case) for of_case in values.values()])
+    interval = finetune.bootstrap_interval(lambda weights: float(np.average(dice, weights=weights)), list(values))
+    return {"cases": len(dice), "dice": float(dice.mean()), "dice_interval": interval}
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

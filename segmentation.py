@@ -1,0 +1,292 @@
+"""Whole CTs through a segmentation network: to the grid that it works on, in windows over it, and back to the scan's own.
+
+A scan of any size, orientation and spacing is brought to a working grid: upright, so that its axes are the world's right,
+anterior and superior whatever those of the file are, at the spacing that the network knows. The network sees it window
+by window. Log-probabilities, and not the classes, are then interpolated back to the voxels of the file, since borders
+between classes would become steps otherwise.
+
+Images are as in images.py. Volumes of log-probabilities are (classes, X, Y, Z) float32 on the CPU, finite.
+"""
+import contextlib
+import itertools
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+import images
+from augmentations import scale_intensity
+from data import AIR, read_pair
+
+BLOCK = 64     # voxels per side of what is interpolated at once
+MARGIN = 1.25  # of a device's memory: what stitching takes beside the volumes that are counted
+
+
+class Grid(NamedTuple):
+    """Where an image's voxels lie, in ITK's terms.
+
+    size: (3,) voxels; spacing: (3,) mm; origin: (3,) mm LPS of the first voxel's centre
+    direction: (9,) rows of a matrix, whose columns are the unit vectors of the axes in LPS
+    """
+    size: tuple
+    spacing: tuple
+    origin: tuple
+    direction: tuple
+
+    @property
+    def affine(self):
+        """(4, 4) from voxel indices to LPS mm."""
+        affine = np.eye(4)
+        affine[:3, :3] = np.reshape(self.direction, (3, 3)) * self.spacing
+        affine[:3, 3] = self.origin
+        return affine
+
+    def part(self, low, high):
+        """The Grid of the voxels from `low` on and before `high`."""
+        origin = (self.affine @ [*low, 1])[:3]
+        return self._replace(size=tuple(int(n) for n in np.subtract(high, low)), origin=tuple(origin.tolist()))
+
+    def image(self, voxels):
+        """A SimpleITK.Image of an (X, Y, Z) array that lies here."""
+        image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
+        image.SetSpacing(self.spacing)
+        image.SetOrigin(self.origin)
+        image.SetDirection(self.direction)
+        return image
+
+
+def grid_of(image):
+    """The Grid of a SimpleITK.Image."""
+    return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+
+# --------------------------------------------------------------------------------------------------- reading, to the grid
+
+
+def read_case(pair):
+    """(image int16 HU, label uint8), SimpleITK.Images in RAS on one grid, of a data.Pair.
+
+    Raises DataError where one can't be used, both don't lie on the same grid, or its axes are not at right angles.
+    """
+    image, label, affine = read_pair(pair)
+    image = images.make_image(image, affine)
+    images.require_right_angles(image, pair.image)
+    return image, images.make_image(label, affine)
+
+
+def read_image_and_grid(path):
+    """(image in RAS, int16 HU; Grid of the file's own voxels) of any volume file. Raises DataError.
+
+    The Grid is in the file's own orientation; for HDF5 in RAS, to which its reader brings it.
+    """
+    image = images.read_raw(path)
+    return images.to_hu(image, path), grid_of(image)
+
+
+def to_working(image, spacing, is_label=False):
+    """An image in RAS on the working grid: upright, with voxels of `spacing` (3,) mm over all of its extent.
+
+    Linear and averaged where the grid is coarser, nearest for labels; air or 0 where a tilted image does not reach.
+    Itself where it stands upright and has this spacing, to 1e-3.
+    """
+    if images.is_upright(image) and np.allclose(image.GetSpacing(), spacing, rtol=1e-3, atol=0):
+        return image
+    return images.resample(image, spacing, is_label, upright=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ in windows
+
+
+class Windows(NamedTuple):
+    """What a network sees of a volume at once.
+
+    size: (3,) voxels; overlap: share of a window's side that it has in common with the next one, at least 0 and below 1
+    batch_size: windows per forward pass
+    """
+    size: tuple
+    overlap: float = 0.5
+    batch_size: int = 1
+
+
+def segment(networks, image, windows, clip_range, device, autocast=contextlib.nullcontext, stitch_on_cpu=None):
+    """(classes, X, Y, Z) log-probabilities of an image on its working grid.
+
+    networks: several, such as those of all folds, are averaged; each gives logits (B, classes, x, y, z) of windows
+        (B, 1, x, y, z) with HU scaled to [0, 1], is on `device` and in evaluation mode
+    windows: Windows, whose logits are weighted by a Gaussian around their middle; a smaller image is surrounded with air
+    clip_range: (low, high) HU that become 0 and 1; autocast: gives the context that the networks run in
+    stitch_on_cpu: whether the windows are put together there; None: if the device's memory is too small for that
+    """
+    voxels = torch.from_numpy(np.ascontiguousarray(images.voxels_of(image), np.float32))[None, None]  # (1, 1, X, Y, Z)
+    device = torch.device(device)
+    return mean_of(_stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu) for network in networks)
+
+
+def _stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu):
+    """(classes, X, Y, Z) log-probabilities of one network. voxels: (1, 1, X, Y, Z) float32 HU."""
+    from monai.inferers import sliding_window_inference
+
+    def logits_of(hu):
+        with autocast():
+            # float: bf16 would lose digits once the windows are weighted and summed
+            return network(scale_intensity(hu, *clip_range)).float()
+
+    with torch.no_grad():
+        if stitch_on_cpu is None:
+            stitch_on_cpu = device.type == "cuda" and not _fits(logits_of, voxels, windows, device)
+        place = torch.device("cpu") if stitch_on_cpu else device
+        # HU, scaled window by window: what surrounds a small image is then air whatever the clip range is
+        logits = sliding_window_inference(
+            voxels.to(place), windows.size, windows.batch_size, logits_of, overlap=windows.overlap, mode="gaussian",
+            padding_mode="constant", cval=float(AIR), sw_device=device, device=place)[0]  # (classes, X, Y, Z)
+        total = logits[0].clone()  # log_softmax would need all of the logits a second time
+        for one in logits[1:]:
+            torch.logaddexp(total, one, out=total)
+        return logits.sub_(total).cpu()
+
+
+def _fits(logits_of, voxels, windows, device):
+    """Whether a GPU's memory holds the volumes of stitching, beside what the network needs for a batch of windows."""
+    batch = torch.full((windows.batch_size, 1, *windows.size), float(AIR), device=device)
+    classes = logits_of(batch).shape[1]  # its memory is now reserved, and no longer counted as free
+    sides = np.maximum(voxels.shape[2:], windows.size)
+    volumes = classes + 4  # logits; count map, input, and two while the logits are normalized
+    return MARGIN * 4 * volumes * math.prod(int(n) for n in sides) < torch.cuda.mem_get_info(device)[0]
+
+
+def mean_of(log_probabilities):
+    """Logarithm of the arithmetic mean of probabilities.
+
+    log_probabilities: tensors of one shape, of which two are in memory at a time; the first is overwritten
+    """
+    total, count = None, 0
+    for one in log_probabilities:
+        total = one if total is None else torch.logaddexp(total, one, out=total)
+        count += 1
+    return total.sub_(math.log(count))
+
+
+# ---------------------------------------------------------------------------------------------------- to the scan's voxels
+
+
+def to_own(log_probabilities, working, own):
+    """A SimpleITK.Image of uint8 classes on the scan's own Grid.
+
+    log_probabilities: (classes, X, Y, Z) on the Grid `working`; linearly interpolated, then the most probable class.
+    The same voxels, merely flipped or permuted, are taken as they are. Background where `working` ends more than a voxel
+    before: half of one is what rounding to whole voxels may leave out.
+    """
+    maps = np.asarray(log_probabilities)
+    to_index = np.linalg.solve(working.affine, own.affine)  # (4, 4) from own to working voxel indices
+    same = _flips_and_axes(to_index, working.size, own.size)
+    if same:
+        axes, flips = same
+        return own.image(_most_probable(maps).transpose(axes)[flips])
+    mask = np.zeros(own.size, np.uint8)
+    for low in itertools.product(*(range(0, n, BLOCK) for n in own.size)):
+        high = np.minimum(np.add(low, BLOCK), own.size)
+        mask[tuple(map(slice, low, high))] = _block_of(maps, working, own.part(low, high), to_index, low)
+    return own.image(mask)
+
+
+def _flips_and_axes(to_index, working, own):
+    """(axes, slices) that make an array of shape `working` one of shape `own` with voxels at the same places, or None.
+
+    to_index: (4, 4) from own to working voxel indices
+    """
+    axes = np.abs(to_index[:3, :3]).argmax(0)  # (3,) the working axis that each own axis goes along
+    signs = np.sign(to_index[axes, range(3)]).astype(int)
+    if sorted(axes) != [0, 1, 2] or tuple(np.take(working, axes)) != tuple(own):
+        return None
+    exact = np.zeros((4, 4))
+    exact[axes, range(3)], exact[3, 3] = signs, 1
+    exact[axes, 3] = np.where(signs < 0, np.array(own) - 1, 0)
+    if np.abs((to_index - exact) @ _corners((0, 0, 0), own)).max() > 0.01:  # of a voxel
+        return None
+    return axes, tuple(slice(None, None, sign) for sign in signs)
+
+
+def _corners(low, high):
+    """(4, 8) homogeneous indices of the voxels at the corners of a box from `low` on and before `high`."""
+    return np.array([(*corner, 1.0) for corner in itertools.product(*zip(low, np.subtract(high, 1)))]).T
+
+
+def _most_probable(maps):
+    """uint8 number of the map with the highest value at each voxel, the first of several; two maps are kept at a time."""
+    maps = iter(maps)
+    best = np.array(next(maps))
+    classes = np.zeros(best.shape, np.uint8)
+    for number, one in enumerate(maps, 1):
+        better = one > best
+        classes[better] = number
+        np.copyto(best, one, where=better)
+    return classes
+
+
+def _block_of(maps, working, block, to_index, low):
+    """(x, y, z) uint8 classes of a part of the own grid. block: its Grid, from the own voxel `low` on."""
+    reached = (to_index @ _corners(low, np.add(low, block.size)))[:3]  # (3, 8) working voxels of its corners
+    limit = np.array(working.size)[:, None]
+    first = np.clip(np.floor(reached.min(1)) - 1, 0, limit[:, 0] - 1).astype(int)
+    last = np.clip(np.ceil(reached.max(1)) + 1, 0, limit[:, 0] - 1).astype(int)
+    part = maps[(slice(None), *map(slice, first, last + 1))]  # (classes, x, y, z)
+    found = _most_probable(part)
+    if (found == found[0, 0, 0]).all():  # and what is interpolated between is of this class too
+        classes = np.full(block.size, found[0, 0, 0], np.uint8)
+    else:
+        # One voxel more on each side: where the volume ends, ITK is linear to half a voxel from the last centre only
+        place = working.part(first - 1, last + 2)
+        classes = _most_probable(_interpolated(place.image(np.pad(one, 1, mode="edge")), block) for one in part)
+    if ((reached < -1.5) | (reached > limit + 0.5)).any():
+        index = np.indices(block.size, np.float32).reshape(3, -1) + np.reshape(low, (3, 1))
+        index = to_index[:3, :3] @ index + to_index[:3, 3:]  # (3, voxels)
+        classes[((index < -1.5) | (index > limit + 0.5)).any(0).reshape(block.size)] = 0
+    return classes
+
+
+def _interpolated(image, grid):
+    """(X, Y, Z) float32 values of an image at the voxels of a Grid, those of the nearest voxel beyond it."""
+    found = sitk.Resample(image, grid.size, sitk.Transform(), sitk.sitkLinear, grid.origin, grid.spacing, grid.direction,
+                          0.0, sitk.sitkFloat32, True)
+    return sitk.GetArrayFromImage(found).transpose(2, 1, 0)
+
+
+def save_mask(path, mask, like):
+    """Write a mask as NIfTI that lies on its scan in every viewer. Raises OSError.
+
+    path: ends in .nii.gz or .nii; mask: SimpleITK.Image of uint8 on the scan's voxels, in whatever order of the axes
+    like: the scan's file, whose order and header are kept if it is NIfTI (both forms of its affine, their codes, units);
+    otherwise the mask's own Grid is written
+    """
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}.{path.name}")  # hidden, and with a suffix that says how to write it
+    try:
+        if str(like).lower().endswith((".nii", ".nii.gz")):
+            _save_like(part, mask, like)
+        else:
+            images.save_nifti(part, mask)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save_like(path, mask, like):
+    import nibabel
+    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+    try:
+        scan = nibabel.load(like)
+    except Exception as error:  # nibabel raises many kinds
+        raise OSError(f"{like}: can't be read any more ({error})") from error
+    turn = ornt_transform(io_orientation(images.affine_of(mask)), io_orientation(scan.affine))
+    voxels = apply_orientation(images.voxels_of(mask), turn)
+    if scan.shape[:3] != voxels.shape:
+        raise OSError(f"{like}: has changed since it was read: shape {scan.shape}, expected {voxels.shape}")
+    header = scan.header.copy()
+    header.extensions.clear()  # may name the patient
+    header.set_data_dtype(np.uint8)
+    header["cal_min"] = header["cal_max"] = 0  # a window for HU would hide classes
+    nibabel.save(type(scan)(np.asfortranarray(voxels), scan.affine, header), path)
