@@ -41,8 +41,8 @@ MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how 
 AS_TRAINED = " (with --predict: as in training)"
 # What must not change while a run goes on fold by fold
 FIXED = (*finetune.ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
-         "patches_per_case", "foreground_share", "overlap", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs",
-         "min_lr", "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
+         "patches_per_case", "foreground_share", *MASKS, "tolerance", "k_fold", "num_test", "lr", "layer_decay",
+         "warmup_epochs", "min_lr", "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
 
 
 def get_args_parser():
@@ -375,7 +375,10 @@ def show_test_cases(fold, look, writer, step):
     """Put the window around the lesion of the first test cases into TensorBoard: how their outlines grow."""
     fold.model.eval()
     for case in fold.test[:SHOWN_CASES]:
-        image, label = fold.cases.copies.read_window(case, look.windows.size)
+        try:
+            image, label = fold.cases.copies.read_window(case, look.windows.size)
+        except DataError as error:
+            raise UserError(str(error)) from error
         log_probabilities = segment([fold.model], image, look, fold.device)
         picture = masks.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8),
                                 label, image.GetSpacing(), look.clip_range, fold.cases.names[case])
@@ -443,9 +446,9 @@ def find_new(folder, weights, output_dir):
     """(names of volumes below the folder, fold folders) of a prediction. Raises UserError."""
     if (output_dir / "splits.json").exists():
         raise UserError(f"--output_dir {output_dir}: holds a trained run; choose another folder")
-    if os.path.realpath(folder) == os.path.realpath(output_dir):
-        raise UserError(f"--output_dir {output_dir}: is the --predict folder itself, whose files have the masks' names; "
-                        "choose another")
+    if Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"--output_dir {output_dir}: lies in the --predict folder, where masks would replace CTs or be taken "
+                        "for them; choose another")
     folders = finetune.fold_folders(weights, "best.pth")
     try:
         names = find_volumes(folder)
@@ -454,6 +457,10 @@ def find_new(folder, weights, output_dir):
     if not names:
         raise UserError(f"--predict {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})")
     targets = collections.Counter(mask_name(name) for name in names)
+    known = {os.path.realpath(os.path.join(folder, name)) for name in names}
+    lost = next((name for name in names if os.path.realpath(output_dir / mask_name(name)) in known), None)
+    if lost:
+        raise UserError(f"--output_dir {output_dir}: the mask of {lost} would replace a CT of --predict; choose another")
     twice = next((name for name in names if targets[mask_name(name)] > 1), None)
     if twice:
         raise UserError(f"--predict {folder}: two volumes would have the mask {mask_name(twice)}; rename one")
@@ -471,14 +478,14 @@ def warnings_about(encoder, args, found, names):
                      "warning: no --pretrained_weights: --freeze_encoder judges the features of a random encoder")
     empty = [name for name, one in zip(names, found) if len(one.classes) == 1]
     if empty:
-        lines.append(f"note: {len(empty)} cases have no labelled voxel, such as {empty[0]}")
+        lines.append(f"note: cases without a labelled voxel: {len(empty)}, such as {empty[0]}")
     small = [name for name, one in zip(names, found) if any(n < m for n, m in zip(one.shape, args.input_size))]
     if small:
-        lines.append(f"note: {len(small)} cases are smaller than the window of {spaced(args.input_size)} voxels, such as "
-                     f"{small[0]}: air is put around them")
+        lines.append(f"note: cases smaller than the window of {spaced(args.input_size)} voxels: {len(small)}, such as "
+                     f"{small[0]}; air is put around them")
     beyond = sum(not one.stored for one in found)
     if beyond:
-        lines.append(f"warning: {beyond} cases are beyond --cache_gb {args.cache_gb:g} and resampled for every window: slow")
+        lines.append(f"warning: cases beyond --cache_gb {args.cache_gb:g}: {beyond}; resampling them for every window is slow")
     return lines
 
 

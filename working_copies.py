@@ -4,6 +4,7 @@ seconds that unpacking and resampling a whole CT take, and memory holds no more 
 A copy is two HDF5 files as data.py writes them (the CT; its mask, whose classes stand in for HU), places of labelled
 voxels (foreground.npy) and, written last, what it was made of (json).
 """
+import contextlib
 import json
 import os
 import zlib
@@ -80,8 +81,7 @@ class WorkingCopies:
         if not self.stored[case]:
             image, label = working_pair(self.pairs[case], self.spacing)
             return image, images.voxels_of(label).copy()
-        image_path, label_path = self._files(case)
-        with Volume(image_path) as image, Volume(label_path) as label:
+        with opened(*self._files(case)) as (image, label):
             return images.make_image(image.read(), image.affine), label.read().astype(np.uint8)
 
     def read_window(self, case, size):
@@ -129,6 +129,16 @@ class WorkingCopies:
             return None
 
 
+@contextlib.contextmanager
+def opened(*paths):
+    """The Volumes of copies, while they are read. Raises DataError."""
+    try:
+        with contextlib.ExitStack() as closing:
+            yield [closing.enter_context(Volume(path)) for path in paths]
+    except DataError as error:
+        raise DataError(error.path, f"{error.reason}; remove it to have it made again") from error
+
+
 def working_pair(pair, spacing):
     """(image, label), SimpleITK.Images on the working grid. Raises DataError."""
     image, label = segmentation.read_case(pair)
@@ -139,7 +149,7 @@ def make_copy(copy):
     """The Found of a case, whose copy is then written; the text of what is wrong with it."""
     try:
         image, label = segmentation.read_case(copy.pair)
-        classes = [int(value) for value in np.unique(images.voxels_of(label))]
+        classes = sorted({0, *np.unique(images.voxels_of(label)).tolist()})
         image = segmentation.to_working(image, copy.spacing)
         if copy.stored:
             label = segmentation.to_working(label, copy.spacing, is_label=True)
@@ -152,7 +162,7 @@ def make_copy(copy):
             os.replace(part, f"{copy.path}.foreground.npy")
             part.write_text(json.dumps({"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()}))
             os.replace(part, f"{copy.path}.json")
-        return Found(sorted({0, *classes}), list(image.GetSize()), copy.stored)
+        return Found(classes, list(image.GetSize()), copy.stored)
     except DataError as error:
         return str(error)
     except OSError as error:
@@ -179,12 +189,12 @@ class StoredReader:
             self.foreground = np.load(f"{base}.foreground.npy")
         except (OSError, EOFError, ValueError) as error:
             raise DataError(f"{base}.foreground.npy", f"can't be read ({error}); remove it to have it made again") from error
-        with Volume(image_path) as image:
+        with opened(image_path) as (image,):
             self.shape = image.shape
 
     def read(self, start, size):
         """((x, y, z) int16 HU, (x, y, z) uint8 classes) from voxel `start` on; air and background outside."""
-        with Volume(self.image_path) as image, Volume(self.label_path) as label:
+        with opened(self.image_path, self.label_path) as (image, label):
             return image.read(start, size), np.maximum(label.read(start, size), 0).astype(np.uint8)
 
 
