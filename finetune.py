@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -787,6 +788,7 @@ def run_fold(fold, recipe, task, config, most_steps):
     network = model
     if processes.world_size > 1 and groups:
         devices = None if processes.device.type == "cpu" else [processes.device]
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # the class token's: one small copy more
         network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     run = Run(network, optimizer, scaler, len(task.order(0)), fold.device.batch_size * processes.world_size)
     before = done.step
