@@ -8,8 +8,8 @@ DEMO_FLAGS ?= --input_size 48 48 24 --local_crops_scale 0.75 --local_crops_numbe
 	--teacher_temp 0.06 --warmup_teacher_temp_epochs 4 --log_every 5
 
 LNC_DEMO_FLAGS ?= --folds subsets --epochs 5 --batch_size_per_gpu 8
-LTS_DEMO_FLAGS ?= --spacing 2.5 2.5 5 --k_fold 2 --num_test 2 --epochs 8 --val_freq 8 --patches_per_case 8 \
-	--batch_size_per_gpu 4 --lr 0.003 --overlap 0.25
+LTS_DEMO_FLAGS ?= --spacing 2 2 4 --k_fold 2 --num_test 2 --epochs 12 --val_freq 12 --warmup_epochs 1 --patches_per_case 8 \
+	--foreground_share 0.9 --batch_size_per_gpu 4 --lr 0.003
 
 PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
 RUNTIME = $(VENV)/.runtime-installed

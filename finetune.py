@@ -5,6 +5,7 @@ Cases are numbered by their place in the sorted list of the data set; a case's n
 suffix. Everything random is a function of --seed, the epoch and the case, so that neither the number of loader workers
 nor the number of processes nor an interruption changes what a case is trained on.
 """
+import collections
 import csv
 import json
 import math
@@ -36,6 +37,7 @@ ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96
 NUM_TEST = 37              # cases of the paper's test set
 SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
 BOOTSTRAP_ROUNDS = 1000
+READ_AHEAD = 2             # batches
 SAVE_SECONDS = 30          # between checkpoints, at ends of epochs: a run that is cut off loses that much, or an epoch
 
 
@@ -404,6 +406,22 @@ def collate_crops(samples):
     group = collate_views(drawn)[0] if drawn[0] else None
     masks = torch.from_numpy(np.stack(masks[0])) if masks else None
     return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group, masks)
+
+
+def read_ahead(dataset, cases, batch_size, workers):
+    """CropBatches of the cases in their order, read by threads, at most READ_AHEAD batches before they are asked for.
+
+    Threads, and not a DataLoader's processes: those would be forked anew for every validation, while threads of the
+    collectives before it may still be at work, and in Python 3.11 such a fork can hang.
+    """
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        waiting = collections.deque()
+        for at in range(0, len(cases), batch_size):
+            waiting.append([pool.submit(dataset.__getitem__, case) for case in cases[at:at + batch_size]])
+            if len(waiting) > READ_AHEAD:
+                yield collate_crops([sample.result() for sample in waiting.popleft()])
+        for samples in waiting:
+            yield collate_crops([sample.result() for sample in samples])
 
 
 class TrainingBatches(Sampler):

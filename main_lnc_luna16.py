@@ -19,14 +19,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import finetune
 import utils
 from augmentations import PAPER, paper_policy, scale_intensity
 from data import SUFFIXES, DataError, find_crops, find_volumes
 from decoders import Classifier, LinearHead, NearestNeighbours
-from finetune import EvaluationCrops, Fold, TrainingCrops, WindowAugmentation, collate_crops
+from finetune import EvaluationCrops, Fold, TrainingCrops, WindowAugmentation
 from monitor import planes
 from utils import UserError, montage, number, radiological, spaced
 
@@ -271,11 +270,8 @@ def infer(forward, dataset, cases, clip_range, device):
     """
     processes = device.processes
     mine = [int(case) for case in cases[processes.rank::processes.world_size]]  # no rank repeats a case to fill up
-    loader = DataLoader(dataset, device.batch_size, sampler=mine, collate_fn=collate_crops,
-                        num_workers=min(device.workers, -(-len(mine) // device.batch_size)),
-                        pin_memory=processes.device.type == "cuda")
-    batches, rows = iter(loader), {}
-    for _ in range(len(loader)):
+    batches, rows = finetune.read_ahead(dataset, mine, device.batch_size, device.workers), {}
+    while len(rows) < len(mine):
         batch = utils.next_batch(batches)
         volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
         with torch.no_grad(), device.autocast():

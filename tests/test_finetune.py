@@ -401,3 +401,21 @@ def test_folds_of_a_run(tmp_path):
 def test_json_is_readable(tmp_path):
     finetune.write_json(tmp_path / "x.json", {"a": None})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None} == finetune.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_are_read_ahead_in_order_and_not_all_at_once(workers):
+    asked = []
+
+    class Cases:
+        def __getitem__(self, case):
+            asked.append(case)
+            return "broken" if case == 99 else (np.full((2, 2, 2), case, np.int16), case, True, None)
+    cases, seen = [5, 3, 8, 1, 9, 2, 7, 4, 6, 0, 11], []
+    for batch in finetune.read_ahead(Cases(), cases, 2, workers):
+        assert (batch.crops == batch.cases[:, None, None, None]).all()
+        seen += batch.cases.tolist()
+        assert len(asked) <= len(seen) + 2 * finetune.READ_AHEAD
+    assert seen == cases and sorted(asked) == sorted(cases)
+    assert [batch.fatal for batch in finetune.read_ahead(Cases(), [1, 99, 2], 2, workers)] == ["broken", ""]
+    assert not list(finetune.read_ahead(Cases(), [], 2, workers))
