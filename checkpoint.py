@@ -1,40 +1,160 @@
-"""Saving and restoring a run: the one home of everything about surviving."""
+"""Saving, restoring and being interrupted: the one home of everything about surviving.
+
+A checkpoint is one file that torch.load opens. It grows beside the old one and replaces it when it is safely on disk,
+so that there is a whole one at every moment; the last few are kept; a checksum tells a damaged one.
+"""
 import os
+import re
+import shlex
 import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from utils import UserError, load_file
+from utils import Preempted, Processes, UserError, add_checksum, end_workers, is_worker_death, load_file, number
+
+ENDING = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the end of a job with these
+ONE_REQUEST = 1.0  # seconds in which a second signal is no second request: a launcher passes on what all have got already
 
 
-def save_checkpoint(path, state):
+class Saving(NamedTuple):
+    """When checkpoints are written, and how many are kept. every_steps, every_minutes: 0: never for that reason"""
+    every_steps: int = 0
+    every_minutes: float = 10.0
+    keep_last: int = 2
+
+
+def add_flags(group, besides):
+    """The flags that a Saving is made of. besides: when the script saves anyway"""
+    default = Saving()
+    group.add_argument("--save_every_steps", default=default.every_steps, type=number(int, 0), metavar="N",
+                       help=f"steps between checkpoints, besides {besides}; 0: none for that reason")
+    group.add_argument("--save_every_minutes", default=default.every_minutes, type=number(float, 0), metavar="MINUTES",
+                       help="the same in minutes: what a run loses that is killed without a warning; 0: none for that reason")
+    group.add_argument("--keep_last", default=default.keep_last, type=number(int, 1), metavar="K",
+                       help="checkpoints that are kept, the newest (checkpoint.pth) and those before it (checkpoint.1.pth, "
+                            "...), which are used where the newest is damaged; 1 if the disk is small: while one is written, "
+                            "there are K + 1")
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+class Checkpoints:
+    """A run's checkpoint, written in the background, and those before it. path: of the newest; saving: Saving"""
+
+    def __init__(self, path, saving):
+        self.path, self.saving = Path(path), saving
+        self._thread, self._writing, self._saved = ThreadPoolExecutor(1), None, time.monotonic()
+
+    def due(self, step):
+        """Whether to save after this step."""
+        steps, minutes, _ = self.saving
+        return bool(steps and step % steps == 0 or minutes and time.monotonic() - self._saved >= 60 * minutes)
+
+    def save(self, state, copy=None):
+        """Save `state` as it is now; returns when it is copied to CPU memory. copy: a second name for this one, to stay.
+
+        Raises UserError where the one before could not be written.
+        """
+        self.wait()
+        state, self._saved = in_memory(state), time.monotonic()
+        self._writing = self._thread.submit(self._write, state, copy)
+
+    def _write(self, state, copy):
+        save_checkpoint(self.path, state, self.saving.keep_last)
+        if copy:
+            keep_copy(self.path, copy)
+
+    def wait(self):
+        """Until what was saved is on disk. Raises UserError where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+
+def in_memory(state):
+    """A copy of a state in CPU memory: training goes on changing its tensors in place."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: in_memory(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [in_memory(value) for value in state]
+    return state
+
+
+def save_checkpoint(path, state, keep_last=1):
     """Write `state` (tensors, numbers, strings, lists and dicts of them) so that `path` is always a whole file.
 
-    The file grows under another name and replaces the old one when it is safely on disk. Raises UserError where it
-    can't be written, and then the old file stands as it was.
+    keep_last: how many to keep, this one included. Raises UserError where it can't be written, and then what was
+    saved before stands as it was.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with open(part, "w+b") as file:
             torch.save(state, file)
+            add_checksum(file)
             file.flush()
             os.fsync(file.fileno())
+        keep_earlier(path, keep_last)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer answers a full disk with RuntimeError
-        part.unlink(missing_ok=True)
+        remove(part)
+        if is_worker_death(error):  # raised wherever the main thread happens to be
+            raise
         raise UserError(f"{path}: the checkpoint can't be written ({str(error).splitlines()[0]}); "
                         "what was saved before is unharmed") from error
 
 
+def remove(path):
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # where nothing can be written, nothing is there to remove
+        pass
+
+
+def keep_earlier(path, keep_last):
+    """Give the newest checkpoint the name of the first earlier one as well, and each earlier one the next name."""
+    earlier = earlier_ones(path)
+    for old in earlier[max(keep_last - 1, 0):]:
+        old.unlink()
+    earlier = earlier[:max(keep_last - 1, 0)]
+    # a run that was killed between the two names' changes has both of one file
+    if keep_last == 1 or not path.exists() or (earlier and os.path.samefile(path, earlier[0])):
+        return
+    names = [path.with_name(f"{path.stem}.{k}{path.suffix}") for k in range(1, keep_last)]
+    for old, name in reversed(list(zip(earlier, names[1:]))):
+        os.replace(old, name)
+    keep_copy(path, names[0])
+
+
+def earlier_ones(path):
+    """Paths of the earlier checkpoints that are kept beside `path`, the latest first."""
+    pattern = re.compile(re.escape(path.stem) + r"\.(\d+)" + re.escape(path.suffix))
+    found = {int(match[1]): other for other in path.parent.iterdir() if (match := pattern.fullmatch(other.name))}
+    return [found[k] for k in sorted(found)]
+
+
 def keep_copy(path, copy):
     """Keep the checkpoint `path` under a second name as well, without writing it again where links are possible."""
-    copy.unlink(missing_ok=True)
+    part = copy.with_name(copy.name + ".part")
+    remove(part)
     try:
-        os.link(path, copy)  # a later checkpoint replaces the name `path`, not the file behind it
+        os.link(path, part)  # a later checkpoint replaces the name `path`, not the file behind it
     except OSError:
-        shutil.copyfile(path, copy)
+        shutil.copyfile(path, part)
+    os.replace(part, copy)
+    remove(part)  # replacing a name of a file by another name of it does nothing
+
+
+# ---------------------------------------------------------------------------------------------------------- going on
 
 
 def load_checkpoint(path, must_match=None):
@@ -45,19 +165,132 @@ def load_checkpoint(path, must_match=None):
     if not os.path.exists(path):
         return None
     try:
-        state = load_file(path)
-        config = state["config"]
+        return check(load_file(path), path, must_match)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{error}; move it away to start anew or put back a whole one") from error
-    except (KeyError, TypeError):
+
+
+def load_newest(path, must_match=None):
+    """As `load_checkpoint`; where the file is damaged, the last whole one before it takes its place, with a warning.
+
+    For the main process alone: the damaged file is moved out of the way.
+    """
+    path, problems = Path(path), []
+    if not path.exists():
+        return None
+    for candidate in (path, *earlier_ones(path)):
+        try:
+            state = check(load_file(candidate), candidate, must_match)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
+            keep_copy(path, damaged)
+            keep_copy(candidate, path)
+            print(f"warning: {problems[0]}; going on from the one before, {candidate.name}, and keeping the damaged one as "
+                  f"{damaged.name}", file=sys.stderr, flush=True)
+        return state
+    others = f"; so is every earlier one ({len(problems) - 1})" if len(problems) > 1 else ""
+    raise UserError(f"{problems[0]}{others}; move it away to start anew or put back a whole one")
+
+
+def load_on_all(path, processes, must_match=None):
+    """The state of `load_newest` on every rank, or None. Raises UserError, also where a rank can't see the file."""
+    mine = []
+
+    def look():
+        mine.append(load_newest(path, must_match))
+        return mine[0] is not None
+    if not processes.from_main(look):
+        return None
+    state = mine[0] if mine else load_checkpoint(path)
+    if state is None:
+        raise UserError(f"{path}: can't be seen by process {processes.rank}, though process 0 can: --output_dir must lie "
+                        "where all machines of a run see it")
+    return state
+
+
+def check(state, path, must_match):
+    """`state`, if it is a checkpoint of the same run. Raises UserError."""
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict):
         raise UserError(f"{path}: is no checkpoint of this script (no 'config'); choose another --output_dir, "
-                        "or give it as --pretrained_weights") from None
+                        "or give it as --pretrained_weights")
     for name, value in (must_match or {}).items():
-        if name in config and config[name] != value:
+        if name in config and _plain(config[name]) != _plain(value):
             raise UserError(f"{path}: is of a run with --{name} {_plain(config[name])}, not {_plain(value)}; "
                             "go on with the same or choose another --output_dir")
     return state
 
 
 def _plain(value):
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(text.split())[:100]
+
+
+# -------------------------------------------------------------------------------------------------- being interrupted
+
+
+class Interruption:
+    """SIGTERM and SIGUSR1 ask a run to save and end; its processes agree after which step.
+
+    They are heeded inside `with interruption:`. A second one, a second later or more, ends this process at once.
+    asked: name of the signal that came, or ""
+    marker: file that says in words that the run was ended so; removed when it goes on
+    """
+
+    def __init__(self, processes=Processes(), marker=None):
+        self.processes, self.marker, self.asked = processes, marker, ""
+        self._at, self._before, self._agreed = 0.0, {}, None
+
+    def __enter__(self):
+        if self.processes.is_main:
+            self.marker.unlink(missing_ok=True)
+        self._before = {number: signal.signal(number, self._heed) for number in ENDING}
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is Preempted and self.processes.is_main:
+            self.marker.write_text(self._told(error))
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _heed(self, number, frame):
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._at = signal.Signals(number).name, now
+        elif now - self._at > ONE_REQUEST:
+            end_workers()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def agreed(self):
+        """Whether the run is to end here, the same on all ranks: all call this after every step.
+
+        What the others say is looked at after the next step, so that no GPU waits for it.
+        """
+        if self.processes.world_size == 1:
+            return bool(self.asked)
+        if self._agreed and self._agreed():
+            return True
+        self._agreed = self.processes.any(bool(self.asked))
+        return False
+
+    def end(self, saved=lambda: None):
+        """End the run on all ranks. saved: called on the main process first, returns when everything is on disk"""
+        self.processes.from_main(saved)  # nobody leaves before: a launcher ends the others when one is gone
+        raise Preempted(f"ended by {self.asked or 'a signal to another process'}; everything is saved, the same command "
+                        "goes on")
+
+    def _told(self, error):
+        count = self.processes.world_size
+        launched = f"with {count} processes, by torchrun or srun as before" if count > 1 else f"with {sys.executable}"
+        return (f"This run was {error}. It is not finished. To go on, start the same command again ({launched}):\n\n"
+                f"    {shlex.join(sys.argv)}\n\nThis file is removed then.\n")
+
+
+def ignore_signals(_):
+    """worker_init_fn of a DataLoader: a signal to all processes of a run is for the main ones to heed."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)

@@ -139,7 +139,7 @@ class Records:
         self.output, self.journal = output, output / WORK / JOURNAL
         self.earlier = collections.defaultdict(list)  # stamp -> rows
         if (output / MANIFEST).exists():
-            with open(output / MANIFEST, newline="", **TEXT) as file:
+            with open(output / MANIFEST, newline="", **TEXT) as file, contextlib.suppress(csv.Error):  # no table any more
                 for row in filter(_is_whole, csv.DictReader(file)):
                     self.earlier[row["stamp"]].append(row)
         if self.journal.exists():

@@ -7,6 +7,7 @@ read from them is flipped and its axes swapped (never interpolated) to the neare
 import contextlib
 import os
 import re
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,8 @@ class Volume:
         self._closing = contextlib.ExitStack()
         try:
             opener = _open_hdf5 if is_hdf5(path) else _open_nifti
-            shape, affine, self._take = opener(path, self._closing)
+            with _reading(path):
+                shape, affine, self._take = opener(path, self._closing)
             self._orient(shape, affine)
         except DataError:
             self.close()
@@ -104,7 +106,8 @@ class Volume:
         for axis, sign, n, a, b in zip(self._axes, self._signs, self.shape, low, high):
             slices[axis] = slice(int(a), int(b)) if sign > 0 else slice(int(n - b), int(n - a))
         try:
-            voxels = self._take(tuple(slices))
+            with _reading(self.path):
+                voxels = self._take(tuple(slices))
         except Exception as error:
             raise DataError(self.path, f"can't be read ({_first_line(error)})") from error
         flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
@@ -226,6 +229,83 @@ def write_volume(path, volume, affine, compression="blosc"):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------- storage that hangs
+
+
+_reading = contextlib.nullcontext  # in a loader worker: notes the file that is being read, see ReadWatch
+
+
+class ReadWatch:
+    """Notices a file that is being read for too long: loader workers note what they are at, and a thread looks on.
+
+    workers: of the loader; a process that reads itself can't be looked after, as HDF5 lets no other thread run meanwhile
+    seconds: that an opening or a read may take
+    end: called from that thread with what to tell. It has to end the process without waiting for the workers: not even
+    SIGKILL reaches one that the system holds in a read.
+    at_start: a worker_init_fn besides
+    """
+
+    LONGEST = 1000  # bytes that are kept of a path, the last ones
+
+    def __init__(self, workers, seconds, end, at_start=None):
+        self.seconds, self.end, self.at_start = seconds, end, at_start
+        self.counts = torch.zeros(workers, dtype=torch.int64).share_memory_()  # odd: in a read
+        self.paths = torch.zeros(workers, self.LONGEST, dtype=torch.uint8).share_memory_()
+
+    def start_worker(self, worker):
+        """Let this process note, as that worker, all that it reads."""
+        global _reading
+
+        @contextlib.contextmanager
+        def reading(path):
+            name = os.fsencode(path)[-self.LONGEST:]
+            self.paths[worker] = torch.frombuffer(bytearray(name.ljust(self.LONGEST, b"\0")), dtype=torch.uint8)
+            self.counts[worker] += 1
+            try:
+                yield
+            finally:
+                self.counts[worker] += 1
+        _reading = reading
+        if self.at_start:
+            self.at_start(worker)
+
+    @contextlib.contextmanager
+    def running(self):
+        done = threading.Event()
+        threading.Thread(target=self._look_on, args=(done,), daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _look_on(self, done):
+        """Looks are counted and no clock is read: a job that was suspended for a day has not waited for its files."""
+        pause = min(self.seconds / 10, 5)
+        before, same = self.counts.clone(), torch.zeros_like(self.counts)
+        while not done.wait(pause):
+            now = self.counts.clone()
+            same = torch.where((now == before) & (now % 2 == 1), same + 1, 0)
+            worker, before = int(same.argmax()), now
+            if same[worker] * pause >= self.seconds:
+                path = os.fsdecode(bytes(self.paths[worker].tolist()).rstrip(b"\0"))
+                self.end(f"{path}: loader worker {worker} has been reading it for {self.seconds:g} s: the storage hangs. See "
+                         "to it and start again, which goes on, or raise --read_timeout (0: wait without end)")
+
+
+def watched(loader, seconds, end):
+    """An iterator over a DataLoader's batches, which calls end(message) where one file is read for `seconds` (0: never)."""
+    if not loader.num_workers or not seconds:
+        return iter(loader)
+    watch = ReadWatch(loader.num_workers, seconds, end, loader.worker_init_fn)
+    loader.worker_init_fn = watch.start_worker
+    batches = iter(loader)  # here, so that the workers start at once
+
+    def give():
+        with watch.running():
+            yield from batches
+    return give()
 
 
 # ----------------------------------------------------------------------------------------------------- many volumes
@@ -416,18 +496,28 @@ def other_grid(shape, affine, image_shape, image_affine):
 
 
 class Sample(NamedTuple):
-    """patch: (x, y, z) int16; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met on the way, as (path, reason)."""
+    """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met on
+    the way, as (path, reason)."""
     patch: np.ndarray
     views: list
+    bad: list
+    path: str = ""
+
+
+class Failure(NamedTuple):
+    """Why there are no samples, in one line, and all (path, reason) that a worker has met in the epoch."""
+    reason: str
     bad: list
 
 
 class Batch(NamedTuple):
-    """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came."""
+    """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
+    paths: the file of each patch."""
     patches: torch.Tensor
     groups: list
     bad: list
     fatal: str
+    paths: tuple = ()
 
     def to(self, device):
         def move(part):
@@ -445,12 +535,14 @@ class PretrainingPatches(Dataset):
     paths: the volumes; multi_crop: augmentations.MultiCropAugmentation; seed: of all draws
     patches_per_volume: sample // patches_per_volume is the volume
     strict: an unreadable file ends the run; otherwise the next readable one in the list takes its place
+    max_bad: unreadable files of an epoch that one worker puts up with; None: any number
     """
 
-    def __init__(self, paths, multi_crop, seed, patches_per_volume=1, strict=False):
+    def __init__(self, paths, multi_crop, seed, patches_per_volume=1, strict=False, max_bad=None):
         self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
         self.patches_per_volume, self.strict = patches_per_volume, strict
-        self._bad = {}  # path -> reason; this worker's memory, so that no file is tried twice
+        self.max_bad = len(paths) if max_bad is None else max_bad
+        self._epoch, self._bad = None, {}  # path -> reason; this worker's memory, so that no file is tried twice in an epoch
 
     def __getitems__(self, keys):
         """The samples of a batch; neighbours from one volume share one opening of its file."""
@@ -458,6 +550,8 @@ class PretrainingPatches(Dataset):
         try:
             for epoch, sample in keys:
                 bad = []
+                if epoch != self._epoch:  # what failed may have been the network's fault, which passes
+                    self._epoch, self._bad = epoch, {}
                 for attempt in range(len(self.paths)):
                     path = self.paths[(sample // self.patches_per_volume + attempt) % len(self.paths)]
                     try:
@@ -468,17 +562,20 @@ class PretrainingPatches(Dataset):
                                 opened.close()
                             opened = None
                             opened = Volume(path)
-                        samples.append(Sample(*self._draw(opened, epoch, sample), bad))
+                        samples.append(Sample(*self._draw(opened, epoch, sample), bad, path))
                         break
                     except DataError as error:
                         self._bad[path] = error.reason
                         bad.append((error.path, error.reason))
                         if self.strict:
                             raise
+                        if len(self._bad) > self.max_bad:
+                            raise DataError(f"{len(self._bad)} of {len(self.paths)} files",
+                                            f"can't be used, such as {path}: {error.reason}") from error
                 else:
                     raise DataError(f"{len(self.paths)} files", f"not one can be used, such as {bad[0][0]}: {bad[0][1]}")
         except DataError as error:  # an exception would reach the main process as a traceback's text
-            return [str(error)]
+            return [Failure(str(error), list(self._bad.items()))]
         finally:
             if opened is not None:
                 opened.close()
@@ -494,8 +591,10 @@ class PretrainingPatches(Dataset):
         size = np.ceil(np.array(crops.patch_size) * stretch / factors - 1e-3).astype(int) * factors
         start = place_patch(rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int), size)
         patch = volume.read(start, size)
-        if patch.min() == patch.max() and volume.is_constant():
-            raise DataError(volume.path, f"has the same value in all voxels ({patch.flat[0]})")
+        low, high = np.clip(-start, 0, size), np.clip(volume.shape - start, 0, size)
+        inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
+        if inside.min() == inside.max() and volume.is_constant():
+            raise DataError(volume.path, f"has the same value in all voxels ({inside.flat[0]})")
         patch = block_mean(patch, factors)
         return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing * factors)
 
@@ -527,14 +626,15 @@ def collate(samples):
 
     That is what views see beyond a patch anyway, so they don't depend on which samples share a batch.
     """
-    if isinstance(samples[0], str):
-        return Batch(torch.empty(0), [], [], samples[0])
+    if isinstance(samples[0], Failure):
+        return Batch(torch.empty(0), [], samples[0].bad, samples[0].reason)
     shapes = np.array([sample.patch.shape for sample in samples])
     patches = np.empty((len(samples), *shapes.max(0)), np.int16)
     for slot, sample, shape in zip(patches, samples, shapes):
         slot[:] = np.pad(sample.patch, [(0, n - m) for n, m in zip(slot.shape, shape)], "edge")
     bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
-    return Batch(torch.from_numpy(patches), collate_views([sample.views for sample in samples]), bad, "")
+    return Batch(torch.from_numpy(patches), collate_views([sample.views for sample in samples]), bad, "",
+                 tuple(sample.path for sample in samples))
 
 
 def epoch_order(volumes, patches_per_volume, seed, epoch):
@@ -555,24 +655,29 @@ class BatchStream(Sampler):
     """Batches of keys (epoch, sample) from a position in the run to its end, without a pause between epochs.
 
     The epoch's order is cut into global batches and each of those into the ranks' shares, so that the samples of a
-    step do not depend on the number of ranks. What is left at an epoch's end and fills no global batch is dropped.
+    step do not depend on the number of ranks, nor on the batches that each share is cut into. What is left at an
+    epoch's end and fills no global batch is dropped.
 
     volumes, patches_per_volume, seed: see `epoch_order`
     batch_size: of one rank; rank, world_size
     epoch, position: where to start, in epochs and in samples of that epoch; epochs: where to end
+    accumulate_steps: batches of one rank that make its share of a global batch
     """
 
-    def __init__(self, volumes, patches_per_volume, batch_size, rank, world_size, seed, epoch, position, epochs):
+    def __init__(self, volumes, patches_per_volume, batch_size, rank, world_size, seed, epoch, position, epochs,
+                 accumulate_steps=1):
         self.order_of = lambda epoch: epoch_order(volumes, patches_per_volume, seed, epoch)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.start, self.epochs = (epoch, position), epochs
+        self.start, self.epochs, self.accumulate_steps = (epoch, position), epochs, accumulate_steps
 
     def __iter__(self):
         first, position = self.start
         for epoch in range(first, self.epochs):
             order = self.order_of(epoch)
-            step = self.batch_size * self.world_size
+            share = self.batch_size * self.accumulate_steps
+            step = share * self.world_size
             for at in range(position, len(order) - step + 1, step):
-                mine = order[at + self.rank * self.batch_size:][:self.batch_size]
-                yield [(epoch, int(sample)) for sample in mine]
+                mine = order[at + self.rank * share:][:share]
+                for batch in mine.reshape(self.accumulate_steps, self.batch_size):
+                    yield [(epoch, int(sample)) for sample in batch]
             position = 0

@@ -5,6 +5,7 @@ Cases are numbered by their place in the sorted list of the data set; a case's n
 suffix. Everything random is a function of --seed, the epoch and the case, so that neither the number of loader workers
 nor the number of processes nor an interruption changes what a case is trained on.
 """
+import argparse
 import collections
 import csv
 import json
@@ -23,12 +24,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import checkpoint
 import utils
 from augmentations import Lattice, ViewParameters, collate_views, keyed_rng, render_views, scale_intensity, warp
-from checkpoint import load_checkpoint, save_checkpoint
-from data import SUFFIXES, DataError, Volume
+from checkpoint import Checkpoints, Interruption, Saving, load_checkpoint, save_checkpoint
+from data import SUFFIXES, DataError, Volume, watched
 from monitor import forget_after
-from utils import UserError, append_json, boolean, number, spaced
+from skipping import SkippedSteps, describe, end_run, take_step
+from utils import Preempted, UserError, append_json, boolean, number, spaced
 from vision_transformer import ARCHITECTURES
 
 # Where neither a flag nor the checkpoint's config says
@@ -38,15 +41,24 @@ NUM_TEST = 37              # cases of the paper's test set
 SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
 BOOTSTRAP_ROUNDS = 1000
 READ_AHEAD = 2             # batches
-SAVE_SECONDS = 30          # between checkpoints, at ends of epochs: a run that is cut off loses that much, or an epoch
 
 
 class Device(NamedTuple):
-    """How this process computes. batch_size: per process; workers: reading processes; dtype: of the matrix products."""
+    """How this process computes, until it is interrupted.
+
+    batch_size: per process; workers: reading processes; dtype: of the matrix products
+    read_timeout: seconds that a worker may take to read a file; 0: any time
+    """
     processes: utils.Processes
     dtype: torch.dtype
     batch_size: int
     workers: int
+    interruption: Interruption = Interruption()
+    read_timeout: float = 0.0
+
+    def batches_of(self, loader):
+        """An iterator over a DataLoader's batches that ends the process where a file can't be read in time."""
+        return watched(loader, self.read_timeout, utils.end_process)
 
     def autocast(self):
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -101,6 +113,8 @@ def add_flags(parser, batch_size, folds, spacing, predict):
     group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end")
     group.add_argument("--weight_decay", default=0.05, type=number(float, 0), help="weight decay")
     group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"), help="sgd as in the paper")
+    group.add_argument("--max_skipped_steps", default=20, type=number(int, 1),
+                       help="steps in a row whose loss or gradient is not finite, and which change nothing, that end the run")
     group.add_argument("--precision", default=None, choices=tuple(utils.PRECISIONS),
                        help="of the matrix products; default: bf16 on GPUs that have it, else fp16; fp32 on CPUs")
     group.add_argument("--val_freq", default=1, type=number(int, 1), help="epochs between validations")
@@ -115,9 +129,11 @@ def add_flags(parser, batch_size, folds, spacing, predict):
     group.add_argument("--output_dir", default="output", metavar="DIR", help="where all results go; goes on from there")
     group.add_argument("--num_workers", default=None, type=number(int, 0),
                        help="reading processes per process; default: the cores that each process can have, at most 16")
+    utils.read_timeout_flag(group)
     group.add_argument("--max_steps", default=None, type=number(int, 1),
                        help="stop after this many steps of this call, with a checkpoint; the same command goes on")
     group.add_argument("--seed", default=0, type=number(int, 0), help="of folds, weights, order and augmentations")
+    checkpoint.add_flags(group, besides="each fold's end")
 
     group = parser.add_argument_group("prediction")
     group.add_argument("--predict", default=None, metavar="DIR", help=predict)
@@ -144,7 +160,7 @@ def check_flags(parser, given, layout):
         parser.error(f"--input_size {spaced(size)} is not a multiple of --patch_size {spaced(patch)} along each axis")
 
 
-def set_up(output_dir, precision, use_fp16, num_workers, batch_size, **ignored):
+def set_up(output_dir, precision, use_fp16, num_workers, batch_size, read_timeout, **ignored):
     """(Device, name of its precision, notices), after joining the other processes and making the output folder.
 
     precision, num_workers: None for what suits the machine; ignored: flags that have no effect any more
@@ -154,7 +170,9 @@ def set_up(output_dir, precision, use_fp16, num_workers, batch_size, **ignored):
     precision, notices = utils.choose_precision(precision, use_fp16, processes.device)
     notices += utils.ignored_flags(**ignored)
     workers = min(16, utils.cores_per_process(processes)) if num_workers is None else num_workers
-    return Device(processes, utils.PRECISIONS[precision], batch_size, workers), precision, notices
+    interruption = Interruption(processes, output_dir / "preempted")
+    device = Device(processes, utils.PRECISIONS[precision], batch_size, workers, interruption, read_timeout)
+    return device, precision, notices
 
 
 # ----------------------------------------------------------------------------------------------------------- encoder
@@ -195,8 +213,7 @@ def load_encoder(path, checkpoint_key="teacher", given=None):
             state = utils.find_state_dict(checkpoint, path, checkpoint_key)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
-        config = checkpoint.get("config") or checkpoint.get("args") or {}  # older code: an argparse.Namespace
-        config = config if isinstance(config, dict) else vars(config)
+        config = described(checkpoint, path)
     chosen = {}
     for name, default in ENCODER.items():
         trained = config.get(name)
@@ -206,7 +223,8 @@ def load_encoder(path, checkpoint_key="teacher", given=None):
                             f"{_plain(trained)}: leave --{name} out", everywhere=True)
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
     if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
-        raise UserError(f"an input of {spaced(chosen['input_size'])} voxels is not a multiple of the patch size "
+        source = f"--pretrained_weights {path}: " if path else ""
+        raise UserError(f"{source}an input of {spaced(chosen['input_size'])} voxels is not a multiple of the patch size "
                         f"{spaced(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
                         everywhere=True)
     encoder = Encoder(**chosen)
@@ -218,6 +236,30 @@ def load_encoder(path, checkpoint_key="teacher", given=None):
     except ValueError as error:
         raise UserError(f"--pretrained_weights {error}; is --arch {encoder.arch} right?", everywhere=True) from error
     return encoder._replace(state=model.state_dict())
+
+
+def described(checkpoint, path):
+    """What the config in a checkpoint says, or older code's args. Raises UserError for what no encoder can have."""
+    config = next((checkpoint[name] for name in ("config", "args") if checkpoint.get(name) is not None), {})
+    config = vars(config) if isinstance(config, argparse.Namespace) else config
+    if not isinstance(config, dict):
+        raise UserError(f"--pretrained_weights {path}: its config is a {type(config).__name__}, expected a dict",
+                        everywhere=True)
+
+    def numbers(value, count, low, high, kinds=(int, float)):
+        return isinstance(value, (list, tuple)) and len(value) == count and all(
+            type(number) in kinds and low <= number <= high for number in value)
+    sound = {"arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
+             "patch_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
+             "input_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
+             "clip_range": lambda value: numbers(value, 2, -1e6, 1e6) and value[0] < value[1],
+             "spacing": lambda value: numbers(value, 3, 1e-6, 1e6)}
+    for name, fits in sound.items():
+        if config.get(name) is not None and not fits(config[name]):
+            found = " ".join(repr(config[name]).split())[:100]
+            raise UserError(f"--pretrained_weights {path}: its config has {name} {found}, which no encoder here can have",
+                            everywhere=True)
+    return config
 
 
 def _plain(value):
@@ -375,6 +417,9 @@ class TrainingCrops(Dataset):
     def __init__(self, paths, size, augmentation, seed):
         self.paths, self.expected, self.augmentation, self.seed = paths, (paths[0], size), augmentation, seed
 
+    def path_of(self, case):
+        return self.paths[case]
+
     def __getitem__(self, key):
         epoch, case, counted = key
         try:
@@ -450,17 +495,20 @@ class TrainingBatches(Sampler):
             position = 0
 
 
-def collect(processes, cases, mine):
+def collect(device, cases, mine):
     """(N, ...) one row per case, in the order of `cases`, of the rows that the ranks have for their shares.
 
-    cases: (N,) case numbers, each once; mine: {case: row} of this rank. Raises RuntimeError unless every case has
-    exactly one row.
+    cases: (N,) case numbers, each once; mine: {case: row} of this rank, which leaves the rest out when it is interrupted.
+    Raises Preempted, on all ranks, where one did so; RuntimeError unless every case has exactly one row.
     """
-    rows = {}
-    for part in processes.gather(mine):
+    rows, interrupted = {}, False
+    for part, asked in device.processes.gather((mine, bool(device.interruption.asked))):
         if rows.keys() & part.keys():
             raise RuntimeError("two processes evaluated the same case")
         rows.update(part)
+        interrupted = interrupted or asked
+    if interrupted and len(rows) < len(cases):
+        device.interruption.end()
     if rows.keys() != set(cases):
         raise RuntimeError(f"{len(rows)} cases were evaluated instead of {len(cases)}")
     return np.stack([rows[case] for case in cases])
@@ -570,7 +618,7 @@ def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets, 
         splits = (subset_splits(patients, subsets) if folds == "subsets" else
                   patient_splits(patients, labels, num_test, k_fold, seed))
         return splits, described
-    if {patient for side in saved[0][0] for patient in side} != set(patients):
+    if any({patient for side in split for patient in side} != set(patients) for split in saved[0]):
         raise UserError(f"{path}: names other patients than --data_dir holds; choose another --output_dir")
     return saved
 
@@ -590,17 +638,21 @@ def load_splits(path, described, known):
         return None
     try:
         saved = json.loads(Path(path).read_text())
-        splits = [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]]
-        missing = [name for name in known if name not in saved["data"]]
+        splits, data = [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]], dict(saved["data"])
+        if not splits or not all(isinstance(side, list) and all(isinstance(patient, str) for patient in side)
+                                 for split in splits for side in split):
+            raise ValueError("its splits are no lists of patients")
+        missing = [name for name in known if name not in data]
         if missing:
             raise KeyError(missing[0])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: can't be read ({error}); move it away to start anew") from error
     for name, value in described.items():
-        if saved["data"].get(name) != value:
-            raise UserError(f"{path}: is of a run with {name} {saved['data'].get(name)}, now it is {value}; go on "
-                            "with the same data and flags or choose another --output_dir")
-    return splits, saved["data"]
+        if data.get(name) != value:
+            found = " ".join(str(data.get(name)).split())[:100]
+            raise UserError(f"{path}: is of a run with {name} {found}, now it is {value}; go on with the same data and flags "
+                            "or choose another --output_dir")
+    return splits, data
 
 
 def save_splits(path, splits, described):
@@ -708,7 +760,8 @@ def read_table(path):
 
 
 class Recipe(NamedTuple):
-    """How every fold is trained. rates: gives the head's learning rate from cases per epoch and cases seen."""
+    """How every fold is trained. rates: gives the head's learning rate from cases per epoch and cases seen; saving: when
+    it is saved."""
     epochs: int
     val_freq: int
     optimizer: str
@@ -716,6 +769,8 @@ class Recipe(NamedTuple):
     weight_decay: float
     layer_decay: float
     seed: int
+    max_skipped_steps: int
+    saving: Saving = Saving()
 
 
 class Fold(NamedTuple):
@@ -738,7 +793,7 @@ class Task(NamedTuple):
     """What a script brings to a fold: functions, whose fold is already theirs.
 
     order: (n,) samples of an epoch in their order, given the epoch
-    dataset: gives samples of keys (epoch, sample, counted), for `collate_crops`
+    dataset: gives samples of keys (epoch, sample, counted), for `collate_crops`, and their files by `path_of`
     losses: (B,) loss and (B,) weight of each sample, given the network and a CropBatch on the CPU
     fit: called once before a new fold's training
     validate: what is known of the best epoch, as `keep_best` gives it, from what was known, a Done and the config
@@ -755,21 +810,28 @@ class Task(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a step needs. network: the model as it is called; epoch_length, global_batch: in samples."""
+    """What a step needs. network: the model as it is called; epoch_length, global_batch: in samples; checkpoints: on the
+    main process alone."""
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     epoch_length: int
     global_batch: int
+    skipped: SkippedSteps
+    checkpoints: Checkpoints = utils.Silent()
 
 
 @dataclass
 class Done:
-    """How far a fold is: epochs finished, samples of the current one, and steps and samples in all."""
+    """How far a fold is: epochs finished, samples of the current one, and steps and samples in all.
+
+    trained: the record of the epoch just finished, as long as it is not validated
+    """
     epoch: int = 0
     position: int = 0
     step: int = 0
     cases: int = 0
+    trained: dict | None = None
 
     def count_step(self, cases, epoch_length):
         self.position, self.step, self.cases = self.position + cases, self.step + 1, self.cases + cases
@@ -783,7 +845,8 @@ def run_fold(fold, recipe, task, config, most_steps):
     Returns the steps taken, at most `most_steps`, and whether the fold is finished.
     """
     processes, model = fold.device.processes, fold.model
-    state = load_checkpoint(fold.folder / "checkpoint.pth")
+    path = fold.folder / "checkpoint.pth"
+    state = checkpoint.load_on_all(path, processes)
     if state and state["epoch"] >= recipe.epochs and is_finished(fold.folder):
         fold.say(f"fold {fold.number}: done before")
         return 0, True
@@ -801,95 +864,141 @@ def run_fold(fold, recipe, task, config, most_steps):
         if groups:
             optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        done, best = Done(*(state[name] for name in Done.__dataclass_fields__)), state["best"]
+        done, best = Done(**{name: state[name] for name in Done.__dataclass_fields__ if name in state}), state["best"]
         fold.say(f"fold {fold.number}: going on after step {done.step}, epoch {done.epoch}")
     network = model
     if processes.world_size > 1 and groups:
         devices = None if processes.device.type == "cpu" else [processes.device]
         warnings.filterwarnings("ignore", "Grad strides do not match")  # the class token's: one small copy more
         network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-    run = Run(network, optimizer, scaler, len(task.order(0)), fold.device.batch_size * processes.world_size)
+    run = Run(network, optimizer, scaler, len(task.order(0)), fold.device.batch_size * processes.world_size,
+              SkippedSteps(recipe.max_skipped_steps, processes.device),
+              Checkpoints(path, recipe.saving) if processes.is_main else utils.Silent())
     before = done.step
     best = train_fold(fold, recipe, task, run, done, best, config, most_steps)
-    if done.epoch < recipe.epochs:
-        return done.step - before, False
-    if best is None:
+    if best is None and done.epoch >= recipe.epochs:
         best = task.validate(None, done, config)
     save(fold, run, done, best, config)
+    run.checkpoints.wait()
+    if done.epoch < recipe.epochs:
+        return done.step - before, False
     task.test()
     return done.step - before, True
 
 
 def train_fold(fold, recipe, task, run, done, best, config, most_steps):
     """Train to the last epoch or for `most_steps`; returns what `validate` said of the best epoch."""
-    processes = fold.device.processes
-    if done.epoch >= recipe.epochs:
+    processes, interruption = fold.device.processes, fold.device.interruption
+    if done.epoch >= recipe.epochs and not done.trained:
         return best
     stream = TrainingBatches(task.order, fold.device.batch_size, processes.rank, processes.world_size, done.epoch,
                              done.position, recipe.epochs)
-    batches = iter(DataLoader(task.dataset, batch_sampler=stream, collate_fn=collate_crops,
-                              num_workers=fold.device.workers, pin_memory=processes.device.type == "cuda"))
+    loader = DataLoader(task.dataset, batch_sampler=stream, collate_fn=collate_crops, num_workers=fold.device.workers,
+                        worker_init_fn=checkpoint.ignore_signals, pin_memory=processes.device.type == "cuda")
+    batches = fold.device.batches_of(loader)
     writer = utils.Silent()
     if processes.is_main:
         from torch.utils.tensorboard import SummaryWriter
         forget_after(fold.folder / "log.txt", done.step)
         writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=done.step)
-    last_step, saved = done.step + most_steps, time.monotonic()
-    while done.epoch < recipe.epochs and done.step < last_step:
-        began, epoch = time.perf_counter(), done.epoch
-        left = -(-(run.epoch_length - done.position) // run.global_batch)  # steps, the last one with what remains
-        loss, waited = train_one_epoch(fold, recipe, task, run, batches, int(min(left, last_step - done.step)), done)
-        if not math.isfinite(loss):
-            raise UserError(f"fold {fold.number}: training has diverged in epoch {epoch + 1} (loss {loss}); what was "
-                            "saved before is unharmed. Lower --lr or take --precision fp32", everywhere=True)
-        if done.epoch > epoch:
-            rate = recipe.rates(run.epoch_length, done.cases)
-            record = {"epoch": done.epoch, "step": done.step, "loss": loss, "lr": rate}
+    last_step = done.step + most_steps
+
+    def after_step():
+        """Save where it is time, and end the run where a signal has asked for it."""
+        ending = interruption.agreed()
+        if ending or run.checkpoints.due(done.step):
+            save(fold, run, done, best, config)
+        if ending:
+            interruption.end(run.checkpoints.wait)
+
+    while done.trained or done.epoch < recipe.epochs and done.step < last_step:
+        began, epoch, waited = time.perf_counter(), done.epoch, 0.0
+        if not done.trained:
+            left = -(-(run.epoch_length - done.position) // run.global_batch)  # steps, the last one with what remains
+            steps = int(min(left, last_step - done.step))
+            loss, skipped, waited = train_one_epoch(fold, recipe, task, run, batches, steps, done, after_step)
+            if skipped:
+                fold.say(f"fold {fold.number}: {skipped} steps of epoch {epoch + 1} were skipped and changed nothing: their "
+                         "loss or gradient was not finite")
+            if done.epoch > epoch:
+                rate = recipe.rates(run.epoch_length, done.cases)
+                done.trained = {"epoch": done.epoch, "step": done.step, "loss": loss, "skipped_steps": skipped, "lr": rate}
+        if done.trained:
+            record = dict(done.trained)
             if done.epoch % recipe.val_freq == 0 or done.epoch == recipe.epochs:
-                best = task.validate(best, done, config)
+                try:
+                    best = task.validate(best, done, config)
+                except Preempted:  # it will be done again
+                    save(fold, run, done, best, config)
+                    processes.from_main(run.checkpoints.wait)
+                    raise
                 record |= {f"validation_{name}": value for name, value in best["last"].items()}
                 if processes.is_main:
                     task.show(writer, done.step)
             record |= {"seconds": round(time.perf_counter() - began, 2), "waiting_for_data": round(waited, 2)}
             report(fold, recipe, record, best, writer)
-        if processes.is_main and (time.monotonic() - saved > SAVE_SECONDS or done.step >= last_step):
-            save(fold, run, done, best, config)
-            saved = time.monotonic()
+            writer.flush()
+            done.trained = None
+        if done.epoch < recipe.epochs and done.step < last_step:
+            after_step()
     writer.close()
     return best
 
 
-def train_one_epoch(fold, recipe, task, run, batches, steps, done):
-    """Take `steps` steps on what the iterator `batches` gives; `done` counts them. Returns mean loss and waiting."""
+def train_one_epoch(fold, recipe, task, run, batches, steps, done, after_step):
+    """Take `steps` steps on what the iterator `batches` gives; `done` counts them. after_step: called after all but the last.
+
+    Returns the mean loss of those that were taken (None if none was), how many were skipped, and seconds without data.
+    """
     processes = fold.device.processes
     fold.model.train()
-    sums, waited = torch.zeros(2, dtype=torch.float64, device=processes.device), 0.0
-    for _ in range(steps):
+    sums, waited = torch.zeros(3, dtype=torch.float64, device=processes.device), 0.0
+    for index in range(steps):
         began = time.perf_counter()
         batch = utils.next_batch(batches)
         waited += time.perf_counter() - began
         utils.seed_step(recipe.seed, done.step, processes.rank)
         set_learning_rate(run.optimizer, recipe.rates(run.epoch_length, done.cases))
-        sums += train_step(run, processes, *task.losses(run.network, batch))
+        losses, weights = task.losses(run.network, batch)
+        taken, sum_of_step = train_step(run, processes, losses, weights)
+        sums += sum_of_step
         done.count_step(min(run.global_batch, run.epoch_length - done.position), run.epoch_length)
-    loss, weight = processes.sum(sums).tolist()
-    return loss / weight, waited
+        run.skipped.count(taken)
+        if run.skipped.too_many(done.step):
+            samples = [describe(task.dataset.path_of(sample), loss, crop=crop)
+                       for sample, loss, crop in zip(batch.cases.tolist(), losses.tolist(), batch.crops)]
+            end_run(fold.folder, processes, done.step, run.skipped.most, samples)
+        if index < steps - 1:
+            after_step()
+    loss, weight, skipped = processes.sum(sums).tolist()
+    return loss / weight if weight else None, round(skipped / processes.world_size), waited
 
 
 def train_step(run, processes, losses, weights):
     """One step on the weighted mean of losses over the global batch.
 
     losses: (B,); weights: (B,) of each sample, 0 for one that doesn't count
-    Returns (2,) this rank's sums of weighted losses and of weights.
+    Returns taken (), False if the loss or a gradient was not finite: then nothing has changed; and (3,) this rank's sums
+    of weighted losses and of weights, 0 for a step that was skipped, and whether it was.
     """
     loss = (weights * losses).sum()
     total = processes.sum(weights.sum())  # of all ranks
     run.optimizer.zero_grad(set_to_none=True)
     # DDP takes the mean of the ranks' gradients, and their sum is what belongs to the sum of their losses
     run.scaler.scale(loss * (processes.world_size / total)).backward()
-    run.scaler.step(run.optimizer)
+    run.scaler.unscale_(run.optimizer)
+    taken = torch.nn.utils.get_total_norm(p.grad for p in run.network.parameters() if p.grad is not None).isfinite()
+    take_step(run.optimizer, taken)
     run.scaler.update()
-    return torch.stack([loss.detach(), weights.sum()]).double()
+    sums = torch.where(taken, torch.stack([loss.detach(), weights.sum()]), 0)
+    return taken, torch.cat([sums, (~taken)[None]]).double()
+
+
+def check_diverged(fold, loss):
+    """UserError, on all ranks, where the loss on validation is not finite."""
+    if not math.isfinite(loss):
+        raise UserError(f"fold {fold.number}: training has diverged (the loss on validation is {loss}); what was saved before "
+                        "is unharmed. Lower --lr or take --precision fp32", everywhere=True)
 
 
 def keep_best(fold, best, last, done, config, more):
@@ -929,7 +1038,7 @@ def report(fold, recipe, record, best, writer):
     for name, value in record.items():
         if name not in ("epoch", "step") and value is not None:
             writer.add_scalar(name, value, record["step"])
-    line = f"fold {fold.number} epoch {record['epoch']}/{recipe.epochs}: loss {record['loss']:.4f}"
+    line = f"fold {fold.number} epoch {record['epoch']}/{recipe.epochs}: loss {told(record['loss'], 4)}"
     if "validation_loss" in record:
         score = next(iter(best["last"]))
         line += (f", validation {'AUC' if score == 'auc' else score} {told(record['validation_' + score])}, loss "
@@ -946,16 +1055,18 @@ def one_step_notice(longest, epochs, global_batch):
 
 
 def save(fold, run, done, best, config):
-    """Write the fold's checkpoint.pth."""
-    if fold.device.processes.is_main:
-        save_checkpoint(fold.folder / "checkpoint.pth", {
-            "model": fold.model.state_dict(), "optimizer": run.optimizer.state_dict() if run.optimizer else {},
-            "scaler": run.scaler.state_dict(), **asdict(done), "best": best, "config": config})
+    """Save a fold's whole state."""
+    run.checkpoints.save({
+        "model": fold.model.state_dict(), "optimizer": run.optimizer.state_dict() if run.optimizer else {},
+        "scaler": run.scaler.state_dict(), **asdict(done), "best": best, "config": config})
 
 
 def check_same_run(output_dir, config, fixed):
-    """UserError where the first fold's checkpoint is of a run in which one of the `fixed` names had another value."""
-    load_checkpoint(output_dir / "0" / "checkpoint.pth", {name: config[name] for name in fixed})
+    """UserError where the first fold's checkpoint is of a run in which one of the `fixed` names had another value.
+
+    For the main process alone.
+    """
+    checkpoint.load_newest(output_dir / "0" / "checkpoint.pth", {name: config[name] for name in fixed})
 
 
 def fold_folders(path, name):

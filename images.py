@@ -239,12 +239,14 @@ def read_raw(path):
             with Volume(path) as volume:
                 voxels = volume.read_values()
                 native = np.float32 if voxels.dtype == np.float16 else voxels.dtype.newbyteorder("=")  # all that ITK takes
-                return make_image(voxels.astype(native), volume.affine)
+                return _call(lambda: make_image(voxels.astype(native), volume.affine), path)
         except DataError as error:
             raise DataError(path, _one_line(error.reason, path)) from error
     reader = sitk.ImageFileReader()
     reader.SetFileName(path)
     nifti = path.lower().endswith((".nii", ".nii.gz"))
+    if path.lower().endswith((".mha", ".mhd")):
+        require_sound_header(path)
     image = _read_nifti(reader, path) if nifti else _call(reader.Execute, path)
     _call(lambda: _require_whole(path, 0 if nifti else sitk.GetArrayViewFromImage(image).nbytes), path)
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
@@ -279,12 +281,30 @@ def _read_nifti(reader, path):
         raise DataError(path, f"not a volume of HU: voxels of type {voxels.dtype}")
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
     if not told:
-        return make_image(voxels, affine)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
-    image.SetSpacing(reader.GetSpacing()[:3])
-    image.SetOrigin(reader.GetOrigin()[:3])
-    image.SetDirection(np.reshape(reader.GetDirection(), [reader.GetDimension()] * 2)[:3, :3].ravel().tolist())
-    return image
+        return _call(lambda: make_image(voxels, affine), path)
+
+    def placed():
+        image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
+        image.SetSpacing(reader.GetSpacing()[:3])
+        image.SetOrigin(reader.GetOrigin()[:3])
+        image.SetDirection(np.reshape(reader.GetDirection(), [reader.GetDimension()] * 2)[:3, :3].ravel().tolist())
+        return image
+    return _call(placed, path)
+
+
+def require_sound_header(path):
+    """Raise DataError for a MetaImage header by which ITK would crash: no number of axes, or a name of the voxels' file that
+    is missing or a printf format, in which it puts its own values."""
+    with open(path, "rb") as file:
+        header = file.read(1 << 16)
+    for name, sound in (("NDims", rb"[1-9]"), ("ElementDataFile", rb"[^%\0]+")):
+        # Up to the end of a line with ElementDataFile, behind which voxels may follow
+        found = re.findall(rb"^[ \t]*%b[ \t]*[=:]?[ \t]*(.*?)[ \t\r]*$" % name.encode(), re.match(
+            rb".*?(?:^[ \t]*ElementDataFile.*?$|\Z)", header, re.S | re.M)[0], re.M)
+        wrong = [value for value in found if not re.fullmatch(sound, value)]
+        if wrong or not found:
+            value = repr(wrong[0].decode(errors="replace"))[:60] if wrong else "missing"
+            raise DataError(path, f"can't be read: {name} in its header is {value}")
 
 
 def _require_whole(path, size):

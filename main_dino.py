@@ -6,10 +6,13 @@ One machine with four GPUs, a laptop, two machines, Slurm:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main_dino.py ...
     srun --ntasks-per-node=8 --gpus-per-task=1 --kill-on-bad-exit=1 python main_dino.py ...
 
-The same --output_dir goes on where it stopped. What stands there: checkpoint.pth (the newest whole state), numbered
-copies, config.json, log.txt (one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
+The same --output_dir goes on where it stopped; SIGTERM or SIGUSR1 makes a run save and end (exit code 75). What stands
+there: checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies, config.json, log.txt
+(one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
 """
+import contextlib
 import functools
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+import checkpoint
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
-from checkpoint import keep_copy, load_checkpoint, save_checkpoint
-from data import SUFFIXES, BatchStream, DataError, PretrainingPatches, collate, list_volumes, read_data_list
-from monitor import Monitor, forget_after, summary
+from data import SUFFIXES, BatchStream, DataError, PretrainingPatches, collate, list_volumes, read_data_list, watched
+from monitor import Monitor, air_share, forget_after, summary
+from skipping import SkippedSteps, describe, end_run, take_step
 from utils import UserError, boolean, cosine_schedule, linear_schedule, number, spaced
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
 
@@ -43,6 +46,9 @@ def get_args_parser():
                        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost")
     group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
                        help="stochastic depth of the student's last block; 0 for small data and short runs")
+    flag(group, "--grad_checkpointing", False,
+         "keep less of each block for the backward pass and compute it again there: the same result with far less memory, "
+         "about a third slower; for vit_large, vit_huge and small GPUs")
     group.add_argument("--pretrained_weights", default="", metavar="FILE",
                        help="go on from these weights in a new run (a run of one's own goes on by its --output_dir)")
     group.add_argument("--checkpoint_key", default="teacher", help="which state dict of --pretrained_weights to take")
@@ -64,15 +70,21 @@ def get_args_parser():
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the volumes")
     group.add_argument("--batch_size_per_gpu", default=64, type=number(int, 1),
-                       help="base patches per process and step; lower it when memory runs out")
+                       help="base patches per process at a time; lower it when memory runs out")
+    group.add_argument("--accumulate_steps", default=1, type=number(int, 1),
+                       help="such batches per process that make one step: raise it as much as --batch_size_per_gpu is "
+                            "lowered, and training stays the same")
     group.add_argument("--lr", default=0.0005, type=number(float, 0),
-                       help="peak learning rate for a batch of 256 over all processes, scaled linearly with that batch")
+                       help="peak learning rate for a batch of 256, scaled linearly with --batch_size_per_gpu x processes "
+                            "x --accumulate_steps")
     group.add_argument("--warmup_epochs", default=10, type=number(float, 0), help="epochs of linear warm-up")
     group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end")
     group.add_argument("--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start")
     group.add_argument("--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end")
     group.add_argument("--clip_grad", default=3.0, type=number(float, 0),
                        help="largest gradient norm of each parameter tensor; 0: no clipping")
+    group.add_argument("--max_skipped_steps", default=20, type=number(int, 1),
+                       help="steps in a row whose loss or gradient is not finite, and which change nothing, that end the run")
     group.add_argument("--freeze_last_layer", default=1, type=number(int, 0),
                        help="epochs in which the prototypes stay as they are; more if the loss does not fall")
     group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="adamw for ViTs")
@@ -102,11 +114,16 @@ def get_args_parser():
                             "volumes, and lower --epochs as much")
     group.add_argument("--num_workers", default=None, type=number(int, 0),
                        help="reading processes per process; default: the cores that each process can have, at most 16")
-    flag(group, "--strict_data", False, "stop at an unreadable file instead of putting another in its place")
+    group.add_argument("--max_bad_files", default=0.1, type=number(float, 0, 1), metavar="SHARE",
+                       help="of the volumes that may be unreadable in an epoch, rounded up to whole files, before the run "
+                            "stops; others take their place, see bad_files.csv. Raise it for data known to be damaged")
+    flag(group, "--strict_data", False, "stop at the first unreadable file instead of putting another in its place")
+    utils.read_timeout_flag(group)
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="output", metavar="DIR", help="where all results go; goes on from there")
     group.add_argument("--saveckp_freq", default=20, type=number(int, 0), help="epochs between numbered copies; 0: none")
+    checkpoint.add_flags(group, besides="each epoch's end")
     group.add_argument("--max_steps", default=None, type=number(int, 1),
                        help="stop after this many steps in all, with a checkpoint; schedules still follow --epochs")
     group.add_argument("--log_every", default=10, type=number(int, 1), help="steps between entries in TensorBoard")
@@ -146,19 +163,21 @@ def main(argv=None):
     paths = processes.from_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
     policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
     crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
-    dataset = PretrainingPatches(paths, crops, args.seed, args.patches_per_volume, args.strict_data)
+    max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
+    dataset = PretrainingPatches(paths, crops, args.seed, args.patches_per_volume, args.strict_data, max_bad)
     samples_per_epoch = len(paths) * args.patches_per_volume
-    global_batch = args.batch_size_per_gpu * processes.world_size
+    global_batch = args.batch_size_per_gpu * processes.world_size * args.accumulate_steps
     steps_per_epoch = samples_per_epoch // global_batch
     if not steps_per_epoch:
         raise UserError(f"{len(paths)} volumes with --patches_per_volume {args.patches_per_volume} make less than one "
-                        f"batch of {global_batch} ({args.batch_size_per_gpu} x {processes.world_size} processes): lower "
-                        "--batch_size_per_gpu or raise --patches_per_volume", everywhere=True)
+                        f"batch of {global_batch} ({args.batch_size_per_gpu} x {processes.world_size} processes x "
+                        f"{args.accumulate_steps} accumulated): lower --batch_size_per_gpu or --accumulate_steps, or raise "
+                        "--patches_per_volume", everywhere=True)
 
     # --------------------------------------------------------------------------------------------------------- model
     torch.manual_seed(args.seed)
     build = functools.partial(build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head)
-    student, teacher = build(args.drop_path_rate, args.norm_last_layer), build(0.0, True)
+    student, teacher = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing), build(0.0, True)
     if args.pretrained_weights:
         notices += start_from(student, args.pretrained_weights, args.checkpoint_key)
     teacher.load_state_dict(student.state_dict())  # both start from the same weights
@@ -178,7 +197,8 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------------ training
     run = Run(network, student, teacher, dino_loss, optimizer, scaler, schedules, crops, tuple(args.clip_range),
-              utils.PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes)
+              utils.PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes,
+              args.accumulate_steps, SkippedSteps(args.max_skipped_steps, processes.device))
     done = restore(run, output_dir, vars(args))
     done.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into the rest of an epoch
     last_step = done.step + steps_left(samples_per_epoch, global_batch, args.epochs, done)
@@ -195,21 +215,33 @@ def main(argv=None):
     say(announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done))
 
     stream = BatchStream(len(paths), args.patches_per_volume, args.batch_size_per_gpu, processes.rank,
-                         processes.world_size, args.seed, done.epoch, done.position, args.epochs)
+                         processes.world_size, args.seed, done.epoch, done.position, args.epochs, args.accumulate_steps)
     workers = min(16, utils.cores_per_process(processes)) if args.num_workers is None else args.num_workers
-    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers,
-                              pin_memory=processes.device.type == "cuda"))
-    monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, done.step, global_batch)
-    try:
+    loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers,
+                        worker_init_fn=checkpoint.ignore_signals, pin_memory=processes.device.type == "cuda")
+    batches = watched(loader, args.read_timeout, utils.end_process)
+    monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, done.step, global_batch, len(paths),
+                      max_bad)
+    saving = checkpoint.Saving(args.save_every_steps, args.save_every_minutes, args.keep_last)
+    checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()
+    interruption = checkpoint.Interruption(processes, output_dir / "preempted")
+
+    def after_step(epoch_ends=False):
+        """Save where it is time, and end the run where a signal has asked for it."""
+        ending = done.step < last_step and interruption.agreed()
+        if epoch_ends or ending or checkpoints.due(done.step):
+            save(run, checkpoints, output_dir, vars(args), done, args.saveckp_freq)
+        if ending:
+            interruption.end(checkpoints.wait)
+
+    with contextlib.closing(monitor), interruption:
         while done.step < last_step:
             steps = min((samples_per_epoch - done.position) // global_batch, last_step - done.step)
-            train_one_epoch(run, batches, steps, done, done.epoch < args.freeze_last_layer, monitor)
+            train_one_epoch(run, batches, steps, done, done.epoch < args.freeze_last_layer, monitor, after_step)
             done.end_epoch(samples_per_epoch, global_batch)
             monitor.log_epoch(done.epoch, done.step, schedules.at(done.samples))
-            if processes.is_main:
-                save(run, output_dir, vars(args), done, args.saveckp_freq)
-    finally:
-        monitor.close()
+            after_step(epoch_ends=True)
+        checkpoints.wait()
     say(f"{done.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")
 
 
@@ -249,6 +281,13 @@ class Run(NamedTuple):
     global_batch: int
     seed: int
     processes: utils.Processes
+    accumulate_steps: int
+    skipped: SkippedSteps
+
+    def render(self, batch):
+        """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a data.Batch, on the device."""
+        batch = batch.to(self.processes.device)
+        return self.crops.render(batch.patches, batch.groups, self.clip_range)
 
 
 def steps_left(samples_per_epoch, global_batch, epochs, done):
@@ -257,63 +296,84 @@ def steps_left(samples_per_epoch, global_batch, epochs, done):
     return max(0, whole + (samples_per_epoch - done.position) // global_batch)
 
 
-def train_one_epoch(run, batches, steps, done, frozen, monitor):
-    """Take `steps` steps on what the iterator `batches` gives; `done` counts them. frozen: prototypes stay as they are."""
-    monitor.start_epoch()
+def train_one_epoch(run, batches, steps, done, frozen, monitor, after_step):
+    """Take `steps` steps on what the iterator `batches` gives; `done` counts them.
+
+    frozen: prototypes stay as they are; after_step: called after every step but the last
+    """
+    monitor.start_epoch(done.epoch + 1)
     for index in range(steps):
         began = time.perf_counter()
-        batch = utils.next_batch(batches)
+        micro_batches = [utils.next_batch(batches, monitor.bad_files.note) for _ in range(run.accumulate_steps)]
         waited = time.perf_counter() - began
-        monitor.note_bad_files(batch.bad)
-        batch = batch.to(run.processes.device)
-        views = run.crops.render(batch.patches, batch.groups, run.clip_range)
         if index == 0:
-            monitor.show_views(views, len(batch.patches), done.step)
-        if done.step == 0:
-            monitor.show_augmentations(batch.patches, run.crops, run.clip_range, done.step)
+            show(run, micro_batches[0], done, monitor)
 
         utils.seed_step(run.seed, done.step, run.processes.rank)
         values = run.schedules.at(done.samples)
-        metrics, winners, features = train_step(run, views, values, frozen)
+        taken, metrics, winners, features, air = train_step(run, map(run.render, micro_batches), values, frozen)
         done.count_step(run.global_batch)
 
-        monitor.step(metrics, winners, waited, views)
+        monitor.step(taken, metrics, winners, air, waited)
+        run.skipped.count(taken)
         if done.step % monitor.log_every == 0 or index == steps - 1:
             monitor.entry(done.step, values, run.dino_loss.center.norm(), features)
+        if run.skipped.too_many(done.step):
+            end_run(monitor.output_dir, run.processes, done.step, run.skipped.most,
+                    look_into(run, micro_batches, values["teacher_temp"]))
+        if index < steps - 1:
+            after_step()
 
 
-def train_step(run, views, values, frozen):
-    """One step of DINO (Caron et al. 2021, algorithm 1).
+def train_step(run, micro_batches, values, frozen):
+    """One step of DINO (Caron et al. 2021, algorithm 1), on the mean loss of the micro-batches.
 
-    views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)], the first view of all B samples first
-    values: what the schedules say. Returns metrics (4,), winners (2 B,) and the teacher's embeddings (2 B, D).
+    micro_batches: gives run.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
+        local (L B, 1, x, y, z)], the first view of all samples first
+    values: what the schedules say
+    Returns taken (), False if the loss or a gradient was not finite: then nothing has changed; metrics (4,); winners
+    (2 B per micro-batch,); of the last micro-batch the teacher's embeddings (2 B, D); the share of views in air ().
     """
-    with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        with torch.no_grad():
-            teacher_logits, features = run.teacher(views[:1], return_embeddings=True)  # (2 B, out_dim), (2 B, D)
-        student_logits = run.network(views)  # ((2 + L) B, out_dim)
-    loss, entropy, winners = run.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
+    buffers = [(buffer, buffer.clone()) for part in (run.student, run.teacher) for buffer in part.buffers()]  # batch norms'
+    run.optimizer.zero_grad(set_to_none=True)
+    losses, centers, winners, air = [], [], [], []
+    for micro, views in enumerate(micro_batches, 1):
+        with gradients_stay_here(run.network, micro < run.accumulate_steps):
+            with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype != torch.float32):
+                with torch.no_grad():
+                    teacher_logits, features = run.teacher(views[:1], return_embeddings=True)  # (2 B, out_dim), (2 B, D)
+                student_logits = run.network(views)  # ((2 + L) B, out_dim)
+            loss, entropy, best = run.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
+            run.scaler.scale(loss / run.accumulate_steps).backward()
+        loss = loss.detach()
+        losses.append(torch.stack([loss, loss - entropy, entropy]))
+        centers.append(run.dino_loss.batch_center(teacher_logits))
+        winners.append(best)
+        air.append(air_share(views))
 
     for group in run.optimizer.param_groups:
         group["lr"] = values["lr"]
     run.optimizer.param_groups[0]["weight_decay"] = values["weight_decay"]  # the other group has none
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     if frozen:
         for parameter in run.student.head.last_layer.parameters():
             parameter.grad = None
     norm = clip_gradients(run.student, run.clip_grad)
-    scale = run.scaler.get_scale()
-    run.scaler.step(run.optimizer)
+    # NaN on one rank is NaN on all after DDP's all-reduce. In fp16 steps are skipped too while the loss's scale is sought
+    taken = norm.isfinite()
+    take_step(run.optimizer, taken)
     run.scaler.update()
-    if run.scaler.get_scale() >= scale:
-        update_teacher(run.student, run.teacher, values["momentum_teacher"])
-        run.dino_loss.update_center(teacher_logits)
-    else:  # fp16: a step whose gradients overflowed was not taken, and changes nothing; the scale is being sought
-        norm = torch.zeros_like(norm)
-    loss = loss.detach()
-    return torch.stack([loss, loss - entropy, entropy, norm.to(loss.dtype)]), winners, features
+    update_teacher(run.student, run.teacher, values["momentum_teacher"], taken)
+    run.dino_loss.update_center(torch.cat(centers).mean(0, keepdim=True), taken)
+    for buffer, before in buffers:
+        buffer.copy_(torch.where(taken, buffer, before))
+    metrics = torch.cat([torch.stack(losses).mean(0), norm.to(loss.dtype)[None]])
+    return taken, metrics, torch.cat(winners), features, torch.stack(air).mean()
+
+
+def gradients_stay_here(network, yes):
+    """Context in which DDP leaves gradients on their rank: they are averaged once, with the step's last micro-batch."""
+    return network.no_sync() if yes and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
 class DINOLoss(nn.Module):
@@ -349,17 +409,23 @@ class DINOLoss(nn.Module):
         entropy = -(teacher * log_teacher).sum(-1).mean()
         return loss.mean() / pairs, entropy, teacher.argmax(-1)
 
+    def batch_center(self, teacher_logits):
+        """(1, K) mean of a micro-batch's teacher logits."""
+        return teacher_logits.to(self.center.dtype).mean(0, keepdim=True)
+
     @torch.no_grad()
-    def update_center(self, teacher_logits):
-        """Running mean over batches and ranks of the teacher's logits (eq. 4)."""
-        mean = self.mean_over_ranks(teacher_logits.to(self.center.dtype).mean(0, keepdim=True))
+    def update_center(self, batch_center, taken):
+        """Running mean over batches and ranks of the teacher's logits (eq. 4), unless the step was skipped."""
+        mean = torch.where(taken, self.mean_over_ranks(batch_center), self.center)
         self.center.lerp_(mean, 1 - self.center_momentum)
 
 
 @torch.no_grad()
-def update_teacher(student, teacher, momentum):
-    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1)."""
-    get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
+def update_teacher(student, teacher, momentum, taken):
+    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless skipped."""
+    weight = taken * (1 - momentum)  # 0 leaves the teacher as it is
+    for theirs, ours in zip(teacher.parameters(), student.parameters()):
+        theirs.lerp_(ours, weight.to(theirs.dtype))
 
 
 def clip_gradients(model, largest):
@@ -398,6 +464,30 @@ class Schedules:
         }
 
 
+def show(run, batch, done, monitor):
+    """Pictures of an epoch's first batch, and of the augmentations when the run is new."""
+    monitor.show_views(run.render(batch), len(batch.patches), done.step)
+    if done.step == 0:
+        monitor.show_augmentations(batch.patches.to(run.processes.device), run.crops, run.clip_range, done.step)
+
+
+@torch.no_grad()
+def look_into(run, micro_batches, teacher_temp):
+    """What `skipping.describe` says of each sample of a step: its loss by itself, its patch and its views."""
+    samples = []
+    for batch in micro_batches:
+        views = run.render(batch)
+        with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            teacher_logits, student_logits = run.teacher(views[:1]), run.student(views)  # (2 B, K), (V B, K)
+        for i, path in enumerate(batch.paths):
+            def of_sample(tensor):
+                return tensor.unflatten(0, (-1, len(batch.paths)))[:, i]
+            loss, _, _ = run.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
+            samples.append(describe(path, loss, patch=batch.patches[i],
+                                    views=torch.cat([of_sample(view).flatten() for view in views])))
+    return samples
+
+
 # ------------------------------------------------------------------------------------------------- parts of the run
 
 
@@ -414,8 +504,10 @@ def find_data(folder, data_list, index):
     return paths
 
 
-def build_model(arch, input_size, patch_size, out_dim, use_bn_in_head, drop_path_rate, norm_last_layer):
-    backbone = ARCHITECTURES[arch](img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate)
+def build_model(arch, input_size, patch_size, out_dim, use_bn_in_head, drop_path_rate, norm_last_layer,
+                grad_checkpointing=False):
+    backbone = ARCHITECTURES[arch](img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate,
+                                   grad_checkpointing=grad_checkpointing)
     return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))
 
 
@@ -448,24 +540,21 @@ def distribute(student, teacher, use_bn_in_head, processes):
 # --------------------------------------------------------------------------------------------- saving and going on
 
 
-def save(run, output_dir, config, done, every):
-    """Write checkpoint.pth, and keep a numbered copy each `every` epochs (0: never)."""
-    newest = output_dir / "checkpoint.pth"
-    save_checkpoint(newest, {
+def save(run, checkpoints, output_dir, config, done, every):
+    """Save the whole state, and keep a numbered copy each `every` epochs (0: never)."""
+    numbered = every and done.position == 0 and done.epoch % every == 0
+    checkpoints.save({
         "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
         "dino_loss": run.dino_loss.state_dict(), **asdict(done), "config": config,
-    })
-    if every and done.position == 0 and done.epoch % every == 0:
-        keep_copy(newest, output_dir / f"checkpoint{done.epoch:04}.pth")
+    }, output_dir / f"checkpoint{done.epoch:04}.pth" if numbered else None)
 
 
 def restore(run, output_dir, config):
     """Go on from the checkpoint in the output folder, if there is one; returns how far it is."""
     fixed = ("arch", "patch_size", "input_size", "spacing", "clip_range", "out_dim", "use_bn_in_head",
              "norm_last_layer", "optimizer")
-    path = output_dir / "checkpoint.pth"
-    state = load_checkpoint(path, {name: config[name] for name in fixed})
+    state = checkpoint.load_on_all(output_dir / "checkpoint.pth", run.processes, {name: config[name] for name in fixed})
     if state is None:
         return Done()
     for part in ("student", "teacher", "dino_loss", "optimizer", "scaler"):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import finetune
 import utils
 from augmentations import PAPER, paper_policy, scale_intensity
+from checkpoint import Saving
 from data import SUFFIXES, DataError, find_crops, find_volumes
 from decoders import Classifier, LinearHead, NearestNeighbours
 from finetune import EvaluationCrops, Fold, TrainingCrops, WindowAugmentation
@@ -72,8 +73,8 @@ def main(argv=None):
     check_flags(parser, args)
     output_dir = Path(args.output_dir)
     device, args.precision, notices = finetune.set_up(
-        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, dist_url=args.dist_url,
-        local_rank=args.local_rank)
+        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
+        dist_url=args.dist_url, local_rank=args.local_rank)
     processes = device.processes
     say = print if processes.is_main else lambda *_: None
     if args.predict:
@@ -105,7 +106,9 @@ def main(argv=None):
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, in_mm)
     epochs = 0 if args.protocol == "knn" else args.epochs
     rates = functools.partial(finetune.learning_rate, args.lr, args.min_lr, epochs, args.warmup_epochs)
-    recipe = finetune.Recipe(epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed)
+    recipe = finetune.Recipe(epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
+                             args.max_skipped_steps,
+                             Saving(args.save_every_steps, args.save_every_minutes, args.keep_last))
 
     # ------------------------------------------------------------------------------------------------------ training
     processes.from_main(lambda: finetune.check_same_run(output_dir, config, FIXED))
@@ -117,17 +120,19 @@ def main(argv=None):
     for line in [*notices, announcement(config, processes, cases, sides)]:
         say(line)
     left = args.max_steps or math.inf
-    for index, (train, validation, test) in enumerate(sides):
-        torch.manual_seed(args.seed)  # every fold starts from the same weights
-        known = len(epoch_order(train, cases.labels, args.negatives, args.seed, 0))
-        model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, known, args.knn_k)
-        fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device, say)
-        task = nodule_task(fold, args.protocol, augmentation, args.clip_range, args.negatives, args.seed)
-        steps, finished = finetune.run_fold(fold, recipe, task, config, left)
-        left -= steps
-        if not finished:
-            say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
-            return
+    with device.interruption:
+        for index, (train, validation, test) in enumerate(sides):
+            torch.manual_seed(args.seed)  # every fold starts from the same weights
+            known = len(epoch_order(train, cases.labels, args.negatives, args.seed, 0))
+            model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, known, args.knn_k)
+            fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device,
+                        say)
+            task = nodule_task(fold, args.protocol, augmentation, args.clip_range, args.negatives, args.seed)
+            steps, finished = finetune.run_fold(fold, recipe, task, config, left)
+            left -= steps
+            if not finished:
+                say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
+                return
     if processes.is_main:
         say(summarise(output_dir, cases, len(splits), args.protocol, encoder))
 
@@ -271,12 +276,12 @@ def infer(forward, dataset, cases, clip_range, device):
     processes = device.processes
     mine = [int(case) for case in cases[processes.rank::processes.world_size]]  # no rank repeats a case to fill up
     batches, rows = finetune.read_ahead(dataset, mine, device.batch_size, device.workers), {}
-    while len(rows) < len(mine):
+    while len(rows) < len(mine) and not device.interruption.asked:
         batch = utils.next_batch(batches)
         volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
         with torch.no_grad(), device.autocast():
             rows.update(zip(batch.cases.tolist(), forward(volumes).double().cpu().numpy()))
-    return finetune.collect(processes, [int(case) for case in cases], rows)
+    return finetune.collect(device, [int(case) for case in cases], rows)
 
 
 def classify(model, volumes):
@@ -297,6 +302,7 @@ def validate(fold, clip_range, best, done, config):
     labels = fold.cases.labels[fold.validation]
     chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
     loss = float(np.mean([-np.log(chosen[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
+    finetune.check_diverged(fold, loss)
     last = {"auc": area_under_roc(labels, probabilities), "loss": loss}
     return finetune.keep_best(fold, best, last, done, config, {"threshold": choose_threshold(labels, probabilities)})
 

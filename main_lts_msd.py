@@ -26,6 +26,7 @@ import masks
 import segmentation
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
+from checkpoint import Saving
 from data import SUFFIXES, DataError, find_pairs, find_volumes, stem
 from decoders import DECODERS, Segmenter
 from finetune import Fold, WindowAugmentation
@@ -83,8 +84,8 @@ def main(argv=None):
     finetune.check_flags(parser, vars(args), "images/<name>.nii.gz and labels/<name>.nii.gz")
     output_dir = Path(args.output_dir)
     device, args.precision, notices = finetune.set_up(
-        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, dist_url=args.dist_url,
-        local_rank=args.local_rank)
+        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
+        dist_url=args.dist_url, local_rank=args.local_rank)
     processes = device.processes
     say = print if processes.is_main else lambda *_: None
     given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
@@ -125,7 +126,9 @@ def main(argv=None):
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
     reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
     rates = functools.partial(finetune.learning_rate, args.lr, args.min_lr, args.epochs, args.warmup_epochs)
-    recipe = finetune.Recipe(args.epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed)
+    recipe = finetune.Recipe(args.epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
+                             args.max_skipped_steps,
+                             Saving(args.save_every_steps, args.save_every_minutes, args.keep_last))
     patches = WorkingPatches(copies, args.patches_per_case, args.foreground_share, augmentation,
                              tuple(n + 2 * s for n, s in zip(reach, args.shift_range)), args.seed)
     look = look_of(vars(args), args.batch_size_per_gpu)
@@ -140,15 +143,17 @@ def main(argv=None):
     for line in [*notices, announcement(config, processes, cases, sides)]:
         say(line)
     left = args.max_steps or math.inf
-    for index, (train, validation, test) in enumerate(sides):
-        torch.manual_seed(args.seed)  # every fold starts from the same weights
-        model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
-        fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device, say)
-        steps, finished = finetune.run_fold(fold, recipe, lesion_task(fold, patches, look), config, left)
-        left -= steps
-        if not finished:
-            say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
-            return
+    with device.interruption:
+        for index, (train, validation, test) in enumerate(sides):
+            torch.manual_seed(args.seed)  # every fold starts from the same weights
+            model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
+            fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device,
+                        say)
+            steps, finished = finetune.run_fold(fold, recipe, lesion_task(fold, patches, look), config, left)
+            left -= steps
+            if not finished:
+                say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
+                return
     if processes.is_main:
         say(summarise(output_dir, cases, len(splits)))
 
@@ -273,13 +278,16 @@ def look_of(config, batch_size):
 
 def share_out(fold, cases, work):
     """(N, ...) what `work` gives for each case, in the order of `cases`, on every rank; each case on one of them."""
-    processes = fold.device.processes
+    processes, rows = fold.device.processes, {}
     fold.model.eval()
     try:
-        rows = {int(case): work(int(case)) for case in cases[processes.rank::processes.world_size]}
+        for case in cases[processes.rank::processes.world_size]:
+            if fold.device.interruption.asked:
+                break
+            rows[int(case)] = work(int(case))
     except DataError as error:
         raise UserError(str(error)) from error
-    return finetune.collect(processes, [int(case) for case in cases], rows)
+    return finetune.collect(fold.device, [int(case) for case in cases], rows)
 
 
 def segment(networks, image, look, device):
@@ -293,6 +301,7 @@ def validate(fold, look, best, done, config):
         image, label = fold.cases.copies.read(case)
         return figures_on_grid(segment([fold.model], image, look, fold.device), label, fold.cases.classes)
     dice, loss = share_out(fold, fold.validation, one).mean(0)
+    finetune.check_diverged(fold, loss)
     return finetune.keep_best(fold, best, {"dice": float(dice), "loss": float(loss)}, done, config, {})
 
 

@@ -1,6 +1,9 @@
 """What a pre-training run says of itself: progress bar, log.txt, TensorBoard, pictures, and a word when it collapses."""
+import contextlib
+import csv
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -42,6 +45,11 @@ def collapse_warning(entropy, kl, winners, out_dim, views):
     return None
 
 
+def air_share(views):
+    """() share of the views that hold no tissue. views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)]."""
+    return torch.cat([(view.flatten(1).amax(1) < NO_TISSUE).float() for view in views]).mean()
+
+
 def effective_rank(features):
     """exp of the entropy of the singular values' shares (Roy and Vetterli 2007). features: (B, D); 1 to min(B, D)."""
     features = features.float()
@@ -50,17 +58,82 @@ def effective_rank(features):
     return torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())
 
 
+class BadFiles:
+    """The unreadable files that the ranks meet in an epoch, whose place other samples take.
+
+    path: of the CSV that lists those of all epochs; volumes: how many there are; most: how many of them may be bad
+    """
+
+    def __init__(self, path, processes, volumes, most):
+        self.path, self.processes, self.volumes, self.most = path, processes, volumes, most
+        self.epoch, self.reasons, self._new = None, {}, {}  # {file: reason} of all ranks; of this one since they last met
+
+    def start_epoch(self, epoch):
+        if epoch != self.epoch:
+            self.epoch, self.reasons, self._new = epoch, {}, {}
+
+    def note(self, batch):
+        """Take note of what a data.Batch met on this rank. Raises UserError where it met so many that it gave up."""
+        self._new.update(batch.bad)
+        if batch.fatal and len(self.reasons | self._new) > self.most:
+            self.reasons |= self._new
+            self.write()
+            raise UserError(self._too_many())
+
+    def gather(self):
+        """Bring together what the ranks met. Raises UserError, on all of them, where that is too much."""
+        new, self._new = {file: reason for file, reason in self._new.items() if file not in self.reasons}, {}
+        if self.processes.sum(torch.tensor(float(len(new)), device=self.processes.device)) > 0:
+            for part in self.processes.gather(new):
+                self.reasons |= part
+        if len(self.reasons) > self.most:
+            if self.processes.is_main:
+                self.write()
+            raise UserError(self._too_many(), everywhere=True)
+
+    def _example(self):
+        file, reason = next(iter(self.reasons.items()))
+        return f"such as {file}: {reason}; all of them are in {self.path}"
+
+    def _too_many(self):
+        bad = len(self.reasons)
+        return (f"{bad} of {self.volumes} volumes ({bad / self.volumes:.0%}) are unreadable in epoch {self.epoch}, "
+                f"--max_bad_files allows {self.most}, {self._example()}. Repair or remove them, or raise --max_bad_files")
+
+    def tell(self, say):
+        """At an epoch's end: one line for the console, and all of them in the CSV."""
+        if self.reasons:
+            self.write()
+            say(f"epoch {self.epoch}: {len(self.reasons)} unreadable files, whose place other samples took, {self._example()}")
+
+    def write(self):
+        """Add what is new to the CSV; a file that was bad before keeps its row."""
+        header, rows = ["path", "reason", "first_epoch"], {}
+        text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names may be any bytes
+        if self.path.is_file():
+            with open(self.path, **text) as file, contextlib.suppress(csv.Error):  # no table any more
+                rows = {row[0]: row for row in csv.reader(file) if len(row) == 3 and row != header}
+        for file, reason in self.reasons.items():
+            rows.setdefault(file, [file, reason, self.epoch])
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        with open(part, "w", **text) as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows.values()])
+        os.replace(part, self.path)
+
+
 class Monitor:
     """Collects on the device what each step tells, fetches it every `log_every` steps, and shows it from rank 0.
 
     output_dir; processes: utils.Processes; out_dim: prototypes
     total_steps, done_steps: of the whole run, for the bar and its ETA
+    volumes, max_bad: how many there are, and how many of them may be unreadable in an epoch
     """
 
-    def __init__(self, output_dir, processes, out_dim, log_every, total_steps, done_steps, global_batch):
+    def __init__(self, output_dir, processes, out_dim, log_every, total_steps, done_steps, global_batch, volumes, max_bad):
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
-        self.bad, self._warned, self._streak = {}, set(), 0
+        self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
+        self._warned, self._streak = set(), 0
         self.writer, self.bar = Silent(), Silent()
         if processes.is_main:
             from torch.utils.tensorboard import SummaryWriter
@@ -69,68 +142,67 @@ class Monitor:
             self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, file=sys.stderr,
                             mininterval=0.5 if sys.stderr.isatty() else 60)
         self._reset_window()
-        self.start_epoch()
+        self.start_epoch(None)
 
-    def start_epoch(self):
-        self._epoch = []  # (steps, {metric: mean}, seconds without data) of each entry
+    def start_epoch(self, epoch):
+        self.bad_files.start_epoch(epoch)
+        self._epoch = []  # (steps, steps that were taken, {metric: mean}, seconds without data) of each entry
         self._epoch_began = time.perf_counter()
         self._epoch_wins = torch.zeros(self.out_dim, device=self.processes.device)
 
     def _reset_window(self):
         device = self.processes.device
-        self._sums = torch.zeros(len(METRICS), device=device)
+        self._sums = torch.zeros(len(METRICS) + 1, device=device)  # METRICS, steps that were taken
         self._wins = torch.zeros(self.out_dim, device=device)
         self._steps, self._waited, self._began, self._views = 0, 0.0, time.perf_counter(), 0
 
     def say(self, message):
         tqdm.write(message, file=sys.stderr)
 
-    def note_bad_files(self, bad):
-        """Report each unreadable file once. bad: (path, reason) pairs of this rank's batch."""
-        for path, reason in bad:
-            if path not in self.bad:
-                self.bad[path] = reason
-                self.say(f"unreadable, another sample takes its place: {path}: {reason}")
+    def step(self, taken, metrics, winners, air, waited):
+        """Take note of one step; of one that was skipped, only that.
 
-    def step(self, metrics, winners, waited, views):
-        """Take note of one step.
-
-        metrics: (4,) the first four of METRICS; winners: (2 B,) prototypes of the teacher's outputs
-        waited: seconds without data; views: [global, local] tensors
+        taken: () bool; metrics: (4,) the first four of METRICS; winners: (2 B,) prototypes of the teacher's outputs
+        air: () share of views without tissue; waited: seconds without data
         """
-        air = torch.cat([(view.flatten(1).amax(1) < NO_TISSUE).float() for view in views]).mean()
-        self._sums += torch.cat([metrics, air[None]])
-        self._wins.index_add_(0, winners, torch.ones_like(winners, dtype=self._wins.dtype))
+        self._sums += torch.where(taken, torch.cat([metrics, torch.stack([air, torch.ones_like(air)])]), 0)
+        self._wins.index_add_(0, winners, taken.to(self._wins.dtype).expand(len(winners)))
         self._steps, self._waited, self._views = self._steps + 1, self._waited + waited, self._views + len(winners)
         self.bar.update()
 
     def entry(self, step, schedules, center_norm, features):
-        """Fetch what was collected since the last entry and show it. Raises UserError, on all ranks, for NaN.
+        """Fetch what was collected since the last entry and show it. Raises UserError for too many unreadable files.
 
         schedules: {name: value}; features: (B, D) embeddings of this rank's last global views
         """
-        values = dict(zip(METRICS, self.processes.mean(self._sums / self._steps).tolist()))
-        wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size
+        self.bad_files.gather()
+        *sums, taken = self.processes.mean(self._sums).tolist()
+        taken, values = round(taken), {name: value / taken for name, value in zip(METRICS, sums)} if taken else {}
+        wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size * taken // self._steps
         seconds, winners = time.perf_counter() - self._began, int((wins > 0).sum())
-        if not all(map(math.isfinite, values.values())):
-            broken = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
-            raise UserError(f"training has diverged before step {step} ({broken}); what was saved before is unharmed. "
-                            "Start again from there with a lower --lr, --clip_grad 3 or --precision fp32", everywhere=True)
         rate, waiting = self._steps * self.global_batch / seconds, self._waited / seconds
-        self._epoch.append((self._steps, values, self._waited))
+        self._epoch.append((self._steps, taken, values, self._waited))
         self._epoch_wins += wins
         if self.processes.is_main:
-            shown = {"dino/" + name: value for name, value in values.items()} | {
-                "dino/teacher_entropy_share": values["teacher_entropy"] / math.log(self.out_dim),
-                "dino/winning_prototypes": winners, "dino/center_norm": center_norm.item(),
-                "dino/effective_rank": effective_rank(features).item(),
+            shown = {"dino/" + name: value for name, value in values.items()}
+            if taken:
+                shown |= {"dino/teacher_entropy_share": values["teacher_entropy"] / math.log(self.out_dim),
+                          "dino/winning_prototypes": winners}
+            if features.isfinite().all():
+                shown["dino/effective_rank"] = effective_rank(features).item()
+            shown |= {
+                "dino/center_norm": center_norm.item(), "dino/skipped_steps": self._steps - taken,
                 "speed/volumes_per_second": rate, "speed/waiting_for_data": waiting,
             } | {"schedule/" + name: value for name, value in schedules.items()}
             for name, value in shown.items():
                 self.writer.add_scalar(name, value, step)
-            self.bar.set_postfix_str(f"KL {values['kl']:.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data",
-                                     refresh=False)
-            self._watch(values, winners, views)
+            self.bar.set_postfix_str(f"KL {values.get('kl', math.nan):.3f}, {rate:.1f} volumes/s, "
+                                     f"{waiting:.0%} waiting for data", refresh=False)
+            if taken < self._steps:
+                self.say(f"{self._steps - taken} of the {self._steps} steps up to step {step} were skipped and changed "
+                         "nothing: their loss or gradient was not finite")
+            if taken:
+                self._watch(values, winners, views)
         self._reset_window()
 
     def _watch(self, values, winners, views):
@@ -142,18 +214,20 @@ class Monitor:
             self.say(f"warning: {warning}")
 
     def log_epoch(self, epoch, step, schedules):
-        """One more line of log.txt: means over the epoch's steps (`epoch`, `step`: how many are done)."""
-        seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, _, _ in self._epoch)
-        means = {name: sum(count * values[name] for count, values, _ in self._epoch) / steps for name in METRICS}
-        bad = len(self.bad)
-        if self.processes.world_size > 1:
-            bad = int(self.processes.sum(torch.tensor(float(bad), device=self.processes.device)))
+        """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are done)."""
+        seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, *_ in self._epoch)
+        entries = [(taken, values) for _, taken, values, _ in self._epoch if taken]
+        taken = sum(count for count, _ in entries)
+        means = {name: sum(count * values[name] for count, values in entries) / taken if taken else None for name in METRICS}
         if self.processes.is_main:
+            self.bad_files.tell(self.say)
             append_json(self.output_dir / "log.txt", {"epoch": epoch, "step": step} | means | {
-                "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim),
-                "winning_prototypes": int((self._epoch_wins > 0).sum()), "kl_first_steps": self._epoch[0][1]["kl"],
+                "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if taken else None,
+                "winning_prototypes": int((self._epoch_wins > 0).sum()),
+                "kl_first_steps": entries[0][1]["kl"] if taken else None, "skipped_steps": steps - taken,
                 "seconds": round(seconds, 2), "volumes_per_second": round(steps * self.global_batch / seconds, 2),
-                "waiting_for_data": round(sum(waited for _, _, waited in self._epoch) / seconds, 4), "bad_files": bad,
+                "waiting_for_data": round(sum(waited for *_, waited in self._epoch) / seconds, 4),
+                "bad_files": len(self.bad_files.reasons),
             } | schedules)
         self.writer.flush()
 
@@ -204,12 +278,12 @@ def view_rows(views, batch, most):
 def read_log(path):
     """The records of a log.txt, oldest first; none where there is no file."""
     records = []
-    for line in Path(path).read_text().splitlines() if Path(path).is_file() else ():
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).is_file() else ():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:  # a line that a crash cut off: its epoch was not saved either
+        except (ValueError, RecursionError):  # a line that a crash cut off: its epoch was not saved either
             continue
-    return records
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
 def forget_after(path, step):
@@ -223,13 +297,16 @@ def forget_after(path, step):
 def summary(output_dir):
     """A few lines on how a run went and where its results are."""
     output_dir = Path(output_dir)
-    records = read_log(output_dir / "log.txt")
-    lines = []
+    records, lines = read_log(output_dir / "log.txt"), []
+    skipped = sum(record.get("skipped_steps", 0) for record in records)
+    records = [record for record in records if record["kl"] is not None]  # None: all steps of the epoch were skipped
     if records:
         first, last = records[0], records[-1]
         lines.append(f"epoch {last['epoch']}, step {last['step']}: KL divergence {first['kl_first_steps']:.3f} in the "
                      f"first steps, {last['kl']:.3f} over the last epoch; teacher entropy "
                      f"{last['teacher_entropy_share']:.2f} of ln(out_dim); {last['winning_prototypes']} prototypes win")
+    if skipped:
+        lines.append(f"{skipped} steps were skipped, see skipped_steps in log.txt")
     lines += [f"checkpoint   {output_dir / 'checkpoint.pth'}", f"log          {output_dir / 'log.txt'}",
               f"pictures     {output_dir / 'views.png'}, {output_dir / 'augmentations.png'}",
               f"TensorBoard  tensorboard --logdir {output_dir}"]

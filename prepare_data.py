@@ -498,7 +498,8 @@ def read_table(path, columns):
             table = csv.DictReader(file, delimiter=";" if ";" in header and "," not in header else ",")
             missing = [name for name in columns if name not in (table.fieldnames or [])]
             if missing:
-                raise UserError(f"{path}: has no column {missing[0]}, only {', '.join(table.fieldnames or ['nothing'])}")
+                found = " ".join(", ".join(table.fieldnames or ["nothing"]).split())[:200]
+                raise UserError(f"{path}: has no column {missing[0]}, only {found}")
             for row in table:
                 yield table.line_num, {name: (row[name] or "").strip() for name in columns}
     except (UnicodeDecodeError, csv.Error) as error:
@@ -631,7 +632,7 @@ def decathlon(folder):
             content = json.loads(index.read_text(encoding="utf-8-sig"))
             classes = sorted(int(value) for value in content["labels"])
             listed = [(os.path.normpath(case["image"]), os.path.normpath(case["label"])) for case in content["training"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{index}: can't be read as a Decathlon's dataset.json ({type(error).__name__}: {error})") from error
     elif not (folder / "imagesTr").is_dir() or not (folder / "labelsTr").is_dir():
         raise UserError(f"--input {folder}: has no dataset.json and no imagesTr and labelsTr; give the folder that holds them")

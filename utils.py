@@ -3,9 +3,14 @@ import argparse
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +33,23 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+class Preempted(Exception):
+    """A signal asked the run to end, everything is saved, and all ranks know."""
+
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 def run_script(main):
-    """Call main(); an expected failure ends the process with its one line and exit code 1."""
+    """Call main(); an expected failure ends the process with its one line and exit code 1, a signal with 75."""
     try:
         main()
         leave_group()
+    except Preempted as ending:
+        leave_group()
+        if not process_rank():
+            print(ending, file=sys.stderr, flush=True)
+        sys.exit(EXIT_PREEMPTED)
     except UserError as error:
         if error.everywhere:  # otherwise the others wait for this rank in a collective, and would be waited for
             leave_group()
@@ -42,11 +59,34 @@ def run_script(main):
     except torch.OutOfMemoryError as error:
         finish_with(f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})", False, 1)
     except RuntimeError as error:
+        if is_worker_death(error):
+            finish_with(worker_death(error), False, 1)
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         finish_with("another process of this run has ended, its own message says why", False, 1)
     except KeyboardInterrupt:
         finish_with("interrupted", True, 130)
+    finally:
+        end_workers()
+
+
+def end_workers():
+    """Kill the loaders' reading processes that are left: they don't heed the signal with which Python would end them."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    heeded = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join(1)  # one that the system holds in a read stays until that ends
+    signal.signal(signal.SIGCHLD, heeded)
+
+
+def end_process(message):
+    """Tell why and end this process at once, from any thread, waiting for nothing: its workers may be held in a read."""
+    os.write(2, f"error: {message}\n".encode(errors="surrogateescape"))  # no lock, which the main thread may hold
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(1)
 
 
 def leave_group():
@@ -54,8 +94,12 @@ def leave_group():
         dist.destroy_process_group()
 
 
+def process_rank():
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
 def finish_with(message, everywhere, code):
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    rank = process_rank()
     short = everywhere and rank > 0
     print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
@@ -107,6 +151,14 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
 def boolean_flag(group, name, default, text):
     """A flag that takes true or false, or stands alone for true."""
     group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
+
+
+def read_timeout_flag(group):
+    """--read_timeout."""
+    group.add_argument("--read_timeout", default=600.0, type=number(float, 0), metavar="SECONDS",
+                       help="that the reading of one file may take before the run ends, naming the file: a network drive that "
+                            "hangs would stop it without a word. Raise it for tapes; 0: wait without end. With --num_workers 0 "
+                            "it is not noticed")
 
 
 def augmentation_flags(group):
@@ -191,6 +243,22 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag):
+        """Start to ask whether `flag` is true on any rank; returns a function that waits for the answer.
+
+        Until then neither a GPU nor its host waits: the answer may be fetched a step later.
+        """
+        if self.world_size == 1:
+            return lambda: flag
+        count = torch.full((1,), float(flag), device=self.device)
+        work = dist.all_reduce(count, async_op=True)
+        if self.device.type == "cpu":
+            return lambda: work.wait() and count.item() > 0
+        work.wait()  # on a GPU the stream waits, not the host
+        count, there = count.to("cpu", non_blocking=True), torch.cuda.Event()
+        there.record()
+        return lambda: there.synchronize() or count.item() > 0
+
     def gather(self, value):
         """[value of rank 0, of rank 1, ...] on every rank; any value that pickle can store, of any size."""
         if self.world_size == 1:
@@ -259,18 +327,32 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def next_batch(batches):
-    """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died."""
+def next_batch(batches, note=lambda batch: None):
+    """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died.
+
+    note: sees each batch before
+    """
     try:
         batch = next(batches)
-    except RuntimeError as error:  # how torch tells that a worker is gone
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:
+        if not is_worker_death(error):
             raise
-        raise UserError(f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower "
-                        "--num_workers or --batch_size_per_gpu") from error
+        raise UserError(worker_death(error)) from error
+    note(batch)
     if batch.fatal:
         raise UserError(batch.fatal)
     return batch
+
+
+def is_worker_death(error):
+    """Whether a RuntimeError is how torch tells that a loader's reading process is gone: in next() or, from its handler of
+    signals, anywhere in the main thread."""
+    return "DataLoader worker" in str(error)
+
+
+def worker_death(error):
+    return (f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower --num_workers or "
+            "--batch_size_per_gpu")
 
 
 def seed_step(seed, step, rank):
@@ -314,7 +396,7 @@ def make_optimizer(name, groups):
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+        return LARS(groups, trust=None)
     return LARS(groups)
 
 
@@ -322,6 +404,7 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled layer by layer to the weights' norm (You et al. 2017, eq. 6).
 
     Biases and norms (one-dimensional parameters) take the plain step. Weight decay is added to the gradient.
+    trust: the layer's step relative to its weights; None: plain SGD with momentum
     """
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
@@ -330,26 +413,71 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
+        skipped = getattr(self, "found_inf", None)  # see skipping.take_step
+
+        def unless_skipped(new, old):
+            return new if skipped is None else torch.where(skipped > 0, old, new)
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 step = p.grad
                 if p.ndim > 1:
                     step = step.add(p, alpha=group["weight_decay"])
+                if p.ndim > 1 and group.get("trust"):
                     weight, gradient = torch.linalg.vector_norm(p), torch.linalg.vector_norm(step)
                     scaled = group["trust"] * weight / gradient
                     step = step * torch.where((weight > 0) & (gradient > 0), scaled, torch.ones_like(scaled))
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.mul_(group["momentum"]).add_(step)
-                p.sub_(momentum, alpha=group["lr"])
+                momentum.copy_(unless_skipped(momentum * group["momentum"] + step, momentum))
+                p.copy_(unless_skipped(p.sub(momentum, alpha=group["lr"]), p))
         return loss
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
+ZIP_END, CHECKSUM = b"PK\5\6", b"crc32 "  # what a zip file's last record begins with; our comment behind it
+ZIP_END_BYTES, CHECKSUM_BYTES = 22, len(CHECKSUM) + 8
+
+
+def add_checksum(file):
+    """Write the CRC-32 of all that torch.save wrote to a file, open for reading too, into the zip's comment at its end.
+
+    There torch.load and unzip pass over it, and the file needs no companion that could be left behind.
+    """
+    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far, is the zip's last field
+    file.write(CHECKSUM_BYTES.to_bytes(2, "little"))
+    length = file.tell()
+    file.write(CHECKSUM + b"%08x" % crc32_of(file, length))
+
+
+def verify_checksum(path):
+    """Raises ValueError where a file is not as it was written; one without a checksum, older or not ours, passes."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
+        file.seek(max(0, length - ZIP_END_BYTES))
+        tail = file.read()
+        older = tail[-ZIP_END_BYTES:].startswith(ZIP_END) and tail.endswith(b"\0\0")  # a zip without a comment
+        ours = ZIP_END in tail or CHECKSUM in tail  # one of the two may be what is damaged
+        if ours and not older and tail[-CHECKSUM_BYTES:] != CHECKSUM + b"%08x" % crc32_of(file, length):
+            raise ValueError("damaged: it does not match its checksum")
+
+
+def crc32_of(file, length):
+    """CRC-32 of a file's first `length` bytes; leaves it behind them."""
+    file.seek(0)
+    value = 0
+    while length > 0:
+        block = file.read(min(length, 1 << 22))
+        if not block:
+            break
+        value, length = zlib.crc32(block, value), length - len(block)
+    return value
+
+
 def load_file(path):
     """What torch.save wrote, with nothing in it ever executed: tensors, numbers, dicts, and by name the
-    argparse.Namespace and NumPy scalars of older checkpoints. Raises FileNotFoundError, ValueError."""
+    argparse.Namespace and NumPy scalars of older checkpoints. Raises FileNotFoundError, ValueError; the latter also
+    where the file carries a checksum that it does not match."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     allowed = [argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct,
@@ -358,7 +486,9 @@ def load_file(path):
     allowed += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
                 (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
     try:
-        with torch.serialization.safe_globals(allowed):
+        verify_checksum(path)
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of a strange file, beside raising
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise many kinds for a file that is cut off or something else
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -381,14 +511,15 @@ def find_state_dict(checkpoint, path, checkpoint_key):
     """The state dict of that key in what `load_file` gave, or all of it if it is a plain one. Raises ValueError."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint's dict")
-    nested = {key: value for key, value in checkpoint.items() if isinstance(value, dict)
-              and value and all(isinstance(tensor, torch.Tensor) for tensor in value.values())}
-    if checkpoint_key in nested:
-        return nested[checkpoint_key]
-    if checkpoint and all(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
+    def is_state_dict(value):
+        return isinstance(value, dict) and value and all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+    if is_state_dict(checkpoint.get(checkpoint_key)):
+        return checkpoint[checkpoint_key]
+    if is_state_dict(checkpoint):
         return checkpoint
-    raise ValueError(f"{path}: has no '{checkpoint_key}', only {', '.join(map(str, checkpoint))[:200]}; "
-                     "name another with --checkpoint_key")
+    found = " ".join(", ".join(map(str, checkpoint)).split())[:200]
+    raise ValueError(f"{path}: has no '{checkpoint_key}', only {found}; name another with --checkpoint_key")
 
 
 def fit_state_dict(model, state, path):

@@ -9,6 +9,7 @@ Sources:
     Caron et al. 2021, Emerging Properties in Self-Supervised Vision Transformers, https://arxiv.org/abs/2104.14294
     Huang et al. 2016, Deep Networks with Stochastic Depth, https://arxiv.org/abs/1603.09382
     Salimans and Kingma 2016, Weight Normalization, https://arxiv.org/abs/1602.07868
+    Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 
 # Mean grey value of thorax CT scaled from [-1000, 1000] HU to [0, 1], between air (0), lung (0.1) and tissue (0.5)
@@ -145,6 +147,8 @@ class VisionTransformer(nn.Module):
         num_heads: attention heads per block.
         mlp_ratio: width of the MLP over `embed_dim`.
         drop_path_rate: stochastic depth of the last block, in [0, 1); it grows linearly from 0 in the first.
+        grad_checkpointing: keep each block's input alone for the backward pass and compute the block once more there
+            (Chen 2016): the same gradients for a fraction of the memory, at a third more time. An attribute too.
 
     Raises:
         ValueError: a size is not a multiple of the patch, `embed_dim` not one of `num_heads`, or the rate is
@@ -161,6 +165,7 @@ class VisionTransformer(nn.Module):
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        grad_checkpointing: bool = False,
     ):
         super().__init__()
         if embed_dim % num_heads:
@@ -169,6 +174,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be at least 0 and below 1")
         self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
         self.in_chans, self.embed_dim, self.num_heads = in_chans, embed_dim, num_heads
+        self.grad_checkpointing = grad_checkpointing
         self.grid_size = self._grid(self.img_size)
         num_patches = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
 
@@ -213,6 +219,12 @@ class VisionTransformer(nn.Module):
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, 1 + N, D)
         return x + self.interpolate_pos_embed(grid), grid
 
+    def _run(self, block: nn.Module, x: Tensor, queries: int | None = None) -> Tensor:
+        """What a block makes of x."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, queries, use_reentrant=False)  # draws the same stochastic depth both times
+        return block(x, queries)
+
     def forward(self, x: Tensor) -> Tensor:
         """Class embedding after the final norm: (B, C, X, Y, Z) -> (B, D).
 
@@ -220,15 +232,15 @@ class VisionTransformer(nn.Module):
         """
         x, _ = self._embed(x)
         for block in self.blocks[:-1]:
-            x = block(x)  # (B, 1 + N, D)
-        x = self.blocks[-1](x, queries=1)  # (B, 1, D)
+            x = self._run(block, x)  # (B, 1 + N, D)
+        x = self._run(self.blocks[-1], x, queries=1)  # (B, 1, D)
         return self.norm(x[:, 0])
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D)."""
         x, _ = self._embed(x)
         for block in self.blocks:
-            x = block(x)
+            x = self._run(block, x)
         return self.norm(x)
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool = True) -> list[Tensor]:
@@ -253,7 +265,7 @@ class VisionTransformer(nn.Module):
         x, grid = self._embed(x)
         maps = []
         for i, block in enumerate(self.blocks[:indices[-1] + 1]):
-            x = block(x)
+            x = self._run(block, x)
             if i in indices:
                 tokens = self.norm(x) if norm else x  # (B, 1 + N, D)
                 maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)

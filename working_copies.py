@@ -223,6 +223,9 @@ class WorkingPatches(Dataset):
         self.augmentation, self.size, self.seed = augmentation, np.array(size), seed
         self._readers = {}  # of this worker: those of stored copies are small, of the others there is one
 
+    def path_of(self, patch):
+        return self.copies.pairs[patch // self.per_case].image
+
     def __getitem__(self, key):
         epoch, patch, counted = key
         try:

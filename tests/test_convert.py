@@ -151,16 +151,20 @@ def test_interrupted_and_terminated_in_one_line(cases, tmp_path, run):
     case = cases["msd"]
 
     def end(number, all_of_them, least):
+        """(exit code, error lines); once more where the run was done before the signal came."""
         folder = tmp_path / f"{number}{least}"
-        folder.mkdir()
-        process = start(folder, *case.flags, "--output", folder / "output", "--workers", 1)
-        until(lambda: (folder / "output" / convert.WORK).exists() and files_in(folder / "output") >= least)
-        time.sleep(0.5)
-        assert process.poll() is None
-        (os.killpg if all_of_them else os.kill)(process.pid, number)
-        code = process.wait(WAIT)
-        until(lambda: not of_session(process.pid))
-        assert_whole(folder / "output", case.reference)
+        for _ in range(5):
+            folder.mkdir()
+            process = start(folder, *case.flags, "--output", folder / "output", "--workers", 1)
+            until(lambda: (folder / "output" / convert.WORK).exists() and files_in(folder / "output") >= least)
+            time.sleep(0.5)
+            (os.killpg if all_of_them else os.kill)(process.pid, number)
+            code = process.wait(WAIT)
+            until(lambda: not of_session(process.pid))
+            assert_whole(folder / "output", case.reference)
+            if code:
+                break
+            shutil.rmtree(folder)
         return code, errors(folder)
     with ThreadPoolExecutor() as threads:
         at_start = threads.submit(end, signal.SIGINT, True, 1)
@@ -174,7 +178,8 @@ def test_interrupted_and_terminated_in_one_line(cases, tmp_path, run):
     assert run(*case.flags, "--output", output).code == 0
     assert contents(output) == case.reference
     after = times(output)
-    assert all(after[name] == time for name, time in before.items() if not name.startswith(convert.WORK))
+    again = [name for name, time in before.items() if not name.startswith(convert.WORK) and after[name] != time]
+    assert len(again) <= 2 < len(before), again  # image and label of a case that was finished and not yet noted, if any
 
 
 # ------------------------------------------------------------------------------ killed at every step on the file system

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import os
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import SimpleITK as sitk
+import torch
 from torch.utils.data import DataLoader
 
 import data
@@ -1065,7 +1067,7 @@ def test_another_sample_takes_an_unreadable_ones_place(how, volumes, tmp_path, m
     assert opened.pop(volumes[4]) > 1
     mixed = load(paths, 0, crops(ALL), epochs=2)
     again = load(paths, 2, crops(ALL), epochs=2)
-    assert opened[paths[4]] == 1 and opened.now == []
+    assert opened[paths[4]] == 2 and opened.now == []  # once in each epoch
     keys = list(BatchStream(12, 3, 4, 0, 1, 3, 0, 0, 2))
     replaced = 0
     for step, batch, whole, same in zip(keys, mixed, good, again, strict=True):
@@ -1096,8 +1098,86 @@ def test_several_unreadable_files_in_a_row_and_at_the_end_of_the_list(volumes, t
         [10, 11, 0, 1], [], [11, 0, 1], [0, 1], [1]]
     assert [opened[paths[number]] for number in (0, 1, 10, 11)] == [1, 1, 1, 1]
     assert len(collate(samples).bad) == 4
-    samples = dataset.__getitems__([(1, number) for number in range(12)])
+    dataset.__getitems__([(0, number) for number in range(12)])
     assert [opened[paths[number]] for number in (0, 1, 10, 11)] == [1, 1, 1, 1]  # known by now
+
+
+def test_a_file_is_tried_again_in_the_next_epoch(volumes, tmp_path):
+    paths = with_broken(volumes, tmp_path, {4}, "truncated")
+    dataset = PretrainingPatches(paths, crops(), 3)
+
+    def sample(epoch):
+        one, = dataset.__getitems__([(epoch, 4)])
+        return file_of(one.patch), [path for path, _ in one.bad]
+    assert sample(0) == (5, [paths[4]])
+    Path(paths[4]).write_bytes(Path(volumes[4]).read_bytes())
+    assert sample(0) == (5, [paths[4]])  # no file is tried twice in an epoch
+    assert sample(1) == (4, [])
+    Path(paths[4]).unlink()
+    assert sample(1) == sample(2) == (5, [paths[4]])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_gives_up_where_too_many_files_are_bad(workers, volumes, tmp_path):
+    paths = with_broken(volumes, tmp_path, {2, 5, 6, 9}, "truncated")
+    assert not any(batch.fatal for batch in load(paths, workers, crops(), max_bad=4))
+    batch = next(batch for batch in load(paths, workers, crops(), max_bad=3) if batch.fatal)
+    assert re.fullmatch(r"4 of 12 files: can't be used, such as .*hdf5: can't be read .*truncated.*", batch.fatal)
+    assert sorted(path for path, _ in batch.bad) == [paths[number] for number in (2, 5, 6, 9)]
+
+
+# ------------------------------------------------------------------------------------------------- storage that hangs
+
+
+class Release:
+    """What to call for a hang: keeps the message, and lets the reader of a pipe go on."""
+
+    def __init__(self, pipe):
+        self.pipe, self.messages, self.workers = pipe, [], []
+
+    def __call__(self, message):
+        self.messages.append(message)
+        os.close(os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_a_read_that_hangs_is_named(volumes, tmp_path):
+    """A pipe that nobody writes to is opened without end, as a file on a drive that is gone."""
+    paths, started = with_broken(volumes, tmp_path, set(), "missing"), torch.zeros(2).share_memory_()
+    os.unlink(paths[7])
+    os.mkfifo(paths[7])
+    release = Release(paths[7])
+    loader = DataLoader(PretrainingPatches(paths, crops(), 3), batch_sampler=[[(0, k), (0, k + 1)] for k in range(0, 12, 2)],
+                        collate_fn=collate, num_workers=2, worker_init_fn=functools.partial(count_start, started))
+    batches = list(data.watched(loader, 1.0, release))
+    assert len(batches) == 6 and started.tolist() == [1, 1]
+    assert set(release.messages) == {release.messages[0]}
+    assert release.messages[0].startswith(f"{paths[7]}: loader worker 1 has been reading it for 1 s: the storage hangs")
+    assert [path for batch in batches for path, _ in batch.bad] == [paths[7]]
+
+
+def count_start(started, worker):
+    started[worker] += 1
+
+
+def test_slow_reading_is_no_hang(volumes, monkeypatch):
+    """Every file takes long, none too long; nor does a worker that waits for work."""
+    real = data._open_hdf5
+    monkeypatch.setattr(data, "_open_hdf5", lambda *args: (time.sleep(0.4), real(*args))[1])
+    loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, k)] for k in range(6)],
+                        collate_fn=collate, num_workers=1)
+    messages = []
+    batches = data.watched(loader, 1.0, messages.append)
+    assert len([next(batches) for _ in range(5)]) == 5
+    time.sleep(1.5)
+    assert len(list(batches)) == 1 and messages == []
+
+
+@pytest.mark.parametrize("workers, seconds", [(0, 1.0), (1, 0.0)])
+def test_watching_can_be_switched_off(workers, seconds, volumes, monkeypatch):
+    monkeypatch.setattr(data, "ReadWatch", None)
+    loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, 0)]], collate_fn=collate,
+                        num_workers=workers)
+    assert len(list(data.watched(loader, seconds, None))) == 1
 
 
 def test_two_samples_of_one_volume_around_a_bad_one(volumes, tmp_path):

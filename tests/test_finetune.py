@@ -12,7 +12,7 @@ import finetune
 from augmentations import Policy, collate_views, paper_policy, scale_intensity
 from data import DataError
 from finetune import TrainingBatches, WindowAugmentation
-from utils import Processes, UserError
+from utils import Preempted, Processes, UserError
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -251,11 +251,15 @@ def test_each_case_has_one_row():
     class Two(Processes):
         def gather(self, value):
             return [value, other]
-    other = {3: np.array([3.0])}
-    assert finetune.collect(Two(), [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
+    other, device = ({3: np.array([3.0])}, False), finetune.Device(Two(), torch.float32, 1, 0)
+    assert finetune.collect(device, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
     for cases, mine in (([1, 3], {3: np.zeros(1)}), ([1, 3], {}), ([3], {1: np.zeros(1)})):
         with pytest.raises(RuntimeError):
-            finetune.collect(Two(), cases, mine)
+            finetune.collect(device, cases, mine)
+    other = ({}, True)  # the other process was interrupted
+    with pytest.raises(Preempted):
+        finetune.collect(device, [1, 3], {1: np.zeros(1)})
+    assert finetune.collect(device, [1], {1: np.array([1.0])}).tolist() == [[1.0]]  # nothing was left out
 
 
 # ----------------------------------------------------------------------------------------------------- optimisation

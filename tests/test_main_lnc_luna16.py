@@ -21,6 +21,7 @@ from augmentations import scale_intensity
 from data import Volume
 from main_lnc_luna16 import choose_threshold, draw_negatives, epoch_order, figures
 from monitor import read_log
+from skipping import SkippedSteps
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--num_workers", "0", "--batch_size_per_gpu", "6",
@@ -204,7 +205,8 @@ def test_loss_is_weighted_over_the_global_batch():
             return class_weights[labels].sum() if tensor.ndim == 0 else tensor
     total = torch.zeros_like(expected)
     for share in (slice(0, 5), slice(5, 7)):
-        run = finetune.Run(model, torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False), 7, 7)
+        run = finetune.Run(model, utils.make_optimizer("sgd", model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 7, 7,
+                           SkippedSteps(1, torch.device("cpu")))
         losses = torch.nn.functional.cross_entropy(model(volumes[share]), labels[share], reduction="none")
         finetune.train_step(run, Two(world_size=2), losses, class_weights[labels[share]])
         total += model.weight.grad / 2  # as DDP averages
@@ -341,12 +343,12 @@ def test_a_run_goes_on_where_it_stopped(crops, tmp_path, capsys):
     assert code == 0 and [len(read_log(tmp_path / "broken" / fold / "log.txt")) for fold in "01"] == [3, 3]
 
 
-@pytest.mark.parametrize("seconds", [0, 1000])
-def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, seconds):
-    """Cut off without a word in the middle of an epoch, with a checkpoint of the epoch before or none at all."""
-    flags = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2]
+@pytest.mark.parametrize("saving", [["--save_every_steps", 2], ["--save_every_minutes", 1e-9], ["--save_every_minutes", 0]],
+                         ids=lambda saving: f"{saving[0]} {saving[1]}")
+def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, saving):
+    """Cut off without a word in the middle of an epoch, with a checkpoint of some step before or none at all."""
+    flags, saved = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, *saving], saving[1] != 0
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
-    monkeypatch.setattr(finetune, "SAVE_SECONDS", seconds)
     train_step, calls = finetune.train_step, []
 
     def killed(*args):
@@ -356,12 +358,42 @@ def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, seconds):
         return train_step(*args)
     monkeypatch.setattr(finetune, "train_step", killed)
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "killed")[0] == 130
-    assert (tmp_path / "killed" / "0" / "checkpoint.pth").exists() == (seconds == 0)
+    assert (tmp_path / "killed" / "0" / "checkpoint.pth").exists() == saved
     monkeypatch.setattr(finetune, "train_step", train_step)
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "killed")
-    assert code == 0 and ("going on" in out) == (seconds == 0)
+    assert code == 0 and ("going on" in out) == saved
     assert predictions(tmp_path / "straight") == predictions(tmp_path / "killed")
     assert len(read_log(tmp_path / "killed" / "0" / "log.txt")) == 3
+
+
+@pytest.mark.parametrize("where, call", [("train_step", 2), ("train_step", 11), ("classify", 2), ("classify", 9)],
+                         ids=["inside an epoch", "in a later one", "first validation", "later evaluation"])
+def test_a_signal_ends_a_run_that_goes_on(crops, tmp_path, capsys, monkeypatch, where, call):
+    """SIGTERM in training: after that step; in an evaluation: after that batch, and the evaluation is done again."""
+    flags = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, "--num_test", 5, "--drop_path_rate", 0.3]
+    assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
+    module = finetune if where == "train_step" else main_lnc_luna16
+    function, calls = getattr(module, where), []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args)
+    monkeypatch.setattr(module, where, signalled)
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "broken")
+    assert code == 75 and errors == ["ended by SIGTERM; everything is saved, the same command goes on"] and len(calls) == call
+    assert "SIGTERM" in (tmp_path / "broken" / "preempted").read_text()
+    assert not (tmp_path / "broken" / "metrics.json").exists()
+    code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "broken")
+    assert code == 0 and "going on after step" in out and not (tmp_path / "broken" / "preempted").exists()
+    for name in ("predictions.csv", "metrics.json"):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+    for fold in ("0", "1"):
+        one, two = (torch.load(tmp_path / out / fold / "checkpoint.pth") for out in ("straight", "broken"))
+        assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+        records = [read_log(tmp_path / out / fold / "log.txt") for out in ("straight", "broken")]
+        assert [r["validation_loss"] for r in records[0]] == [r["validation_loss"] for r in records[1]]
 
 
 def test_a_process_that_is_killed(crops, tmp_path):
@@ -581,9 +613,14 @@ def test_older_flags_are_accepted(crops, tmp_path, capsys):
 
 
 def test_nan_stops_the_run_in_one_line(crops, tmp_path, capsys):
-    code, _, errors = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 3, "--lr", 1e30,
-                               "--optimizer", "sgd", "--layer_decay", 1, "--warmup_epochs", 0)
+    flags = ["--data_dir", crops, "--epochs", 3, "--lr", 1e30, "--optimizer", "sgd", "--layer_decay", 1, "--warmup_epochs", 0]
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "a")
     assert code == 1 and len(errors) == 1 and "diverged" in errors[0], errors
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "b", "--batch_size_per_gpu", 2,
+                               "--max_skipped_steps", 1)
+    samples = json.loads((tmp_path / "b" / "0" / "skipped_batch_rank0.json").read_text())["samples"]
+    assert code == 1 and len(errors) == 1 and all(sample["file"] in errors[0] for sample in samples), errors
+    assert len(samples) == 2 and samples[0]["loss"] is None and samples[0]["crop"]["not_finite"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -578,8 +578,7 @@ def test_a_run_goes_on_where_it_stopped(cases, tmp_path, straight):
 
 def test_a_killed_run_goes_on(cases, tmp_path, straight, monkeypatch):
     """Cut off in the middle of the second epoch, with a checkpoint of the first."""
-    flags = ["--data_dir", cases, "--output_dir", tmp_path, *QUICK]
-    monkeypatch.setattr(finetune, "SAVE_SECONDS", 0)
+    flags = ["--data_dir", cases, "--output_dir", tmp_path, *QUICK, "--save_every_steps", 2]
     train_step, calls = finetune.train_step, []
 
     def killed(*args):
