@@ -34,7 +34,7 @@ def keyed_rng(seed, epoch, sample, view):
     Equal keys give equal draws whatever process, worker or rank asks. All four are integers, view >= -1.
     """
     # view + 1, and not view: SeedSequence takes a missing word for 0, so (s, e, i) and (s, e, i, 0) are one seed
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch, sample, view + 1))))
+    return np.random.RandomState(np.random.PCG64(np.random.SeedSequence((seed, epoch, sample, view + 1))))
 
 
 class ViewParameters(NamedTuple):
@@ -104,9 +104,10 @@ class Policy:
         of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
         """
         bend, size = rng.rand() < self.prob, rng.uniform(0, self.elastic)
-        moves_rng = np.random.RandomState(rng.randint(2 ** 31))  # its own: how many it draws depends on the lattice
-        moves = moves_rng.uniform(-1, 1, (*lattice, 3)) if self.bent else np.zeros((*lattice, 3))
-        return moves * (size if bend else 0)
+        seed = rng.randint(2 ** 31)  # of a generator of its own: how many moves there are depends on the lattice
+        if not (self.bent and bend):
+            return np.zeros((*lattice, 3))
+        return size * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
 
     def draw_sigma(self, rng):
         """(3,) standard deviations in voxels, zeros where the view is not smoothed."""
@@ -203,9 +204,10 @@ def warp(patch, control, lattice, mode="bilinear"):
 
     patch: (B, C, X, Y, Z); control: (B, gx, gy, gz, 3) in voxels; returns (B, C, x, y, z).
     """
-    last = control.new_tensor([max(n - 1, 1) for n in patch.shape[2:]])
-    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first
-    grid = sampling_grid((control * (2 / last) - 1).flip(-1), lattice)
+    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first. Axis by axis, as
+    # a tensor of the patch's shape would be a copy to the GPU, which the host waits for
+    x, y, z = (at * (2 / max(n - 1, 1)) - 1 for at, n in zip(control.unbind(-1), patch.shape[2:]))
+    grid = sampling_grid(torch.stack([z, y, x], -1), lattice)
     return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)
 
 

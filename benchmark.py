@@ -4,16 +4,28 @@
     python benchmark.py augment --device cuda    the same views on the GPU, the baseline still on one core
     python benchmark.py read                     a random patch of a scan, against gzip ITK files, NIfTI and others
     python benchmark.py convert                  a DICOM series into the layout, against SimpleITK reading and writing it
+    python benchmark.py data                     from the disk to a batch of views
+    python benchmark.py step                     a whole training step on ready views, time and memory
+    python benchmark.py train                    main_dino.py from the disk, against plain loader workers and a plain step
+    python benchmark.py infer                    a volume through a segmentation network, window by window
+    python benchmark.py growth --output FILE     how a step's cost grows, as a picture
 
-Seconds are wall-clock. Baseline and ours take turns, so that a machine that slows down slows both; reported are
-medians over the repeats, with the lowest and highest. With --json the last line on standard output is one JSON object.
+Seconds are wall-clock. What it is compared with stands in baseline.py. Baseline and ours take turns, so that a machine that
+slows down slows both; reported are medians over the repeats, with the lowest and highest. With --json the last line on
+standard output is one JSON object.
 
 A further benchmark is a function that returns `comparison(...)`, and a sub-command with its flags.
 """
+import functools
 import json
+import multiprocessing
 import os
 import platform
+import resource
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -23,22 +35,30 @@ from pathlib import Path
 # NumPy's linear algebra reads these when it is first imported; torch is told in main, by --threads
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
-import h5py
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
+import baseline
+import main_dino
 import utils
 from augmentations import MAX_BENT, MultiCropAugmentation, Policy
-from data import FILTERS, LPS, Sample, Volume, collate, place_patch, write_volume
-from utils import UserError, number
+from data import LPS, PretrainingPatches, Sample, Volume, collate, place_patch, write_volume
+from monitor import read_log
+from skipping import SkippedSteps
+from utils import PRECISIONS, UserError, number
+from vision_transformer import ARCHITECTURES
 
 SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
 SCAN = Path(__file__).resolve().parent.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
 GLOBAL, LOCAL, LOCAL_NUMBER = (96, 96, 48), (24, 24, 12), 8  # voxels; two views are global
-BASELINE_PATCH = (121, 121, 61)  # voxels that earlier implementations read, and augmented ten times
 POLICY = Policy(rotation=30, scale=0.25, flip=1, elastic=MAX_BENT, gaussian=2, histogram=10, prob=0.5)
 CLIP_RANGE = (-1000, 1000)       # HU
 BATCH = {"cpu": 4, "cuda": 64}   # samples per call
+VALUES = {"lr": 0.0005, "weight_decay": 0.04, "momentum_teacher": 0.996, "teacher_temp": 0.04}  # of every step's schedules
+CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # relative difference that two ways to take a step may have in their first loss
+AUGMENTED = [f"--use_{name}" for name in ("rotation", "scale", "flip", "elastic", "gaussian", "histogram")]
 
 
 def get_args_parser():
@@ -60,13 +80,40 @@ def get_args_parser():
                      help="samples of the baseline per repeat, beside two batches of ours; more even out what is drawn")
     sub = command(read, 7, ["cpu"], [1])
     sub.add_argument("--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened for it")
-    sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(BASELINE_PATCH)),
+    sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(baseline.PATCH)),
                      metavar=("X", "Y", "Z"),
                      help="voxels of the scan that patches are read from; the default is a usual chest CT's")
     sub = command(convert, 5, ["cpu"], [1])
     sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, 16), metavar=("X", "Y", "Z"),
                      help="voxels of the scan, one DICOM file per z; the default is a usual chest CT's")
+    sub = command(data, 7, ["cpu", "cuda"])
+    sub.add_argument("--samples", default=1, type=number(int, 1), help="samples of the baseline per repeat")
+    sub = command(step, 5, ["cpu", "cuda"])
+    model_flags(sub, "vit_small", {"cpu": 2, "cuda": 64})
+    sub = command(train, 1, ["cpu", "cuda"])
+    model_flags(sub, "vit_small", {"cpu": 2, "cuda": 64})
+    sub.add_argument("--steps", default=None, type=number(int, 1),
+                     help="of each of three epochs, of which the first is not counted; default: 6 on a CPU, 150 on a GPU")
+    sub.add_argument("--workers", default=None, type=number(int, 0),
+                     help="reading processes of ours; the baseline has as many as there are cores; default: main_dino.py's")
+    sub = command(infer, 3, ["cpu", "cuda"])
+    model_flags(sub, "vit_small", {"cpu": 1, "cuda": 8})
+    sub.add_argument("--size", default=[192, 192, 96], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
+                     help="voxels of the volume, on the network's own grid")
+    sub = command(growth, 3, ["cpu", "cuda"])
+    model_flags(sub, "vit_small", {"cpu": 1, "cuda": 32})
+    sub.add_argument("--output", default="growth.png", metavar="FILE", help="picture to write")
     return parser
+
+
+def model_flags(sub, arch, batch_size):
+    sub.add_argument("--arch", default=arch, type=utils.architecture(ARCHITECTURES), help="one of " + ", ".join(ARCHITECTURES))
+    sub.add_argument("--out_dim", default=65536, type=number(int, 2), help="prototypes of the head")
+    sub.add_argument("--batch_size", default=batch_size, type=number(int, 1),
+                     help="samples (infer: windows) at a time; default: {cpu} on a CPU, {cuda} on a GPU".format(**batch_size))
+    sub.add_argument("--precision", default=None, choices=("bf16", "fp32"),
+                     help="of the matrix products, of the baseline as of ours; default: bf16 on GPUs, fp32 on CPUs")
+    sub.add_argument("--compile", action="store_true", help="ours with main_dino.py's --compile")
 
 
 def main():
@@ -75,6 +122,10 @@ def main():
     if args["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     torch.set_num_threads(threads)
+    if isinstance(args.get("batch_size"), dict):
+        args["batch_size"] = args["batch_size"][args["device"]]
+    if "precision" in args:
+        args["precision"] = args["precision"] or ("bf16" if args["device"] == "cuda" else "fp32")
     result = {"what": what, **benchmark(**args), "threads": threads, "device": args["device"],
               "device_name": device_name(args["device"]),
               "versions": {**utils.versions(), "SimpleITK": version("SimpleITK")}}
@@ -95,30 +146,30 @@ def augment(device, repeats, samples):
         start = place_patch(rng, np.array(volume.shape), np.array(crops.core), np.array(crops.patch_size))
         # A file's slowest axis is z: what is read from one lies in memory in that order
         patches.append(np.asfortranarray(cut(volume, start, crops.patch_size)))
-    centred = (np.array(crops.patch_size) - BASELINE_PATCH) // 2
-    inner = [np.ascontiguousarray(cut(patch, centred, BASELINE_PATCH)) for patch in patches]
-    transforms = monai_transforms(GLOBAL, LOCAL, seed=0)
+    centred = (np.array(crops.patch_size) - baseline.PATCH) // 2
+    inner = [np.ascontiguousarray(cut(patch, centred, baseline.PATCH)) for patch in patches]
+    transforms = baseline.monai_transforms(GLOBAL, LOCAL, seed=0)
     batches = 2 * samples  # of ours per repeat: with fewer its time is too short to measure well
     preparing = []         # seconds of ours that fall to the loader's workers
 
-    def baseline(turn):
+    def plain(turn):
         for i in range(turn * samples, (turn + 1) * samples):
-            monai_views(inner[i % len(inner)], *transforms)
+            baseline.monai_views(inner[i % len(inner)], *transforms)
 
     def ours(turn):
         preparing.append(sum(our_views(patches, crops, (turn * batches + i) * len(patches), device)
                              for i in range(batches)) / (batches * len(patches)))
 
-    times = take_turns({"baseline": (baseline, samples), "ours": (ours, batches * len(patches))}, repeats)
+    times = take_turns({"baseline": (plain, samples), "ours": (ours, batches * len(patches))}, repeats)
     times["of which draw and collate"] = preparing[1:]  # without the warm-up
     return comparison(
         20, "seconds per sample of ten views", times,
-        {"baseline": f"MONAI's transforms one after the other, {by(BASELINE_PATCH)} voxels per view, then the crop; CPU",
+        {"baseline": f"MONAI's transforms one after the other, {by(baseline.PATCH)} voxels per view, then the crop; CPU",
          "ours": f"one resampling per view, at its own voxels, of {by(crops.patch_size)} voxels; {device}",
          "of which draw and collate": "the loader's part, on the CPU wherever views are rendered"},
-        getsource(monai_transforms) + "\n\n" + getsource(monai_views),
+        sources(baseline.monai_transforms, baseline.monai_views),
         {"data": origin, "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "policy": vars(POLICY),
-         "baseline_patch": BASELINE_PATCH, "our_patch": crops.patch_size, "clip_range": CLIP_RANGE,
+         "baseline_patch": baseline.PATCH, "our_patch": crops.patch_size, "clip_range": CLIP_RANGE,
          "batch_size": BATCH[device], "repeats": repeats, "baseline_samples_per_repeat": samples,
          "our_samples_per_repeat": batches * len(patches)})
 
@@ -130,35 +181,8 @@ def our_views(patches, crops, first, device):
     ready = time.perf_counter()
     batch = batch.to(device)
     crops.render(batch.patches, batch.groups, CLIP_RANGE)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronise(device)
     return ready - start
-
-
-def monai_transforms(global_size, local_size, seed):
-    """[scaling, what a global view goes through, what a local view goes through]."""
-    from math import radians
-    from monai import transforms as monai
-
-    def chain(size, seed):
-        return monai.Compose([
-            monai.RandRotate(range_x=radians(30), range_y=radians(30), range_z=radians(30), prob=0.5),
-            monai.RandAffine(scale_range=(0.25, 0.25, 0.25), prob=0.5),
-            monai.RandAxisFlip(prob=0.5),
-            monai.Rand3DElastic(sigma_range=(0, 7), magnitude_range=(0, 150), prob=0.5),
-            monai.RandGaussianSmooth(sigma_x=(0.01, 2), sigma_y=(0.01, 2), sigma_z=(0.01, 2), prob=0.5),
-            monai.RandHistogramShift(num_control_points=10, prob=0.5),
-            monai.RandSpatialCrop(size, random_size=False),
-        ]).set_random_state(seed)
-
-    scaling = monai.ScaleIntensityRange(a_min=-1000, a_max=1000, b_min=0, b_max=1, clip=True)
-    return scaling, chain(global_size, seed), chain(local_size, seed + 1)
-
-
-def monai_views(patch, scaling, global_view, local_view):
-    """Ten views of an (X, Y, Z) int16 patch, each augmented whole and then cropped."""
-    scaled = scaling(torch.from_numpy(patch)[None])  # (1, X, Y, Z)
-    return [global_view(scaled) for _ in range(2)] + [local_view(scaled) for _ in range(8)]
 
 
 # -------------------------------------------------------------------------------------------------------------- read
@@ -168,28 +192,28 @@ def read(device, repeats, reads, size):
     """A random patch of a scan from a file that is opened for it: Blosc chunks against gzip slices, warm cache."""
     import nibabel
     volume, affine, origin = scan(size)
-    starts = np.random.RandomState(0).randint(0, np.array(size) - BASELINE_PATCH + 1, (repeats + 1, reads, 3))
+    starts = np.random.RandomState(0).randint(0, np.array(size) - baseline.PATCH + 1, (repeats + 1, reads, 3))
     larger = MultiCropAugmentation(POLICY, GLOBAL, LOCAL, LOCAL_NUMBER).patch_size
-    margin = (np.array(larger) - BASELINE_PATCH) // 2
+    margin = (np.array(larger) - baseline.PATCH) // 2
     with tempfile.TemporaryDirectory() as folder:
         layouts = {"baseline": "itk.hdf5", "ours": "blosc.hdf5", "gzip": "gzip.hdf5", "none": "none.hdf5",
                    "nii.gz": "scan.nii.gz", "nii": "scan.nii"}
         paths = {name: os.path.join(folder, file) for name, file in layouts.items()}
-        write_itk(paths["baseline"], volume, affine)
+        baseline.write_itk(paths["baseline"], volume, affine)
         for name, compression in {"ours": "blosc", "gzip": "gzip", "none": "none"}.items():
             write_volume(paths[name], volume, affine, compression)
         for name in ("nii.gz", "nii"):
             nibabel.save(nibabel.Nifti1Image(volume, affine), paths[name])
-        takes = {name: read_itk if name == "baseline" else read_volume for name in paths}
+        takes = {name: baseline.read_itk if name == "baseline" else read_volume for name in paths}
         for name, take in takes.items():
             for start in starts[0]:
-                if not np.array_equal(take(paths[name], start, BASELINE_PATCH), cut(volume, start, BASELINE_PATCH)):
+                if not np.array_equal(take(paths[name], start, baseline.PATCH), cut(volume, start, baseline.PATCH)):
                     raise UserError(f"{layouts[name]}: the patch at {start.tolist()} has other voxels than the scan")
 
         def reading(name):
             def run(turn):
                 for start in starts[turn]:
-                    takes[name](paths[name], start, BASELINE_PATCH)
+                    takes[name](paths[name], start, baseline.PATCH)
             return run
 
         def reading_larger(turn):
@@ -203,11 +227,11 @@ def read(device, repeats, reads, size):
              "gzip": "the same with gzip; data.Volume", "none": "the same without compression; data.Volume",
              "nii.gz": "written by nibabel; data.Volume", "nii": "written by nibabel; data.Volume",
              "larger": f"as ours, the {by(larger)} voxels that all six augmentations on a view look at"}
-    result = comparison(20, f"seconds per patch of {by(BASELINE_PATCH)} voxels", times,
+    result = comparison(20, f"seconds per patch of {by(baseline.PATCH)} voxels", times,
                         {name: f"{megabytes[name]:5.1f} MB: {note}" if name in paths else note
                          for name, note in notes.items()},
-                        getsource(write_itk) + "\n\n" + getsource(read_itk),
-                        {"data": origin, "patch": BASELINE_PATCH, "repeats": repeats, "reads_per_repeat": reads,
+                        sources(baseline.write_itk, baseline.read_itk),
+                        {"data": origin, "patch": baseline.PATCH, "repeats": repeats, "reads_per_repeat": reads,
                          "megabytes": megabytes})
     result["nifti_ratio"] = result["rows"]["nii.gz"]["seconds"] / result["ours"]
     return result
@@ -216,23 +240,6 @@ def read(device, repeats, reads, size):
 def read_volume(path, start, size):
     with Volume(path) as volume:
         return volume.read(start, size)
-
-
-def read_itk(path, start, size):
-    with h5py.File(path, "r") as file:
-        x, y, z = (slice(int(a), int(a + n)) for a, n in zip(start, size))
-        return file["ITKImage/0/VoxelData"][z, y, x].T
-
-
-def write_itk(path, volume, affine):
-    import SimpleITK
-    affine = LPS @ affine
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    image = SimpleITK.GetImageFromArray(volume.T)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    SimpleITK.WriteImage(image, path, useCompression=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- convert
@@ -259,7 +266,7 @@ def convert(device, repeats, size):
                         raise UserError(f"the series that was written for this benchmark is refused: {row['reason']}")
                     write(path)
             return run
-        times = take_turns({"baseline": (lambda turn: convert_itk(series, paths["baseline"]), 1),
+        times = take_turns({"baseline": (lambda turn: baseline.convert_itk(series, paths["baseline"]), 1),
                             "ours": (prepared(paths["ours"], "blosc"), 1),
                             **{kind: (prepared(paths[kind], kind), 1) for kind in ("gzip", "none")}}, repeats)
         megabytes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
@@ -270,17 +277,10 @@ def convert(device, repeats, size):
              "ours": "prepare_data.py nlst: headers read twice and checked, series read, RAS, quantiles, Blosc",
              "gzip": "the same with --compression gzip", "none": "the same with --compression none"}
     result = comparison(2, f"seconds per volume of {by(size)} voxels on one core", times,
-                        {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()}, getsource(convert_itk),
+                        {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()}, sources(baseline.convert_itk),
                         {"data": origin + ", written as DICOM", "repeats": repeats, "megabytes": megabytes})
     result["volumes_per_second_and_core"] = 1 / result["ours"]
     return result
-
-
-def convert_itk(folder, path):
-    import SimpleITK
-    reader = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
-    SimpleITK.WriteImage(SimpleITK.DICOMOrient(reader.Execute(), "RAS"), path, useCompression=True)
 
 
 def write_dicom(folder, volume, affine):
@@ -312,6 +312,316 @@ def write_dicom(folder, volume, affine):
         header.save_as(os.path.join(folder, f"{z:04}.dcm"), enforce_file_format=True)
 
 
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def data(device, repeats, samples):
+    """From the disk to a batch of ten views, all six augmentations on: one core reads, draws and (on a CPU) renders."""
+    crops = MultiCropAugmentation(POLICY, GLOBAL, LOCAL, LOCAL_NUMBER)
+    volume, affine, origin = scan(SCAN_SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, mine = os.path.join(folder, "itk.hdf5"), os.path.join(folder, "blosc.hdf5")
+        baseline.write_itk(theirs, volume, affine)
+        write_volume(mine, volume, affine)
+        plainly = iter(DataLoader(baseline.Patches([theirs] * (repeats + 1) * samples, GLOBAL, LOCAL), samples))
+        dataset, size = PretrainingPatches([mine], crops, seed=0, patches_per_volume=1 << 30), BATCH[device]
+        keys = [[(0, turn * size + i) for i in range(size)] for turn in range(repeats + 1)]
+        preparing = []  # seconds of ours that fall to the loader's workers
+
+        def ours(turn):
+            start = time.perf_counter()
+            opened = [sample for key in keys[turn] for sample in dataset.__getitems__([key])]  # a volume for each sample
+            batch = collate(opened)
+            preparing.append((time.perf_counter() - start) / size)
+            batch = batch.to(torch.device(device))
+            crops.render(batch.patches, batch.groups, CLIP_RANGE)
+            synchronise(device)
+        times = take_turns({"baseline": (lambda turn: next(plainly), samples), "ours": (ours, size)}, repeats)
+    times["of which read, draw and collate"] = preparing[1:]
+    return comparison(
+        25, "seconds per sample of ten views, from the disk", times,
+        {"baseline": "gzip ITK files, MONAI's transforms one after the other in a DataLoader; CPU",
+         "ours": f"main_dino.py's way: Blosc files, parameters drawn beside, views rendered per batch; {device}",
+         "of which read, draw and collate": "the loader's part, on the CPU wherever views are rendered; its workers share it"},
+        sources(baseline.Patches, baseline.read_itk, baseline.monai_transforms, baseline.monai_views),
+        {"data": origin, "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "policy": vars(POLICY),
+         "baseline_patch": baseline.PATCH, "our_patch": crops.patch_size, "batch_size": size, "repeats": repeats,
+         "baseline_samples_per_repeat": samples})
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+
+
+def step(device, repeats, arch, out_dim, batch_size, precision, compile):
+    """A whole training step on ready views: teacher, student, loss, backward pass, clipping, AdamW, teacher's average."""
+    settings = {"arch": arch, "out_dim": out_dim, "batch_size": batch_size, "device": device, "precision": precision}
+    sides = {"baseline": plain_step(**settings), "ours": our_step(**settings, compiled=compile)}
+    first, ours = (take().item() for take in sides.values())
+    if not abs(ours - first) <= CLOSE[precision] * abs(first):
+        raise UserError(f"the first losses differ: {first} of the baseline, {ours} of ours")
+    times = take_turns({name: (lambda turn, take=take: (take(), synchronise(device)), batch_size)
+                        for name, take in sides.items()}, repeats)
+    del sides
+    memory = {name: peak_memory(name, settings | {"compiled": compile} * (name == "ours")) for name in ("baseline", "ours")}
+    flops = flops_per_sample(arch, out_dim)
+    result = comparison(
+        1, "seconds per sample", times,
+        {"baseline": f"{memory['baseline']:5.2f} GiB: MONAI's ViT, eager, the step written out; {precision}",
+         "ours": f"{memory['ours']:5.2f} GiB: main_dino.train_step" + ", compiled" * compile + f"; {precision}"},
+        sources(baseline.step, baseline.Model, baseline.ViT),
+        {"data": "random views", "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "repeats": repeats, **settings,
+         "peak_memory_gib": memory, "gflop_per_sample": flops / 1e9})
+    result["teraflops"] = flops / result["ours"] / 1e12
+    return result
+
+
+def random_views(batch_size, device, size=GLOBAL, local_number=LOCAL_NUMBER):
+    """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] of grey values in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    local = [n // 4 for n in size]
+    shapes = [(2 * batch_size, 1, *size), (local_number * batch_size, 1, *local)][:1 + bool(local_number)]
+    return [torch.rand(shape, generator=generator).to(device) for shape in shapes]
+
+
+def our_step(arch, out_dim, batch_size, device, precision, compiled=False, size=GLOBAL, local_number=LOCAL_NUMBER):
+    """A function that takes a step of main_dino.py on random views and returns its loss, on the device."""
+    torch.manual_seed(0)
+    student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
+    teacher.load_state_dict(student.state_dict())
+    device = torch.device(device)
+    student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
+    for notice in main_dino.compile_blocks((student, teacher), device) if compiled else ():
+        raise UserError(notice)
+    run = main_dino.Run(
+        student, student, teacher, main_dino.DINOLoss(out_dim, 0.9).to(device),
+        utils.make_optimizer("adamw", utils.parameter_groups(student)), torch.amp.GradScaler(device.type, enabled=False),
+        None, None, None, PRECISIONS[precision], 3.0, batch_size, 0, utils.Processes(device=device), 1, SkippedSteps(20, device))
+    views = random_views(batch_size, device, size, local_number)
+    return lambda: main_dino.train_step(run, [views], VALUES, frozen=False)[1][0]
+
+
+def plain_step(arch, out_dim, batch_size, device, precision):
+    """The same of baseline.step, from the same weights."""
+    take, views = plain_trainer(arch, out_dim, device, precision), random_views(batch_size, device)
+    return lambda: take(views)
+
+
+def plain_trainer(arch, out_dim, device, precision):
+    """A function that takes a plain step on views and returns its loss."""
+    torch.manual_seed(0)
+    ours = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
+    student, teacher = (baseline.Model(ours).to(device) for _ in range(2))
+    optimizer, center = torch.optim.AdamW(utils.parameter_groups(student)), torch.zeros(1, out_dim, device=device)
+
+    def take(views):
+        nonlocal center
+        loss, center = baseline.step(student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision])
+        return loss
+    return take
+
+
+def peak_memory(side, settings):
+    """GiB that two steps need at most, models and views included: of the GPU, or of a process of its own."""
+    if settings["device"] == "cuda":
+        torch.cuda.empty_cache()
+        return measured_memory(side, settings)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measured_memory, (side, settings, torch.get_num_threads()))
+
+
+def measured_memory(side, settings, threads=None):
+    if threads:
+        torch.set_num_threads(threads)
+    if settings["device"] == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        import monai.networks.nets  # noqa: F401  what is imported is not what is measured
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    take = {"baseline": plain_step, "ours": our_step}[side](**settings)
+    take(), take()
+    after = (torch.cuda.max_memory_allocated() if settings["device"] == "cuda" else
+             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return (after - before) / 2 ** 30
+
+
+def flops_per_sample(arch, out_dim, size=GLOBAL, local_number=LOCAL_NUMBER):
+    """Floating point operations of a step's matrix products per sample, counted by torch without computing anything."""
+    with torch.device("meta"):
+        student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
+        loss = main_dino.DINOLoss(out_dim, 0.9)
+        views = [torch.empty(2, 1, *size), torch.empty(local_number, 1, *(n // 4 for n in size))][:1 + bool(local_number)]
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            teacher_logits = teacher(views[:1])
+        loss(student(views), teacher_logits, 0.04)[0].backward()
+    return counter.get_total_flops()
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def train(device, repeats, arch, out_dim, batch_size, precision, compile, steps, workers):
+    """main_dino.py from the disk, all six augmentations on, against plain loader workers and a plain step."""
+    steps = steps or {"cpu": 6, "cuda": 150}[device]
+    cores, rate = utils.cores_per_process(utils.Processes()), matrix_rate(device, precision)
+    volume, affine, origin = scan(SCAN_SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--arch", arch, "--batch_size_per_gpu", batch_size, "--out_dim", out_dim, "--epochs", 2 + repeats,
+                 "--precision", precision, *AUGMENTED, *["--compile"] * compile,
+                 *(["--num_workers", workers] if workers is not None else [])]
+        write_copies(folder, volume, affine, steps * batch_size)
+        records = our_training(folder, flags, device)
+        baseline.write_itk(os.path.join(folder, "itk.h5"), volume, affine)
+        times = {"baseline": plain_training(os.path.join(folder, "itk.h5"), arch, out_dim, device, precision, cores, repeats),
+                 "ours": [1 / record["volumes_per_second"] for record in records]}
+    waiting, memory = (max(record[name] for record in records) for name in ("waiting_for_data", "peak_memory_gib"))
+    result = comparison(
+        25, "seconds per sample", times,
+        {"baseline": f"{cores} loader workers with MONAI's transforms, MONAI's ViT, the step written out; {precision}",
+         "ours": f"{waiting:.1%} of the time waiting for data, {memory:.1f} GiB; {precision}" + ", compiled" * compile},
+        sources(plain_training, baseline.Patches, baseline.monai_transforms, baseline.monai_views, baseline.step, baseline.Model,
+                baseline.ViT),
+        {"data": origin, "arch": arch, "out_dim": out_dim, "batch_size": batch_size, "steps_per_epoch": steps,
+         "repeats": len(records), "cores": cores, "flags": " ".join(map(str, flags)),
+         "gflop_per_sample": flops_per_sample(arch, out_dim) / 1e9})
+    result |= {"samples_per_second": 1 / result["ours"], "waiting_for_data": waiting, "peak_memory_gib": memory,
+               "teraflops": flops_per_sample(arch, out_dim) / result["ours"] / 1e12, "matrix_product_teraflops": rate / 1e12}
+    return result
+
+
+def write_copies(folder, volume, affine, samples, copies=16):
+    """Write list.txt with as many volumes as an epoch takes: a few files, each opened again for every one of its samples."""
+    first = os.path.join(folder, "0.hdf5")
+    write_volume(first, volume, affine)
+    for i in range(1, copies):
+        shutil.copyfile(first, os.path.join(folder, f"{i}.hdf5"))
+    Path(folder, "list.txt").write_text("".join(f"{i % copies}.hdf5\n" for i in range(samples)))
+
+
+def our_training(folder, flags, device, processes=1):
+    """The records in the log.txt of a run of main_dino.py, but that of the first epoch, in which all starts and warms up."""
+    launch = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    output = os.path.join(folder, f"run{processes}")
+    words = [*launch, Path(__file__).with_name("main_dino.py"), *flags, "--data_dir", folder,
+             "--data_list", os.path.join(folder, "list.txt"), "--output_dir", output]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if device == "cuda" else ""
+    ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": visible})
+    if ended.returncode:
+        raise UserError(f"main_dino.py ended with {ended.returncode}: {ended.stderr.strip().splitlines()[-1]}")
+    return read_log(os.path.join(output, "log.txt"))[1:]
+
+
+def plain_training(path, arch, out_dim, device, precision, workers, repeats):
+    """[seconds per sample] of a loop over a DataLoader whose workers augment, in batches of two: more would take minutes."""
+    batch_size, batches = 2, workers * (repeats + 2)
+    loader = DataLoader(baseline.Patches([path] * batch_size * batches, GLOBAL, LOCAL), batch_size, num_workers=workers)
+    take, began = plain_trainer(arch, out_dim, device, precision), []
+    for index, views in enumerate(loader):
+        if index % workers == 0:
+            began.append(time.perf_counter())
+        take([torch.cat(views[:2]).to(device), torch.cat(views[2:]).to(device)])
+    began.append(time.perf_counter())
+    return [(after - before) / workers / batch_size for before, after in zip(began[1:-1], began[2:])]
+
+
+def matrix_rate(device, precision):
+    """Floating point operations per second of a large square matrix product: the best of ten."""
+    n, dtype = {"cpu": 2048, "cuda": 8192}[device], PRECISIONS[precision]
+    a, b, seconds = torch.rand(n, n, device=device, dtype=dtype), torch.rand(n, n, device=device, dtype=dtype), []
+    for _ in range(10):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
+
+
+# ------------------------------------------------------------------------------------------------------------- infer
+
+
+def infer(device, repeats, arch, out_dim, batch_size, precision, compile, size):
+    """A volume through the UNETR decoder, window by window, against the same with MONAI's ViT as its encoder."""
+    from decoders import Segmenter, UnetrDecoder
+    from segmentation import Grid, Windows, segment
+    torch.manual_seed(0)
+    encoder = ARCHITECTURES[arch](img_size=GLOBAL)
+    decoder = UnetrDecoder(encoder.embed_dim, len(encoder.blocks), encoder.patch_size, 2)
+    networks = {"baseline": Segmenter(baseline.ViT(encoder), decoder), "ours": Segmenter(encoder, decoder)}
+    networks = {name: network.to(device).eval() for name, network in networks.items()}
+    volume, _, origin = scan(size)
+    image = Grid(tuple(size), (1.0, 1.0, 2.0), (0.0, 0.0, 0.0), tuple(np.eye(3).ravel())).image(volume)
+    windows = Windows(GLOBAL, 0.25, batch_size)
+    autocast = functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32")
+    found = {}
+
+    def through(name):
+        def run(turn):
+            found[name] = segment([networks[name]], image, windows, CLIP_RANGE, device, autocast)
+        return run
+    times = take_turns({name: (through(name), volume.size / 1e6) for name in networks}, repeats)
+    worst = (found["baseline"] - found["ours"]).abs().max().item()
+    if not worst <= {"fp32": 1e-3, "bf16": 0.5}[precision]:
+        raise UserError(f"the log-probabilities differ by up to {worst}")
+    return comparison(
+        1, "seconds per million voxels", times,
+        {"baseline": f"MONAI's ViT as encoder; {precision}", "ours": f"main_lts_msd.py's way; {precision}"},
+        sources(baseline.ViT), {"data": origin, "arch": arch, "size": size, "window": GLOBAL, "overlap": windows.overlap,
+                                "batch_size": batch_size, "repeats": repeats, "largest_difference": worst})
+
+
+# ------------------------------------------------------------------------------------------------------------ growth
+
+
+def growth(device, repeats, arch, out_dim, batch_size, precision, compile, output):
+    """How a step's time grows with batch, local views and input size, and a run's rate with processes."""
+    settings = {"arch": arch, "out_dim": out_dim, "device": device, "precision": precision, "compiled": compile}
+    panels = {
+        "samples per batch": [(n * batch_size, {"batch_size": n * batch_size}) for n in (1, 2, 4, 8)],
+        "local views": [(n, {"batch_size": batch_size, "local_number": n}) for n in (0, 4, 8, 16)],
+        "input size (x of x, x, x / 2)": [(n, {"batch_size": batch_size, "size": (n, n, n // 2)}) for n in (48, 96, 144)]}
+    rows = {}
+    for panel, cases in panels.items():
+        for at, changes in cases:
+            take = our_step(**settings | changes)
+            times = take_turns({"": (lambda turn, take=take: (take(), synchronise(device)), changes["batch_size"])}, repeats)[""]
+            rows[f"{panel}: {at}"] = {"seconds": statistics.median(times), "spread": [min(times), max(times)], "note": ""}
+    panels["processes"] = [(n, None) for n in ((1, 2) if device == "cpu" else (1,))]
+    with tempfile.TemporaryDirectory() as folder:
+        volume, affine, origin = scan(SCAN_SIZE)
+        for processes, _ in panels["processes"]:
+            write_copies(folder, volume, affine, 6 * batch_size * processes)
+            flags = ["--arch", arch, "--batch_size_per_gpu", batch_size, "--out_dim", out_dim, "--epochs", 1 + repeats,
+                     "--precision", precision, *AUGMENTED, "--num_workers", 1 if device == "cpu" else 16]
+            times = [1 / record["volumes_per_second"] for record in our_training(folder, flags, device, processes)]
+            rows[f"processes: {processes}"] = {"seconds": statistics.median(times), "spread": [min(times), max(times)],
+                                               "note": "main_dino.py from the disk"}
+    student = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
+    gradients = 4 * sum(p.numel() for p in student.parameters() if p.requires_grad)
+    draw_growth(output, panels, rows, f"{arch}, out_dim {out_dim}, {precision}, {device_name(device)}")
+    return {"unit": "seconds per sample", "rows": rows, "parameters": {
+        "data": "random views; processes: " + origin, "repeats": repeats, "batch_size": batch_size, **settings,
+        "gradient_megabytes": gradients / 1e6, "picture": output}}
+
+
+def draw_growth(path, panels, rows, title):
+    """One panel each: samples per second, measured."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+    for axis, (panel, cases) in zip(figure.subplots(1, len(panels)), panels.items()):
+        at = [place for place, _ in cases]
+        found = [rows[f"{panel}: {place}"] for place in at]
+        axis.errorbar(at, [1 / row["seconds"] for row in found], fmt="o-", capsize=3, yerr=[
+            [1 / row["seconds"] - 1 / row["spread"][1] for row in found],
+            [1 / row["spread"][0] - 1 / row["seconds"] for row in found]])
+        axis.set(xlabel=panel, ylabel="samples per second", xticks=at, ylim=(0, None))
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
 # ------------------------------------------------------------------------------------------------ what they all share
 
 
@@ -328,6 +638,15 @@ def scan(size):
     origin = f"real CT {SCAN.name} of {by(volume.shape)} voxels, mirrored or cut at its far ends to {by(size)}"
     volume = np.pad(volume, [(0, max(0, n - old)) for n, old in zip(size, volume.shape)], "symmetric")
     return np.ascontiguousarray(cut(volume, (0, 0, 0), size)), affine, origin
+
+
+def sources(*objects):
+    return "\n\n".join(map(getsource, objects))
+
+
+def synchronise(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def cut(volume, start, size):
@@ -375,19 +694,27 @@ def print_report(result):
     for name, row in rows.items():
         low, high = row["spread"]
         print(f"  {name:{width}}  {row['seconds']:8.4f} ({low:.4f} to {high:.4f})  {row['note']}".rstrip())
-    low, high = result["spread"]["ratio"]
-    print(f"baseline / ours: {result['ratio']:.1f} ({low:.1f} to {high:.1f} within a repeat), goal {result['goal']}")
+    if "ratio" in result:
+        low, high = result["spread"]["ratio"]
+        print(f"baseline / ours: {result['ratio']:.1f} ({low:.1f} to {high:.1f} within a repeat), goal {result['goal']}")
     if "nifti_ratio" in result:
         print(f"nii.gz / ours: {result['nifti_ratio']:.1f}")
     if "volumes_per_second_and_core" in result:
         print(f"ours: {result['volumes_per_second_and_core']:.2f} volumes per second and core")
+    if "teraflops" in result:
+        rate = result.get("matrix_product_teraflops")
+        print(f"ours: {result['teraflops']:.3g} TFLOP/s" + (f" of {rate:.3g} in a large matrix product" if rate else ""))
+    if "samples_per_second" in result:
+        print(f"ours: {result['samples_per_second']:.4g} samples per second, {result['waiting_for_data']:.1%} of the time waiting "
+              f"for data, {result['peak_memory_gib']:.1f} GiB")
     print(f"device {result['device']}: {result['device_name']}; CPU threads: {result['threads']}")
     print("versions: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     print("parameters:")
     for name, value in result["parameters"].items():
         print(f"  {name}: {by(value) if isinstance(value, (tuple, list)) else value}")
-    print("the baseline's code:\n")
-    print("\n".join("    " + line if line else "" for line in result["baseline_code"].rstrip().splitlines()), flush=True)
+    if "baseline_code" in result:
+        print("the baseline's code:\n")
+        print("\n".join("    " + line if line else "" for line in result["baseline_code"].rstrip().splitlines()))
 
 
 def device_name(device):

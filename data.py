@@ -5,6 +5,7 @@ superior side. Affines are 4 x 4, from voxel indices to RAS millimetres. Files m
 read from them is flipped and its axes swapped (never interpolated) to the nearest RAS axes.
 """
 import contextlib
+import math
 import os
 import re
 import threading
@@ -15,7 +16,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from augmentations import PATCH_VIEW, collate_views, keyed_rng
 
@@ -99,7 +100,8 @@ class Volume:
         return voxels.astype(np.uint8)
 
     def _read_inside(self, low, high):
-        return np.maximum(to_int16(self._take_oriented(low, high), self.path), AIR)
+        voxels = to_int16(self._take_oriented(low, high), self.path)
+        return np.maximum(voxels, AIR, out=voxels if voxels.flags.writeable else None)
 
     def _take_oriented(self, low, high):
         slices = [None] * 3
@@ -593,7 +595,7 @@ class PretrainingPatches(Dataset):
         patch = volume.read(start, size)
         low, high = np.clip(-start, 0, size), np.clip(volume.shape - start, 0, size)
         inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
-        if inside.min() == inside.max() and volume.is_constant():
+        if is_flat(inside[::8, ::8, ::8]) and is_flat(inside) and volume.is_constant():  # the first tells in most cases
             raise DataError(volume.path, f"has the same value in all voxels ({inside.flat[0]})")
         patch = block_mean(patch, factors)
         return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing * factors)
@@ -621,20 +623,37 @@ def block_mean(patch, factors):
     return np.rint(blocks.mean((1, 3, 5), dtype=np.float32)).astype(np.int16)
 
 
+def is_flat(voxels):
+    return voxels.min() == voxels.max()
+
+
 def collate(samples):
     """A Batch of Samples. Patches of different sizes are padded at their far ends by repeating the border.
 
-    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch.
+    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch. In memory x is the
+    fastest axis, as in files; a loader's worker writes straight into memory that it shares with the main process.
     """
     if isinstance(samples[0], Failure):
         return Batch(torch.empty(0), [], samples[0].bad, samples[0].reason)
-    shapes = np.array([sample.patch.shape for sample in samples])
-    patches = np.empty((len(samples), *shapes.max(0)), np.int16)
-    for slot, sample, shape in zip(patches, samples, shapes):
-        slot[:] = np.pad(sample.patch, [(0, n - m) for n, m in zip(slot.shape, shape)], "edge")
+    size = np.max([sample.patch.shape for sample in samples], axis=0).tolist()
+    patches = empty_to_send((len(samples), *size[::-1]), torch.int16).permute(0, 3, 2, 1)  # (B, X, Y, Z)
+    for slot, sample in zip(patches.numpy(), samples):
+        x, y, z = sample.patch.shape
+        slot[:x, :y, :z] = sample.patch
+        slot[x:] = slot[x - 1:x]
+        slot[:, y:] = slot[:, y - 1:y]
+        slot[:, :, z:] = slot[:, :, z - 1:z]
     bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
-    return Batch(torch.from_numpy(patches), collate_views([sample.views for sample in samples]), bad, "",
+    return Batch(patches, collate_views([sample.views for sample in samples]), bad, "",
                  tuple(sample.path for sample in samples))
+
+
+def empty_to_send(shape, dtype):
+    """An uninitialised tensor; in a loader's worker in shared memory, so that sending it copies nothing."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as torch's default_collate has it
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def epoch_order(volumes, patches_per_volume, seed, epoch):

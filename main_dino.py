@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -90,6 +91,9 @@ def get_args_parser():
     group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="adamw for ViTs")
     group.add_argument("--precision", default=None, choices=("bf16", "fp16", "fp32"),
                        help="of the matrix products; default: bf16 on GPUs that have it, else fp16; fp32 on CPUs")
+    flag(group, "--compile", False,
+         "fuse the transformer blocks' operations (torch.compile), at the cost of a minute at the start; needs a C++ compiler, "
+         "on GPUs Triton, and goes on without where it does not work")
 
     group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
     group.add_argument("--input_size", default=[96, 96, 48], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
@@ -182,8 +186,10 @@ def main(argv=None):
         notices += start_from(student, args.pretrained_weights, args.checkpoint_key)
     teacher.load_state_dict(student.state_dict())  # both start from the same weights
     student, teacher = student.to(processes.device), teacher.to(processes.device).requires_grad_(False)
-    network, teacher = distribute(student, teacher, args.use_bn_in_head, processes)
-    dino_loss = DINOLoss(args.out_dim, args.center_momentum, processes.mean).to(processes.device)
+    if args.compile:
+        notices += compile_blocks((student, teacher), processes.device)
+    network, teacher = distribute(student, teacher, args.use_bn_in_head, args.accumulate_steps, processes)
+    dino_loss = DINOLoss(args.out_dim, args.center_momentum).to(processes.device)
 
     # -------------------------------------------------------------------------------------------------- optimisation
     optimizer = utils.make_optimizer(args.optimizer, utils.parameter_groups(student))
@@ -198,7 +204,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------------ training
     run = Run(network, student, teacher, dino_loss, optimizer, scaler, schedules, crops, tuple(args.clip_range),
               utils.PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes,
-              args.accumulate_steps, SkippedSteps(args.max_skipped_steps, processes.device))
+              args.accumulate_steps, SkippedSteps(args.max_skipped_steps, processes.device),
+              torch.cuda.Stream() if processes.device.type == "cuda" else None)
     done = restore(run, output_dir, vars(args))
     done.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into the rest of an epoch
     last_step = done.step + steps_left(samples_per_epoch, global_batch, args.epochs, done)
@@ -283,11 +290,23 @@ class Run(NamedTuple):
     processes: utils.Processes
     accumulate_steps: int
     skipped: SkippedSteps
+    aside: torch.cuda.Stream | None = None
 
     def render(self, batch):
-        """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a data.Batch, on the device."""
-        batch = batch.to(self.processes.device)
-        return self.crops.render(batch.patches, batch.groups, self.clip_range)
+        """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a data.Batch, on the device.
+
+        On a GPU in the stream `aside`: the host is ahead of the GPU, so that a batch is copied and its views are made
+        while the GPU still works on the step before.
+        """
+        with torch.cuda.stream(self.aside):
+            batch = batch.to(self.processes.device)
+            views = self.crops.render(batch.patches, batch.groups, self.clip_range)
+        if self.aside:
+            here = torch.cuda.current_stream()
+            here.wait_stream(self.aside)
+            for view in views:
+                view.record_stream(here)  # their memory is given to other views only when this stream is done with it
+        return views
 
 
 def steps_left(samples_per_epoch, global_batch, epochs, done):
@@ -338,16 +357,19 @@ def train_step(run, micro_batches, values, frozen):
     run.optimizer.zero_grad(set_to_none=True)
     losses, centers, winners, air = [], [], [], []
     for micro, views in enumerate(micro_batches, 1):
-        with gradients_stay_here(run.network, micro < run.accumulate_steps):
+        last = micro == run.accumulate_steps
+        with gradients_stay_here(run.network, not last):
             with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype != torch.float32):
                 with torch.no_grad():
                     teacher_logits, features = run.teacher(views[:1], return_embeddings=True)  # (2 B, out_dim), (2 B, D)
+                centers.append(run.dino_loss.batch_center(teacher_logits))
+                if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
+                    mean_center = run.processes.start_mean(torch.cat(centers).mean(0, keepdim=True))
                 student_logits = run.network(views)  # ((2 + L) B, out_dim)
             loss, entropy, best = run.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
             run.scaler.scale(loss / run.accumulate_steps).backward()
         loss = loss.detach()
         losses.append(torch.stack([loss, loss - entropy, entropy]))
-        centers.append(run.dino_loss.batch_center(teacher_logits))
         winners.append(best)
         air.append(air_share(views))
 
@@ -364,7 +386,7 @@ def train_step(run, micro_batches, values, frozen):
     take_step(run.optimizer, taken)
     run.scaler.update()
     update_teacher(run.student, run.teacher, values["momentum_teacher"], taken)
-    run.dino_loss.update_center(torch.cat(centers).mean(0, keepdim=True), taken)
+    run.dino_loss.update_center(mean_center(), taken)
     for buffer, before in buffers:
         buffer.copy_(torch.where(taken, buffer, before))
     metrics = torch.cat([torch.stack(losses).mean(0), norm.to(loss.dtype)[None]])
@@ -380,12 +402,11 @@ class DINOLoss(nn.Module):
     """Cross-entropy between the teacher's view of a sample and the student's other views of it (eq. 1 to 4).
 
     out_dim: prototypes; center_momentum: of the running mean of the teacher's logits
-    mean_over_ranks: averages a tensor over all processes, in place
     """
 
-    def __init__(self, out_dim, center_momentum, mean_over_ranks):
+    def __init__(self, out_dim, center_momentum):
         super().__init__()
-        self.center_momentum, self.mean_over_ranks = center_momentum, mean_over_ranks
+        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student_logits, teacher_logits, teacher_temp):
@@ -398,14 +419,9 @@ class DINOLoss(nn.Module):
         at_least = torch.promote_types(student_logits.dtype, torch.float32)
         log_teacher = ((teacher_logits.to(at_least) - self.center) / teacher_temp).log_softmax(-1)  # (2 B, K)
         teacher = log_teacher.exp()
-        first, second = teacher.view(2, batch, out_dim)
-        student = (student_logits.to(at_least) / STUDENT_TEMP).view(-1, batch, out_dim)  # (V, B, K)
-        # - sum q log p = logsumexp(s) - q s: the log-softmax of all views needn't be formed. A global view is
-        # compared with the other global one, a local view with both
-        normaliser = student.logsumexp(-1)  # (V, B)
-        loss = (normaliser[0] - (second * student[0]).sum(-1) + normaliser[1] - (first * student[1]).sum(-1)
-                + (2 * normaliser[2:] - torch.einsum("bk,vbk->vb", first + second, student[2:])).sum(0))  # (B,)
-        pairs = 2 * (len(student) - 1)
+        views = student_logits.view(-1, batch, out_dim)  # (V, B, K)
+        loss = CrossEntropy.apply(views, *teacher.view(2, batch, out_dim))  # (B,)
+        pairs = 2 * (len(views) - 1)
         entropy = -(teacher * log_teacher).sum(-1).mean()
         return loss.mean() / pairs, entropy, teacher.argmax(-1)
 
@@ -414,18 +430,54 @@ class DINOLoss(nn.Module):
         return teacher_logits.to(self.center.dtype).mean(0, keepdim=True)
 
     @torch.no_grad()
-    def update_center(self, batch_center, taken):
-        """Running mean over batches and ranks of the teacher's logits (eq. 4), unless the step was skipped."""
-        mean = torch.where(taken, self.mean_over_ranks(batch_center), self.center)
-        self.center.lerp_(mean, 1 - self.center_momentum)
+    def update_center(self, mean, taken):
+        """Running mean of the teacher's logits (eq. 4), unless the step was skipped. mean: (1, K) over batch and ranks."""
+        self.center.lerp_(torch.where(taken, mean, self.center), 1 - self.center_momentum)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """(B,) sum over pairs of a sample's views of - sum_k q_k log p_k = n logsumexp(s) - q s, with s the student's logits
+    over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
+
+    One view at a time, also in the gradient, (n softmax(s) - q) / temperature: all views' logits exist once, in the
+    precision in which the head gave them, and nothing but the (V, B) normalisers is kept beside them for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, views, first, second):
+        """views: (V, B, K), the two global ones first; first, second: (B, K) teacher's probabilities of those."""
+        loss, normalisers = torch.zeros_like(first[:, 0]), []
+        for view, n, target in CrossEntropy.compared(views, first, second):
+            scaled = view.to(first.dtype).div(STUDENT_TEMP)
+            normalisers.append(scaled.logsumexp(-1))
+            loss += n * normalisers[-1] - scaled.mul_(target).sum(-1)
+        ctx.save_for_backward(views, first, second, torch.stack(normalisers))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        views, first, second, normalisers = ctx.saved_tensors
+        gradients = torch.empty_like(views)
+        compared = CrossEntropy.compared(views, first, second)
+        for (view, n, target), normaliser, out in zip(compared, normalisers, gradients):
+            softmax = view.to(first.dtype).div(STUDENT_TEMP).sub_(normaliser[:, None]).exp_()
+            out.copy_(softmax.mul_(n).sub_(target).mul_(gradient[:, None] / STUDENT_TEMP))
+        return gradients, None, None
+
+    @staticmethod
+    def compared(views, first, second):
+        """(view, n, q) of each: a global view is compared with the other global one, a local one with both."""
+        return zip(views, [1, 1] + [2] * (len(views) - 2), [second, first] + [first + second] * (len(views) - 2))
 
 
 @torch.no_grad()
 def update_teacher(student, teacher, momentum, taken):
     """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless skipped."""
-    weight = taken * (1 - momentum)  # 0 leaves the teacher as it is
-    for theirs, ours in zip(teacher.parameters(), student.parameters()):
-        theirs.lerp_(ours, weight.to(theirs.dtype))
+    theirs, ours = list(teacher.parameters()), list(student.parameters())
+    way = torch._foreach_sub(ours, theirs)
+    torch._foreach_mul_(way, taken.to(ours[0].dtype) * (1 - momentum))  # 0 leaves the teacher as it is
+    torch._foreach_add_(theirs, way)
 
 
 def clip_gradients(model, largest):
@@ -434,10 +486,9 @@ def clip_gradients(model, largest):
     Per tensor, as DINO does it, and not over all of them together.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    norms = torch.stack(torch._foreach_norm(gradients))
     if largest:
-        for gradient, factor in zip(gradients, (largest / (norms + 1e-6)).clamp_max(1)):
-            gradient.mul_(factor)
+        torch._foreach_mul_(gradients, list((largest / (norms + 1e-6)).clamp_max(1)))
     return torch.linalg.vector_norm(norms)
 
 
@@ -525,7 +576,7 @@ def start_from(model, path, checkpoint_key):
     return [f"starting from the backbone of {path}; the head is new, the file has none of this shape"]
 
 
-def distribute(student, teacher, use_bn_in_head, processes):
+def distribute(student, teacher, use_bn_in_head, accumulate_steps, processes):
     """The student inside DDP, where there are several processes, and the teacher."""
     if processes.world_size == 1:
         return student, teacher
@@ -534,7 +585,27 @@ def distribute(student, teacher, use_bn_in_head, processes):
             raise UserError("--use_bn_in_head true with several processes needs GPUs", everywhere=True)
         student.head, teacher.head = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head))
     devices = None if processes.device.type == "cpu" else [processes.device]
-    return DistributedDataParallel(student, device_ids=devices), teacher
+    # A static graph spares DDP to look for what each step uses; up to torch 2.13 at least it can't be had with no_sync
+    # (pytorch issue 143580)
+    return DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True,
+                                   static_graph=accumulate_steps == 1), teacher
+
+
+def compile_blocks(models, device):
+    """Let torch.compile fuse what happens between the matrix products of each block, in place; returns notices.
+
+    Block by block, since all have one code: it is compiled once per shape, in seconds and not minutes.
+    """
+    trial = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
+    try:
+        torch.compile(trial)(torch.rand(2, 8, device=device)).sum().backward()
+    except Exception as error:  # no compiler, no Triton, a GPU that it doesn't know: there are many ways
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return [f"--compile: torch.compile does not work here, going on without ({lines[0][:200] if lines else error!r})"]
+    for model in models:
+        for block in model.backbone.blocks:
+            block.compile(dynamic=False)  # two shapes, those of global and of local views
+    return []
 
 
 # --------------------------------------------------------------------------------------------- saving and going on

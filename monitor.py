@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,13 @@ def effective_rank(features):
     shares = torch.linalg.svdvals(features - features.mean(0))
     shares = shares / shares.sum().clamp_min(1e-12)
     return torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())
+
+
+def peak_memory(device):
+    """Bytes that this process has held at most: of the GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class BadFiles:
@@ -227,6 +235,7 @@ class Monitor:
                 "kl_first_steps": entries[0][1]["kl"] if taken else None, "skipped_steps": steps - taken,
                 "seconds": round(seconds, 2), "volumes_per_second": round(steps * self.global_batch / seconds, 2),
                 "waiting_for_data": round(sum(waited for *_, waited in self._epoch) / seconds, 4),
+                "peak_memory_gib": round(peak_memory(self.processes.device) / 2 ** 30, 2),
                 "bad_files": len(self.bad_files.reasons),
             } | schedules)
         self.writer.flush()

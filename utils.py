@@ -243,6 +243,13 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def start_mean(self, tensor):
+        """Start to average over all ranks, in place; returns a function that gives the mean, without a GPU's host waiting."""
+        if self.world_size == 1:
+            return lambda: tensor
+        work = dist.all_reduce(tensor, async_op=True)
+        return lambda: work.wait() and tensor.div_(self.world_size)
+
     def any(self, flag):
         """Start to ask whether `flag` is true on any rank; returns a function that waits for the answer.
 

@@ -37,24 +37,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang 2016): in training, zero a residual branch for whole samples at probability `rate`.
-
-    Kept samples are scaled by 1 / (1 - rate), which keeps the expected value. Any shape (B, ...).
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, 1)
-        return x * kept / keep  # the 0/1 mask stays exact in bf16, which 1 / keep would not
-
-
 class PatchEmbed(nn.Module):
     """Cut a volume into patches and project each linearly: (B, C, X, Y, Z) -> (B, N, D)."""
 
@@ -118,18 +100,22 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block (Dosovitskiy 2021, equations 2 and 3)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (B, queries, D) where only the first `queries` tokens are needed further on."""
-        x = x[:, :queries] + self.drop_path(self.attn(self.norm1(x), queries))  # (B, queries, D)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, queries: int | None = None, scales: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, queries, D) where only the first `queries` tokens are needed further on.
+
+        scales: (2, B, 1, 1), what each sample's two residual branches are multiplied by; None: 1.
+        """
+        branch = self.attn(self.norm1(x), queries)  # (B, queries, D)
+        x = x[:, :queries] + (branch if scales is None else branch * scales[0])
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if scales is None else branch * scales[1])
 
 
 class VisionTransformer(nn.Module):
@@ -174,15 +160,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"drop_path_rate is {drop_path_rate}; it must be at least 0 and below 1")
         self.img_size, self.patch_size = tuple(img_size), tuple(patch_size)
         self.in_chans, self.embed_dim, self.num_heads = in_chans, embed_dim, num_heads
-        self.grad_checkpointing = grad_checkpointing
+        self.drop_path_rate, self.grad_checkpointing = drop_path_rate, grad_checkpointing
         self.grid_size = self._grid(self.img_size)
         num_patches = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
 
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, embed_dim))  # the class token's comes first
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -219,11 +204,24 @@ class VisionTransformer(nn.Module):
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, 1 + N, D)
         return x + self.interpolate_pos_embed(grid), grid
 
-    def _run(self, block: nn.Module, x: Tensor, queries: int | None = None) -> Tensor:
+    def stochastic_depth(self, batch: int, device: torch.device) -> Sequence[Tensor | None]:
+        """What each block's residual branches are multiplied by, (depth, 2, B, 1, 1) (Huang 2016); in evaluation nothing.
+
+        A branch is dropped for whole samples, at a rate that grows from 0 in the first block to `drop_path_rate` in the
+        last; where it is kept it is scaled by 1 / (1 - rate), which keeps the expected value. Drawn at once and in
+        single precision: bf16 would not hold the scale, and a block that has no rate of its own compiles once for all.
+        """
+        depth = len(self.blocks)
+        if not self.training or self.drop_path_rate == 0:
+            return [None] * depth
+        keep = torch.linspace(1, 1 - self.drop_path_rate, depth, device=device).view(depth, 1, 1, 1, 1)
+        return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
+
+    def _run(self, block: nn.Module, x: Tensor, queries: int | None, scales: Tensor | None) -> Tensor:
         """What a block makes of x."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, queries, use_reentrant=False)  # draws the same stochastic depth both times
-        return block(x, queries)
+            return checkpoint(block, x, queries, scales, use_reentrant=False, preserve_rng_state=False)
+        return block(x, queries, scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class embedding after the final norm: (B, C, X, Y, Z) -> (B, D).
@@ -231,16 +229,16 @@ class VisionTransformer(nn.Module):
         Equals `forward_tokens(x)[:, 0]`, but spares the last block the patch tokens that nothing would read.
         """
         x, _ = self._embed(x)
-        for block in self.blocks[:-1]:
-            x = self._run(block, x)  # (B, 1 + N, D)
-        x = self._run(self.blocks[-1], x, queries=1)  # (B, 1, D)
+        last = len(self.blocks) - 1
+        for i, (block, scales) in enumerate(zip(self.blocks, self.stochastic_depth(len(x), x.device))):
+            x = self._run(block, x, 1 if i == last else None, scales)  # (B, 1 + N, D), in the end (B, 1, D)
         return self.norm(x[:, 0])
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D)."""
         x, _ = self._embed(x)
-        for block in self.blocks:
-            x = self._run(block, x)
+        for block, scales in zip(self.blocks, self.stochastic_depth(len(x), x.device)):
+            x = self._run(block, x, None, scales)
         return self.norm(x)
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool = True) -> list[Tensor]:
@@ -264,8 +262,9 @@ class VisionTransformer(nn.Module):
                              f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order")
         x, grid = self._embed(x)
         maps = []
-        for i, block in enumerate(self.blocks[:indices[-1] + 1]):
-            x = self._run(block, x)
+        draws = self.stochastic_depth(len(x), x.device)
+        for i, (block, scales) in enumerate(zip(self.blocks[:indices[-1] + 1], draws)):
+            x = self._run(block, x, None, scales)
             if i in indices:
                 tokens = self.norm(x) if norm else x  # (B, 1 + N, D)
                 maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)

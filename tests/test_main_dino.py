@@ -75,7 +75,7 @@ def test_loss_is_the_papers_formula():
     torch.manual_seed(0)
     batch, views, out_dim, temp = 3, 5, 16, 0.05
     student, teacher = torch.randn(views * batch, out_dim).double(), torch.randn(2 * batch, out_dim).double()
-    loss = main_dino.DINOLoss(out_dim, 0.9, lambda mean: mean).double()
+    loss = main_dino.DINOLoss(out_dim, 0.9).double()
     loss.center.normal_()
     value, entropy, winners = loss(student, teacher, temp)
     q = ((teacher - loss.center) / temp).softmax(-1).view(2, batch, out_dim)
@@ -88,7 +88,7 @@ def test_loss_is_the_papers_formula():
 
 
 def test_loss_without_local_views():
-    loss = main_dino.DINOLoss(8, 0.9, lambda mean: mean)
+    loss = main_dino.DINOLoss(8, 0.9)
     teacher, student = torch.randn(4, 8), torch.randn(4, 8)
     value, _, _ = loss(student, teacher, 0.04)
     q, log_p = (teacher / 0.04).softmax(-1), (student / 0.1).log_softmax(-1)
@@ -97,7 +97,7 @@ def test_loss_without_local_views():
 
 
 def test_centre_is_a_running_mean():
-    loss = main_dino.DINOLoss(4, 0.9, lambda mean: mean)
+    loss = main_dino.DINOLoss(4, 0.9)
     logits = torch.randn(6, 4)
     loss.update_center(loss.batch_center(logits), torch.tensor(True))
     torch.testing.assert_close(loss.center, 0.1 * logits.mean(0, keepdim=True))

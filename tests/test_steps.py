@@ -59,7 +59,7 @@ def make_run(scaler=None, use_bn_in_head=False):
     student, teacher = (main_dino.build_model("vit_tiny", (24, 24, 12), (12, 12, 6), 16, use_bn_in_head, 0.0, True)
                         for _ in range(2))
     teacher.requires_grad_(False)
-    loss = main_dino.DINOLoss(16, 0.9, lambda mean: mean)
+    loss = main_dino.DINOLoss(16, 0.9)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     optimizer = utils.make_optimizer("adamw", utils.parameter_groups(student))
     return main_dino.Run(student, student, teacher, loss, optimizer, scaler, None, None, None, torch.float32, 3.0, 4, 0,

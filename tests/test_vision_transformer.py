@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vision_transformer import ARCHITECTURES, DINOHead, DropPath, MultiCropWrapper, VisionTransformer, vit_tiny
+from baseline import load_into_monai
+from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer, vit_tiny
 
 SMALL = {"img_size": (16, 12, 6), "patch_size": (4, 3, 2), "embed_dim": 48, "depth": 3, "num_heads": 4}  # grid 4 4 3
 
@@ -29,31 +30,6 @@ def randomise(model, seed=0, std=0.1):
 
 def normal(*shape, seed=1, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def load_into_monai(theirs, ours):
-    """Give MONAI's ViT, made with a class token and qkv_bias, the weights of a VisionTransformer."""
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = 1e-6  # MONAI leaves PyTorch's 1e-5, the ViT's own is 1e-6
-
-    renamed = {
-        "patch_embed.proj": "patch_embedding.patch_embeddings",
-        "attn.proj": "attn.out_proj",
-        "mlp.fc1": "mlp.linear1",
-        "mlp.fc2": "mlp.linear2",
-    }
-    weights = {}
-    for name, value in ours.state_dict().items():
-        for old, new in renamed.items():
-            name = name.replace(old, new)
-        weights[name] = value  # qkv as it is: MONAI's "(qkv l d)" is the (3, heads, head_dim) order of ours
-    # MONAI adds the class token after the position embedding, so there it has no position: fold ours in.
-    pos_embed = weights.pop("pos_embed")
-    weights["patch_embedding.position_embeddings"] = pos_embed[:, 1:]
-    weights["cls_token"] = weights["cls_token"] + pos_embed[:, :1]
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected and all("norm_cross_attn" in name for name in missing)  # unused without cross-attention
 
 
 # --- backbone -----------------------------------------------------------------------------------------------------
@@ -213,7 +189,7 @@ def test_architectures_take_the_shared_arguments():
         for build in ARCHITECTURES.values():
             model = build(img_size=(24, 12, 8), patch_size=[4, 3, 2], in_chans=2, drop_path_rate=0.1)
             assert model.grid_size == (6, 4, 4) and model.patch_embed.proj.in_channels == 2
-            assert model.blocks[-1].drop_path.rate == 0.1
+            assert model.drop_path_rate == 0.1
 
 
 def test_initial_weights():
@@ -347,22 +323,27 @@ def test_bf16_autocast_stays_close():
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_expected_value():
+    """At rates that rise linearly from 0 in the first block."""
     torch.manual_seed(0)
-    drop = DropPath(0.3)
-    x = torch.ones(20000, 3, 2)
-    out = drop(x)
-    values = out.unique()
-    torch.testing.assert_close(values, torch.tensor([0.0, 1 / 0.7]))
-    assert torch.equal(out, out[:, :1, :1].expand_as(out))  # one draw per sample
-    assert abs(out[:, 0, 0].mean().item() - 1) < 5 * (0.3 / 0.7 / 20000) ** 0.5  # five standard errors
-    assert drop.eval()(x) is x
+    scales = small_vit(depth=4, drop_path_rate=0.3).train().stochastic_depth(20000, torch.device("cpu"))
+    assert scales.shape == (4, 2, 20000, 1, 1)  # one draw per block, branch and sample
+    for block, rate in zip(scales, (0, 0.1, 0.2, 0.3)):
+        torch.testing.assert_close(block.unique(), torch.tensor([0.0, 1 / (1 - rate)] if rate else [1.0]))
+        for branch in block:  # within five standard errors
+            assert abs(branch.mean().item() - 1) <= 5 * (rate / (1 - rate) / 20000) ** 0.5
+    for first, second in zip(scales[1], scales[2]):
+        assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]) < 0.04  # drawn independently
+    assert small_vit(depth=1, drop_path_rate=0.4).train().stochastic_depth(9, torch.device("cpu")).eq(1).all()
+    assert small_vit(drop_path_rate=0.4).eval().stochastic_depth(9, torch.device("cpu"))[0] is None
 
 
-def test_drop_path_rates_rise_linearly():
-    assert [b.drop_path.rate for b in small_vit(depth=5, drop_path_rate=0.4).blocks] == pytest.approx(
-        [0, 0.1, 0.2, 0.3, 0.4]
-    )
-    assert small_vit(depth=1, drop_path_rate=0.4).blocks[0].drop_path.rate == 0
+def test_a_block_scales_each_samples_branches():
+    block, x = small_vit().blocks[0], normal(3, 5, small_vit().embed_dim)
+    scales = torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 1.0]]).view(2, 3, 1, 1)
+    out = block(x, scales=scales)
+    torch.testing.assert_close(out[0], x[0] + block.mlp(block.norm2(x[0])))  # no attention
+    torch.testing.assert_close(out[1], x[1] + 2 * block.attn(block.norm1(x[1:2]))[0])  # no MLP
+    torch.testing.assert_close(out[2], block(x)[2])
 
 
 def test_drop_path_removes_the_last_block_at_a_rate_near_one():
