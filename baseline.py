@@ -110,19 +110,23 @@ class ViT(nn.Module):
             encoder.in_chans, encoder.img_size, encoder.patch_size, hidden_size=encoder.embed_dim,
             mlp_dim=encoder.blocks[0].mlp.fc1.out_features, num_layers=len(encoder.blocks), num_heads=encoder.num_heads,
             proj_type="conv", classification=True, qkv_bias=True, post_activation=None)
-        self.vit.classification_head = nn.Identity()
-        self.grid = encoder.grid_size
+        self.grid, self.vit.classification_head = encoder.grid_size, nn.Identity()
         load_into_monai(self.vit, encoder)
+        # The class token's position is one of its own, as the ViT has it
+        self.vit.cls_token = nn.Parameter(encoder.cls_token.detach().clone())
+        self.pos_embed = nn.Parameter(encoder.pos_embed.detach().clone())  # (1, 1 + N, D)
+        del self.vit.patch_embedding.position_embeddings
 
     def tokens(self, x):
         """Tokens that enter the first block, the class token first: (B, 1, X, Y, Z) -> (B, 1 + N, D)."""
         x = self.vit.patch_embedding.patch_embeddings(x)  # (B, D, x, y, z)
-        positions = self.vit.patch_embedding.position_embeddings  # (1, N, D)
+        positions = self.pos_embed
         if x.shape[2:] != self.grid:
-            positions = positions.transpose(1, 2).unflatten(2, self.grid)
-            positions = F.interpolate(positions, size=x.shape[2:], mode="trilinear").flatten(2).transpose(1, 2)
-        x = x.flatten(2).transpose(1, 2) + positions
-        return torch.cat([self.vit.cls_token.expand(len(x), -1, -1), x], 1)
+            patches = positions[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+            patches = F.interpolate(patches, size=x.shape[2:], mode="trilinear").flatten(2).transpose(1, 2)
+            positions = torch.cat([positions[:, :1], patches], 1)
+        x = torch.cat([self.vit.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return x + positions
 
     def get_intermediate_layers(self, x, layers, norm=False):
         """As VisionTransformer's, for a decoder."""

@@ -356,13 +356,13 @@ def step(device, repeats, arch, out_dim, batch_size, precision, compile):
     """A whole training step on ready views: teacher, student, loss, backward pass, clipping, AdamW, teacher's average."""
     settings = {"arch": arch, "out_dim": out_dim, "batch_size": batch_size, "device": device, "precision": precision}
     sides = {"baseline": plain_step(**settings), "ours": our_step(**settings, compiled=compile)}
-    first, ours = (take().item() for take in sides.values())
+    first, ours = (float(take()) for take in sides.values())
     if not abs(ours - first) <= CLOSE[precision] * abs(first):
         raise UserError(f"the first losses differ: {first} of the baseline, {ours} of ours")
     times = take_turns({name: (lambda turn, take=take: (take(), synchronise(device)), batch_size)
                         for name, take in sides.items()}, repeats)
     del sides
-    memory = {name: peak_memory(name, settings | {"compiled": compile} * (name == "ours")) for name in ("baseline", "ours")}
+    memory = {"baseline": peak_memory("baseline", settings), "ours": peak_memory("ours", settings | {"compiled": compile})}
     flops = flops_per_sample(arch, out_dim)
     result = comparison(
         1, "seconds per sample", times,

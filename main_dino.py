@@ -223,8 +223,11 @@ def main(argv=None):
 
     stream = BatchStream(len(paths), args.patches_per_volume, args.batch_size_per_gpu, processes.rank,
                          processes.world_size, args.seed, done.epoch, done.position, args.epochs, args.accumulate_steps)
-    workers = min(16, utils.cores_per_process(processes)) if args.num_workers is None else args.num_workers
-    loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers,
+    workers, ahead, cramped = utils.reading_processes(
+        args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(crops.patch_size))
+    for notice in cramped:
+        say(notice)
+    loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers, prefetch_factor=ahead,
                         worker_init_fn=checkpoint.ignore_signals, pin_memory=processes.device.type == "cuda")
     batches = watched(loader, args.read_timeout, utils.end_process)
     monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, done.step, global_batch, len(paths),
@@ -591,20 +594,20 @@ def distribute(student, teacher, use_bn_in_head, accumulate_steps, processes):
                                    static_graph=accumulate_steps == 1), teacher
 
 
-def compile_blocks(models, device):
+def compile_blocks(models, device, backend="inductor"):
     """Let torch.compile fuse what happens between the matrix products of each block, in place; returns notices.
 
-    Block by block, since all have one code: it is compiled once per shape, in seconds and not minutes.
+    Block by block, since all have one code: it is compiled once per shape, in a minute and not many. backend: see torch.compile
     """
     trial = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
     try:
-        torch.compile(trial)(torch.rand(2, 8, device=device)).sum().backward()
+        torch.compile(trial, backend=backend)(torch.rand(2, 8, device=device)).sum().backward()
     except Exception as error:  # no compiler, no Triton, a GPU that it doesn't know: there are many ways
         lines = [line for line in str(error).splitlines() if line.strip()]
         return [f"--compile: torch.compile does not work here, going on without ({lines[0][:200] if lines else error!r})"]
     for model in models:
         for block in model.backbone.blocks:
-            block.compile(dynamic=False)  # two shapes, those of global and of local views
+            block.compile(dynamic=False, backend=backend)  # two shapes, those of global and of local views
     return []
 
 

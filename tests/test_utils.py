@@ -219,3 +219,24 @@ def test_failures_end_in_one_line(capsys, error, says):
         utils.run_script(main)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 1 and len(lines) == 1 and says in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------------ shared memory
+
+
+@pytest.mark.parametrize("wanted, free_batches, expected, says", [
+    (None, 100, (4, 2), None), (None, 10, (4, 2), None), (None, 6, (4, 1), None),
+    (None, 3.9, (3, 1), "room for 3 batches of 10 MiB per process, fewer than the 8 of 4 reading processes: 3 instead"),
+    (None, 0.5, (0, None), "0 instead"), (6, 100, (6, 2), None), (6, 4, (6, 1), "lower --num_workers"), (0, 0, (0, None), None)])
+def test_reading_processes_fit_into_shared_memory(monkeypatch, wanted, free_batches, expected, says):
+    """Of four cores, and two processes that share it."""
+    processes = utils.Processes(local_world_size=2)
+    monkeypatch.setattr(utils, "cores_per_process", lambda _: 4)
+    monkeypatch.setattr(utils.os.path, "isdir", lambda path: path == "/dev/shm")
+    usage = type("Usage", (), {"free": 2 * free_batches * 10 * 2 ** 20 / 0.8 + 1})
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: usage)
+    workers, ready, notices = utils.reading_processes(wanted, processes, 10 * 2 ** 20)
+    assert (workers, ready) == expected
+    assert len(notices) == bool(says) and (not says or says in notices[0])
+    loader = torch.utils.data.DataLoader([1], num_workers=workers, prefetch_factor=ready)  # takes both
+    assert loader.num_workers == workers
