@@ -33,8 +33,9 @@ demo: $(RUNTIME)
 	"$(VENV)/bin/torchrun" --standalone --nproc_per_node=1 main_lts_msd.py --pretrained_weights demo/pretrain/checkpoint.pth \
 		--data_dir demo/data/msd --output_dir demo/lts $(LTS_DEMO_FLAGS)
 
+# Two at a time, each file by one process; one thread each: threads of several processes wait for one another
 test: $(TEST)
-	"$(VENV)/bin/python" -m pytest tests
+	OMP_NUM_THREADS=1 "$(VENV)/bin/python" -m pytest -n 2 --dist loadfile tests
 
 clean-demo:
 	rm -rf demo

@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -45,6 +44,7 @@ import main_dino
 import utils
 from augmentations import MAX_BENT, MultiCropAugmentation, Policy
 from data import LPS, PretrainingPatches, Sample, Volume, collate, place_patch, write_volume
+from monitor import peak_memory as peak_memory_of
 from monitor import read_log
 from skipping import SkippedSteps
 from utils import PRECISIONS, UserError, number
@@ -432,17 +432,14 @@ def peak_memory(side, settings):
 def measured_memory(side, settings, threads=None):
     if threads:
         torch.set_num_threads(threads)
-    if settings["device"] == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
         import monai.networks.nets  # noqa: F401  what is imported is not what is measured
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = torch.device(settings["device"])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory_of(device)
     take = {"baseline": plain_step, "ours": our_step}[side](**settings)
     take(), take()
-    after = (torch.cuda.max_memory_allocated() if settings["device"] == "cuda" else
-             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return (after - before) / 2 ** 30
+    return (peak_memory_of(device) - before) / 2 ** 30
 
 
 def flops_per_sample(arch, out_dim, size=GLOBAL, local_number=LOCAL_NUMBER):

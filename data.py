@@ -101,7 +101,8 @@ class Volume:
 
     def _read_inside(self, low, high):
         voxels = to_int16(self._take_oriented(low, high), self.path)
-        return np.maximum(voxels, AIR, out=voxels if voxels.flags.writeable else None)
+        ours = type(voxels) is np.ndarray and voxels.flags.writeable and min(voxels.strides) > 0  # no file, and not flipped
+        return np.maximum(voxels, AIR, out=voxels if ours else None)
 
     def _take_oriented(self, low, high):
         slices = [None] * 3
@@ -190,6 +191,8 @@ def to_int16(voxels, path):
 
 
 def _first_line(error):
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # libraries put paths and much else around it
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 

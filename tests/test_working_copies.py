@@ -196,7 +196,7 @@ def test_so_many_patches_have_a_labelled_voxel_in_their_middle_half(pairs, tmp_p
             hits += mask.any()
             for k in np.unique(mask):
                 classes[k] += 1
-    chance = {0.0: (0, 0.4), 0.5: (0.5, 0.75), 1.0: (1.0, 1.0)}[share]
+    chance = {0.0: (0.34, 0.5), 0.5: (0.63, 0.79), 1.0: (1.0, 1.0)}[share]  # 0.42 of the places, 0.71, by 4,000 draws
     assert chance[0] * total <= hits <= chance[1] * total
     if share == 1:  # classes alike, though one has three times as many voxels
         assert 0.35 < classes[2] / (classes[1] + classes[2]) < 0.65
