@@ -5,7 +5,6 @@ superior side. Affines are 4 x 4, from voxel indices to RAS millimetres. Files m
 read from them is flipped and its axes swapped (never interpolated) to the nearest RAS axes.
 """
 import contextlib
-import math
 import os
 import re
 import threading
@@ -639,7 +638,9 @@ def collate(samples):
     if isinstance(samples[0], Failure):
         return Batch(torch.empty(0), [], samples[0].bad, samples[0].reason)
     size = np.max([sample.patch.shape for sample in samples], axis=0).tolist()
-    patches = empty_to_send((len(samples), *size[::-1]), torch.int16).permute(0, 3, 2, 1)  # (B, X, Y, Z)
+    patches = torch.empty((len(samples), *size[::-1]), dtype=torch.int16).permute(0, 3, 2, 1)  # (B, X, Y, Z)
+    if get_worker_info():
+        patches.share_memory_()
     for slot, sample in zip(patches.numpy(), samples):
         x, y, z = sample.patch.shape
         slot[:x, :y, :z] = sample.patch
@@ -649,14 +650,6 @@ def collate(samples):
     bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
     return Batch(patches, collate_views([sample.views for sample in samples]), bad, "",
                  tuple(sample.path for sample in samples))
-
-
-def empty_to_send(shape, dtype):
-    """An uninitialised tensor; in a loader's worker in shared memory, so that sending it copies nothing."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as torch's default_collate has it
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def epoch_order(volumes, patches_per_volume, seed, epoch):

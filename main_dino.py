@@ -478,9 +478,8 @@ class CrossEntropy(torch.autograd.Function):
 def update_teacher(student, teacher, momentum, taken):
     """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless skipped."""
     theirs, ours = list(teacher.parameters()), list(student.parameters())
-    way = torch._foreach_sub(ours, theirs)
-    torch._foreach_mul_(way, taken.to(ours[0].dtype) * (1 - momentum))  # 0 leaves the teacher as it is
-    torch._foreach_add_(theirs, way)
+    weight = taken.to(ours[0].dtype) * (1 - momentum)  # 0 leaves the teacher as it is
+    torch._foreach_lerp_(theirs, ours, [weight] * len(theirs))
 
 
 def clip_gradients(model, largest):
