@@ -587,8 +587,7 @@ def distribute(student, teacher, use_bn_in_head, accumulate_steps, processes):
             raise UserError("--use_bn_in_head true with several processes needs GPUs", everywhere=True)
         student.head, teacher.head = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head))
     devices = None if processes.device.type == "cpu" else [processes.device]
-    # A static graph spares DDP to look for what each step uses; up to torch 2.13 at least it can't be had with no_sync
-    # (pytorch issue 143580)
+    # A static graph spares DDP to look for what each step uses; it can't be had with no_sync (pytorch issue 143580)
     return DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True,
                                    static_graph=accumulate_steps == 1), teacher
 
