@@ -1,4 +1,5 @@
 """Makes the modules of the repository root importable, and finds the real CT where it is at hand."""
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config):
+    # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs a GPU")
 
 
