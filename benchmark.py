@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import baseline
 import main_dino
 import utils
-from augmentations import MAX_BENT, MultiCropAugmentation, Policy
+from augmentations import MAX_BENT, PAPER, MultiCropAugmentation, Policy
 from data import LPS, PretrainingPatches, Sample, Volume, collate, place_patch, write_volume
 from monitor import peak_memory as peak_memory_of
 from monitor import read_log
@@ -58,7 +58,7 @@ CLIP_RANGE = (-1000, 1000)       # HU
 BATCH = {"cpu": 4, "cuda": 64}   # samples per call
 VALUES = {"lr": 0.0005, "weight_decay": 0.04, "momentum_teacher": 0.996, "teacher_temp": 0.04}  # of every step's schedules
 CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # relative difference that two ways to take a step may have in their first loss
-AUGMENTED = [f"--use_{name}" for name in ("rotation", "scale", "flip", "elastic", "gaussian", "histogram")]
+AUGMENTED = [f"--use_{name}" for name in PAPER]
 
 
 def get_args_parser():
@@ -69,7 +69,7 @@ def get_args_parser():
         sub = commands.add_parser(benchmark.__name__, help=benchmark.__doc__.splitlines()[0])
         sub.set_defaults(benchmark=benchmark)
         sub.add_argument("--json", action="store_true", help="end with one line of JSON")
-        sub.add_argument("--device", default="cpu", choices=devices, help="where ours runs; the baseline runs on the CPU")
+        sub.add_argument("--device", default="cpu", choices=devices, help="where ours runs; views of the baseline are made on the CPU")
         sub.add_argument("--threads", default=1, type=number(int, 1), choices=threads,
                          help="CPU threads, of the baseline as of ours")
         sub.add_argument("--repeats", default=repeats, type=number(int, 1), help="turns that each side takes")
@@ -89,30 +89,37 @@ def get_args_parser():
     sub = command(data, 7, ["cpu", "cuda"])
     sub.add_argument("--samples", default=1, type=number(int, 1), help="samples of the baseline per repeat")
     sub = command(step, 5, ["cpu", "cuda"])
-    model_flags(sub, "vit_small", {"cpu": 2, "cuda": 64})
+    model_flags(sub, 2, 64)
     sub = command(train, 1, ["cpu", "cuda"])
-    model_flags(sub, "vit_small", {"cpu": 2, "cuda": 64})
+    model_flags(sub, 2, 64)
     sub.add_argument("--steps", default=None, type=number(int, 1),
-                     help="of each of three epochs, of which the first is not counted; default: 6 on a CPU, 150 on a GPU")
+                     help="of each epoch; one per repeat and two more, of which the first is not counted; default: 6 on a CPU, "
+                          "150 on a GPU")
     sub.add_argument("--workers", default=None, type=number(int, 0),
                      help="reading processes of ours; the baseline has as many as there are cores; default: main_dino.py's")
     sub = command(infer, 3, ["cpu", "cuda"])
-    model_flags(sub, "vit_small", {"cpu": 1, "cuda": 8})
+    network_flags(sub, 1, 8)
     sub.add_argument("--size", default=[192, 192, 96], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
                      help="voxels of the volume, on the network's own grid")
     sub = command(growth, 3, ["cpu", "cuda"])
-    model_flags(sub, "vit_small", {"cpu": 1, "cuda": 32})
+    model_flags(sub, 1, 32)
     sub.add_argument("--output", default="growth.png", metavar="FILE", help="picture to write")
     return parser
 
 
-def model_flags(sub, arch, batch_size):
-    sub.add_argument("--arch", default=arch, type=utils.architecture(ARCHITECTURES), help="one of " + ", ".join(ARCHITECTURES))
-    sub.add_argument("--out_dim", default=65536, type=number(int, 2), help="prototypes of the head")
-    sub.add_argument("--batch_size", default=batch_size, type=number(int, 1),
-                     help="samples (infer: windows) at a time; default: {cpu} on a CPU, {cuda} on a GPU".format(**batch_size))
+def network_flags(sub, batch_cpu, batch_cuda):
+    sub.set_defaults(batch={"cpu": batch_cpu, "cuda": batch_cuda})
+    sub.add_argument("--arch", default="vit_small", type=utils.architecture(ARCHITECTURES),
+                     help="one of " + ", ".join(ARCHITECTURES))
+    sub.add_argument("--batch_size", default=None, type=number(int, 1),
+                     help=f"samples (infer: windows) at a time; default: {batch_cpu} on a CPU, {batch_cuda} on a GPU")
     sub.add_argument("--precision", default=None, choices=("bf16", "fp32"),
                      help="of the matrix products, of the baseline as of ours; default: bf16 on GPUs, fp32 on CPUs")
+
+
+def model_flags(sub, batch_cpu, batch_cuda):
+    network_flags(sub, batch_cpu, batch_cuda)
+    sub.add_argument("--out_dim", default=65536, type=number(int, 2), help="prototypes of the head")
     sub.add_argument("--compile", action="store_true", help="ours with main_dino.py's --compile")
 
 
@@ -122,9 +129,9 @@ def main():
     if args["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     torch.set_num_threads(threads)
-    if isinstance(args.get("batch_size"), dict):
-        args["batch_size"] = args["batch_size"][args["device"]]
-    if "precision" in args:
+    if "batch" in args:
+        default = args.pop("batch")[args["device"]]
+        args["batch_size"] = args["batch_size"] or default
         args["precision"] = args["precision"] or ("bf16" if args["device"] == "cuda" else "fp32")
     result = {"what": what, **benchmark(**args), "threads": threads, "device": args["device"],
               "device_name": device_name(args["device"]),
@@ -540,7 +547,7 @@ def matrix_rate(device, precision):
 # ------------------------------------------------------------------------------------------------------------- infer
 
 
-def infer(device, repeats, arch, out_dim, batch_size, precision, compile, size):
+def infer(device, repeats, arch, batch_size, precision, size):
     """A volume through the UNETR decoder, window by window, against the same with MONAI's ViT as its encoder."""
     from decoders import Segmenter, UnetrDecoder
     from segmentation import Grid, Windows, segment
@@ -575,6 +582,8 @@ def infer(device, repeats, arch, out_dim, batch_size, precision, compile, size):
 
 def growth(device, repeats, arch, out_dim, batch_size, precision, compile, output):
     """How a step's time grows with batch, local views and input size, and a run's rate with processes."""
+    if not Path(output).resolve().parent.is_dir():  # and not after minutes
+        raise UserError(f"--output {output}: its folder does not exist; make it or choose another")
     settings = {"arch": arch, "out_dim": out_dim, "device": device, "precision": precision, "compiled": compile}
     panels = {
         "samples per batch": [(n * batch_size, {"batch_size": n * batch_size}) for n in (1, 2, 4, 8)],

@@ -644,7 +644,7 @@ def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, d
                          if getattr(crops.policy, name)) + " on"]
     nifti = sum(path.endswith((".nii", ".nii.gz")) for path in paths)
     if nifti:
-        lines.append(f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 70 times "
+        lines.append(f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 80 times "
                      "slower than reading a converted file (see README, data)")
     if done.step:
         lines.append(f"going on after step {done.step}, epoch {done.epoch}")

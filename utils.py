@@ -466,7 +466,8 @@ class LARS(torch.optim.Optimizer):
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-ZIP_END, CHECKSUM = b"PK\5\6", b"crc32 "  # what a zip file's last record begins with; our comment behind it
+ZIP_START, ZIP_END = b"PK\3\4", b"PK\5\6"  # what a zip file's first and last record begin with
+CHECKSUM = b"crc32 "  # our comment behind it
 ZIP_END_BYTES, CHECKSUM_BYTES = 22, len(CHECKSUM) + 8
 
 
@@ -482,13 +483,17 @@ def add_checksum(file):
 
 
 def verify_checksum(path):
-    """Raises ValueError where a file is not as it was written; one without a checksum, older or not ours, passes."""
+    """Raises ValueError where a file is cut off or not as it was written; a whole one without a checksum, older or not
+    ours, passes."""
     with open(path, "rb") as file:
         length = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
         file.seek(max(0, length - ZIP_END_BYTES))
         tail = file.read()
         older = tail[-ZIP_END_BYTES:].startswith(ZIP_END) and tail.endswith(b"\0\0")  # a zip without a comment
         ours = ZIP_END in tail or CHECKSUM in tail  # one of the two may be what is damaged
+        file.seek(0)
+        if file.read(4) == ZIP_START and not ours:
+            raise ValueError("cut off: its end is missing")
         if ours and not older and tail[-CHECKSUM_BYTES:] != CHECKSUM + b"%08x" % crc32_of(file, length):
             raise ValueError("damaged: it does not match its checksum")
 

@@ -98,6 +98,12 @@ def test_growth_draws_a_picture(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "growth.png").size[0] > 500
 
 
+def test_a_picture_that_has_no_folder_is_refused_before_anything_is_timed(tmp_path):
+    process = benchmark("growth", "--arch", "vit_tiny", "--output", tmp_path / "none" / "growth.png")
+    line, = process.stderr.splitlines()
+    assert process.returncode == 1 and line.startswith("error: --output") and "does not exist" in line and not process.stdout
+
+
 def test_without_json_only_the_report():
     process = benchmark("read", "--repeats", "1", "--reads", "1", "--size", "130", "125", "121")
     assert process.returncode == 0, process.stderr

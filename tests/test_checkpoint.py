@@ -102,6 +102,15 @@ def test_the_one_before_a_truncated_one_is_used(tmp_path, capsys, share):
     assert steps_kept(tmp_path) == {"checkpoint.pth": 4, "checkpoint.1.pth": 2}
 
 
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.98])
+def test_a_file_that_is_cut_off_is_said_to_be(tmp_path, share):
+    path = save_all(tmp_path, 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:round(share * len(whole))])
+    with pytest.raises(UserError, match="checkpoint.pth: can't be read as a checkpoint .cut off: its end is missing"):
+        load_checkpoint(path)
+
+
 def test_all_damaged_is_one_error(tmp_path, capsys):
     path = save_all(tmp_path, 1, 2, 3, keep_last=3)
     for damaged in tmp_path.iterdir():
