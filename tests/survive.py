@@ -106,7 +106,7 @@ def survive(folder, data, kills, epochs, seed=0, say=print):
     assert all(rank.returncode == 0 for rank in undisturbed), errors
     expected, killed = state_of(folder / "undisturbed"), folder / "killed"
     part = killed / "checkpoint.pth.part"
-    pace = max(1, int(1.2 * expected["step"] / kills))  # steps between kills, on average a bit more than half of it
+    pace = max(1, int(0.8 * expected["step"] / kills))  # steps between kills at most, so that the run outlives them
     while True:
         ranks, began = start([*flags, "--output_dir", killed], progress), time.monotonic()
         if len(record) == kills:

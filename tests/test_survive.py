@@ -5,7 +5,7 @@ from survive import differences, make_volumes, survive
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
-    record, different = survive(tmp_path, make_volumes(tmp_path / "data"), kills=2, epochs=10)
+    record, different = survive(tmp_path, make_volumes(tmp_path / "data"), kills=2, epochs=14)
     assert len(record) == 2 and all(0 < kill["step"] < kill["last_step"] for kill in record), record
     assert different == []
 
