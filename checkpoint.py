@@ -77,6 +77,10 @@ class Checkpoints:
         if writing:
             writing.result()
 
+    def close(self):
+        """End the writing thread, when what was saved is on disk or can't be written."""
+        self._thread.shutdown()
+
 
 def in_memory(state):
     """A copy of a state in CPU memory: training goes on changing its tensors in place."""
@@ -251,6 +255,8 @@ class Interruption:
         return self
 
     def __exit__(self, kind, error, traceback):
+        if kind is None and self._agreed:
+            self._agreed()  # the question after the last step: nothing is left under way
         if kind is Preempted and self.processes.is_main:
             self.marker.write_text(self._told(error))
         for number, handler in self._before.items():

@@ -7,6 +7,7 @@ nor the number of processes nor an interruption changes what a case is trained o
 """
 import argparse
 import collections
+import contextlib
 import csv
 import json
 import math
@@ -875,11 +876,12 @@ def run_fold(fold, recipe, task, config, most_steps):
               SkippedSteps(recipe.max_skipped_steps, processes.device),
               Checkpoints(path, recipe.saving) if processes.is_main else utils.Silent())
     before = done.step
-    best = train_fold(fold, recipe, task, run, done, best, config, most_steps)
-    if best is None and done.epoch >= recipe.epochs:
-        best = task.validate(None, done, config)
-    save(fold, run, done, best, config)
-    run.checkpoints.wait()
+    with contextlib.closing(run.checkpoints):
+        best = train_fold(fold, recipe, task, run, done, best, config, most_steps)
+        if best is None and done.epoch >= recipe.epochs:
+            best = task.validate(None, done, config)
+        save(fold, run, done, best, config)
+        run.checkpoints.wait()
     if done.epoch < recipe.epochs:
         return done.step - before, False
     task.test()

@@ -244,7 +244,7 @@ def main(argv=None):
         if ending:
             interruption.end(checkpoints.wait)
 
-    with contextlib.closing(monitor), interruption:
+    with contextlib.closing(monitor), contextlib.closing(checkpoints), interruption:
         while done.step < last_step:
             steps = min((samples_per_epoch - done.position) // global_batch, last_step - done.step)
             train_one_epoch(run, batches, steps, done, done.epoch < args.freeze_last_layer, monitor, after_step)

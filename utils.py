@@ -1,6 +1,7 @@
 """What the scripts share: errors in one line, processes, seeds, schedules, parameter groups, weights, logs."""
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 import zlib
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
 
 READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,33 +46,56 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def run_script(main):
-    """Call main(); an expected failure ends the process with its one line and exit code 1, a signal with 75."""
+    """Call main() and end in order: on an expected failure with one line and exit code 1, on a signal with 75.
+
+    A thread of the process group that frees the last reference to a tensor needs the interpreter, and aborts the
+    process if it finds it ending: so whatever refers to the group goes first, then the group with its threads.
+    """
+    code, together = call(main)  # when it returns, an exception is gone, and with it the frames that refer to the group
+    if together:
+        leave_group()
+    elif dist.is_initialized():  # to join its threads would be to wait for the others, which may never answer them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def call(main):
+    """Call main() and tell why it ended early; returns the exit code, and whether all ranks end in the same way."""
     try:
-        main()
-        leave_group()
+        try:
+            main()
+            if dist.is_initialized():
+                dist.barrier()  # nobody leaves while another still needs it
+        finally:
+            end_workers()
+        return 0, True
     except Preempted as ending:
-        leave_group()
         if not process_rank():
             print(ending, file=sys.stderr, flush=True)
-        sys.exit(EXIT_PREEMPTED)
+        return EXIT_PREEMPTED, True
     except UserError as error:
-        if error.everywhere:  # otherwise the others wait for this rank in a collective, and would be waited for
-            leave_group()
-        finish_with(str(error), error.everywhere, 1)
+        tell_error(str(error), error.everywhere)
+        return 1, error.everywhere  # otherwise the others wait for this rank in a collective, and would be waited for
     except OSError as error:  # a full disk, a folder that vanished: it says what and where
-        finish_with(str(error), False, 1)
+        tell_error(str(error))
     except torch.OutOfMemoryError as error:
-        finish_with(f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})", False, 1)
-    except RuntimeError as error:
-        if is_worker_death(error):
-            finish_with(worker_death(error), False, 1)
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        finish_with("another process of this run has ended, its own message says why", False, 1)
+        tell_error(f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        finish_with("interrupted", True, 130)
-    finally:
-        end_workers()
+        tell_error("interrupted", everywhere=True)
+        return 130, False
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_worker_death(error):
+            tell_error(worker_death(error))
+        elif isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
+            tell_error("another process of this run has ended, its own message says why")
+        elif dist.is_initialized():
+            traceback.print_exc()
+        else:
+            raise
+    return 1, False
 
 
 def end_workers():
@@ -92,7 +118,9 @@ def end_process(message):
 
 
 def leave_group():
+    """Destroy the process group, which joins its threads unless anything still refers to it."""
     if dist.is_initialized():
+        gc.collect()  # of what main() made, DDP refers to it, and may be part of a cycle
         dist.destroy_process_group()
 
 
@@ -100,11 +128,10 @@ def process_rank():
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
-def finish_with(message, everywhere, code):
+def tell_error(message, everywhere=False):
     rank = process_rank()
     short = everywhere and rank > 0
     print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -121,7 +148,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        finish_with(f"{message} (see --help)", True, 2)
+        tell_error(f"{message} (see --help)", True)
+        sys.exit(2)
 
 
 def boolean(text):

@@ -27,18 +27,26 @@ FLAGS = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--local_crops_
          "--drop_path_rate", "0.3", "--save_every_steps", "2", "--num_workers", "1"]
 
 
-def start(flags, progress, processes=2, script="run_survive.py"):
-    """[Popen] of the ranks of a run, in one process group whose number is the first one's pid."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def environment(rank, processes, port):
+    """What a launcher tells a process of a run on this machine."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def start(flags, progress, processes=2, script="run_survive.py"):
+    """[Popen] of the ranks of a run, in one process group whose number is the first one's pid."""
+    port = free_port()
     progress.unlink(missing_ok=True)
     ranks, group = [], 0
     for rank in range(processes):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PROGRESS": str(progress)}
-        ranks.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / script), *map(str, flags)], env=environment,
+        told = os.environ | environment(rank, processes, port) | {"PROGRESS": str(progress)}
+        ranks.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / script), *map(str, flags)], env=told,
                                       process_group=group, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
         group = group or ranks[0].pid
     return ranks
