@@ -147,7 +147,7 @@ def safe_name(text, otherwise):
 
 
 def path_in(folder, name):
-    """Path of an input file. Raises DataError for a name that isn't in UTF-8, at which SimpleITK aborts the process."""
+    """Path of an input file. Raises DataError for a name that isn't in UTF-8, which SimpleITK can't take."""
     try:
         return os.path.join(folder, name).encode().decode()
     except UnicodeEncodeError:

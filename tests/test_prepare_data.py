@@ -289,8 +289,10 @@ def test_names_that_are_no_text(tmp_path, run):
     """File names are bytes, some with line breaks: they are converted, and told in a manifest of one line each."""
     folder = os.fsencode(tmp_path / "input")
     write_image(tmp_path / "input" / "a.nii.gz", scan())
+    write_image(tmp_path / "input" / "b.hdf5", scan(1))
     try:
-        for name in (b"\xff\xfe.nii.gz", b"two\nlines.nii.gz", b"a,\"b;.nii.gz", b"=1+1.nii.gz"):
+        os.rename(os.path.join(folder, b"b.hdf5"), os.path.join(folder, b"\xff\xfe.hdf5"))
+        for name in (b"two\nlines.nii.gz", b"a,\"b;.nii.gz", b"=1+1.nii.gz"):
             shutil.copy(os.path.join(folder, b"a.nii.gz"), os.path.join(folder, name))
         (tmp_path / "input" / "\udcff.dcm").touch()
     except OSError:
@@ -298,7 +300,7 @@ def test_names_that_are_no_text(tmp_path, run):
     result = run("nlst", "--input", tmp_path / "input", "--output", tmp_path / "output")
     assert result.code == 1 and len(result.errors) == 1 and "\\udcff.dcm" in result.errors[0]
     found = outcomes(tmp_path / "output")
-    assert found["\\udcff\\udcfe.nii.gz"] == ("failed", "can't be read: its name is not in UTF-8, rename it")
+    assert found["\\udcff\\udcfe.hdf5"] == ("failed", "can't be read: its name is not in UTF-8, rename it")
     for name in ("two lines.nii.gz", 'a,"b;.nii.gz', "=1+1.nii.gz", "a.nii.gz"):
         assert found[name] == ("written", "")
     assert len(written(tmp_path / "output")) == 4
