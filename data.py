@@ -218,7 +218,7 @@ def write_volume(path, volume, affine, compression="blosc"):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     voxels = np.ascontiguousarray(volume.T)  # (z, y, x)
     try:
-        # In memory first: on a full disk the HDF5 library itself crashes the process, plain writing raises OSError
+        # In memory first: on a full disk plain writing raises OSError, which the HDF5 library can't be trusted to do
         with h5py.File(part, "w", driver="core", backing_store=False) as file:
             file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
             image = file.create_group("ITKImage/0")

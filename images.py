@@ -293,8 +293,10 @@ def _read_nifti(reader, path):
 
 
 def require_sound_header(path):
-    """Raise DataError for a MetaImage header by which ITK would crash: no number of axes, or a name of the voxels' file that
-    is missing or a printf format, in which it puts its own values."""
+    """Raise DataError for a MetaImage header without a plain number of axes or a plain name of the voxels' file.
+
+    ITK reads some of the others and refuses most, but by some it ends the process.
+    """
     with open(path, "rb") as file:
         header = file.read(1 << 16)
     for name, sound in (("NDims", rb"[1-9]"), ("ElementDataFile", rb"[^%\0]+")):
