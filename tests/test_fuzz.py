@@ -587,7 +587,7 @@ SOUND = {  # name: {part of HEADER: what stands there}; voxels are behind it, or
     "blanks": {"NDims = 3": " \tNDims\t =\t 3 \t", "ElementDataFile = ": " \tElementDataFile\t =\t "},
     "line breaks of Windows": {"3\n": "3\r\n", "7\n": "7\r\n", "LOCAL\n": "a.raw\r\n"},
     "one frame": {"NDims = 3": "NDims = 4", "9 8 7": "9 8 7 1", "1 1 1": "1 1 1 1"},
-    "twice": {"NDims = 3": "NDims = 3\nNDims = 3"}, "comments": {"NDims": "Comment = 100% of NDims = x\n" * 9 + "NDims"},
+    "twice": {"NDims = 3": "NDims = 3\nNDims = 3"}, "comments": {"NDims": "Comment = 100% of ElementDataFile, NDims = x\n" * 9 + "NDims"},
     "voxels like lines": {}, "voxels like lines, indented": {"ElementDataFile": " \tElementDataFile"},
 }
 
