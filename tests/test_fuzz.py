@@ -47,8 +47,8 @@ from data import DataError, Volume, list_volumes, read_data_list, write_volume  
 from utils import UserError  # noqa: E402
 
 INPUTS = int(os.environ.get("FUZZ", 220))
-# Seeds by which faults of ours were found that are mended. Another fuzzer would make other inputs of them. None that ends the
-# process of a library by itself is kept
+# Seeds by which faults of ours were found that are mended. Another fuzzer would make other inputs of them. None
+# that ends the process of a library by itself is kept
 FOUND = [14, 87, 119, 134, 198, 255, 303, 597, 615, 645, 735, 998, 1026, 1118, 1265, 1456, 2037, 2253, 2443, 3351, 3653, 4142,
          4622, 4647]
 SECONDS = 30        # that one input may take on a busy machine
@@ -580,14 +580,16 @@ def test_unsound_metaimage_headers_are_refused_before_itk(changes, wrong, suffix
 
 PACKED = {"CompressedData = False": "CompressedData = True\nCompressedDataSize = SIZE"}
 SOUND = {  # name: {part of HEADER: what stands there}; voxels are behind it, or in the file that it names
-    "plain": {}, "in a file": {"LOCAL": "a.raw"}, "compressed": PACKED, "compressed in a file": PACKED | {"LOCAL": "a.zraw"},
+    "plain": {}, "in a file": {"LOCAL": "a.raw"}, "compressed": PACKED,
+    "compressed in a file": PACKED | {"LOCAL": "a.zraw"},
     "a name with blanks": {"LOCAL": "my scan.raw"}, "a name of other letters": {"LOCAL": "Müller.raw"},
     "colons": {"NDims =": "NDims :", "ElementDataFile =": "ElementDataFile :"},
     "no blanks": {"NDims = 3": "NDims=3", "ElementDataFile = ": "ElementDataFile="},
     "blanks": {"NDims = 3": " \tNDims\t =\t 3 \t", "ElementDataFile = ": " \tElementDataFile\t =\t "},
     "line breaks of Windows": {"3\n": "3\r\n", "7\n": "7\r\n", "LOCAL\n": "a.raw\r\n"},
     "one frame": {"NDims = 3": "NDims = 4", "9 8 7": "9 8 7 1", "1 1 1": "1 1 1 1"},
-    "twice": {"NDims = 3": "NDims = 3\nNDims = 3"}, "comments": {"NDims": "Comment = 100% of ElementDataFile, NDims = x\n" * 9 + "NDims"},
+    "twice": {"NDims = 3": "NDims = 3\nNDims = 3"},
+    "comments": {"NDims": "Comment = 100% of ElementDataFile, NDims = x\n" * 9 + "NDims"},
     "voxels like lines": {}, "voxels like lines, indented": {"ElementDataFile": " \tElementDataFile"},
 }
 
