@@ -39,15 +39,18 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import baseline
 import main_dino
 import utils
 from augmentations import MAX_BENT, PAPER, MultiCropAugmentation, Policy
-from data import LPS, PretrainingPatches, Sample, Volume, collate, place_patch, write_volume
-from monitor import peak_memory as peak_memory_of
-from monitor import read_log
-from skipping import SkippedSteps
-from utils import PRECISIONS, UserError, number
+from dino3d import baselines, command_line
+from dino3d.command_line import UserError, number
+from dino3d.data.pretraining import PretrainingPatches, Sample, collate, place_patch
+from dino3d.data.volume import LPS, Volume, write_volume
+from dino3d.files import read_log, versions
+from dino3d.training.loading import cores_per_process
+from dino3d.training.monitor import peak_memory as peak_memory_of
+from dino3d.training.nonfinite import SkippedSteps
+from utils import PRECISIONS
 from vision_transformer import ARCHITECTURES
 
 SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
@@ -62,7 +65,7 @@ AUGMENTED = [f"--use_{name}" for name in PAPER]
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(prog="benchmark.py", description="Times a part of this repository against a baseline.")
+    parser = command_line.ArgumentParser(prog="benchmark.py", description="Times a part of this repository against a baseline.")
     commands = parser.add_subparsers(dest="what", metavar="what", required=True)
 
     def command(benchmark, repeats, devices, threads=None):
@@ -80,7 +83,7 @@ def get_args_parser():
                      help="samples of the baseline per repeat, beside two batches of ours; more even out what is drawn")
     sub = command(read, 7, ["cpu"], [1])
     sub.add_argument("--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened for it")
-    sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(baseline.PATCH)),
+    sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(baselines.PATCH)),
                      metavar=("X", "Y", "Z"),
                      help="voxels of the scan that patches are read from; the default is a usual chest CT's")
     sub = command(convert, 5, ["cpu"], [1])
@@ -109,7 +112,7 @@ def get_args_parser():
 
 def network_flags(sub, batch_cpu, batch_cuda):
     sub.set_defaults(batch={"cpu": batch_cpu, "cuda": batch_cuda})
-    sub.add_argument("--arch", default="vit_small", type=utils.architecture(ARCHITECTURES),
+    sub.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
                      help="one of " + ", ".join(ARCHITECTURES))
     sub.add_argument("--batch_size", default=None, type=number(int, 1),
                      help=f"samples (infer: windows) at a time; default: {batch_cpu} on a CPU, {batch_cuda} on a GPU")
@@ -135,7 +138,7 @@ def main():
         args["precision"] = args["precision"] or ("bf16" if args["device"] == "cuda" else "fp32")
     result = {"what": what, **benchmark(**args), "threads": threads, "device": args["device"],
               "device_name": device_name(args["device"]),
-              "versions": {**utils.versions(), "SimpleITK": version("SimpleITK")}}
+              "versions": {**versions(), "SimpleITK": version("SimpleITK")}}
     print_report(result)
     if as_json:
         print(json.dumps(result))
@@ -153,15 +156,15 @@ def augment(device, repeats, samples):
         start = place_patch(rng, np.array(volume.shape), np.array(crops.core), np.array(crops.patch_size))
         # A file's slowest axis is z: what is read from one lies in memory in that order
         patches.append(np.asfortranarray(cut(volume, start, crops.patch_size)))
-    centred = (np.array(crops.patch_size) - baseline.PATCH) // 2
-    inner = [np.ascontiguousarray(cut(patch, centred, baseline.PATCH)) for patch in patches]
-    transforms = baseline.monai_transforms(GLOBAL, LOCAL, seed=0)
+    centred = (np.array(crops.patch_size) - baselines.PATCH) // 2
+    inner = [np.ascontiguousarray(cut(patch, centred, baselines.PATCH)) for patch in patches]
+    transforms = baselines.monai_transforms(GLOBAL, LOCAL, seed=0)
     batches = 2 * samples  # of ours per repeat: with fewer its time is too short to measure well
     preparing = []         # seconds of ours that fall to the loader's workers
 
     def plain(turn):
         for i in range(turn * samples, (turn + 1) * samples):
-            baseline.monai_views(inner[i % len(inner)], *transforms)
+            baselines.monai_views(inner[i % len(inner)], *transforms)
 
     def ours(turn):
         preparing.append(sum(our_views(patches, crops, (turn * batches + i) * len(patches), device)
@@ -171,12 +174,12 @@ def augment(device, repeats, samples):
     times["of which draw and collate"] = preparing[1:]  # without the warm-up
     return comparison(
         20, "seconds per sample of ten views", times,
-        {"baseline": f"MONAI's transforms one after the other, {by(baseline.PATCH)} voxels per view, then the crop; CPU",
+        {"baseline": f"MONAI's transforms one after the other, {by(baselines.PATCH)} voxels per view, then the crop; CPU",
          "ours": f"one resampling per view, at its own voxels, of {by(crops.patch_size)} voxels; {device}",
          "of which draw and collate": "the loader's part, on the CPU wherever views are rendered"},
-        sources(baseline.monai_transforms, baseline.monai_views),
+        sources(baselines.monai_transforms, baselines.monai_views),
         {"data": origin, "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "policy": vars(POLICY),
-         "baseline_patch": baseline.PATCH, "our_patch": crops.patch_size, "clip_range": CLIP_RANGE,
+         "baseline_patch": baselines.PATCH, "our_patch": crops.patch_size, "clip_range": CLIP_RANGE,
          "batch_size": BATCH[device], "repeats": repeats, "baseline_samples_per_repeat": samples,
          "our_samples_per_repeat": batches * len(patches)})
 
@@ -199,28 +202,28 @@ def read(device, repeats, reads, size):
     """A random patch of a scan from a file that is opened for it: Blosc chunks against gzip slices, warm cache."""
     import nibabel
     volume, affine, origin = scan(size)
-    starts = np.random.RandomState(0).randint(0, np.array(size) - baseline.PATCH + 1, (repeats + 1, reads, 3))
+    starts = np.random.RandomState(0).randint(0, np.array(size) - baselines.PATCH + 1, (repeats + 1, reads, 3))
     larger = MultiCropAugmentation(POLICY, GLOBAL, LOCAL, LOCAL_NUMBER).patch_size
-    margin = (np.array(larger) - baseline.PATCH) // 2
+    margin = (np.array(larger) - baselines.PATCH) // 2
     with tempfile.TemporaryDirectory() as folder:
         layouts = {"baseline": "itk.hdf5", "ours": "blosc.hdf5", "gzip": "gzip.hdf5", "none": "none.hdf5",
                    "nii.gz": "scan.nii.gz", "nii": "scan.nii"}
         paths = {name: os.path.join(folder, file) for name, file in layouts.items()}
-        baseline.write_itk(paths["baseline"], volume, affine)
+        baselines.write_itk(paths["baseline"], volume, affine)
         for name, compression in {"ours": "blosc", "gzip": "gzip", "none": "none"}.items():
             write_volume(paths[name], volume, affine, compression)
         for name in ("nii.gz", "nii"):
             nibabel.save(nibabel.Nifti1Image(volume, affine), paths[name])
-        takes = {name: baseline.read_itk if name == "baseline" else read_volume for name in paths}
+        takes = {name: baselines.read_itk if name == "baseline" else read_volume for name in paths}
         for name, take in takes.items():
             for start in starts[0]:
-                if not np.array_equal(take(paths[name], start, baseline.PATCH), cut(volume, start, baseline.PATCH)):
+                if not np.array_equal(take(paths[name], start, baselines.PATCH), cut(volume, start, baselines.PATCH)):
                     raise UserError(f"{layouts[name]}: the patch at {start.tolist()} has other voxels than the scan")
 
         def reading(name):
             def run(turn):
                 for start in starts[turn]:
-                    takes[name](paths[name], start, baseline.PATCH)
+                    takes[name](paths[name], start, baselines.PATCH)
             return run
 
         def reading_larger(turn):
@@ -234,11 +237,11 @@ def read(device, repeats, reads, size):
              "gzip": "the same with gzip; data.Volume", "none": "the same without compression; data.Volume",
              "nii.gz": "written by nibabel; data.Volume", "nii": "written by nibabel; data.Volume",
              "larger": f"as ours, the {by(larger)} voxels that all six augmentations on a view look at"}
-    result = comparison(20, f"seconds per patch of {by(baseline.PATCH)} voxels", times,
+    result = comparison(20, f"seconds per patch of {by(baselines.PATCH)} voxels", times,
                         {name: f"{megabytes[name]:5.1f} MB: {note}" if name in paths else note
                          for name, note in notes.items()},
-                        sources(baseline.write_itk, baseline.read_itk),
-                        {"data": origin, "patch": baseline.PATCH, "repeats": repeats, "reads_per_repeat": reads,
+                        sources(baselines.write_itk, baselines.read_itk),
+                        {"data": origin, "patch": baselines.PATCH, "repeats": repeats, "reads_per_repeat": reads,
                          "megabytes": megabytes})
     result["nifti_ratio"] = result["rows"]["nii.gz"]["seconds"] / result["ours"]
     return result
@@ -255,6 +258,7 @@ def read_volume(path, start, size):
 def convert(device, repeats, size):
     """A DICOM series to HDF5, headers checked and voxels described, against SimpleITK reading and writing it."""
     import SimpleITK
+
     from prepare_data import Scan, ScanTask, convert_scans, look_into, place_scans
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     volume, affine, origin = scan(size)
@@ -273,7 +277,7 @@ def convert(device, repeats, size):
                         raise UserError(f"the series that was written for this benchmark is refused: {row['reason']}")
                     write(path)
             return run
-        times = take_turns({"baseline": (lambda turn: baseline.convert_itk(series, paths["baseline"]), 1),
+        times = take_turns({"baseline": (lambda turn: baselines.convert_itk(series, paths["baseline"]), 1),
                             "ours": (prepared(paths["ours"], "blosc"), 1),
                             **{kind: (prepared(paths[kind], kind), 1) for kind in ("gzip", "none")}}, repeats)
         megabytes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
@@ -284,7 +288,7 @@ def convert(device, repeats, size):
              "ours": "prepare_data.py nlst: headers read twice and checked, series read, RAS, quantiles, Blosc",
              "gzip": "the same with --compression gzip", "none": "the same with --compression none"}
     result = comparison(2, f"seconds per volume of {by(size)} voxels on one core", times,
-                        {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()}, sources(baseline.convert_itk),
+                        {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()}, sources(baselines.convert_itk),
                         {"data": origin + ", written as DICOM", "repeats": repeats, "megabytes": megabytes})
     result["volumes_per_second_and_core"] = 1 / result["ours"]
     return result
@@ -328,9 +332,9 @@ def data(device, repeats, samples):
     volume, affine, origin = scan(SCAN_SIZE)
     with tempfile.TemporaryDirectory() as folder:
         theirs, mine = os.path.join(folder, "itk.hdf5"), os.path.join(folder, "blosc.hdf5")
-        baseline.write_itk(theirs, volume, affine)
+        baselines.write_itk(theirs, volume, affine)
         write_volume(mine, volume, affine)
-        plainly = iter(DataLoader(baseline.Patches([theirs] * (repeats + 1) * samples, GLOBAL, LOCAL), samples))
+        plainly = iter(DataLoader(baselines.Patches([theirs] * (repeats + 1) * samples, GLOBAL, LOCAL), samples))
         dataset, size = PretrainingPatches([mine], crops, seed=0, patches_per_volume=1 << 30), BATCH[device]
         keys = [[(0, turn * size + i) for i in range(size)] for turn in range(repeats + 1)]
         preparing = []  # seconds of ours that fall to the loader's workers
@@ -350,9 +354,9 @@ def data(device, repeats, samples):
         {"baseline": "gzip ITK files, MONAI's transforms one after the other in a DataLoader; CPU",
          "ours": f"main_dino.py's way: Blosc files, parameters drawn beside, views rendered per batch; {device}",
          "of which read, draw and collate": "the loader's part, on the CPU wherever views are rendered; its workers share it"},
-        sources(baseline.Patches, baseline.read_itk, baseline.monai_transforms, baseline.monai_views),
+        sources(baselines.Patches, baselines.read_itk, baselines.monai_transforms, baselines.monai_views),
         {"data": origin, "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "policy": vars(POLICY),
-         "baseline_patch": baseline.PATCH, "our_patch": crops.patch_size, "batch_size": size, "repeats": repeats,
+         "baseline_patch": baselines.PATCH, "our_patch": crops.patch_size, "batch_size": size, "repeats": repeats,
          "baseline_samples_per_repeat": samples})
 
 
@@ -375,7 +379,7 @@ def step(device, repeats, arch, out_dim, batch_size, precision, compile):
         1, "seconds per sample", times,
         {"baseline": f"{memory['baseline']:5.2f} GiB: MONAI's ViT, eager, the step written out; {precision}",
          "ours": f"{memory['ours']:5.2f} GiB: main_dino.train_step" + ", compiled" * compile + f"; {precision}"},
-        sources(baseline.step, baseline.Model, baseline.ViT),
+        sources(baselines.step, baselines.Model, baselines.ViT),
         {"data": "random views", "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "repeats": repeats, **settings,
          "peak_memory_gib": memory, "gflop_per_sample": flops / 1e9})
     result["teraflops"] = flops / result["ours"] / 1e12
@@ -417,12 +421,12 @@ def plain_trainer(arch, out_dim, device, precision):
     """A function that takes a plain step on views and returns its loss."""
     torch.manual_seed(0)
     ours = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
-    student, teacher = (baseline.Model(ours).to(device) for _ in range(2))
+    student, teacher = (baselines.Model(ours).to(device) for _ in range(2))
     optimizer, center = torch.optim.AdamW(utils.parameter_groups(student)), torch.zeros(1, out_dim, device=device)
 
     def take(views):
         nonlocal center
-        loss, center = baseline.step(student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision])
+        loss, center = baselines.step(student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision])
         return loss
     return take
 
@@ -468,7 +472,7 @@ def flops_per_sample(arch, out_dim, size=GLOBAL, local_number=LOCAL_NUMBER):
 def train(device, repeats, arch, out_dim, batch_size, precision, compile, steps, workers):
     """main_dino.py from the disk, all six augmentations on, against plain loader workers and a plain step."""
     steps = steps or {"cpu": 6, "cuda": 150}[device]
-    cores, rate = utils.cores_per_process(utils.Processes()), matrix_rate(device, precision)
+    cores, rate = cores_per_process(utils.Processes()), matrix_rate(device, precision)
     volume, affine, origin = scan(SCAN_SIZE)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--arch", arch, "--batch_size_per_gpu", batch_size, "--out_dim", out_dim, "--epochs", 2 + repeats,
@@ -476,7 +480,7 @@ def train(device, repeats, arch, out_dim, batch_size, precision, compile, steps,
                  *(["--num_workers", workers] if workers is not None else [])]
         write_copies(folder, volume, affine, steps * batch_size)
         records = our_training(folder, flags, device)
-        baseline.write_itk(os.path.join(folder, "itk.h5"), volume, affine)
+        baselines.write_itk(os.path.join(folder, "itk.h5"), volume, affine)
         times = {"baseline": plain_training(os.path.join(folder, "itk.h5"), arch, out_dim, device, precision, cores, repeats),
                  "ours": [1 / record["volumes_per_second"] for record in records]}
     waiting, memory = (max(record[name] for record in records) for name in ("waiting_for_data", "peak_memory_gib"))
@@ -484,8 +488,8 @@ def train(device, repeats, arch, out_dim, batch_size, precision, compile, steps,
         25, "seconds per sample", times,
         {"baseline": f"{cores} loader workers with MONAI's transforms, MONAI's ViT, the step written out; {precision}",
          "ours": f"{waiting:.1%} of the time waiting for data, {memory:.1f} GiB; {precision}" + ", compiled" * compile},
-        sources(plain_training, baseline.Patches, baseline.monai_transforms, baseline.monai_views, baseline.step, baseline.Model,
-                baseline.ViT),
+        sources(plain_training, baselines.Patches, baselines.monai_transforms, baselines.monai_views, baselines.step, baselines.Model,
+                baselines.ViT),
         {"data": origin, "arch": arch, "out_dim": out_dim, "batch_size": batch_size, "steps_per_epoch": steps,
          "repeats": len(records), "cores": cores, "flags": " ".join(map(str, flags)),
          "gflop_per_sample": flops_per_sample(arch, out_dim) / 1e9})
@@ -521,7 +525,7 @@ def our_training(folder, flags, device, processes=1):
 def plain_training(path, arch, out_dim, device, precision, workers, repeats):
     """[seconds per sample] of a loop over a DataLoader whose workers augment, in batches of two: more would take minutes."""
     batch_size, batches = 2, workers * (repeats + 2)
-    loader = DataLoader(baseline.Patches([path] * batch_size * batches, GLOBAL, LOCAL), batch_size, num_workers=workers)
+    loader = DataLoader(baselines.Patches([path] * batch_size * batches, GLOBAL, LOCAL), batch_size, num_workers=workers)
     take, began = plain_trainer(arch, out_dim, device, precision), []
     for index, views in enumerate(loader):
         if index % workers == 0:
@@ -554,7 +558,7 @@ def infer(device, repeats, arch, batch_size, precision, size):
     torch.manual_seed(0)
     encoder = ARCHITECTURES[arch](img_size=GLOBAL)
     decoder = UnetrDecoder(encoder.embed_dim, len(encoder.blocks), encoder.patch_size, 2)
-    networks = {"baseline": Segmenter(baseline.ViT(encoder), decoder), "ours": Segmenter(encoder, decoder)}
+    networks = {"baseline": Segmenter(baselines.ViT(encoder), decoder), "ours": Segmenter(encoder, decoder)}
     networks = {name: network.to(device).eval() for name, network in networks.items()}
     volume, _, origin = scan(size)
     image = Grid(tuple(size), (1.0, 1.0, 2.0), (0.0, 0.0, 0.0), tuple(np.eye(3).ravel())).image(volume)
@@ -573,7 +577,7 @@ def infer(device, repeats, arch, batch_size, precision, size):
     return comparison(
         1, "seconds per million voxels", times,
         {"baseline": f"MONAI's ViT as encoder; {precision}", "ours": f"main_lts_msd.py's way; {precision}"},
-        sources(baseline.ViT), {"data": origin, "arch": arch, "size": size, "window": GLOBAL, "overlap": windows.overlap,
+        sources(baselines.ViT), {"data": origin, "arch": arch, "size": size, "window": GLOBAL, "overlap": windows.overlap,
                                 "batch_size": batch_size, "repeats": repeats, "largest_difference": worst})
 
 

@@ -24,24 +24,31 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import checkpoint
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
-from data import SUFFIXES, BatchStream, DataError, PretrainingPatches, collate, list_volumes, read_data_list, watched
-from monitor import Monitor, air_share, forget_after, summary
-from skipping import SkippedSteps, describe, end_run, take_step
-from utils import UserError, boolean, cosine_schedule, linear_schedule, number, spaced
+from dino3d import command_line
+from dino3d.command_line import UserError, boolean, number, spaced
+from dino3d.data.layouts import list_volumes, read_data_list
+from dino3d.data.pretraining import BatchStream, PretrainingPatches, collate
+from dino3d.data.read_watchdog import watched
+from dino3d.data.volume import SUFFIXES, DataError
+from dino3d.files import forget_after, write_config
+from dino3d.training import checkpoint
+from dino3d.training.loading import next_batch, reading_processes
+from dino3d.training.monitor import Monitor, air_share, summary
+from dino3d.training.nonfinite import SkippedSteps, describe, end_run, take_step
+from utils import cosine_schedule, linear_schedule
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
 
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(prog="main_dino.py", description="DINO pre-training of a 3D ViT on CT volumes.")
-    flag = utils.boolean_flag
+    parser = command_line.ArgumentParser(prog="main_dino.py", description="DINO pre-training of a 3D ViT on CT volumes.")
+    flag = command_line.boolean_flag
 
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", default="vit_small", type=utils.architecture(ARCHITECTURES),
+    group.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
                        help="one of " + ", ".join(ARCHITECTURES) + "; vit_tiny for CPUs, vit_small as in the paper")
     group.add_argument("--patch_size", default=[12, 12, 6], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
                        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost")
@@ -106,7 +113,7 @@ def get_args_parser():
                             "act in mm; default: the volumes' own voxels, as in the paper")
     group.add_argument("--clip_range", default=[-1000.0, 1000.0], nargs=2, type=number(float), metavar=("LOW", "HIGH"),
                        help="HU that become 0 and 1")
-    utils.augmentation_flags(group)
+    command_line.augmentation_flags(group)
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
@@ -122,7 +129,7 @@ def get_args_parser():
                        help="of the volumes that may be unreadable in an epoch, rounded up to whole files, before the run "
                             "stops; others take their place, see bad_files.csv. Raise it for data known to be damaged")
     flag(group, "--strict_data", False, "stop at the first unreadable file instead of putting another in its place")
-    utils.read_timeout_flag(group)
+    command_line.read_timeout_flag(group)
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="output", metavar="DIR", help="where all results go; goes on from there")
@@ -159,9 +166,9 @@ def main(argv=None):
     check_flags(parser, args)
     processes = utils.distributed_init()
     output_dir = Path(args.output_dir)
-    processes.from_main(lambda: utils.make_output_dir(output_dir))
+    processes.from_main(lambda: command_line.make_output_dir(output_dir))
     args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
-    notices += utils.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
+    notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
 
     # ---------------------------------------------------------------------------------------------------------- data
     paths = processes.from_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
@@ -217,13 +224,13 @@ def main(argv=None):
         say(f"nothing to do, {done.epoch} of {args.epochs} epochs are done ({done.step} steps)\n{summary(output_dir)}")
         return
     if processes.is_main:
-        utils.write_config(output_dir / "config.json", vars(args), processes, volumes=len(paths))
+        write_config(output_dir / "config.json", vars(args), processes, utils.device_name(processes.device), volumes=len(paths))
         forget_after(output_dir / "log.txt", done.step)
     say(announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done))
 
     stream = BatchStream(len(paths), args.patches_per_volume, args.batch_size_per_gpu, processes.rank,
                          processes.world_size, args.seed, done.epoch, done.position, args.epochs, args.accumulate_steps)
-    workers, ahead, cramped = utils.reading_processes(
+    workers, ahead, cramped = reading_processes(
         args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(crops.patch_size))
     for notice in cramped:
         say(notice)
@@ -326,7 +333,7 @@ def train_one_epoch(run, batches, steps, done, frozen, monitor, after_step):
     monitor.start_epoch(done.epoch + 1)
     for index in range(steps):
         began = time.perf_counter()
-        micro_batches = [utils.next_batch(batches, monitor.bad_files.note) for _ in range(run.accumulate_steps)]
+        micro_batches = [next_batch(batches, monitor.bad_files.note) for _ in range(run.accumulate_steps)]
         waited = time.perf_counter() - began
         if index == 0:
             show(run, micro_batches[0], done, monitor)

@@ -20,26 +20,52 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import finetune
 import utils
 from augmentations import PAPER, paper_policy, scale_intensity
-from checkpoint import Saving
-from data import SUFFIXES, DataError, find_crops, find_volumes
-from decoders import Classifier, LinearHead, NearestNeighbours
-from finetune import EvaluationCrops, Fold, TrainingCrops, WindowAugmentation
-from monitor import planes
-from utils import UserError, montage, number, radiological, spaced
+from dino3d import command_line
+from dino3d.command_line import UserError, number, spaced
+from dino3d.data.layouts import find_crops, find_volumes
+from dino3d.data.volume import SUFFIXES, DataError
+from dino3d.files import read_json, read_table, write_config, write_json, write_table
+from dino3d.finetune import flags
+from dino3d.finetune.classification_metrics import (
+    FIGURES,
+    area_under_roc,
+    choose_threshold,
+    columns,
+    decide,
+    figures,
+    over_folds,
+    shown,
+)
+from dino3d.finetune.classification_pictures import draw_curves, draw_errors
+from dino3d.finetune.crops import (
+    EvaluationCrops,
+    TrainingCrops,
+    WindowAugmentation,
+    check_crops,
+    read_ahead,
+    spacing_of,
+    spacing_warning,
+)
+from dino3d.finetune.encoder import ENCODER, load_encoder
+from dino3d.finetune.fold_folders import check_same_run, fold_folders, load_best, load_fold
+from dino3d.finetune.fold_loop import Fold, Recipe, Task, check_diverged, keep_best, learning_rate, one_step_notice, run_fold
+from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
+from dino3d.finetune.runtime import collect, set_up
+from dino3d.finetune.splits import Split, case_names, make_splits, of_patients, save_splits
+from dino3d.finetune.statistics import mean_and_deviation, told
+from dino3d.training.checkpoint import Saving
+from dino3d.training.loading import next_batch
 
-SHOWN_ERRORS = 10  # in errors.png
-FIGURES = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
 # What must not change while a run goes on fold by fold
-FIXED = (*finetune.ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
+FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
          "eval_negatives", "folds", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs", "min_lr",
          "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(prog="main_lnc_luna16.py", description="Lung nodule classification, fold by fold.")
+    parser = command_line.ArgumentParser(prog="main_lnc_luna16.py", description="Lung nodule classification, fold by fold.")
     group = parser.add_argument_group("classification")
     group.add_argument("--protocol", default="finetune", choices=("finetune", "linear", "knn"),
                        help="finetune: encoder and head are trained; linear: the head alone, on the frozen encoder's "
@@ -51,7 +77,7 @@ def get_args_parser():
                        help="the same for validation and test, drawn once; 0: all, which is what to report")
     group.add_argument("--knn_k", default=None, type=number(int, 1),
                        help="neighbours that vote; default: the square root of the training cases, at most 20")
-    finetune.add_flags(parser, batch_size=128, folds=("patients", "subsets"),
+    flags.add_flags(parser, batch_size=128, folds=("patients", "subsets"),
                        spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then act "
                                "in mm",
                        predict="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes to "
@@ -61,7 +87,7 @@ def get_args_parser():
 
 def check_flags(parser, args):
     """Refuse what is wrong whatever the data (exit code 2), and settle what one flag means for another."""
-    finetune.check_flags(parser, vars(args), "subset*/label0|label1/<patient>/<name>.nii.gz")
+    flags.check_flags(parser, vars(args), "subset*/label0|label1/<patient>/<name>.nii.gz")
     if args.freeze_encoder and args.protocol == "finetune":
         args.protocol = "linear"
     args.freeze_encoder = args.protocol != "finetune"
@@ -72,7 +98,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_flags(parser, args)
     output_dir = Path(args.output_dir)
-    device, args.precision, notices = finetune.set_up(
+    device, args.precision, notices = set_up(
         output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
         dist_url=args.dist_url, local_rank=args.local_rank)
     processes = device.processes
@@ -83,19 +109,19 @@ def main(argv=None):
 
     # ---------------------------------------------------------------------------------------------------------- data
     cases = processes.from_main(lambda: find_cases(args.data_dir, output_dir))
-    splits, data = processes.from_main(lambda: finetune.make_splits(
+    splits, data = processes.from_main(lambda: make_splits(
         output_dir / "splits.json", args.folds, args.k_fold, args.num_test, args.seed, cases.patients,
         cases.labels.tolist(), cases.subsets, ("crop_size", "crop_spacing")))
     sides = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
     if "crop_size" not in data:
         check_training_sides(sides, cases)
-        data["crop_size"], data["crop_spacing"] = finetune.check_crops(cases.paths, processes)
+        data["crop_size"], data["crop_spacing"] = check_crops(cases.paths, processes)
     cases = cases._replace(crop_size=data["crop_size"])
 
     # --------------------------------------------------------------------------------------------------------- model
     args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = finetune.load_encoder(args.pretrained_weights, args.checkpoint_key,
-                                    {name: getattr(args, name) for name in finetune.ENCODER})
+    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key,
+                                    {name: getattr(args, name) for name in ENCODER})
     vars(args).update(encoder.settings())
     notices += warnings_about(encoder, args.protocol, data)
     config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}
@@ -105,18 +131,18 @@ def main(argv=None):
     in_mm = data["crop_spacing"] if args.spacing else None  # views were turned and scaled in mm in pre-training too
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, in_mm)
     epochs = 0 if args.protocol == "knn" else args.epochs
-    rates = functools.partial(finetune.learning_rate, args.lr, args.min_lr, epochs, args.warmup_epochs)
-    recipe = finetune.Recipe(epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
+    rates = functools.partial(learning_rate, args.lr, args.min_lr, epochs, args.warmup_epochs)
+    recipe = Recipe(epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
                              args.max_skipped_steps,
                              Saving(args.save_every_steps, args.save_every_minutes, args.keep_last))
 
     # ------------------------------------------------------------------------------------------------------ training
-    processes.from_main(lambda: finetune.check_same_run(output_dir, config, FIXED))
+    processes.from_main(lambda: check_same_run(output_dir, config, FIXED))
     if processes.is_main:
-        utils.write_config(output_dir / "config.json", config, processes, cases=len(cases.names))
-        finetune.save_splits(output_dir / "splits.json", splits, data)
+        write_config(output_dir / "config.json", config, processes, utils.device_name(processes.device), cases=len(cases.names))
+        save_splits(output_dir / "splits.json", splits, data)
     longest = max(len(epoch_order(side.train, cases.labels, args.negatives, args.seed, 0)) for side in sides)
-    notices += finetune.one_step_notice(longest, epochs, args.batch_size_per_gpu * processes.world_size)
+    notices += one_step_notice(longest, epochs, args.batch_size_per_gpu * processes.world_size)
     for line in [*notices, announcement(config, processes, cases, sides)]:
         say(line)
     left = args.max_steps or math.inf
@@ -128,7 +154,7 @@ def main(argv=None):
             fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device,
                         say)
             task = nodule_task(fold, args.protocol, augmentation, args.clip_range, args.negatives, args.seed)
-            steps, finished = finetune.run_fold(fold, recipe, task, config, left)
+            steps, finished = run_fold(fold, recipe, task, config, left)
             left -= steps
             if not finished:
                 say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
@@ -143,7 +169,7 @@ def main(argv=None):
 def nodule_task(fold, protocol, augmentation, clip_range, negatives, seed):
     """The finetune.Task of a fold's cases."""
     drawn = draw_negatives(fold.train, fold.cases.labels, negatives, seed, 0)
-    return finetune.Task(
+    return Task(
         functools.partial(epoch_order, fold.train, fold.cases.labels, negatives, seed),
         TrainingCrops(fold.cases.paths, fold.cases.crop_size, augmentation, seed),
         functools.partial(case_losses, fold, augmentation, clip_range, class_weights(drawn, fold.cases)),
@@ -190,7 +216,7 @@ def find_cases(folder, output_dir):
         raise UserError(f"--data_dir {error}") from error
     if problems:
         raise UserError(f"--data_dir {problems[0]}")
-    names = finetune.case_names([crop.path for crop in crops], folder)
+    names = case_names([crop.path for crop in crops], folder)
     labels = np.array([crop.label for crop in crops])
     return Cases(names, [crop.path for crop in crops], labels, [crop.patient for crop in crops],
                  [crop.subset for crop in crops], int(labels.max()) + 1)
@@ -207,8 +233,8 @@ def check_training_sides(sides, cases):
 
 def case_numbers(split, cases, eval_negatives, seed):
     """Split with case numbers instead of patients; validation and test without the negatives that are not drawn."""
-    train, *others = (finetune.of_patients(side, cases.patients) for side in split)
-    return finetune.Split(train, *(draw_negatives(side, cases.labels, eval_negatives, seed, 0) for side in others))
+    train, *others = (of_patients(side, cases.patients) for side in split)
+    return Split(train, *(draw_negatives(side, cases.labels, eval_negatives, seed, 0) for side in others))
 
 
 def draw_negatives(chosen, labels, ratio, seed, epoch):
@@ -275,13 +301,13 @@ def infer(forward, dataset, cases, clip_range, device):
     """
     processes = device.processes
     mine = [int(case) for case in cases[processes.rank::processes.world_size]]  # no rank repeats a case to fill up
-    batches, rows = finetune.read_ahead(dataset, mine, device.batch_size, device.workers), {}
+    batches, rows = read_ahead(dataset, mine, device.batch_size, device.workers), {}
     while len(rows) < len(mine) and not device.interruption.asked:
-        batch = utils.next_batch(batches)
+        batch = next_batch(batches)
         volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
         with torch.no_grad(), device.autocast():
             rows.update(zip(batch.cases.tolist(), forward(volumes).double().cpu().numpy()))
-    return finetune.collect(device, [int(case) for case in cases], rows)
+    return collect(device, [int(case) for case in cases], rows)
 
 
 def classify(model, volumes):
@@ -302,14 +328,14 @@ def validate(fold, clip_range, best, done, config):
     labels = fold.cases.labels[fold.validation]
     chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
     loss = float(np.mean([-np.log(chosen[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
-    finetune.check_diverged(fold, loss)
+    check_diverged(fold, loss)
     last = {"auc": area_under_roc(labels, probabilities), "loss": loss}
-    return finetune.keep_best(fold, best, last, done, config, {"threshold": choose_threshold(labels, probabilities)})
+    return keep_best(fold, best, last, done, config, {"threshold": choose_threshold(labels, probabilities)})
 
 
 def test_fold(fold, clip_range):
     """Evaluate the best epoch on the test cases and write the fold's predictions.csv and metrics.json."""
-    best = finetune.load_best(fold)
+    best = load_best(fold)
     probabilities = probabilities_of(fold, fold.test, clip_range)
     if not fold.device.processes.is_main:
         return
@@ -323,88 +349,8 @@ def test_fold(fold, clip_range):
         record["notes"].append("test cases lack a class: AUC and average precision are undefined")
     rows = [[fold.cases.names[i], fold.cases.patients[i], fold.number, int(fold.cases.labels[i]), *shown(row)]
             for i, row in zip(fold.test, probabilities)]
-    finetune.write_table(fold.folder / "predictions.csv", columns(fold.cases.classes), rows)
-    finetune.write_json(fold.folder / "metrics.json", record)
-
-
-def columns(classes, known=("case", "patient", "fold", "label")):
-    """Header of a predictions.csv: what is known of a case, then its probabilities."""
-    return [*known, *(["probability"] if classes == 2 else [f"probability_{k}" for k in range(classes)])]
-
-
-def shown(row):
-    """(classes,) probabilities as they stand in a table: with two classes, label 1's."""
-    return [float(p) for p in (row[1:] if len(row) == 2 else row)]
-
-
-def figures(labels, probabilities, patients, threshold):
-    """{name: value} of FIGURES, and the 95 % interval of the AUC by bootstrap over patients.
-
-    labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
-    the rest, and the most probable class stands for the threshold. None where a class is missing.
-    """
-    predicted = decide(probabilities, threshold)
-    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    hits = [(predicted[labels == k] == k) for k in classes]
-    rejections = [(predicted[labels != k] != k) for k in classes]
-    interval = finetune.bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
-    return {"auc": area_under_roc(labels, probabilities), "auc_interval": interval,
-            "average_precision": average_precision(labels, probabilities),
-            "accuracy": float((predicted == labels).mean()),
-            "sensitivity": float(np.mean([h.mean() for h in hits])) if all(map(len, hits)) else None,
-            "specificity": float(np.mean([r.mean() for r in rejections])) if all(map(len, rejections)) else None}
-
-
-def decide(probabilities, threshold):
-    """(N,) predicted classes: the most probable one or, with two, label 1 from the threshold on."""
-    if probabilities.shape[1] == 2:
-        return (probabilities[:, 1] >= threshold).astype(int)
-    return probabilities.argmax(1)
-
-
-def one_against_rest(score, labels, probabilities, weights):
-    """Mean over the classes of such a score (with two: label 1's); None where a class has no case or all."""
-    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    counts = np.ones(len(labels)) if weights is None else weights
-    values = []
-    for k in classes:
-        if not 0 < counts[labels == k].sum() < counts.sum():
-            return None
-        values.append(score(labels == k, probabilities[:, k], sample_weight=weights))
-    return float(np.mean(values))
-
-
-def area_under_roc(labels, probabilities, weights=None):
-    """Area under the ROC curve. labels: (N,); probabilities: (N, classes); weights: (N,) of the cases."""
-    return one_against_rest(pairs_in_order, labels, probabilities, weights)
-
-
-def pairs_in_order(positive, scores, sample_weight=None):
-    """Share of the pairs of a positive and a negative case in which the positive has the higher score; ties count half.
-
-    What scikit-learn's roc_auc_score gives, a hundred times faster on few cases: the bootstrap takes a thousand.
-    """
-    weights = np.ones(len(scores)) if sample_weight is None else sample_weight
-    values, place = np.unique(scores, return_inverse=True)
-    positives = np.bincount(place, weights * positive, len(values))  # at each score, ascending
-    negatives = np.bincount(place, weights * ~positive, len(values))
-    return positives @ (negatives.cumsum() - negatives / 2) / (positives.sum() * negatives.sum())
-
-
-def average_precision(labels, probabilities, weights=None):
-    """Area under the precision-recall curve, as scikit-learn's average_precision_score."""
-    from sklearn.metrics import average_precision_score
-    return one_against_rest(average_precision_score, labels, probabilities, weights)
-
-
-def choose_threshold(labels, probabilities):
-    """Where sensitivity + specificity is largest (Youden 1950), midway to the next case below; with one class 0.5."""
-    if probabilities.shape[1] > 2 or len(np.unique(labels)) < 2:
-        return 0.5
-    scores = np.unique(probabilities[:, 1])
-    steps = np.concatenate([[0.0], (scores[1:] + scores[:-1]) / 2])
-    youden = [(probabilities[labels == 1, 1] >= t).mean() + (probabilities[labels == 0, 1] < t).mean() for t in steps]
-    return float(steps[int(np.round(youden, 12).argmax())])
+    write_table(fold.folder / "predictions.csv", columns(fold.cases.classes), rows)
+    write_json(fold.folder / "metrics.json", record)
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
@@ -414,10 +360,10 @@ def predict(folder, weights, output_dir, device, say):
     """Write predictions.csv for all crops below `folder`: the mean over the folds of a run."""
     processes = device.processes
     paths, names, folders = processes.from_main(lambda: find_new(folder, weights, output_dir))
-    spacing = processes.from_main(lambda: finetune.spacing_of(paths[0]))
+    spacing = processes.from_main(lambda: spacing_of(paths[0]))
     total, thresholds = 0.0, []
     for where in folders:
-        model, config, best = finetune.load_fold(where / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
+        model, config, best = load_fold(where / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         model = model.to(processes.device).eval()
         dataset = EvaluationCrops(paths, config["input_size"])
         forward, everything = functools.partial(classify, model), np.arange(len(paths))
@@ -425,11 +371,11 @@ def predict(folder, weights, output_dir, device, say):
         thresholds.append(best["threshold"])
     probabilities = total / len(folders)
     predicted = decide(probabilities, np.mean(thresholds))
-    for line in finetune.spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
+    for line in spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
         say(line)
     if processes.is_main:
         rows = [[name, *shown(row), int(label)] for name, row, label in zip(names, probabilities, predicted)]
-        finetune.write_table(output_dir / "predictions.csv", [*columns(config["classes"], ["case"]), "predicted"], rows)
+        write_table(output_dir / "predictions.csv", [*columns(config["classes"], ["case"]), "predicted"], rows)
     say(f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; "
         + ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=config["classes"])))
         + (f" (threshold {np.mean(thresholds):.3f})" if config["classes"] == 2 else "")
@@ -441,7 +387,7 @@ def find_new(folder, weights, output_dir):
     if (output_dir / "splits.json").exists():
         raise UserError(f"--output_dir {output_dir}: holds a trained run, whose predictions.csv would be lost; choose "
                         "another")
-    folders = finetune.fold_folders(weights, "best.pth")
+    folders = fold_folders(weights, "best.pth")
     try:
         names = find_volumes(folder)
     except DataError as error:
@@ -449,7 +395,7 @@ def find_new(folder, weights, output_dir):
     if not names:
         raise UserError(f"--predict {folder}: no crop found below it (looked for {', '.join(SUFFIXES)})")
     paths = [os.path.join(folder, name) for name in names]
-    return paths, finetune.case_names(paths, folder), folders
+    return paths, case_names(paths, folder), folders
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown
@@ -461,7 +407,7 @@ def warnings_about(encoder, protocol, data):
     if encoder.state is None:
         lines.append("training from scratch: no --pretrained_weights" if protocol == "finetune" else
                      f"warning: no --pretrained_weights: --protocol {protocol} judges the features of a random encoder")
-    lines += finetune.spacing_warning(data["crop_spacing"], encoder.spacing, "the crops have", "the encoder knows")
+    lines += spacing_warning(data["crop_spacing"], encoder.spacing, "the crops have", "the encoder knows")
     if any(n < m for n, m in zip(data["crop_size"], encoder.input_size)):
         lines.append(f"warning: the crops have {spaced(data['crop_size'])} voxels, less than the input's "
                      f"{spaced(encoder.input_size)}: air is put around them")
@@ -480,18 +426,18 @@ def announcement(config, processes, cases, sides):
 
 def with_interval(record):
     interval = record["auc_interval"]
-    return finetune.told(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+    return told(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
 def summarise(output_dir, cases, folds, protocol, encoder):
     """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
-    records = [finetune.read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
-    tables = [finetune.read_table(output_dir / str(fold) / "predictions.csv") for fold in range(folds)]
+    records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
+    tables = [read_table(output_dir / str(fold) / "predictions.csv") for fold in range(folds)]
     rows = [list(row.values()) for table in tables for row in table]
-    finetune.write_table(output_dir / "predictions.csv", columns(cases.classes), rows)
+    write_table(output_dir / "predictions.csv", columns(cases.classes), rows)
     together = over_folds(tables, records, cases)
-    means, deviations = finetune.mean_and_deviation(records, FIGURES)
-    finetune.write_json(output_dir / "metrics.json", {
+    means, deviations = mean_and_deviation(records, FIGURES)
+    write_json(output_dir / "metrics.json", {
         "protocol": protocol, "classes": cases.classes, "cases": len(cases.names), "patients": len(set(cases.patients)),
         "folds": records, "mean": means, "sd": deviations, "all_folds": {
             "cases": len(together.labels), **together.figures}})
@@ -500,12 +446,12 @@ def summarise(output_dir, cases, folds, protocol, encoder):
     row = "{:<9}  {:>5}  {:<24}  {:<17}  {:<8}  {:<11}  {}".format
     lines = [row("fold", "cases", "AUC (95 % interval)", *(name.replace("_", " ") for name in FIGURES[1:]))]
     for record in records:
-        values = [finetune.told(record[name]) for name in FIGURES[1:]]
+        values = [told(record[name]) for name in FIGURES[1:]]
         lines.append(row(record["fold"], record["cases"], with_interval(record), *values))
-    values = [finetune.told(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
+    values = [told(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
               for name in FIGURES]
     lines.append(row("mean ± SD", "", *values))
-    values = [finetune.told(together.figures[name]) for name in ("average_precision", "accuracy")]
+    values = [told(together.figures[name]) for name in ("average_precision", "accuracy")]
     lines.append(row("all folds", len(together.labels), with_interval(together.figures), *values, "", "").rstrip())
     lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]
@@ -514,97 +460,6 @@ def summarise(output_dir, cases, folds, protocol, encoder):
               f"TensorBoard  tensorboard --logdir {output_dir}",
               f"new crops    python main_lnc_luna16.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS"]
     return "\n".join(lines)
-
-
-class Together(NamedTuple):
-    """Each tested case once, its probabilities averaged over the folds that tested it.
-
-    numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
-    confidence: (N,) distance of the probability from the threshold; with more classes, from the right label's
-    """
-    numbers: list
-    labels: np.ndarray
-    probabilities: np.ndarray
-    wrong: np.ndarray
-    confidence: np.ndarray
-    figures: dict
-
-
-def over_folds(tables, records, cases):
-    """Together, of the folds' tables: the mean of all models on a fixed test set; of one where subsets rotate."""
-    place = {name: i for i, name in enumerate(cases.names)}
-    rows = {}
-    for table, record in zip(tables, records):
-        for row, p in zip(table, table_probabilities(table, cases.classes)):
-            rows.setdefault(place[row["case"]], []).append(np.append(p, p[1] - record["threshold"]))
-    numbers = sorted(rows)
-    labels, means = cases.labels[numbers], np.stack([np.mean(rows[i], axis=0) for i in numbers])
-    probabilities, above = means[:, :-1], means[:, -1]  # (N, classes), (N,) above the folds' thresholds
-    if cases.classes == 2:
-        predicted, confidence = (above >= 0).astype(int), np.abs(above)
-    else:
-        predicted = probabilities.argmax(1)
-        confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
-    patients = [cases.patients[i] for i in numbers]
-    interval = finetune.bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
-    return Together(numbers, labels, probabilities, predicted != labels, confidence, {
-        "auc": area_under_roc(labels, probabilities), "auc_interval": interval,
-        "average_precision": average_precision(labels, probabilities), "accuracy": float((predicted == labels).mean())})
-
-
-def table_probabilities(table, classes):
-    """(N, classes) of the rows of a predictions.csv."""
-    values = np.array([[float(row[name]) for name in columns(classes, ())] for row in table])
-    return np.concatenate([1 - values, values], 1) if classes == 2 else values
-
-
-def draw_curves(path, tables, classes):
-    """PNG with the ROC and precision-recall curves of each fold; with more than two classes one per class and fold."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import precision_recall_curve, roc_curve
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    roc, precision = figure.subplots(1, 2)
-    for fold, table in enumerate(tables):
-        labels, probabilities = np.array([int(row["label"]) for row in table]), table_probabilities(table, classes)
-        for k in [1] if classes == 2 else range(classes):
-            is_class = labels == k
-            if not 0 < is_class.sum() < len(labels):
-                continue
-            name = f"fold {fold}" + (f", label{k}" if classes > 2 else "")
-            pair = np.stack([1 - probabilities[:, k], probabilities[:, k]], 1)
-            x, y, _ = roc_curve(is_class, probabilities[:, k])
-            roc.plot(x, y, label=f"{name}: AUC {area_under_roc(is_class.astype(int), pair):.3f}")
-            y, x, _ = precision_recall_curve(is_class, probabilities[:, k])
-            precision.step(x, y, where="post", label=f"{name}: {average_precision(is_class.astype(int), pair):.3f}")
-    roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    roc.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC", aspect="equal")
-    precision.set(xlabel="sensitivity (recall)", ylabel="precision", title="precision-recall (with average precision)")
-    for axes in (roc, precision):
-        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def draw_errors(path, together, cases, encoder):
-    """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are."""
-    from PIL import Image
-    wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])
-    rows, labels = [], []
-    for i in wrong[:SHOWN_ERRORS]:
-        crop = finetune.read_crop(cases.paths[together.numbers[i]], encoder.input_size)
-        window = torch.from_numpy(finetune.centre_window(crop, np.array(encoder.input_size)))
-        window = scale_intensity(window, *encoder.clip_range)
-        z = window.shape[2]
-        axial = [radiological(window[:, :, z // 2 + step * z // 12]) for step in (-3, -2, -1, 0, 1, 2, 3)]
-        rows.append([*axial, planes(window)[1], radiological(window[window.shape[0] // 2])])
-        p = together.probabilities[i]
-        said = f"p(label1) = {p[1]:.3f}" if cases.classes == 2 else f"most probable label{p.argmax()}, {p.max():.3f}"
-        labels.append(f"label{together.labels[i]}, {said}: {cases.names[together.numbers[i]]}")
-    if not rows:
-        rows, labels = [[np.zeros((8, 64))]], ["no errors"]
-    Image.fromarray(montage(rows, labels)).save(path)
-    return len(wrong)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import finetune
-import masks
-import segmentation
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
-from checkpoint import Saving
-from data import SUFFIXES, DataError, find_pairs, find_volumes, stem
-from decoders import DECODERS, Segmenter
-from finetune import Fold, WindowAugmentation
-from images import voxels_of
-from segmentation import Windows, grid_of
-from utils import UserError, number, spaced
-from working_copies import WorkingCopies, WorkingPatches
+from dino3d import command_line
+from dino3d.command_line import UserError, number, spaced
+from dino3d.data.images import voxels_of
+from dino3d.data.layouts import find_pairs, find_volumes, stem
+from dino3d.data.volume import SUFFIXES, DataError
+from dino3d.files import read_json, read_table, write_config, write_json, write_table
+from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
+from dino3d.finetune.crops import WindowAugmentation, read_headers
+from dino3d.finetune.encoder import ENCODER, load_encoder
+from dino3d.finetune.fold_folders import check_same_run, fold_folders, load_best, load_fold
+from dino3d.finetune.fold_loop import Fold, Recipe, Task, check_diverged, keep_best, learning_rate, one_step_notice, run_fold
+from dino3d.finetune.heads import DECODERS, Segmenter
+from dino3d.finetune.resampled_cache import WorkingCopies, WorkingPatches
+from dino3d.finetune.runtime import collect, set_up
+from dino3d.finetune.sliding_window import Windows, grid_of
+from dino3d.finetune.splits import Split, make_splits, of_patients, save_splits
+from dino3d.finetune.statistics import bootstrap_interval, mean_and_deviation, told
+from dino3d.training.checkpoint import Saving
 
 SHOWN_CASES = 8  # test cases in TensorBoard as training goes on
 FIGURES = ("dice", "surface_dice", "hausdorff95_mm")
@@ -41,13 +48,13 @@ COLUMNS = ("case", "fold", "class", *FIGURES, "volume_ml", "predicted_ml")
 MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
 AS_TRAINED = " (with --predict: as in training)"
 # What must not change while a run goes on fold by fold
-FIXED = (*finetune.ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
+FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
          "patches_per_case", "foreground_share", *MASKS, "tolerance", "k_fold", "num_test", "lr", "layer_decay",
          "warmup_epochs", "min_lr", "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(prog="main_lts_msd.py", description="Lung tumour segmentation, fold by fold.")
+    parser = command_line.ArgumentParser(prog="main_lts_msd.py", description="Lung tumour segmentation, fold by fold.")
     group = parser.add_argument_group("segmentation")
     group.add_argument("--decoder", default="unetr", choices=tuple(DECODERS),
                        help="unetr: convolutions from the tokens up to the image's resolution; linear: one layer on the "
@@ -62,7 +69,7 @@ def get_args_parser():
                             f"smoother and three times slower than {MASKS['overlap']}, the default{AS_TRAINED}")
     group.add_argument("--tolerance", default=2.0, type=number(float, 0),
                        help="mm within which surfaces agree, for the normalised surface Dice")
-    utils.boolean_flag(group, "--largest_component", None,
+    command_line.boolean_flag(group, "--largest_component", None,
                        f"keep only the largest component of each class in final masks; default: false{AS_TRAINED}")
     group.add_argument("--min_volume", default=None, type=number(float, 0), metavar="ML",
                        help=f"millilitres below which a component is dropped from final masks; default: 0{AS_TRAINED}")
@@ -71,7 +78,7 @@ def get_args_parser():
                             "fastest; default: cache in --output_dir")
     group.add_argument("--cache_gb", default=200.0, type=number(float, 0), metavar="GB",
                        help="most that it may take; what is beyond is resampled anew for each window, in seconds")
-    finetune.add_flags(parser, batch_size=8, folds=("patients",),
+    flags.add_flags(parser, batch_size=8, folds=("patients",),
                        spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has none, "
                                "the median of all cases but the test set",
                        predict="folder with CTs at any depth; nothing is trained, a mask for each goes to --output_dir")
@@ -81,9 +88,9 @@ def get_args_parser():
 def main(argv=None):
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    finetune.check_flags(parser, vars(args), "images/<name>.nii.gz and labels/<name>.nii.gz")
+    flags.check_flags(parser, vars(args), "images/<name>.nii.gz and labels/<name>.nii.gz")
     output_dir = Path(args.output_dir)
-    device, args.precision, notices = finetune.set_up(
+    device, args.precision, notices = set_up(
         output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
         dist_url=args.dist_url, local_rank=args.local_rank)
     processes = device.processes
@@ -97,16 +104,16 @@ def main(argv=None):
     # ---------------------------------------------------------------------------------------------------------- data
     pairs = processes.from_main(lambda: find_cases(args.data_dir, output_dir))
     names = [pair.name for pair in pairs]
-    splits, data = processes.from_main(lambda: finetune.make_splits(
+    splits, data = processes.from_main(lambda: make_splits(
         output_dir / "splits.json", "patients", args.k_fold, args.num_test, args.seed, names, [0] * len(names),
         [""] * len(names), ("spacing", "classes")))
-    sides = [finetune.Split(*(finetune.of_patients(side, names) for side in split)) for split in splits]
+    sides = [Split(*(of_patients(side, names) for side in split)) for split in splits]
 
     # --------------------------------------------------------------------------------------------------------- model
     args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = finetune.load_encoder(args.pretrained_weights, args.checkpoint_key,
-                                    {name: getattr(args, name) for name in finetune.ENCODER})
-    heads = finetune.read_headers([pair.image for pair in pairs], processes)
+    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key,
+                                    {name: getattr(args, name) for name in ENCODER})
+    heads = read_headers([pair.image for pair in pairs], processes)
     if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
         trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})
         encoder = encoder._replace(spacing=data.get("spacing") or median_spacing([heads[i] for i in trained]))
@@ -125,8 +132,8 @@ def main(argv=None):
     policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
     reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
-    rates = functools.partial(finetune.learning_rate, args.lr, args.min_lr, args.epochs, args.warmup_epochs)
-    recipe = finetune.Recipe(args.epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
+    rates = functools.partial(learning_rate, args.lr, args.min_lr, args.epochs, args.warmup_epochs)
+    recipe = Recipe(args.epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
                              args.max_skipped_steps,
                              Saving(args.save_every_steps, args.save_every_minutes, args.keep_last))
     patches = WorkingPatches(copies, args.patches_per_case, args.foreground_share, augmentation,
@@ -134,12 +141,12 @@ def main(argv=None):
     look = look_of(vars(args), args.batch_size_per_gpu)
 
     # ------------------------------------------------------------------------------------------------------ training
-    processes.from_main(lambda: finetune.check_same_run(output_dir, config, FIXED))
+    processes.from_main(lambda: check_same_run(output_dir, config, FIXED))
     if processes.is_main:
-        utils.write_config(output_dir / "config.json", config, processes, cases=len(names))
-        finetune.save_splits(output_dir / "splits.json", splits, data)
+        write_config(output_dir / "config.json", config, processes, utils.device_name(processes.device), cases=len(names))
+        save_splits(output_dir / "splits.json", splits, data)
     longest = max(len(side.train) for side in sides) * args.patches_per_case
-    notices += finetune.one_step_notice(longest, args.epochs, args.batch_size_per_gpu * processes.world_size)
+    notices += one_step_notice(longest, args.epochs, args.batch_size_per_gpu * processes.world_size)
     for line in [*notices, announcement(config, processes, cases, sides)]:
         say(line)
     left = args.max_steps or math.inf
@@ -149,7 +156,7 @@ def main(argv=None):
             model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
             fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device,
                         say)
-            steps, finished = finetune.run_fold(fold, recipe, lesion_task(fold, patches, look), config, left)
+            steps, finished = run_fold(fold, recipe, lesion_task(fold, patches, look), config, left)
             left -= steps
             if not finished:
                 say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
@@ -164,7 +171,7 @@ def main(argv=None):
 def lesion_task(fold, patches, look):
     """The finetune.Task of a fold's cases. patches: WorkingPatches; look: Look."""
     order = functools.partial(patch_order, fold.train, patches.per_case, patches.seed)
-    return finetune.Task(order, patches, functools.partial(patch_losses, fold, patches.augmentation, look.clip_range),
+    return Task(order, patches, functools.partial(patch_losses, fold, patches.augmentation, look.clip_range),
                          lambda: None, functools.partial(validate, fold, look), functools.partial(test_fold, fold, look),
                          functools.partial(show_test_cases, fold, look))
 
@@ -271,7 +278,7 @@ class Look(NamedTuple):
 
 def look_of(config, batch_size):
     """The Look of a run's config. batch_size: windows at a time"""
-    final = functools.partial(masks.clean, largest_component=config["largest_component"], min_volume=config["min_volume"])
+    final = functools.partial(mask_metrics.clean, largest_component=config["largest_component"], min_volume=config["min_volume"])
     return Look(Windows(tuple(config["input_size"]), config["overlap"], batch_size), config["clip_range"],
                 config["tolerance"], final)
 
@@ -287,12 +294,12 @@ def share_out(fold, cases, work):
             rows[int(case)] = work(int(case))
     except DataError as error:
         raise UserError(str(error)) from error
-    return finetune.collect(fold.device, [int(case) for case in cases], rows)
+    return collect(fold.device, [int(case) for case in cases], rows)
 
 
 def segment(networks, image, look, device):
     """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
-    return segmentation.segment(networks, image, look.windows, look.clip_range, device.processes.device, device.autocast)
+    return sliding_window.segment(networks, image, look.windows, look.clip_range, device.processes.device, device.autocast)
 
 
 def validate(fold, look, best, done, config):
@@ -301,8 +308,8 @@ def validate(fold, look, best, done, config):
         image, label = fold.cases.copies.read(case)
         return figures_on_grid(segment([fold.model], image, look, fold.device), label, fold.cases.classes)
     dice, loss = share_out(fold, fold.validation, one).mean(0)
-    finetune.check_diverged(fold, loss)
-    return finetune.keep_best(fold, best, {"dice": float(dice), "loss": float(loss)}, done, config, {})
+    check_diverged(fold, loss)
+    return keep_best(fold, best, {"dice": float(dice), "loss": float(loss)}, done, config, {})
 
 
 def figures_on_grid(log_probabilities, label, classes):
@@ -323,7 +330,7 @@ def figures_on_grid(log_probabilities, label, classes):
 
 def test_fold(fold, look):
     """Segment the test cases with the best epoch's weights; write masks, overlays, cases.csv and metrics.json."""
-    best = finetune.load_best(fold)
+    best = load_best(fold)
     for name in ("masks", "overlays"):
         (fold.folder / name).mkdir(exist_ok=True)
     figures = share_out(fold, fold.test, functools.partial(test_case, fold, look))  # (N, classes - 1, figures)
@@ -331,8 +338,8 @@ def test_fold(fold, look):
         return
     rows = [[fold.cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
             for case, of_classes in zip(fold.test, figures) for k, row in enumerate(of_classes)]
-    finetune.write_table(fold.folder / "cases.csv", COLUMNS, rows)
-    finetune.write_json(fold.folder / "metrics.json", {
+    write_table(fold.folder / "cases.csv", COLUMNS, rows)
+    write_json(fold.folder / "metrics.json", {
         "fold": fold.number, "cases": len(fold.test), "best_epoch": best["epoch"], "validation_dice": best["dice"],
         "validation_loss": best["loss"], "tolerance_mm": look.tolerance, **means_of(rows)})
 
@@ -340,20 +347,20 @@ def test_fold(fold, look):
 def test_case(fold, look, case):
     """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
     pair, name = fold.cases.pairs[case], safe(fold.cases.names[case])
-    image, label = segmentation.read_case(pair)
+    image, label = sliding_window.read_case(pair)
     predicted = mask_of([fold.model], image, grid_of(image), fold.cases.copies.spacing, look, fold.device)
-    segmentation.save_mask(fold.folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
+    sliding_window.save_mask(fold.folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
     arrays, spacing = [voxels_of(one) for one in (image, predicted, label)], image.GetSpacing()
-    figures = masks.figures(*arrays[1:], spacing, fold.cases.classes, look.tolerance)
+    figures = mask_metrics.figures(*arrays[1:], spacing, fold.cases.classes, look.tolerance)
     title = f"{pair.name}: Dice " + ", ".join(f"{row['dice']:.3f}" for row in figures)
-    save_picture(fold.folder / "overlays" / f"{name}.png", masks.overlay(*arrays, spacing, look.clip_range, title))
+    save_picture(fold.folder / "overlays" / f"{name}.png", mask_pictures.overlay(*arrays, spacing, look.clip_range, title))
     return np.array([[np.nan if row[figure] is None else row[figure] for figure in COLUMNS[3:]] for row in figures])
 
 
 def mask_of(networks, image, own, spacing, look, device):
     """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks know."""
-    working = segmentation.to_working(image, spacing)
-    found = segmentation.to_own(segment(networks, working, look, device), grid_of(working), own)
+    working = sliding_window.to_working(image, spacing)
+    found = sliding_window.to_own(segment(networks, working, look, device), grid_of(working), own)
     voxels = voxels_of(found)
     cleaned = look.final(voxels, own.spacing)
     return found if cleaned is voxels else own.image(cleaned)
@@ -389,7 +396,7 @@ def show_test_cases(fold, look, writer, step):
         except DataError as error:
             raise UserError(str(error)) from error
         log_probabilities = segment([fold.model], image, look, fold.device)
-        picture = masks.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8),
+        picture = mask_pictures.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8),
                                 label, image.GetSpacing(), look.clip_range, fold.cases.names[case])
         writer.add_image(f"test/{fold.cases.names[case]}", picture, step, dataformats="HWC")
 
@@ -406,7 +413,7 @@ def predict(folder, weights, output_dir, given, device, say):
     names, folders = processes.from_main(lambda: find_new(folder, weights, output_dir))
     networks, config = [], None
     for where in folders:
-        model, config, _ = finetune.load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
+        model, config, _ = load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
         networks.append(model.to(processes.device).eval())
     look = look_of(config | given, device.batch_size)
     say(f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, {spaced(config['spacing'])} mm")
@@ -422,7 +429,7 @@ def predict(folder, weights, output_dir, given, device, say):
     good = [[stem_of(names[at]), k + 1, ml] for at, row in sorted(rows.items()) if not isinstance(row, str)
             for k, ml in enumerate(row)]
     if processes.is_main:
-        finetune.write_table(output_dir / "volumes.csv", ["case", "class", "volume_ml"], good)
+        write_table(output_dir / "volumes.csv", ["case", "class", "volume_ml"], good)
     failed = [row for _, row in sorted(rows.items()) if isinstance(row, str)]
     say(f"masks    {output_dir}\nvolumes  {output_dir / 'volumes.csv'}")
     if failed:
@@ -431,11 +438,11 @@ def predict(folder, weights, output_dir, given, device, say):
 
 def predict_case(path, target, networks, config, look, device):
     """Millilitres of each foreground class in a volume, after writing its mask. Raises DataError, UserError."""
-    image, own = segmentation.read_image_and_grid(path)
+    image, own = sliding_window.read_image_and_grid(path)
     predicted = mask_of(networks, image, own, config["spacing"], look, device)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        segmentation.save_mask(target, predicted, path)
+        sliding_window.save_mask(target, predicted, path)
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror or error})") from error
     voxels = np.bincount(voxels_of(predicted).ravel(), minlength=config["classes"])[1:]
@@ -458,7 +465,7 @@ def find_new(folder, weights, output_dir):
     if Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"--output_dir {output_dir}: lies in the --predict folder, where masks would replace CTs or be taken "
                         "for them; choose another")
-    folders = finetune.fold_folders(weights, "best.pth")
+    folders = fold_folders(weights, "best.pth")
     try:
         names = find_volumes(folder)
     except DataError as error:
@@ -510,21 +517,21 @@ def announcement(config, processes, cases, sides):
 
 def summarise(output_dir, cases, folds):
     """Write metrics.json and cases.csv of all folds; returns the table and where things are."""
-    records = [finetune.read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
-    rows = [list(row.values()) for fold in range(folds) for row in finetune.read_table(output_dir / str(fold) / "cases.csv")]
-    finetune.write_table(output_dir / "cases.csv", COLUMNS, rows)
-    means, deviations = finetune.mean_and_deviation(records, FIGURES)
+    records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
+    rows = [list(row.values()) for fold in range(folds) for row in read_table(output_dir / str(fold) / "cases.csv")]
+    write_table(output_dir / "cases.csv", COLUMNS, rows)
+    means, deviations = mean_and_deviation(records, FIGURES)
     together = over_folds(rows)
-    finetune.write_json(output_dir / "metrics.json", {
+    write_json(output_dir / "metrics.json", {
         "classes": cases.classes, "cases": len(cases.names), "spacing": list(cases.copies.spacing), "folds": records,
         "mean": means, "sd": deviations, "all_folds": together})
     row = "{:<9}  {:>5}  {:<24}  {:<15}  {}".format
     lines = [row("fold", "cases", "Dice", "surface Dice", "95 % Hausdorff, mm")]
     for record in records:
         undefined = record["undefined_hausdorff95"]
-        lines.append(row(record["fold"], record["cases"], *(finetune.told(record[name]) for name in FIGURES))
+        lines.append(row(record["fold"], record["cases"], *(told(record[name]) for name in FIGURES))
                      + (f" ({undefined} undefined)" if undefined else ""))
-    lines.append(row("mean ± SD", "", *(finetune.told(means[name]) + (
+    lines.append(row("mean ± SD", "", *(told(means[name]) + (
         f" ± {deviations[name]:.3f}" if deviations[name] is not None else "") for name in FIGURES)))
     interval = together["dice_interval"]
     lines.append(row("all folds", together["cases"], f"{together['dice']:.3f} ({interval[0]:.3f} to {interval[1]:.3f})",
@@ -543,7 +550,7 @@ def over_folds(rows):
     for row in rows:
         values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index("dice")]))
     dice = np.array([np.mean(of_case) for of_case in values.values()])
-    interval = finetune.bootstrap_interval(lambda weights: float(np.average(dice, weights=weights)), list(values))
+    interval = bootstrap_interval(lambda weights: float(np.average(dice, weights=weights)), list(values))
     return {"cases": len(dice), "dice": float(dice.mean()), "dice_interval": interval}
 
 

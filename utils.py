@@ -2,11 +2,9 @@
 import argparse
 import dataclasses
 import gc
-import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,35 +12,17 @@ import threading
 import traceback
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
 
-READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
+from dino3d.command_line import EXIT_PREEMPTED, Preempted, UserError, process_rank, shortened, tell_error
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ------------------------------------------------------------------------------------------------- errors and flags
-
-
-class UserError(Exception):
-    """An expected failure, told in one line: which file or flag, what was found, what to do.
-
-    everywhere: all ranks raise it alike, so that one of them may tell it for all.
-    """
-
-    def __init__(self, message, everywhere=False):
-        super().__init__(message)
-        self.everywhere = everywhere
-
-
-class Preempted(Exception):
-    """A signal asked the run to end, everything is saved, and all ranks know."""
-
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def run_script(main):
@@ -124,103 +104,6 @@ def leave_group():
         dist.destroy_process_group()
 
 
-def process_rank():
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-
-
-def tell_error(message, everywhere=False):
-    rank = process_rank()
-    short = everywhere and rank > 0
-    print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Every default in the help, where there is one to tell."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors in one line and the defaults in the help."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        tell_error(f"{message} (see --help)", True)
-        sys.exit(2)
-
-
-def boolean(text):
-    """argparse type: true/false, 1/0, on/off, yes/no."""
-    values = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-    return values[text.lower()]
-
-
-def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
-    """argparse type: an int or float with low <= value <= high, above < value < below where those are given."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {'an integer' if kind is int else 'a number'}") from None
-        fits = (low <= value <= high and (above is None or value > above) and (below is None or value < below)
-                and math.isfinite(value))
-        if not fits:
-            bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
-            bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
-            expected = " and ".join(bounds) or "a finite number"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
-        return value
-    return parse
-
-
-def boolean_flag(group, name, default, text):
-    """A flag that takes true or false, or stands alone for true."""
-    group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
-
-
-def read_timeout_flag(group):
-    """--read_timeout."""
-    group.add_argument("--read_timeout", default=600.0, type=number(float, 0), metavar="SECONDS",
-                       help="that the reading of one file may take before the run ends, naming the file: a network drive that "
-                            "hangs would stop it without a word. Raise it for tapes; 0: wait without end. With --num_workers 0 "
-                            "it is not noticed")
-
-
-def augmentation_flags(group):
-    """--use_rotation to --use_histogram."""
-    boolean_flag(group, "--use_rotation", True, "turn by up to 30 degrees about each axis")
-    boolean_flag(group, "--use_scale", True, "scale by up to 25 %% along each axis")
-    boolean_flag(group, "--use_flip", True, "mirror one axis")
-    boolean_flag(group, "--use_elastic", False, "bend space, without folds")
-    boolean_flag(group, "--use_gaussian", False, "smooth with a sigma of up to 2 voxels along each axis")
-    boolean_flag(group, "--use_histogram", False, "shift grey values by a curve with 10 control points")
-
-
-def architecture(known):
-    """argparse type: one of the names in `known`."""
-    def parse(name):
-        if name in known:
-            return name
-        why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
-        raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}")
-    return parse
-
-
-def spaced(values):
-    """Numbers as they are typed after a flag."""
-    return " ".join(f"{value:g}" for value in values)
-
-
-def ignored_flags(**flags):
-    """Notices about flags of older scripts that are given but no longer needed."""
-    return [f"--{name} is no longer needed and ignored" for name, value in flags.items() if value is not None]
-
-
 def choose_precision(precision, use_fp16, device):
     """The precision to use on a device, and notices. precision, use_fp16: the flags, None where they are not given."""
     notices = []
@@ -233,18 +116,6 @@ def choose_precision(precision, use_fp16, device):
     if precision is None:
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return precision, notices
-
-
-def make_output_dir(path):
-    """Make the folder of --output_dir, and see that it can be written to. Raises UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: can't be written to ({error.strerror or error}); "
-                        "choose another folder") from error
 
 
 # --------------------------------------------------------------------------------------------------------- processes
@@ -354,53 +225,8 @@ def choose_gpu(local_rank, local_world_size, visible, by_srun):
     return local_rank
 
 
-def cores_per_process(processes):
-    """CPU cores that this process may use, its share of what the machine grants."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes.local_world_size)
-
-
-def reading_processes(wanted, processes, batch_bytes):
-    """(workers, batches that each has ready, notices) of a DataLoader, so that its batches fit into shared memory.
-
-    wanted: workers, None: as many as there are cores for this process, at most 16; batch_bytes: of one batch
-    Batches wait in /dev/shm, of which containers often have little; a batch that finds no room there is a bus error.
-    """
-    workers = min(16, cores_per_process(processes)) if wanted is None else wanted
-    if not workers or not os.path.isdir("/dev/shm"):  # other systems keep them in ordinary memory
-        return workers, READY_BATCHES if workers else None, []
-    room = 0.8 * shutil.disk_usage("/dev/shm").free / processes.local_world_size
-    fits = int(room // batch_bytes)  # batches
-    if fits >= workers * READY_BATCHES:
-        return workers, READY_BATCHES, []
-    told = (f"/dev/shm has room for {fits} batches of {batch_bytes / 2 ** 20:.0f} MiB per process, fewer than the "
-            f"{workers * READY_BATCHES} of {workers} reading processes: ")
-    if fits >= workers:
-        return workers, 1, []
-    if wanted is not None:
-        return workers, 1, [told + "if a reading process dies of a bus error, lower --num_workers or enlarge it"]
-    return fits, 1 if fits else None, [told + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"]
-
-
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def next_batch(batches, note=lambda batch: None):
-    """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died.
-
-    note: sees each batch before
-    """
-    try:
-        batch = next(batches)
-    except RuntimeError as error:
-        if not is_worker_death(error):
-            raise
-        raise UserError(worker_death(error)) from error
-    note(batch)
-    if batch.fatal:
-        raise UserError(batch.fatal)
-    return batch
 
 
 def is_worker_death(error):
@@ -611,42 +437,7 @@ def modern_names(state, wanted):
     return {new if new in wanted else old: state[old] for new, old in renamed.items()}
 
 
-def shortened(names, most=4):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 # -------------------------------------------------------------------------------------------------------------- logs
-
-
-def git_revision():
-    """The commit of this code, with + where files differ from it; "unknown" outside a checkout."""
-    try:
-        here = Path(__file__).resolve().parent
-        described = subprocess.run(["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-                                   capture_output=True, text=True, timeout=10)
-        return described.stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-
-
-def versions():
-    """Versions of what a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-    found = {"python": sys.version.split()[0]}
-    for package in ("torch", "numpy", "h5py", "hdf5plugin", "nibabel", "monai", "scikit-learn"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def write_config(path, arguments, processes, **more):
-    """What a result depends on, for the reader of the folder, as JSON."""
-    path.write_text(json.dumps({
-        "arguments": arguments, "world_size": processes.world_size, "device": device_name(processes.device),
-        **more, "git_revision": git_revision(), "versions": versions(),
-    }, indent=2) + "\n")
 
 
 class Silent:
@@ -654,43 +445,3 @@ class Silent:
 
     def __getattr__(self, _):
         return lambda *args, **kwargs: None
-
-
-def append_json(path, record):
-    """One more line of JSON at the end of a file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def radiological(plane):
-    """(rows, columns) picture of a plane whose axes grow to the right and up: the patient's right is on the left.
-
-    plane: (a, b) with a towards the patient's right (a coronal or axial plane), b towards anterior or superior.
-    """
-    return np.asarray(plane)[::-1, ::-1].T
-
-
-def montage(rows, labels=None, tile=96, gap=2):
-    """uint8 (height, width) picture: rows of grey tiles in [0, 1], each row under its label.
-
-    The largest tile is magnified to at least `tile` pixels, all by the same whole factor.
-    """
-    from PIL import Image, ImageDraw
-    zoom = max(1, round(tile / max(max(image.shape) for row in rows for image in row)))
-    strip = 14 if labels else 0  # height of a label
-    width = max(sum(image.shape[1] * zoom + gap for image in row) for row in rows)
-    heights = [max(image.shape[0] for image in row) * zoom + gap + strip for row in rows]
-    canvas = Image.new("L", (width, sum(heights)), 40)
-    draw, top = ImageDraw.Draw(canvas), 0
-    for row, label, height in zip(rows, labels or [""] * len(rows), heights):
-        draw.text((4, top + 1), label, fill=255)
-        left = 0
-        for image in row:
-            pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1)
-            canvas.paste(Image.fromarray(pixels), (left, top + strip))
-            left += pixels.shape[1] + gap
-        top += height
-    return np.asarray(canvas)

@@ -31,14 +31,14 @@ def volumes(tmp_path_factory):
     import nibabel
     import numpy as np
 
-    from data import write_volume
+    from dino3d.data.volume import write_volume
+    from dino3d.prepare.phantoms import chest_phantom
     folder = tmp_path_factory.mktemp("volumes")
     scan = ROOT.parent / "shared" / "data" / "ct" / "lungdx_a0001.nii.gz"
     if scan.is_file():
         image = nibabel.as_closest_canonical(nibabel.load(scan))
         volume, affine = np.asarray(image.dataobj).astype(np.int16), image.affine
     else:
-        from demo_data import chest_phantom
         volume, affine = chest_phantom(0, shape=(320, 256, 64))
     for i in range(8):
         x, y = 40 + 90 * (i % 3), 20 + 60 * (i // 3)

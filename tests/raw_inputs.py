@@ -14,11 +14,11 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
-import convert
-import images
 import prepare_data
 import utils
-from demo_data import labelled_phantom
+from dino3d.data import images
+from dino3d.prepare import check, conversion, nlst
+from dino3d.prepare.phantoms import labelled_phantom
 
 CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -168,8 +168,8 @@ def without_processes(monkeypatch):
     def one_by_one(function, items, workers):
         for item in items:
             yield item, pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(item)))
-    monkeypatch.setattr(convert, "in_processes", one_by_one)
-    monkeypatch.setattr(prepare_data, "in_processes", one_by_one)
+    for module in (check, conversion, nlst):
+        monkeypatch.setattr(module, "in_processes", one_by_one)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def run(capsys, monkeypatch):
 def contents(folder):
     """{relative path: bytes} of all files below a folder but for the machine's own notes of an unfinished run."""
     return {os.path.relpath(path, folder): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and convert.WORK not in path.parts}
+            if path.is_file() and conversion.WORK not in path.parts}
 
 
 def times(folder):
@@ -192,7 +192,7 @@ def times(folder):
 
 def manifest(output):
     """{source: row} of a manifest, in its order."""
-    with open(output / convert.MANIFEST, newline="", encoding="utf-8") as file:
+    with open(output / conversion.MANIFEST, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["source"] for row in rows] == sorted(row["source"] for row in rows)
     assert len({row["source"] for row in rows}) == len(rows), "an input with two rows"
@@ -207,6 +207,6 @@ def outcomes(output):
 def written(output):
     """Paths of the files that a manifest says were written, after a look at whether exactly those stand there."""
     listed = sorted(row["output"] for row in manifest(output).values() if row["output"])
-    assert listed == sorted(set(contents(output)) - {convert.MANIFEST, convert.RECIPE})
-    assert not (output / convert.WORK).exists()
+    assert listed == sorted(set(contents(output)) - {conversion.MANIFEST, conversion.RECIPE})
+    assert not (output / conversion.WORK).exists()
     return listed

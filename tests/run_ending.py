@@ -12,6 +12,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils  # noqa: E402
+from dino3d import command_line  # noqa: E402
 
 how = sys.argv[1]
 
@@ -24,11 +25,11 @@ def main():
     for _ in range(200):
         dist.all_reduce(torch.ones(8), async_op=True)
     if how == "preempted":
-        raise utils.Preempted("ended by a test")
+        raise command_line.Preempted("ended by a test")
     if how == "together":
-        raise utils.UserError("the same on all ranks", everywhere=True)
+        raise command_line.UserError("the same on all ranks", everywhere=True)
     if how in ("alone", "bug", "interrupted") and not processes.is_main:
-        error = {"alone": utils.UserError("of one rank"), "bug": ZeroDivisionError(), "interrupted": KeyboardInterrupt()}
+        error = {"alone": command_line.UserError("of one rank"), "bug": ZeroDivisionError(), "interrupted": KeyboardInterrupt()}
         raise error[how]
     if how in ("alone", "bug", "interrupted"):
         processes.gather(0)  # where the others aren't

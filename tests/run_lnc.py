@@ -12,12 +12,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import finetune  # noqa: E402
 import main_lnc_luna16  # noqa: E402
 import utils  # noqa: E402
+from dino3d.finetune import (
+    fold_loop,  # noqa: E402
+    statistics,  # noqa: E402
+)
 from vision_transformer import ARCHITECTURES, VisionTransformer  # noqa: E402
 
-train_fold = finetune.train_fold
+train_fold = fold_loop.train_fold
 
 
 def train_and_keep(fold, *rest):
@@ -27,8 +30,8 @@ def train_and_keep(fold, *rest):
 
 
 ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
-finetune.BOOTSTRAP_ROUNDS = 50
+statistics.BOOTSTRAP_ROUNDS = 50
 if os.environ.get("DOUBLE"):
-    finetune.train_fold = train_and_keep
+    fold_loop.train_fold = train_and_keep
     torch.set_default_dtype(torch.float64)
 utils.run_script(main_lnc_luna16.main)

@@ -11,15 +11,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import decoders  # noqa: E402
-import finetune  # noqa: E402
 import main_lts_msd  # noqa: E402
 import utils  # noqa: E402
+from dino3d.finetune import (
+    heads,  # noqa: E402
+    statistics,  # noqa: E402
+)
 from vision_transformer import ARCHITECTURES, VisionTransformer  # noqa: E402
 
 ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3)
-decoders.DECODERS["unetr"] = functools.partial(decoders.UnetrDecoder, feature_size=4)
-finetune.BOOTSTRAP_ROUNDS = 50
+heads.DECODERS["unetr"] = functools.partial(heads.UnetrDecoder, feature_size=4)
+statistics.BOOTSTRAP_ROUNDS = 50
 if os.environ.get("DOUBLE"):
     torch.set_default_dtype(torch.float64)
 utils.run_script(main_lts_msd.main)

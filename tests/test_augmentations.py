@@ -15,9 +15,23 @@ from scipy.spatial.transform import Rotation
 from scipy.special import erf
 
 import augmentations
-from augmentations import (MAX_BENT, MIN_IOU, PATCH_VIEW, Lattice, MultiCropAugmentation, Policy, collate_views,
-                           example_views, gaussian_smooth, histogram_shift, keyed_rng, rotation_matrix, sampling_grid,
-                           scale_intensity, warp)
+from augmentations import (
+    MAX_BENT,
+    MIN_IOU,
+    PATCH_VIEW,
+    Lattice,
+    MultiCropAugmentation,
+    Policy,
+    collate_views,
+    example_views,
+    gaussian_smooth,
+    histogram_shift,
+    keyed_rng,
+    rotation_matrix,
+    sampling_grid,
+    scale_intensity,
+    warp,
+)
 
 ROOT = Path(augmentations.__file__).parent
 STRENGTHS = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
@@ -390,7 +404,7 @@ each_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 
 def transform(name, prob=1.0):
-    import monai_transforms
+    from dino3d import monai_transforms
     return getattr(monai_transforms, name)(**TRANSFORMS[name], prob=prob)
 
 
@@ -554,8 +568,9 @@ def test_labels_move_with_the_image_and_stay_labels():
 
 
 def test_all_six_in_one_pipeline():
-    import monai_transforms
     from monai.transforms import Compose
+
+    from dino3d import monai_transforms
 
     pipeline = Compose([getattr(monai_transforms, name)() for name in TRANSFORMS]).set_random_state(seed=0)
     seen = [pipeline(noise(1, 12, 10, 8, dtype=torch.float32)) for _ in range(5)]
@@ -899,7 +914,7 @@ def test_a_turned_sphere_stays_a_sphere(degrees):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_renders_what_the_cpu_renders(few_views):
-    from data import Batch
+    from dino3d.data.pretraining import Batch
 
     crops = MultiCropAugmentation(replace(PAPER, prob=0.8), (24, 20, 12), (8, 7, 5), 3)
     smooth = scipy.ndimage.gaussian_filter(np.random.RandomState(0).randn(4, *crops.patch_size), (0, 1, 1, 1))

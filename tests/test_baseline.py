@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import baseline
 import main_dino
 import utils
+import vision_transformer
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
-from data import Sample, collate
-from skipping import SkippedSteps
+from dino3d import baselines
+from dino3d.data.pretraining import Sample, collate
+from dino3d.training.nonfinite import SkippedSteps
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 SIZE, PATCH, OUT_DIM, BATCH, LOCAL = (24, 24, 12), (12, 12, 6), 64, 4, 3
@@ -21,8 +22,8 @@ STEPS = 50
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3))
-    monkeypatch.setattr(main_dino, "DINOHead", functools.partial(main_dino.DINOHead, hidden_dim=64))
-    monkeypatch.setattr(baseline, "DINOHead", functools.partial(baseline.DINOHead, hidden_dim=64))
+    monkeypatch.setattr(vision_transformer, "DINOHead", functools.partial(vision_transformer.DINOHead, hidden_dim=64))
+    monkeypatch.setattr(vision_transformer, "DINOHead", functools.partial(vision_transformer.DINOHead, hidden_dim=64))
 
 
 def build():
@@ -69,11 +70,11 @@ def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False,
 
 def plain_losses(device):
     model = build()
-    student, teacher = (baseline.Model(model).to(device) for _ in range(2))
+    student, teacher = (baselines.Model(model).to(device) for _ in range(2))
     optimizer, center = torch.optim.AdamW(utils.parameter_groups(student)), torch.zeros(1, OUT_DIM, device=device)
     losses = []
     for step in range(STEPS):
-        loss, center = baseline.step(student, teacher, optimizer, center, views_of(step, device), schedule(step))
+        loss, center = baselines.step(student, teacher, optimizer, center, views_of(step, device), schedule(step))
         losses.append(loss)
     return torch.tensor(losses)
 

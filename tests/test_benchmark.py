@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 COMMANDS = {
@@ -77,7 +76,6 @@ def test_baseline_stands_in_the_report_as_it_ran(run):
 def test_a_step_of_vit_small_takes_226_gigaflop():
     """The count of earlier work, every block's matrix products for every token, and ours without what nothing reads: in the
     last block the class token alone goes on. Within 2 %: torch counts the attention's backward pass as 2.5 times its forward."""
-    import benchmark
     tokens, width, hidden, out_dim = 513, 384, 2048, 65536
     per_view = 12 * tokens * (24 * width ** 2 + 4 * tokens * width) + 2 * 512 * width * 12 * 12 * 6
     local = 12 * 5 * (24 * width ** 2 + 4 * 5 * width) + 2 * 4 * width * 12 * 12 * 6

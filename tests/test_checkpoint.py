@@ -23,12 +23,12 @@ from test_main_dino import TORCHRUN
 from test_main_lnc_luna16 import TINY as TINY_FOLDS
 from test_main_lnc_luna16 import write_cases
 
-import checkpoint
-import finetune
 import utils
-from checkpoint import Checkpoints, Interruption, Saving, load_checkpoint, load_newest, save_checkpoint
-from data import BatchStream, epoch_order
-from utils import Preempted, UserError
+from dino3d.command_line import Preempted, UserError
+from dino3d.data.pretraining import BatchStream, epoch_order
+from dino3d.finetune import statistics
+from dino3d.training import checkpoint
+from dino3d.training.checkpoint import Checkpoints, Interruption, Saving, load_checkpoint, load_newest, save_checkpoint
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs to be root: mounts a small disk, becomes another user")
@@ -291,7 +291,8 @@ def test_a_folder_that_can_no_longer_be_written(tmp_path):
 import os, sys, tempfile
 sys.path.insert(0, {str(ROOT)!r})
 sys.path.insert(0, {str(ROOT / 'tests')!r})
-import checkpoint, test_checkpoint
+import test_checkpoint
+from dino3d.training import checkpoint
 from pathlib import Path
 folder = Path({str(tmp_path)!r})
 for parent in [folder, *folder.parents]:
@@ -532,7 +533,7 @@ def test_a_signal_while_a_fold_is_trained(crops, tmp_path, processes):
 def test_a_signal_while_masks_are_evaluated(tmp_path, capsys, monkeypatch):
     """Segmentation ends after the case at hand, in a validation and in the test; masks and figures are as without."""
     import main_lts_msd
-    monkeypatch.setattr(finetune, "BOOTSTRAP_ROUNDS", 50)
+    monkeypatch.setattr(statistics, "BOOTSTRAP_ROUNDS", 50)
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=4, num_heads=3))
     for case in range(7):
         label = np.zeros((30, 28, 16), np.uint8)

@@ -18,14 +18,31 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import ROOT
-from raw_inputs import (call, contents, manifest, outcomes, run, scan, times, without_processes,  # noqa: F401
-                        write_decathlon, write_image, write_luna16, write_nifti, write_series, write_table, written)
+from raw_inputs import (  # noqa: F401
+    call,
+    contents,
+    manifest,
+    outcomes,
+    run,
+    scan,
+    times,
+    without_processes,
+    write_decathlon,
+    write_image,
+    write_luna16,
+    write_nifti,
+    write_series,
+    write_table,
+    written,
+)
 
-import convert
-from convert import Job, Output, convert_all, in_processes, opened
-from data import DataError
-from images import LeftOut
-from utils import UserError
+from dino3d.command_line import UserError
+from dino3d.data import parallel
+from dino3d.data.images import LeftOut
+from dino3d.data.parallel import in_processes
+from dino3d.data.volume import DataError
+from dino3d.prepare import conversion
+from dino3d.prepare.conversion import Job, Output, convert_all, opened
 
 WAIT = 120  # seconds until a process that hangs fails its test
 
@@ -99,7 +116,7 @@ def cases(tmp_path_factory):
 
 def files_in(output):
     """Number of files that stand under their final names."""
-    return sum(len(names) for here, _, names in os.walk(output) if convert.WORK not in here)
+    return sum(len(names) for here, _, names in os.walk(output) if conversion.WORK not in here)
 
 
 def assert_whole(output, reference):
@@ -121,14 +138,14 @@ def test_killed_at_ten_random_moments_and_started_again(cases, tmp_path):
             whole, pause = bool((i + seed) % 2), draw.uniform(0, 2.5 if i == 0 else 0.1)
             began = time.monotonic()
             process = case.start(output, workers=draw.choice([1, 2]))
-            until(lambda: process.poll() is not None or (output / convert.WORK).exists() and files_in(output) >= least)
+            until(lambda: process.poll() is not None or (output / conversion.WORK).exists() and files_in(output) >= least)
             time.sleep(pause)
-            running, unfinished = process.poll() is None, (output / convert.WORK).is_dir()
+            running, unfinished = process.poll() is None, (output / conversion.WORK).is_dir()
             (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
             moment = time.monotonic() - began
             killed = process.wait(WAIT) == -signal.SIGKILL
             outlived = until(lambda: not of_session(process.pid))
-            unfinished &= (output / convert.WORK).is_dir()  # the last that goes, at the end of a run
+            unfinished &= (output / conversion.WORK).is_dir()  # the last that goes, at the end of a run
             record.append((name, f"{moment:.2f} s", f"{files_in(output)} of {total} files",
                            "all" if whole else "main alone", f"workers gone after {outlived:.2f} s"))
             assert running and unfinished and killed, f"not inside the run: {record[-1]}"
@@ -137,7 +154,7 @@ def test_killed_at_ten_random_moments_and_started_again(cases, tmp_path):
         assert case.start(output, workers=2).wait(WAIT) == 0
         assert errors(case.folder) == []
         assert contents(output) == case.reference
-        assert not (output / convert.WORK).exists()
+        assert not (output / conversion.WORK).exists()
     with ThreadPoolExecutor() as threads:
         ends = [threads.submit(chain, *what) for what in (("nlst", 0, 3), ("luna16", 1, 4), ("msd", 2, 3))]
         for end in ends:
@@ -154,7 +171,7 @@ def test_interrupted_and_terminated_in_one_line(cases, tmp_path, run):
         folder = tmp_path / f"{number}{least}"
         folder.mkdir()
         process = start(folder, *case.flags, "--output", folder / "output", "--workers", 1)
-        until(lambda: (folder / "output" / convert.WORK).exists() and files_in(folder / "output") >= least)
+        until(lambda: (folder / "output" / conversion.WORK).exists() and files_in(folder / "output") >= least)
         time.sleep(0.5)
         assert process.poll() is None
         (os.killpg if all_of_them else os.kill)(process.pid, number)
@@ -174,7 +191,7 @@ def test_interrupted_and_terminated_in_one_line(cases, tmp_path, run):
     assert run(*case.flags, "--output", output).code == 0
     assert contents(output) == case.reference
     after = times(output)
-    again = [name for name, time in before.items() if not name.startswith(convert.WORK) and after[name] != time]
+    again = [name for name, time in before.items() if not name.startswith(conversion.WORK) and after[name] != time]
     assert len(again) <= 2 < len(before), again  # image and label of a case that was finished and not yet noted, if any
 
 
@@ -273,7 +290,7 @@ def test_killed_at_any_step_and_started_again(command, tmp_path, run):
                 assert content in (reference.get(name), (before or {}).get(name)), (step, name)
             assert run(*flags, "--output", output).code == code
             assert contents(output) == reference, step
-            assert not (output / convert.WORK).exists()
+            assert not (output / conversion.WORK).exists()
             shutil.rmtree(output)
             if not killed:
                 break
@@ -298,7 +315,7 @@ def forked(monkeypatch):
     """Worker processes as copies of this one, which start in no time; that they may be new ones is tested above."""
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs os.fork")
-    monkeypatch.setattr(convert, "get_context", lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(conversion, "get_context", lambda _: multiprocessing.get_context("fork"))
 
 
 @pytest.mark.parametrize("command", ["nlst", "luna16", "msd"])
@@ -333,7 +350,7 @@ def test_a_rerun_writes_nothing(command, tmp_path, run):
 
 def rewritten(output, before):
     """Names of files that are new or were written again, but for the manifest."""
-    return {name for name, time in times(output).items() if before.get(name) != time} - {convert.MANIFEST}
+    return {name for name, time in times(output).items() if before.get(name) != time} - {conversion.MANIFEST}
 
 
 def test_only_what_changed_is_done_again(tmp_path, run):
@@ -412,7 +429,7 @@ def test_another_option_on_the_same_output_is_refused(command, option, tmp_path,
     assert result.code == 1 and len(result.errors) == 1
     assert option[0].strip("-") in result.errors[0] and "give another --output" in result.errors[0]
     after = times(tmp_path / "output")
-    assert {name: time for name, time in after.items() if not name.startswith(convert.WORK)} == before
+    assert {name: time for name, time in after.items() if not name.startswith(conversion.WORK)} == before
     assert run(*flags).code == 0
     assert times(tmp_path / "output") == before
 
@@ -483,21 +500,21 @@ def test_input_and_output_in_one_another(command, tmp_path, run, monkeypatch):
 def test_a_second_run_at_the_same_time_is_refused(tmp_path, run):
     flags = [*small_inputs(tmp_path)["msd"], "--output", tmp_path / "output"]
     with opened(tmp_path / "output", {"command": "msd", "spacing": None, "crop": "none", "margin": 20}):
-        (tmp_path / "output" / convert.WORK / "part.1.nii.gz").write_text("of the first one")
+        (tmp_path / "output" / conversion.WORK / "part.1.nii.gz").write_text("of the first one")
         before = contents(tmp_path / "output")
         result = run(*flags)
         assert result.code == 1 and len(result.errors) == 1
         assert "another prepare_data.py is writing to it" in result.errors[0]
         assert contents(tmp_path / "output") == before
-        assert (tmp_path / "output" / convert.WORK / "part.1.nii.gz").read_text() == "of the first one"
+        assert (tmp_path / "output" / conversion.WORK / "part.1.nii.gz").read_text() == "of the first one"
     assert run(*flags).code == 0
 
 
 def test_what_a_killed_run_left_unfinished_takes_no_space_of_the_next(tmp_path):
-    (tmp_path / convert.WORK).mkdir()
-    (tmp_path / convert.WORK / "part.17.hdf5").write_text("half")
+    (tmp_path / conversion.WORK).mkdir()
+    (tmp_path / conversion.WORK / "part.17.hdf5").write_text("half")
     with opened(tmp_path, {}):
-        assert os.listdir(tmp_path / convert.WORK) == ["lock"]
+        assert os.listdir(tmp_path / conversion.WORK) == ["lock"]
 
 
 # ------------------------------------------------------------------------------------------- workers that die, odd jobs
@@ -522,7 +539,7 @@ def test_a_worker_that_dies_takes_only_its_item_with_it(workers, bad, forked):
 
 
 def test_no_items_start_no_processes(monkeypatch):
-    monkeypatch.setattr(convert, "_pool", None)
+    monkeypatch.setattr(parallel, "_pool", None)
     assert list(in_processes(abs, [], 3)) == []
 
 
@@ -568,7 +585,7 @@ COLUMNS = ["source", "output", "bytes", "status", "reason", "stamp"]
 
 
 def odd_jobs(hows=HOWS):
-    return [Job((f"{how}.1", f"{how}.2"), convert.stamp_of(how), (how, how)) for how in hows]
+    return [Job((f"{how}.1", f"{how}.2"), conversion.stamp_of(how), (how, how)) for how in hows]
 
 
 def convert_odd_ones(output, workers=2, hows=HOWS):
@@ -593,7 +610,7 @@ def test_whatever_a_job_does_the_others_are_done(tmp_path, forked, capsys):
     assert status == "failed" and reason.endswith("can't hold this") and "part." not in reason
     assert len(written(tmp_path / "output")) == 6
     with pytest.raises(UserError, match="^8 inputs failed, such as breaks.1: unexpected: MemoryError"):
-        convert.report(outcome)
+        conversion.report(outcome)
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("6 files of ") and out[0].endswith("2 inputs left out, 8 failed")
     assert any(line.split() == "left out 2 not wanted, such as left out.1".split() for line in out)
@@ -620,7 +637,7 @@ def assert_goes_on(flags, output, reference, run, less):
     result = run(*flags, "--output", output)
     assert result.code == 1 and len(result.errors) == 1, result
     assert str(output) in result.errors[0]
-    done = {name: time for name, time in times(output).items() if not name.startswith(convert.WORK)}
+    done = {name: time for name, time in times(output).items() if not name.startswith(conversion.WORK)}
     assert 0 < len(done) < len(reference)
     assert_whole(output, reference)
     less()
@@ -738,14 +755,14 @@ def test_a_journal_that_is_cut_anywhere(tmp_path, run):
         journal = records.journal.read_bytes()
         raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert.Records, "finish", interrupt)
+        patch.setattr(conversion.Records, "finish", interrupt)
         assert run(*flags, output).code == 130
     assert journal.count(b"\n") == 2
     for cut in [0, 1, 2, *range(5, len(journal), len(journal) // 12), len(journal) - 1]:
         for more in (b"", b"\0\0\0", b"[]\n", b"{}\n7\n"):
             shutil.rmtree(tmp_path / "cut", ignore_errors=True)
             shutil.copytree(output, tmp_path / "cut")
-            (tmp_path / "cut" / convert.WORK / "journal.jsonl").write_bytes(journal[:cut] + more)
+            (tmp_path / "cut" / conversion.WORK / "journal.jsonl").write_bytes(journal[:cut] + more)
             assert run(*flags, tmp_path / "cut").code == 0
             assert contents(tmp_path / "cut") == reference
 
@@ -764,7 +781,7 @@ def test_a_manifest_that_was_damaged(damage, tmp_path, run):
     flags = [*small_inputs(tmp_path)["msd"], "--output", tmp_path / "output"]
     run(*flags)
     before = contents(tmp_path / "output")
-    path = tmp_path / "output" / convert.MANIFEST
+    path = tmp_path / "output" / conversion.MANIFEST
     path.write_text(damage(path.read_text()))
     result = run(*flags)
     assert (result.code, result.errors) == (0, [])
@@ -775,10 +792,10 @@ def test_a_manifest_that_was_damaged(damage, tmp_path, run):
 def test_a_recipe_that_was_damaged_is_named(content, tmp_path, run):
     flags = [*small_inputs(tmp_path)["msd"], "--output", tmp_path / "output"]
     run(*flags)
-    (tmp_path / "output" / convert.RECIPE).write_text(content)
+    (tmp_path / "output" / conversion.RECIPE).write_text(content)
     before = contents(tmp_path / "output")
     result = run(*flags)
-    assert result.code == 1 and len(result.errors) == 1 and convert.RECIPE in result.errors[0]
+    assert result.code == 1 and len(result.errors) == 1 and conversion.RECIPE in result.errors[0]
     assert contents(tmp_path / "output") == before
 
 
@@ -787,7 +804,7 @@ def test_a_manifest_from_elsewhere_removes_nothing_outside(tmp_path, run):
     flags = [*small_inputs(tmp_path)["msd"], "--output", tmp_path / "output"]
     run(*flags)
     (tmp_path / "precious").write_text("kept")
-    path = tmp_path / "output" / convert.MANIFEST
+    path = tmp_path / "output" / conversion.MANIFEST
     header, *rows = path.read_text().splitlines()
     first = rows[0].split(",")
     first[1], first[-1] = "../precious", "0" * 16

@@ -19,10 +19,13 @@ import SimpleITK as sitk
 import torch
 from torch.utils.data import DataLoader
 
-import data
 from augmentations import MultiCropAugmentation, Policy
-from data import (AIR, CHUNK, RUN, SUFFIXES, BatchStream, DataError, PretrainingPatches, Volume, block_mean, collate,
-                  epoch_order, find_volumes, list_volumes, place_patch, read_data_list, write_volume)
+from dino3d.data import layouts, pretraining, read_watchdog
+from dino3d.data import volume as volume_module
+from dino3d.data.layouts import find_volumes, list_volumes, read_data_list
+from dino3d.data.pretraining import RUN, BatchStream, PretrainingPatches, block_mean, collate, epoch_order, place_patch
+from dino3d.data.read_watchdog import watched
+from dino3d.data.volume import AIR, CHUNK, FILTERS, SUFFIXES, DataError, Volume, _open_hdf5, write_volume
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 PERMUTED = np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])
@@ -201,7 +204,7 @@ def test_simpleitk_opens_what_is_written(directions, compression, tmp_path, noth
         np.testing.assert_allclose(getattr(read, f"Get{what}")(), getattr(image, f"Get{what}")(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("compression", data.FILTERS)
+@pytest.mark.parametrize("compression", FILTERS)
 def test_layout_is_that_of_itk(compression, tmp_path):
     image = itk_image(DIRECTIONS["oblique"], shape=(35, 40, 6))
     sitk.WriteImage(image, tmp_path / "itk.hdf5")
@@ -229,7 +232,7 @@ def test_layout_is_that_of_itk(compression, tmp_path):
             np.testing.assert_allclose(fixed[name], value, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("compression", data.FILTERS)
+@pytest.mark.parametrize("compression", FILTERS)
 def test_files_are_chunked_and_read_back(compression, tmp_path):
     voxels, affine = noise((70, 33, 40)), itk_affine(itk_image(DIRECTIONS["axial"]))
     write_volume(tmp_path / "ct.hdf5", voxels, affine, compression)
@@ -498,7 +501,7 @@ def read_all(path):
         return volume.read()
 
 
-@pytest.mark.parametrize("compression", [None, *data.FILTERS])
+@pytest.mark.parametrize("compression", [None, *FILTERS])
 def test_truncated_hdf5_is_refused_wherever_it_was_cut(compression, tmp_path, nothing_left_open):
     path, cut = tmp_path / "ct.hdf5", tmp_path / "cut.hdf5"
     if compression:
@@ -647,7 +650,7 @@ def test_index_is_written_once_and_used_from_then_on(tmp_path, monkeypatch):
     assert list_volumes(folder, index) == expected
     assert read_data_list(index, folder) == expected
     with monkeypatch.context() as patch:
-        patch.setattr(data, "find_volumes", lambda folder: pytest.fail("looked again"))
+        patch.setattr(layouts, "find_volumes", lambda folder: pytest.fail("looked again"))
         assert list_volumes(folder, index) == list_volumes(str(folder), str(index)) == expected
         patch.chdir(tmp_path)
         assert list_volumes("data", index) == ["data/p 1/a b.hdf5", "data/p2/b.hdf5"]
@@ -1034,7 +1037,7 @@ def count_openings(monkeypatch):
                 opened.now.remove(self.path)
             super().close()
 
-    monkeypatch.setattr(data, "Volume", Counting)
+    monkeypatch.setattr(pretraining, "Volume", Counting)
     return opened
 
 
@@ -1148,7 +1151,7 @@ def test_a_read_that_hangs_is_named(volumes, tmp_path):
     release = Release(paths[7])
     loader = DataLoader(PretrainingPatches(paths, crops(), 3), batch_sampler=[[(0, k), (0, k + 1)] for k in range(0, 12, 2)],
                         collate_fn=collate, num_workers=2, worker_init_fn=functools.partial(count_start, started))
-    batches = list(data.watched(loader, 1.0, release))
+    batches = list(watched(loader, 1.0, release))
     assert len(batches) == 6 and started.tolist() == [1, 1]
     assert set(release.messages) == {release.messages[0]}
     assert release.messages[0].startswith(f"{paths[7]}: loader worker 1 has been reading it for 1 s: the storage hangs")
@@ -1161,12 +1164,12 @@ def count_start(started, worker):
 
 def test_slow_reading_is_no_hang(volumes, monkeypatch):
     """Every file takes long, none too long; nor does a worker that waits for work."""
-    real = data._open_hdf5
-    monkeypatch.setattr(data, "_open_hdf5", lambda *args: (time.sleep(0.4), real(*args))[1])
+    real = _open_hdf5
+    monkeypatch.setattr(volume_module, "_open_hdf5", lambda *args: (time.sleep(0.4), real(*args))[1])
     loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, k)] for k in range(6)],
                         collate_fn=collate, num_workers=1)
     messages = []
-    batches = data.watched(loader, 1.0, messages.append)
+    batches = watched(loader, 1.0, messages.append)
     assert len([next(batches) for _ in range(5)]) == 5
     time.sleep(1.5)
     assert len(list(batches)) == 1 and messages == []
@@ -1174,10 +1177,10 @@ def test_slow_reading_is_no_hang(volumes, monkeypatch):
 
 @pytest.mark.parametrize("workers, seconds", [(0, 1.0), (1, 0.0)])
 def test_watching_can_be_switched_off(workers, seconds, volumes, monkeypatch):
-    monkeypatch.setattr(data, "ReadWatch", None)
+    monkeypatch.setattr(read_watchdog, "ReadWatch", None)
     loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, 0)]], collate_fn=collate,
                         num_workers=workers)
-    assert len(list(data.watched(loader, seconds, None))) == 1
+    assert len(list(watched(loader, seconds, None))) == 1
 
 
 def test_two_samples_of_one_volume_around_a_bad_one(volumes, tmp_path):

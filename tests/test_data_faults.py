@@ -14,13 +14,16 @@ from conftest import ROOT
 from test_main_dino import TINY, command, run_main, smaller_model, traceback_through_our_code  # noqa: F401
 from torch.utils.data import DataLoader
 
-import finetune
 import main_lnc_luna16
 import main_lts_msd
 import utils
-from data import Batch, BatchStream
-from monitor import BadFiles, read_log
-from utils import Processes, UserError
+from dino3d.command_line import UserError
+from dino3d.data.pretraining import Batch, BatchStream
+from dino3d.files import read_log
+from dino3d.finetune.crops import EvaluationCrops, collate_crops
+from dino3d.finetune.runtime import Device
+from dino3d.training.monitor import BadFiles
+from utils import Processes
 
 
 @pytest.fixture
@@ -204,9 +207,9 @@ def test_downstream_loaders_are_watched(tmp_path, monkeypatch):
         messages.append(message)
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets the reader go on
     monkeypatch.setattr(utils, "end_process", end)
-    device = finetune.Device(Processes(), torch.float32, 1, 1, read_timeout=1.0)
-    dataset = finetune.EvaluationCrops([str(pipe)], (4, 4, 4))
-    batch, = device.batches_of(DataLoader(dataset, 1, sampler=[0], collate_fn=finetune.collate_crops, num_workers=1))
+    device = Device(Processes(), torch.float32, 1, 1, read_timeout=1.0)
+    dataset = EvaluationCrops([str(pipe)], (4, 4, 4))
+    batch, = device.batches_of(DataLoader(dataset, 1, sampler=[0], collate_fn=collate_crops, num_workers=1))
     assert messages[0].startswith(f"{pipe}: loader worker 0 has been reading it for 1 s") and str(pipe) in batch.fatal
     assert main_lnc_luna16.get_args_parser().parse_args([]).read_timeout == 600
     assert main_lts_msd.get_args_parser().parse_args([]).read_timeout == 600

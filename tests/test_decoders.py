@@ -6,8 +6,17 @@ import pytest
 import torch
 from test_vision_transformer import load_into_monai, randomise
 
-from decoders import (DECODERS, Classifier, LinearDecoder, LinearHead, NearestNeighbours, Segmenter, Standardise,
-                      UnetrDecoder, upsampling_factors)
+from dino3d.finetune.heads import (
+    DECODERS,
+    Classifier,
+    LinearDecoder,
+    LinearHead,
+    NearestNeighbours,
+    Segmenter,
+    Standardise,
+    UnetrDecoder,
+    upsampling_factors,
+)
 from vision_transformer import VisionTransformer
 
 

@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-import demo_data
-import images
 import prepare_data
-from data import Volume, find_crops, find_pairs, read_pair
+from dino3d import command_line
+from dino3d.data import images
+from dino3d.data.layouts import find_crops, find_pairs, read_pair
+from dino3d.data.volume import Volume
+from dino3d.prepare import demo, fetch
+from dino3d.prepare import phantoms as phantoms_module
+from dino3d.prepare.fetch import IMAGES, LABELS, PATIENTS, SHA256, FetchError, fetch_sdist, last_error_line, read_members
 
 ROOT = Path(prepare_data.__file__).parent
 
@@ -61,9 +65,9 @@ def test_phantoms_fill_all_three_layouts(phantoms):
     names = sorted(path.relative_to(phantoms).as_posix() for path in phantoms.rglob("*") if path.is_file())
     assert [name for name in names if name.startswith("pretrain")] == [
         "pretrain/lung1/t0/phantom.hdf5", "pretrain/lung2/t0/phantom.hdf5", "pretrain/manifest.csv", "pretrain/prepare.json"]
-    assert (phantoms / "SOURCE.txt").read_text().count("synthetic") == 2 + prepare_data.PHANTOMS
+    assert (phantoms / "SOURCE.txt").read_text().count("synthetic") == 2 + demo.PHANTOMS
     assert not list(phantoms.glob(".*"))
-    expected, affine = demo_data.chest_phantom(0)
+    expected, affine = phantoms_module.chest_phantom(0)
     for patient, same in (("lung1", True), ("lung2", False)):
         with Volume(phantoms / "pretrain" / patient / "t0" / "phantom.hdf5") as volume:
             assert (volume.read() == expected).all() == same
@@ -71,15 +75,15 @@ def test_phantoms_fill_all_three_layouts(phantoms):
 
     crops, problems = find_crops(phantoms / "luna16")
     assert not problems and {crop.subset for crop in crops} == {f"subset{i}" for i in range(5)}
-    assert len({crop.patient for crop in crops}) == 2 + prepare_data.PHANTOMS
+    assert len({crop.patient for crop in crops}) == 2 + demo.PHANTOMS
     pairs, problems = find_pairs(phantoms / "msd")
-    assert not problems and [pair.name for pair in pairs] == sorted([*demo_data.PATIENTS, *prepare_data.phantom_names()])
+    assert not problems and [pair.name for pair in pairs] == sorted([*PATIENTS, *demo.phantom_names()])
 
 
 def test_the_demos_crops_show_what_their_labels_say(phantoms):
     """Positive crops are centred on a nodule of the phantom, negative ones lie in the lung, away from all of them."""
-    nodules = demo_data.labelled_phantom(0)[2]
-    _, affine = demo_data.chest_phantom(0)
+    nodules = phantoms_module.labelled_phantom(0)[2]
+    _, affine = phantoms_module.chest_phantom(0)
     places = affine @ np.vstack([np.argwhere(nodules > 0).T, np.ones((nodules > 0).sum())])  # (4, N) RAS mm
     crops = [crop for crop in find_crops(phantoms / "luna16")[0] if crop.patient == "lung1"]
     for crop in crops:
@@ -122,41 +126,41 @@ def test_a_half_made_folder_is_completed(phantoms, offline, tmp_path):
 @pytest.fixture
 def small_phantoms(monkeypatch):
     """labelled_phantom in few voxels."""
-    whole = demo_data.labelled_phantom
-    monkeypatch.setattr(demo_data, "labelled_phantom", lambda seed, **_: whole(seed, (64, 56, 24), (5, 5, 12)))
+    whole = phantoms_module.labelled_phantom
+    monkeypatch.setattr(phantoms_module, "labelled_phantom", lambda seed, **_: whole(seed, (64, 56, 24), (5, 5, 12)))
 
 
 def test_without_a_network_the_phantoms_step_in(offline, tmp_path, small_phantoms, capsys):
-    prepare_data.demo(tmp_path / "demo", phantom=False)
+    demo.demo(tmp_path / "demo", phantom=False)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "No matching distribution found for pyradiomics" in err and "SYNTHETIC" in err
-    assert (tmp_path / "demo" / "SOURCE.txt").read_text() == prepare_data.demo_source(prepare_data.PHANTOM)
+    assert (tmp_path / "demo" / "SOURCE.txt").read_text() == demo.demo_source(demo.PHANTOM)
 
 
 def test_a_missing_pip_is_no_obstacle(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo_data.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
+    monkeypatch.setattr(fetch.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
         command, 1, "", f"{sys.executable}: No module named pip\n"))
-    assert prepare_data.fetch_demo(tmp_path, phantom=False, held=None) == prepare_data.PHANTOM
+    assert demo.fetch_demo(tmp_path, phantom=False, held=None) == demo.PHANTOM
     assert "No module named pip" in capsys.readouterr().err
 
 
 def test_fetched_cts_are_converted_and_named(monkeypatch, tmp_path, small_phantoms, capsys):
     """The whole of demo() but for pip: an archive as pyradiomics has it, with a small CT and mask of each patient."""
     contents, expected = {}, {}
-    for seed, patient in enumerate(demo_data.PATIENTS):
-        volume, affine, nodules = demo_data.labelled_phantom(seed)
+    for seed, patient in enumerate(PATIENTS):
+        volume, affine, nodules = phantoms_module.labelled_phantom(seed)
         turned = images.make_image(volume, affine)[::-1, :, ::-1]  # not in RAS
         mask = images.make_image(np.where(nodules == 1, 7, 0).astype(np.uint8), affine)[::-1, :, ::-1]
-        for names, image in ((demo_data.IMAGES, turned), (demo_data.LABELS, mask)):
+        for names, image in ((IMAGES, turned), (LABELS, mask)):
             sitk.WriteImage(image, str(tmp_path / "image.nrrd"))
             contents[names[patient]] = (tmp_path / "image.nrrd").read_bytes()
         expected[patient] = volume, affine, nodules == 1
     archive = tmp_path / "sdist.tar.gz"
     write_tar(archive, contents)
-    monkeypatch.setattr(demo_data, "fetch_sdist", lambda folder: archive)
+    monkeypatch.setattr(fetch, "fetch_sdist", lambda folder: archive)
 
-    prepare_data.demo(tmp_path / "demo", phantom=False)
+    demo.demo(tmp_path / "demo", phantom=False)
     pairs = {pair.name: pair for pair in find_pairs(tmp_path / "demo" / "msd")[0]}
     for patient, (voxels, affine, mask) in expected.items():
         with Volume(tmp_path / "demo" / "pretrain" / patient / "t0" / f"{patient}_image.hdf5") as volume:
@@ -164,22 +168,22 @@ def test_fetched_cts_are_converted_and_named(monkeypatch, tmp_path, small_phanto
             np.testing.assert_allclose(volume.affine, affine, atol=1e-4)
         np.testing.assert_array_equal(read_pair(pairs[patient])[1], mask)
     source = (tmp_path / "demo" / "SOURCE.txt").read_text()
-    assert source.count("BSD-3-Clause") == 2 and source.count("synthetic") == prepare_data.PHANTOMS
+    assert source.count("BSD-3-Clause") == 2 and source.count("synthetic") == demo.PHANTOMS
     assert "lung1 and lung2 will be SYNTHETIC" not in "".join(capsys.readouterr())
 
     before = state(tmp_path / "demo")
-    with pytest.raises(prepare_data.UserError, match="already holds CTs"):
-        prepare_data.demo(tmp_path / "demo", phantom=True)
+    with pytest.raises(command_line.UserError, match="already holds CTs"):
+        demo.demo(tmp_path / "demo", phantom=True)
     assert state(tmp_path / "demo") == before
 
     shutil.rmtree(tmp_path / "demo" / "luna16")
-    monkeypatch.setattr(demo_data, "fetch_sdist", no_network)
-    with pytest.raises(prepare_data.UserError, match="could not be fetched"):
-        prepare_data.demo(tmp_path / "demo", phantom=False)  # no mixture of CTs and phantoms under one name
+    monkeypatch.setattr(fetch, "fetch_sdist", no_network)
+    with pytest.raises(command_line.UserError, match="could not be fetched"):
+        demo.demo(tmp_path / "demo", phantom=False)  # no mixture of CTs and phantoms under one name
 
 
 def no_network(folder):
-    raise demo_data.FetchError("no network")
+    raise FetchError("no network")
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -237,8 +241,8 @@ def test_nothing_of_the_package_runs(sdist, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "."]))  # would import from the unpacked package
     folder = tmp_path / "fetched"
     folder.mkdir()
-    archive = demo_data.fetch_sdist(folder, "trap", "1.0", sha256)
-    assert demo_data.read_members(archive, ["trap-1.0/data/image.nrrd"]) == {"trap-1.0/data/image.nrrd": b"voxels"}
+    archive = fetch_sdist(folder, "trap", "1.0", sha256)
+    assert read_members(archive, ["trap-1.0/data/image.nrrd"]) == {"trap-1.0/data/image.nrrd": b"voxels"}
     assert not mark.exists()
     assert not list(folder.rglob("image.nrrd"))  # nothing is unpacked
 
@@ -246,8 +250,8 @@ def test_nothing_of_the_package_runs(sdist, tmp_path, monkeypatch):
 def test_pip_refuses_another_checksum(sdist, tmp_path):
     folder = tmp_path / "fetched"
     folder.mkdir()
-    with pytest.raises(demo_data.FetchError, match="DO NOT MATCH THE HASHES") as error:
-        demo_data.fetch_sdist(folder, "trap", "1.0", "0" * 64)
+    with pytest.raises(FetchError, match="DO NOT MATCH THE HASHES") as error:
+        fetch_sdist(folder, "trap", "1.0", "0" * 64)
     assert "\n" not in str(error.value)
     assert not sdist[1].exists()
 
@@ -260,8 +264,8 @@ def test_another_checksum_is_refused_whatever_pip_says(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(demo_data.FetchError, match=f"expected {demo_data.SHA256}"):
-        demo_data.fetch_sdist(tmp_path)
+    with pytest.raises(FetchError, match=f"expected {SHA256}"):
+        fetch_sdist(tmp_path)
 
 
 def test_a_pip_that_hangs_is_ended(tmp_path, monkeypatch):
@@ -269,22 +273,22 @@ def test_a_pip_that_hangs_is_ended(tmp_path, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(demo_data.FetchError, match="within 5 s"):
-        demo_data.fetch_sdist(tmp_path, timeout=5)
+    with pytest.raises(FetchError, match="within 5 s"):
+        fetch_sdist(tmp_path, timeout=5)
 
 
 def test_only_regular_members_of_exactly_that_name_are_read(tmp_path):
     archive = tmp_path / "a.tar.gz"
     write_tar(archive, {"a/image": b"1", "a/image.bak": b"2", "../a/image": b"3"})
-    assert demo_data.read_members(archive, ["a/image"]) == {"a/image": b"1"}
-    with pytest.raises(demo_data.FetchError, match="a/label"):
-        demo_data.read_members(archive, ["a/image", "a/label"])
+    assert read_members(archive, ["a/image"]) == {"a/image": b"1"}
+    with pytest.raises(FetchError, match="a/label"):
+        read_members(archive, ["a/image", "a/label"])
     with tarfile.open(archive, "w:gz") as tar:
         link = tarfile.TarInfo("a/image")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
-    with pytest.raises(demo_data.FetchError, match="a/image"):
-        demo_data.read_members(archive, ["a/image"])
+    with pytest.raises(FetchError, match="a/image"):
+        read_members(archive, ["a/image"])
 
 
 @pytest.mark.parametrize("text, line", [
@@ -293,7 +297,7 @@ def test_only_regular_members_of_exactly_that_name_are_read(tmp_path):
     ("WARNING: a\nERROR: b\n  ERROR: c: d\n[notice] e\n", "c: d"),
     ("error: metadata-generation-failed\n\nhint: see above\n", "metadata-generation-failed")])
 def test_last_error_line(text, line):
-    assert demo_data.last_error_line(text) == line
+    assert last_error_line(text) == line
 
 
 # --------------------------------------------------------------------------------------------------------- phantom
@@ -303,7 +307,7 @@ def test_last_error_line(text, line):
     (0, (320, 256, 96), (1, 1, 3)), (1, (320, 256, 96), (1, 1, 3)), (7, (96, 80, 48), (3, 3, 5)),
     (3, (64, 64, 64), (1, 1, 1))])
 def test_the_phantom_tells_left_from_right_front_from_back_and_up_from_down(seed, shape, spacing):
-    hu, affine = demo_data.chest_phantom(seed, shape, spacing)
+    hu, affine = phantoms_module.chest_phantom(seed, shape, spacing)
     assert hu.shape == shape and hu.dtype == np.int16
     assert hu.min() >= -1024 and hu.max() <= 3071
     assert nibabel.aff2axcodes(affine) == ("R", "A", "S")
@@ -325,7 +329,7 @@ def test_the_phantom_tells_left_from_right_front_from_back_and_up_from_down(seed
 
 def test_the_phantom_is_the_seeds_alone():
     state_before = np.random.get_state()[1].copy()
-    first, again, other = (demo_data.chest_phantom(seed, (48, 40, 24))[0] for seed in (5, 5, 6))
+    first, again, other = (phantoms_module.chest_phantom(seed, (48, 40, 24))[0] for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.5
     np.testing.assert_array_equal(np.random.get_state()[1], state_before)
@@ -333,4 +337,4 @@ def test_the_phantom_is_the_seeds_alone():
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 8, 4), (33, 17, 5)])
 def test_the_phantom_takes_any_shape(shape):
-    assert demo_data.chest_phantom(0, shape)[0].shape == shape
+    assert phantoms_module.chest_phantom(0, shape)[0].shape == shape

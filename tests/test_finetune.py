@@ -8,11 +8,36 @@ import numpy as np
 import pytest
 import torch
 
-import finetune
 from augmentations import Policy, collate_views, paper_policy, scale_intensity
-from data import DataError
-from finetune import TrainingBatches, WindowAugmentation
-from utils import Preempted, Processes, UserError
+from dino3d.command_line import Preempted, UserError
+from dino3d.data.volume import DataError
+from dino3d.files import read_json, read_table, write_json, write_table
+from dino3d.finetune.crops import (
+    READ_AHEAD,
+    EvaluationCrops,
+    TrainingBatches,
+    WindowAugmentation,
+    centre_window,
+    check_crops,
+    read_ahead,
+    read_crop,
+)
+from dino3d.finetune.encoder import ENCODER, load_encoder
+from dino3d.finetune.fold_folders import fold_folders
+from dino3d.finetune.fold_loop import Done, layer_groups, learning_rate, set_learning_rate
+from dino3d.finetune.runtime import Device, collect
+from dino3d.finetune.splits import (
+    case_names,
+    count_by_patient,
+    default_num_test,
+    divide,
+    make_splits,
+    patient_splits,
+    save_splits,
+    subset_splits,
+)
+from dino3d.finetune.statistics import bootstrap_interval, mean_and_deviation
+from utils import Processes
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -45,8 +70,8 @@ def test_divide_is_as_even_as_scikit_learns(seed):
     """Spread of the classes over folds, against StratifiedGroupKFold; each patient on one side; no side empty."""
     from sklearn.model_selection import StratifiedGroupKFold
     names, labels = random_patients(seed)
-    patients, counts = finetune.count_by_patient(names, labels)
-    sides = finetune.divide(counts, np.full(5, 0.2), np.random.default_rng(seed))
+    patients, counts = count_by_patient(names, labels)
+    sides = divide(counts, np.full(5, 0.2), np.random.default_rng(seed))
     ours = np.stack([counts[sides == side].sum(0) for side in range(5)])
     theirs = StratifiedGroupKFold(5).split(names, labels, names)
     theirs = np.stack([np.bincount(np.array(labels)[test], minlength=2) for _, test in theirs])
@@ -58,7 +83,7 @@ def test_divide_is_as_even_as_scikit_learns(seed):
 def test_a_test_set_has_the_size_asked_for(cases, wanted):
     """One case per patient: exactly as many cases as asked for, with the classes in their proportion."""
     labels = [int(i % 4 == 0) for i in range(cases)]
-    split = finetune.patient_splits([f"p{i:03}" for i in range(cases)], labels, wanted, 5, 0)[0]
+    split = patient_splits([f"p{i:03}" for i in range(cases)], labels, wanted, 5, 0)[0]
     assert len(split.test) == pytest.approx(wanted, abs=1)
     positive = sum(labels[int(patient[1:])] for patient in split.test)
     assert positive == pytest.approx(wanted * np.mean(labels), abs=1)
@@ -67,13 +92,13 @@ def test_a_test_set_has_the_size_asked_for(cases, wanted):
 def test_divide_leaves_no_side_empty():
     for counts in ([[100, 0], [1, 0], [0, 1]], [[50, 50], [50, 50], [50, 50]], [[0, 3], [0, 3], [9, 0]]):
         for shares in ((0.01, 0.99), (1 / 3, 1 / 3, 1 / 3)):
-            sides = finetune.divide(counts, shares, np.random.default_rng(0))
+            sides = divide(counts, shares, np.random.default_rng(0))
             assert set(sides) == set(range(len(shares)))
 
 
 def test_patient_splits():
     names, labels = random_patients(0)
-    splits = finetune.patient_splits(names, labels, None, 5, 0)
+    splits = patient_splits(names, labels, None, 5, 0)
     everyone = set(names)
     assert len(splits) == 5 and all(split.test == splits[0].test for split in splits)
     for split in splits:
@@ -81,13 +106,13 @@ def test_patient_splits():
         assert set().union(*sides) == everyone and sum(map(len, sides)) == len(everyone)  # nobody on two sides
     validated = [patient for split in splits for patient in split.validation]
     assert sorted(validated) == sorted(everyone - set(splits[0].test))  # everyone else validates once
-    assert finetune.patient_splits(names, labels, None, 5, 0) == splits
-    assert finetune.patient_splits(names, labels, None, 5, 1) != splits
+    assert patient_splits(names, labels, None, 5, 0) == splits
+    assert patient_splits(names, labels, None, 5, 1) != splits
 
 
 def test_default_test_set():
     for cases, wanted in ((3, 1), (61, 12), (110, 22), (111, 37), (185, 37), (370, 37), (371, 74), (1000, 200)):
-        assert finetune.default_num_test(cases) == wanted
+        assert default_num_test(cases) == wanted
 
 
 @pytest.mark.parametrize("patients, num_test, k_fold, says", [
@@ -96,25 +121,25 @@ def test_default_test_set():
 def test_too_few_patients(patients, num_test, k_fold, says):
     with pytest.raises(UserError, match=says):
         labels = [i % 2 for i in range(patients)]
-        finetune.patient_splits([f"p{i}" for i in range(patients)], labels, num_test, k_fold, 0)
+        patient_splits([f"p{i}" for i in range(patients)], labels, num_test, k_fold, 0)
 
 
 def test_subset_splits():
     subsets = ["subset10", "subset2", "subset1", "subset1"]
-    splits = finetune.subset_splits(["a", "b", "c", "d"], subsets)
+    splits = subset_splits(["a", "b", "c", "d"], subsets)
     assert [split.test for split in splits] == [["c", "d"], ["b"], ["a"]]  # subset10 after subset2
     assert [split.validation for split in splits] == [["b"], ["a"], ["c", "d"]]
     assert [split.train for split in splits] == [["a"], ["c", "d"], ["b"]]
     with pytest.raises(UserError, match="at least 3 subsets.*subset1, subset2"):
-        finetune.subset_splits(["a", "b"], ["subset2", "subset1"])
+        subset_splits(["a", "b"], ["subset2", "subset1"])
 
 
 def test_splits_are_read_back(tmp_path):
-    path, make = tmp_path / "splits.json", finetune.make_splits
+    path, make = tmp_path / "splits.json", make_splits
     names, labels = random_patients(1)
     flags = ("patients", 5, None, 0, names, labels, ["subset0"] * len(names), ("crop_size", "crop_spacing"))
     splits, data = make(path, *flags)
-    finetune.save_splits(path, splits, data | {"crop_size": [3, 3, 3], "crop_spacing": [1, 1, 1]})
+    save_splits(path, splits, data | {"crop_size": [3, 3, 3], "crop_spacing": [1, 1, 1]})
     assert make(path, *flags)[0] == splits and make(path, *flags)[1]["crop_size"] == [3, 3, 3]
     for other in (("subsets", *flags[1:]), ("patients", 4, *flags[2:]), (*flags[:3], 1, *flags[4:]),
                   (*flags[:5], [*labels[:-1], 1 - labels[-1]], *flags[6:]),
@@ -132,12 +157,12 @@ def test_splits_are_read_back(tmp_path):
 def test_crops_are_read_around_their_centre(tmp_path):
     crop = random_crop((8, 5, 6))
     path = write_crop(tmp_path / "crop.nii.gz", crop)
-    assert (finetune.read_crop(path, (4, 4, 4)) == crop).all()
-    padded = finetune.read_crop(path, (4, 8, 6))
+    assert (read_crop(path, (4, 4, 4)) == crop).all()
+    padded = read_crop(path, (4, 8, 6))
     assert padded.shape == (8, 8, 6) and (padded[:, 2:7] == crop).all() and (padded[:, [0, 1, 7]] == -1024).all()
-    window = finetune.centre_window(crop, (4, 2, 6))
+    window = centre_window(crop, (4, 2, 6))
     assert (window == crop[2:6, 1:3]).all()
-    (window,), *_ = [finetune.EvaluationCrops([path], (4, 8, 4))[0][:1]]
+    (window,), *_ = [EvaluationCrops([path], (4, 8, 4))[0][:1]]
     assert (window[:, 2:7] == crop[2:6, :, 1:5]).all()
 
 
@@ -145,18 +170,18 @@ def test_crops_of_two_sizes_are_told_with_both_names(tmp_path):
     first = write_crop(tmp_path / "first.nii.gz", random_crop((8, 8, 8)))
     second = write_crop(tmp_path / "second.nii.gz", random_crop((8, 8, 9)))
     with pytest.raises(UserError, match=r"second.nii.gz: has 8 8 9 voxels, but .*first.nii.gz has 8 8 8") as caught:
-        finetune.check_crops([first, second], Processes())
+        check_crops([first, second], Processes())
     assert caught.value.everywhere
     with pytest.raises(DataError, match=r"second.nii.gz: has 8 8 9 voxels, but .*first.nii.gz has 8 8 8"):
-        finetune.read_crop(second, (4, 4, 4), (first, [8, 8, 8]))
-    size, spacing = finetune.check_crops([first, first], Processes())
+        read_crop(second, (4, 4, 4), (first, [8, 8, 8]))
+    size, spacing = check_crops([first, first], Processes())
     assert size == [8, 8, 8] and spacing == [1.0, 1.0, 1.0]
 
 
 def test_names_are_paths_without_suffix():
-    assert finetune.case_names(["/d/a/x.nii.gz", "/d/b/x.hdf5"], "/d") == ["a/x", "b/x"]
+    assert case_names(["/d/a/x.nii.gz", "/d/b/x.hdf5"], "/d") == ["a/x", "b/x"]
     with pytest.raises(UserError, match="same name"):
-        finetune.case_names(["/d/a/x.nii.gz", "/d/a/x.nii"], "/d")
+        case_names(["/d/a/x.nii.gz", "/d/a/x.nii"], "/d")
 
 
 def drawn_window(augmentation, crop, seed=0, epoch=0, case=0):
@@ -169,7 +194,7 @@ def drawn_window(augmentation, crop, seed=0, epoch=0, case=0):
 def test_without_augmentations_training_sees_what_evaluation_sees(shape, size):
     crop = random_crop(shape)
     window = drawn_window(WindowAugmentation(Policy(), size, (0, 0, 0)), crop)
-    expected = scale_intensity(torch.from_numpy(finetune.centre_window(crop, np.array(size))), -1000, 600)
+    expected = scale_intensity(torch.from_numpy(centre_window(crop, np.array(size))), -1000, 600)
     torch.testing.assert_close(window, expected, atol=1e-5, rtol=0)
 
 
@@ -241,7 +266,7 @@ def test_batches_go_on_from_a_position():
 
 
 def test_done_counts_to_the_end_of_an_epoch():
-    done = finetune.Done()
+    done = Done()
     for cases in (6, 6, 1, 6):
         done.count_step(cases, 13)
     assert (done.epoch, done.position, done.step, done.cases) == (1, 6, 4, 19)
@@ -251,25 +276,25 @@ def test_each_case_has_one_row():
     class Two(Processes):
         def gather(self, value):
             return [value, other]
-    other, device = ({3: np.array([3.0])}, False), finetune.Device(Two(), torch.float32, 1, 0)
-    assert finetune.collect(device, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
+    other, device = ({3: np.array([3.0])}, False), Device(Two(), torch.float32, 1, 0)
+    assert collect(device, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
     for cases, mine in (([1, 3], {3: np.zeros(1)}), ([1, 3], {}), ([3], {1: np.zeros(1)})):
         with pytest.raises(RuntimeError):
-            finetune.collect(device, cases, mine)
+            collect(device, cases, mine)
     other = ({}, True)  # the other process was interrupted
     with pytest.raises(Preempted):
-        finetune.collect(device, [1, 3], {1: np.zeros(1)})
-    assert finetune.collect(device, [1], {1: np.array([1.0])}).tolist() == [[1.0]]  # nothing was left out
+        collect(device, [1, 3], {1: np.zeros(1)})
+    assert collect(device, [1], {1: np.array([1.0])}).tolist() == [[1.0]]  # nothing was left out
 
 
 # ----------------------------------------------------------------------------------------------------- optimisation
 
 
 def test_learning_rates_fall_from_layer_to_layer():
-    from decoders import Classifier, LinearHead
+    from dino3d.finetune.heads import Classifier, LinearHead
     model = Classifier(VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3),
                        LinearHead(24, 2))
-    groups = finetune.layer_groups(model, "encoder.", 3, 0.5, 0.05)
+    groups = layer_groups(model, "encoder.", 3, 0.5, 0.05)
     place = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(place) == len(list(model.parameters()))
     expected = {"encoder.patch_embed": 0.5 ** 4, "encoder.cls_token": 0.5 ** 4, "encoder.pos_embed": 0.5 ** 4,
@@ -281,14 +306,14 @@ def test_learning_rates_fall_from_layer_to_layer():
         plain = parameter.ndim == 1 or name.endswith(("cls_token", "pos_embed"))
         assert group["weight_decay"] == (0 if plain else 0.05), name
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    finetune.set_learning_rate(optimizer, 0.2)
+    set_learning_rate(optimizer, 0.2)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.0125, 0.025, 0.05, 0.1, 0.2])
     frozen = Classifier(model.encoder, model.head, freeze_encoder=True)
-    assert sum(len(group["params"]) for group in finetune.layer_groups(frozen, "encoder.", 3, 0.5, 0.05)) == 2
+    assert sum(len(group["params"]) for group in layer_groups(frozen, "encoder.", 3, 0.5, 0.05)) == 2
 
 
 def test_learning_rate_over_a_fold():
-    rates = [finetune.learning_rate(1.0, 0.1, 10, 2, 50, seen) for seen in (0, 50, 100, 300, 500)]
+    rates = [learning_rate(1.0, 0.1, 10, 2, 50, seen) for seen in (0, 50, 100, 300, 500)]
     assert rates == pytest.approx([0, 0.5, 1, 0.55, 0.1])
 
 
@@ -301,33 +326,33 @@ def test_bootstrap_draws_patients():
     half = 1.96 * values.std() / 20
     for cases in (1, 10):
         repeated, patients = np.repeat(values, cases), np.repeat(np.arange(400), cases)
-        low, high = finetune.bootstrap_interval(lambda w, v=repeated: float((w * v).sum() / w.sum()), patients)
+        low, high = bootstrap_interval(lambda w, v=repeated: float((w * v).sum() / w.sum()), patients)
         assert [low, high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.02)
-    assert finetune.bootstrap_interval(lambda weights: None, [1, 2]) is None
+    assert bootstrap_interval(lambda weights: None, [1, 2]) is None
 
 
 def test_mean_and_deviation():
     records = [{"auc": 0.5, "one": 1.0, "none": None}, {"auc": 0.7, "one": None, "none": None},
                {"auc": 0.9, "one": None, "none": None}]
-    means, deviations = finetune.mean_and_deviation(records, ["auc", "one", "none"])
+    means, deviations = mean_and_deviation(records, ["auc", "one", "none"])
     assert means == {"auc": pytest.approx(0.7), "one": 1.0, "none": None}
     assert deviations == {"auc": pytest.approx(np.std([0.5, 0.7, 0.9], ddof=1)), "one": None, "none": None}
 
 
 def test_tables_keep_all_digits(tmp_path):
     value = float(np.float64(1) / 3)
-    finetune.write_table(tmp_path / "t.csv", ["case", "p"], [["a,b", value], ["c", 1e-17]])
-    rows = finetune.read_table(tmp_path / "t.csv")
+    write_table(tmp_path / "t.csv", ["case", "p"], [["a,b", value], ["c", 1e-17]])
+    rows = read_table(tmp_path / "t.csv")
     assert [(row["case"], float(row["p"])) for row in rows] == [("a,b", value), ("c", 1e-17)]
     with pytest.raises(ValueError):
-        finetune.write_json(tmp_path / "m.json", {"auc": float("nan")})
+        write_json(tmp_path / "m.json", {"auc": float("nan")})
     assert not (tmp_path / "m.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- encoder
 
 
-GIVEN = dict.fromkeys(finetune.ENCODER)
+GIVEN = dict.fromkeys(ENCODER)
 
 
 @pytest.fixture
@@ -347,12 +372,12 @@ def pretrained(tmp_path, monkeypatch):
 
 def test_the_encoder_is_as_the_checkpoint_says(pretrained):
     path, config, model = pretrained
-    encoder = finetune.load_encoder(str(path), "teacher", GIVEN)
+    encoder = load_encoder(str(path), "teacher", GIVEN)
     assert encoder.settings() == config
     built = encoder.build()
     assert built.img_size == (24, 24, 12)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in built.state_dict().items())
-    same = finetune.load_encoder(str(path), "teacher", GIVEN | {"arch": "vit_tiny", "input_size": [24, 24, 12]})
+    same = load_encoder(str(path), "teacher", GIVEN | {"arch": "vit_tiny", "input_size": [24, 24, 12]})
     assert same.settings() == config
 
 
@@ -361,8 +386,8 @@ def test_a_file_without_config_needs_flags(pretrained, tmp_path):
     torch.save({"teacher": model.state_dict(), "args": argparse.Namespace(arch="vit_tiny", lr=1.0)},
                tmp_path / "old.pth")
     with pytest.raises(UserError, match="pos_embed.*--arch vit_tiny"):  # of the default size
-        finetune.load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN)
-    encoder = finetune.load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN | {"input_size": [24, 24, 12]})
+        load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN)
+    encoder = load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN | {"input_size": [24, 24, 12]})
     assert encoder.arch == "vit_tiny" and encoder.clip_range == [-1000.0, 1000.0] and encoder.spacing is None
 
 
@@ -375,7 +400,7 @@ def test_a_file_without_config_needs_flags(pretrained, tmp_path):
 ])
 def test_contradictions(pretrained, given, says):
     with pytest.raises(UserError, match=says) as caught:
-        finetune.load_encoder(str(pretrained[0]), "teacher", GIVEN | given)
+        load_encoder(str(pretrained[0]), "teacher", GIVEN | given)
     assert caught.value.everywhere and "\n" not in str(caught.value)
 
 
@@ -386,25 +411,25 @@ def test_weights_that_are_missing_or_broken(pretrained, tmp_path):
                             (tmp_path / "broken.pth", "teacher", "can't be read"),
                             (path, "ema", "--checkpoint_key")):
         with pytest.raises(UserError, match=says):
-            finetune.load_encoder(str(name), key, GIVEN)
+            load_encoder(str(name), key, GIVEN)
 
 
 def test_folds_of_a_run(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        finetune.fold_folders(tmp_path / "nowhere", "best.pth")
+        fold_folders(tmp_path / "nowhere", "best.pth")
     for fold in (0, 2, 10):
         (tmp_path / str(fold)).mkdir()
     with pytest.raises(UserError, match="no trained fold"):
-        finetune.fold_folders(tmp_path, "best.pth")
+        fold_folders(tmp_path, "best.pth")
     for fold in (0, 2, 10):
         (tmp_path / str(fold) / "best.pth").touch()
-    assert [folder.name for folder in finetune.fold_folders(tmp_path, "best.pth")] == ["0", "2", "10"]
-    assert finetune.fold_folders(tmp_path / "2", "best.pth") == [tmp_path / "2"]
+    assert [folder.name for folder in fold_folders(tmp_path, "best.pth")] == ["0", "2", "10"]
+    assert fold_folders(tmp_path / "2", "best.pth") == [tmp_path / "2"]
 
 
 def test_json_is_readable(tmp_path):
-    finetune.write_json(tmp_path / "x.json", {"a": None})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None} == finetune.read_json(tmp_path / "x.json")
+    write_json(tmp_path / "x.json", {"a": None})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None} == read_json(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -416,10 +441,10 @@ def test_batches_are_read_ahead_in_order_and_not_all_at_once(workers):
             asked.append(case)
             return "broken" if case == 99 else (np.full((2, 2, 2), case, np.int16), case, True, None)
     cases, seen = [5, 3, 8, 1, 9, 2, 7, 4, 6, 0, 11], []
-    for batch in finetune.read_ahead(Cases(), cases, 2, workers):
+    for batch in read_ahead(Cases(), cases, 2, workers):
         assert (batch.crops == batch.cases[:, None, None, None]).all()
         seen += batch.cases.tolist()
-        assert len(asked) <= len(seen) + 2 * finetune.READ_AHEAD
+        assert len(asked) <= len(seen) + 2 * READ_AHEAD
     assert seen == cases and sorted(asked) == sorted(cases)
-    assert [batch.fatal for batch in finetune.read_ahead(Cases(), [1, 99, 2], 2, workers)] == ["broken", ""]
-    assert not list(finetune.read_ahead(Cases(), [], 2, workers))
+    assert [batch.fatal for batch in read_ahead(Cases(), [1, 99, 2], 2, workers)] == ["broken", ""]
+    assert not list(read_ahead(Cases(), [], 2, workers))

@@ -36,15 +36,23 @@ import pytest  # noqa: E402
 import SimpleITK as sitk  # noqa: E402
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
-import convert  # noqa: E402
-import finetune  # noqa: E402
-import images  # noqa: E402
-import monitor  # noqa: E402
-import prepare_data  # noqa: E402
 import utils  # noqa: E402
-from data import DataError, Volume, list_volumes, read_data_list, write_volume  # noqa: E402
-from utils import UserError  # noqa: E402
+from dino3d.command_line import UserError  # noqa: E402
+from dino3d.data import (
+    dicom,  # noqa: E402
+    images,  # noqa: E402
+)
+from dino3d.data.layouts import list_volumes, read_data_list  # noqa: E402
+from dino3d.data.volume import DataError, Volume, write_volume  # noqa: E402
+from dino3d.files import forget_after  # noqa: E402
+from dino3d.finetune.encoder import ENCODER, Encoder, load_encoder  # noqa: E402
+from dino3d.finetune.splits import make_splits  # noqa: E402
+from dino3d.prepare import (
+    conversion,  # noqa: E402
+    luna16,  # noqa: E402
+    msd,  # noqa: E402
+)
+from dino3d.training import checkpoint  # noqa: E402
 
 INPUTS = int(os.environ.get("FUZZ", 220))
 # Seeds by which faults of ours were found that are mended. Another fuzzer would make other inputs of them. None
@@ -88,7 +96,7 @@ def small_model():
 
 @cache
 def small_state():
-    encoder = finetune.Encoder(**{name: CONFIG[name] for name in finetune.ENCODER}).build()
+    encoder = Encoder(**{name: CONFIG[name] for name in ENCODER}).build()
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": np.float64(0.1), "params": [0]}]}
     return {"teacher": {"backbone." + name: value for name, value in encoder.state_dict().items()} | {
                 "0.weight": torch.ones(3, 4)},
@@ -367,8 +375,8 @@ def labels(path):
 
 
 def series(path):
-    slices = [images.read_header(str(one)) for one in sorted(path.parent.iterdir())]
-    return images.read_series(images.sort_slices([one for one in slices if one], 2, str(path.parent)))
+    slices = [dicom.read_header(str(one)) for one in sorted(path.parent.iterdir())]
+    return dicom.read_series(dicom.sort_slices([one for one in slices if one], 2, str(path.parent)))
 
 
 def weights(path):
@@ -380,7 +388,7 @@ def saved(path):
 
 
 def splits(path):
-    return finetune.make_splits(path, "patients", 2, None, 0, list("abcd"), [0, 1, 0, 1], None, ["window"])
+    return make_splits(path, "patients", 2, None, 0, list("abcd"), [0, 1, 0, 1], None, ["window"])
 
 
 def listed(path):
@@ -397,7 +405,7 @@ def mask(path):
 
 SCAN, MASK, RAW = ([(reader, DataError) for reader in readers] for readers in ((whole, part, ct), (labels, mask), (ct,)))
 WEIGHTS = [(utils.load_file, (ValueError, FileNotFoundError)), (weights, (ValueError, FileNotFoundError)), (saved, UserError),
-           (lambda path: finetune.load_encoder(path), UserError)]
+           (lambda path: load_encoder(path), UserError)]
 KINDS = {  # file, family, [(reader, what it may raise)]
     "hdf5": ("scan.hdf5", "hdf5", SCAN), "hdf5 gzip": ("scan.hdf5", "hdf5", SCAN),
     "hdf5 itk": ("scan.hdf5", "hdf5", SCAN), "hdf5 label": ("mask.h5", "hdf5", MASK),
@@ -405,17 +413,17 @@ KINDS = {  # file, family, [(reader, what it may raise)]
     "nifti label": ("mask.nii.gz", "nifti", MASK),
     "mha": ("scan.mha", "header", RAW), "mha gz": ("scan.mha", "header", RAW), "mhd": ("scan.mhd", "header", RAW),
     "mhd gz": ("scan.mhd", "header", RAW), "nrrd": ("scan.nrrd", "header", RAW), "nrrd gz": ("scan.nrrd", "header", RAW),
-    "dicom": ("01.dcm", "dicom", [(lambda path: images.read_header(str(path)), DataError), (series, DataError)]),
+    "dicom": ("01.dcm", "dicom", [(lambda path: dicom.read_header(str(path)), DataError), (series, DataError)]),
     "pth": ("weights.pth", "pth", WEIGHTS), "pth legacy": ("weights.pth", "pth", WEIGHTS),
-    "candidates": ("candidates.csv", "table", [(lambda path: prepare_data.read_points(path, "class"), UserError),
-                                               (lambda path: prepare_data.read_candidates(path.parent), UserError)]),
-    "annotations": ("annotations.csv", "table", [(lambda path: prepare_data.read_candidates(path.parent), UserError)]),
-    "patients": ("patients.csv", "table", [(prepare_data.read_patients, UserError)]),
-    "manifest": ("manifest.csv", "table", [(lambda path: convert.Records(path.parent).earlier, UserError)]),
-    "index": ("dataset.json", "json", [(lambda path: prepare_data.decathlon(path.parent), (UserError, DataError))]),
+    "candidates": ("candidates.csv", "table", [(lambda path: luna16.read_points(path, "class"), UserError),
+                                               (lambda path: luna16.read_candidates(path.parent), UserError)]),
+    "annotations": ("annotations.csv", "table", [(lambda path: luna16.read_candidates(path.parent), UserError)]),
+    "patients": ("patients.csv", "table", [(luna16.read_patients, UserError)]),
+    "manifest": ("manifest.csv", "table", [(lambda path: conversion.Records(path.parent).earlier, UserError)]),
+    "index": ("dataset.json", "json", [(lambda path: msd.decathlon(path.parent), (UserError, DataError))]),
     "splits": ("splits.json", "json", [(splits, UserError)]),
     "list": ("data_list.txt", "text", [(listed, DataError)]),
-    "log": ("log.txt", "text", [(lambda path: monitor.forget_after(path, 3), ())]),
+    "log": ("log.txt", "text", [(lambda path: forget_after(path, 3), ())]),
 }
 
 
@@ -444,6 +452,7 @@ def read_damaged(seed, folder):
 def child(folder, seeds):
     """Read the inputs of some seeds; a line of JSON before and after each. Files of those with problems stay."""
     import shutil
+
     import hdf5plugin  # noqa: F401
     import pydicom  # noqa: F401
     lines = os.fdopen(os.dup(1), "w", buffering=1)

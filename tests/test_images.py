@@ -21,11 +21,14 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 from raw_inputs import manifest, run  # noqa: F401
 from scipy.spatial.transform import Rotation
 
-import images
-from data import (AIR, Crop, DataError, Pair, Volume, block_mean, find_crops, find_pairs, other_grid, read_pair, stem,
-                  write_volume)
-from demo_data import chest_phantom
-from images import LeftOut, Slice, crop_at, read_header, read_image, read_raw, read_series, sort_slices
+from dino3d.data import dicom, images, resampling
+from dino3d.data.dicom import Slice, read_header, read_series, sort_slices
+from dino3d.data.images import LeftOut, read_image, read_raw
+from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, other_grid, read_pair, stem
+from dino3d.data.pretraining import block_mean
+from dino3d.data.resampling import crop_at
+from dino3d.data.volume import AIR, DataError, Volume, write_volume
+from dino3d.prepare.phantoms import chest_phantom
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SIGNED_PERMUTATIONS = [np.eye(3)[list(axes)] * signs
@@ -147,7 +150,7 @@ def write_dicom(folder, stored, axes=np.eye(3), spacing=SPACING, origin=ORIGIN, 
         meta.TransferSyntaxUID = syntax
         one.file_meta = meta
         fields = {
-            "SOPClassUID": images.CT_IMAGE, "SOPInstanceUID": f"1.2.3.4.{k + 1}", "StudyDate": "20000102",
+            "SOPClassUID": dicom.CT_IMAGE, "SOPInstanceUID": f"1.2.3.4.{k + 1}", "StudyDate": "20000102",
             "Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "PatientID": "patient",
             "StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4", "SliceThickness": "2.5",
             "ConvolutionKernel": "B30f", "Columns": stored.shape[0], "Rows": stored.shape[1],
@@ -162,7 +165,7 @@ def write_dicom(folder, stored, axes=np.eye(3), spacing=SPACING, origin=ORIGIN, 
             if value is not None:
                 setattr(one, name, value)
         one.add_new("PixelData", "OW", stored[..., k].T.astype("<i2" if signed else "<u2").tobytes())
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = images.CT_IMAGE, f"1.2.3.4.{k + 1}"
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = dicom.CT_IMAGE, f"1.2.3.4.{k + 1}"
         paths.append(str(folder / (names[k] if names else f"{k:02d}.dcm")))
         one.save_as(paths[-1], enforce_file_format=True)
     return paths
@@ -303,13 +306,13 @@ def test_files_without_preamble_are_dicom_by_their_suffix(tmp_path):
         one = pydicom.dcmread(path)
         del one.file_meta, one.preamble
         one.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=False, overwrite=True)
-        assert Path(path).read_bytes()[:2] == b"\x08\x00" and images.is_dicom(path)
+        assert Path(path).read_bytes()[:2] == b"\x08\x00" and dicom.is_dicom(path)
     assert_is(read_dicom(paths), *canonical((stored - 1024).astype(np.int16), affine_to_ras(np.eye(3))))
     (tmp_path / "short").write_bytes(b"DI")
     (tmp_path / "notes.txt").write_bytes(b"x" * 200)
-    assert not images.is_dicom(str(tmp_path / "short")) and not images.is_dicom(str(tmp_path / "notes.txt"))
+    assert not dicom.is_dicom(str(tmp_path / "short")) and not dicom.is_dicom(str(tmp_path / "notes.txt"))
     renamed = shutil.copy(write_dicom(tmp_path / "marked", noise((4, 4, 1)))[0], tmp_path / "I0001")
-    assert images.is_dicom(str(renamed))
+    assert dicom.is_dicom(str(renamed))
 
 
 # ------------------------------------------------------------------------------------------------------- DICOM headers
@@ -319,7 +322,7 @@ def test_header_of_a_slice(tmp_path):
     path, = write_dicom(tmp_path, noise((8, 5, 1)), OBLIQUE, ConvolutionKernel=["B30f", "3"], PatientID=" a patient ")
     found = read_header(path)
     assert found._replace(orientation=(), position=()) == Slice(
-        path, "a patient", "1.2.3", "20000102", "1.2.3.4", images.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1, (8, 5),
+        path, "a patient", "1.2.3", "20000102", "1.2.3.4", dicom.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1, (8, 5),
         (0.7, 0.9), (), (), (1.0, -1024.0), 2.5, "B30f\\3")
     np.testing.assert_allclose(found.orientation, [*OBLIQUE[:, 0], *OBLIQUE[:, 1]], atol=1e-12)
     np.testing.assert_allclose(found.position, ORIGIN, atol=1e-9)
@@ -334,7 +337,7 @@ def test_tags_that_are_missing_or_empty(tmp_path):
         tags = optional if value is None else [tag for tag in optional if tag != "SamplesPerPixel"]
         path, = write_dicom(tmp_path, noise((8, 5, 1)), **dict.fromkeys(tags, value))
         found = read_header(path)
-        assert found == Slice(path, "", "", "", "", images.CT_IMAGE, "", "", 1, 1, (8, 5), (), (), (), (1.0, 0.0), 0.0, "")
+        assert found == Slice(path, "", "", "", "", dicom.CT_IMAGE, "", "", 1, 1, (8, 5), (), (), (), (1.0, 0.0), 0.0, "")
 
 
 @pytest.mark.usefixtures("silent")
@@ -409,12 +412,12 @@ def test_random_damage_to_a_header_is_silent(tmp_path, silent):
 def test_a_dicomdir_is_no_slice(tmp_path):
     for with_class in (True, False):
         one, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
-        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, images.DICOMDIR
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, dicom.DICOMDIR
         meta.MediaStorageSOPInstanceUID, one.file_meta, one.FileSetID = "1.2.3", meta, "DISK"
         if with_class:
-            one.SOPClassUID = images.DICOMDIR
+            one.SOPClassUID = dicom.DICOMDIR
         one.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
-        assert images.is_dicom(str(tmp_path / "DICOMDIR")) and read_header(str(tmp_path / "DICOMDIR")) is None
+        assert dicom.is_dicom(str(tmp_path / "DICOMDIR")) and read_header(str(tmp_path / "DICOMDIR")) is None
 
 
 # ----------------------------------------------------------------------------------------------------- slices in order
@@ -423,7 +426,7 @@ def test_a_dicomdir_is_no_slice(tmp_path):
 def stack(n=20, step=2.5, axes=np.eye(3), decimals=9, **fields):
     """Headers of n even slices, positions rounded to so many decimals."""
     position = np.round(np.array(ORIGIN) + step * np.arange(n)[:, None] * axes[:, 2], decimals)
-    one = Slice("", "patient", "1.2.3", "20000102", "1.2.3.4", images.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1,
+    one = Slice("", "patient", "1.2.3", "20000102", "1.2.3.4", dicom.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1,
                 (512, 512), (0.7, 0.7), (*axes[:, 0], *axes[:, 1]), (), (1.0, -1024.0), 2.5, "B30f")
     return [one._replace(path=f"folder/{k:02d}.dcm", position=tuple(position[k]), **fields) for k in range(n)]
 
@@ -448,12 +451,12 @@ LEFT_OUT = {  # name: (slices, reason)
     "scout": (stack(image_type="ORIGINAL\\PRIMARY\\LOCALIZER"), r"not a CT image: a scout \(localizer\)"),
     "MR": (stack(modality="MR", sop_class="1.2.840.10008.5.1.4.1.1.4"), "not a CT image: modality MR"),
     "no modality": (stack(modality=""), "not a CT image: modality unknown"),
-    "secondary capture": (stack(sop_class=images.SECONDARY_CAPTURE), "not a CT image: a secondary capture"),
-    "multi-frame capture": (stack(sop_class=images.SECONDARY_CAPTURE + ".2"), "not a CT image: a secondary capture"),
+    "secondary capture": (stack(sop_class=dicom.SECONDARY_CAPTURE), "not a CT image: a secondary capture"),
+    "multi-frame capture": (stack(sop_class=dicom.SECONDARY_CAPTURE + ".2"), "not a CT image: a secondary capture"),
     "screen save": (stack(image_type="DERIVED\\SECONDARY\\SCREEN SAVE"), "not a CT image: a screen capture"),
     "colour": (stack(samples=3), "not a CT image: colour, 3 values per pixel"),
     "several frames": (stack(1, frames=40), "multi-frame file of 40; convert it to NIfTI first"),
-    "enhanced CT": (stack(1, sop_class=images.ENHANCED_CT), "multi-frame file"),
+    "enhanced CT": (stack(1, sop_class=dicom.ENHANCED_CT), "multi-frame file"),
     "dose report": (stack(sop_class="1.2.840.10008.5.1.4.1.1.88.67"), "SOP class 1.2.840.10008.5.1.4.1.1.88.67"),
     "no spacing": (stack(spacing=()), "no geometry"),
     "spacing below 0": (stack(spacing=(-0.7, 0.7)), "no geometry"),
@@ -506,7 +509,7 @@ def test_slices_that_form_a_volume_are_put_in_order(slices):
     order = np.random.default_rng(1).permutation(len(slices))
     assert sort_slices([slices[k] for k in order], 16, "series") == slices
     scout = slices[3]._replace(path="scout.dcm", image_type="ORIGINAL\\PRIMARY\\LOCALIZER", size=(888, 733), position=())
-    capture = slices[3]._replace(path="capture.dcm", sop_class=images.SECONDARY_CAPTURE, spacing=())
+    capture = slices[3]._replace(path="capture.dcm", sop_class=dicom.SECONDARY_CAPTURE, spacing=())
     assert sort_slices([scout, *slices, capture], 16, "series") == slices
 
 
@@ -522,9 +525,9 @@ def test_softer_kernels_come_first():
     for names in (["B20f", "B30f", "B50f", "B70f"], ["SOFT", "STANDARD", "LUNG", "BONE", "BONEPLUS"],
                   ["FC01", "FC51", "FC30", "FC81"], ["A", "B", "C", "D", "L"], ["Br36d\\3", "Br59d", "Qr69"],
                   ["standard", "mine", "lung"]):
-        found = [images.sharpness(name) for name in names]
+        found = [dicom.sharpness(name) for name in names]
         assert found == sorted(found) and len(set(found)) == len(found), names
-    assert images.sharpness("") == images.sharpness("unknown") == 50
+    assert dicom.sharpness("") == dicom.sharpness("unknown") == 50
 
 
 # -------------------------------------------------------------------------------------------------------- volume files
@@ -935,7 +938,7 @@ def test_points_outside_are_refused():
 @pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
 def test_resampling_keeps_the_extent_and_every_place(axes, spacing):
     image, middle = linear_image(axes)
-    found = images.resample(image, spacing)
+    found = resampling.resample(image, spacing)
     np.testing.assert_allclose(found.GetSpacing(), spacing, rtol=1e-9)
     np.testing.assert_allclose(found.GetDirection(), image.GetDirection(), atol=1e-9)
     np.testing.assert_allclose(found.TransformContinuousIndexToPhysicalPoint([-0.5] * 3),
@@ -949,9 +952,9 @@ def test_resampling_keeps_the_extent_and_every_place(axes, spacing):
 def test_resampling_to_the_own_spacing_changes_nothing():
     for axes in ALL_AXES.values():
         image = images.to_hu(itk_image(noise((9, 8, 7), -1000, 3000).astype(np.int16), axes), "image")
-        assert_is(images.resample(image, image.GetSpacing()), *contents(image))
+        assert_is(resampling.resample(image, image.GetSpacing()), *contents(image))
         label = images.to_classes(itk_image(noise((9, 8, 7), 0, 5).astype(np.uint8), axes), "label")
-        found = images.resample(label, label.GetSpacing(), is_label=True)
+        found = resampling.resample(label, label.GetSpacing(), is_label=True)
         np.testing.assert_array_equal(contents(found)[0], contents(label)[0])
 
 
@@ -959,23 +962,23 @@ def test_no_air_comes_in_at_the_far_end():
     """A last voxel reaches up to half of it beyond the image."""
     for n, own, spacing in itertools.product((3, 7, 10, 11), (0.7, 1.0), (0.3, 0.5, 1.0, 1.2, 1.4, 1.5, 2.0, 3.0)):
         image = images.make_image(np.full((n, 4, 5), 100, np.int16), np.diag([own, 1.0, 2.0, 1.0]))
-        assert (contents(images.resample(image, (spacing, 1.0, 2.0)))[0] == 100).all(), (n, own, spacing)
+        assert (contents(resampling.resample(image, (spacing, 1.0, 2.0)))[0] == 100).all(), (n, own, spacing)
         label = images.make_image(np.full((n, 4, 5), 3, np.uint8), np.diag([own, 1.0, 2.0, 1.0]))
-        assert (contents(images.resample(label, (spacing, 1.0, 2.0), is_label=True))[0] == 3).all(), (n, own, spacing)
+        assert (contents(resampling.resample(label, (spacing, 1.0, 2.0), is_label=True))[0] == 3).all(), (n, own, spacing)
 
 
 @pytest.mark.parametrize("spacing", [(0.53, 0.47, 1.1), (1.17, 1.1, 2.9), (2.3, 1.9, 6.1)], ids=str)
 def test_labels_are_taken_from_the_nearest_voxel(spacing):
     for axes in ALL_AXES.values():
         label = images.to_classes(itk_image(5 * noise((21, 20, 19), 0, 5), axes), "label")
-        found, where = contents(images.resample(label, spacing, is_label=True))
+        found, where = contents(resampling.resample(label, spacing, is_label=True))
         source, affine = contents(label)
         index = np.rint(places(found.shape, np.linalg.inv(affine) @ where)).astype(int)
         index = np.clip(index, 0, np.array(source.shape) - 1)
         assert found.dtype == np.uint8 and set(np.unique(found)) <= {0, 5, 10, 15, 20}
         assert (found == source[tuple(index.transpose(3, 0, 1, 2))]).mean() > 0.999  # a tie may go either way
         image = images.to_hu(itk_image(noise((21, 20, 19)).astype(np.int16), axes), "image")
-        resampled = images.resample(image, spacing)
+        resampled = resampling.resample(image, spacing)
         assert resampled.GetSize() == found.shape
         np.testing.assert_allclose(images.affine_of(resampled), where, atol=1e-9)  # image and label stay on one grid
 
@@ -987,7 +990,7 @@ UPRIGHT_SPACINGS = [(0.5, 0.6, 1.0), (1.0, 1.0, 2.0), (2.0, 3.0, 4.0), SPACING]
 @pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
 def test_upright_images_show_every_place(axes, spacing):
     image, middle = linear_image(axes, (36, 31, 23))
-    found = images.resample(image, spacing, upright=True)
+    found = resampling.resample(image, spacing, upright=True)
     voxels, affine = contents(found)
     np.testing.assert_allclose(affine[:3, :3], np.diag(spacing), atol=1e-6)
     own = images.affine_of(image)
@@ -1006,7 +1009,7 @@ def test_upright_images_show_every_place(axes, spacing):
     np.testing.assert_allclose(voxels[inside], ((where - middle) @ GRADIENT + OFFSET)[inside], rtol=0, atol=1.51)
 
     label = images.to_classes(itk_image(noise((36, 31, 23), 1, 5), axes, SPACING, (4.5, -7.25, 12.0)), "label")
-    classes, on = contents(images.resample(label, spacing, is_label=True, upright=True))
+    classes, on = contents(resampling.resample(label, spacing, is_label=True, upright=True))
     np.testing.assert_allclose(on, affine, atol=1e-9)  # image and label stay on one grid
     assert classes.shape == voxels.shape and (classes[outside] == 0).all() and classes[inside].min() > 0
     nearest = np.clip(np.rint(index), 0, shape - 1).astype(int)
@@ -1021,7 +1024,7 @@ def test_upright_images_are_resampled_as_ever():
             image = images.to_ras(itk_image(noise((9, 8, 7), 0, high).astype(kind), axes))
             for spacing in UPRIGHT_SPACINGS:
                 for is_label in (False, True)[kind == np.uint8:]:
-                    one, other = (images.resample(image, spacing, is_label, upright) for upright in (False, True))
+                    one, other = (resampling.resample(image, spacing, is_label, upright) for upright in (False, True))
                     np.testing.assert_array_equal(contents(one)[0], contents(other)[0])
                     np.testing.assert_array_equal(contents(one)[1], contents(other)[1])
 
@@ -1031,7 +1034,7 @@ def test_turned_images_are_averaged_over_all_that_a_voxel_holds():
     turned = Rotation.from_euler("x", 40, degrees=True).as_matrix()
     for spacing, own in (((2.1, 2.1, 2.1), (0.7, 0.7, 0.7)), ((0.7, 5.0, 5.0), (0.7, 0.7, 5.0))):
         image = images.to_hu(itk_image(noise((40, 60, 40), -500, 500).astype(np.int16), turned, own), "image")
-        voxels, affine = contents(images.resample(image, spacing, upright=True))
+        voxels, affine = contents(resampling.resample(image, spacing, upright=True))
         index = places(voxels.shape, np.linalg.inv(images.affine_of(image)) @ affine)
         inside = ((index > 4) & (index < np.array(image.GetSize()) - 5)).all(-1)
         assert inside.sum() > 200 and voxels[inside].std() < 90  # 289 before, 140 or more at points between voxels
@@ -1045,18 +1048,18 @@ def test_boxes_around_labels():
         image = images.to_hu(itk_image(noise(mask.shape).astype(np.int16), axes), "image")
         inside = np.argwhere(contents(label)[0])
         for margin in (0, 1.7, 4.0, 1000):
-            first, size = images.box_of(label != 0, image, margin)
+            first, size = resampling.box_of(label != 0, image, margin)
             extra = np.ceil(margin / np.array(image.GetSpacing()) - 1e-9)
             low = np.maximum(inside.min(0) - extra, 0)
             high = np.minimum(inside.max(0) + 1 + extra, image.GetSize())
             np.testing.assert_array_equal(first, low)
             np.testing.assert_array_equal(first + size, high)
-            part = images.cut(image, (first, size))
+            part = resampling.cut(image, (first, size))
             voxels, affine = contents(part)
             np.testing.assert_array_equal(voxels, contents(image)[0][tuple(slice(a, a + n) for a, n in zip(first, size))])
             np.testing.assert_allclose(affine[:3, 3], (images.affine_of(image) @ [*first, 1])[:3], atol=1e-9)
             np.testing.assert_allclose(affine[:3, :3], images.affine_of(image)[:3, :3], atol=1e-9)
-        first, size = images.box_of(label > 7, image, 3)
+        first, size = resampling.box_of(label > 7, image, 3)
         assert (first == 0).all() and (size == image.GetSize()).all()
 
 
@@ -1073,16 +1076,16 @@ def test_the_box_around_the_body_holds_all_of_it(shape, spacing):
         body = labelled == np.bincount(labelled[labelled > 0]).argmax()
         inside = np.argwhere(scipy.ndimage.binary_opening(body))  # noise at its skin may be cut
         for margin in (0.0, 10.0):
-            first, size = images.body_box(image, margin)
+            first, size = resampling.body_box(image, margin)
             extra = margin / np.array(spacing)
             assert (first <= np.maximum(inside.min(0) - extra, 0) + 0.5).all()
             assert (first + size >= np.minimum(inside.max(0) + 1 + extra, wide.shape) - 0.5).all()
             assert (first >= inside.min(0) - extra - 8).all() and (first + size <= inside.max(0) + 1 + extra + 8).all()
     air = images.make_image(np.full((30, 20, 10), -1000, np.int16), np.eye(4))
-    first, size = images.body_box(air, 5.0)
+    first, size = resampling.body_box(air, 5.0)
     assert (first == 0).all() and tuple(size) == (30, 20, 10)
     tiny = images.make_image(np.full((3, 2, 1), 40, np.int16), np.eye(4))
-    assert tuple(images.body_box(tiny, 0.0)[1]) == (3, 2, 1)
+    assert tuple(resampling.body_box(tiny, 0.0)[1]) == (3, 2, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- written as NIfTI

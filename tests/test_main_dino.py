@@ -14,8 +14,10 @@ from conftest import ROOT
 
 import main_dino
 import utils
-from data import write_volume
-from monitor import collapse_warning, effective_rank, forget_after, read_log
+import vision_transformer
+from dino3d.data.volume import write_volume
+from dino3d.files import forget_after, read_log
+from dino3d.training.monitor import collapse_warning, effective_rank
 from vision_transformer import DINOHead, VisionTransformer
 
 TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--local_crops_scale", "0.5", "--local_crops_number", "2",
@@ -27,8 +29,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 def smaller_model(monkeypatch):
     """What is called in this process trains a model of 0.1 and not 11 million weights; `command` takes the real one."""
     small = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
-    monkeypatch.setitem(main_dino.ARCHITECTURES, "vit_tiny", small)
-    monkeypatch.setattr(main_dino, "DINOHead", functools.partial(DINOHead, hidden_dim=64))
+    monkeypatch.setitem(vision_transformer.ARCHITECTURES, "vit_tiny", small)
+    monkeypatch.setattr(vision_transformer, "DINOHead", functools.partial(DINOHead, hidden_dim=64))
 
 
 def run_main(capsys, *flags):
@@ -53,7 +55,7 @@ def command(*flags, processes=0, script=ROOT / "main_dino.py", environment=None)
 
 def traceback_through_our_code(text):
     """The launcher prints a traceback of its own; one of a rank's would go through one of our files."""
-    return any(f'File "{path}"' in text for path in ROOT.glob("*.py"))
+    return any(f'File "{path}"' in text for path in [*ROOT.glob("*.py"), *ROOT.glob("dino3d/**/*.py")])
 
 
 def checkpoint(folder, name="checkpoint.pth"):
@@ -275,7 +277,7 @@ def test_nifti_works_with_a_word_on_its_cost(volumes, tmp_path, capsys):
     """The same volumes as .nii.gz: the same run, to the last bit, and one line about converting them."""
     import nibabel
 
-    from data import Volume
+    from dino3d.data.volume import Volume
     data = tmp_path / "nifti"
     for path in sorted(volumes.rglob("*.hdf5")):
         target = data / path.relative_to(volumes).with_suffix(".nii.gz")
@@ -439,14 +441,14 @@ def test_nan_stops_the_run_in_one_line(volumes, tmp_path, capsys, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(volumes, tmp_path, capsys, monkeypatch):
-    import checkpoint as module
+    from dino3d.training import checkpoint as checkpoint_module
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--output_dir", tmp_path]
     assert run_main(capsys, *flags, "--epochs", 1)[0] == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(checkpoint_module.os, "fsync", full)
     code, _, errors = run_main(capsys, *flags, "--epochs", 2)
     assert code == 1 and len(errors) == 1 and "No space left" in errors[0]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before and not list(tmp_path.glob("*.part"))

@@ -14,14 +14,17 @@ import torch
 from conftest import ROOT
 from test_main_dino import TORCHRUN, traceback_through_our_code
 
-import finetune
 import main_lnc_luna16
 import utils
 from augmentations import scale_intensity
-from data import Volume
-from main_lnc_luna16 import choose_threshold, draw_negatives, epoch_order, figures
-from monitor import read_log
-from skipping import SkippedSteps
+from dino3d.data.volume import Volume
+from dino3d.files import read_log, read_table
+from dino3d.finetune import fold_loop, statistics
+from dino3d.finetune.classification_metrics import FIGURES, choose_threshold, figures, pairs_in_order
+from dino3d.finetune.encoder import Encoder
+from dino3d.finetune.fold_loop import Run
+from dino3d.training.nonfinite import SkippedSteps
+from main_lnc_luna16 import draw_negatives, epoch_order
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--num_workers", "0", "--batch_size_per_gpu", "6",
@@ -33,7 +36,7 @@ SMALL = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
 def smaller_model(monkeypatch):
     """What is called in this process trains a model of 0.1 and not 5 million weights; `command` takes the real one."""
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", SMALL)
-    monkeypatch.setattr(finetune, "BOOTSTRAP_ROUNDS", 50)
+    monkeypatch.setattr(statistics, "BOOTSTRAP_ROUNDS", 50)
 
 
 def write_cases(folder, patients=11, classes=2, subsets=4, shape=(28, 27, 14), name="label{}"):
@@ -91,7 +94,7 @@ def command(*flags, processes=0, script=ROOT / "tests" / "run_lnc.py", double=""
 def predictions(folder):
     """{(case, fold): probability} of a predictions.csv."""
     return {(row["case"], row.get("fold")): float(row["probability"])
-            for row in finetune.read_table(folder / "predictions.csv")}
+            for row in read_table(folder / "predictions.csv")}
 
 
 def metrics(folder):
@@ -101,7 +104,7 @@ def metrics(folder):
 def check_metrics(folder):
     """metrics.json says what scikit-learn makes of predictions.csv, to 1e-6."""
     from sklearn.metrics import accuracy_score, average_precision_score, recall_score, roc_auc_score
-    rows = finetune.read_table(folder / "predictions.csv")
+    rows = read_table(folder / "predictions.csv")
     said = metrics(folder)
     for record in said["folds"]:
         mine = [row for row in rows if int(row["fold"]) == record["fold"]]
@@ -113,7 +116,7 @@ def check_metrics(folder):
         assert record["accuracy"] == pytest.approx(accuracy_score(labels, predicted), abs=1e-6)
         assert record["sensitivity"] == pytest.approx(recall_score(labels, predicted), abs=1e-6)
         assert record["specificity"] == pytest.approx(recall_score(1 - labels, ~predicted), abs=1e-6)
-    for name in main_lnc_luna16.FIGURES:
+    for name in FIGURES:
         values = [record[name] for record in said["folds"]]
         assert said["mean"][name] == pytest.approx(np.mean(values))
         assert said["sd"][name] == pytest.approx(np.std(values, ddof=1))
@@ -154,9 +157,9 @@ def test_weighted_auc_is_scikit_learns():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         labels, scores, weights = rng.random(40) < 0.4, rng.integers(8, size=40) / 8, rng.integers(3, size=40)
-        assert main_lnc_luna16.pairs_in_order(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+        assert pairs_in_order(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
         expected = roc_auc_score(labels, scores, sample_weight=weights)
-        assert main_lnc_luna16.pairs_in_order(labels, scores, weights) == pytest.approx(expected, abs=1e-12)
+        assert pairs_in_order(labels, scores, weights) == pytest.approx(expected, abs=1e-12)
 
 
 def test_auc_of_one_class_is_undefined():
@@ -205,10 +208,10 @@ def test_loss_is_weighted_over_the_global_batch():
             return class_weights[labels].sum() if tensor.ndim == 0 else tensor
     total = torch.zeros_like(expected)
     for share in (slice(0, 5), slice(5, 7)):
-        run = finetune.Run(model, utils.make_optimizer("sgd", model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 7, 7,
+        run = Run(model, utils.make_optimizer("sgd", model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 7, 7,
                            SkippedSteps(1, torch.device("cpu")))
         losses = torch.nn.functional.cross_entropy(model(volumes[share]), labels[share], reduction="none")
-        finetune.train_step(run, Two(world_size=2), losses, class_weights[labels[share]])
+        fold_loop.train_step(run, Two(world_size=2), losses, class_weights[labels[share]])
         total += model.weight.grad / 2  # as DDP averages
     torch.testing.assert_close(total, expected)
 
@@ -236,7 +239,7 @@ def test_metrics_with_three_ranks(crops, tmp_path):
                    script=ROOT / "main_lnc_luna16.py")
     assert done.returncode == 0, done.stderr
     assert check_metrics(tmp_path)["folds"][0]["cases"] % 3
-    assert len(predictions(tmp_path)) == len(finetune.read_table(tmp_path / "predictions.csv"))
+    assert len(predictions(tmp_path)) == len(read_table(tmp_path / "predictions.csv"))
     done = command("--predict", crops / "subset3", "--weights", tmp_path, "--output_dir", tmp_path / "new", processes=3,
                    script=ROOT / "main_lnc_luna16.py")
     assert done.returncode == 0, done.stderr
@@ -253,7 +256,7 @@ def test_ranks_train_the_weights_of_one_process(crops, tmp_path):
                        processes=processes, double="1")
         assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
-    start = finetune.Encoder("vit_tiny", [12, 12, 6], [24, 24, 12], [-1000.0, 1000.0], None).build().state_dict()
+    start = Encoder("vit_tiny", [12, 12, 6], [24, 24, 12], [-1000.0, 1000.0], None).build().state_dict()
     lengths = []
     for fold in ("0", "1", "2"):
         one = torch.load(tmp_path / "0" / fold / "weights0.pth")
@@ -349,17 +352,17 @@ def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, saving):
     """Cut off without a word in the middle of an epoch, with a checkpoint of some step before or none at all."""
     flags, saved = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, *saving], saving[1] != 0
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
-    train_step, calls = finetune.train_step, []
+    train_step, calls = fold_loop.train_step, []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return train_step(*args)
-    monkeypatch.setattr(finetune, "train_step", killed)
+    monkeypatch.setattr(fold_loop, "train_step", killed)
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "killed")[0] == 130
     assert (tmp_path / "killed" / "0" / "checkpoint.pth").exists() == saved
-    monkeypatch.setattr(finetune, "train_step", train_step)
+    monkeypatch.setattr(fold_loop, "train_step", train_step)
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "killed")
     assert code == 0 and ("going on" in out) == saved
     assert predictions(tmp_path / "straight") == predictions(tmp_path / "killed")
@@ -372,7 +375,7 @@ def test_a_signal_ends_a_run_that_goes_on(crops, tmp_path, capsys, monkeypatch, 
     """SIGTERM in training: after that step; in an evaluation: after that batch, and the evaluation is done again."""
     flags = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, "--num_test", 5, "--drop_path_rate", 0.3]
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
-    module = finetune if where == "train_step" else main_lnc_luna16
+    module = fold_loop if where == "train_step" else main_lnc_luna16
     function, calls = getattr(module, where), []
 
     def signalled(*args):
@@ -447,7 +450,7 @@ def test_what_a_run_leaves(crops, tmp_path, capsys, weights):
     code, said, errors = run_main(capsys, "--data_dir", crops, "--output_dir", out, "--pretrained_weights", weights,
                                   "--epochs", 3, "--val_freq", 2, tiny=TINY[6:])  # the rest is the checkpoint's
     assert code == 0 and not errors
-    table = finetune.read_table(out / "predictions.csv")
+    table = read_table(out / "predictions.csv")
     assert list(table[0]) == ["case", "patient", "fold", "label", "probability"]
     splits = json.loads((out / "splits.json").read_text())["splits"]
     for row in table:
@@ -481,7 +484,7 @@ def test_what_a_run_leaves(crops, tmp_path, capsys, weights):
 def test_all_folds_together_are_the_mean_model(crops, tmp_path, capsys):
     from sklearn.metrics import roc_auc_score
     assert run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 2, "--num_test", 6)[0] == 0
-    rows = finetune.read_table(tmp_path / "predictions.csv")
+    rows = read_table(tmp_path / "predictions.csv")
     p, labels = {}, {}
     for row in rows:
         p.setdefault(row["case"], []).append(float(row["probability"]))
@@ -533,7 +536,7 @@ def test_more_classes_and_bare_label_names(tmp_path, capsys):
         code, _, errors = run_main(capsys, "--data_dir", data, "--output_dir", out, "--epochs", 2, "--protocol",
                                    protocol)
         assert code == 0 and not errors
-        rows = finetune.read_table(out / "predictions.csv")
+        rows = read_table(out / "predictions.csv")
         p = np.array([[float(row[f"probability_{k}"]) for k in range(3)] for row in rows])
         assert list(rows[0])[4:] == ["probability_0", "probability_1", "probability_2"]
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-9)
@@ -546,7 +549,7 @@ def test_rotating_subsets(crops, tmp_path, capsys):
     code, out, errors = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 1, "--folds",
                                  "subsets")
     assert code == 0 and not errors
-    rows = finetune.read_table(tmp_path / "predictions.csv")
+    rows = read_table(tmp_path / "predictions.csv")
     assert len({row["case"] for row in rows}) == len(rows) == 15  # every case is tested once
     assert all(row["case"].startswith(f"subset{row['fold']}/") for row in rows)
 
@@ -568,7 +571,7 @@ def test_fewer_negatives_in_evaluation_if_asked_for(crops, tmp_path, capsys):
     for out in ("a", "b"):
         assert run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / out, "--epochs", 1, "--protocol", "knn",
                         "--eval_negatives", 0.5, "--num_test", 6)[0] == 0
-    rows = finetune.read_table(tmp_path / "a" / "predictions.csv")
+    rows = read_table(tmp_path / "a" / "predictions.csv")
     labels = [row["label"] for row in rows if row["fold"] == "0"]
     assert labels.count("0") == max(1, round(labels.count("1") / 2))
     assert predictions(tmp_path / "a") == predictions(tmp_path / "b")

@@ -19,14 +19,16 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.spatial import KDTree
 from test_main_dino import TORCHRUN, traceback_through_our_code
 
-import finetune
 import main_lts_msd
-import segmentation
 import utils
 from augmentations import scale_intensity
-from data import write_volume
-from decoders import DECODERS, UnetrDecoder
-from monitor import read_log
+from dino3d.data.volume import write_volume
+from dino3d.files import read_log, read_table
+from dino3d.finetune import fold_folders, fold_loop, sliding_window, statistics
+from dino3d.finetune.encoder import ENCODER
+from dino3d.finetune.fold_folders import load_fold
+from dino3d.finetune.heads import DECODERS, UnetrDecoder
+from dino3d.finetune.splits import patient_splits
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 SIZE = (24, 24, 12)
@@ -45,7 +47,7 @@ def smaller_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "vit_tiny", SMALL)
         patch.setitem(DECODERS, "unetr", functools.partial(UnetrDecoder, feature_size=4))
-        patch.setattr(finetune, "BOOTSTRAP_ROUNDS", 50)
+        patch.setattr(statistics, "BOOTSTRAP_ROUNDS", 50)
         yield
 
 
@@ -148,7 +150,7 @@ def assert_one_error(found, says, code=1):
 
 
 def table(folder):
-    return finetune.read_table(folder / "cases.csv")
+    return read_table(folder / "cases.csv")
 
 
 def metrics(folder):
@@ -156,7 +158,7 @@ def metrics(folder):
 
 
 def network_of(path):
-    return finetune.load_fold(path, main_lts_msd.segmenter_of, "main_lts_msd.py", "decoder")[0].eval()
+    return load_fold(path, main_lts_msd.segmenter_of, "main_lts_msd.py", "decoder")[0].eval()
 
 
 def models(folder, fold, name="checkpoint.pth"):
@@ -168,12 +170,12 @@ class Trained:
     def __init__(self, folder, cases):
         self.folder, self.flags = folder, ["--data_dir", cases, "--output_dir", folder, "--epochs", 5, "--patches_per_case",
                                            8, "--lr", 0.01, "--tolerance", 2.5, "--val_freq", 2]
-        keep_best = finetune.keep_best
+        keep_best = fold_loop.keep_best
 
         def worse_at_the_end(fold, best, last, done, *rest):
             return keep_best(fold, best, last | {"dice": last["dice"] / 2} if done.epoch == 5 else last, done, *rest)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetune, "keep_best", worse_at_the_end)
+            patch.setattr(fold_loop, "keep_best", worse_at_the_end)
             self.code, self.said, self.errors = run_main(*self.flags)
 
 
@@ -348,7 +350,7 @@ def test_a_frozen_encoder_stays_as_it_was(cases, tmp_path, weights):
     first = models(tmp_path, 0)["decoder.head.weight"]
     assert first.any() and not torch.equal(first, models(tmp_path, 1)["decoder.head.weight"])
     config = torch.load(tmp_path / "0" / "best.pth")["config"]
-    assert {name: config[name] for name in finetune.ENCODER} == torch.load(weights)["config"]
+    assert {name: config[name] for name in ENCODER} == torch.load(weights)["config"]
     assert metrics(tmp_path)["spacing"] == [2.5, 2.5, 3.5] and len(table(tmp_path)) == 4
     voxels, _, affine = phantom(50)
     save(tmp_path / "new" / "scan.nii.gz", voxels, affine)
@@ -579,16 +581,16 @@ def test_a_run_goes_on_where_it_stopped(cases, tmp_path, straight):
 def test_a_killed_run_goes_on(cases, tmp_path, straight, monkeypatch):
     """Cut off in the middle of the second epoch, with a checkpoint of the first."""
     flags = ["--data_dir", cases, "--output_dir", tmp_path, *QUICK, "--save_every_steps", 2]
-    train_step, calls = finetune.train_step, []
+    train_step, calls = fold_loop.train_step, []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return train_step(*args)
-    monkeypatch.setattr(finetune, "train_step", killed)
+    monkeypatch.setattr(fold_loop, "train_step", killed)
     assert_one_error(run_main(*flags), "interrupted", 130)
-    monkeypatch.setattr(finetune, "train_step", train_step)
+    monkeypatch.setattr(fold_loop, "train_step", train_step)
     code, out, errors = run_main(*flags)
     assert code == 0 and not errors and "fold 0: going on after step 2, epoch 1" in out, out
     assert_same_run(straight, tmp_path)
@@ -654,7 +656,7 @@ def test_masks_of_all_orientations(trained, new_scans, tmp_path):
         upright, its_affine = in_ras(tmp_path / name)
         np.testing.assert_allclose(its_affine, affine, atol=1e-3)
         assert dice(upright, first) > 0.98, name
-    rows = finetune.read_table(tmp_path / "volumes.csv")
+    rows = read_table(tmp_path / "volumes.csv")
     assert list(rows[0]) == ["case", "class", "volume_ml"]
     assert [row["case"] for row in rows] == [name.replace(".gz", "").replace(".nii", "") for name in names]
     for row, name in zip(rows, names):
@@ -677,7 +679,7 @@ def test_prediction_repeats_the_test(cases, trained, tmp_path):
                         for folder in (tmp_path / fold, trained.folder / fold / "masks"))
             np.testing.assert_array_equal(one.dataobj, two.dataobj)
             np.testing.assert_array_equal(one.affine, two.affine)
-        volumes = {row["case"]: float(row["volume_ml"]) for row in finetune.read_table(tmp_path / fold / "volumes.csv")}
+        volumes = {row["case"]: float(row["volume_ml"]) for row in read_table(tmp_path / fold / "volumes.csv")}
         assert volumes == pytest.approx({row["case"]: float(row["predicted_ml"]) for row in table(trained.folder)
                                          if row["fold"] == fold}, rel=1e-5)
 
@@ -690,9 +692,9 @@ def test_folds_are_averaged(trained, tmp_path):
     for where, out in (("", "mean"), ("0", "0"), ("1", "1")):
         assert predict(tmp_path / "new", trained.folder / where, tmp_path / out)[0] == 0
     masks = {out: in_ras(tmp_path / out / "scan.nii.gz")[0] for out in ("mean", "0", "1")}
-    image = segmentation.read_image_and_grid(str(tmp_path / "new" / "scan.nii.gz"))[0]
-    probabilities = [segmentation.segment([network_of(trained.folder / fold / "best.pth")], image,
-                                          segmentation.Windows(SIZE, 0.3, 4), config["clip_range"], "cpu").exp()
+    image = sliding_window.read_image_and_grid(str(tmp_path / "new" / "scan.nii.gz"))[0]
+    probabilities = [sliding_window.segment([network_of(trained.folder / fold / "best.pth")], image,
+                                          sliding_window.Windows(SIZE, 0.3, 4), config["clip_range"], "cpu").exp()
                      for fold in "01"]
     assert all(((one[1] > 0.5).numpy() == masks[fold]).all() for one, fold in zip(probabilities, "01"))
     assert ((sum(probabilities) / 2)[1] > 0.5).numpy().tolist() == (masks["mean"] == 1).tolist()
@@ -713,7 +715,7 @@ def test_small_components_are_dropped(trained, new_scans, tmp_path):
     kept = 1 + np.flatnonzero(sizes * np.linalg.det(affine[:3, :3]) / 1000 >= 0.1)
     np.testing.assert_array_equal(found["some"], np.isin(parts, kept))
     assert not found["none"].any() and len({out: mask.sum() for out, mask in found.items()}) == 4
-    rows = finetune.read_table(tmp_path / "largest" / "volumes.csv")
+    rows = read_table(tmp_path / "largest" / "volumes.csv")
     assert float(rows[0]["volume_ml"]) == pytest.approx(sizes.max() * np.linalg.det(affine[:3, :3]) / 1000, rel=1e-4)
 
 
@@ -726,7 +728,7 @@ def test_a_volume_that_can_not_be_read(trained, new_scans, tmp_path):
     assert_one_error(found, ("1 of 6 volumes", str(tmp_path / "new" / "a" / "scan.nii.gz")))
     assert not (tmp_path / "out" / "a" / "scan.nii.gz").exists()
     assert len([path for path in (tmp_path / "out").rglob("*.nii*")]) == 5
-    assert len(finetune.read_table(tmp_path / "out" / "volumes.csv")) == 5
+    assert len(read_table(tmp_path / "out" / "volumes.csv")) == 5
 
 
 # -------------------------------------------------------------------------------------------------------- world space
@@ -782,7 +784,7 @@ def test_oblique_and_anisotropic_scans(tmp_path, monkeypatch):
     (tmp_path / "run" / "best.pth").touch()
     config = {"input_size": list(SIZE), "clip_range": [-1000.0, 1000.0], "spacing": [1.5, 1.5, 2.0], "classes": 2,
               "overlap": 0.25, "largest_component": False, "min_volume": 0.0, "tolerance": 2.0}
-    monkeypatch.setattr(finetune, "load_fold", lambda *_: (Thresholding(), config, {}))
+    monkeypatch.setattr(fold_folders, "load_fold", lambda *_: (Thresholding(), config, {}))
     code, _, errors = predict(tmp_path / "new", tmp_path / "run", tmp_path / "out", "--batch_size_per_gpu", 64)
     assert code == 0 and not errors, errors
     for name, (directions, spacing, shape) in scans.items():
@@ -966,7 +968,7 @@ def test_odd_cases_that_work(cases, tmp_path):
     for number in range(2, 7):
         edited("labels", number, lambda voxels: voxels.astype(np.float32))(tmp_path / "data")
     names, odd = [f"lung_{i:03}" for i in range(7)], {"lung_000", "lung_001"}
-    tests = [set(finetune.patient_splits(names, [0] * 7, 2, 2, seed)[0].test) for seed in range(100)]
+    tests = [set(patient_splits(names, [0] * 7, 2, 2, seed)[0].test) for seed in range(100)]
     for seed in (tests.index(odd), next(seed for seed in range(100) if not tests[seed] & odd)):
         out = tmp_path / str(seed)
         code, said, errors = run_main("--data_dir", tmp_path / "data", "--output_dir", out, "--epochs", 1,
@@ -987,7 +989,7 @@ def test_odd_cases_that_work(cases, tmp_path):
 def test_files_that_break_while_it_runs(cases, tmp_path, monkeypatch, side, file):
     """An image to test on, or a copy to show or to validate on, that can't be read any more: one line that names it."""
     shutil.copytree(cases, tmp_path / "data")
-    train_step, names = finetune.train_step, []
+    train_step, names = fold_loop.train_step, []
 
     def spoiled(*args):
         names.extend(json.loads((tmp_path / "out" / "splits.json").read_text())["splits"][0][side])
@@ -995,7 +997,7 @@ def test_files_that_break_while_it_runs(cases, tmp_path, monkeypatch, side, file
             for path in tmp_path.glob(file.format(name)):
                 path.write_bytes(b"no image")
         return train_step(*args)
-    monkeypatch.setattr(finetune, "train_step", spoiled)
+    monkeypatch.setattr(fold_loop, "train_step", spoiled)
     found = run_main("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--epochs", 1, "--patches_per_case", 1)
     assert_one_error(found, "can't be read")
     assert any(name in found[2][0] for name in names)

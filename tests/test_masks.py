@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-import masks
+from dino3d.finetune import mask_metrics, mask_pictures
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.8, 2.5), (0.6, 3.0, 1.1)]
 GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
@@ -72,7 +72,7 @@ def test_figures_are_those_of_scipy_and_monai(seed, spacing):
     label = blobs(seed)
     predicted = moved(label, seed)
     tolerance = 1.37  # no distance on these grids
-    found = masks.figures(predicted, label, spacing, 3, tolerance)
+    found = mask_metrics.figures(predicted, label, spacing, 3, tolerance)
     assert [row["class"] for row in found] == [1, 2]
     for row in found:
         pair = predicted == row["class"], label == row["class"]
@@ -92,8 +92,8 @@ def test_a_mask_at_the_border_has_a_surface_there(where):
     label[where] = 1
     predicted[where] = 1
     predicted[5:9, 4:8, 3:6] ^= 1
-    found = masks.figures(predicted, label, spacing, 2, 1.37)[0]
-    wide = masks.figures(np.pad(predicted, 7), np.pad(label, 7), spacing, 2, 1.37)[0]
+    found = mask_metrics.figures(predicted, label, spacing, 2, 1.37)[0]
+    wide = mask_metrics.figures(np.pad(predicted, 7), np.pad(label, 7), spacing, 2, 1.37)[0]
     assert found == wide
     for reference in (expected, by_monai):
         reference = reference(predicted > 0, label > 0, spacing, 1.37)
@@ -105,7 +105,7 @@ def test_a_false_positive_far_away_counts():
     label, predicted = np.zeros((2, 60, 50, 40), np.uint8)
     label[3:9, 4:9, 5:9] = predicted[3:9, 4:9, 5:9] = 1
     predicted[50:58, 40:48, 30:38] = 1
-    row = masks.figures(predicted, label, (1.0, 1.0, 2.0), 2, 1.0)[0]
+    row = mask_metrics.figures(predicted, label, (1.0, 1.0, 2.0), 2, 1.0)[0]
     reference = expected(predicted > 0, label > 0, (1.0, 1.0, 2.0), 1.0)
     assert values(row, reference) == pytest.approx(reference, abs=1e-3) and row["hausdorff95_mm"] > 70
 
@@ -114,11 +114,11 @@ def test_figures_of_single_voxels():
     """Three voxels along x and one along z apart: the distance between their centres, on either side of the tolerance."""
     label, predicted = np.zeros((2, 9, 9, 9), np.uint8)
     label[2, 4, 4] = predicted[5, 4, 5] = 1
-    row = masks.figures(predicted, label, (1.0, 1.0, 4.0), 2, 5.0)[0]
+    row = mask_metrics.figures(predicted, label, (1.0, 1.0, 4.0), 2, 5.0)[0]
     assert row == {"class": 1, "dice": 0.0, "surface_dice": 1.0, "hausdorff95_mm": 5.0, "volume_ml": 0.004,
                    "predicted_ml": 0.004}
-    assert masks.figures(predicted, label, (1.0, 1.0, 4.0), 2, 4.9)[0]["surface_dice"] == 0
-    row = masks.figures(label, label, (1.0, 1.0, 4.0), 2, 0.0)[0]
+    assert mask_metrics.figures(predicted, label, (1.0, 1.0, 4.0), 2, 4.9)[0]["surface_dice"] == 0
+    row = mask_metrics.figures(label, label, (1.0, 1.0, 4.0), 2, 0.0)[0]
     assert (row["dice"], row["surface_dice"], row["hausdorff95_mm"]) == (1, 1, 0)
 
 
@@ -127,7 +127,7 @@ def test_the_tolerance_includes_its_own_value():
     label, predicted = np.zeros((2, 9, 5, 5), np.uint8)
     label[2, 2, 2] = predicted[5, 2, 2] = 1
     for spacing, tolerance in ((0.7, 2.1), (1.1, 3.3), (np.float32(0.1), np.float64(0.3)), (0.1, 0.3)):
-        assert masks.figures(predicted, label, (spacing, 1, 1), 2, tolerance)[0]["surface_dice"] == 1, spacing
+        assert mask_metrics.figures(predicted, label, (spacing, 1, 1), 2, tolerance)[0]["surface_dice"] == 1, spacing
 
 
 def test_the_larger_of_both_directions_counts():
@@ -136,18 +136,18 @@ def test_the_larger_of_both_directions_counts():
     for pair in ((predicted, label), (label, predicted)):
         there, back = distances(pair[0] > 0, pair[1] > 0, (1, 1, 1))
         assert {np.percentile(there, 95) > 20, np.percentile(back, 95) > 20} == {True, False}
-        assert masks.figures(*pair, (1, 1, 1), 2, 1)[0]["hausdorff95_mm"] > 20
+        assert mask_metrics.figures(*pair, (1, 1, 1), 2, 1)[0]["hausdorff95_mm"] > 20
 
 
 def test_empty_masks_follow_the_rule():
     empty, some = np.zeros((2, 8, 7, 6), np.uint8)
     some[2:4, 2:5, 3] = 1
-    rows = [masks.figures(*pair, (1.0, 2.0, 5.0), 2, 2.0)[0] for pair in ((empty, empty), (some, empty), (empty, some))]
+    rows = [mask_metrics.figures(*pair, (1.0, 2.0, 5.0), 2, 2.0)[0] for pair in ((empty, empty), (some, empty), (empty, some))]
     assert rows == [
         {"class": 1, "dice": 1, "surface_dice": 1, "hausdorff95_mm": 0, "volume_ml": 0, "predicted_ml": 0},
         {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0, "predicted_ml": 0.06},
         {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0.06, "predicted_ml": 0}]
-    rows = masks.figures(some, 2 * some, (1, 1, 1), 4, 2)  # each class on its own
+    rows = mask_metrics.figures(some, 2 * some, (1, 1, 1), 4, 2)  # each class on its own
     assert [row["dice"] for row in rows] == [0, 0, 1] and [row["hausdorff95_mm"] for row in rows] == [None, None, 0]
 
 
@@ -161,8 +161,8 @@ def test_figures_take_views_and_give_plain_numbers():
     spacing = np.float32([0.5, 0.75, 2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = masks.figures(*views, spacing, 3, np.float32(2))
-    assert found == masks.figures(predicted, label, (0.5, 0.75, 2.0), 3, 2)
+        found = mask_metrics.figures(*views, spacing, 3, np.float32(2))
+    assert found == mask_metrics.figures(predicted, label, (0.5, 0.75, 2.0), 3, 2)
     assert all(type(value) in (int, float) for row in found for value in row.values()) and json.dumps(found)
 
 
@@ -190,7 +190,7 @@ def test_clean_is_that_of_scipy(largest_component, min_volume):
     for seed, spacing in enumerate(SPACINGS):
         mask = moved(blobs(seed, classes=4, sigma=1.2), seed)
         before = mask.copy()
-        result = masks.clean(mask, spacing, largest_component, min_volume)
+        result = mask_metrics.clean(mask, spacing, largest_component, min_volume)
         assert result.dtype == np.uint8 and (mask == before).all()
         np.testing.assert_array_equal(result, cleaned(mask, spacing, largest_component, min_volume))
         changed += (result != mask).sum()
@@ -199,9 +199,9 @@ def test_clean_is_that_of_scipy(largest_component, min_volume):
 
 def test_clean_with_nothing_to_do():
     mask = blobs(0)
-    assert masks.clean(mask, (1, 1, 1), False, 0) is mask
+    assert mask_metrics.clean(mask, (1, 1, 1), False, 0) is mask
     empty = np.zeros((5, 6, 7), np.uint8)
-    assert not masks.clean(empty, (1, 1, 1), True, 1.0).any()
+    assert not mask_metrics.clean(empty, (1, 1, 1), True, 1.0).any()
 
 
 def test_clean_at_its_limits():
@@ -210,12 +210,12 @@ def test_clean_at_its_limits():
     mask[:10] = 1
     for spacing in ((0.1, 0.1, 0.1), (0.7, 0.7, 2.5), (0.9, 0.9, 0.9)):
         volume = 1440 * np.prod(spacing) / 1000
-        assert masks.clean(mask, spacing, False, volume).sum() == 1440
-        assert masks.clean(mask, spacing, False, volume * 1.001).sum() == 0
+        assert mask_metrics.clean(mask, spacing, False, volume).sum() == 1440
+        assert mask_metrics.clean(mask, spacing, False, volume * 1.001).sum() == 0
     mask[:] = 0
     mask[1, 1, 1] = mask[2, 2, 2] = mask[5, 5, 5] = 1
-    assert masks.clean(mask, (1, 1, 1), True, 0).sum() == 2
-    assert masks.clean(mask, (10, 10, 10), True, 2.5).sum() == 0
+    assert mask_metrics.clean(mask, (1, 1, 1), True, 0).sum() == 2
+    assert mask_metrics.clean(mask, (10, 10, 10), True, 2.5).sum() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -233,12 +233,12 @@ def box_mask(shape, low, high, value=1):
 
 def tiles(picture, shape, spacing):
     """{plane: [whole, zoom]} cut out of a picture of a volume with at least 60 mm along each axis."""
-    edge, extent = masks.FRAME, np.array(shape) * spacing
+    edge, extent = mask_pictures.FRAME, np.array(shape) * spacing
     wholes = {name: np.rint(extent[list(axes)[::-1]] * 360 / extent.max()).astype(int) for name, axes in AXES.items()}
     second = max(columns for _, columns in wholes.values()) + 2 * edge
     found = {}
     for row, (name, (height, width)) in enumerate(wholes.items()):
-        top = masks.HEADER + row * (masks.CAPTION + 360 + 2 * edge) + masks.CAPTION + edge
+        top = mask_pictures.HEADER + row * (mask_pictures.CAPTION + 360 + 2 * edge) + mask_pictures.CAPTION + edge
         found[name] = [picture[top:top + height, edge:edge + width], picture[top:top + 360, second + edge:second + edge + 360]]
     assert picture.shape[0] == top + 360 + edge
     return found
@@ -273,7 +273,7 @@ def test_outlines_and_ct_are_where_the_lesion_is(shape, spacing, low, high):
     """A bright box and its outlines in whole and zoom: no flip, no transposition, in mm."""
     label = box_mask(shape, low, high)
     image = np.where(label, 300, -900).astype(np.int16)
-    picture = masks.overlay(image, label * 0, label, spacing, CLIP, "box")
+    picture = mask_pictures.overlay(image, label * 0, label, spacing, CLIP, "box")
     assert picture.dtype == np.uint8 and picture.ndim == 3
     for name, (whole, zoom) in tiles(picture, shape, spacing).items():
         wanted = expected_box(shape, spacing, name, low, high)
@@ -300,7 +300,7 @@ def test_a_shifted_prediction_is_red_on_its_side(step, where):
     """To the patient's left: to the right; to anterior: up, and left in the sagittal plane; to superior: up."""
     label = box_mask(SHAPE, LOW, HIGH)
     predicted = box_mask(SHAPE, np.add(LOW, step), np.add(HIGH, step))
-    picture = masks.overlay(np.zeros(SHAPE, np.int16), predicted, label, SPACING, CLIP, "")
+    picture = mask_pictures.overlay(np.zeros(SHAPE, np.int16), predicted, label, SPACING, CLIP, "")
     for name, pair in tiles(picture, SHAPE, SPACING).items():
         for tile in pair:
             green, red = box_of_colours(tile, GREEN, YELLOW), box_of_colours(tile, RED, YELLOW)
@@ -310,7 +310,7 @@ def test_a_shifted_prediction_is_red_on_its_side(step, where):
 
 def test_the_same_mask_is_yellow():
     label = box_mask(SHAPE, LOW, HIGH)
-    for pair in tiles(masks.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING).values():
+    for pair in tiles(mask_pictures.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING).values():
         for tile in pair:
             assert box_of_colours(tile, YELLOW) and not box_of_colours(tile, GREEN, RED)
 
@@ -319,7 +319,7 @@ def test_pixels_are_square_in_mm():
     """A cube of 20 mm is a square in all planes, whatever the voxels; 20 of 60 mm make a third of a zoom."""
     spacing, shape = (0.5, 2.0, 5.0), (360, 95, 40)
     label = box_mask(shape, (100, 40, 10), (140, 50, 14))
-    for name, (whole, zoom) in tiles(masks.overlay(np.zeros(shape), label, label, spacing, CLIP, ""), shape, spacing).items():
+    for name, (whole, zoom) in tiles(mask_pictures.overlay(np.zeros(shape), label, label, spacing, CLIP, ""), shape, spacing).items():
         for tile, side in ((whole, 20 * 360 / 200), (zoom, 120)):
             top, left, bottom, right = box_of_colours(tile, YELLOW)
             assert [bottom - top, right - left] == pytest.approx([side, side], abs=2), name
@@ -338,7 +338,7 @@ def test_planes_are_those_with_most_of_the_label(given):
     predicted[:] *= given != "neither"
     for axis, name in enumerate(("sagittal", "coronal", "axial")):
         image = np.broadcast_to(np.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(3)]), shape)
-        whole = tiles(masks.overlay(image.astype(np.int16), predicted, label, spacing, (0, 102), ""), shape, spacing)[name][0]
+        whole = tiles(mask_pictures.overlay(image.astype(np.int16), predicted, label, spacing, (0, 102), ""), shape, spacing)[name][0]
         values, counts = np.unique(whole.reshape(-1, 3), axis=0, return_counts=True)
         assert values[counts.argmax()].tolist() == [int(wanted[axis] / 102 * 255)] * 3
 
@@ -349,10 +349,10 @@ def test_masks_that_are_empty_or_missing():
     coloured = {}
     for name, pair in {"neither": (empty, empty), "label": (empty, some), "prediction": (some, empty), "none": (some, None),
                        "nothing": (empty, None)}.items():
-        picture = masks.overlay(image, *pair, SPACING, CLIP, name)
+        picture = mask_pictures.overlay(image, *pair, SPACING, CLIP, name)
         found = [tile for pair in tiles(picture, SHAPE, SPACING).values() for tile in pair]
         coloured[name] = [[box_of_colours(tile, colour) is not None for tile in found] for colour in (GREEN, RED, YELLOW)]
-        assert (picture[:masks.HEADER] == GREEN).all(-1).any() == (pair[1] is not None)  # the legend
+        assert (picture[:mask_pictures.HEADER] == GREEN).all(-1).any() == (pair[1] is not None)  # the legend
         assert (found[0][5, 5] == 127).all()  # -300 HU is in the middle of the clip range
     no, yes = [False] * 6, [True] * 6
     assert coloured == {"neither": [no, no, no], "label": [yes, no, no], "prediction": [no, yes, no],
@@ -363,7 +363,7 @@ def test_all_classes_are_outlined():
     """Two classes side by side: a line between them too."""
     label = box_mask(SHAPE, LOW, HIGH)
     label[77:84] *= 2
-    zoom = tiles(masks.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING)["axial"][1]
+    zoom = tiles(mask_pictures.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING)["axial"][1]
     top, left, bottom, right = box_of_colours(zoom, YELLOW)
     lines = (zoom[(top + bottom) // 2] == YELLOW).all(-1)
     assert np.flatnonzero(np.diff(lines.astype(int), prepend=0) == 1) == pytest.approx(
@@ -373,7 +373,7 @@ def test_all_classes_are_outlined():
 def test_a_lesion_of_one_voxel_is_seen():
     shape = (512, 400, 50)
     label = box_mask(shape, (300, 200, 20), (301, 201, 21))
-    for whole, zoom in tiles(masks.overlay(np.zeros(shape), label * 0, label, (0.6, 0.6, 5), CLIP, ""), shape,
+    for whole, zoom in tiles(mask_pictures.overlay(np.zeros(shape), label * 0, label, (0.6, 0.6, 5), CLIP, ""), shape,
                              (0.6, 0.6, 5)).values():
         assert box_of_colours(whole, GREEN) and box_of_colours(zoom, GREEN)
 
@@ -381,11 +381,11 @@ def test_a_lesion_of_one_voxel_is_seen():
 def test_the_largest_part_is_magnified():
     """Two lesions far from each other: the zoom is on the larger one and not between them, the frame as well."""
     label = box_mask(SHAPE, (10, 10, 20), (14, 14, 22)) | box_mask(SHAPE, LOW, HIGH)
-    for name, (whole, zoom) in tiles(masks.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING).items():
+    for name, (whole, zoom) in tiles(mask_pictures.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING).items():
         top, left, bottom, right = box_of_colours(zoom, YELLOW)
         assert (bottom - top) * (right - left) > 5000, name
         scale = 360 / (SHAPE[0] * SPACING[0])
-        frame, box = box_of_colours(whole, masks.GREY), expected_box(SHAPE, SPACING, name, LOW, HIGH)
+        frame, box = box_of_colours(whole, mask_pictures.GREY), expected_box(SHAPE, SPACING, name, LOW, HIGH)
         assert frame[2] - frame[0] == pytest.approx(min(55, 165 / 3) * scale, abs=3)
         assert frame[0] <= box[0] < box[2] <= frame[2] and frame[1] <= box[1] < box[3] <= frame[3]
 
@@ -395,6 +395,6 @@ def test_volumes_of_any_proportion():
     for shape, spacing in (((20, 16, 12), (1, 1, 1)), ((64, 50, 1), (1, 1, 5)), ((3, 4, 300), (1, 1, 1.5)),
                            ((1, 1, 1), (1, 1, 1))):
         for mask in (np.zeros(shape, np.uint8), np.ones(shape, np.uint8)):
-            picture = masks.overlay(np.zeros(shape, np.int16), mask, mask, spacing, CLIP, "x" * 300)
+            picture = mask_pictures.overlay(np.zeros(shape, np.int16), mask, mask, spacing, CLIP, "x" * 300)
             assert picture.shape[1] > 1000 and picture.shape[2] == 3
-            assert (picture[masks.HEADER:] == YELLOW).all(-1).any() == mask.any()
+            assert (picture[mask_pictures.HEADER:] == YELLOW).all(-1).any() == mask.any()

@@ -7,14 +7,33 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from raw_inputs import (CAPTURE, MR, centres, contents, edited, manifest, outcomes, phantom, run, scan,  # noqa: F401
-                        times, write_decathlon, write_image, write_index, write_luna16, write_nifti, write_series,
-                        write_table, written)
+from raw_inputs import (  # noqa: F401
+    CAPTURE,
+    MR,
+    centres,
+    contents,
+    edited,
+    manifest,
+    outcomes,
+    phantom,
+    run,
+    scan,
+    times,
+    write_decathlon,
+    write_image,
+    write_index,
+    write_luna16,
+    write_nifti,
+    write_series,
+    write_table,
+    written,
+)
 from scipy.ndimage import map_coordinates
 
-import prepare_data
-from data import AIR, Volume, find_crops, find_pairs, read_pair, write_volume
-from prepare_data import safe_name
+from dino3d.data.layouts import find_crops, find_pairs, read_pair
+from dino3d.data.volume import AIR, Volume, write_volume
+from dino3d.prepare import luna16, nlst
+from dino3d.prepare.inputs import safe_name
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 POINTS = ["seriesuid", "coordX", "coordY", "coordZ"]
@@ -96,16 +115,16 @@ def test_the_voxels_of_a_header_are_watched_too(tmp_path, run):
     (["nlst/p1/t0/a.hdf5", "nlst/p1/t1/a.hdf5"], ["nlst_p1/t0/a", "nlst_p1/t1/a"]),
     (["t0/ct.nii"], ["ct/t0/ct"])])
 def test_where_volume_files_go(sources, places):
-    found = prepare_data.place_scans([prepare_data.Scan(source, []) for source in sources])
+    found = nlst.place_scans([nlst.Scan(source, []) for source in sources])
     assert [found[source] for source in sources] == [place + ".hdf5" for place in places]
 
 
 def test_two_volumes_never_go_to_one_place():
     sources = ["p1/t0/ct.nii.gz", "p1/t0/ct.mha", "p1/t0/a/b.nii", "p1/t0/a_b.nii"]
-    found = prepare_data.place_scans([prepare_data.Scan(source, []) for source in sources])
+    found = nlst.place_scans([nlst.Scan(source, []) for source in sources])
     assert len(set(found.values())) == 4
     assert all(place.startswith(("p1/t0/ct-", "p1/t0/a_b-")) for place in found.values())
-    assert found == prepare_data.place_scans([prepare_data.Scan(source, []) for source in sources[::-1]])
+    assert found == nlst.place_scans([nlst.Scan(source, []) for source in sources[::-1]])
 
 
 def test_visits_are_counted_by_date(tmp_path, run):
@@ -421,7 +440,7 @@ def test_all_positives_and_some_negatives(tmp_path, run):
     assert sorted(series for series, _ in five) == ["1.2.1"] * 5 + ["1.2.2"] * 5 + ["1.2.3"] * 5
     assert five == chosen("again", "--negatives_per_scan", 5)
     assert five != chosen("other", "--negatives_per_scan", 5, "--seed", 1)
-    assert len(chosen("default")) == 3 * prepare_data.NEGATIVES_PER_SCAN == 60
+    assert len(chosen("default")) == 3 * luna16.NEGATIVES_PER_SCAN == 60
     assert len(chosen("more", "--negatives_per_scan", 31)) == 90
     assert not chosen("none", "--negatives_per_scan", 0)
     shutil.rmtree(source / "subset1")

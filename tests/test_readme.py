@@ -41,7 +41,8 @@ def test_there_are_commands():
 
 def test_file_table_is_complete():
     named = set(re.findall(r"^\| `([\w/]+(?:\.py)?)/?` \|", README.split("## The files")[1], re.M))
-    assert {path.name for path in ROOT.glob("*.py")} <= named
+    modules = [path.relative_to(ROOT) for path in ROOT.glob("dino3d/**/*.py") if path.name != "__init__.py"]
+    assert {*(path.name for path in ROOT.glob("*.py")), *map(str, modules)} <= named
 
 
 def snippet(word):
@@ -77,7 +78,7 @@ def test_features_snippet(tmp_path):
 def test_conversion_snippet(tmp_path):
     import nibabel
 
-    from data import Volume
+    from dino3d.data.volume import Volume
     voxels = np.random.default_rng(0).integers(-1000, 1000, (20, 18, 16)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1, 2, 1])), tmp_path / "scan.nii.gz")
     code = snippet("write_volume").replace("scan.nii.gz", str(tmp_path / "scan.nii.gz")).replace('"data/', f'"{tmp_path}/')

@@ -13,12 +13,14 @@ import torch
 from conftest import ROOT
 from test_main_lnc_luna16 import write_cases
 
-import checkpoint
-import finetune
 import main_dino
 import main_lnc_luna16
 import main_lts_msd
 import utils
+from dino3d import command_line
+from dino3d.finetune.encoder import load_encoder
+from dino3d.finetune.fold_folders import load_fold
+from dino3d.training import checkpoint
 from vision_transformer import vit_tiny
 
 UNPICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
@@ -50,7 +52,8 @@ def unsafe_calls(source):
     return found
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("dino3d/**/*.py")]),
+                         ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_can_execute_what_it_reads(path):
     assert unsafe_calls(path.read_text()) == []
 
@@ -133,8 +136,8 @@ def test_hostile_checkpoints_are_refused(form, tmp_path, trace, recwarn):
     path = write_hostile(tmp_path / "out" / "0" / "best.pth", trace, form)
     for read, kind in ((utils.load_file, ValueError),
                        (lambda path: utils.load_pretrained_weights(vit_tiny(), path), ValueError),
-                       (checkpoint.load_checkpoint, utils.UserError), (finetune.load_encoder, utils.UserError),
-                       (lambda path: finetune.load_fold(path, None, "a script", "protocol"), utils.UserError)):
+                       (checkpoint.load_checkpoint, command_line.UserError), (load_encoder, command_line.UserError),
+                       (lambda path: load_fold(path, None, "a script", "protocol"), command_line.UserError)):
         with pytest.raises(kind, match="best.pth: can't be read as a checkpoint"):
             read(path)
     assert not [one for one in recwarn if one.category is UserWarning]  # torch's own words would stand beside the one line

@@ -11,11 +11,22 @@ import SimpleITK as sitk
 import torch
 from test_images import ALL_AXES, LPS, OBLIQUE, SIGNED_PERMUTATIONS, affine_to_ras, contents, itk_image, noise, places, with_
 
-import images
-import segmentation
-from data import AIR, DataError, Pair, find_pairs, write_volume
-from segmentation import (Grid, Windows, grid_of, mean_of, read_case, read_image_and_grid, save_mask, segment, to_own,
-                          to_working)
+from dino3d.data import images, resampling
+from dino3d.data.layouts import Pair, find_pairs
+from dino3d.data.volume import AIR, DataError, write_volume
+from dino3d.finetune import sliding_window
+from dino3d.finetune.sliding_window import (
+    Grid,
+    Windows,
+    grid_of,
+    mean_of,
+    read_case,
+    read_image_and_grid,
+    save_mask,
+    segment,
+    to_own,
+    to_working,
+)
 
 CLIP = (-1000.0, 1000.0)
 
@@ -64,9 +75,9 @@ def lesion(shape=(60, 56, 40), spacing=(0.8, 0.8, 2.0)):
 
 
 def assert_comes_back(label, spacing, name):
-    first, size = images.box_of(label > 0, label, 0)
+    first, size = resampling.box_of(label > 0, label, 0)
     near, far = np.maximum(first - 40, 0), np.minimum(first + size + 40, label.GetSize())
-    part = images.cut(label, (near, far - near))
+    part = resampling.cut(label, (near, far - near))
     own = images.voxels_of(part)
     volume = (own > 0).sum() * np.prod(label.GetSpacing()) / 1000
     at_own = there_and_back(part, part.GetSpacing(), grid_of(part), Windows((64, 64, 32), 0.25, 2))
@@ -184,7 +195,7 @@ def test_an_image_on_the_working_grid_is_left_as_it_is():
 @pytest.mark.parametrize("name", ["axial", "oblique", "flat, oblique and permuted", "sagittal"])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_classes_are_those_of_the_interpolated_maps(name, classes, monkeypatch):
-    monkeypatch.setattr(segmentation, "BLOCK", 13)
+    monkeypatch.setattr(sliding_window, "BLOCK", 13)
     affine, axes, shape, own, origin = lying(name)
     image = images.to_ras(itk_image(np.zeros(shape, np.uint8), axes, own, origin))
     working = to_working(image, (1.9, 2.1, 2.3), is_label=True)
@@ -202,10 +213,10 @@ def test_classes_are_those_of_the_interpolated_maps(name, classes, monkeypatch):
 
 @pytest.mark.parametrize("name", ["axial", "sagittal", "oblique"])
 def test_beyond_the_working_grid_is_background(name, monkeypatch):
-    monkeypatch.setattr(segmentation, "BLOCK", 16)
+    monkeypatch.setattr(sliding_window, "BLOCK", 16)
     affine, axes, shape, own, origin = lying(name)
     image = images.to_ras(itk_image(np.zeros(shape, np.uint8), axes, own, origin))
-    working = images.cut(to_working(image, (1.9, 2.1, 2.3), is_label=True), ((4, 5, 3), (9, 8, 7)))
+    working = resampling.cut(to_working(image, (1.9, 2.1, 2.3), is_label=True), ((4, 5, 3), (9, 8, 7)))
     maps = np.stack([np.zeros((9, 8, 7)), np.ones((9, 8, 7))]).astype(np.float32)
     grid = Grid(shape, own, tuple(origin), tuple(np.ravel(axes)))
     index = places(shape, np.linalg.inv(images.affine_of(working)) @ affine)
@@ -353,7 +364,7 @@ def test_what_does_not_fit_a_gpu_is_stitched_on_the_cpu(monkeypatch):
     volume = 4 * 40 * 12 * 30  # bytes; the window is wider than the image along y
     for volumes, fits in ((4, False), (6.9, False), (10, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=volumes * volume: (int(free), 0))
-        assert segmentation._fits(per_voxel, voxels, Windows((16, 12, 16)), torch.device("cpu")) == fits
+        assert sliding_window._fits(per_voxel, voxels, Windows((16, 12, 16)), torch.device("cpu")) == fits
 
 
 @pytest.mark.gpu

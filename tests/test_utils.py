@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import utils
-from checkpoint import keep_copy, load_checkpoint, save_checkpoint
+from dino3d import command_line
+from dino3d.training import loading
+from dino3d.training.checkpoint import keep_copy, load_checkpoint, save_checkpoint
+from dino3d.training.loading import reading_processes
+from dino3d.training.pictures import montage, radiological
 from vision_transformer import DINOHead, MultiCropWrapper, vit_small, vit_tiny
-
 
 # ------------------------------------------------------------------------------------------------ older checkpoints
 
@@ -121,19 +124,19 @@ def test_checkpoint_round_trip_and_copies(tmp_path):
     save_checkpoint(path, {"config": {"arch": "a"}, "step": 2})
     assert load_checkpoint(path)["step"] == 2 and load_checkpoint(tmp_path / "kept.pth")["step"] == 1
     assert load_checkpoint(tmp_path / "none.pth") is None
-    with pytest.raises(utils.UserError, match="--arch a, not b"):
+    with pytest.raises(command_line.UserError, match="--arch a, not b"):
         load_checkpoint(path, {"arch": "b"})
     torch.save({"teacher": {}}, path)
-    with pytest.raises(utils.UserError, match="no checkpoint of this script"):
+    with pytest.raises(command_line.UserError, match="no checkpoint of this script"):
         load_checkpoint(path)
 
 
 def test_montage_shows_its_tiles_the_right_way_up():
     plane = np.zeros((4, 6))  # grows to the right and up
     plane[3, 5] = 1           # the patient's right, anterior: left and up in a radiological picture
-    picture = utils.radiological(plane)
+    picture = radiological(plane)
     assert picture.shape == (6, 4) and picture[0, 0] == 1
-    canvas = utils.montage([[picture, 1 - picture], [picture]], ["first", "second"], tile=12)
+    canvas = montage([[picture, 1 - picture], [picture]], ["first", "second"], tile=12)
     assert canvas[14, 0] == 255 and canvas[14, 4] == 0 and canvas.shape == (2 * (14 + 12 + 2), 2 * (8 + 2))
 
 
@@ -180,14 +183,14 @@ def test_lars_takes_the_papers_step():
 @pytest.mark.parametrize("text, value", [("true", True), ("ON", True), ("1", True), ("false", False), ("0", False),
                                          ("off", False)])
 def test_booleans(text, value):
-    assert utils.boolean(text) is value
+    assert command_line.boolean(text) is value
 
 
 @pytest.mark.parametrize("kind, low, text", [(int, 1, "0"), (int, 1, "1.5"), (float, 0, "inf"), (float, 0, "nan"),
                                              (float, 0, "-1"), (float, 0, "x")])
 def test_numbers_out_of_range(kind, low, text):
     with pytest.raises(argparse.ArgumentTypeError):
-        utils.number(kind, low)(text)
+        command_line.number(kind, low)(text)
 
 
 def test_seeds_of_steps_differ_by_rank_and_step():
@@ -203,14 +206,14 @@ def test_gpu_of_a_process():
     assert utils.choose_gpu(3, 4, 4, False) == 3
     assert utils.choose_gpu(3, 4, 1, True) == 0   # srun --gpus-per-task=1
     assert utils.choose_gpu(3, 4, 8, True) == 3
-    with pytest.raises(utils.UserError, match="1 GPU.s. for 4 processes"):
+    with pytest.raises(command_line.UserError, match="1 GPU.s. for 4 processes"):
         utils.choose_gpu(3, 4, 1, False)
 
 
 @pytest.mark.parametrize("error, says", [
     (OSError(28, "No space left on device", "log.txt"), "No space left on device: 'log.txt'"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --batch_size_per_gpu"),
-    (utils.UserError("plain"), "error: plain"),
+    (command_line.UserError("plain"), "error: plain"),
 ])
 def test_failures_end_in_one_line(capsys, error, says):
     def main():
@@ -231,11 +234,11 @@ def test_failures_end_in_one_line(capsys, error, says):
 def test_reading_processes_fit_into_shared_memory(monkeypatch, wanted, free_batches, expected, says):
     """Of four cores, and two processes that share it."""
     processes = utils.Processes(local_world_size=2)
-    monkeypatch.setattr(utils, "cores_per_process", lambda _: 4)
+    monkeypatch.setattr(loading, "cores_per_process", lambda _: 4)
     monkeypatch.setattr(utils.os.path, "isdir", lambda path: path == "/dev/shm")
     usage = type("Usage", (), {"free": 2 * free_batches * 10 * 2 ** 20 / 0.8 + 1})
     monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: usage)
-    workers, ready, notices = utils.reading_processes(wanted, processes, 10 * 2 ** 20)
+    workers, ready, notices = reading_processes(wanted, processes, 10 * 2 ** 20)
     assert (workers, ready) == expected
     assert len(notices) == bool(says) and (not says or says in notices[0])
     loader = torch.utils.data.DataLoader([1], num_workers=workers, prefetch_factor=ready)  # takes both

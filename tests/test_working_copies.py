@@ -8,15 +8,15 @@ import nibabel
 import numpy as np
 import pytest
 
-import finetune
-import images
-import segmentation
-import utils
-import working_copies
 from augmentations import Policy
-from data import find_pairs
-from utils import Processes, UserError
-from working_copies import WorkingCopies, WorkingPatches
+from dino3d.command_line import UserError
+from dino3d.data import images, volume
+from dino3d.data.layouts import find_pairs
+from dino3d.finetune import resampled_cache, sliding_window
+from dino3d.finetune.crops import TrainingBatches, WindowAugmentation, collate_crops, read_headers
+from dino3d.finetune.resampled_cache import WorkingCopies, WorkingPatches
+from dino3d.training.loading import next_batch
+from utils import Processes
 
 SPACING = (2.0, 1.5, 3.0)
 
@@ -43,13 +43,13 @@ def pairs(tmp_path):
 
 
 def copies_of(pairs, folder, most_bytes=1e9, spacing=SPACING):
-    heads = finetune.read_headers([pair.image for pair in pairs], Processes())
+    heads = read_headers([pair.image for pair in pairs], Processes())
     return WorkingCopies(Path(folder), pairs, heads, spacing, most_bytes)
 
 
 def expected(pair):
-    image, label = (segmentation.to_working(one, SPACING, is_label) for one, is_label in
-                    zip(segmentation.read_case(pair), (False, True)))
+    image, label = (sliding_window.to_working(one, SPACING, is_label) for one, is_label in
+                    zip(sliding_window.read_case(pair), (False, True)))
     return images.voxels_of(image).copy(), images.voxels_of(label).copy(), images.affine_of(image)
 
 
@@ -80,18 +80,18 @@ def test_copies_are_the_cases_on_the_working_grid(pairs, tmp_path, most_bytes):
 def test_places_are_labelled_voxels_of_every_class(monkeypatch):
     mask = np.zeros((9, 8, 7), np.uint8)
     mask[1:3, 2:6, 3:5], mask[6, 6, 6] = 1, 3
-    places = working_copies.places_of(mask)
+    places = resampled_cache.places_of(mask)
     assert sorted(map(tuple, places.tolist())) == sorted((*index, mask[tuple(index)]) for index in np.argwhere(mask).tolist())
-    monkeypatch.setattr(working_copies, "FOREGROUND", 5)
-    places = working_copies.places_of(mask)
+    monkeypatch.setattr(resampled_cache, "FOREGROUND", 5)
+    places = resampled_cache.places_of(mask)
     assert len(places) == 6 and (mask[tuple(places[:, :3].T)] == places[:, 3]).all()
-    np.testing.assert_array_equal(places, working_copies.places_of(mask))
-    assert working_copies.places_of(mask * 0).shape == (0, 4)
+    np.testing.assert_array_equal(places, resampled_cache.places_of(mask))
+    assert resampled_cache.places_of(mask * 0).shape == (0, 4)
 
 
 def test_a_rerun_makes_only_what_changed(pairs, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(working_copies, "make_copy", lambda copy, make=working_copies.make_copy: (made.append(copy.pair.name),
+    monkeypatch.setattr(resampled_cache, "make_copy", lambda copy, make=resampled_cache.make_copy: (made.append(copy.pair.name),
                                                                                                    make(copy))[1])
     first = copies_of(pairs, tmp_path / "cache").make(Processes(), 0)
     assert made == ["case0", "case1", "case2"]
@@ -127,7 +127,7 @@ def test_what_can_not_be_used_or_written(pairs, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(working_copies, "write_volume", full)
+    monkeypatch.setattr(volume, "write_volume", full)
     with pytest.raises(UserError, match="No space left on device.*make room or choose another --cache_dir"):
         copies_of(pairs[:2], tmp_path / "full").make(Processes(), 0)
     assert not list((tmp_path / "full").rglob("*.json"))
@@ -155,7 +155,7 @@ def test_ranks_share_the_work(pairs, tmp_path):
 def patches_of(pairs, folder, policy=Policy(), share=0.5, seed=0, most_bytes=1e9, size=(12, 12, 6)):
     copies = copies_of(pairs, folder, most_bytes)
     copies.make(Processes(), 0)
-    return WorkingPatches(copies, 4, share, finetune.WindowAugmentation(policy, (12, 12, 6), (0, 0, 0), SPACING), size, seed)
+    return WorkingPatches(copies, 4, share, WindowAugmentation(policy, (12, 12, 6), (0, 0, 0), SPACING), size, seed)
 
 
 @pytest.mark.parametrize("most_bytes", [1e9, 0])
@@ -216,9 +216,9 @@ def test_one_loader_worker_or_several(pairs, tmp_path):
     order = functools.partial(np.arange, 12)
     batches = []
     for workers in (0, 2):
-        stream = finetune.TrainingBatches(lambda epoch: order(), 5, 0, 1, 0, 0, 1)
-        loader = DataLoader(patches, batch_sampler=stream, collate_fn=finetune.collate_crops, num_workers=workers)
-        batches.append([utils.next_batch(iter([batch])) for batch in loader])
+        stream = TrainingBatches(lambda epoch: order(), 5, 0, 1, 0, 0, 1)
+        loader = DataLoader(patches, batch_sampler=stream, collate_fn=collate_crops, num_workers=workers)
+        batches.append([next_batch(iter([batch])) for batch in loader])
     for one, other in zip(*batches):
         assert (one.crops == other.crops).all() and (one.masks == other.masks).all()
         assert (one.group[0].control == other.group[0].control).all()
@@ -232,7 +232,7 @@ def test_a_copy_that_breaks_is_named(pairs, tmp_path):
     next(tmp_path.rglob("case0*.foreground.npy")).write_bytes(b"")
     assert "case0" in patches[0, 1, True] and "remove it" in patches[0, 1, True]
     with pytest.raises(UserError, match="case1"):
-        utils.next_batch(iter([finetune.collate_crops([patches[0, 9, True], patches[0, 5, True]])]))
+        next_batch(iter([collate_crops([patches[0, 9, True], patches[0, 5, True]])]))
 
 
 def test_the_window_around_the_lesion(pairs, tmp_path):

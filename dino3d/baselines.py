@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import LPS
+from dino3d.data.volume import LPS
 from vision_transformer import DINOHead
 
 PATCH = (121, 121, 61)  # voxels that earlier implementations read, and augmented ten times
@@ -71,6 +71,7 @@ class Patches(Dataset):
 def monai_transforms(global_size, local_size, seed):
     """[scaling, what a global view goes through, what a local view goes through]."""
     from math import radians
+
     from monai import transforms as monai
 
     def chain(size, seed):

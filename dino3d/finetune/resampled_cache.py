@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-import images
-import segmentation
 from augmentations import PATCH_VIEW, keyed_rng
-from convert import in_processes, progress, state_of
-from data import DataError, Pair, Volume, padded, write_volume
-from utils import UserError
+from dino3d.command_line import UserError
+from dino3d.data import images
+from dino3d.data.layouts import Pair, state_of
+from dino3d.data.parallel import in_processes, progress
+from dino3d.data.volume import DataError, Volume, padded, write_volume
+from dino3d.finetune import sliding_window
 
 FORMAT = 1         # raise it when the same case gives another copy
 BYTES = 1.3        # on disk, per voxel
@@ -141,18 +142,18 @@ def opened(*paths):
 
 def working_pair(pair, spacing):
     """(image, label), SimpleITK.Images on the working grid. Raises DataError."""
-    image, label = segmentation.read_case(pair)
-    return segmentation.to_working(image, spacing), segmentation.to_working(label, spacing, is_label=True)
+    image, label = sliding_window.read_case(pair)
+    return sliding_window.to_working(image, spacing), sliding_window.to_working(label, spacing, is_label=True)
 
 
 def make_copy(copy):
     """The Found of a case, whose copy is then written; the text of what is wrong with it."""
     try:
-        image, label = segmentation.read_case(copy.pair)
+        image, label = sliding_window.read_case(copy.pair)
         classes = sorted({0, *np.unique(images.voxels_of(label)).tolist()})
-        image = segmentation.to_working(image, copy.spacing)
+        image = sliding_window.to_working(image, copy.spacing)
         if copy.stored:
-            label = segmentation.to_working(label, copy.spacing, is_label=True)
+            label = sliding_window.to_working(label, copy.spacing, is_label=True)
             mask = images.voxels_of(label)
             write_volume(f"{copy.path}.image.hdf5", images.voxels_of(image), images.affine_of(image))
             write_volume(f"{copy.path}.label.hdf5", mask.astype(np.int16), images.affine_of(image))

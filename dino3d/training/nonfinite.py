@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from utils import UserError, shortened
+from dino3d.command_line import UserError, shortened
 
 CHECK_EVERY = 10  # steps between looks at the counter; each look waits for the device
 

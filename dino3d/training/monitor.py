@@ -1,7 +1,6 @@
 """What a pre-training run says of itself: progress bar, log.txt, TensorBoard, pictures, and a word when it collapses."""
 import contextlib
 import csv
-import json
 import math
 import os
 import re
@@ -14,7 +13,10 @@ import torch
 from tqdm import tqdm
 
 from augmentations import example_views
-from utils import Silent, UserError, append_json, montage, radiological
+from dino3d.command_line import UserError
+from dino3d.files import append_json, read_log
+from dino3d.training.pictures import montage, planes, view_rows
+from utils import Silent
 
 # A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):
 # healthy ones kept the entropy between 0.6 and 0.95 of ln(out_dim) with 6 to 20 prototypes winning; without a centre
@@ -268,44 +270,6 @@ class Monitor:
     def close(self):
         self.writer.close()
         self.bar.close()
-
-
-def planes(view):
-    """[axial, coronal] middle planes of a view (X, Y, Z), as pictures with anterior or superior on top."""
-    view = view.float().cpu().numpy()
-    x, y, z = view.shape
-    return [radiological(view[:, :, z // 2]), radiological(view[:, y // 2])]
-
-
-def view_rows(views, batch, most):
-    """Rows of tiles and their labels for `montage`. views: [global (2 B, 1, ...), local (L B, 1, ...)]."""
-    rows, labels = [], []
-    for sample in range(min(batch, most)):
-        row = [tile for view in views[0][sample::batch] for tile in planes(view[0])]
-        row += [planes(view[0])[0] for local in views[1:] for view in local[sample::batch]]
-        rows.append(row)
-        labels.append(f"sample {sample}: two global views (axial, coronal), then local ones (axial); patient's right on "
-                      "the left")
-    return rows, labels
-
-
-def read_log(path):
-    """The records of a log.txt, oldest first; none where there is no file."""
-    records = []
-    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError):  # a line that a crash cut off: its epoch was not saved either
-            continue
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
-
-
-def forget_after(path, step):
-    """Drop the records of a log.txt beyond a step: epochs that ended after the checkpoint a run goes on from."""
-    records = read_log(path)
-    kept = [record for record in records if record["step"] <= step]
-    if len(kept) < len(records):
-        Path(path).write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def summary(output_dir):

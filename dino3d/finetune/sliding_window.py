@@ -18,9 +18,10 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-import images
 from augmentations import scale_intensity
-from data import AIR, read_pair
+from dino3d.data import images, resampling
+from dino3d.data.layouts import read_pair
+from dino3d.data.volume import AIR
 
 BLOCK = 64     # voxels per side of what is interpolated at once
 MARGIN = 1.25  # of a device's memory: what stitching takes beside the volumes that are counted
@@ -93,9 +94,9 @@ def to_working(image, spacing, is_label=False):
     Linear and averaged where the grid is coarser, nearest for labels; air or 0 where a tilted image does not reach.
     Itself where it stands upright and has this spacing, to 1e-3.
     """
-    if images.is_upright(image) and np.allclose(image.GetSpacing(), spacing, rtol=1e-3, atol=0):
+    if resampling.is_upright(image) and np.allclose(image.GetSpacing(), spacing, rtol=1e-3, atol=0):
         return image
-    return images.resample(image, spacing, is_label, upright=True)
+    return resampling.resample(image, spacing, is_label, upright=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ in windows

@@ -1,0 +1,139 @@
+"""The command line: flags, and errors that end a process in one line. Imports no torch."""
+import argparse
+import math
+import os
+import sys
+
+
+class UserError(Exception):
+    """An expected failure, told in one line: which file or flag, what was found, what to do.
+
+    everywhere: all ranks raise it alike, so that one of them may tell it for all.
+    """
+
+    def __init__(self, message, everywhere=False):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class Preempted(Exception):
+    """A signal asked the run to end, everything is saved, and all ranks know."""
+
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def process_rank():
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def tell_error(message, everywhere=False):
+    rank = process_rank()
+    short = everywhere and rank > 0
+    print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Every default in the help, where there is one to tell."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with errors in one line and the defaults in the help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        tell_error(f"{message} (see --help)", True)
+        sys.exit(2)
+
+
+def boolean(text):
+    """argparse type: true/false, 1/0, on/off, yes/no."""
+    values = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return values[text.lower()]
+
+
+def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+    """argparse type: an int or float with low <= value <= high, above < value < below where those are given."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {'an integer' if kind is int else 'a number'}") from None
+        fits = (low <= value <= high and (above is None or value > above) and (below is None or value < below)
+                and math.isfinite(value))
+        if not fits:
+            bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+            bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
+            expected = " and ".join(bounds) or "a finite number"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
+        return value
+    return parse
+
+
+def boolean_flag(group, name, default, text):
+    """A flag that takes true or false, or stands alone for true."""
+    group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
+
+
+def read_timeout_flag(group):
+    """--read_timeout."""
+    group.add_argument("--read_timeout", default=600.0, type=number(float, 0), metavar="SECONDS",
+                       help="that the reading of one file may take before the run ends, naming the file: a network drive that "
+                            "hangs would stop it without a word. Raise it for tapes; 0: wait without end. With --num_workers 0 "
+                            "it is not noticed")
+
+
+def augmentation_flags(group):
+    """--use_rotation to --use_histogram."""
+    boolean_flag(group, "--use_rotation", True, "turn by up to 30 degrees about each axis")
+    boolean_flag(group, "--use_scale", True, "scale by up to 25 %% along each axis")
+    boolean_flag(group, "--use_flip", True, "mirror one axis")
+    boolean_flag(group, "--use_elastic", False, "bend space, without folds")
+    boolean_flag(group, "--use_gaussian", False, "smooth with a sigma of up to 2 voxels along each axis")
+    boolean_flag(group, "--use_histogram", False, "shift grey values by a curve with 10 control points")
+
+
+def architecture(known):
+    """argparse type: one of the names in `known`."""
+    def parse(name):
+        if name in known:
+            return name
+        why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
+        raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}")
+    return parse
+
+
+def spaced(values):
+    """Numbers as they are typed after a flag."""
+    return " ".join(f"{value:g}" for value in values)
+
+
+def shortened(names, most=4):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def ignored_flags(**flags):
+    """Notices about flags of older scripts that are given but no longer needed."""
+    return [f"--{name} is no longer needed and ignored" for name, value in flags.items() if value is not None]
+
+
+def make_output_dir(path):
+    """Make the folder of --output_dir, and see that it can be written to. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: can't be written to ({error.strerror or error}); "
+                        "choose another folder") from error

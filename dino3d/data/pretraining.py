@@ -1,0 +1,210 @@
+"""The random patches that pre-training reads, and their order."""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, get_worker_info
+
+from augmentations import PATCH_VIEW, collate_views, keyed_rng
+from dino3d.data.volume import DataError, Volume
+
+RUN = 8      # patches of one volume that follow each other in an epoch, read with one opening of its file
+
+
+class Sample(NamedTuple):
+    """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met on
+    the way, as (path, reason)."""
+    patch: np.ndarray
+    views: list
+    bad: list
+    path: str = ""
+
+
+class Failure(NamedTuple):
+    """Why there are no samples, in one line, and all (path, reason) that a worker has met in the epoch."""
+    reason: str
+    bad: list
+
+
+class Batch(NamedTuple):
+    """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
+    paths: the file of each patch."""
+    patches: torch.Tensor
+    groups: list
+    bad: list
+    fatal: str
+    paths: tuple = ()
+
+    def to(self, device):
+        def move(part):
+            if isinstance(part, torch.Tensor):
+                return part.to(device, non_blocking=True)
+            if isinstance(part, tuple):
+                return type(part)(*map(move, part)) if hasattr(part, "_fields") else tuple(map(move, part))
+            return part
+        return self._replace(patches=move(self.patches), groups=[move(group) for group in self.groups])
+
+
+class PretrainingPatches(Dataset):
+    """A random base patch of each volume and the parameters of its views, for keys (epoch, sample).
+
+    paths: the volumes; multi_crop: augmentations.MultiCropAugmentation; seed: of all draws
+    patches_per_volume: sample // patches_per_volume is the volume
+    strict: an unreadable file ends the run; otherwise the next readable one in the list takes its place
+    max_bad: unreadable files of an epoch that one worker puts up with; None: any number
+    """
+
+    def __init__(self, paths, multi_crop, seed, patches_per_volume=1, strict=False, max_bad=None):
+        self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
+        self.patches_per_volume, self.strict = patches_per_volume, strict
+        self.max_bad = len(paths) if max_bad is None else max_bad
+        self._epoch, self._bad = None, {}  # path -> reason; this worker's memory, so that no file is tried twice in an epoch
+
+    def __getitems__(self, keys):
+        """The samples of a batch; neighbours from one volume share one opening of its file."""
+        samples, opened = [], None
+        try:
+            for epoch, sample in keys:
+                bad = []
+                if epoch != self._epoch:  # what failed may have been the network's fault, which passes
+                    self._epoch, self._bad = epoch, {}
+                for attempt in range(len(self.paths)):
+                    path = self.paths[(sample // self.patches_per_volume + attempt) % len(self.paths)]
+                    try:
+                        if path in self._bad:
+                            raise DataError(path, self._bad[path])
+                        if opened is None or opened.path != path:
+                            if opened is not None:
+                                opened.close()
+                            opened = None
+                            opened = Volume(path)
+                        samples.append(Sample(*self._draw(opened, epoch, sample), bad, path))
+                        break
+                    except DataError as error:
+                        self._bad[path] = error.reason
+                        bad.append((error.path, error.reason))
+                        if self.strict:
+                            raise
+                        if len(self._bad) > self.max_bad:
+                            raise DataError(f"{len(self._bad)} of {len(self.paths)} files",
+                                            f"can't be used, such as {path}: {error.reason}") from error
+                else:
+                    raise DataError(f"{len(self.paths)} files", f"not one can be used, such as {bad[0][0]}: {bad[0][1]}")
+        except DataError as error:  # an exception would reach the main process as a traceback's text
+            return [Failure(str(error), list(self._bad.items()))]
+        finally:
+            if opened is not None:
+                opened.close()
+        return samples
+
+    def _draw(self, volume, epoch, sample):
+        """(patch, views) of one sample: where spacing is given, a much finer volume is averaged first."""
+        crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
+        spacing = np.array(volume.spacing)
+        stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # volume voxels per view's
+        # Spacings in files are rounded: - 1e-3 below keeps a view's voxels on the file's where both are meant to be equal
+        factors = np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
+        size = np.ceil(np.array(crops.patch_size) * stretch / factors - 1e-3).astype(int) * factors
+        start = place_patch(rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int), size)
+        patch = volume.read(start, size)
+        low, high = np.clip(-start, 0, size), np.clip(volume.shape - start, 0, size)
+        inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
+        if is_flat(inside[::8, ::8, ::8]) and is_flat(inside) and volume.is_constant():  # the first tells in most cases
+            raise DataError(volume.path, f"has the same value in all voxels ({inside.flat[0]})")
+        patch = block_mean(patch, factors)
+        return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing * factors)
+
+
+def place_patch(rng, shape, core, size):
+    """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`.
+
+    The margin around the core stays inside too, so that turned views don't look beyond the volume, unless that left
+    less than half of the room to choose from. A volume smaller than the core sits in its middle.
+    """
+    room = shape - core
+    margin = (size - core) // 2  # before the core; behind it there may be one voxel more
+    low = np.where(room > 0, np.minimum(margin, room // 4), room // 2)
+    high = np.where(room > 0, room - np.minimum(size - core - margin, room // 4), room // 2)
+    return rng.randint(low, high + 1) - margin
+
+
+def block_mean(patch, factors):
+    """Mean over blocks of factors[0] x factors[1] x factors[2] voxels, which must divide the patch; int16, rounded."""
+    if (np.asarray(factors) == 1).all():
+        return patch
+    x, y, z = np.array(patch.shape) // factors
+    blocks = patch.reshape(x, factors[0], y, factors[1], z, factors[2])
+    return np.rint(blocks.mean((1, 3, 5), dtype=np.float32)).astype(np.int16)
+
+
+def is_flat(voxels):
+    return voxels.min() == voxels.max()
+
+
+def collate(samples):
+    """A Batch of Samples. Patches of different sizes are padded at their far ends by repeating the border.
+
+    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch. In memory x is the
+    fastest axis, as in files; a loader's worker writes straight into memory that it shares with the main process.
+    """
+    if isinstance(samples[0], Failure):
+        return Batch(torch.empty(0), [], samples[0].bad, samples[0].reason)
+    size = np.max([sample.patch.shape for sample in samples], axis=0).tolist()
+    patches = torch.empty((len(samples), *size[::-1]), dtype=torch.int16).permute(0, 3, 2, 1)  # (B, X, Y, Z)
+    if get_worker_info():
+        patches.share_memory_()
+    for slot, sample in zip(patches.numpy(), samples):
+        x, y, z = sample.patch.shape
+        slot[:x, :y, :z] = sample.patch
+        slot[x:] = slot[x - 1:x]
+        slot[:, y:] = slot[:, y - 1:y]
+        slot[:, :, z:] = slot[:, :, z - 1:z]
+    bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
+    return Batch(patches, collate_views([sample.views for sample in samples]), bad, "",
+                 tuple(sample.path for sample in samples))
+
+
+def epoch_order(volumes, patches_per_volume, seed, epoch):
+    """(volumes * patches_per_volume,) sample numbers in the order of an epoch, the same on every rank.
+
+    Up to RUN patches of one volume follow each other, so that its file is opened once for them.
+    """
+    run = min(patches_per_volume, RUN)
+    starts = np.arange(0, patches_per_volume, run)
+    runs = (np.arange(volumes)[:, None] * patches_per_volume + starts).ravel()
+    runs = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(runs)
+    order = (runs[:, None] + np.arange(run)).ravel()
+    ends = (runs // patches_per_volume + 1) * patches_per_volume
+    return order[order < np.repeat(ends, run)]  # a volume's last run may be shorter
+
+
+class BatchStream(Sampler):
+    """Batches of keys (epoch, sample) from a position in the run to its end, without a pause between epochs.
+
+    The epoch's order is cut into global batches and each of those into the ranks' shares, so that the samples of a
+    step do not depend on the number of ranks, nor on the batches that each share is cut into. What is left at an
+    epoch's end and fills no global batch is dropped.
+
+    volumes, patches_per_volume, seed: see `epoch_order`
+    batch_size: of one rank; rank, world_size
+    epoch, position: where to start, in epochs and in samples of that epoch; epochs: where to end
+    accumulate_steps: batches of one rank that make its share of a global batch
+    """
+
+    def __init__(self, volumes, patches_per_volume, batch_size, rank, world_size, seed, epoch, position, epochs,
+                 accumulate_steps=1):
+        self.order_of = lambda epoch: epoch_order(volumes, patches_per_volume, seed, epoch)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.start, self.epochs, self.accumulate_steps = (epoch, position), epochs, accumulate_steps
+
+    def __iter__(self):
+        first, position = self.start
+        for epoch in range(first, self.epochs):
+            order = self.order_of(epoch)
+            share = self.batch_size * self.accumulate_steps
+            step = share * self.world_size
+            for at in range(position, len(order) - step + 1, step):
+                mine = order[at + self.rank * share:][:share]
+                for batch in mine.reshape(self.accumulate_steps, self.batch_size):
+                    yield [(epoch, int(sample)) for sample in batch]
+            position = 0

@@ -1,0 +1,84 @@
+"""Storage that hangs: a file that a loader's worker has been reading for too long ends the run, naming the file."""
+import contextlib
+import os
+import threading
+
+import torch
+
+_reading = contextlib.nullcontext  # in a loader worker: notes the file that is being read, see ReadWatch
+
+
+def reading(path):
+    """Context in which a file is opened or read: a loader worker that is watched notes it."""
+    return _reading(path)
+
+
+class ReadWatch:
+    """Notices a file that is being read for too long: loader workers note what they are at, and a thread looks on.
+
+    workers: of the loader; a process that reads itself can't be looked after, as HDF5 lets no other thread run meanwhile
+    seconds: that an opening or a read may take
+    end: called from that thread with what to tell. It has to end the process without waiting for the workers: not even
+    SIGKILL reaches one that the system holds in a read.
+    at_start: a worker_init_fn besides
+    """
+
+    LONGEST = 1000  # bytes that are kept of a path, the last ones
+
+    def __init__(self, workers, seconds, end, at_start=None):
+        self.seconds, self.end, self.at_start = seconds, end, at_start
+        self.counts = torch.zeros(workers, dtype=torch.int64).share_memory_()  # odd: in a read
+        self.paths = torch.zeros(workers, self.LONGEST, dtype=torch.uint8).share_memory_()
+
+    def start_worker(self, worker):
+        """Let this process note, as that worker, all that it reads."""
+        global _reading
+
+        @contextlib.contextmanager
+        def noting(path):
+            name = os.fsencode(path)[-self.LONGEST:]
+            self.paths[worker] = torch.frombuffer(bytearray(name.ljust(self.LONGEST, b"\0")), dtype=torch.uint8)
+            self.counts[worker] += 1
+            try:
+                yield
+            finally:
+                self.counts[worker] += 1
+        _reading = noting
+        if self.at_start:
+            self.at_start(worker)
+
+    @contextlib.contextmanager
+    def running(self):
+        done = threading.Event()
+        threading.Thread(target=self._look_on, args=(done,), daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _look_on(self, done):
+        """Looks are counted and no clock is read: a job that was suspended for a day has not waited for its files."""
+        pause = min(self.seconds / 10, 5)
+        before, same = self.counts.clone(), torch.zeros_like(self.counts)
+        while not done.wait(pause):
+            now = self.counts.clone()
+            same = torch.where((now == before) & (now % 2 == 1), same + 1, 0)
+            worker, before = int(same.argmax()), now
+            if same[worker] * pause >= self.seconds:
+                path = os.fsdecode(bytes(self.paths[worker].tolist()).rstrip(b"\0"))
+                self.end(f"{path}: loader worker {worker} has been reading it for {self.seconds:g} s: the storage hangs. See "
+                         "to it and start again, which goes on, or raise --read_timeout (0: wait without end)")
+
+
+def watched(loader, seconds, end):
+    """An iterator over a DataLoader's batches, which calls end(message) where one file is read for `seconds` (0: never)."""
+    if not loader.num_workers or not seconds:
+        return iter(loader)
+    watch = ReadWatch(loader.num_workers, seconds, end, loader.worker_init_fn)
+    loader.worker_init_fn = watch.start_worker
+    batches = iter(loader)  # here, so that the workers start at once
+
+    def give():
+        with watch.running():
+            yield from batches
+    return give()

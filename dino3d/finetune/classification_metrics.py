@@ -1,0 +1,130 @@
+"""What is measured of classified cases: AUC, average precision, sensitivity, specificity, and their tables."""
+from typing import NamedTuple
+
+import numpy as np
+
+from dino3d.finetune.statistics import bootstrap_interval
+
+FIGURES = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
+
+
+def figures(labels, probabilities, patients, threshold):
+    """{name: value} of FIGURES, and the 95 % interval of the AUC by bootstrap over patients.
+
+    labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
+    the rest, and the most probable class stands for the threshold. None where a class is missing.
+    """
+    predicted = decide(probabilities, threshold)
+    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    hits = [(predicted[labels == k] == k) for k in classes]
+    rejections = [(predicted[labels != k] != k) for k in classes]
+    interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
+    return {"auc": area_under_roc(labels, probabilities), "auc_interval": interval,
+            "average_precision": average_precision(labels, probabilities),
+            "accuracy": float((predicted == labels).mean()),
+            "sensitivity": float(np.mean([h.mean() for h in hits])) if all(map(len, hits)) else None,
+            "specificity": float(np.mean([r.mean() for r in rejections])) if all(map(len, rejections)) else None}
+
+
+def decide(probabilities, threshold):
+    """(N,) predicted classes: the most probable one or, with two, label 1 from the threshold on."""
+    if probabilities.shape[1] == 2:
+        return (probabilities[:, 1] >= threshold).astype(int)
+    return probabilities.argmax(1)
+
+
+def one_against_rest(score, labels, probabilities, weights):
+    """Mean over the classes of such a score (with two: label 1's); None where a class has no case or all."""
+    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    counts = np.ones(len(labels)) if weights is None else weights
+    values = []
+    for k in classes:
+        if not 0 < counts[labels == k].sum() < counts.sum():
+            return None
+        values.append(score(labels == k, probabilities[:, k], sample_weight=weights))
+    return float(np.mean(values))
+
+
+def area_under_roc(labels, probabilities, weights=None):
+    """Area under the ROC curve. labels: (N,); probabilities: (N, classes); weights: (N,) of the cases."""
+    return one_against_rest(pairs_in_order, labels, probabilities, weights)
+
+
+def pairs_in_order(positive, scores, sample_weight=None):
+    """Share of the pairs of a positive and a negative case in which the positive has the higher score; ties count half.
+
+    What scikit-learn's roc_auc_score gives, a hundred times faster on few cases: the bootstrap takes a thousand.
+    """
+    weights = np.ones(len(scores)) if sample_weight is None else sample_weight
+    values, place = np.unique(scores, return_inverse=True)
+    positives = np.bincount(place, weights * positive, len(values))  # at each score, ascending
+    negatives = np.bincount(place, weights * ~positive, len(values))
+    return positives @ (negatives.cumsum() - negatives / 2) / (positives.sum() * negatives.sum())
+
+
+def average_precision(labels, probabilities, weights=None):
+    """Area under the precision-recall curve, as scikit-learn's average_precision_score."""
+    from sklearn.metrics import average_precision_score
+    return one_against_rest(average_precision_score, labels, probabilities, weights)
+
+
+def choose_threshold(labels, probabilities):
+    """Where sensitivity + specificity is largest (Youden 1950), midway to the next case below; with one class 0.5."""
+    if probabilities.shape[1] > 2 or len(np.unique(labels)) < 2:
+        return 0.5
+    scores = np.unique(probabilities[:, 1])
+    steps = np.concatenate([[0.0], (scores[1:] + scores[:-1]) / 2])
+    youden = [(probabilities[labels == 1, 1] >= t).mean() + (probabilities[labels == 0, 1] < t).mean() for t in steps]
+    return float(steps[int(np.round(youden, 12).argmax())])
+
+
+def columns(classes, known=("case", "patient", "fold", "label")):
+    """Header of a predictions.csv: what is known of a case, then its probabilities."""
+    return [*known, *(["probability"] if classes == 2 else [f"probability_{k}" for k in range(classes)])]
+
+
+def shown(row):
+    """(classes,) probabilities as they stand in a table: with two classes, label 1's."""
+    return [float(p) for p in (row[1:] if len(row) == 2 else row)]
+
+
+def table_probabilities(table, classes):
+    """(N, classes) of the rows of a predictions.csv."""
+    values = np.array([[float(row[name]) for name in columns(classes, ())] for row in table])
+    return np.concatenate([1 - values, values], 1) if classes == 2 else values
+
+
+class Together(NamedTuple):
+    """Each tested case once, its probabilities averaged over the folds that tested it.
+
+    numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
+    confidence: (N,) distance of the probability from the threshold; with more classes, from the right label's
+    """
+    numbers: list
+    labels: np.ndarray
+    probabilities: np.ndarray
+    wrong: np.ndarray
+    confidence: np.ndarray
+    figures: dict
+
+
+def over_folds(tables, records, cases):
+    """Together, of the folds' tables: the mean of all models on a fixed test set; of one where subsets rotate."""
+    place = {name: i for i, name in enumerate(cases.names)}
+    rows = {}
+    for table, record in zip(tables, records):
+        for row, p in zip(table, table_probabilities(table, cases.classes)):
+            rows.setdefault(place[row["case"]], []).append(np.append(p, p[1] - record["threshold"]))
+    numbers = sorted(rows)
+    labels, means = cases.labels[numbers], np.stack([np.mean(rows[i], axis=0) for i in numbers])
+    probabilities, above = means[:, :-1], means[:, -1]  # (N, classes), (N,) above the folds' thresholds
+    if cases.classes == 2:
+        predicted, confidence = (above >= 0).astype(int), np.abs(above)
+    else:
+        predicted = probabilities.argmax(1)
+        confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
+    patients = [cases.patients[i] for i in numbers]
+    interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
+    return Together(numbers, labels, probabilities, predicted != labels, confidence, {
+        "auc": area_under_roc(labels, probabilities), "auc_interval": interval,
+        "average_precision": average_precision(labels, probabilities), "accuracy": float((predicted == labels).mean())})

@@ -1,0 +1,59 @@
+"""What is drawn of classified cases: ROC and precision-recall curves, and the most confident errors."""
+import numpy as np
+import torch
+
+from augmentations import scale_intensity
+from dino3d.finetune.classification_metrics import area_under_roc, average_precision, table_probabilities
+from dino3d.finetune.crops import centre_window, read_crop
+from dino3d.training.pictures import montage, planes, radiological
+
+SHOWN_ERRORS = 10  # in errors.png
+
+
+def draw_curves(path, tables, classes):
+    """PNG with the ROC and precision-recall curves of each fold; with more than two classes one per class and fold."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import precision_recall_curve, roc_curve
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    roc, precision = figure.subplots(1, 2)
+    for fold, table in enumerate(tables):
+        labels, probabilities = np.array([int(row["label"]) for row in table]), table_probabilities(table, classes)
+        for k in [1] if classes == 2 else range(classes):
+            is_class = labels == k
+            if not 0 < is_class.sum() < len(labels):
+                continue
+            name = f"fold {fold}" + (f", label{k}" if classes > 2 else "")
+            pair = np.stack([1 - probabilities[:, k], probabilities[:, k]], 1)
+            x, y, _ = roc_curve(is_class, probabilities[:, k])
+            roc.plot(x, y, label=f"{name}: AUC {area_under_roc(is_class.astype(int), pair):.3f}")
+            y, x, _ = precision_recall_curve(is_class, probabilities[:, k])
+            precision.step(x, y, where="post", label=f"{name}: {average_precision(is_class.astype(int), pair):.3f}")
+    roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    roc.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC", aspect="equal")
+    precision.set(xlabel="sensitivity (recall)", ylabel="precision", title="precision-recall (with average precision)")
+    for axes in (roc, precision):
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def draw_errors(path, together, cases, encoder):
+    """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are."""
+    from PIL import Image
+    wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])
+    rows, labels = [], []
+    for i in wrong[:SHOWN_ERRORS]:
+        crop = read_crop(cases.paths[together.numbers[i]], encoder.input_size)
+        window = torch.from_numpy(centre_window(crop, np.array(encoder.input_size)))
+        window = scale_intensity(window, *encoder.clip_range)
+        z = window.shape[2]
+        axial = [radiological(window[:, :, z // 2 + step * z // 12]) for step in (-3, -2, -1, 0, 1, 2, 3)]
+        rows.append([*axial, planes(window)[1], radiological(window[window.shape[0] // 2])])
+        p = together.probabilities[i]
+        said = f"p(label1) = {p[1]:.3f}" if cases.classes == 2 else f"most probable label{p.argmax()}, {p.max():.3f}"
+        labels.append(f"label{together.labels[i]}, {said}: {cases.names[together.numbers[i]]}")
+    if not rows:
+        rows, labels = [[np.zeros((8, 64))]], ["no errors"]
+    Image.fromarray(montage(rows, labels)).save(path)
+    return len(wrong)

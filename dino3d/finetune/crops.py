@@ -1,0 +1,233 @@
+"""Crops as training and evaluation see them.
+
+Everything random is a function of --seed, the epoch and the case, so that neither the number of loader workers nor the
+number of processes nor an interruption changes what a case is trained on.
+"""
+import collections
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from augmentations import Lattice, ViewParameters, collate_views, keyed_rng, render_views, scale_intensity, warp
+from dino3d.command_line import UserError, spaced
+from dino3d.data.volume import DataError, Volume
+
+SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
+READ_AHEAD = 2             # batches
+
+
+def read_headers(paths, processes):
+    """[Header] of volumes, the same on every rank. Raises UserError, on all ranks, for one that can't be read."""
+    def look(path):
+        try:
+            with Volume(path) as volume:
+                return Header(volume.shape, volume.spacing)
+        except DataError as error:
+            return str(error)
+    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
+        mine = list(pool.map(look, paths[processes.rank::processes.world_size]))
+    heads = [None] * len(paths)
+    for rank, part in enumerate(processes.gather(mine)):
+        heads[rank::processes.world_size] = part
+    for head in heads:
+        if isinstance(head, str):
+            raise UserError(head, everywhere=True)
+    return heads
+
+
+class Header(NamedTuple):
+    """shape: (3,) voxels; spacing: (3,) mm; both along the axes of RAS."""
+    shape: tuple
+    spacing: tuple
+
+
+def check_crops(paths, processes):
+    """(size, spacing) that all crops share: voxels and mm (of the first crop). Looks into every file's header.
+
+    Raises UserError, on all ranks, for one that can't be read or is of another size than the first.
+    """
+    heads = read_headers(paths, processes)
+    for path, head in zip(paths, heads):
+        if head.shape != heads[0].shape:
+            raise UserError(size_problem(path, head.shape, paths[0], heads[0].shape), everywhere=True)
+    return list(heads[0].shape), [round(s, 4) for s in heads[0].spacing]
+
+
+def size_problem(path, size, first_path, first_size):
+    return f"{path}: has {spaced(size)} voxels, but {first_path} has {spaced(first_size)}: expected crops of one size"
+
+
+def spacing_of(path):
+    """(3,) mm. Raises UserError."""
+    try:
+        with Volume(path) as volume:
+            return volume.spacing
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+def spacing_warning(ours, theirs, whose, against):
+    """[] or [one line] where two spacings (mm) differ."""
+    if theirs is None or np.allclose(ours, theirs, rtol=SAME_SPACING, atol=0):
+        return []
+    ours, theirs = (spaced(np.round(spacing, 3)) for spacing in (ours, theirs))
+    return [f"warning: {whose} a spacing of {ours} mm, {against} {theirs} mm: the encoder sees things at another size"]
+
+
+def read_crop(path, size, expected=None):
+    """(x, y, z) int16 HU around the crop's centre: at least `size` voxels, padded with air, and all that lies beyond.
+
+    expected: (first path, its size), which the crop must share. Raises DataError.
+    """
+    with Volume(path) as volume:
+        if expected and volume.shape != tuple(expected[1]):
+            raise DataError(path, size_problem(path, volume.shape, *expected).partition(": ")[2])
+        shape = np.array(volume.shape)
+        whole = np.maximum(shape, size)
+        return volume.read((shape - whole) // 2, whole)
+
+
+def centre_window(crop, size):
+    """The middle `size` voxels of a crop that is at least as large."""
+    start = (np.array(crop.shape) - size) // 2
+    return crop[tuple(slice(a, a + n) for a, n in zip(start, size))]
+
+
+class WindowAugmentation:
+    """One augmented window of a crop around its centre, drawn per case and rendered per batch.
+
+    policy: augmentations.Policy; size: (3,) voxels of the window; shift_range: (3,) voxels
+    spacing: (3,) mm per voxel, for rotations in mm; None: in voxels, as in the paper
+    """
+
+    def __init__(self, policy, size, shift_range, spacing=None):
+        self.policy, self.size, self.shift_range = policy, np.array(size), np.array(shift_range)
+        self.spacing = 1.0 if spacing is None else np.array(spacing)
+        self.lattice = Lattice.for_views(size, policy)
+
+    def draw(self, seed, epoch, case, crop_shape):
+        """[ViewParameters] of one window, NumPy arrays with one row, as `augmentations.collate_views` takes them."""
+        rng = keyed_rng(seed, epoch, case, 0)
+        # Whole voxels: a window that is neither turned nor scaled is not blurred by interpolation
+        centre = (np.array(crop_shape) - self.size) // 2 + (self.size - 1) / 2
+        centre = centre + rng.randint(-self.shift_range, self.shift_range + 1)
+        matrix, moves = self.policy.draw_affine(rng), self.policy.draw_elastic(rng, self.lattice.shape)
+        control = self.lattice.control(matrix, centre, moves, self.spacing, self.spacing)
+        parts = control, self.policy.draw_sigma(rng), self.policy.draw_histogram(rng)
+        return [ViewParameters(*(part[None].astype(np.float32) for part in parts))]
+
+    def render(self, crops, group, clip_range):
+        """(B, 1, x, y, z) windows with grey values in [0, 1]. crops: (B, X, Y, Z) int16; group: of `collate_views`."""
+        with torch.autocast(crops.device.type, enabled=False):  # positions need more than bf16's three digits
+            return render_views(scale_intensity(crops, *clip_range)[:, None], self.lattice, *group)
+
+    def render_masks(self, masks, group):
+        """(B, x, y, z) int64 classes: the same geometry by nearest neighbour. masks: (B, X, Y, Z) uint8."""
+        control = group[0].control
+        return warp(masks[:, None].to(control.dtype), control, self.lattice, mode="nearest")[:, 0].long()
+
+
+class CropBatch(NamedTuple):
+    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; masks: (B, X, Y, Z) uint8 classes, for
+    tasks that have them; fatal: why nothing came."""
+    crops: torch.Tensor
+    cases: torch.Tensor
+    counted: torch.Tensor
+    group: tuple | None
+    masks: torch.Tensor | None = None
+    fatal: str = ""
+
+    def to(self, device):
+        """The crops, their masks and how to augment them on a device; the rest stays where it is."""
+        parameters, *indices = self.group
+        group = (ViewParameters(*(part.to(device, non_blocking=True) for part in parameters)),
+                 *(part.to(device, non_blocking=True) for part in indices))
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        return self._replace(crops=self.crops.to(device, non_blocking=True), group=group, masks=masks)
+
+
+class TrainingCrops(Dataset):
+    """Whole crops and how to augment them, for keys (epoch, case, counted). paths: of all cases; size: of all crops."""
+
+    def __init__(self, paths, size, augmentation, seed):
+        self.paths, self.expected, self.augmentation, self.seed = paths, (paths[0], size), augmentation, seed
+
+    def path_of(self, case):
+        return self.paths[case]
+
+    def __getitem__(self, key):
+        epoch, case, counted = key
+        try:
+            crop = read_crop(self.paths[case], self.augmentation.size, self.expected)
+        except DataError as error:  # an exception would reach the main process as a traceback's text
+            return str(error)
+        return crop, case, counted, self.augmentation.draw(self.seed, epoch, case, crop.shape)
+
+
+class EvaluationCrops(Dataset):
+    """The exact centre window of a crop, nothing random, by case number. size: (3,); expected: see `read_crop`."""
+
+    def __init__(self, paths, size, expected=None):
+        self.paths, self.size, self.expected = paths, np.array(size), expected
+
+    def __getitem__(self, case):
+        try:
+            return centre_window(read_crop(self.paths[case], self.size, self.expected), self.size), case, True, None
+        except DataError as error:
+            return str(error)
+
+
+def collate_crops(samples):
+    """A CropBatch of samples (crop, case, counted, drawn views or None[, mask]), or of the text of what went wrong."""
+    broken = [sample for sample in samples if isinstance(sample, str)]
+    if broken:
+        return CropBatch(torch.empty(0), torch.empty(0), torch.empty(0), None, fatal=broken[0])
+    crops, cases, counted, drawn, *masks = zip(*samples)
+    group = collate_views(drawn)[0] if drawn[0] else None
+    masks = torch.from_numpy(np.stack(masks[0])) if masks else None
+    return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group, masks)
+
+
+def read_ahead(dataset, cases, batch_size, workers):
+    """CropBatches of the cases in their order, read by threads, at most READ_AHEAD batches before they are asked for.
+
+    Threads, and not a DataLoader's processes: those would be forked anew for every validation, while threads of the
+    collectives before it may still be at work, and in Python 3.11 such a fork can hang.
+    """
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        waiting = collections.deque()
+        for at in range(0, len(cases), batch_size):
+            waiting.append([pool.submit(dataset.__getitem__, case) for case in cases[at:at + batch_size]])
+            if len(waiting) > READ_AHEAD:
+                yield collate_crops([sample.result() for sample in waiting.popleft()])
+        for samples in waiting:
+            yield collate_crops([sample.result() for sample in samples])
+
+
+class TrainingBatches(Sampler):
+    """Batches of keys (epoch, case, counted) from a position in a fold to its end, without a pause between epochs.
+
+    The epoch's order is cut into global batches and each of those into the ranks' shares, so that the cases of a step
+    do not depend on the number of ranks. The last batch of an epoch may be smaller, and the shares of a batch may
+    differ by one; a rank that is left without a case takes one that does not count, as every rank has to take the step.
+
+    order_of: gives the cases of an epoch in their order, equal on every rank; batch_size: of one rank
+    epoch, position: where to start, in epochs and in cases of that epoch; epochs: where to end
+    """
+
+    def __init__(self, order_of, batch_size, rank, world_size, epoch, position, epochs):
+        self.order_of, self.rank, self.world_size = order_of, rank, world_size
+        self.global_batch, self.start, self.epochs = batch_size * world_size, (epoch, position), epochs
+
+    def __iter__(self):
+        first, position = self.start
+        for epoch in range(first, self.epochs):
+            order = self.order_of(epoch)
+            for at in range(position, len(order), self.global_batch):
+                batch = order[at:at + self.global_batch]
+                mine = np.array_split(batch, self.world_size)[self.rank]
+                yield [(epoch, int(case), True) for case in mine] or [(epoch, int(batch[0]), False)]
+            position = 0

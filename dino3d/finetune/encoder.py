@@ -1,0 +1,99 @@
+"""The pre-trained encoder: what to build it with, from a checkpoint and flags."""
+import argparse
+from typing import NamedTuple
+
+import utils
+from dino3d.command_line import UserError, spaced
+from vision_transformer import ARCHITECTURES
+
+# Where neither a flag nor the checkpoint's config says
+ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96, 48], "clip_range": [-1000.0, 1000.0],
+           "spacing": None}
+
+
+class Encoder(NamedTuple):
+    """A pre-trained encoder: what to build it with, and its weights (None: from scratch)."""
+    arch: str
+    patch_size: list
+    input_size: list
+    clip_range: list
+    spacing: list | None
+    state: dict | None = None
+
+    def build(self, drop_path_rate=0.0):
+        """A new VisionTransformer with these weights, or random ones."""
+        encoder = ARCHITECTURES[self.arch](img_size=self.input_size, patch_size=self.patch_size,
+                                           drop_path_rate=drop_path_rate)
+        if self.state is not None:
+            encoder.load_state_dict(self.state)
+        return encoder
+
+    def settings(self):
+        """{name: value} of all but the weights."""
+        return {name: getattr(self, name) for name in ENCODER}
+
+
+def load_encoder(path, checkpoint_key="teacher", given=None):
+    """The Encoder of a checkpoint; without `path` one with random weights.
+
+    given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says.
+    Raises UserError for a file that is missing, broken or of another architecture, and for flags that contradict it.
+    """
+    config, given = {}, given or dict.fromkeys(ENCODER)
+    if path:
+        try:
+            checkpoint = utils.load_file(path)
+            state = utils.find_state_dict(checkpoint, path, checkpoint_key)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
+        config = described(checkpoint, path)
+    chosen = {}
+    for name, default in ENCODER.items():
+        trained = config.get(name)
+        trained = list(trained) if isinstance(trained, tuple) else trained
+        if None not in (trained, given[name]) and trained != given[name]:
+            raise UserError(f"--{name} {_plain(given[name])} contradicts --pretrained_weights {path}, which has "
+                            f"{_plain(trained)}: leave --{name} out", everywhere=True)
+        chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
+    if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
+        source = f"--pretrained_weights {path}: " if path else ""
+        raise UserError(f"{source}an input of {spaced(chosen['input_size'])} voxels is not a multiple of the patch size "
+                        f"{spaced(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
+                        everywhere=True)
+    encoder = Encoder(**chosen)
+    if not path:
+        return encoder
+    model = encoder.build()
+    try:
+        utils.fit_state_dict(model, state, path)
+    except ValueError as error:
+        raise UserError(f"--pretrained_weights {error}; is --arch {encoder.arch} right?", everywhere=True) from error
+    return encoder._replace(state=model.state_dict())
+
+
+def described(checkpoint, path):
+    """What the config in a checkpoint says, or older code's args. Raises UserError for what no encoder can have."""
+    config = next((checkpoint[name] for name in ("config", "args") if checkpoint.get(name) is not None), {})
+    config = vars(config) if isinstance(config, argparse.Namespace) else config
+    if not isinstance(config, dict):
+        raise UserError(f"--pretrained_weights {path}: its config is a {type(config).__name__}, expected a dict",
+                        everywhere=True)
+
+    def numbers(value, count, low, high, kinds=(int, float)):
+        return isinstance(value, (list, tuple)) and len(value) == count and all(
+            type(number) in kinds and low <= number <= high for number in value)
+    sound = {"arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
+             "patch_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
+             "input_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
+             "clip_range": lambda value: numbers(value, 2, -1e6, 1e6) and value[0] < value[1],
+             "spacing": lambda value: numbers(value, 3, 1e-6, 1e6)}
+    for name, fits in sound.items():
+        if config.get(name) is not None and not fits(config[name]):
+            found = " ".join(repr(config[name]).split())[:100]
+            raise UserError(f"--pretrained_weights {path}: its config has {name} {found}, which no encoder here can have",
+                            everywhere=True)
+    return config
+
+
+def _plain(value):
+    return value if isinstance(value, str) else spaced(value)

@@ -1,0 +1,172 @@
+"""Folds by patient: a fixed test set and k folds, or rotating subsets. Imports no torch.
+
+Cases are numbered by their place in the sorted list of the data set; a case's name is its path below --data_dir without
+suffix.
+"""
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dino3d.command_line import UserError
+from dino3d.data.volume import SUFFIXES
+from dino3d.files import write_json
+
+NUM_TEST = 37              # cases of the paper's test set
+
+
+def case_names(paths, folder):
+    """Names of cases: their paths relative to `folder` without suffix. Raises UserError where two would share one."""
+    names = {}
+    for path in paths:
+        name = os.path.relpath(path, folder)
+        name = next(name[:-len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)).replace(os.sep, "/")
+        if name in names:
+            raise UserError(f"{path}: has the same name as {names[name]}, expected one file of each name")
+        names[name] = path
+    return list(names)
+
+
+class Split(NamedTuple):
+    """Patients of one fold's three sides."""
+    train: list
+    validation: list
+    test: list
+
+
+def default_num_test(cases):
+    """37 cases, or a fifth where that is less than a tenth or more than a third of them."""
+    return NUM_TEST if cases / 10 <= NUM_TEST <= cases / 3 else max(1, round(cases / 5))
+
+
+def divide(counts, shares, rng):
+    """(P,) side of each patient: as near to the shares of every class as whole patients allow; no side is left empty.
+
+    counts: (P, C) cases of each patient and class; shares: (S,) of each side, summing to 1; P >= S
+    rng: numpy Generator. Greedy, as scikit-learn's StratifiedGroupKFold, whose folds are all of one size: the patients
+    with the largest part of a class come first, and each goes where it leaves the smallest squared error.
+    """
+    counts, shares = np.asarray(counts, float), np.asarray(shares, float)
+    parts = counts / np.maximum(counts.sum(0), 1)  # (P, C) of each class
+    order = rng.permutation(len(counts))
+    order = order[np.argsort(-parts[order].max(1), kind="stable")]
+    parts = np.column_stack([parts, 0.01 * counts.sum(1) / counts.sum()])  # where classes don't tell, by size
+    missing = shares[:, None] * parts.sum(0)  # (S, C + 1)
+    sides = np.empty(len(counts), int)
+    for patient in order:
+        worse = ((missing - parts[patient]) ** 2 - missing ** 2).sum(1)
+        sides[patient] = worse.round(12).argmin()  # equal but for rounding: the first
+        missing[sides[patient]] -= parts[patient]
+    for side in range(len(shares)):
+        if not (sides == side).any():
+            largest = np.bincount(sides, minlength=len(shares)).argmax()
+            givers = np.flatnonzero(sides == largest)
+            sides[givers[counts[givers].sum(1).argmin()]] = side
+    return sides
+
+
+def patient_splits(patients, labels, num_test, k_fold, seed):
+    """[Split] of k folds: one fixed test set, and each fold validates on its part of the other patients.
+
+    patients, labels: of each case; num_test: cases, None: `default_num_test`. Raises UserError.
+    """
+    names, counts = count_by_patient(patients, labels)
+    if len(names) < k_fold + 1:
+        raise UserError(f"{len(names)} patients are too few for a test set and --k_fold {k_fold}, expected at least "
+                        f"{k_fold + 1}: lower --k_fold (2 or more) or add patients", everywhere=True)
+    wanted = default_num_test(len(labels)) if num_test is None else num_test
+    if wanted >= len(labels):
+        raise UserError(f"--num_test {wanted}: there are only {len(labels)} cases; lower it", everywhere=True)
+    rng = np.random.default_rng(np.random.SeedSequence((seed, len(names))))
+    share = wanted / len(labels)
+    tested = divide(counts, (share, 1 - share), rng) == 0
+    rest = np.flatnonzero(~tested)
+    if len(rest) < k_fold:
+        raise UserError(f"{len(rest)} patients besides the {tested.sum()} of the test set are too few for --k_fold "
+                        f"{k_fold}: lower --k_fold or --num_test", everywhere=True)
+    folds = divide(counts[rest], np.full(k_fold, 1 / k_fold), rng)
+    return [Split([names[i] for i in rest[folds != fold]], [names[i] for i in rest[folds == fold]],
+                  [names[i] for i in np.flatnonzero(tested)]) for fold in range(k_fold)]
+
+
+def subset_splits(patients, subsets):
+    """[Split] in which each subset is tested once, the next one validates and the rest trains. Raises UserError."""
+    members = {}
+    for patient, subset in zip(patients, subsets):
+        members.setdefault(subset, set()).add(patient)
+    names = sorted(members, key=lambda name: (len(name), name))  # subset10 after subset9
+    if len(names) < 3:
+        raise UserError("--folds subsets needs at least 3 subsets (test, validation, training), found "
+                        f"{', '.join(names)}; take --folds patients", everywhere=True)
+    splits = []
+    for test, name in enumerate(names):
+        validation = names[(test + 1) % len(names)]
+        train = set().union(*(members[other] for other in names if other not in (name, validation)))
+        splits.append(Split(sorted(train), sorted(members[validation]), sorted(members[name])))
+    return splits
+
+
+def count_by_patient(patients, labels):
+    """(names, counts): the P patients, sorted, and the (P, C) cases that each has of each class."""
+    names = sorted(set(patients))
+    row = {name: i for i, name in enumerate(names)}
+    counts = np.zeros((len(names), max(labels) + 1), int)
+    np.add.at(counts, ([row[patient] for patient in patients], labels), 1)
+    return names, counts
+
+
+def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets, known):
+    """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
+
+    patients, labels, subsets: of each case; known: names that a splits.json has in its data besides
+    Raises UserError, also where splits.json is of other flags or patients.
+    """
+    described = {"folds": folds, "k_fold": k_fold, "num_test": num_test, "seed": seed,
+                 "cases": np.bincount(labels).tolist(), "patients": len(set(patients))}
+    saved = load_splits(path, described, known)
+    if saved is None:
+        splits = (subset_splits(patients, subsets) if folds == "subsets" else
+                  patient_splits(patients, labels, num_test, k_fold, seed))
+        return splits, described
+    if any({patient for side in split for patient in side} != set(patients) for split in saved[0]):
+        raise UserError(f"{path}: names other patients than --data_dir holds; choose another --output_dir")
+    return saved
+
+
+def of_patients(chosen, patients):
+    """(n,) numbers of the cases whose patient is among the chosen. patients: of each case."""
+    chosen = set(chosen)
+    return np.array([i for i, patient in enumerate(patients) if patient in chosen], int)
+
+
+def load_splits(path, described, known):
+    """(splits, data) of a splits.json, or None where there is no file.
+
+    described: {name: value} of what they depend on; raises UserError where the file says otherwise, or lacks a `known` name.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        saved = json.loads(Path(path).read_text())
+        splits, data = [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]], dict(saved["data"])
+        if not splits or not all(isinstance(side, list) and all(isinstance(patient, str) for patient in side)
+                                 for split in splits for side in split):
+            raise ValueError("its splits are no lists of patients")
+        missing = [name for name in known if name not in data]
+        if missing:
+            raise KeyError(missing[0])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read ({error}); move it away to start anew") from error
+    for name, value in described.items():
+        if data.get(name) != value:
+            found = " ".join(str(data.get(name)).split())[:100]
+            raise UserError(f"{path}: is of a run with {name} {found}, now it is {value}; go on with the same data and flags "
+                            "or choose another --output_dir")
+    return splits, data
+
+
+def save_splits(path, splits, described):
+    """Write splits.json: what the folds depend on, and the patients of each side."""
+    write_json(path, {"data": described, "splits": [split._asdict() for split in splits]})

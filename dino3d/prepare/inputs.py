@@ -1,0 +1,87 @@
+"""What the sub-commands of prepare_data.py share: input files, safe names, tables, and what the manifest says of an image."""
+import csv
+import os
+import re
+import unicodedata
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from dino3d.command_line import UserError
+from dino3d.data import images
+from dino3d.data.images import by
+from dino3d.data.layouts import state_of
+from dino3d.data.volume import DataError
+from dino3d.prepare.conversion import MANIFEST, RECIPE
+
+QUANTILES = {"hu_p1": 1, "hu_p50": 50, "hu_p99": 99}
+IMAGE_COLUMNS = ["shape", "spacing", "hu_min", *QUANTILES, "hu_max", "bytes", "status", "reason", "stamp"]
+
+
+class File(NamedTuple):
+    """A file of the input: path relative to it, and what changes when the file does."""
+    path: str
+    size: int
+    time: int
+
+
+def file_at(root, name):
+    return File(name, *state_of(os.path.join(root, name)))
+
+
+def companions(root, name):
+    """The Files with the voxels of a MetaImage or NRRD header that says where they are."""
+    if not name.lower().endswith((".mhd", ".nhdr")):
+        return []
+    with open(os.path.join(root, name), errors="replace") as file:
+        found = re.search(r"^(?:ElementDataFile\s*=|data file\s*:)\s*(\S.*?)\s*$", file.read(10000), re.M | re.I)
+    return [file_at(root, os.path.join(os.path.dirname(name), found[1]))] if found else []
+
+
+def safe_name(text, otherwise):
+    """A name from a table or header made fit for one file or folder: no separators, not hidden, not long, none of ours.
+
+    Where something has to be changed, a hash keeps different names different. Empty ones become `otherwise`.
+    """
+    text = unicodedata.normalize("NFC", text).strip()
+    if not text:
+        return otherwise
+    name = re.sub(r"[^\w.+=-]", "_", text).lstrip(".")
+    name = name.encode()[:100].decode(errors="ignore")  # file systems count bytes, 255 at most
+    if name == text and name.lower() not in (MANIFEST, RECIPE):
+        return name
+    return f"{name or otherwise}-{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
+
+
+def path_in(folder, name):
+    """Path of an input file. Raises DataError for a name that isn't in UTF-8, which SimpleITK can't take."""
+    try:
+        return os.path.join(folder, name).encode().decode()
+    except UnicodeEncodeError:
+        raise DataError(name, "can't be read: its name is not in UTF-8, rename it") from None
+
+
+def described(image):
+    """What the manifest says of an image: shape, spacing in mm, quantiles of HU (of every fourth voxel)."""
+    voxels = images.voxels_of(image)
+    sample = np.percentile(voxels[::2, ::2], list(QUANTILES.values()))
+    return {"shape": by(image.GetSize()), "spacing": by(np.round(image.GetSpacing(), 4)), "hu_min": voxels.min(),
+            **{name: f"{value:g}" for name, value in zip(QUANTILES, sample)}, "hu_max": voxels.max()}
+
+
+def read_table(path, columns):
+    """(line, row) of a CSV file that has these columns, separated by commas or semicolons. Raises UserError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = file.readline()
+            file.seek(0)
+            table = csv.DictReader(file, delimiter=";" if ";" in header and "," not in header else ",")
+            missing = [name for name in columns if name not in (table.fieldnames or [])]
+            if missing:
+                found = " ".join(", ".join(table.fieldnames or ["nothing"]).split())[:200]
+                raise UserError(f"{path}: has no column {missing[0]}, only {found}")
+            for row in table:
+                yield table.line_num, {name: (row[name] or "").strip() for name in columns}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: can't be read as a table ({error})") from error

@@ -1,0 +1,53 @@
+"""The DataLoader's reading processes: how many, and the next of their batches."""
+import os
+import shutil
+
+from dino3d.command_line import UserError
+from utils import is_worker_death, worker_death
+
+READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
+
+
+def cores_per_process(processes):
+    """CPU cores that this process may use, its share of what the machine grants."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes.local_world_size)
+
+
+def reading_processes(wanted, processes, batch_bytes):
+    """(workers, batches that each has ready, notices) of a DataLoader, so that its batches fit into shared memory.
+
+    wanted: workers, None: as many as there are cores for this process, at most 16; batch_bytes: of one batch
+    Batches wait in /dev/shm, of which containers often have little; a batch that finds no room there is a bus error.
+    """
+    workers = min(16, cores_per_process(processes)) if wanted is None else wanted
+    if not workers or not os.path.isdir("/dev/shm"):  # other systems keep them in ordinary memory
+        return workers, READY_BATCHES if workers else None, []
+    room = 0.8 * shutil.disk_usage("/dev/shm").free / processes.local_world_size
+    fits = int(room // batch_bytes)  # batches
+    if fits >= workers * READY_BATCHES:
+        return workers, READY_BATCHES, []
+    told = (f"/dev/shm has room for {fits} batches of {batch_bytes / 2 ** 20:.0f} MiB per process, fewer than the "
+            f"{workers * READY_BATCHES} of {workers} reading processes: ")
+    if fits >= workers:
+        return workers, 1, []
+    if wanted is not None:
+        return workers, 1, [told + "if a reading process dies of a bus error, lower --num_workers or enlarge it"]
+    return fits, 1 if fits else None, [told + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"]
+
+
+def next_batch(batches, note=lambda batch: None):
+    """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died.
+
+    note: sees each batch before
+    """
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if not is_worker_death(error):
+            raise
+        raise UserError(worker_death(error)) from error
+    note(batch)
+    if batch.fatal:
+        raise UserError(batch.fatal)
+    return batch
