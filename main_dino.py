@@ -236,7 +236,7 @@ def main(argv=None):
         say(notice)
     loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers, prefetch_factor=ahead,
                         worker_init_fn=checkpoint.ignore_signals, pin_memory=processes.device.type == "cuda")
-    batches = watched(loader, args.read_timeout, utils.end_process)
+    batches = watched(loader, args.read_timeout, command_line.end_process)
     monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, done.step, global_batch, len(paths),
                       max_bad)
     saving = checkpoint.Saving(args.save_every_steps, args.save_every_minutes, args.keep_last)

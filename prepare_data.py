@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from dino3d.command_line import ArgumentParser, UserError, number
+from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, number
 from dino3d.data.images import by
 from dino3d.data.volume import FILTERS, DataError
 from dino3d.prepare.check import check
@@ -21,8 +21,6 @@ from dino3d.prepare.demo import demo
 from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
-from dino3d.training.loading import cores_per_process
-from utils import Processes, run_script
 
 
 def get_args_parser():
@@ -36,7 +34,7 @@ def get_args_parser():
         sub.add_argument("--input", type=Path, required=True, metavar="DIR", help=source + "; nothing in it is changed")
         sub.add_argument("--output", type=Path, required=True, metavar="DIR",
                          help="folder to write to; start again with the same one to go on or to take in what changed")
-        sub.add_argument("--workers", type=number(int, 1), default=cores_per_process(Processes()),
+        sub.add_argument("--workers", type=number(int, 1), default=available_cores(),
                          help="processes, each with one volume in memory (0.3 to 1 GB); the result is the same for any number")
         return sub
 
@@ -82,7 +80,7 @@ def get_args_parser():
     sub = commands.add_parser("check", help="read a prepared folder and tell what the training scripts would refuse")
     sub.set_defaults(run=check)
     sub.add_argument("folder", type=Path, help="a folder in one of the three layouts")
-    sub.add_argument("--workers", type=number(int, 1), default=cores_per_process(Processes()), help="processes that read")
+    sub.add_argument("--workers", type=number(int, 1), default=available_cores(), help="processes that read")
 
     sub = commands.add_parser("demo", help="two public lung CTs and synthetic phantoms, in all three layouts")
     sub.set_defaults(run=demo)
@@ -120,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(exit_status(main)[0])

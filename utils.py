@@ -3,12 +3,9 @@ import argparse
 import dataclasses
 import gc
 import math
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import threading
 import traceback
 import warnings
 import zlib
@@ -18,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
 
-from dino3d.command_line import EXIT_PREEMPTED, Preempted, UserError, process_rank, shortened, tell_error
+from dino3d.command_line import UserError, exit_status, shortened
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,7 +28,18 @@ def run_script(main):
     A thread of the process group that frees the last reference to a tensor needs the interpreter, and aborts the
     process if it finds it ending: so whatever refers to the group goes first, then the group with its threads.
     """
-    code, together = call(main)  # when it returns, an exception is gone, and with it the frames that refer to the group
+    def main_together():
+        main()
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still needs it
+    try:
+        # When it returns, an exception is gone, and with it the frames that refer to the group
+        code, together = exit_status(main_together, explain)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        code, together = 1, False
     if together:
         leave_group()
     elif dist.is_initialized():  # to join its threads would be to wait for the others, which may never answer them
@@ -42,59 +50,15 @@ def run_script(main):
         sys.exit(code)
 
 
-def call(main):
-    """Call main() and tell why it ended early; returns the exit code, and whether all ranks end in the same way."""
-    try:
-        try:
-            main()
-            if dist.is_initialized():
-                dist.barrier()  # nobody leaves while another still needs it
-        finally:
-            end_workers()
-        return 0, True
-    except Preempted as ending:
-        if not process_rank():
-            print(ending, file=sys.stderr, flush=True)
-        return EXIT_PREEMPTED, True
-    except UserError as error:
-        tell_error(str(error), error.everywhere)
-        return 1, error.everywhere  # otherwise the others wait for this rank in a collective, and would be waited for
-    except OSError as error:  # a full disk, a folder that vanished: it says what and where
-        tell_error(str(error))
-    except torch.OutOfMemoryError as error:
-        tell_error(f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        tell_error("interrupted", everywhere=True)
-        return 130, False
-    except Exception as error:
-        if isinstance(error, RuntimeError) and is_worker_death(error):
-            tell_error(worker_death(error))
-        elif isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
-            tell_error("another process of this run has ended, its own message says why")
-        elif dist.is_initialized():
-            traceback.print_exc()
-        else:
-            raise
-    return 1, False
-
-
-def end_workers():
-    """Kill the loaders' reading processes that are left: they don't heed the signal with which Python would end them."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    heeded = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join(1)  # one that the system holds in a read stays until that ends
-    signal.signal(signal.SIGCHLD, heeded)
-
-
-def end_process(message):
-    """Tell why and end this process at once, from any thread, waiting for nothing: its workers may be held in a read."""
-    os.write(2, f"error: {message}\n".encode(errors="surrogateescape"))  # no lock, which the main thread may hold
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os._exit(1)
+def explain(error):
+    """One line for what torch raises without a bug of ours; None for anything else."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})"
+    if isinstance(error, RuntimeError) and is_worker_death(error):
+        return worker_death(error)
+    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
+        return "another process of this run has ended, its own message says why"
+    return None
 
 
 def leave_group():

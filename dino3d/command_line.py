@@ -1,8 +1,11 @@
 """The command line: flags, and errors that end a process in one line. Imports no torch."""
 import argparse
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 
 
 class UserError(Exception):
@@ -31,6 +34,60 @@ def tell_error(message, everywhere=False):
     rank = process_rank()
     short = everywhere and rank > 0
     print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
+
+
+def exit_status(main, explain=lambda error: None):
+    """Call main() and tell why it ended early; returns the exit code, and whether all ranks end in the same way.
+
+    explain: gives one line for an exception besides those of this module and of the disk, None for a bug, which is raised
+    """
+    try:
+        try:
+            main()
+        finally:
+            end_workers()
+        return 0, True
+    except Preempted as ending:
+        if not process_rank():
+            print(ending, file=sys.stderr, flush=True)
+        return EXIT_PREEMPTED, True
+    except UserError as error:
+        tell_error(str(error), error.everywhere)
+        return 1, error.everywhere  # otherwise the others wait for this rank in a collective, and would be waited for
+    except KeyboardInterrupt:
+        tell_error("interrupted", everywhere=True)
+        return 130, False
+    except Exception as error:
+        # OSError: a full disk, a folder that vanished: it says what and where
+        message = str(error) if isinstance(error, OSError) else explain(error)
+        if message is None:
+            raise
+        tell_error(message)
+        return 1, False
+
+
+def end_workers():
+    """Kill the loaders' reading processes that are left: they don't heed the signal with which Python would end them."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    heeded = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join(1)  # one that the system holds in a read stays until that ends
+    signal.signal(signal.SIGCHLD, heeded)
+
+
+def end_process(message):
+    """Tell why and end this process at once, from any thread, waiting for nothing: its workers may be held in a read."""
+    os.write(2, f"error: {message}\n".encode(errors="surrogateescape"))  # no lock, which the main thread may hold
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(1)
+
+
+def available_cores():
+    """CPU cores that this machine grants."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import main_lnc_luna16
 import main_lts_msd
-import utils
+from dino3d import command_line
 from dino3d.command_line import UserError
 from dino3d.data.pretraining import Batch, BatchStream
 from dino3d.files import read_log
@@ -206,7 +206,7 @@ def test_downstream_loaders_are_watched(tmp_path, monkeypatch):
     def end(message):
         messages.append(message)
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets the reader go on
-    monkeypatch.setattr(utils, "end_process", end)
+    monkeypatch.setattr(command_line, "end_process", end)
     device = Device(Processes(), torch.float32, 1, 1, read_timeout=1.0)
     dataset = EvaluationCrops([str(pipe)], (4, 4, 4))
     batch, = device.batches_of(DataLoader(dataset, 1, sampler=[0], collate_fn=collate_crops, num_workers=1))

@@ -1,9 +1,8 @@
 """Storage that hangs: a file that a loader's worker has been reading for too long ends the run, naming the file."""
 import contextlib
+import multiprocessing
 import os
 import threading
-
-import torch
 
 _reading = contextlib.nullcontext  # in a loader worker: notes the file that is being read, see ReadWatch
 
@@ -27,8 +26,9 @@ class ReadWatch:
 
     def __init__(self, workers, seconds, end, at_start=None):
         self.seconds, self.end, self.at_start = seconds, end, at_start
-        self.counts = torch.zeros(workers, dtype=torch.int64).share_memory_()  # odd: in a read
-        self.paths = torch.zeros(workers, self.LONGEST, dtype=torch.uint8).share_memory_()
+        # Shared with the workers, as long as they are this process's children
+        self.counts = multiprocessing.RawArray("q", workers)  # odd: in a read
+        self.paths = multiprocessing.RawArray("c", workers * self.LONGEST)
 
     def start_worker(self, worker):
         """Let this process note, as that worker, all that it reads."""
@@ -37,7 +37,7 @@ class ReadWatch:
         @contextlib.contextmanager
         def noting(path):
             name = os.fsencode(path)[-self.LONGEST:]
-            self.paths[worker] = torch.frombuffer(bytearray(name.ljust(self.LONGEST, b"\0")), dtype=torch.uint8)
+            self.paths[worker * self.LONGEST:(worker + 1) * self.LONGEST] = name.ljust(self.LONGEST, b"\0")
             self.counts[worker] += 1
             try:
                 yield
@@ -59,13 +59,14 @@ class ReadWatch:
     def _look_on(self, done):
         """Looks are counted and no clock is read: a job that was suspended for a day has not waited for its files."""
         pause = min(self.seconds / 10, 5)
-        before, same = self.counts.clone(), torch.zeros_like(self.counts)
+        before, same = list(self.counts), [0] * len(self.counts)
         while not done.wait(pause):
-            now = self.counts.clone()
-            same = torch.where((now == before) & (now % 2 == 1), same + 1, 0)
-            worker, before = int(same.argmax()), now
+            now = list(self.counts)
+            same = [times + 1 if new == old and new % 2 else 0 for times, new, old in zip(same, now, before)]
+            worker, before = same.index(max(same)), now
             if same[worker] * pause >= self.seconds:
-                path = os.fsdecode(bytes(self.paths[worker].tolist()).rstrip(b"\0"))
+                name = self.paths[worker * self.LONGEST:(worker + 1) * self.LONGEST]
+                path = os.fsdecode(name.rstrip(b"\0"))
                 self.end(f"{path}: loader worker {worker} has been reading it for {self.seconds:g} s: the storage hangs. See "
                          "to it and start again, which goes on, or raise --read_timeout (0: wait without end)")
 

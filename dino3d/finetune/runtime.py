@@ -26,7 +26,7 @@ class Device(NamedTuple):
 
     def batches_of(self, loader):
         """An iterator over a DataLoader's batches that ends the process where a file can't be read in time."""
-        return watched(loader, self.read_timeout, utils.end_process)
+        return watched(loader, self.read_timeout, command_line.end_process)
 
     def autocast(self):
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)

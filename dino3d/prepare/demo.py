@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.command_line import UserError
+from dino3d.command_line import UserError, available_cores
 from dino3d.data import images
 from dino3d.prepare import fetch, phantoms
 from dino3d.prepare.conversion import standing
@@ -17,8 +17,6 @@ from dino3d.prepare.fetch import IMAGES, PACKAGE, PATIENTS, SHA256, VERSION, Fet
 from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
-from dino3d.training.loading import cores_per_process
-from utils import Processes
 
 PHANTOMS = 8                                  # patients, beside the two CTs, that folds need
 CT, PHANTOM = "CT", "synthetic phantom"
@@ -61,7 +59,7 @@ def demo(output, phantom):
         (raw / "SOURCE.txt").write_text(demo_source(origin))
         os.replace(raw / "SOURCE.txt", source)
         lay_out_demo(raw, demo_cases(raw, origin), origin)
-        workers = cores_per_process(Processes())
+        workers = available_cores()
         nlst(raw / "nlst", output / "pretrain", workers, one_per_study=False, min_slices=16, crop_to_body=None,
              compression="blosc")
         luna16(raw / "luna16", output / "luna16", workers, size=[48, 48, 24], spacing=[1.0, 1.0, 2.0],

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from dino3d.command_line import Preempted, UserError, number
-from utils import Processes, add_checksum, end_workers, is_worker_death, load_file
+from dino3d.command_line import Preempted, UserError, end_workers, number
+from utils import Processes, add_checksum, is_worker_death, load_file
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the end of a job with these
 ONE_REQUEST = 1.0  # seconds in which a second signal is no second request: a launcher passes on what all have got already

@@ -2,7 +2,7 @@
 import os
 import shutil
 
-from dino3d.command_line import UserError
+from dino3d.command_line import UserError, available_cores
 from utils import is_worker_death, worker_death
 
 READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
@@ -10,8 +10,7 @@ READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
 
 def cores_per_process(processes):
     """CPU cores that this process may use, its share of what the machine grants."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes.local_world_size)
+    return max(1, available_cores() // processes.local_world_size)
 
 
 def reading_processes(wanted, processes, batch_bytes):
