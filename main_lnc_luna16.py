@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from augmentations import PAPER, paper_policy, scale_intensity
+from augmentations import PAPER, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, number, spaced
-from dino3d.data.layouts import find_crops, find_volumes
-from dino3d.data.volume import SUFFIXES, DataError
-from dino3d.files import read_json, read_table, write_config, write_json, write_table
+from dino3d.data.layouts import find_crops
+from dino3d.data.volume import DataError
+from dino3d.files import write_json, write_table
 from dino3d.finetune import flags
 from dino3d.finetune.classification_metrics import (
     FIGURES,
@@ -44,20 +44,19 @@ from dino3d.finetune.crops import (
     TrainingCrops,
     WindowAugmentation,
     check_crops,
-    read_ahead,
     spacing_of,
     spacing_warning,
 )
 from dino3d.finetune.encoder import ENCODER, load_encoder
-from dino3d.finetune.fold_folders import check_same_run, fold_folders, load_best, load_fold
-from dino3d.finetune.fold_loop import Fold, Recipe, Task, check_diverged, keep_best, learning_rate, one_step_notice, run_fold
+from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
+from dino3d.finetune.fold_loop import Fold, Score, TrainConfig, Validation, one_step_notice, run_fold
 from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
-from dino3d.finetune.runtime import collect, set_up
-from dino3d.finetune.splits import Split, case_names, make_splits, of_patients, save_splits
-from dino3d.finetune.statistics import mean_and_deviation, told
-from dino3d.training.checkpoint import Saving
-from dino3d.training.loading import next_batch
+from dino3d.finetune.inference import find_new_cases, infer
+from dino3d.finetune.runtime import start_runtime
+from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
+from dino3d.finetune.statistics import told
 
+SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 # What must not change while a run goes on fold by fold
 FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
          "eval_negatives", "folds", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs", "min_lr",
@@ -98,13 +97,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_flags(parser, args)
     output_dir = Path(args.output_dir)
-    device, args.precision, notices = set_up(
+    runtime, args.precision, notices = start_runtime(
         output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
         dist_url=args.dist_url, local_rank=args.local_rank)
-    processes = device.processes
-    say = print if processes.is_main else lambda *_: None
+    processes = runtime.processes
     if args.predict:
-        predict(args.predict, args.weights, output_dir, device, say)
+        predict(args.predict, args.weights, output_dir, runtime)
         return
 
     # ---------------------------------------------------------------------------------------------------------- data
@@ -120,8 +118,7 @@ def main(argv=None):
 
     # --------------------------------------------------------------------------------------------------------- model
     args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key,
-                                    {name: getattr(args, name) for name in ENCODER})
+    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER})
     vars(args).update(encoder.settings())
     notices += warnings_about(encoder, args.protocol, data)
     config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}
@@ -130,66 +127,59 @@ def main(argv=None):
     policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
     in_mm = data["crop_spacing"] if args.spacing else None  # views were turned and scaled in mm in pre-training too
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, in_mm)
-    epochs = 0 if args.protocol == "knn" else args.epochs
-    rates = functools.partial(learning_rate, args.lr, args.min_lr, epochs, args.warmup_epochs)
-    recipe = Recipe(epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
-                             args.max_skipped_steps,
-                             Saving(args.save_every_steps, args.save_every_minutes, args.keep_last))
+    dataset = TrainingCrops(cases.paths, cases.crop_size, augmentation, args.seed)
+    train_config = TrainConfig.from_flags(vars(args), epochs=0 if args.protocol == "knn" else args.epochs)
 
     # ------------------------------------------------------------------------------------------------------ training
-    processes.from_main(lambda: check_same_run(output_dir, config, FIXED))
-    if processes.is_main:
-        write_config(output_dir / "config.json", config, processes, utils.device_name(processes.device), cases=len(cases.names))
-        save_splits(output_dir / "splits.json", splits, data)
-    longest = max(len(epoch_order(side.train, cases.labels, args.negatives, args.seed, 0)) for side in sides)
-    notices += one_step_notice(longest, epochs, args.batch_size_per_gpu * processes.world_size)
-    for line in [*notices, announcement(config, processes, cases, sides)]:
-        say(line)
+    start_run(output_dir, config, FIXED, splits, data, processes, len(cases.names))
+    orders = [functools.partial(epoch_order, side.train, cases.labels, args.negatives, args.seed) for side in sides]
+    longest = max(len(order(0)) for order in orders)
+    notices += one_step_notice(longest, train_config.epochs, args.batch_size_per_gpu * processes.world_size)
+    for line in [*notices, run_summary(config, processes, cases, sides)]:
+        processes.print(line)
     left = args.max_steps or math.inf
-    with device.interruption:
-        for index, (train, validation, test) in enumerate(sides):
+    with runtime.interruption:
+        for number, (side, order) in enumerate(zip(sides, orders)):
             torch.manual_seed(args.seed)  # every fold starts from the same weights
-            known = len(epoch_order(train, cases.labels, args.negatives, args.seed, 0))
-            model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, known, args.knn_k)
-            fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device,
-                        say)
-            task = nodule_task(fold, args.protocol, augmentation, args.clip_range, args.negatives, args.seed)
-            steps, finished = run_fold(fold, recipe, task, config, left)
+            drawn = draw_negatives(side.train, cases.labels, args.negatives, args.seed, 0)
+            model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, len(drawn), args.knn_k)
+            steps, finished = run_fold(
+                Fold(number, output_dir / str(number), *side), model.to(processes.device), train_config, config, runtime,
+                left, dataset=dataset, epoch_order=order, score=SCORE,
+                train_one_epoch=functools.partial(train_one_epoch, labels=cases.labels, augmentation=augmentation,
+                                                  clip_range=args.clip_range, class_weights=class_weights(drawn, cases)),
+                validate=functools.partial(validate, cases=cases, clip_range=args.clip_range),
+                test=functools.partial(test_fold, cases=cases, clip_range=args.clip_range),
+                fit=functools.partial(fit_head, cases=cases, clip_range=args.clip_range, drawn=drawn))
             left -= steps
             if not finished:
-                say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
+                processes.print(f"stopped in fold {number} after {args.max_steps} steps; the same command without "
+                                "--max_steps goes on")
                 return
     if processes.is_main:
-        say(summarise(output_dir, cases, len(splits), args.protocol, encoder))
+        print(summarise(output_dir, cases, len(splits), args.protocol, encoder))
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def nodule_task(fold, protocol, augmentation, clip_range, negatives, seed):
-    """The finetune.Task of a fold's cases."""
-    drawn = draw_negatives(fold.train, fold.cases.labels, negatives, seed, 0)
-    return Task(
-        functools.partial(epoch_order, fold.train, fold.cases.labels, negatives, seed),
-        TrainingCrops(fold.cases.paths, fold.cases.crop_size, augmentation, seed),
-        functools.partial(case_losses, fold, augmentation, clip_range, class_weights(drawn, fold.cases)),
-        functools.partial(fit_head, fold, clip_range, drawn) if protocol != "finetune" else lambda: None,
-        functools.partial(validate, fold, clip_range), functools.partial(test_fold, fold, clip_range))
+def train_one_epoch(state, batches, labels, augmentation, clip_range, class_weights):
+    """Steps on augmented crops, with the cross-entropy of each weighted by its class.
 
-
-def case_losses(fold, augmentation, clip_range, weights, network, batch):
-    """(B,) cross-entropy of each case, (B,) its weight: its class's, 0 for a case that doesn't count.
-
-    weights: (classes,); network: gives logits of (B, 1, X, Y, Z); batch: CropBatch on the CPU
+    state: fold_loop.TrainState; batches: gives CropBatches on the CPU
+    labels: (N,) of all cases; augmentation: WindowAugmentation; class_weights: (classes,)
     """
-    device = fold.device.processes.device
-    labels = torch.from_numpy(fold.cases.labels)[batch.cases]
-    weights = (weights[labels] * batch.counted).to(device, non_blocking=True)
-    batch, labels = batch.to(device), labels.to(device, non_blocking=True)
-    volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
-    with fold.device.autocast():
-        logits = network(volumes)  # (B, classes)
-    return F.cross_entropy(logits, labels, reduction="none"), weights
+    labels = torch.from_numpy(labels)
+    for batch in batches:
+        targets = labels[batch.cases]  # (B,)
+        weights = class_weights[targets] * batch.counted  # (B,), 0 for a case that only fills a rank's share
+        targets, weights = (part.to(state.device, non_blocking=True) for part in (targets, weights))
+        batch = batch.to(state.device)
+        volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
+        with state.runtime.autocast():
+            logits = state.network(volumes)  # (B, classes)
+        losses = F.cross_entropy(logits, targets, reduction="none")  # (B,)
+        state.step(losses, weights)
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -273,14 +263,16 @@ def build_classifier(protocol, encoder, drop_path_rate, classes, known, knn_k):
     return Classifier(model, LinearHead(model.embed_dim, classes), freeze_encoder=protocol == "linear")
 
 
-def fit_head(fold, clip_range, drawn):
+def fit_head(state, cases, clip_range, drawn):
     """Give a frozen encoder's head the training cases' features, not augmented: to standardise, to compare with."""
-    model = fold.model.eval()
-    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.cases.crop_size))
-    features = torch.from_numpy(infer(model.features, dataset, drawn, clip_range, fold.device))
-    features = features.to(fold.device.processes.device, torch.get_default_dtype())
+    if not state.model.freeze_encoder:
+        return
+    model = state.model.eval()
+    dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
+    features = torch.from_numpy(infer(model.features, dataset, drawn, clip_range, state.runtime))
+    features = features.to(state.device, torch.get_default_dtype())
     if isinstance(model.head, NearestNeighbours):
-        model.head.fit(features, torch.from_numpy(fold.cases.labels[drawn]))
+        model.head.fit(features, torch.from_numpy(cases.labels[drawn]))
     else:
         model.head.standardise.fit(features)
 
@@ -294,52 +286,34 @@ def classifier_of(encoder, config, state):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def infer(forward, dataset, cases, clip_range, device):
-    """(N, ...) float64 what `forward` makes of each case's centre window, in the order of `cases`, on every rank.
-
-    forward: gives (B, ...) of volumes (B, 1, X, Y, Z); dataset: EvaluationCrops; cases: (N,) numbers, each once
-    """
-    processes = device.processes
-    mine = [int(case) for case in cases[processes.rank::processes.world_size]]  # no rank repeats a case to fill up
-    batches, rows = read_ahead(dataset, mine, device.batch_size, device.workers), {}
-    while len(rows) < len(mine) and not device.interruption.asked:
-        batch = next_batch(batches)
-        volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
-        with torch.no_grad(), device.autocast():
-            rows.update(zip(batch.cases.tolist(), forward(volumes).double().cpu().numpy()))
-    return collect(device, [int(case) for case in cases], rows)
-
-
 def classify(model, volumes):
     """(B, classes) probabilities in double precision: in single precision confident cases would be ties."""
     return model(volumes).double().softmax(-1)
 
 
-def probabilities_of(fold, cases, clip_range):
-    """(N, classes) of a fold's cases, with the model as it is."""
-    model = fold.model.eval()
-    dataset = EvaluationCrops(fold.cases.paths, model.encoder.img_size, (fold.cases.paths[0], fold.cases.crop_size))
-    return infer(functools.partial(classify, model), dataset, cases, clip_range, fold.device)
+def probabilities_of(model, numbers, cases, clip_range, runtime):
+    """(N, classes) of the cases with these numbers."""
+    dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
+    return infer(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime)
 
 
-def validate(fold, clip_range, best, done, config):
-    """`finetune.keep_best` by AUC on validation; the threshold is chosen there too."""
-    probabilities = probabilities_of(fold, fold.validation, clip_range)
-    labels = fold.cases.labels[fold.validation]
+def validate(state, cases, clip_range):
+    """fold_loop.Validation of the fold's validation cases; the threshold is chosen on them too."""
+    probabilities = probabilities_of(state.model, state.fold.validation, cases, clip_range, state.runtime)
+    labels = cases.labels[state.fold.validation]
     chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
     loss = float(np.mean([-np.log(chosen[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
-    check_diverged(fold, loss)
-    last = {"auc": area_under_roc(labels, probabilities), "loss": loss}
-    return keep_best(fold, best, last, done, config, {"threshold": choose_threshold(labels, probabilities)})
+    return Validation({"auc": area_under_roc(labels, probabilities), "loss": loss},
+                      {"threshold": choose_threshold(labels, probabilities)})
 
 
-def test_fold(fold, clip_range):
-    """Evaluate the best epoch on the test cases and write the fold's predictions.csv and metrics.json."""
-    best = load_best(fold)
-    probabilities = probabilities_of(fold, fold.test, clip_range)
-    if not fold.device.processes.is_main:
+def test_fold(state, cases, clip_range):
+    """Evaluate the test cases and write the fold's predictions.csv and metrics.json."""
+    fold, best = state.fold, state.best
+    probabilities = probabilities_of(state.model, fold.test, cases, clip_range, state.runtime)
+    if not state.runtime.processes.is_main:
         return
-    labels, patients = fold.cases.labels[fold.test], [fold.cases.patients[i] for i in fold.test]
+    labels, patients = cases.labels[fold.test], [cases.patients[i] for i in fold.test]
     record = {"fold": fold.number, "cases": len(labels), "patients": len(set(patients)), "best_epoch": best["epoch"],
               "validation_auc": best["auc"], "validation_loss": best["loss"], "threshold": best["threshold"],
               **figures(labels, probabilities, patients, best["threshold"]), "notes": []}
@@ -347,55 +321,41 @@ def test_fold(fold, clip_range):
         record["notes"].append("validation cases are of one class: best epoch by loss, threshold 0.5")
     if record["auc"] is None:
         record["notes"].append("test cases lack a class: AUC and average precision are undefined")
-    rows = [[fold.cases.names[i], fold.cases.patients[i], fold.number, int(fold.cases.labels[i]), *shown(row)]
+    rows = [[cases.names[i], cases.patients[i], fold.number, int(cases.labels[i]), *shown(row)]
             for i, row in zip(fold.test, probabilities)]
-    write_table(fold.folder / "predictions.csv", columns(fold.cases.classes), rows)
+    write_table(fold.folder / "predictions.csv", columns(cases.classes), rows)
     write_json(fold.folder / "metrics.json", record)
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
-def predict(folder, weights, output_dir, device, say):
+def predict(folder, weights, output_dir, runtime):
     """Write predictions.csv for all crops below `folder`: the mean over the folds of a run."""
-    processes = device.processes
-    paths, names, folders = processes.from_main(lambda: find_new(folder, weights, output_dir))
+    processes = runtime.processes
+    names, folders = processes.from_main(lambda: find_new_cases(folder, weights, output_dir))
+    paths = [os.path.join(folder, name) for name in names]
+    names = processes.from_main(lambda: case_names(paths, folder))
     spacing = processes.from_main(lambda: spacing_of(paths[0]))
     total, thresholds = 0.0, []
     for where in folders:
         model, config, best = load_fold(where / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         model = model.to(processes.device).eval()
         dataset = EvaluationCrops(paths, config["input_size"])
-        forward, everything = functools.partial(classify, model), np.arange(len(paths))
-        total = total + infer(forward, dataset, everything, config["clip_range"], device)
+        total = total + infer(functools.partial(classify, model), dataset, np.arange(len(paths)), config["clip_range"],
+                              runtime)
         thresholds.append(best["threshold"])
     probabilities = total / len(folders)
     predicted = decide(probabilities, np.mean(thresholds))
     for line in spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
-        say(line)
+        processes.print(line)
     if processes.is_main:
         rows = [[name, *shown(row), int(label)] for name, row, label in zip(names, probabilities, predicted)]
         write_table(output_dir / "predictions.csv", [*columns(config["classes"], ["case"]), "predicted"], rows)
-    say(f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; "
-        + ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=config["classes"])))
-        + (f" (threshold {np.mean(thresholds):.3f})" if config["classes"] == 2 else "")
-        + f"\npredictions  {output_dir / 'predictions.csv'}")
-
-
-def find_new(folder, weights, output_dir):
-    """(paths, names, fold folders) of a prediction. Raises UserError."""
-    if (output_dir / "splits.json").exists():
-        raise UserError(f"--output_dir {output_dir}: holds a trained run, whose predictions.csv would be lost; choose "
-                        "another")
-    folders = fold_folders(weights, "best.pth")
-    try:
-        names = find_volumes(folder)
-    except DataError as error:
-        raise UserError(f"--predict {error}") from error
-    if not names:
-        raise UserError(f"--predict {folder}: no crop found below it (looked for {', '.join(SUFFIXES)})")
-    paths = [os.path.join(folder, name) for name in names]
-    return paths, case_names(paths, folder), folders
+    counts = ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=config["classes"])))
+    threshold = f" (threshold {np.mean(thresholds):.3f})" if config["classes"] == 2 else ""
+    processes.print(f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; {counts}{threshold}\n"
+                    f"predictions  {output_dir / 'predictions.csv'}")
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown
@@ -414,7 +374,7 @@ def warnings_about(encoder, protocol, data):
     return lines
 
 
-def announcement(config, processes, cases, sides):
+def run_summary(config, processes, cases, sides):
     """What is about to run, in a few lines."""
     counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
     test = "each subset tested once" if config["folds"] == "subsets" else f"test set of {len(sides[0].test)} cases"
@@ -431,12 +391,9 @@ def with_interval(record):
 
 def summarise(output_dir, cases, folds, protocol, encoder):
     """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
-    records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
-    tables = [read_table(output_dir / str(fold) / "predictions.csv") for fold in range(folds)]
-    rows = [list(row.values()) for table in tables for row in table]
-    write_table(output_dir / "predictions.csv", columns(cases.classes), rows)
+    records, tables, means, deviations = collect_folds(
+        output_dir, folds, "predictions.csv", columns(cases.classes), FIGURES)
     together = over_folds(tables, records, cases)
-    means, deviations = mean_and_deviation(records, FIGURES)
     write_json(output_dir / "metrics.json", {
         "protocol": protocol, "classes": cases.classes, "cases": len(cases.names), "patients": len(set(cases.patients)),
         "folds": records, "mean": means, "sd": deviations, "all_folds": {

@@ -26,27 +26,28 @@ from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, number, spaced
 from dino3d.data.images import voxels_of
-from dino3d.data.layouts import find_pairs, find_volumes, stem
-from dino3d.data.volume import SUFFIXES, DataError
-from dino3d.files import read_json, read_table, write_config, write_json, write_table
+from dino3d.data.layouts import find_pairs, stem
+from dino3d.data.volume import DataError
+from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
 from dino3d.finetune.crops import WindowAugmentation, read_headers
 from dino3d.finetune.encoder import ENCODER, load_encoder
-from dino3d.finetune.fold_folders import check_same_run, fold_folders, load_best, load_fold
-from dino3d.finetune.fold_loop import Fold, Recipe, Task, check_diverged, keep_best, learning_rate, one_step_notice, run_fold
+from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
+from dino3d.finetune.fold_loop import Fold, Score, TrainConfig, Validation, one_step_notice, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter
+from dino3d.finetune.inference import find_new_cases, map_over_ranks
 from dino3d.finetune.resampled_cache import WorkingCopies, WorkingPatches
-from dino3d.finetune.runtime import collect, set_up
+from dino3d.finetune.runtime import start_runtime
 from dino3d.finetune.sliding_window import Windows, grid_of
-from dino3d.finetune.splits import Split, make_splits, of_patients, save_splits
-from dino3d.finetune.statistics import bootstrap_interval, mean_and_deviation, told
-from dino3d.training.checkpoint import Saving
+from dino3d.finetune.splits import Split, make_splits, of_patients
+from dino3d.finetune.statistics import bootstrap_interval, told
 
 SHOWN_CASES = 8  # test cases in TensorBoard as training goes on
 FIGURES = ("dice", "surface_dice", "hausdorff95_mm")
 COLUMNS = ("case", "fold", "class", *FIGURES, "volume_ml", "predicted_ml")
 MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
 AS_TRAINED = " (with --predict: as in training)"
+SCORE = Score("dice", "dice")  # by which the best epoch is chosen
 # What must not change while a run goes on fold by fold
 FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
          "patches_per_case", "foreground_share", *MASKS, "tolerance", "k_fold", "num_test", "lr", "layer_decay",
@@ -90,14 +91,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     flags.check_flags(parser, vars(args), "images/<name>.nii.gz and labels/<name>.nii.gz")
     output_dir = Path(args.output_dir)
-    device, args.precision, notices = set_up(
+    runtime, args.precision, notices = start_runtime(
         output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
         dist_url=args.dist_url, local_rank=args.local_rank)
-    processes = device.processes
-    say = print if processes.is_main else lambda *_: None
+    processes = runtime.processes
     given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
     if args.predict:
-        predict(args.predict, args.weights, output_dir, given, device, say)
+        predict(args.predict, args.weights, output_dir, given, runtime)
         return
     vars(args).update(MASKS | given)
 
@@ -111,17 +111,16 @@ def main(argv=None):
 
     # --------------------------------------------------------------------------------------------------------- model
     args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key,
-                                    {name: getattr(args, name) for name in ENCODER})
+    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER})
     heads = read_headers([pair.image for pair in pairs], processes)
     if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
         trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})
         encoder = encoder._replace(spacing=data.get("spacing") or median_spacing([heads[i] for i in trained]))
     vars(args).update(encoder.settings())
 
-    # ------------------------------------------------------------------------------------------------ working copies
+    # ------------------------------------------------------------------------------------------------ resampled cache
     copies = WorkingCopies(Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9)
-    found = copies.make(processes, device.workers)
+    found = copies.make(processes, runtime.workers)
     processes.from_main(lambda: check_labels(found, sides, args.data_dir))
     data |= {"spacing": args.spacing, "classes": 1 + max(max(one.classes) for one in found)}
     cases = Cases(names, pairs, copies, data["classes"])
@@ -132,66 +131,61 @@ def main(argv=None):
     policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
     reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
-    rates = functools.partial(learning_rate, args.lr, args.min_lr, args.epochs, args.warmup_epochs)
-    recipe = Recipe(args.epochs, args.val_freq, args.optimizer, rates, args.weight_decay, args.layer_decay, args.seed,
-                             args.max_skipped_steps,
-                             Saving(args.save_every_steps, args.save_every_minutes, args.keep_last))
     patches = WorkingPatches(copies, args.patches_per_case, args.foreground_share, augmentation,
                              tuple(n + 2 * s for n, s in zip(reach, args.shift_range)), args.seed)
-    look = look_of(vars(args), args.batch_size_per_gpu)
+    train_config = TrainConfig.from_flags(vars(args))
+    settings = inference_settings(vars(args), args.batch_size_per_gpu)
 
     # ------------------------------------------------------------------------------------------------------ training
-    processes.from_main(lambda: check_same_run(output_dir, config, FIXED))
-    if processes.is_main:
-        write_config(output_dir / "config.json", config, processes, utils.device_name(processes.device), cases=len(names))
-        save_splits(output_dir / "splits.json", splits, data)
+    start_run(output_dir, config, FIXED, splits, data, processes, len(names))
     longest = max(len(side.train) for side in sides) * args.patches_per_case
     notices += one_step_notice(longest, args.epochs, args.batch_size_per_gpu * processes.world_size)
-    for line in [*notices, announcement(config, processes, cases, sides)]:
-        say(line)
+    for line in [*notices, run_summary(config, processes, cases, sides)]:
+        processes.print(line)
     left = args.max_steps or math.inf
-    with device.interruption:
-        for index, (train, validation, test) in enumerate(sides):
+    with runtime.interruption:
+        for number, side in enumerate(sides):
             torch.manual_seed(args.seed)  # every fold starts from the same weights
             model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
-            fold = Fold(index, output_dir / str(index), train, validation, test, cases, model.to(processes.device), device,
-                        say)
-            steps, finished = run_fold(fold, recipe, lesion_task(fold, patches, look), config, left)
+            steps, finished = run_fold(
+                Fold(number, output_dir / str(number), *side), model.to(processes.device), train_config, config, runtime,
+                left, dataset=patches, score=SCORE,
+                epoch_order=functools.partial(patch_order, side.train, args.patches_per_case, args.seed),
+                train_one_epoch=functools.partial(train_one_epoch, augmentation=augmentation, clip_range=args.clip_range),
+                validate=functools.partial(validate, cases=cases, settings=settings),
+                test=functools.partial(test_fold, cases=cases, settings=settings),
+                show=functools.partial(show_test_cases, cases=cases, settings=settings))
             left -= steps
             if not finished:
-                say(f"stopped in fold {index} after {args.max_steps} steps; the same command without --max_steps goes on")
+                processes.print(f"stopped in fold {number} after {args.max_steps} steps; the same command without "
+                                "--max_steps goes on")
                 return
     if processes.is_main:
-        say(summarise(output_dir, cases, len(splits)))
+        print(summarise(output_dir, cases, len(splits)))
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def lesion_task(fold, patches, look):
-    """The finetune.Task of a fold's cases. patches: WorkingPatches; look: Look."""
-    order = functools.partial(patch_order, fold.train, patches.per_case, patches.seed)
-    return Task(order, patches, functools.partial(patch_losses, fold, patches.augmentation, look.clip_range),
-                         lambda: None, functools.partial(validate, fold, look), functools.partial(test_fold, fold, look),
-                         functools.partial(show_test_cases, fold, look))
+def train_one_epoch(state, batches, augmentation, clip_range):
+    """Steps on augmented patches, with soft Dice and cross-entropy.
+
+    state: fold_loop.TrainState; batches: gives CropBatches with masks on the CPU; augmentation: WindowAugmentation
+    """
+    for batch in batches:
+        weights = batch.counted.to(state.device, torch.get_default_dtype(), non_blocking=True)  # (B,), 0: fills a share only
+        batch = batch.to(state.device)
+        volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
+        labels = augmentation.render_masks(batch.masks, batch.group)  # (B, x, y, z)
+        with state.runtime.autocast():
+            logits = state.network(volumes)  # (B, classes, x, y, z)
+        state.step(dice_and_cross_entropy(logits, labels), weights)
 
 
 def patch_order(train, per_case, seed, epoch):
     """(n,) the patches of an epoch in the order of training; patch // per_case is the case."""
     patches = (train[:, None] * per_case + np.arange(per_case)).ravel()
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, 1))).permutation(patches)
-
-
-def patch_losses(fold, augmentation, clip_range, network, batch):
-    """(B,) loss of each patch, (B,) its weight: 1, or 0 for a patch that doesn't count. batch: CropBatch on the CPU"""
-    device = fold.device.processes.device
-    weights = batch.counted.to(device, torch.get_default_dtype(), non_blocking=True)
-    batch = batch.to(device)
-    volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
-    labels = augmentation.render_masks(batch.masks, batch.group)  # (B, x, y, z)
-    with fold.device.autocast():
-        logits = network(volumes)  # (B, classes, x, y, z)
-    return dice_and_cross_entropy(logits, labels), weights
 
 
 def dice_and_cross_entropy(logits, labels):
@@ -268,48 +262,37 @@ def segmenter_of(encoder, config, _):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-class Look(NamedTuple):
-    """How whole cases are looked at. tolerance: mm; final: function of a mask and its spacing that cleans it."""
+class InferenceSettings(NamedTuple):
+    """How whole cases are segmented. tolerance: mm; final: function of a mask and its spacing that cleans it."""
     windows: Windows
     clip_range: tuple
     tolerance: float
     final: callable
 
 
-def look_of(config, batch_size):
-    """The Look of a run's config. batch_size: windows at a time"""
-    final = functools.partial(mask_metrics.clean, largest_component=config["largest_component"], min_volume=config["min_volume"])
-    return Look(Windows(tuple(config["input_size"]), config["overlap"], batch_size), config["clip_range"],
-                config["tolerance"], final)
+def inference_settings(config, batch_size):
+    """The InferenceSettings of a run's config. batch_size: windows at a time"""
+    final = functools.partial(mask_metrics.clean, largest_component=config["largest_component"],
+                              min_volume=config["min_volume"])
+    return InferenceSettings(Windows(tuple(config["input_size"]), config["overlap"], batch_size), config["clip_range"],
+                             config["tolerance"], final)
 
 
-def share_out(fold, cases, work):
-    """(N, ...) what `work` gives for each case, in the order of `cases`, on every rank; each case on one of them."""
-    processes, rows = fold.device.processes, {}
-    fold.model.eval()
-    try:
-        for case in cases[processes.rank::processes.world_size]:
-            if fold.device.interruption.asked:
-                break
-            rows[int(case)] = work(int(case))
-    except DataError as error:
-        raise UserError(str(error)) from error
-    return collect(fold.device, [int(case) for case in cases], rows)
-
-
-def segment(networks, image, look, device):
+def segment(networks, image, settings, runtime):
     """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
-    return sliding_window.segment(networks, image, look.windows, look.clip_range, device.processes.device, device.autocast)
+    return sliding_window.segment(networks, image, settings.windows, settings.clip_range, runtime.processes.device,
+                                  runtime.autocast)
 
 
-def validate(fold, look, best, done, config):
-    """`finetune.keep_best` by the mean Dice of the validation cases, on the working grid; then by their loss."""
+def validate(state, cases, settings):
+    """fold_loop.Validation: the mean Dice of the validation cases, on the working grid, and their loss."""
+    network = state.model.eval()
+
     def one(case):
-        image, label = fold.cases.copies.read(case)
-        return figures_on_grid(segment([fold.model], image, look, fold.device), label, fold.cases.classes)
-    dice, loss = share_out(fold, fold.validation, one).mean(0)
-    check_diverged(fold, loss)
-    return keep_best(fold, best, {"dice": float(dice), "loss": float(loss)}, done, config, {})
+        image, label = cases.copies.read(case)
+        return figures_on_grid(segment([network], image, settings, state.runtime), label, cases.classes)
+    dice, loss = map_over_ranks(one, state.fold.validation, state.runtime).mean(0)
+    return Validation({"dice": float(dice), "loss": float(loss)})
 
 
 def figures_on_grid(log_probabilities, label, classes):
@@ -328,41 +311,43 @@ def figures_on_grid(log_probabilities, label, classes):
     return np.array([np.mean(dice[1:]), np.mean(losses)])
 
 
-def test_fold(fold, look):
-    """Segment the test cases with the best epoch's weights; write masks, overlays, cases.csv and metrics.json."""
-    best = load_best(fold)
+def test_fold(state, cases, settings):
+    """Segment the test cases; write masks, overlays, cases.csv and metrics.json."""
+    fold, best = state.fold, state.best
     for name in ("masks", "overlays"):
         (fold.folder / name).mkdir(exist_ok=True)
-    figures = share_out(fold, fold.test, functools.partial(test_case, fold, look))  # (N, classes - 1, figures)
-    if not fold.device.processes.is_main:
+    one = functools.partial(test_case, state.model.eval(), fold.folder, cases, settings, state.runtime)
+    figures = map_over_ranks(one, fold.test, state.runtime)  # (N, classes - 1, figures)
+    if not state.runtime.processes.is_main:
         return
-    rows = [[fold.cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
+    rows = [[cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
             for case, of_classes in zip(fold.test, figures) for k, row in enumerate(of_classes)]
     write_table(fold.folder / "cases.csv", COLUMNS, rows)
     write_json(fold.folder / "metrics.json", {
         "fold": fold.number, "cases": len(fold.test), "best_epoch": best["epoch"], "validation_dice": best["dice"],
-        "validation_loss": best["loss"], "tolerance_mm": look.tolerance, **means_of(rows)})
+        "validation_loss": best["loss"], "tolerance_mm": settings.tolerance, **means_of(rows)})
 
 
-def test_case(fold, look, case):
+def test_case(network, folder, cases, settings, runtime, case):
     """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
-    pair, name = fold.cases.pairs[case], safe(fold.cases.names[case])
+    pair, name = cases.pairs[case], safe(cases.names[case])
     image, label = sliding_window.read_case(pair)
-    predicted = mask_of([fold.model], image, grid_of(image), fold.cases.copies.spacing, look, fold.device)
-    sliding_window.save_mask(fold.folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
+    predicted = mask_of([network], image, grid_of(image), cases.copies.spacing, settings, runtime)
+    sliding_window.save_mask(folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
     arrays, spacing = [voxels_of(one) for one in (image, predicted, label)], image.GetSpacing()
-    figures = mask_metrics.figures(*arrays[1:], spacing, fold.cases.classes, look.tolerance)
+    figures = mask_metrics.figures(*arrays[1:], spacing, cases.classes, settings.tolerance)
     title = f"{pair.name}: Dice " + ", ".join(f"{row['dice']:.3f}" for row in figures)
-    save_picture(fold.folder / "overlays" / f"{name}.png", mask_pictures.overlay(*arrays, spacing, look.clip_range, title))
+    save_picture(folder / "overlays" / f"{name}.png",
+                 mask_pictures.overlay(*arrays, spacing, settings.clip_range, title))
     return np.array([[np.nan if row[figure] is None else row[figure] for figure in COLUMNS[3:]] for row in figures])
 
 
-def mask_of(networks, image, own, spacing, look, device):
+def mask_of(networks, image, own, spacing, settings, runtime):
     """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks know."""
     working = sliding_window.to_working(image, spacing)
-    found = sliding_window.to_own(segment(networks, working, look, device), grid_of(working), own)
+    found = sliding_window.to_own(segment(networks, working, settings, runtime), grid_of(working), own)
     voxels = voxels_of(found)
-    cleaned = look.final(voxels, own.spacing)
+    cleaned = settings.final(voxels, own.spacing)
     return found if cleaned is voxels else own.image(cleaned)
 
 
@@ -387,41 +372,42 @@ def means_of(rows):
     return means | {"undefined_hausdorff95": undefined}
 
 
-def show_test_cases(fold, look, writer, step):
+def show_test_cases(state, writer, cases, settings):
     """Put the window around the lesion of the first test cases into TensorBoard: how their outlines grow."""
-    fold.model.eval()
-    for case in fold.test[:SHOWN_CASES]:
+    network = state.model.eval()
+    for case in state.fold.test[:SHOWN_CASES]:
         try:
-            image, label = fold.cases.copies.read_window(case, look.windows.size)
+            image, label = cases.copies.read_window(case, settings.windows.size)
         except DataError as error:
             raise UserError(str(error)) from error
-        log_probabilities = segment([fold.model], image, look, fold.device)
-        picture = mask_pictures.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8),
-                                label, image.GetSpacing(), look.clip_range, fold.cases.names[case])
-        writer.add_image(f"test/{fold.cases.names[case]}", picture, step, dataformats="HWC")
+        log_probabilities = segment([network], image, settings, state.runtime)
+        picture = mask_pictures.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8), label,
+                                        image.GetSpacing(), settings.clip_range, cases.names[case])
+        writer.add_image(f"test/{cases.names[case]}", picture, state.progress.step, dataformats="HWC")
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
-def predict(folder, weights, output_dir, given, device, say):
+def predict(folder, weights, output_dir, given, runtime):
     """Write a mask for each volume below `folder`: the mean over the folds of a run. Raises UserError if some failed.
 
     given: {name: value} of those in MASKS that differ from the run's
     """
-    processes = device.processes
-    names, folders = processes.from_main(lambda: find_new(folder, weights, output_dir))
+    processes = runtime.processes
+    names, folders = processes.from_main(lambda: find_scans(folder, weights, output_dir))
     networks, config = [], None
     for where in folders:
         model, config, _ = load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
         networks.append(model.to(processes.device).eval())
-    look = look_of(config | given, device.batch_size)
-    say(f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, {spaced(config['spacing'])} mm")
+    settings = inference_settings(config | given, runtime.batch_size)
+    processes.print(f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, "
+                    f"{spaced(config['spacing'])} mm")
     rows = {}
     for at in range(processes.rank, len(names), processes.world_size):
         try:
             rows[at] = predict_case(os.path.join(folder, names[at]), output_dir / mask_name(names[at]), networks, config,
-                                    look, device)
+                                    settings, runtime)
             print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml" for ml in rows[at]), flush=True)
         except DataError as error:
             rows[at] = str(error)
@@ -431,15 +417,15 @@ def predict(folder, weights, output_dir, given, device, say):
     if processes.is_main:
         write_table(output_dir / "volumes.csv", ["case", "class", "volume_ml"], good)
     failed = [row for _, row in sorted(rows.items()) if isinstance(row, str)]
-    say(f"masks    {output_dir}\nvolumes  {output_dir / 'volumes.csv'}")
+    processes.print(f"masks    {output_dir}\nvolumes  {output_dir / 'volumes.csv'}")
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} volumes have no mask, such as {failed[0]}", everywhere=True)
 
 
-def predict_case(path, target, networks, config, look, device):
+def predict_case(path, target, networks, config, settings, runtime):
     """Millilitres of each foreground class in a volume, after writing its mask. Raises DataError, UserError."""
     image, own = sliding_window.read_image_and_grid(path)
-    predicted = mask_of(networks, image, own, config["spacing"], look, device)
+    predicted = mask_of(networks, image, own, config["spacing"], settings, runtime)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sliding_window.save_mask(target, predicted, path)
@@ -458,20 +444,13 @@ def mask_name(name):
     return name if name.lower().endswith((".nii", ".nii.gz")) else stem_of(name) + ".nii.gz"
 
 
-def find_new(folder, weights, output_dir):
-    """(names of volumes below the folder, fold folders) of a prediction. Raises UserError."""
-    if (output_dir / "splits.json").exists():
-        raise UserError(f"--output_dir {output_dir}: holds a trained run; choose another folder")
+def find_scans(folder, weights, output_dir):
+    """(names of volumes below the folder, fold folders) of a prediction. Raises UserError where a mask would replace a scan
+    or be taken for one."""
     if Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"--output_dir {output_dir}: lies in the --predict folder, where masks would replace CTs or be taken "
                         "for them; choose another")
-    folders = fold_folders(weights, "best.pth")
-    try:
-        names = find_volumes(folder)
-    except DataError as error:
-        raise UserError(f"--predict {error}") from error
-    if not names:
-        raise UserError(f"--predict {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})")
+    names, folders = find_new_cases(folder, weights, output_dir)
     targets = collections.Counter(mask_name(name) for name in names)
     known = {os.path.realpath(os.path.join(folder, name)) for name in names}
     lost = next((name for name in names if os.path.realpath(output_dir / mask_name(name)) in known), None)
@@ -505,7 +484,7 @@ def warnings_about(encoder, args, found, names):
     return lines
 
 
-def announcement(config, processes, cases, sides):
+def run_summary(config, processes, cases, sides):
     """What is about to run, in a few lines."""
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     frozen = ", frozen encoder" if config["freeze_encoder"] else ""
@@ -517,10 +496,8 @@ def announcement(config, processes, cases, sides):
 
 def summarise(output_dir, cases, folds):
     """Write metrics.json and cases.csv of all folds; returns the table and where things are."""
-    records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
-    rows = [list(row.values()) for fold in range(folds) for row in read_table(output_dir / str(fold) / "cases.csv")]
-    write_table(output_dir / "cases.csv", COLUMNS, rows)
-    means, deviations = mean_and_deviation(records, FIGURES)
+    records, tables, means, deviations = collect_folds(output_dir, folds, "cases.csv", COLUMNS, FIGURES)
+    rows = [list(row.values()) for table in tables for row in table]
     together = over_folds(rows)
     write_json(output_dir / "metrics.json", {
         "classes": cases.classes, "cases": len(cases.names), "spacing": list(cases.copies.spacing), "folds": records,

@@ -98,6 +98,11 @@ class Processes:
     def is_main(self):
         return self.rank == 0
 
+    def print(self, line):
+        """Print a line, on the main process alone."""
+        if self.is_main:
+            print(line, flush=True)
+
     def mean(self, tensor):
         """Mean over all ranks, in place."""
         return self.sum(tensor).div_(self.world_size)

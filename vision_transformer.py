@@ -15,6 +15,7 @@ Sources:
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,30 @@ class Block(nn.Module):
         x = x[:, :queries] + (branch if scales is None else branch * scales[0])
         branch = self.mlp(self.norm2(x))
         return x + (branch if scales is None else branch * scales[1])
+
+
+class Encoder(Protocol):
+    """What the scripts and their heads need of a backbone, whatever its architecture; `VisionTransformer` is one.
+
+    embed_dim: width D of the embedding and of the feature maps
+    img_size, patch_size: (3,) voxels that it is trained on, and of one position of its feature maps
+    blocks: its repeated parts in order, which are compiled one by one
+    """
+
+    embed_dim: int
+    img_size: tuple[int, ...]
+    patch_size: tuple[int, ...]
+    blocks: nn.ModuleList
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> embedding (B, D)."""
+
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int], norm: bool | str) -> list[Tensor]:
+        """(B, C, X, Y, Z) -> feature maps of some blocks, shallowest first, each (B, D, x, y, z)."""
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter: 0 for what comes before the first block, i + 1 for block i, len(blocks) + 1 after
+        the last. Layer-wise learning rates need it."""
 
 
 class VisionTransformer(nn.Module):
@@ -240,7 +265,7 @@ class VisionTransformer(nn.Module):
             x = self._run(block, x, None, scales)
         return self.norm(x)
 
-    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool = True) -> list[Tensor]:
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool | str = True) -> list[Tensor]:
         """Feature maps of some blocks, shallowest first, each (B, D, x, y, z).
 
         Entry [..., i, j, k] is the patch that starts at voxel (i, j, k) * patch_size.
@@ -248,7 +273,8 @@ class VisionTransformer(nn.Module):
         Args:
             x: volumes (B, C, X, Y, Z).
             n: how many of the last blocks, or which blocks: ascending indices, 0 the first block's.
-            norm: apply the final norm to every map; False leaves each as its block put it out.
+            norm: apply the final norm to every map; "last": to that of the last block alone; False leaves each as its
+                block put it out.
 
         Raises:
             ValueError: `n` names no block, or not blocks of this model in ascending order.
@@ -265,9 +291,16 @@ class VisionTransformer(nn.Module):
         for i, (block, scales) in enumerate(zip(self.blocks[:indices[-1] + 1], draws)):
             x = self._run(block, x, None, scales)
             if i in indices:
-                tokens = self.norm(x) if norm else x  # (B, 1 + N, D)
+                tokens = self.norm(x) if norm is True or norm == "last" and i == depth - 1 else x  # (B, 1 + N, D)
                 maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
         return maps
+
+    def layer_of(self, name: str) -> int:
+        """0 for what embeds patches and positions, i + 1 for block i, depth + 1 for the final norm."""
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return int(rest.split(".")[0]) + 1
+        return len(self.blocks) + 1 if part == "norm" else 0
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention weights of the last block: (B, C, X, Y, Z) -> (B, heads, 1 + N, 1 + N), rows summing to 1."""

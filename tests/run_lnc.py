@@ -23,10 +23,9 @@ from vision_transformer import ARCHITECTURES, VisionTransformer  # noqa: E402
 train_fold = fold_loop.train_fold
 
 
-def train_and_keep(fold, *rest):
-    best = train_fold(fold, *rest)
-    torch.save(fold.model.state_dict(), fold.folder / f"weights{os.environ.get('RANK', 0)}.pth")
-    return best
+def train_and_keep(state, *rest):
+    train_fold(state, *rest)
+    torch.save(state.model.state_dict(), state.fold.folder / f"weights{os.environ.get('RANK', 0)}.pth")
 
 
 ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)

@@ -21,7 +21,7 @@ from dino3d.command_line import UserError
 from dino3d.data.pretraining import Batch, BatchStream
 from dino3d.files import read_log
 from dino3d.finetune.crops import EvaluationCrops, collate_crops
-from dino3d.finetune.runtime import Device
+from dino3d.finetune.runtime import Runtime
 from dino3d.training.monitor import BadFiles
 from utils import Processes
 
@@ -207,9 +207,9 @@ def test_downstream_loaders_are_watched(tmp_path, monkeypatch):
         messages.append(message)
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets the reader go on
     monkeypatch.setattr(command_line, "end_process", end)
-    device = Device(Processes(), torch.float32, 1, 1, read_timeout=1.0)
+    runtime = Runtime(Processes(), torch.float32, 1, 1, read_timeout=1.0)
     dataset = EvaluationCrops([str(pipe)], (4, 4, 4))
-    batch, = device.batches_of(DataLoader(dataset, 1, sampler=[0], collate_fn=collate_crops, num_workers=1))
+    batch, = runtime.batches_of(DataLoader(dataset, 1, sampler=[0], collate_fn=collate_crops, num_workers=1))
     assert messages[0].startswith(f"{pipe}: loader worker 0 has been reading it for 1 s") and str(pipe) in batch.fatal
     assert main_lnc_luna16.get_args_parser().parse_args([]).read_timeout == 600
     assert main_lts_msd.get_args_parser().parse_args([]).read_timeout == 600

@@ -24,8 +24,9 @@ from dino3d.finetune.crops import (
 )
 from dino3d.finetune.encoder import ENCODER, load_encoder
 from dino3d.finetune.fold_folders import fold_folders
-from dino3d.finetune.fold_loop import Done, layer_groups, learning_rate, set_learning_rate
-from dino3d.finetune.runtime import Device, collect
+from dino3d.finetune.fold_loop import Progress, TrainConfig, layer_groups, set_learning_rate
+from dino3d.finetune.inference import gather_rows
+from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.splits import (
     case_names,
     count_by_patient,
@@ -265,8 +266,8 @@ def test_batches_go_on_from_a_position():
     assert rest == whole[1:]
 
 
-def test_done_counts_to_the_end_of_an_epoch():
-    done = Done()
+def test_progress_counts_to_the_end_of_an_epoch():
+    done = Progress()
     for cases in (6, 6, 1, 6):
         done.count_step(cases, 13)
     assert (done.epoch, done.position, done.step, done.cases) == (1, 6, 4, 19)
@@ -276,15 +277,15 @@ def test_each_case_has_one_row():
     class Two(Processes):
         def gather(self, value):
             return [value, other]
-    other, device = ({3: np.array([3.0])}, False), Device(Two(), torch.float32, 1, 0)
-    assert collect(device, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
+    other, runtime = ({3: np.array([3.0])}, False), Runtime(Two(), torch.float32, 1, 0)
+    assert gather_rows(runtime, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
     for cases, mine in (([1, 3], {3: np.zeros(1)}), ([1, 3], {}), ([3], {1: np.zeros(1)})):
         with pytest.raises(RuntimeError):
-            collect(device, cases, mine)
+            gather_rows(runtime, cases, mine)
     other = ({}, True)  # the other process was interrupted
     with pytest.raises(Preempted):
-        collect(device, [1, 3], {1: np.zeros(1)})
-    assert collect(device, [1], {1: np.array([1.0])}).tolist() == [[1.0]]  # nothing was left out
+        gather_rows(runtime, [1, 3], {1: np.zeros(1)})
+    assert gather_rows(runtime, [1], {1: np.array([1.0])}).tolist() == [[1.0]]  # nothing was left out
 
 
 # ----------------------------------------------------------------------------------------------------- optimisation
@@ -294,7 +295,7 @@ def test_learning_rates_fall_from_layer_to_layer():
     from dino3d.finetune.heads import Classifier, LinearHead
     model = Classifier(VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3),
                        LinearHead(24, 2))
-    groups = layer_groups(model, "encoder.", 3, 0.5, 0.05)
+    groups = layer_groups(model, "encoder.", model.encoder, 0.5, 0.05)
     place = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(place) == len(list(model.parameters()))
     expected = {"encoder.patch_embed": 0.5 ** 4, "encoder.cls_token": 0.5 ** 4, "encoder.pos_embed": 0.5 ** 4,
@@ -309,11 +310,13 @@ def test_learning_rates_fall_from_layer_to_layer():
     set_learning_rate(optimizer, 0.2)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.0125, 0.025, 0.05, 0.1, 0.2])
     frozen = Classifier(model.encoder, model.head, freeze_encoder=True)
-    assert sum(len(group["params"]) for group in layer_groups(frozen, "encoder.", 3, 0.5, 0.05)) == 2
+    assert sum(len(group["params"]) for group in layer_groups(frozen, "encoder.", frozen.encoder, 0.5, 0.05)) == 2
 
 
 def test_learning_rate_over_a_fold():
-    rates = [learning_rate(1.0, 0.1, 10, 2, 50, seen) for seen in (0, 50, 100, 300, 500)]
+    config = TrainConfig(epochs=10, val_freq=1, optimizer="sgd", lr=1.0, min_lr=0.1, warmup_epochs=2, weight_decay=0,
+                         layer_decay=1, seed=0, max_skipped_steps=1)
+    rates = [config.learning_rate(50, seen) for seen in (0, 50, 100, 300, 500)]
     assert rates == pytest.approx([0, 0.5, 1, 0.55, 0.1])
 
 

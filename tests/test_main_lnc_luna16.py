@@ -22,8 +22,6 @@ from dino3d.files import read_log, read_table
 from dino3d.finetune import fold_loop, statistics
 from dino3d.finetune.classification_metrics import FIGURES, choose_threshold, figures, pairs_in_order
 from dino3d.finetune.encoder import Encoder
-from dino3d.finetune.fold_loop import Run
-from dino3d.training.nonfinite import SkippedSteps
 from main_lnc_luna16 import draw_negatives, epoch_order
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
@@ -208,10 +206,9 @@ def test_loss_is_weighted_over_the_global_batch():
             return class_weights[labels].sum() if tensor.ndim == 0 else tensor
     total = torch.zeros_like(expected)
     for share in (slice(0, 5), slice(5, 7)):
-        run = Run(model, utils.make_optimizer("sgd", model.parameters()), torch.amp.GradScaler("cpu", enabled=False), 7, 7,
-                           SkippedSteps(1, torch.device("cpu")))
+        optimizer, scaler = utils.make_optimizer("sgd", model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
         losses = torch.nn.functional.cross_entropy(model(volumes[share]), labels[share], reduction="none")
-        fold_loop.train_step(run, Two(world_size=2), losses, class_weights[labels[share]])
+        fold_loop.train_step(model, optimizer, scaler, losses, class_weights[labels[share]], Two(world_size=2))
         total += model.weight.grad / 2  # as DDP averages
     torch.testing.assert_close(total, expected)
 
@@ -737,7 +734,7 @@ def test_folders_and_weights(crops, tmp_path, capsys, weights):
         ([*data, *out, "--precision", "fp16"], "--precision fp16"),
         ([*data, *out, "--num_test", 15], "--num_test 15"),
         ([*new, tmp_path / "nowhere", *out], "--weights"), ([*new, tmp_path / "empty", *out], "no trained fold"),
-        (["--predict", tmp_path / "empty", "--weights", tmp_path / "done", *out], "no crop found"),
+        (["--predict", tmp_path / "empty", "--weights", tmp_path / "done", *out], "no volume found"),
         (["--predict", tmp_path / "nowhere", "--weights", tmp_path / "done", *out], "nowhere: no such folder"),
         ([*new, tmp_path / "done", "--output_dir", tmp_path / "done"], "holds a trained run"),
     ):

@@ -24,7 +24,7 @@ import utils
 from augmentations import scale_intensity
 from dino3d.data.volume import write_volume
 from dino3d.files import read_log, read_table
-from dino3d.finetune import fold_folders, fold_loop, sliding_window, statistics
+from dino3d.finetune import fold_loop, sliding_window, statistics
 from dino3d.finetune.encoder import ENCODER
 from dino3d.finetune.fold_folders import load_fold
 from dino3d.finetune.heads import DECODERS, UnetrDecoder
@@ -172,8 +172,10 @@ class Trained:
                                            8, "--lr", 0.01, "--tolerance", 2.5, "--val_freq", 2]
         keep_best = fold_loop.keep_best
 
-        def worse_at_the_end(fold, best, last, done, *rest):
-            return keep_best(fold, best, last | {"dice": last["dice"] / 2} if done.epoch == 5 else last, done, *rest)
+        def worse_at_the_end(state, score, validation):
+            if state.progress.epoch == 5:
+                validation.metrics["dice"] /= 2
+            keep_best(state, score, validation)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fold_loop, "keep_best", worse_at_the_end)
             self.code, self.said, self.errors = run_main(*self.flags)
@@ -784,7 +786,7 @@ def test_oblique_and_anisotropic_scans(tmp_path, monkeypatch):
     (tmp_path / "run" / "best.pth").touch()
     config = {"input_size": list(SIZE), "clip_range": [-1000.0, 1000.0], "spacing": [1.5, 1.5, 2.0], "classes": 2,
               "overlap": 0.25, "largest_component": False, "min_volume": 0.0, "tolerance": 2.0}
-    monkeypatch.setattr(fold_folders, "load_fold", lambda *_: (Thresholding(), config, {}))
+    monkeypatch.setattr(main_lts_msd, "load_fold", lambda *_: (Thresholding(), config, {}))
     code, _, errors = predict(tmp_path / "new", tmp_path / "run", tmp_path / "out", "--batch_size_per_gpu", 64)
     assert code == 0 and not errors, errors
     for name, (directions, spacing, shape) in scans.items():

@@ -11,7 +11,7 @@ import main_dino
 import utils
 from dino3d.data.pretraining import BatchStream
 from dino3d.files import read_log
-from dino3d.finetune.fold_loop import Run, train_step
+from dino3d.finetune.fold_loop import train_step
 from dino3d.training.nonfinite import SkippedSteps, statistics, take_step
 from vision_transformer import VisionTransformer
 
@@ -194,13 +194,12 @@ def test_fine_tuning_skips_a_step_too():
     torch.manual_seed(0)
     model, volumes, weights = torch.nn.Linear(4, 1), torch.randn(3, 4), torch.ones(3)
     optimizer, scaler = utils.make_optimizer("adamw", model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-    run = Run(model, optimizer, scaler, 3, 3, SkippedSteps(20, torch.device("cpu")))
-    train_step(run, utils.Processes(), model(volumes).square().flatten(), weights)
-    before = {name: value.clone() for name, value in flat([model.state_dict(), run.optimizer.state_dict()]).items()}
+    train_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
+    before = {name: value.clone() for name, value in flat([model.state_dict(), optimizer.state_dict()]).items()}
     volumes[1] = torch.nan
-    taken, sums = train_step(run, utils.Processes(), model(volumes).square().flatten(), weights)
+    taken, sums = train_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
     assert not taken and sums.tolist() == [0, 0, 1]
-    assert same(before, flat([model.state_dict(), run.optimizer.state_dict()]))[0]
+    assert same(before, flat([model.state_dict(), optimizer.state_dict()]))[0]
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -208,13 +207,13 @@ def test_the_host_waits_for_no_tensor_in_a_step(enabled):
     """No tensor's value is fetched, which on a GPU would hold the host up until all work is done; fp16's scaler included."""
     run = make_run(torch.amp.GradScaler("cpu", enabled=enabled), use_bn_in_head=True)
     model, views = torch.nn.Linear(4, 1), [torch.rand(8, 1, 24, 24, 12)]
-    fold_run = Run(model, utils.make_optimizer("adamw", model.parameters()), run.scaler, 3, 3, run.skipped)
+    optimizer = utils.make_optimizer("adamw", model.parameters())
     main_dino.train_step(run, [views], VALUES, False)
     losses, weights = model(torch.rand(3, 4)).square().flatten(), torch.ones(3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         taken, *_ = main_dino.train_step(run, [views], VALUES, True)
         run.skipped.count(taken)
-        train_step(fold_run, utils.Processes(), losses, weights)
+        train_step(model, optimizer, run.scaler, losses, weights, utils.Processes())
     # The CPU's fused kernel looks at its own step counter, where CUDA's hands the pointer on
     seen = {event.key for event in profile.events() if getattr(event.cpu_parent, "key", "") != "aten::_fused_adamw_"}
     assert "aten::_fused_adamw_" in seen and "aten::lerp_" in seen

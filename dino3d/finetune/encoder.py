@@ -11,7 +11,7 @@ ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96
            "spacing": None}
 
 
-class Encoder(NamedTuple):
+class PretrainedEncoder(NamedTuple):
     """A pre-trained encoder: what to build it with, and its weights (None: from scratch)."""
     arch: str
     patch_size: list
@@ -34,7 +34,7 @@ class Encoder(NamedTuple):
 
 
 def load_encoder(path, checkpoint_key="teacher", given=None):
-    """The Encoder of a checkpoint; without `path` one with random weights.
+    """The PretrainedEncoder of a checkpoint; without `path` one with random weights.
 
     given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says.
     Raises UserError for a file that is missing, broken or of another architecture, and for flags that contradict it.
@@ -60,7 +60,7 @@ def load_encoder(path, checkpoint_key="teacher", given=None):
         raise UserError(f"{source}an input of {spaced(chosen['input_size'])} voxels is not a multiple of the patch size "
                         f"{spaced(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
                         everywhere=True)
-    encoder = Encoder(**chosen)
+    encoder = PretrainedEncoder(**chosen)
     if not path:
         return encoder
     model = encoder.build()

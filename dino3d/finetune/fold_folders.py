@@ -1,28 +1,40 @@
 """A fold's folder: its checkpoints, its best epoch, and whether it is finished."""
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from dino3d.command_line import UserError
-from dino3d.finetune.encoder import ENCODER, Encoder
+from dino3d.files import read_json, read_table, write_config, write_table
+from dino3d.finetune.encoder import ENCODER, PretrainedEncoder
+from dino3d.finetune.splits import save_splits
+from dino3d.finetune.statistics import mean_and_deviation
 from dino3d.training.checkpoint import load_checkpoint, load_newest
+from utils import Processes, device_name
 
 
-def load_best(fold):
-    """Give the model its best epoch's weights; returns what `keep_best` knew of it. Raises UserError."""
+def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
+    """Give the model its best epoch's weights; returns what is known of that epoch. Raises UserError."""
+    path = folder / "best.pth"
+
     def there():  # rank 0 may just have written it
-        if not (fold.folder / "best.pth").is_file():
-            raise UserError(f"{fold.folder / 'best.pth'}: is missing; remove its folder to train this fold again")
-    fold.device.processes.from_main(there)
-    state = load_checkpoint(fold.folder / "best.pth")
-    fold.model.load_state_dict(state["model"])
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; remove its folder to train this fold again")
+    processes.from_main(there)
+    state = load_checkpoint(path)
+    model.load_state_dict(state["model"])
     return state["best"]
 
 
-def check_same_run(output_dir, config, fixed):
-    """UserError where the first fold's checkpoint is of a run in which one of the `fixed` names had another value.
-
-    For the main process alone.
-    """
-    load_newest(output_dir / "0" / "checkpoint.pth", {name: config[name] for name in fixed})
+def start_run(output_dir: Path, config: dict, fixed: Sequence[str], splits: list, data: dict, processes: Processes,
+              cases: int) -> None:
+    """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is of a
+    run in which one of the `fixed` names of the config had another value."""
+    must_match = {name: config[name] for name in fixed}
+    processes.from_main(lambda: load_newest(output_dir / "0" / "checkpoint.pth", must_match) and None)
+    if processes.is_main:
+        write_config(output_dir / "config.json", config, processes, device_name(processes.device), cases=cases)
+        save_splits(output_dir / "splits.json", splits, data)
 
 
 def fold_folders(path, name):
@@ -42,13 +54,13 @@ def fold_folders(path, name):
 def load_fold(path, build, script, known_by):
     """(model, its config, what was known of its best epoch) of a fold's best.pth. Raises UserError.
 
-    build: gives the model of (Encoder, config, state dict); known_by: name in the config of `script`'s runs alone
+    build: gives the model of (PretrainedEncoder, config, state dict); known_by: name in the config of `script`'s runs alone
     """
     state = load_checkpoint(path)
     config = state["config"]
     if known_by not in config:
         raise UserError(f"--weights {path}: is no checkpoint of {script}", everywhere=True)
-    model = build(Encoder(**{name: config[name] for name in ENCODER}), config, state["model"])
+    model = build(PretrainedEncoder(**{name: config[name] for name in ENCODER}), config, state["model"])
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -66,3 +78,12 @@ def start_folder(folder):
 def is_finished(folder):
     """Whether a fold is trained and tested: its metrics are the last thing that is written."""
     return (folder / "metrics.json").is_file()
+
+
+def collect_folds(output_dir: Path, folds: int, table: str, header: Sequence[str], names: Sequence[str]) -> tuple:
+    """Write the folds' tables as one; returns (metrics.json of each fold, its table's rows, {name: mean}, {name: standard
+    deviation}). names: of the metrics to average"""
+    records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
+    tables = [read_table(output_dir / str(fold) / table) for fold in range(folds)]
+    write_table(output_dir / table, header, [list(row.values()) for rows in tables for row in rows])
+    return records, tables, *mean_and_deviation(records, names)

@@ -42,7 +42,7 @@ class OnEncoder(nn.Module):
 class Classifier(OnEncoder):
     """Encoder and classification head: (B, 1, X, Y, Z) -> logits (B, classes).
 
-    encoder: gives (B, D) of a volume, as `VisionTransformer` does; head: gives logits (B, classes) of (B, D)
+    encoder: a `vision_transformer.Encoder`; head: gives logits (B, classes) of (B, D)
     freeze_encoder: the encoder stays as it is, to the last bit, and always in evaluation mode
     """
 
@@ -127,7 +127,7 @@ class NearestNeighbours(nn.Module):
 class Segmenter(OnEncoder):
     """Encoder and decoder: (B, 1, X, Y, Z) -> logits (B, classes, X, Y, Z), in float32 at least.
 
-    encoder: a `VisionTransformer`; volumes are of any size that is a multiple of its patch
+    encoder: a `vision_transformer.Encoder`; volumes are of any size that is a multiple of its patch
     decoder: one of `DECODERS`. Its `layers` are the indices of the blocks it reads, ascending, the encoder's last at the
         end; called with the volumes and those blocks' maps, it gives the logits
     freeze_encoder: the encoder stays as it is, to the last bit, and always in evaluation mode
@@ -140,9 +140,7 @@ class Segmenter(OnEncoder):
     def features(self, volumes: Tensor) -> list[Tensor]:
         """(B, 1, X, Y, Z) -> one map (B, D, x, y, z) per block in `decoder.layers`, the last after the final norm."""
         with self.encoding():
-            maps = self.encoder.get_intermediate_layers(volumes, self.decoder.layers, norm=False)
-            maps[-1] = self.encoder.norm(maps[-1].movedim(1, -1)).movedim(-1, 1)
-            return maps
+            return self.encoder.get_intermediate_layers(volumes, self.decoder.layers, norm="last")
 
     def forward(self, volumes: Tensor) -> Tensor:
         return self.decoder(volumes, self.features(volumes))  # (B, classes, X, Y, Z)

@@ -1,7 +1,7 @@
-"""How a process of a fine-tuning run computes: processes, precision, batches, workers, and what ranks bring together."""
+"""How a process of a fine-tuning run computes: processes, precision, batches, reading workers, signals, time limits."""
+from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import utils
@@ -11,7 +11,7 @@ from dino3d.training.checkpoint import Interruption
 from dino3d.training.loading import cores_per_process
 
 
-class Device(NamedTuple):
+class Runtime(NamedTuple):
     """How this process computes, until it is interrupted.
 
     batch_size: per process; workers: reading processes; dtype: of the matrix products
@@ -28,12 +28,13 @@ class Device(NamedTuple):
         """An iterator over a DataLoader's batches that ends the process where a file can't be read in time."""
         return watched(loader, self.read_timeout, command_line.end_process)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def set_up(output_dir, precision, use_fp16, num_workers, batch_size, read_timeout, **ignored):
-    """(Device, name of its precision, notices), after joining the other processes and making the output folder.
+def start_runtime(output_dir: Path, precision: str | None, use_fp16: bool | None, num_workers: int | None, batch_size: int,
+                  read_timeout: float, **ignored) -> tuple[Runtime, str, list[str]]:
+    """(Runtime, name of its precision, notices), after joining the other processes and making the output folder.
 
     precision, num_workers: None for what suits the machine; ignored: flags that have no effect any more
     """
@@ -43,24 +44,5 @@ def set_up(output_dir, precision, use_fp16, num_workers, batch_size, read_timeou
     notices += command_line.ignored_flags(**ignored)
     workers = min(16, cores_per_process(processes)) if num_workers is None else num_workers
     interruption = Interruption(processes, output_dir / "preempted")
-    device = Device(processes, utils.PRECISIONS[precision], batch_size, workers, interruption, read_timeout)
-    return device, precision, notices
-
-
-def collect(device, cases, mine):
-    """(N, ...) one row per case, in the order of `cases`, of the rows that the ranks have for their shares.
-
-    cases: (N,) case numbers, each once; mine: {case: row} of this rank, which leaves the rest out when it is interrupted.
-    Raises Preempted, on all ranks, where one did so; RuntimeError unless every case has exactly one row.
-    """
-    rows, interrupted = {}, False
-    for part, asked in device.processes.gather((mine, bool(device.interruption.asked))):
-        if rows.keys() & part.keys():
-            raise RuntimeError("two processes evaluated the same case")
-        rows.update(part)
-        interrupted = interrupted or asked
-    if interrupted and len(rows) < len(cases):
-        device.interruption.end()
-    if rows.keys() != set(cases):
-        raise RuntimeError(f"{len(rows)} cases were evaluated instead of {len(cases)}")
-    return np.stack([rows[case] for case in cases])
+    runtime = Runtime(processes, utils.PRECISIONS[precision], batch_size, workers, interruption, read_timeout)
+    return runtime, precision, notices
