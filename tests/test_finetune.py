@@ -451,3 +451,11 @@ def test_batches_are_read_ahead_in_order_and_not_all_at_once(workers):
     assert seen == cases and sorted(asked) == sorted(cases)
     assert [batch.fatal for batch in read_ahead(Cases(), [1, 99, 2], 2, workers)] == ["broken", ""]
     assert not list(read_ahead(Cases(), [], 2, workers))
+
+
+def test_a_score_has_a_direction():
+    from dino3d.finetune.fold_loop import Score
+    high, low = Score("auc", "AUC"), Score("mm", "mm", higher_is_better=False)
+    assert high.rank({"auc": 0.7, "loss": 1.0}) > high.rank({"auc": 0.6, "loss": 0.1})
+    assert low.rank({"mm": 2.0, "loss": 1.0}) > low.rank({"mm": 3.0, "loss": 0.1})
+    assert high.rank({"auc": 0.7, "loss": 0.1}) > high.rank({"auc": 0.7, "loss": 0.2})
