@@ -7,25 +7,27 @@ stored as the control points of a cubic B-spline: such a spline reproduces affin
 positions says everything about a view's geometry, and the device expands it at the view's own voxels only and
 interpolates once. Gaussian smoothing and histogram shift follow on the view, with parameters of its own.
 
-The six augmentations and their ranges are those of "Evaluating Task-Specific Augmentations in Self-Supervised
-Pre-Training for 3D Medical Image Analysis" (SPIE Medical Imaging 2024, doi 10.1117/12.3000850). monai_transforms.py
-offers each of them as a MONAI transform.
+The table AUGMENTATIONS has a row for each augmentation; flags, policies, pictures and MONAI transforms follow from it.
+The six and their ranges are those of "Evaluating Task-Specific Augmentations in Self-Supervised
+Pre-Training for 3D Medical Image Analysis" (SPIE Medical Imaging 2024, doi 10.1117/12.3000850).
 """
+import functools
 import itertools
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dino3d.command_line import boolean_flag
+
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
 MIN_IOU = 0.25   # of two global windows of a sample, before rotation and scale (the paper's rule)
 SPANS = 4        # spline spans along a global view that is bent: longer ones bend it further, without folds
-MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see draw_elastic)
-# The paper's ranges, see Policy
-PAPER = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
+MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see elastic_moves)
 
 
 def keyed_rng(seed, epoch, sample, view):
@@ -37,96 +39,12 @@ def keyed_rng(seed, epoch, sample, view):
     return np.random.RandomState(np.random.PCG64(np.random.SeedSequence((seed, epoch, sample, view + 1))))
 
 
-class ViewParameters(NamedTuple):
-    """All that is random about N views of one size.
-
-    control: (N, gx, gy, gz, 3) float32, the base-patch position in voxels at each control point of the view's spline
-    sigma: (N, 3) float32, standard deviation of the smoothing along each axis in the view's voxels; 0: none
-    histogram: (N, points) float32, where equally spaced grey values in [0, 1] go; equally spaced: unchanged
-    """
-    control: torch.Tensor
-    sigma: torch.Tensor
-    histogram: torch.Tensor
+# ------------------------------------------------------------------------------- the augmentations: drawn and applied
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Which of the paper's augmentations are on and how strong; 0 switches one off.
-
-    rotation: degrees, about each axis, drawn from [-rotation, rotation]
-    scale: relative, along each axis; 0.25 draws from [0.75, 1.25], more than 1 shows more of the patch
-    flip: 1 mirrors one axis, drawn at random
-    elastic: furthest that a control point moves along an axis, in control point spacings, at most MAX_BENT
-    gaussian: voxels, largest standard deviation along each axis
-    histogram: number of control points of the grey-value curve, at least 3
-    prob: probability of each augmentation, for each view on its own
-    """
-    rotation: float = 0.0
-    scale: float = 0.0
-    flip: int = 0
-    elastic: float = 0.0
-    gaussian: float = 0.0
-    histogram: int = 0
-    prob: float = 0.5
-
-    def __post_init__(self):
-        limits = {"rotation": 180, "scale": 0.99, "flip": 1, "elastic": MAX_BENT, "gaussian": math.inf,
-                  "histogram": math.inf, "prob": 1}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not 0 <= value <= limits[field.name]:
-                raise ValueError(f"{field.name} = {value}: must lie between 0 and {limits[field.name]}")
-        if 0 < self.histogram < 3:
-            raise ValueError(f"histogram = {self.histogram}: a curve needs at least 3 control points (0: off)")
-
-    @property
-    def bent(self):
-        return self.elastic > 0
-
-    # Every draw below is made whether its augmentation is on or not: switching one off leaves the others as they were.
-
-    def draw_affine(self, rng):
-        """(3, 3) matrix from offsets in the view to offsets in the patch: rotation times scale times flip.
-
-        The order and the signs are MONAI's `Affine(rotate_params, scale_params)`: intrinsic rotations about x, y, z.
-        """
-        rotate, angles = rng.rand() < self.prob, np.radians(rng.uniform(-self.rotation, self.rotation, 3))
-        rescale, factors = rng.rand() < self.prob, rng.uniform(1 - self.scale, 1 + self.scale, 3)
-        mirror, axis = rng.rand() < self.prob, rng.randint(3)
-        signs = np.ones(3)
-        signs[axis] = -1 if mirror and self.flip else 1
-        return rotation_matrix(angles if rotate else np.zeros(3)) @ np.diag((factors if rescale else np.ones(3)) * signs)
-
-    def draw_elastic(self, rng, lattice):
-        """(gx, gy, gz, 3) displacement of each control point in control point spacings.
-
-        A cubic B-spline map is one-to-one, its Jacobian positive everywhere, if no control point moves by 1 / 2.479
-        of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
-        """
-        bend, size = rng.rand() < self.prob, rng.uniform(0, self.elastic)
-        seed = rng.randint(2 ** 31)  # of a generator of its own: how many moves there are depends on the lattice
-        if not (self.bent and bend):
-            return np.zeros((*lattice, 3))
-        return size * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
-
-    def draw_sigma(self, rng):
-        """(3,) standard deviations in voxels, zeros where the view is not smoothed."""
-        smooth, sigma = rng.rand() < self.prob, rng.uniform(0, self.gaussian, 3)
-        return sigma if smooth else np.zeros(3)
-
-    def draw_histogram(self, rng):
-        """(points,) non-decreasing curve from 0 to 1, drawn as MONAI's `RandHistogramShift` draws it."""
-        shift = rng.rand() < self.prob
-        curve = np.linspace(0, 1, max(self.histogram, 2))
-        drawn = curve.copy()
-        for i in range(1, len(curve) - 1):
-            drawn[i] = rng.uniform(drawn[i - 1], drawn[i + 1])
-        return drawn if shift else curve
-
-
-def paper_policy(names):
-    """The Policy that has the augmentations of these names (keys of PAPER) on, as strong as in the paper."""
-    return Policy(**{name: PAPER[name] for name in names})
+def draw_angles(rng, degrees):
+    """(3,) radians about x, y and z."""
+    return np.radians(rng.uniform(-degrees, degrees, 3))
 
 
 def rotation_matrix(angles):
@@ -136,6 +54,225 @@ def rotation_matrix(angles):
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
     return about_x @ about_y @ about_z
+
+
+def draw_factors(rng, amount):
+    """(3,) factors, one along each axis."""
+    return rng.uniform(1 - amount, 1 + amount, 3)
+
+
+def draw_axis(rng, _):
+    return rng.randint(3)
+
+
+def mirror_matrix(axis):
+    """(3, 3) that mirrors one axis."""
+    signs = np.ones(3)
+    signs[axis] = -1
+    return np.diag(signs)
+
+
+def draw_elastic(rng, most):
+    """(largest displacement, seed): a generator of their own, as the number of displacements depends on the lattice."""
+    return rng.uniform(0, most), rng.randint(2 ** 31)
+
+
+def elastic_moves(drawn, lattice):
+    """(gx, gy, gz, 3) displacement of each control point in control point spacings. lattice: (gx, gy, gz).
+
+    A cubic B-spline map is one-to-one, its Jacobian positive everywhere, if no control point moves by 1 / 2.479
+    of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
+    """
+    size, seed = drawn
+    return size * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
+
+
+def draw_sigma(rng, most):
+    """(3,) standard deviations in voxels."""
+    return rng.uniform(0, most, 3)
+
+
+def gaussian_smooth(views, sigma):
+    """Gaussian smoothing, integrated over each voxel, with the border repeated outwards.
+
+    views: (N, C, X, Y, Z); sigma: (N, 3) standard deviations in voxels, 0: no smoothing along that axis.
+    Along each axis it is a product with the matrix of weights from every voxel to every other.
+    """
+    for axis, n in enumerate(views.shape[2:]):
+        edges = torch.arange(1, n, dtype=views.dtype, device=views.device) - 0.5
+        at = torch.arange(n, dtype=views.dtype, device=views.device)
+        width = sigma[:, axis].to(views.dtype).clamp_min(1e-3)[:, None, None] * math.sqrt(2)
+        below = 0.5 * (1 + torch.erf((edges - at[:, None]) / width))  # (N, n, n - 1): share of i's weight below edge j
+        weights = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=2)  # (N, n, n): from voxel j to voxel i
+        shape = views.shape
+        if axis == 2:
+            views = (views.reshape(shape[0], -1, n) @ weights.mT).reshape(shape)
+        else:
+            columns = views.reshape(shape[0], math.prod(shape[1:2 + axis]), n, -1)  # (N, before, n, after the axis)
+            views = (weights[:, None] @ columns).reshape(shape)
+    return views
+
+
+def draw_curve(rng, points):
+    """(points,) non-decreasing curve from 0 to 1, drawn as MONAI's `RandHistogramShift` draws it."""
+    curve = np.linspace(0, 1, max(points, 2))
+    for i in range(1, len(curve) - 1):
+        curve[i] = rng.uniform(curve[i - 1], curve[i + 1])
+    return curve
+
+
+def histogram_shift(views, curve):
+    """Map each view's grey values through a piecewise linear curve with equally spaced knots.
+
+    views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range.
+    """
+    views_shape, knots = views.shape, curve.shape[1]
+    views, curve = views.flatten(1), curve.to(views.dtype)
+    low, high = views.aminmax(dim=1, keepdim=True)
+    tiny = knots * torch.finfo(views.dtype).tiny  # knots times: a view of one value would give 0 * inf
+    t = (views - low) * ((knots - 1) / (high - low).clamp_min(tiny))
+    # The knots are equally spaced: the curve is a sum of ramps, one from each knot on, without search or gather
+    slopes = curve.diff(dim=1)
+    bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)
+    shifted = torch.addcmul(low + curve[:, :1] * (high - low), t, bends[:, :1])
+    for k in range(1, knots - 1):
+        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k:k + 1])
+    return shifted.reshape(views_shape)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One augmentation: all that flags, policies, views, pictures and MONAI transforms know of it.
+
+    strength: what its flag switches on; 0 of its type is off
+    limits: (low, high) of strengths that make sense; 0 is always allowed and switches it off
+    unit: what the strength is
+    on: whether --use_<name> is on by default; help: of that flag
+    kind: "affine", "deformation" or "intensity": what it acts on
+    draw: (rng, strength) -> values, all that is random about it in one view; called whether it is on or not
+    apply: affine:      values -> (3, 3) matrix from offsets in the view to offsets in the patch
+           deformation: values, (gx, gy, gz) -> (gx, gy, gz, 3) displacements in control point spacings
+           intensity:   (N, C, X, Y, Z) views, (N, ...) float32 tensor of their values -> views, on any device
+    monai: name of its class in dino3d/monai_transforms.py; argument: what the strength is called there (None: fixed)
+    """
+    strength: float
+    limits: tuple
+    unit: str
+    on: bool
+    help: str
+    kind: str
+    draw: Callable
+    apply: Callable
+    monai: str
+    argument: str | None
+
+
+# A view's draws are made in this order. Affine maps are multiplied and intensities applied in it too. A new row goes to
+# the end: its draws then come after the others', and runs begun before it keep theirs.
+AUGMENTATIONS = {
+    "rotation": Augmentation(
+        strength=30.0, limits=(0, 180), unit="degrees, about each axis, drawn from [-rotation, rotation]",
+        on=True, help="turn by up to 30 degrees about each axis",
+        kind="affine", draw=draw_angles, apply=rotation_matrix, monai="RandRotation", argument="degrees"),
+    "scale": Augmentation(
+        strength=0.25, limits=(0, 0.99), unit="relative, along each axis; 0.25 draws from [0.75, 1.25], more than 1 "
+                                              "shows more of the patch",
+        on=True, help="scale by up to 25 % along each axis",
+        kind="affine", draw=draw_factors, apply=np.diag, monai="RandScale", argument="amount"),
+    "flip": Augmentation(
+        strength=1, limits=(0, 1), unit="1 mirrors one axis, drawn at random",
+        on=True, help="mirror one axis, drawn at random",
+        kind="affine", draw=draw_axis, apply=mirror_matrix, monai="RandFlip", argument=None),
+    "elastic": Augmentation(
+        strength=MAX_BENT, limits=(0, MAX_BENT), unit="furthest that a control point moves along an axis, in control "
+                                                      "point spacings",
+        on=False, help="bend space, without folds",
+        kind="deformation", draw=draw_elastic, apply=elastic_moves, monai="RandElastic", argument="amount"),
+    "gaussian": Augmentation(
+        strength=2.0, limits=(0, math.inf), unit="voxels, largest standard deviation along each axis",
+        on=False, help="smooth with a sigma of up to 2 voxels along each axis",
+        kind="intensity", draw=draw_sigma, apply=gaussian_smooth, monai="RandGaussianSmooth", argument="sigma"),
+    "histogram": Augmentation(
+        strength=10, limits=(3, math.inf), unit="control points of the grey-value curve",
+        on=False, help="shift grey values by a curve with 10 control points",
+        kind="intensity", draw=draw_curve, apply=histogram_shift, monai="RandHistogramShift", argument="points"),
+}
+# What flags switch on: of the six, the strengths in the paper
+PAPER = {name: row.strength for name, row in AUGMENTATIONS.items()}
+AUGMENTATION_FLAGS = {f"use_{name}": name for name in AUGMENTATIONS}  # as argparse stores them
+
+
+def add_flags(group):
+    """--use_rotation and the others, to an argparse group."""
+    for flag, name in AUGMENTATION_FLAGS.items():
+        row = AUGMENTATIONS[name]
+        boolean_flag(group, f"--{flag}", row.on, row.help.replace("%", "%%"))
+
+
+FIELDS = [(name, type(strength), type(strength)(0)) for name, strength in PAPER.items()]  # default: off
+
+
+@dataclass(frozen=True)
+class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen=True)):
+    """Which augmentations are on and how strong: a strength for each row of AUGMENTATIONS, where 0 switches it off.
+
+    prob: probability of each augmentation, for each view on its own
+    """
+
+    def __post_init__(self):
+        for name, row in AUGMENTATIONS.items():
+            value, (low, high) = getattr(self, name), row.limits
+            if not (value == 0 or low <= value <= high):
+                raise ValueError(f"{name} = {value}: must be 0 (off) or lie between {low} and {high} ({row.unit})")
+        if not 0 <= self.prob <= 1:
+            raise ValueError(f"prob = {self.prob}: must lie between 0 and 1")
+
+    @property
+    def on(self):
+        """Names of the augmentations that are on."""
+        return [name for name in AUGMENTATIONS if getattr(self, name)]
+
+    @property
+    def bent(self):
+        return any(AUGMENTATIONS[name].kind == "deformation" for name in self.on)
+
+    @property
+    def sequence(self):
+        """Names for `draw` where many views come from one generator, so that a new row's draws would shift the next
+        view's: the paper's six in any case, later rows only where they are on."""
+        return [name for i, name in enumerate(AUGMENTATIONS) if i < 6 or name in self.on]
+
+    def draw(self, rng, lattice, names=AUGMENTATIONS):
+        """(matrix, moves, intensity) of one view: `Lattice.control` takes the first two.
+
+        lattice: (gx, gy, gz) control points; names: whose draws are made, in the table's order
+        matrix: (3, 3) from offsets in the view to offsets in the patch: rotation times scale times flip. The order and
+                the signs are MONAI's `Affine(rotate_params, scale_params)`: intrinsic rotations about x, y, z.
+        moves: (gx, gy, gz, 3) displacements in control point spacings
+        intensity: {name: values} of those that act on this view
+        """
+        matrix, moves, intensity = np.eye(3), np.zeros((*lattice, 3)), {}
+        for name in names:
+            row, strength = AUGMENTATIONS[name], getattr(self, name)
+            # Drawn whether it is on or not: switching one off leaves the others as they were
+            acts, values = rng.rand() < self.prob, row.draw(rng, strength)
+            if not (acts and strength):
+                continue
+            if row.kind == "affine":
+                matrix = matrix @ row.apply(values)
+            elif row.kind == "deformation":
+                moves = moves + row.apply(values, lattice)
+            else:
+                intensity[name] = values
+        return matrix, moves, intensity
+
+
+def paper_policy(names):
+    """The Policy that has the augmentations of these names on, as strong as in AUGMENTATIONS."""
+    return Policy(**{name: PAPER[name] for name in names})
 
 
 # ------------------------------------------------------------------------------------------------ a view's geometry
@@ -163,7 +300,7 @@ class Lattice:
 
         matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
         centre: (3,) patch position of the view's centre, in the patch's voxels
-        moves: (gx, gy, gz, 3), see `Policy.draw_elastic`
+        moves: (gx, gy, gz, 3), see `elastic_moves`
         """
         offsets = self.points + moves * self.spacing - (np.asarray(self.size) - 1) / 2
         return centre + (offsets * view_spacing) @ np.asarray(matrix).T / patch_spacing
@@ -204,14 +341,11 @@ def warp(patch, control, lattice, mode="bilinear"):
 
     patch: (B, C, X, Y, Z); control: (B, gx, gy, gz, 3) in voxels; returns (B, C, x, y, z).
     """
-    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first. Axis by axis, as
-    # a tensor of the patch's shape would be a copy to the GPU, which the host waits for
+    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first. Axis by axis,
+    # as a tensor of the patch's shape would be a copy to the GPU, which the host waits for
     x, y, z = (at * (2 / max(n - 1, 1)) - 1 for at, n in zip(control.unbind(-1), patch.shape[2:]))
     grid = sampling_grid(torch.stack([z, y, x], -1), lattice)
     return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)
-
-
-# -------------------------------------------------------------------------------------------------------- intensity
 
 
 def scale_intensity(volume, low, high):
@@ -219,47 +353,32 @@ def scale_intensity(volume, low, high):
     return (volume.to(torch.get_default_dtype()) - low).div_(high - low).clamp_(0, 1)
 
 
-def gaussian_smooth(views, sigma):
-    """Gaussian smoothing, integrated over each voxel, with the border repeated outwards.
-
-    views: (N, C, X, Y, Z); sigma: (N, 3) standard deviations in voxels, 0: no smoothing along that axis.
-    Along each axis it is a product with the matrix of weights from every voxel to every other.
-    """
-    for axis, n in enumerate(views.shape[2:]):
-        edges = torch.arange(1, n, dtype=views.dtype, device=views.device) - 0.5
-        at = torch.arange(n, dtype=views.dtype, device=views.device)
-        width = sigma[:, axis].to(views.dtype).clamp_min(1e-3)[:, None, None] * math.sqrt(2)
-        below = 0.5 * (1 + torch.erf((edges - at[:, None]) / width))  # (N, n, n - 1): share of i's weight below edge j
-        weights = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=2)  # (N, n, n): from voxel j to voxel i
-        shape = views.shape
-        if axis == 2:
-            views = (views.reshape(shape[0], -1, n) @ weights.mT).reshape(shape)
-        else:
-            columns = views.reshape(shape[0], math.prod(shape[1:2 + axis]), n, -1)  # (N, before, n, after the axis)
-            views = (weights[:, None] @ columns).reshape(shape)
-    return views
-
-
-def histogram_shift(views, curve):
-    """Map each view's grey values through a piecewise linear curve with equally spaced knots.
-
-    views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range.
-    """
-    views_shape, knots = views.shape, curve.shape[1]
-    views, curve = views.flatten(1), curve.to(views.dtype)
-    low, high = views.aminmax(dim=1, keepdim=True)
-    tiny = knots * torch.finfo(views.dtype).tiny  # knots times: a view of one value would give 0 * inf
-    t = (views - low) * ((knots - 1) / (high - low).clamp_min(tiny))
-    # The knots are equally spaced: the curve is a sum of ramps, one from each knot on, without search or gather
-    slopes = curve.diff(dim=1)
-    bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)
-    shifted = torch.addcmul(low + curve[:, :1] * (high - low), t, bends[:, :1])
-    for k in range(1, knots - 1):
-        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k:k + 1])
-    return shifted.reshape(views_shape)
-
-
 # ------------------------------------------------------------------------------------------------------- multi-crop
+
+
+class ViewParameters(NamedTuple):
+    """All that is random about the N views of one size of a sample.
+
+    control: (N, gx, gy, gz, 3) float32, the base-patch position in voxels at each control point of the view's spline
+    intensity: N times {name: values}, the intensity augmentations that act on the view
+    """
+    control: np.ndarray
+    intensity: list
+
+
+class ViewBatch(NamedTuple):
+    """The same of a batch, N views with the first of all samples first.
+
+    control: (N, gx, gy, gz, 3) float32
+    intensity: {name: (indices (n,), values (n, ...) float32)} of the views that each acts on, in the table's order.
+               They are found on the CPU, so that the device works on those alone without the host waiting for it.
+    """
+    control: torch.Tensor
+    intensity: dict
+
+    def to(self, device):
+        move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
+        return ViewBatch(move(self.control), {name: tuple(map(move, pair)) for name, pair in self.intensity.items()})
 
 
 class MultiCropAugmentation:
@@ -286,29 +405,32 @@ class MultiCropAugmentation:
         self.patch_size = self._patch_size()
 
     def draw(self, seed, epoch, sample, patch_shape=None, patch_spacing=None):
-        """[global, local] ViewParameters of one sample, as NumPy arrays with one row per view.
+        """[global, local] ViewParameters of one sample; None where there are no local views.
 
         patch_shape: (3,) voxels of the patch that was read; default: patch_size
         patch_spacing: (3,) mm per voxel of it, needed where `spacing` is given
         """
         rngs = (keyed_rng(seed, epoch, sample, view) for view in itertools.count())
-        groups = []
+        shape, groups = self.patch_size if patch_shape is None else patch_shape, []
         for lattice, number in zip(self.lattices, (2, self.local_number)):
-            views = [self._draw_view(next(rngs), lattice, self.patch_size if patch_shape is None else patch_shape, patch_spacing)
-                     for _ in range(number)]
-            groups.append(ViewParameters(*(np.stack(part).astype(np.float32) for part in zip(*views))) if views else None)
+            if not number:
+                groups.append(None)
+                continue
+            views = [self._draw_view(next(rngs), lattice, shape, patch_spacing) for _ in range(number)]
+            control, intensity = zip(*views)
+            groups.append(ViewParameters(np.stack(control).astype(np.float32), list(intensity)))
         return groups
 
-    def _draw_view(self, rng, lattice, patch_shape, patch_spacing):
+    def _draw_view(self, rng, lattice, patch_shape, patch_spacing, names=AUGMENTATIONS):
+        """(control, intensity) of one view. names: see `Policy.draw`."""
         size, core, patch_size = np.array(lattice.size), np.array(self.core), np.array(self.patch_size)
         # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
         start = (patch_size - core) // 2 + rng.randint(0, core - size + 1)
         shift = start + (size - 1) / 2 - (patch_size - 1) / 2  # of the view's centre from the patch's
-        matrix, moves = self.policy.draw_affine(rng), self.policy.draw_elastic(rng, lattice.shape)
+        matrix, moves, intensity = self.policy.draw(rng, lattice.shape, names)
         ours, theirs = (1.0, 1.0) if self.spacing is None else (np.array(self.spacing), np.array(patch_spacing))
         centre = (np.array(patch_shape) - 1) / 2 + shift * ours / theirs
-        return (lattice.control(matrix, centre, moves, ours, theirs), self.policy.draw_sigma(rng),
-                self.policy.draw_histogram(rng))
+        return lattice.control(matrix, centre, moves, ours, theirs), intensity
 
     def _patch_size(self, views=1200, points=9):
         """Found by drawing: the smallest patch, its axes cut at one common quantile, that meets the 5 % and 1 %."""
@@ -320,16 +442,17 @@ class MultiCropAugmentation:
                  for a, n in zip(at, lattice.size)]
         share = np.einsum("x,y,z->xyz", *share).ravel()
         wx, wy, wz = (lattice.weights(axis, at[axis]) for axis in range(3))
-        controls = np.stack([self._draw_view(rng, lattice, self.core, self.spacing)[0] for _ in range(views)])
+        names = self.policy.sequence
+        controls = np.stack([self._draw_view(rng, lattice, self.core, self.spacing, names)[0] for _ in range(views)])
         reach = np.einsum("xi,yj,zk,nijkc->nxyzc", wx, wy, wz, controls, optimize=True)
-        reach = np.abs(reach.reshape(views, -1, 3) - (np.array(self.core) - 1) / 2)  # (views, points, 3) from the centre
+        reach = np.abs(reach.reshape(views, -1, 3) - (np.array(self.core) - 1) / 2)  # (views, points, 3) from centre
         reach = reach.round(6)  # a view that ends with the core does not spill
         furthest = np.quantile(reach, 0.995, axis=1)  # (views, 3)
         low, high = 0.5, 1.0
         for _ in range(8):
             middle = (low + high) / 2
             half = np.quantile(furthest, middle, axis=0)
-            spills = (reach > half).any(2) @ share > 0.01  # the ends stand for their neighbours too: too many, if anything
+            spills = (reach > half).any(2) @ share > 0.01  # the ends stand for neighbours too: too many, if anything
             low, high = (low, middle) if spills.mean() < 0.05 else (middle, high)
         half = np.quantile(furthest, high, axis=0)
         # An even difference from the core keeps it in the middle, whole voxels from either side
@@ -344,61 +467,53 @@ class MultiCropAugmentation:
         """
         with torch.autocast(patches.device.type, enabled=False):  # positions need more than bf16's three digits
             patches = scale_intensity(patches, *clip_range)[:, None]  # (B, 1, X, Y, Z)
-            return [render_views(patches, lattice, *group) for lattice, group in zip(self.lattices, groups) if group]
+            return [render_views(patches, lattice, group) for lattice, group in zip(self.lattices, groups) if group]
 
 
-def render_views(patches, lattice, parameters, smoothed, shifted):
-    """(V B, 1, x, y, z) views: geometry, then smoothing, then grey values. See `collate_views` for the arguments."""
-    batch = len(patches)
+def render_views(patches, lattice, group):
+    """(V B, 1, x, y, z) views: geometry, then intensities. patches: (B, 1, X, Y, Z); group: ViewBatch of V B views."""
     views = torch.cat([warp(patches, control.to(patches.dtype), lattice)
-                       for control in parameters.control.split(batch)])  # (V B, 1, x, y, z)
-    if len(smoothed):
-        views.index_copy_(0, smoothed, gaussian_smooth(views[smoothed], parameters.sigma[smoothed]))
-    if len(shifted):
-        views.index_copy_(0, shifted, histogram_shift(views[shifted], parameters.histogram[shifted]))
+                       for control in group.control.split(len(patches))])  # (V B, 1, x, y, z)
+    for name, (indices, values) in group.intensity.items():
+        views.index_copy_(0, indices, AUGMENTATIONS[name].apply(views[indices], values))
     return views
 
 
 def collate_views(samples):
-    """Batch what `MultiCropAugmentation.draw` gave for each sample: [(parameters, smoothed, shifted) or None, ...] per group.
-
-    parameters: ViewParameters of V B views, the first view of all B samples first
-    smoothed, shifted: indices of the views that are smoothed and of those whose grey values shift. They are found
-    here, on the CPU, so that the device works on those alone without the host waiting for it.
-    """
+    """[ViewBatch or None, ...], one per group, of what `MultiCropAugmentation.draw` gave for each sample."""
     groups = []
     for group in zip(*samples):
         if group[0] is None:
             groups.append(None)
             continue
-        parameters = ViewParameters(*(torch.from_numpy(np.concatenate(np.stack(part, 1))) for part in zip(*group)))
-        straight = torch.linspace(0, 1, parameters.histogram.shape[1])
-        smoothed = (parameters.sigma > 0).any(1).nonzero()[:, 0]
-        shifted = ((parameters.histogram - straight).abs() > 1e-6).any(1).nonzero()[:, 0]
-        groups.append((parameters, smoothed, shifted))
+        control = torch.from_numpy(np.concatenate(np.stack([part.control for part in group], 1)))
+        intensity, views = {}, list(itertools.chain(*zip(*(part.intensity for part in group))))  # in control's order
+        for name in AUGMENTATIONS:
+            indices = [i for i, view in enumerate(views) if name in view]
+            if indices:
+                values = np.stack([views[i][name] for i in indices]).astype(np.float32)
+                intensity[name] = torch.tensor(indices), torch.from_numpy(values)
+        groups.append(ViewBatch(control, intensity))
     return groups
 
 
 def example_views(patch, crops, clip_range, draws=4):
     """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
 
-    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels, without
-    resampling to a spacing. For a look at what the flags do:
-    every augmentation is shown at the paper's strength, and labelled where the policy has it off.
+    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels,
+    without resampling to a spacing. For a look at what the flags do: every augmentation is shown as strong as its flag
+    makes it, and labelled where the policy has it off.
     """
     patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
     size = np.array(crops.global_size)
     centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
     examples = {}
-    for name in (None, *PAPER):
-        policy = Policy(**({name: PAPER[name]} if name else {}), prob=1.0)
-        lattice, rng, views = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0), []
-        for _ in range(draws):
-            control = lattice.control(policy.draw_affine(rng), centre, policy.draw_elastic(rng, lattice.shape))
-            sigma, curve = policy.draw_sigma(rng), policy.draw_histogram(rng)
-            view = warp(patches, torch.as_tensor(control, dtype=patches.dtype, device=patches.device)[None], lattice)
-            view = gaussian_smooth(view, torch.as_tensor(sigma, device=view.device)[None])
-            views.append(histogram_shift(view, torch.as_tensor(curve, device=view.device)[None])[0])
-        on = name is None or getattr(crops.policy, name)
-        examples[(name or "plain") + ("" if on else " (off)")] = torch.stack(views)
+    for name in (None, *AUGMENTATIONS):
+        policy = replace(paper_policy([name] if name else []), prob=1.0)
+        lattice, rng = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0)
+        matrices, moves, intensity = zip(*(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws)))
+        control = np.stack([lattice.control(matrix, centre, move) for matrix, move in zip(matrices, moves)])
+        group, = collate_views([[ViewParameters(control, list(intensity))]])
+        on = name is None or name in crops.policy.on
+        examples[(name or "plain") + ("" if on else " (off)")] = render_views(patches, lattice, group.to(patch.device))
     return examples

@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main_dino
 import utils
-from augmentations import MAX_BENT, PAPER, MultiCropAugmentation, Policy
+from augmentations import AUGMENTATION_FLAGS, PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines, command_line
 from dino3d.command_line import UserError, number
 from dino3d.data.pretraining import PretrainingPatches, Sample, collate, place_patch
@@ -56,12 +56,12 @@ from vision_transformer import ARCHITECTURES
 SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
 SCAN = Path(__file__).resolve().parent.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
 GLOBAL, LOCAL, LOCAL_NUMBER = (96, 96, 48), (24, 24, 12), 8  # voxels; two views are global
-POLICY = Policy(rotation=30, scale=0.25, flip=1, elastic=MAX_BENT, gaussian=2, histogram=10, prob=0.5)
+POLICY = paper_policy(PAPER)
 CLIP_RANGE = (-1000, 1000)       # HU
 BATCH = {"cpu": 4, "cuda": 64}   # samples per call
 VALUES = {"lr": 0.0005, "weight_decay": 0.04, "momentum_teacher": 0.996, "teacher_temp": 0.04}  # of every step's schedules
 CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # relative difference that two ways to take a step may have in their first loss
-AUGMENTED = [f"--use_{name}" for name in PAPER]
+AUGMENTED = [f"--{flag}" for flag in AUGMENTATION_FLAGS]
 
 
 def get_args_parser():

@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import augmentations
 import utils
-from augmentations import PAPER, MultiCropAugmentation, paper_policy
+from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, boolean, number, spaced
 from dino3d.data.layouts import list_volumes, read_data_list
@@ -113,7 +114,7 @@ def get_args_parser():
                             "act in mm; default: the volumes' own voxels, as in the paper")
     group.add_argument("--clip_range", default=[-1000.0, 1000.0], nargs=2, type=number(float), metavar=("LOW", "HIGH"),
                        help="HU that become 0 and 1")
-    command_line.augmentation_flags(group)
+    augmentations.add_flags(group)
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
@@ -172,7 +173,7 @@ def main(argv=None):
 
     # ---------------------------------------------------------------------------------------------------------- data
     paths = processes.from_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
-    policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
+    policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
     dataset = PretrainingPatches(paths, crops, args.seed, args.patches_per_volume, args.strict_data, max_bad)
@@ -647,8 +648,7 @@ def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, d
              f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
              f"base patch {spaced(crops.patch_size)}, 2 global views {spaced(crops.global_size)}, "
              f"{crops.local_number} local views {spaced(crops.local_size)}; "
-             + ", ".join(name for name in ("rotation", "scale", "flip", "elastic", "gaussian", "histogram")
-                         if getattr(crops.policy, name)) + " on"]
+             + ", ".join(crops.policy.on) + " on"]
     nifti = sum(path.endswith((".nii", ".nii.gz")) for path in paths)
     if nifti:
         lines.append(f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 80 times "

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from augmentations import PAPER, paper_policy
+from augmentations import AUGMENTATION_FLAGS, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, number, spaced
 from dino3d.data.layouts import find_crops
@@ -60,7 +60,7 @@ SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 # What must not change while a run goes on fold by fold
 FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
          "eval_negatives", "folds", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs", "min_lr",
-         "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
+         "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
 
 
 def get_args_parser():
@@ -124,7 +124,7 @@ def main(argv=None):
     config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}
 
     # -------------------------------------------------------------------------------------------------- optimisation
-    policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
+    policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     in_mm = data["crop_spacing"] if args.spacing else None  # views were turned and scaled in mm in pre-training too
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, in_mm)
     dataset = TrainingCrops(cases.paths, cases.crop_size, augmentation, args.seed)

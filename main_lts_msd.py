@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from augmentations import PAPER, MultiCropAugmentation, paper_policy
+from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, number, spaced
 from dino3d.data.images import voxels_of
@@ -51,7 +51,7 @@ SCORE = Score("dice", "dice")  # by which the best epoch is chosen
 # What must not change while a run goes on fold by fold
 FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
          "patches_per_case", "foreground_share", *MASKS, "tolerance", "k_fold", "num_test", "lr", "layer_decay",
-         "warmup_epochs", "min_lr", "weight_decay", "optimizer", "shift_range", *(f"use_{name}" for name in PAPER), "seed")
+         "warmup_epochs", "min_lr", "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
 
 
 def get_args_parser():
@@ -128,7 +128,7 @@ def main(argv=None):
     config = vars(args) | {"classes": cases.classes}
 
     # -------------------------------------------------------------------------------------------------- optimisation
-    policy = paper_policy(name for name in PAPER if getattr(args, f"use_{name}"))
+    policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
     reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
     patches = WorkingPatches(copies, args.patches_per_case, args.foreground_share, augmentation,

@@ -150,16 +150,6 @@ def read_timeout_flag(group):
                             "it is not noticed")
 
 
-def augmentation_flags(group):
-    """--use_rotation to --use_histogram."""
-    boolean_flag(group, "--use_rotation", True, "turn by up to 30 degrees about each axis")
-    boolean_flag(group, "--use_scale", True, "scale by up to 25 %% along each axis")
-    boolean_flag(group, "--use_flip", True, "mirror one axis")
-    boolean_flag(group, "--use_elastic", False, "bend space, without folds")
-    boolean_flag(group, "--use_gaussian", False, "smooth with a sigma of up to 2 voxels along each axis")
-    boolean_flag(group, "--use_histogram", False, "shift grey values by a curve with 10 control points")
-
-
 def architecture(known):
     """argparse type: one of the names in `known`."""
     def parse(name):

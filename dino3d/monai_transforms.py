@@ -1,22 +1,24 @@
-"""The six augmentations as MONAI transforms, for pipelines of one's own.
+"""The augmentations as MONAI transforms, for pipelines of one's own: one class per row of augmentations.AUGMENTATIONS.
 
     from monai.transforms import Compose
-    from monai_transforms import RandGaussianSmooth, RandRotation
+    from dino3d.monai_transforms import RandGaussianSmooth, RandRotation
     augment = Compose([RandRotation(30), RandGaussianSmooth(2)]).set_random_state(seed=0)
     view = augment(volume)  # (C, X, Y, Z), tensor or array, any range of values
 
 Each is augmentations.py on a batch of one volume, drawn by the same `Policy`. They stand apart because
 `import monai.transforms` takes seconds and 150 MB, which pre-training can do without.
 """
+from inspect import Parameter, Signature
+
 import torch
 from monai.transforms import RandomizableTransform
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
-from augmentations import MAX_BENT, Lattice, Policy, gaussian_smooth, histogram_shift, keyed_rng, warp
+from augmentations import AUGMENTATIONS, Lattice, Policy, keyed_rng, warp
 
 
 class RandAugmentation(RandomizableTransform):
-    """What the six share: a policy with one augmentation on, drawing with probability `prob` from `self.R`."""
+    """What all share: a policy with the augmentation on, drawing with probability `prob` from `self.R`."""
 
     def __init__(self, prob, **strength):
         super().__init__(prob)
@@ -24,7 +26,7 @@ class RandAugmentation(RandomizableTransform):
         self.drawn = None
 
     def randomize(self, key=None):
-        """Draw the parameters. key: (seed, epoch, sample, view) to reseed `self.R` from; None: go on drawing from it."""
+        """Draw the parameters. key: (seed, epoch, sample, view) to reseed `self.R` from; None: go on drawing."""
         if key is not None:
             self.R = keyed_rng(*key)
         self.drawn = self.draw()
@@ -43,13 +45,16 @@ class RandAugmentation(RandomizableTransform):
 
 
 class RandSpatial(RandAugmentation):
-    """Rotation, scale, flip and elastic deformation, alone or as one resampling; see `Policy` for the strengths."""
+    """Rotation, scale, flip and elastic deformation, alone or as one resampling: strengths as in AUGMENTATIONS."""
 
-    def __init__(self, prob=0.5, rotation=0.0, scale=0.0, flip=0, elastic=0.0):
-        super().__init__(prob, rotation=rotation, scale=scale, flip=flip, elastic=elastic)
+    def __init__(self, prob=0.5, **strengths):
+        super().__init__(prob, **strengths)
+        self.names = [name for name in self.policy.sequence if AUGMENTATIONS[name].kind != "intensity"]
+        if not strengths.keys() <= set(self.names):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.names)}, got {', '.join(strengths)}")
 
     def draw(self):
-        return self.policy.draw_affine(self.R), self.policy.draw_elastic(self.R, self._lattice((48, 48, 48)).shape)
+        return self.policy.draw(self.R, self._lattice((48, 48, 48)).shape, self.names)[:2]
 
     def apply(self, volumes, mode="bilinear"):
         """volumes: (1, C, X, Y, Z); mode: "bilinear", or "nearest" for labels."""
@@ -64,55 +69,37 @@ class RandSpatial(RandAugmentation):
         return Lattice.for_views(size, self.policy)
 
 
-class RandRotation(RandSpatial):
-    """Turn by up to `degrees` about each axis, through the volume's centre."""
+class RandIntensity(RandAugmentation):
+    """Augmentations of grey values; what is drawn is {name: values}, without those that do not act."""
 
-    def __init__(self, degrees=30.0, prob=0.5):
-        super().__init__(prob, rotation=degrees)
-
-
-class RandScale(RandSpatial):
-    """Scale by up to `amount` along each axis, about the volume's centre."""
-
-    def __init__(self, amount=0.25, prob=0.5):
-        super().__init__(prob, scale=amount)
-
-
-class RandFlip(RandSpatial):
-    """Mirror one axis, drawn at random."""
-
-    def __init__(self, prob=0.5):
-        super().__init__(prob, flip=1)
-
-
-class RandElastic(RandSpatial):
-    """Bend space without folding it; `amount` as in `Policy.elastic`."""
-
-    def __init__(self, amount=MAX_BENT, prob=0.5):
-        super().__init__(prob, elastic=amount)
-
-
-class RandGaussianSmooth(RandAugmentation):
-    """Smooth with up to `sigma` voxels along each axis."""
-
-    def __init__(self, sigma=2.0, prob=0.5):
-        super().__init__(prob, gaussian=sigma)
+    def __init__(self, prob=0.5, **strengths):
+        super().__init__(prob, **strengths)
+        self.names = list(strengths)
 
     def draw(self):
-        return self.policy.draw_sigma(self.R)
+        return self.policy.draw(self.R, (0, 0, 0), self.names)[2]
 
     def apply(self, volumes):
-        return gaussian_smooth(volumes, torch.as_tensor(self.drawn, device=volumes.device)[None])
+        for name, values in self.drawn.items():
+            volumes = AUGMENTATIONS[name].apply(volumes, torch.as_tensor(values, device=volumes.device)[None])
+        return volumes
 
 
-class RandHistogramShift(RandAugmentation):
-    """Send the grey values through a random non-decreasing curve with `points` control points."""
+def transform_class(name, row):
+    """The MONAI transform of one row: row.monai(<row.argument>=row.strength, prob=0.5)."""
+    base = RandIntensity if row.kind == "intensity" else RandSpatial
+    defaults = {"self": Parameter.empty} | ({row.argument: row.strength} if row.argument else {}) | {"prob": 0.5}
+    signature = Signature([Parameter(key, Parameter.POSITIONAL_OR_KEYWORD, default=default)
+                           for key, default in defaults.items()])
 
-    def __init__(self, points=10, prob=0.5):
-        super().__init__(prob, histogram=points)
+    def __init__(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        base.__init__(self, given.arguments["prob"], **{name: given.arguments.get(row.argument, row.strength)})
 
-    def draw(self):
-        return self.policy.draw_histogram(self.R)
+    __init__.__signature__ = signature
+    return type(row.monai, (base,), {"__init__": __init__, "__module__": __name__, "__doc__":
+                                     f"{row.help}; {row.argument or 'strength'}: {row.unit}"})
 
-    def apply(self, volumes):
-        return histogram_shift(volumes, torch.as_tensor(self.drawn, device=volumes.device)[None])
+
+globals().update({row.monai: transform_class(name, row) for name, row in AUGMENTATIONS.items()})

@@ -1,9 +1,12 @@
 """The augmentations against MONAI, SciPy and formulas written out: geometry, grey values, multi-crop, keyed draws."""
 import hashlib
 import itertools
+import pickle
 import subprocess
 import sys
+from argparse import ArgumentParser
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +19,22 @@ from scipy.special import erf
 
 import augmentations
 from augmentations import (
+    AUGMENTATION_FLAGS,
+    AUGMENTATIONS,
     MAX_BENT,
     MIN_IOU,
     PATCH_VIEW,
     Lattice,
+    Augmentation,
     MultiCropAugmentation,
     Policy,
+    add_flags,
     collate_views,
     example_views,
     gaussian_smooth,
     histogram_shift,
     keyed_rng,
+    paper_policy,
     rotation_matrix,
     sampling_grid,
     scale_intensity,
@@ -35,6 +43,7 @@ from augmentations import (
 
 ROOT = Path(augmentations.__file__).parent
 STRENGTHS = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
+INTENSITIES = [name for name, row in AUGMENTATIONS.items() if row.kind == "intensity"]
 PAPER = Policy(**STRENGTHS)
 CLIP = (-1000, 1000)
 
@@ -137,7 +146,8 @@ def test_the_ends_of_the_ranges_are_the_papers(end, sign, axis):
     factors = np.full(3, (0.75, 1.25)[end])
     factors[axis] *= -1
     expected = Rotation.from_euler("XYZ", [30 * sign] * 3, degrees=True).as_matrix() @ np.diag(factors)
-    np.testing.assert_allclose(PAPER.draw_affine(AtTheEnd()), expected, atol=1e-12)
+    matrix, *_ = PAPER.draw(AtTheEnd(), (4, 4, 4), ["rotation", "scale", "flip"])
+    np.testing.assert_allclose(matrix, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("wrong", [{"rotation": -1}, {"scale": 1.0}, {"flip": 2}, {"elastic": 0.41}, {"gaussian": -0.1},
@@ -253,7 +263,7 @@ def test_elastic_never_folds():
     lattice, rng = LATTICES[3], np.random.RandomState(3)
     at = [np.linspace(0, n - 1, points) for n, points in zip(lattice.size, (24, 21, 22))]
     policy = Policy(elastic=MAX_BENT, prob=1.0)
-    drawn = np.stack([policy.draw_elastic(rng, lattice.shape) for _ in range(60)])
+    drawn = np.stack([policy.draw(rng, lattice.shape, ["elastic"])[1] for _ in range(60)])
     assert 0.9 * MAX_BENT < np.abs(drawn).max() <= MAX_BENT and (np.abs(drawn).max((1, 2, 3, 4)) < 0.2).any()
     assert determinants(drawn, lattice, at).min() > 0
 
@@ -321,8 +331,8 @@ def test_gaussian_keeps_a_constant():
 
 
 def curves(number, points=10):
-    policy, rng = Policy(histogram=points, prob=1.0), np.random.RandomState(0)
-    return np.stack([policy.draw_histogram(rng) for _ in range(number)])
+    rng = np.random.RandomState(0)
+    return np.stack([AUGMENTATIONS["histogram"].draw(rng, points) for _ in range(number)])
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-1000, 2976), (-0.3, 0.1), (5, 5.5)])
@@ -367,7 +377,8 @@ def test_histogram_draws_as_monai_draws(prob):
         theirs.set_random_state(seed=seed).randomize()
         expected = theirs.floating_control_points if theirs._do_transform else np.linspace(0, 1, 10)
         shifted += theirs._do_transform
-        np.testing.assert_array_equal(ours.draw_histogram(np.random.RandomState(seed)), expected)
+        drawn = ours.draw(np.random.RandomState(seed), (4, 4, 4), ["histogram"])[2]
+        np.testing.assert_array_equal(drawn.get("histogram", np.linspace(0, 1, 10)), expected)
     assert shifted == 40 if prob == 1 else 0 < shifted < 40
 
 
@@ -409,7 +420,7 @@ def transform(name, prob=1.0):
 
 
 def drawn_by(augmentation):
-    parts = augmentation.drawn if isinstance(augmentation.drawn, tuple) else (augmentation.drawn,)
+    parts = augmentation.drawn.values() if isinstance(augmentation.drawn, dict) else augmentation.drawn
     return tuple(np.concatenate([np.ravel(part) for part in parts]))
 
 
@@ -544,7 +555,7 @@ def test_gaussian_and_histogram_transforms_equal_monai():
 
     volume = noise(1, 24, 22, 23, dtype=torch.float32)
     smooth = transform("RandGaussianSmooth").set_random_state(seed=4)
-    ours, sigma = smooth(volume - 0.5), smooth.drawn
+    ours, sigma = smooth(volume - 0.5), smooth.drawn["gaussian"]
     assert 1 < sigma.max() <= 2
     inside = (slice(None), *(slice(int(4 * s + 1), -int(4 * s + 1)) for s in sigma))
     close(ours[inside], GaussianSmooth(tuple(sigma), approx="erf")(volume - 0.5)[inside], 1e-4)
@@ -565,6 +576,25 @@ def test_labels_move_with_the_image_and_stay_labels():
     for label in (0, 3, 7):  # where all eight neighbours carry a label, so does the nearest
         share = augmentation((labels == label).double(), randomize=False)
         assert (moved[share > 1 - 1e-9] == label).all() and (share > 1 - 1e-9).any()
+
+
+def test_each_row_has_its_transform():
+    from dino3d import monai_transforms
+
+    assert set(TRANSFORMS) - {"RandSpatial"} == {row.monai for row in AUGMENTATIONS.values()}
+    for name, row in AUGMENTATIONS.items():
+        made = getattr(monai_transforms, row.monai)
+        arguments = {row.argument: row.strength} if row.argument else {}
+        assert {key: p.default for key, p in signature(made).parameters.items()} == {**arguments, "prob": 0.5}
+        assert made().policy == paper_policy([name])
+        assert made(*arguments.values(), 0.25).policy == made(**arguments, prob=0.25).policy == replace(
+            paper_policy([name]), prob=0.25)
+        with pytest.raises(TypeError):
+            made(wrong=1)
+        made = made(prob=1.0).set_random_state(seed=0)
+        assert torch.equal(pickle.loads(pickle.dumps(made))(noise(1, 9, 8, 7)), made(noise(1, 9, 8, 7)))  # to workers
+    with pytest.raises(TypeError, match="RandSpatial takes rotation, scale, flip, elastic, got gaussian"):
+        monai_transforms.RandSpatial(gaussian=2)
 
 
 def test_all_six_in_one_pipeline():
@@ -589,33 +619,116 @@ def test_keyed_rng_tells_every_part_of_a_key():
     assert keyed_rng(*start).randint(2 ** 62) == keyed_rng(*start).randint(2 ** 62)
 
 
-DIGESTS = """
-import hashlib, sys
-sys.path.insert(0, sys.argv[1])
-from augmentations import MultiCropAugmentation, Policy
-crops = MultiCropAugmentation(Policy(30, 0.25, 1, 0.4, 2.0, 10), (10, 8, 6), (6, 5, 4), 3)
-for key in [(4, 1, 2), (4, 0, 1), (4, 0, 0)]:
-    groups = crops.draw(*key)
-    print(hashlib.sha256(b"".join(part.tobytes() for group in groups for part in group)).hexdigest())
+ALL = (30, 0.25, 1, 0.4, 2.0, 10)
+KEYS = [(4, 0, 0), (4, 0, 1), (4, 1, 2), (0, 0, 0)]
+# Of what was drawn before there was a table: a run that is gone on with must see the views that it would have seen
+DIGESTS = {
+    (*ALL, 0.5): """
+        da59ff74dbd435c6ddfa3e43224aabdb585ac4583534245a33e0ce73a90e302d
+        be5cd4fdc491ccd38fb625484b45a208adfcb44314e57299fe46582a55c5ddc0
+        0a86f5a5f2ba9016d2f9fdc0f6b87cfba0a768c6e6200eadd79a0f4434321326
+        a8dfcd16078f7049bb47a19a6248541cfba8d16be1628effa399e038d340b435""",
+    (30, 0.25, 1, 0, 0, 0, 0.5): """
+        7fff3165edde51a8c8cd9e95719b4a946d3f778f05a35c5b5d1034bbb5c05492
+        1179c2451ae77ab915006ad650f1d0e9d7ece03b0cb4e76ef7afc01b1cffb705
+        01a1099d27c94b68b1fa827ce2f1aa1a413ea404e08ad5ad777257e96f8ba918
+        2d3c2fc189b23d9411c35dbfc74009d9c30a4c4d0e10d80b8099d97612293637""",
+    (*ALL, 1.0): """
+        69102fc1dcbe97e59b65ca0bc28845123010ec87c6bd529f7e0905a42f1e8264
+        84e829ed4f0dbcf43db6084ecb8d20f75c46e5bd67dcb0d4c8a52a4c45ef7578
+        a34d3b45ebb5b1b350e4eaa8dec4aa95ed505c9c514cf384fdca5310efc29cc5
+        b38192edd9de438abb2a222a553f43acb9f9348cbefc5650b0a62893e20e01a1""",
+}
+ELSEWHERE = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from test_augmentations import ALL, KEYS, digest
+print(*(digest((*ALL, 0.5), key) for key in KEYS[::-1]))
 """
 
 
+def all_drawn(groups, points=10):
+    """[(control, sigma, curve)] of each view, float32; no smoothing and a straight curve where nothing acts."""
+    plain = {"gaussian": np.zeros(3), "histogram": np.linspace(0, 1, points)}
+    return [(control, *(np.float32(intensity.get(name, none)) for name, none in plain.items()))
+            for group in groups if group for control, intensity in zip(*group)]
+
+
+def digest(strengths, key):
+    policy = Policy(**dict(zip([*STRENGTHS, "prob"], strengths)))
+    crops = MultiCropAugmentation(policy, (10, 8, 6), (6, 5, 4), 3)
+    views = all_drawn(crops.draw(*key), max(strengths[5], 2))
+    return hashlib.sha256(b"".join(part.tobytes() for view in views for part in view)).hexdigest()
+
+
+@pytest.mark.parametrize("strengths", DIGESTS)
+def test_draws_are_those_of_earlier_versions(strengths):
+    assert [digest(strengths, key) for key in KEYS] == DIGESTS[strengths].split()
+
+
 def test_draws_are_the_same_in_any_order_and_process():
-    crops = MultiCropAugmentation(Policy(30, 0.25, 1, 0.4, 2.0, 10), (10, 8, 6), (6, 5, 4), 3)
     ours = []
-    for key in [(4, 0, 0), (4, 0, 1), (4, 1, 2)]:
+    for key in KEYS:
         np.random.seed(len(ours))
-        ours.append(hashlib.sha256(b"".join(p.tobytes() for g in crops.draw(*key) for p in g)).hexdigest())
-    elsewhere = subprocess.run([sys.executable, "-c", DIGESTS, str(ROOT)], capture_output=True, text=True, check=True)
-    assert elsewhere.stdout.split() == ours[::-1] and len(set(ours)) == 3
+        ours.append(digest((*ALL, 0.5), key))
+    elsewhere = subprocess.run([sys.executable, "-c", ELSEWHERE, str(ROOT), str(Path(__file__).parent)],
+                               capture_output=True, text=True, check=True)
+    assert elsewhere.stdout.split() == ours[::-1] and len(set(ours)) == len(KEYS)
+
+
+@pytest.mark.parametrize("kind", ["affine", "deformation", "intensity"])
+def test_a_new_row_leaves_what_the_others_draw(kind, monkeypatch):
+    """Off or on: matrices, moves, sigmas, curves and base patches of the six stay what they were."""
+    apply = {"affine": lambda values: np.eye(3), "deformation": lambda values, lattice: np.zeros((*lattice, 3)),
+             "intensity": lambda views, values: 1 - views}[kind]
+    row = Augmentation(1.0, (0, 1), "", False, "", kind, lambda rng, _: rng.uniform(0, 1, 7), apply, "RandNew", None)
+    monkeypatch.setitem(AUGMENTATIONS, "new", row)
+    monkeypatch.setattr(Policy, "new", 0, raising=False)
+    for strengths in DIGESTS:
+        assert [digest(strengths, key) for key in KEYS] == DIGESTS[strengths].split()
+    monkeypatch.setattr(Policy, "new", 1.0)
+    policy, lattice = replace(PAPER, prob=1.0), (4, 4, 4)
+    for seed in range(3):
+        drawn = policy.draw(np.random.RandomState(seed), lattice)
+        before = policy.draw(np.random.RandomState(seed), lattice, STRENGTHS)
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(drawn[:2], before[:2]))
+        assert list(drawn[2]) == INTENSITIES + ["new"] * (kind == "intensity")
+        assert all(np.array_equal(drawn[2][name], values) for name, values in before[2].items())
+    if kind == "intensity":  # the device applies it after the others, to the views that it acts on
+        crops = MultiCropAugmentation(Policy(*ALL), (10, 8, 6), (6, 5, 4), 3)
+        patches = np.random.RandomState(1).randint(-1200, 1200, (2, *crops.patch_size)).astype(np.int16)
+        patches, groups = torch.from_numpy(patches), collate_views([crops.draw(3, 0, i) for i in range(2)])
+        seen = crops.render(patches, groups, CLIP)
+        acting = [group.intensity.pop("new")[0] for group in groups]
+        for views, without, acts in zip(seen, crops.render(patches, groups, CLIP), acting):
+            assert 0 < len(acts) < len(views)
+            without[acts] = 1 - without[acts]
+            close(views, without, 0)
+
+
+def test_the_table_is_the_papers():
+    assert augmentations.PAPER == STRENGTHS and list(STRENGTHS) == list(AUGMENTATIONS)[:6]
+    assert paper_policy(STRENGTHS) == PAPER and paper_policy([]) == Policy() and PAPER.on == list(STRENGTHS)
+    assert paper_policy(["scale", "elastic"]).on == ["scale", "elastic"]
+    assert {row.kind for row in AUGMENTATIONS.values()} == {"affine", "deformation", "intensity"}
+    assert pickle.loads(pickle.dumps(PAPER)) == PAPER  # spawned workers get it so
+
+
+def test_flags_are_the_tables():
+    parser = ArgumentParser()
+    add_flags(parser.add_argument_group("augmentations"))
+    args = vars(parser.parse_args([]))
+    assert {AUGMENTATION_FLAGS[flag] for flag, on in args.items() if on} == {"rotation", "scale", "flip"}
+    assert list(args) == [f"use_{name}" for name in AUGMENTATIONS]
+    text = " ".join(parser.format_help().split())
+    assert all(row.help in text for row in AUGMENTATIONS.values())
 
 
 def test_all_views_of_a_sample_differ():
     crops = MultiCropAugmentation(replace(PAPER, prob=1.0), (10, 8, 6), (6, 5, 4), 8)
     seen = set()
-    for group in crops.draw(0, 0, 0):
-        for control, sigma, histogram in zip(*group):
-            seen.add((control.ravel()[:12].tobytes(), sigma.tobytes(), histogram.tobytes()))
+    for control, sigma, curve in all_drawn(crops.draw(0, 0, 0)):
+        seen.add((control.ravel()[:12].tobytes(), sigma.tobytes(), curve.tobytes()))
     for part in range(3):
         assert len({view[part] for view in seen}) == 10
 
@@ -628,8 +741,7 @@ def test_switching_one_augmentation_off_leaves_the_others(off, few_views, geomet
         groups = [crops.draw(1, 2, sample) for sample in range(6)]
         matrices, centres, moves = zip(*geometries)
         shifts = np.array(centres) - middle(crops.patch_size)
-        sigma, histogram = ([row for groups_ in groups for group in groups_ for row in getattr(group, name)]
-                            for name in ("sigma", "histogram"))
+        _, sigma, histogram = zip(*(view for drawn in groups for view in all_drawn(drawn)))
         return np.array(matrices), shifts, moves, np.array(sigma), np.array(histogram)
 
     full, part = drawn(replace(PAPER, prob=0.8)), drawn(replace(PAPER, prob=0.8, **{off: 0}))
@@ -651,10 +763,8 @@ def test_switching_one_augmentation_off_leaves_the_others(off, few_views, geomet
     for ours, theirs in zip(part[2], full[2]):
         np.testing.assert_array_equal(ours, np.zeros((4, 4, 4, 3)) if off == "elastic" else theirs)
     np.testing.assert_array_equal(part[3], 0 if off == "gaussian" else full[3])
-    if off == "histogram":
-        np.testing.assert_array_equal(part[4], np.tile([0, 1], (len(full[4]), 1)))
-    else:
-        np.testing.assert_array_equal(part[4], full[4])
+    straight = np.float32(np.linspace(0, 1, 10))
+    np.testing.assert_array_equal(part[4], np.tile(straight, (len(full[4]), 1)) if off == "histogram" else full[4])
 
 
 def test_each_augmentation_acts_on_half_of_the_views_on_its_own(few_views, geometries):
@@ -662,7 +772,7 @@ def test_each_augmentation_acts_on_half_of_the_views_on_its_own(few_views, geome
     geometries.clear()
     groups = [crops.draw(0, 0, sample)[0] for sample in range(1000)]
     matrices, _, moves = (np.array(part) for part in zip(*geometries))
-    sigma, histogram = (np.concatenate([getattr(g, name) for g in groups]) for name in ("sigma", "histogram"))
+    _, sigma, histogram = (np.array(part) for part in zip(*all_drawn(groups)))
     factors = np.linalg.norm(matrices, axis=1)  # (2000, 3)
     mirrored = np.linalg.det(matrices) < 0
     axis = np.argmin(np.diagonal(matrices / factors[:, None], axis1=1, axis2=2), 1)  # the mirrored one, if any
@@ -820,15 +930,15 @@ def test_smoothing_comes_after_the_geometry_and_grey_values_last(few_views):
     crops = MultiCropAugmentation(replace(PAPER, prob=1.0), (12, 10, 8), (6, 5, 4), 0)
     patches = torch.from_numpy(np.random.RandomState(1).randint(-1200, 1200, (2, *crops.patch_size)).astype(np.int16))
     groups = collate_views([crops.draw(3, 0, i) for i in range(2)])
-    parameters = groups[0][0]
-    expected = []
+    group, expected = groups[0], []
+    assert list(group.intensity) == ["gaussian", "histogram"]
+    sigma, curves = (values.double().numpy() for indices, values in group.intensity.values() if len(indices) == 4)
     for view in range(4):
         patch = scale_intensity(patches[view % 2], *CLIP)[None, None]
-        plain = warp(patch, parameters.control[view:view + 1], crops.lattices[0])[0, 0]
-        smooth = erf_smooth(plain.double().numpy(), parameters.sigma[view].tolist())
+        plain = warp(patch, group.control[view:view + 1], crops.lattices[0])[0, 0]
+        smooth = erf_smooth(plain.double().numpy(), sigma[view])
         low, high = smooth.min(), smooth.max()
-        curve = parameters.histogram[view].double().numpy()
-        expected.append(np.interp(smooth, np.linspace(low, high, 10), low + curve * (high - low)))
+        expected.append(np.interp(smooth, np.linspace(low, high, 10), low + curves[view] * (high - low)))
     close(crops.render(patches, groups, CLIP)[0][:, 0], np.stack(expected), 1e-5)
 
 

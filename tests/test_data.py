@@ -944,9 +944,15 @@ def volumes(tmp_path_factory):
 def assert_same_groups(groups, others, exactly=True):
     assert len(groups) == len(others) == 2
     for group, other in zip(groups, others):
-        for part, same in zip((*group[0], *group[1:]), (*other[0], *other[1:]), strict=True):
+        assert list(group.intensity) == list(other.intensity)
+        for part, same in zip(parts_of(group), parts_of(other), strict=True):
             assert part.dtype == same.dtype
             np.testing.assert_array_equal(part, same)
+
+
+def parts_of(group):
+    """All tensors of a ViewBatch."""
+    return [group.control, *(part for pair in group.intensity.values() for part in pair)]
 
 
 def file_of(patch):
@@ -967,7 +973,7 @@ def test_batches_do_not_depend_on_workers(volumes):
     files = [file_of(patch) for batch in alone for patch in batch.patches.numpy()]
     assert files == [sample // 3 for _, sample in keys]  # in order, each from its own file
     assert len(alone) == 18 and alone[0].patches.shape == (4, *crops(ALL).patch_size)
-    assert len(alone[0].groups[0][0].control) == 2 * 4 and len(alone[0].groups[1][0].control) == 3 * 4
+    assert len(alone[0].groups[0].control) == 2 * 4 and len(alone[0].groups[1].control) == 3 * 4
     for workers in (1, 2):
         others = load(volumes, workers, crops(ALL), epochs=2)
         assert len(others) == len(alone)
@@ -1007,9 +1013,18 @@ def test_batches_of_two_ranks_are_the_batch_of_one(volumes):
     for whole, *halves in zip(one, first, second):
         np.testing.assert_array_equal(whole.patches, np.concatenate([half.patches for half in halves]))
         for group, shares in zip(whole.groups, zip(*(half.groups for half in halves))):
-            for part, *parts in zip(group[0], *(share[0] for share in shares)):
+            for part, *parts in zip(values_of(group), *map(values_of, shares)):
                 parts = [p.reshape(-1, 3, *p.shape[1:]) for p in parts]  # (V, B, ...)
                 np.testing.assert_array_equal(part, np.concatenate(parts, 1).reshape(part.shape))
+
+
+def values_of(group):
+    """Control points of all views, then the values of each intensity augmentation, NaN where it does not act."""
+    parts = [group.control.numpy()]
+    for indices, values in (group.intensity[name] for name in ("gaussian", "histogram")):
+        parts.append(np.full((len(group.control), *values.shape[1:]), np.nan, np.float32))
+        parts[-1][indices] = values
+    return parts
 
 
 def test_neighbouring_samples_share_one_opening(volumes, monkeypatch, nothing_left_open):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from augmentations import Policy, collate_views, paper_policy, scale_intensity
+from augmentations import PAPER, Policy, collate_views, paper_policy, scale_intensity
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.volume import DataError
 from dino3d.files import read_json, read_table, write_json, write_table
@@ -214,7 +214,7 @@ def test_shift_moves_the_centre_by_whole_voxels():
 
 def test_augmentations_depend_on_seed_epoch_and_case_alone():
     crop = random_crop((20, 20, 12))
-    augmentation = WindowAugmentation(paper_policy(("rotation", "scale", "flip", "elastic", "gaussian", "histogram")),
+    augmentation = WindowAugmentation(paper_policy(PAPER),
                                       (12, 12, 6), (2, 2, 2))
     windows = {key: drawn_window(augmentation, crop, *key) for key in itertools.product((0, 1), repeat=3)}
     for (a, first), (b, second) in itertools.combinations(windows.items(), 2):

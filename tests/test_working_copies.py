@@ -221,7 +221,7 @@ def test_one_loader_worker_or_several(pairs, tmp_path):
         batches.append([next_batch(iter([batch])) for batch in loader])
     for one, other in zip(*batches):
         assert (one.crops == other.crops).all() and (one.masks == other.masks).all()
-        assert (one.group[0].control == other.group[0].control).all()
+        assert (one.group.control == other.group.control).all()
     assert [len(batch.crops) for batch in batches[0]] == [5, 5, 2]
 
 

@@ -36,13 +36,8 @@ class Batch(NamedTuple):
     paths: tuple = ()
 
     def to(self, device):
-        def move(part):
-            if isinstance(part, torch.Tensor):
-                return part.to(device, non_blocking=True)
-            if isinstance(part, tuple):
-                return type(part)(*map(move, part)) if hasattr(part, "_fields") else tuple(map(move, part))
-            return part
-        return self._replace(patches=move(self.patches), groups=[move(group) for group in self.groups])
+        return self._replace(patches=self.patches.to(device, non_blocking=True),
+                             groups=[group and group.to(device) for group in self.groups])
 
 
 class PretrainingPatches(Dataset):

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from augmentations import Lattice, ViewParameters, collate_views, keyed_rng, render_views, scale_intensity, warp
+from augmentations import (
+    Lattice,
+    ViewBatch,
+    ViewParameters,
+    collate_views,
+    keyed_rng,
+    render_views,
+    scale_intensity,
+    warp,
+)
 from dino3d.command_line import UserError, spaced
 from dino3d.data.volume import DataError, Volume
 
@@ -109,24 +118,23 @@ class WindowAugmentation:
         self.lattice = Lattice.for_views(size, policy)
 
     def draw(self, seed, epoch, case, crop_shape):
-        """[ViewParameters] of one window, NumPy arrays with one row, as `augmentations.collate_views` takes them."""
+        """[ViewParameters] of one window, as `augmentations.collate_views` takes them."""
         rng = keyed_rng(seed, epoch, case, 0)
         # Whole voxels: a window that is neither turned nor scaled is not blurred by interpolation
         centre = (np.array(crop_shape) - self.size) // 2 + (self.size - 1) / 2
         centre = centre + rng.randint(-self.shift_range, self.shift_range + 1)
-        matrix, moves = self.policy.draw_affine(rng), self.policy.draw_elastic(rng, self.lattice.shape)
+        matrix, moves, intensity = self.policy.draw(rng, self.lattice.shape)
         control = self.lattice.control(matrix, centre, moves, self.spacing, self.spacing)
-        parts = control, self.policy.draw_sigma(rng), self.policy.draw_histogram(rng)
-        return [ViewParameters(*(part[None].astype(np.float32) for part in parts))]
+        return [ViewParameters(control[None].astype(np.float32), [intensity])]
 
     def render(self, crops, group, clip_range):
         """(B, 1, x, y, z) windows with grey values in [0, 1]. crops: (B, X, Y, Z) int16; group: of `collate_views`."""
         with torch.autocast(crops.device.type, enabled=False):  # positions need more than bf16's three digits
-            return render_views(scale_intensity(crops, *clip_range)[:, None], self.lattice, *group)
+            return render_views(scale_intensity(crops, *clip_range)[:, None], self.lattice, group)
 
     def render_masks(self, masks, group):
         """(B, x, y, z) int64 classes: the same geometry by nearest neighbour. masks: (B, X, Y, Z) uint8."""
-        control = group[0].control
+        control = group.control
         return warp(masks[:, None].to(control.dtype), control, self.lattice, mode="nearest")[:, 0].long()
 
 
@@ -136,17 +144,14 @@ class CropBatch(NamedTuple):
     crops: torch.Tensor
     cases: torch.Tensor
     counted: torch.Tensor
-    group: tuple | None
+    group: ViewBatch | None
     masks: torch.Tensor | None = None
     fatal: str = ""
 
     def to(self, device):
         """The crops, their masks and how to augment them on a device; the rest stays where it is."""
-        parameters, *indices = self.group
-        group = (ViewParameters(*(part.to(device, non_blocking=True) for part in parameters)),
-                 *(part.to(device, non_blocking=True) for part in indices))
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
-        return self._replace(crops=self.crops.to(device, non_blocking=True), group=group, masks=masks)
+        return self._replace(crops=self.crops.to(device, non_blocking=True), group=self.group.to(device), masks=masks)
 
 
 class TrainingCrops(Dataset):

@@ -1,4 +1,5 @@
 """The flags that both fine-tuning scripts share."""
+import augmentations
 import utils
 from dino3d import command_line
 from dino3d.command_line import boolean, number, spaced
@@ -63,7 +64,7 @@ def add_flags(parser, batch_size, folds, spacing, predict):
     group = parser.add_argument_group("augmentations (of training data alone; each with probability 0.5)")
     group.add_argument("--shift_range", default=[0, 0, 0], nargs=3, type=number(int, 0), metavar=("X", "Y", "Z"),
                        help="voxels by which the window's centre moves at most, always drawn")
-    command_line.augmentation_flags(group)
+    augmentations.add_flags(group)
 
     group = parser.add_argument_group("data and run")
     group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR", help="folder with the labelled data")
