@@ -553,8 +553,8 @@ def matrix_rate(device, precision):
 
 def infer(device, repeats, arch, batch_size, precision, size):
     """A volume through the UNETR decoder, window by window, against the same with MONAI's ViT as its encoder."""
-    from decoders import Segmenter, UnetrDecoder
-    from segmentation import Grid, Windows, segment
+    from dino3d.finetune.heads import Segmenter, UnetrDecoder
+    from dino3d.finetune.sliding_window import Grid, Windows, segment
     torch.manual_seed(0)
     encoder = ARCHITECTURES[arch](img_size=GLOBAL)
     decoder = UnetrDecoder(encoder.embed_dim, len(encoder.blocks), encoder.patch_size, 2)
@@ -642,7 +642,7 @@ def scan(size):
     A CT that is smaller than `size` goes on as its mirror image, which keeps its noise and so what it compresses to.
     """
     if not SCAN.is_file():
-        from demo_data import chest_phantom
+        from dino3d.prepare.phantoms import chest_phantom
         return *chest_phantom(0, size, (0.7, 0.7, 1.5)), f"chest phantom of {by(size)} voxels (no {SCAN.name} here)"
     with Volume(SCAN) as file:
         volume, affine = file.read(), file.affine
