@@ -403,10 +403,12 @@ def our_step(arch, out_dim, batch_size, device, precision, compiled=False, size=
     student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
     for notice in main_dino.compile_blocks((student, teacher), device) if compiled else ():
         raise UserError(notice)
-    run = main_dino.Run(
-        student, student, teacher, main_dino.DINOLoss(out_dim, 0.9).to(device),
-        utils.make_optimizer("adamw", utils.parameter_groups(student)), torch.amp.GradScaler(device.type, enabled=False),
-        None, None, None, PRECISIONS[precision], 3.0, batch_size, 0, utils.Processes(device=device), 1, SkippedSteps(20, device))
+    run = main_dino.TrainState(
+        network=student, student=student, teacher=teacher, dino_loss=main_dino.DINOLoss(out_dim, 0.9).to(device),
+        optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
+        scaler=torch.amp.GradScaler(device.type, enabled=False), schedules=None, crops=None, clip_range=None,
+        dtype=PRECISIONS[precision], clip_grad=3.0, global_batch=batch_size, seed=0,
+        processes=utils.Processes(device=device), skipped=SkippedSteps(20, device))
     views = random_views(batch_size, device, size, local_number)
     return lambda: main_dino.train_step(run, [views], VALUES, frozen=False)[1][0]
 

@@ -210,10 +210,12 @@ def main(argv=None):
         warmup_teacher_temp=args.warmup_teacher_temp, temp_warmup=args.warmup_teacher_temp_epochs * epoch_length)
 
     # ------------------------------------------------------------------------------------------------------ training
-    run = Run(network, student, teacher, dino_loss, optimizer, scaler, schedules, crops, tuple(args.clip_range),
-              utils.PRECISIONS[args.precision], args.clip_grad, global_batch, args.seed, processes,
-              args.accumulate_steps, SkippedSteps(args.max_skipped_steps, processes.device),
-              torch.cuda.Stream() if processes.device.type == "cuda" else None)
+    run = TrainState(
+        network=network, student=student, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler,
+        schedules=schedules, crops=crops, clip_range=tuple(args.clip_range), dtype=utils.PRECISIONS[args.precision],
+        clip_grad=args.clip_grad, global_batch=global_batch, seed=args.seed, processes=processes,
+        accumulate_steps=args.accumulate_steps, skipped=SkippedSteps(args.max_skipped_steps, processes.device),
+        aside=torch.cuda.Stream() if processes.device.type == "cuda" else None)
     done = restore(run, output_dir, vars(args))
     done.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into the rest of an epoch
     last_step = done.step + steps_left(samples_per_epoch, global_batch, args.epochs, done)
@@ -267,7 +269,7 @@ def main(argv=None):
 
 
 @dataclass
-class Done:
+class Progress:
     """How far a run is: epochs finished, samples of the current one, and steps and samples in all."""
     epoch: int = 0
     position: int = 0
@@ -283,7 +285,8 @@ class Done:
             self.epoch, self.position = self.epoch + 1, 0
 
 
-class Run(NamedTuple):
+@dataclass(kw_only=True)
+class TrainState:
     """What a step needs. network: the student as it is called, inside DDP where there are several processes."""
     network: nn.Module
     student: MultiCropWrapper
@@ -299,9 +302,15 @@ class Run(NamedTuple):
     global_batch: int
     seed: int
     processes: utils.Processes
-    accumulate_steps: int
     skipped: SkippedSteps
+    accumulate_steps: int = 1
     aside: torch.cuda.Stream | None = None
+
+    def parts(self):
+        """What a checkpoint holds of it, by name: save and restore go by this alone. A part that is None is switched off."""
+        parts = {"student": self.student, "teacher": self.teacher, "optimizer": self.optimizer, "scaler": self.scaler,
+                 "dino_loss": self.dino_loss}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def render(self, batch):
         """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a data.Batch, on the device.
@@ -623,11 +632,9 @@ def compile_blocks(models, device, backend="inductor"):
 def save(run, checkpoints, output_dir, config, done, every):
     """Save the whole state, and keep a numbered copy each `every` epochs (0: never)."""
     numbered = every and done.position == 0 and done.epoch % every == 0
-    checkpoints.save({
-        "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
-        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-        "dino_loss": run.dino_loss.state_dict(), **asdict(done), "config": config,
-    }, output_dir / f"checkpoint{done.epoch:04}.pth" if numbered else None)
+    states = {name: part.state_dict() for name, part in run.parts().items()}
+    checkpoints.save({**states, **asdict(done), "config": config},
+                     output_dir / f"checkpoint{done.epoch:04}.pth" if numbered else None)
 
 
 def restore(run, output_dir, config):
@@ -636,10 +643,10 @@ def restore(run, output_dir, config):
              "norm_last_layer", "optimizer")
     state = checkpoint.load_on_all(output_dir / "checkpoint.pth", run.processes, {name: config[name] for name in fixed})
     if state is None:
-        return Done()
-    for part in ("student", "teacher", "dino_loss", "optimizer", "scaler"):
-        getattr(run, part).load_state_dict(state[part])
-    return Done(*(state[name] for name in ("epoch", "position", "step", "samples")))
+        return Progress()
+    for name, part in run.parts().items():
+        part.load_state_dict(state[name])
+    return Progress(**{name: state[name] for name in asdict(Progress())})
 
 
 def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done):

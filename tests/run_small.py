@@ -24,7 +24,7 @@ if "FLOAT64" in os.environ:
 kind, *where, first, last = os.environ.get("PLANT", "no 0 0").split()
 steps, chosen = range(int(first), int(last) + 1), where == [os.environ.get("RANK", "0")]
 step = 0
-render, train_step = main_dino.Run.render, main_dino.train_step
+render, train_step = main_dino.TrainState.render, main_dino.train_step
 
 
 def planted_render(run, batch):
@@ -42,5 +42,5 @@ def planted_step(run, micro_batches, values, frozen):
     return train_step(run, micro_batches, values, frozen)
 
 
-main_dino.Run.render, main_dino.train_step = planted_render, planted_step
+main_dino.TrainState.render, main_dino.train_step = planted_render, planted_step
 utils.run_script(main_dino.main)

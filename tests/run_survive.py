@@ -18,7 +18,7 @@ from vision_transformer import DINOHead, VisionTransformer  # noqa: E402
 
 vision_transformer.ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=96, depth=2, num_heads=3)
 vision_transformer.DINOHead = functools.partial(DINOHead, hidden_dim=512)
-count_step = main_dino.Done.count_step
+count_step = main_dino.Progress.count_step
 
 
 def count_and_tell(done, samples):
@@ -27,7 +27,7 @@ def count_and_tell(done, samples):
         Path(os.environ["PROGRESS"]).write_text(str(done.step))
 
 
-main_dino.Done.count_step = count_and_tell
+main_dino.Progress.count_step = count_and_tell
 if os.environ.get("SLOW_DISK"):
     os.fsync = lambda file: time.sleep(float(os.environ["SLOW_DISK"]))
 utils.run_script(main_dino.main)

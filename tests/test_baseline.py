@@ -45,6 +45,16 @@ def schedule(step):
             "teacher_temp": 0.04 + 0.0002 * step}
 
 
+def train_state(student, teacher, device, **others):
+    """What main_dino.py's steps need; others: fields of it that are not the tests' usual ones."""
+    usual = {"schedules": None, "crops": None, "clip_range": None, "dtype": torch.float32}
+    return main_dino.TrainState(
+        network=student, student=student, teacher=teacher, dino_loss=main_dino.DINOLoss(OUT_DIM, 0.9).to(device),
+        optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
+        scaler=torch.amp.GradScaler(device.type, enabled=False), clip_grad=3.0, global_batch=BATCH, seed=0,
+        processes=utils.Processes(device=device), skipped=SkippedSteps(20, device), **usual | others)
+
+
 def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False, micro_batches=1):
     """(STEPS,) losses, and the student."""
     device = torch.device(device)
@@ -52,10 +62,7 @@ def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False,
     student.backbone.grad_checkpointing = checkpointing
     if compiled:
         assert main_dino.compile_blocks((student, teacher), device) == []
-    run = main_dino.Run(
-        student, student, teacher, main_dino.DINOLoss(OUT_DIM, 0.9).to(device),
-        utils.make_optimizer("adamw", utils.parameter_groups(student)), torch.amp.GradScaler(device.type, enabled=False),
-        None, None, None, dtype, 3.0, BATCH, 0, utils.Processes(device=device), micro_batches, SkippedSteps(20, device))
+    run = train_state(student, teacher, device, dtype=dtype, accumulate_steps=micro_batches)
     losses = []
     for step in range(STEPS):
         views = views_of(step, device)
@@ -155,11 +162,8 @@ def test_no_step_waits_for_the_gpu(tiny, compiled):
     student, teacher = build().to(device), build().to(device).requires_grad_(False)
     if compiled:
         assert main_dino.compile_blocks((student, teacher), device) == []
-    run = main_dino.Run(
-        student, student, teacher, main_dino.DINOLoss(OUT_DIM, 0.9).to(device),
-        utils.make_optimizer("adamw", utils.parameter_groups(student)), torch.amp.GradScaler("cuda", enabled=False),
-        None, crops, (-1000, 1000), torch.bfloat16, 3.0, BATCH, 0, utils.Processes(device=device), 1, SkippedSteps(20, device),
-        torch.cuda.Stream())
+    run = train_state(student, teacher, device, crops=crops, clip_range=(-1000, 1000), dtype=torch.bfloat16,
+                      aside=torch.cuda.Stream())
     for step in range(3):
         if step == 2:
             torch.cuda.set_sync_debug_mode("error")

@@ -62,8 +62,10 @@ def make_run(scaler=None, use_bn_in_head=False):
     loss = main_dino.DINOLoss(16, 0.9)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     optimizer = utils.make_optimizer("adamw", utils.parameter_groups(student))
-    return main_dino.Run(student, student, teacher, loss, optimizer, scaler, None, None, None, torch.float32, 3.0, 4, 0,
-                         utils.Processes(), 1, SkippedSteps(20, torch.device("cpu")))
+    return main_dino.TrainState(
+        network=student, student=student, teacher=teacher, dino_loss=loss, optimizer=optimizer, scaler=scaler,
+        schedules=None, crops=None, clip_range=None, dtype=torch.float32, clip_grad=3.0, global_batch=4, seed=0,
+        processes=utils.Processes(), skipped=SkippedSteps(20, torch.device("cpu")))
 
 
 def state_of(run):
