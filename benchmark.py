@@ -410,7 +410,7 @@ def our_step(arch, out_dim, batch_size, device, precision, compiled=False, size=
         dtype=PRECISIONS[precision], clip_grad=3.0, global_batch=batch_size, seed=0,
         processes=utils.Processes(device=device), skipped=SkippedSteps(20, device))
     views = random_views(batch_size, device, size, local_number)
-    return lambda: main_dino.train_step(run, [views], VALUES, frozen=False)[1][0]
+    return lambda: main_dino.train_step(run, [views], VALUES, frozen=False).metrics["loss"]
 
 
 def plain_step(arch, out_dim, batch_size, device, precision):
@@ -464,7 +464,8 @@ def flops_per_sample(arch, out_dim, size=GLOBAL, local_number=LOCAL_NUMBER):
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             teacher_logits = teacher(views[:1])
-        loss(student(views), teacher_logits, 0.04)[0].backward()
+        losses, _ = loss(student(views), teacher_logits, 0.04)
+        losses["loss"].backward()
     return counter.get_total_flops()
 
 

@@ -350,18 +350,32 @@ def train_one_epoch(run, batches, steps, done, frozen, monitor, after_step):
 
         utils.seed_step(run.seed, done.step, run.processes.rank)
         values = run.schedules.at(done.samples)
-        taken, metrics, winners, features, air = train_step(run, map(run.render, micro_batches), values, frozen)
+        step = train_step(run, map(run.render, micro_batches), values, frozen)
         done.count_step(run.global_batch)
 
-        monitor.step(taken, metrics, winners, air, waited)
-        run.skipped.count(taken)
+        monitor.step(step.taken, step.metrics, step.winners, waited)
+        run.skipped.count(step.taken)
         if done.step % monitor.log_every == 0 or index == steps - 1:
-            monitor.entry(done.step, values, run.dino_loss.center.norm(), features)
+            monitor.entry(done.step, values, run.dino_loss.center.norm(), step.features)
         if run.skipped.too_many(done.step):
             end_run(monitor.output_dir, run.processes, done.step, run.skipped.most,
                     look_into(run, micro_batches, values["teacher_temp"]))
         if index < steps - 1:
             after_step()
+
+
+class Step(NamedTuple):
+    """What a step tells, all of it on the device.
+
+    taken: () bool, False if the loss or a gradient was not finite: then nothing has changed
+    metrics: {name: ()} whatever the monitor is to average and show, in the order of log.txt
+    winners: (2 B per micro-batch,) largest prototype of each teacher output
+    features: (2 B, D) teacher's embeddings of the last micro-batch
+    """
+    taken: torch.Tensor
+    metrics: dict
+    winners: torch.Tensor
+    features: torch.Tensor
 
 
 def train_step(run, micro_batches, values, frozen):
@@ -370,12 +384,10 @@ def train_step(run, micro_batches, values, frozen):
     micro_batches: gives run.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
         local (L B, 1, x, y, z)], the first view of all samples first
     values: what the schedules say
-    Returns taken (), False if the loss or a gradient was not finite: then nothing has changed; metrics (4,); winners
-    (2 B per micro-batch,); of the last micro-batch the teacher's embeddings (2 B, D); the share of views in air ().
     """
     buffers = [(buffer, buffer.clone()) for part in (run.student, run.teacher) for buffer in part.buffers()]  # batch norms'
     run.optimizer.zero_grad(set_to_none=True)
-    losses, centers, winners, air = [], [], [], []
+    terms, air, centers, winners = [], [], [], []
     for micro, views in enumerate(micro_batches, 1):
         last = micro == run.accumulate_steps
         with gradients_stay_here(run.network, not last):
@@ -386,12 +398,11 @@ def train_step(run, micro_batches, values, frozen):
                 if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
                     mean_center = run.processes.start_mean(torch.cat(centers).mean(0, keepdim=True))
                 student_logits = run.network(views)  # ((2 + L) B, out_dim)
-            loss, entropy, best = run.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
-            run.scaler.scale(loss / run.accumulate_steps).backward()
-        loss = loss.detach()
-        losses.append(torch.stack([loss, loss - entropy, entropy]))
-        winners.append(best)
+            losses, best = run.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
+            run.scaler.scale(losses["loss"] / run.accumulate_steps).backward()
+        terms.append(torch.stack([term.detach() for term in losses.values()]))
         air.append(air_share(views))
+        winners.append(best)
 
     for group in run.optimizer.param_groups:
         group["lr"] = values["lr"]
@@ -409,8 +420,9 @@ def train_step(run, micro_batches, values, frozen):
     run.dino_loss.update_center(mean_center(), taken)
     for buffer, before in buffers:
         buffer.copy_(torch.where(taken, buffer, before))
-    metrics = torch.cat([torch.stack(losses).mean(0), norm.to(loss.dtype)[None]])
-    return taken, metrics, torch.cat(winners), features, torch.stack(air).mean()
+    metrics = dict(zip(losses, torch.stack(terms).mean(0)))  # over the micro-batches
+    metrics |= {"grad_norm": norm, "air_views": torch.stack(air).mean()}
+    return Step(taken, metrics, torch.cat(winners), features)
 
 
 def gradients_stay_here(network, yes):
@@ -432,18 +444,18 @@ class DINOLoss(nn.Module):
     def forward(self, student_logits, teacher_logits, teacher_temp):
         """student_logits: (V B, K) of all V views; teacher_logits: (2 B, K) of the global ones, which come first.
 
-        Returns the loss, the teacher's mean entropy in nats (loss - entropy is the mean KL divergence), and the
-        largest prototype of each teacher output (2 B,).
+        Returns {name: ()}: "loss", which is to be minimised, and what else is to be seen of it, the mean KL divergence and
+        the teacher's mean entropy, both in nats; and the largest prototype of each teacher output (2 B,).
         """
         batch, out_dim = len(teacher_logits) // 2, teacher_logits.shape[1]
         at_least = torch.promote_types(student_logits.dtype, torch.float32)
         log_teacher = ((teacher_logits.to(at_least) - self.center) / teacher_temp).log_softmax(-1)  # (2 B, K)
         teacher = log_teacher.exp()
         views = student_logits.view(-1, batch, out_dim)  # (V, B, K)
-        loss = CrossEntropy.apply(views, *teacher.view(2, batch, out_dim))  # (B,)
         pairs = 2 * (len(views) - 1)
+        loss = CrossEntropy.apply(views, *teacher.view(2, batch, out_dim)).mean() / pairs
         entropy = -(teacher * log_teacher).sum(-1).mean()
-        return loss.mean() / pairs, entropy, teacher.argmax(-1)
+        return {"loss": loss, "kl": loss.detach() - entropy, "teacher_entropy": entropy}, teacher.argmax(-1)
 
     def batch_center(self, teacher_logits):
         """(1, K) mean of a micro-batch's teacher logits."""
@@ -455,9 +467,19 @@ class DINOLoss(nn.Module):
         self.center.lerp_(torch.where(taken, mean, self.center), 1 - self.center_momentum)
 
 
+def reference_cross_entropy(views, first, second):
+    """The loss as equation 1 has it, summed over the pairs of a sample's views: what CrossEntropy computes. (B,)"""
+    loss = torch.zeros_like(first[:, 0])
+    for t, teacher in enumerate((first, second)):
+        for v, view in enumerate(views):
+            if v != t:  # no view is compared with itself
+                loss = loss - (teacher * (view / STUDENT_TEMP).log_softmax(-1)).sum(-1)
+    return loss
+
+
 class CrossEntropy(torch.autograd.Function):
-    """(B,) sum over pairs of a sample's views of - sum_k q_k log p_k = n logsumexp(s) - q s, with s the student's logits
-    over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
+    """`reference_cross_entropy` with its gradient by hand: - sum_k q_k log p_k = n logsumexp(s) - q s, with s the student's
+    logits over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
 
     One view at a time, also in the gradient, (n softmax(s) - q) / temperature: all views' logits exist once, in the
     precision in which the head gave them, and nothing but the (V, B) normalisers is kept beside them for the backward pass.
@@ -552,8 +574,8 @@ def look_into(run, micro_batches, teacher_temp):
         for i, path in enumerate(batch.paths):
             def of_sample(tensor):
                 return tensor.unflatten(0, (-1, len(batch.paths)))[:, i]
-            loss, _, _ = run.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
-            samples.append(describe(path, loss, patch=batch.patches[i],
+            losses, _ = run.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
+            samples.append(describe(path, losses["loss"], patch=batch.patches[i],
                                     views=torch.cat([of_sample(view).flatten() for view in views])))
     return samples
 

@@ -38,7 +38,9 @@ def planted_step(run, micro_batches, values, frozen):
     global step
     step += 1
     if kind == "nothing" and step in steps:
-        return (torch.tensor(False), torch.zeros(4), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 8), torch.tensor(0.0))
+        names = ("loss", "kl", "teacher_entropy", "grad_norm", "air_views")
+        return main_dino.Step(taken=torch.tensor(False), metrics=dict.fromkeys(names, torch.tensor(0.0)),
+                              winners=torch.zeros(2, dtype=torch.int64), features=torch.zeros(2, 8))
     return train_step(run, micro_batches, values, frozen)
 
 

@@ -71,7 +71,7 @@ def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False,
                  for i in range(micro_batches)]
         taken, metrics, *_ = main_dino.train_step(run, parts, schedule(step), frozen=False)
         assert taken
-        losses.append(metrics[0])
+        losses.append(metrics["loss"])
     return torch.stack(losses).cpu(), student
 
 

@@ -17,7 +17,7 @@ import utils
 import vision_transformer
 from dino3d.data.volume import write_volume
 from dino3d.files import forget_after, read_log
-from dino3d.training.monitor import collapse_warning, effective_rank
+from dino3d.training.monitor import Monitor, collapse_warning, effective_rank
 from vision_transformer import DINOHead, VisionTransformer
 
 TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--local_crops_scale", "0.5", "--local_crops_number", "2",
@@ -79,23 +79,57 @@ def test_loss_is_the_papers_formula():
     student, teacher = torch.randn(views * batch, out_dim).double(), torch.randn(2 * batch, out_dim).double()
     loss = main_dino.DINOLoss(out_dim, 0.9).double()
     loss.center.normal_()
-    value, entropy, winners = loss(student, teacher, temp)
+    losses, winners = loss(student, teacher, temp)
     q = ((teacher - loss.center) / temp).softmax(-1).view(2, batch, out_dim)
     p = (student / 0.1).softmax(-1).view(views, batch, out_dim)
     terms = [-(q[t] * p[v].log()).sum(-1).mean() for t in range(2) for v in range(views) if v != t]
     assert len(terms) == 2 * (views - 1)
-    torch.testing.assert_close(value, sum(terms) / len(terms))
-    torch.testing.assert_close(entropy, -(q * q.log()).sum(-1).mean())
+    entropy = -(q * q.log()).sum(-1).mean()
+    for name, expected in {"loss": sum(terms) / len(terms), "kl": sum(terms) / len(terms) - entropy,
+                           "teacher_entropy": entropy}.items():
+        torch.testing.assert_close(losses[name], expected)
     assert (winners == q.reshape(-1, out_dim).argmax(-1)).all()
 
 
 def test_loss_without_local_views():
     loss = main_dino.DINOLoss(8, 0.9)
     teacher, student = torch.randn(4, 8), torch.randn(4, 8)
-    value, _, _ = loss(student, teacher, 0.04)
+    losses, _ = loss(student, teacher, 0.04)
     q, log_p = (teacher / 0.04).softmax(-1), (student / 0.1).log_softmax(-1)
     expected = -((q[:2] * log_p[2:]).sum(-1).mean() + (q[2:] * log_p[:2]).sum(-1).mean()) / 2
-    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+@pytest.mark.parametrize("views", [2, 3, 10])
+def test_the_gradient_by_hand_is_the_reference_formulas(views):
+    torch.manual_seed(0)
+    first, second = (3 * torch.randn(2, 4, 16, dtype=torch.float64)).softmax(-1)
+    student = torch.randn(views, 4, 16, dtype=torch.float64, requires_grad=True)
+    ours, reference = (loss(student, first, second) for loss in (
+        main_dino.CrossEntropy.apply, main_dino.reference_cross_entropy))
+    torch.testing.assert_close(ours, reference)
+    weights = torch.rand(4, dtype=torch.float64)  # each sample's gradient by itself
+    torch.testing.assert_close(*(torch.autograd.grad((weights * loss).sum(), student)[0] for loss in (ours, reference)))
+
+
+def test_the_monitor_shows_whatever_it_is_given(tmp_path):
+    """Means over the steps that were taken, in log.txt and TensorBoard, of a name that it has never heard of too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monitor = Monitor(tmp_path, utils.Processes(), 16, log_every=2, total_steps=3, done_steps=0, global_batch=1, volumes=1,
+                      max_bad=0)
+    monitor.start_epoch(1)
+    for step, (taken, value) in enumerate([(True, 2.0), (False, torch.nan), (True, 5.0)], 1):
+        metrics = {name: torch.tensor(value) for name in ("loss", "kl", "teacher_entropy", "spread")}
+        monitor.step(torch.tensor(taken), metrics | {"grad_norm": torch.tensor(1.0).double()}, torch.tensor([3, 4]), 0.0)
+        if step >= 2:
+            monitor.entry(step, {}, torch.tensor(0.0), torch.rand(2, 8))
+    monitor.log_epoch(1, 3, {})
+    monitor.close()
+    record, = read_log(tmp_path / "log.txt")
+    assert list(record)[:7] == ["epoch", "step", "loss", "kl", "teacher_entropy", "spread", "grad_norm"]
+    assert record["spread"] == record["kl"] == 3.5 and record["kl_first_steps"] == 2 and record["skipped_steps"] == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("dino/spread")] == [2, 5]
 
 
 def test_centre_is_a_running_mean():

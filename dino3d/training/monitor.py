@@ -29,8 +29,6 @@ PATIENCE = 3             # log entries in a row before a warning: a single one m
 ENOUGH_VIEWS = 32        # teacher outputs that an entry must rest on to count prototypes
 NO_TISSUE = 0.05         # grey value below which a voxel is taken for air (-900 HU in the default clip range)
 
-METRICS = ("loss", "kl", "teacher_entropy", "grad_norm", "air_views")
-
 
 def collapse_warning(entropy, kl, winners, out_dim, views):
     """What to tell the user about a teacher that has become useless, or None.
@@ -148,7 +146,7 @@ class Monitor:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
-        self._warned, self._streak = set(), 0
+        self._warned, self._streak, self._names = set(), 0, None
         self.writer, self.bar = Silent(), Silent()
         if processes.is_main:
             from torch.utils.tensorboard import SummaryWriter
@@ -166,21 +164,22 @@ class Monitor:
         self._epoch_wins = torch.zeros(self.out_dim, device=self.processes.device)
 
     def _reset_window(self):
-        device = self.processes.device
-        self._sums = torch.zeros(len(METRICS) + 1, device=device)  # METRICS, steps that were taken
-        self._wins = torch.zeros(self.out_dim, device=device)
+        self._sums = 0.0  # (names + 1,) of the metrics, in the order of the first step's, and of the steps that were taken
+        self._wins = torch.zeros(self.out_dim, device=self.processes.device)
         self._steps, self._waited, self._began, self._views = 0, 0.0, time.perf_counter(), 0
 
     def say(self, message):
         tqdm.write(message, file=sys.stderr)
 
-    def step(self, taken, metrics, winners, air, waited):
+    def step(self, taken, metrics, winners, waited):
         """Take note of one step; of one that was skipped, only that.
 
-        taken: () bool; metrics: (4,) the first four of METRICS; winners: (2 B,) prototypes of the teacher's outputs
-        air: () share of views without tissue; waited: seconds without data
+        taken: () bool; metrics: {name: ()} the same names in each step, "kl" and "teacher_entropy" among them
+        winners: (2 B,) prototypes of the teacher's outputs; waited: seconds without data
         """
-        self._sums += torch.where(taken, torch.cat([metrics, torch.stack([air, torch.ones_like(air)])]), 0)
+        self._names = self._names or tuple(metrics)
+        told = torch.stack([metrics[name].to(metrics["kl"].dtype) for name in self._names])
+        self._sums = self._sums + torch.where(taken, torch.cat([told, torch.ones_like(told[:1])]), 0)
         self._wins.index_add_(0, winners, taken.to(self._wins.dtype).expand(len(winners)))
         self._steps, self._waited, self._views = self._steps + 1, self._waited + waited, self._views + len(winners)
         self.bar.update()
@@ -192,7 +191,7 @@ class Monitor:
         """
         self.bad_files.gather()
         *sums, taken = self.processes.mean(self._sums).tolist()
-        taken, values = round(taken), {name: value / taken for name, value in zip(METRICS, sums)} if taken else {}
+        taken, values = round(taken), {name: value / taken for name, value in zip(self._names, sums)} if taken else {}
         wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size * taken // self._steps
         seconds, winners = time.perf_counter() - self._began, int((wins > 0).sum())
         rate, waiting = self._steps * self.global_batch / seconds, self._waited / seconds
@@ -233,7 +232,8 @@ class Monitor:
         seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, *_ in self._epoch)
         entries = [(taken, values) for _, taken, values, _ in self._epoch if taken]
         taken = sum(count for count, _ in entries)
-        means = {name: sum(count * values[name] for count, values in entries) / taken if taken else None for name in METRICS}
+        means = {name: sum(count * values[name] for count, values in entries) / taken if taken else None
+                 for name in self._names}
         if self.processes.is_main:
             self.bad_files.tell(self.say)
             append_json(self.output_dir / "log.txt", {"epoch": epoch, "step": step} | means | {
