@@ -663,12 +663,13 @@ def restore(run, output_dir, config):
     """Go on from the checkpoint in the output folder, if there is one; returns how far it is."""
     fixed = ("arch", "patch_size", "input_size", "spacing", "clip_range", "out_dim", "use_bn_in_head",
              "norm_last_layer", "optimizer")
-    state = checkpoint.load_on_all(output_dir / "checkpoint.pth", run.processes, {name: config[name] for name in fixed})
-    if state is None:
+    path, parts = output_dir / "checkpoint.pth", run.parts()
+    saved = checkpoint.load_on_all(path, run.processes, must_match={name: config[name] for name in fixed},
+                                   parts=(*parts, *asdict(Progress())))
+    if saved is None:
         return Progress()
-    for name, part in run.parts().items():
-        part.load_state_dict(state[name])
-    return Progress(**{name: state[name] for name in asdict(Progress())})
+    checkpoint.load_parts(parts, saved, path)
+    return checkpoint.load_progress(Progress, saved, path)
 
 
 def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done):

@@ -390,13 +390,24 @@ def fit_state_dict(model, state, path):
     def under(prefix):
         return {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
     found = max((modern_names(under(prefix), wanted) for prefix in sorted(prefixes)), key=lambda s: len(wanted.keys() & s))
-    missing = [name for name in wanted if name not in found]
-    shapes = [f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}" for name in wanted
-              if name in found and found[name].shape != wanted[name].shape]
-    if missing or shapes:
-        parts = ["without " + shortened(missing)] * bool(missing) + ["with " + shortened(shapes)] * bool(shapes)
-        raise ValueError(f"{path}: does not fit the model: {'; '.join(parts)}")
+    if problem := tensor_misfit(wanted, found):
+        raise ValueError(f"{path}: does not fit the model: {problem}")
     model.load_state_dict({name: found[name] for name in wanted})
+
+
+def tensor_misfit(wanted, found, others=False):
+    """Why the tensors `found` can't take the place of those `wanted`, {name: tensor}, in a few words, or "".
+
+    others: whether tensors beyond those wanted are a reason too
+    """
+    def shape(value):
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    missing = [name for name in wanted if name not in found]
+    shapes = [f"{name} {shape(found[name])} instead of {shape(wanted[name])}" for name in wanted
+              if name in found and shape(found[name]) != shape(wanted[name])]
+    beyond = [str(name) for name in found if others and name not in wanted]
+    return "; ".join(word + shortened(names) for word, names in (
+        ("without ", missing), ("with ", shapes), ("with the unknown ", beyond)) if names)
 
 
 def modern_names(state, wanted):

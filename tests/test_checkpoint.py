@@ -1,10 +1,12 @@
 """Checkpoints that are damaged, disks that are full, signals that end a run: nothing that was saved is lost."""
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,15 +22,27 @@ import torch
 from conftest import ROOT
 from survive import FLAGS, differences, make_volumes, start, state_of, step_of
 from test_main_dino import TORCHRUN
+from test_main_dino import run_main as run_dino
 from test_main_lnc_luna16 import TINY as TINY_FOLDS
+from test_main_lnc_luna16 import run_main as run_folds
 from test_main_lnc_luna16 import write_cases
 
 import utils
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.pretraining import BatchStream, epoch_order
-from dino3d.finetune import statistics
+from dino3d.finetune import fold_loop, statistics
 from dino3d.training import checkpoint
-from dino3d.training.checkpoint import Checkpoints, Interruption, Saving, load_checkpoint, load_newest, save_checkpoint
+from dino3d.training.checkpoint import (
+    Checkpoints,
+    Interruption,
+    Saving,
+    load_checkpoint,
+    load_newest,
+    load_parts,
+    load_progress,
+    require_parts,
+    save_checkpoint,
+)
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs to be root: mounts a small disk, becomes another user")
@@ -125,10 +139,89 @@ def test_another_runs_checkpoint_is_no_damaged_one(tmp_path):
     with pytest.raises(UserError, match="--arch a, not b"):
         load_newest(path, {"arch": "b"})
     torch.save({"teacher": {}}, path)
-    with pytest.raises(UserError, match="no checkpoint of this script"):
+    with pytest.raises(UserError, match="no checkpoint of this script: it has no 'config'"):
         load_newest(path)
     path.unlink()
     assert load_newest(path) is None  # moved away to start anew
+
+
+def test_a_fine_tunings_checkpoint_is_told_from_pre_trainings(volumes, tmp_path, capsys, monkeypatch):
+    """Its checkpoint.pth and best.pth, in the output folder of main_dino.py; what the error says to do does work."""
+    small = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
+    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", small)
+    monkeypatch.setattr(statistics, "BOOTSTRAP_ROUNDS", 50)
+    folds, out = tmp_path / "folds", tmp_path / "out"
+    code, _, errors = run_folds(capsys, "--data_dir", write_cases(tmp_path / "cases"), "--output_dir", folds, "--epochs", 1)
+    assert code == 0, errors
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1, "--output_dir", out]
+    out.mkdir()
+    for name, missing in (("checkpoint.pth", "'student', 'teacher', 'dino_loss', 'samples'; "),
+                          ("best.pth", "'student', 'teacher', 'optimizer', 'scaler' and 5 more; ")):
+        shutil.copy(folds / "0" / name, out / "checkpoint.pth")
+        code, _, errors = run_dino(capsys, *flags)
+        assert code == 1 and errors == [
+            f"error: {out / 'checkpoint.pth'}: is a checkpoint of fine-tuning (main_lnc_luna16.py): it has no {missing}"
+            "choose another --output_dir, or give it as --pretrained_weights with --checkpoint_key model"]
+    shutil.move(out / "checkpoint.pth", tmp_path / "weights.pth")
+    code, said, errors = run_dino(capsys, *flags, "--pretrained_weights", tmp_path / "weights.pth", "--checkpoint_key", "model")
+    assert code == 0 and "starting from the backbone of" in said, errors
+
+
+@pytest.mark.parametrize("state, says", [
+    ({"student": {}, "teacher": {}, "args": None}, "a checkpoint of DINO pre-training"),
+    ({"student": {}, "teacher": {}, "config": {}}, "a checkpoint of DINO pre-training"),
+    ({"student": {}, "teacher": {}, "config": {"arch": "a"}}, "a checkpoint of DINO pre-training (main_dino.py)"),
+    ({"model": {}, "best": {}, "config": {"decoder": "a"}}, "a checkpoint of fine-tuning (main_lts_msd.py)"),
+    ({"model": {}, "best": {}, "config": {"protocol": "a"}}, "a checkpoint of fine-tuning (main_lnc_luna16.py)"),
+    ({"model": {}, "best": {}, "config": 3}, "a checkpoint of fine-tuning"), (None, "no checkpoint of this script"),
+    ({"model": {}, "config": {}}, "no checkpoint of this script"), (torch.ones(2), "no checkpoint of this script"),
+])
+def test_what_wrote_a_checkpoint(state, says):
+    with pytest.raises(UserError) as error:
+        require_parts(state, ("wanted", "other"), "here.pth")
+    assert str(error.value).startswith(f"here.pth: is {says}: it has no 'wanted', 'other'; choose another")
+
+
+def test_parts_that_fit_are_loaded_and_others_named():
+    """Modules, optimizers and gradient scalers; a scaler that was off leaves nothing to one that is on."""
+    def parts(size=3, kind="adamw", scaling=True):
+        model = torch.nn.Linear(size, 2)
+        optimizer = utils.make_optimizer(kind, model.parameters())
+        model(torch.ones(1, size)).sum().backward()
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu", 4.0, enabled=scaling)}
+
+    def states(parts):
+        return {name: part.state_dict() for name, part in parts.items()}
+    saved, new = states(parts()), parts()
+    new["scaler"] = torch.amp.GradScaler("cpu")
+    load_parts(new, saved, "here.pth")
+    assert differences(states(new), saved) == []
+    for scaling in (True, False):
+        load_parts(new, saved | {"scaler": states(parts(scaling=not scaling))["scaler"]}, "here.pth")
+        assert new["scaler"].get_scale() == 4
+        new["scaler"] = torch.amp.GradScaler("cpu", 4.0)
+    for name, others, says in (
+        ("model", parts(4), r"with weight \(2, 4\) instead of \(2, 3\);"),
+        ("optimizer", parts(4), r"with exp_avg \(2, 4\) of parameter 0 instead of \(2, 3\), exp_avg_sq"),
+        ("optimizer", parts(kind="sgd"), "without betas: of another --optimizer;"),
+        ("scaler", {"scaler": torch.nn.Linear(2, 2)}, "without a number for scale, growth_factor, backoff_factor"),
+    ):
+        with pytest.raises(UserError, match=f"here.pth: its '{name}' does not fit this run: {says}") as error:
+            load_parts(new, saved | {name: others[name].state_dict()}, "here.pth")
+        assert error.value.everywhere
+    with pytest.raises(UserError, match="it has no 'more'"):
+        load_parts(new | {"more": new["model"]}, saved, "here.pth")
+
+
+def test_how_far_a_run_is_has_its_types():
+    done = fold_loop.Done(1, 2, 3, 4, {"loss": 0.5})
+    assert load_progress(fold_loop.Done, dataclasses.asdict(done) | {"more": 1}, "here.pth") == done
+    assert load_progress(fold_loop.Done, {"step": 3}, "here.pth") == fold_loop.Done(step=3)  # of an older version
+    for wrong, says in (({"epoch": 1.5}, "its 'epoch' is a float, expected int"),
+                        ({"trained": [1]}, r"its 'trained' is a list, expected dict \| None")):
+        with pytest.raises(UserError, match=f"here.pth: {says}; resume with"):
+            load_progress(fold_loop.Done, wrong, "here.pth")
 
 
 class Malicious:

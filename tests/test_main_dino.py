@@ -453,6 +453,66 @@ def test_checkpoints_that_do_not_fit(volumes, tmp_path, capsys):
     assert path.read_bytes() == whole[:len(whole) // 2]
 
 
+def tampered(states):
+    """(name of a copy of a checkpoint that does not fit, the copy, what the error says) for each kind of misfit."""
+    weight, moments = "backbone.norm.weight", states["optimizer"]["state"]
+    groups = states["optimizer"]["param_groups"]
+    kept = {name: tensor for name, tensor in states["student"].items() if name != weight}
+    says = "'student' does not fit this run: "
+    for missing, told in (("dino_loss", " (main_dino.py)"), ("samples", " (main_dino.py)"), ("config", "")):
+        rest = {name: states[name] for name in states if name != missing}
+        yield f"no {missing}", rest, f"is a checkpoint of DINO pre-training{told}: it has no '{missing}'; "
+    yield "no dict", [1, 2], "is no checkpoint of this script: it has no 'config', 'student', 'teacher', 'optimizer' and 6 more"
+    yield "config", states | {"config": "arch"}, "its 'config' is a str"
+    yield "no tensor", states | {"student": kept}, f"{says}without {weight};"
+    yield "shape", states | {"student": kept | {weight: torch.ones(3)}}, f"{says}with {weight} (3,) instead of (48,);"
+    yield "value", states | {"student": kept | {weight: "ones"}}, f"{says}with {weight} str instead of (48,);"
+    yield "beyond", states | {"student": states["student"] | {"x": torch.ones(3)}}, f"{says}with the unknown x;"
+    yield "list", states | {"teacher": [1]}, "'teacher' does not fit this run: it is a list, expected a dict"
+    yield "optimizer", states | {"optimizer": {}}, "'optimizer' does not fit this run: without param_groups, state;"
+    yield "groups", states | {"optimizer": states["optimizer"] | {"param_groups": groups[:1]}}, "1 groups of "
+    yield "garbage", states | {"optimizer": states["optimizer"] | {"param_groups": [3, 4]}}, "'optimizer' does not fit this"
+    moment = {"state": moments | {0: moments[0] | {"exp_avg": torch.ones(5)}}}
+    yield "moment", states | {"optimizer": states["optimizer"] | moment}, "with exp_avg (5,) of parameter 0 instead of "
+    yield "epoch", states | {"epoch": "two"}, "its 'epoch' is a str, expected int"
+
+
+def test_what_a_checkpoint_lacks_or_has_wrong_is_named(volumes, tmp_path, capsys):
+    """In one line, with the file and what to do; the file stays as it is."""
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--output_dir", tmp_path]
+    assert run_main(capsys, *flags, "--max_steps", 1)[0] == 0
+    for kind, states, says in tampered(checkpoint(tmp_path)):
+        path = tmp_path / "checkpoint.pth"
+        torch.save(states, path)
+        before = path.read_bytes()
+        code, _, errors = run_main(capsys, *flags)
+        assert code == 1 and len(errors) == 1 and says in errors[0] and path.read_bytes() == before, (kind, errors)
+        assert errors[0].startswith(f"error: {path}: ") and "choose another --output_dir" in errors[0]
+
+
+@pytest.mark.parametrize("kind", ["no dino_loss", "moment"])
+def test_all_ranks_end_where_a_checkpoint_does_not_fit(volumes, tmp_path, capsys, kind):
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--output_dir", tmp_path]
+    assert run_main(capsys, *flags, "--max_steps", 1)[0] == 0
+    states, says = next(rest for name, *rest in tampered(checkpoint(tmp_path)) if name == kind)
+    torch.save(states, tmp_path / "checkpoint.pth")
+    done = command(*flags, processes=2, script=ROOT / "tests" / "run_small.py")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 1 and sum(says in line for line in lines) == 1 and len(lines) <= 2, done.stderr
+    assert not traceback_through_our_code(done.stderr)
+
+
+def test_a_further_part_of_the_state_is_saved_and_missed(volumes, tmp_path, capsys, monkeypatch):
+    flags, parts = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--output_dir", tmp_path], main_dino.TrainState.parts
+    assert run_main(capsys, *flags, "--max_steps", 1)[0] == 0
+    extra = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(main_dino.TrainState, "parts", lambda run: parts(run) | {"extra": extra})
+    code, _, errors = run_main(capsys, *flags)
+    assert code == 1 and len(errors) == 1 and "it has no 'extra'" in errors[0]
+    (tmp_path / "checkpoint.pth").unlink()
+    assert run_main(capsys, *flags, "--max_steps", 1)[0] == 0 and same(checkpoint(tmp_path)["extra"], extra.state_dict())[0]
+
+
 def test_going_on_from_existing_weights(volumes, tmp_path, capsys):
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1, "--lr", 0]
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "a", "--seed", 1)[0] == 0

@@ -68,6 +68,13 @@ def make_run(scaler=None, use_bn_in_head=False):
         processes=utils.Processes(), skipped=SkippedSteps(20, torch.device("cpu")))
 
 
+def test_a_part_that_is_off_is_neither_saved_nor_asked_for():
+    run = make_run()
+    assert list(run.parts()) == ["student", "teacher", "optimizer", "scaler", "dino_loss"]
+    run.scaler = None
+    assert "scaler" not in run.parts()
+
+
 def state_of(run):
     """All but the schedules' values in the optimizer's groups."""
     state = flat({name: getattr(run, name).state_dict() for name in ("student", "teacher", "dino_loss", "optimizer")})

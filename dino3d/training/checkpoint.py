@@ -11,15 +11,19 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from dino3d.command_line import Preempted, UserError, end_workers, number
-from utils import Processes, add_checksum, is_worker_death, load_file
+from dino3d.command_line import Preempted, UserError, end_workers, number, shortened
+from utils import Processes, add_checksum, is_worker_death, load_file, tensor_misfit
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the end of a job with these
+# What to do where the checkpoint in the output folder can't be resumed from
+INSTEAD = "choose another --output_dir, or give it as --pretrained_weights"
+RESUME = "resume with the flags that it was made with (its config.json has them), or choose another --output_dir"
 ONE_REQUEST = 1.0  # seconds in which a second signal is no second request: a launcher passes on what all have got already
 
 
@@ -175,9 +179,10 @@ def load_checkpoint(path, must_match=None):
         raise UserError(f"{error}; move it away to start anew or put back a whole one") from error
 
 
-def load_newest(path, must_match=None):
+def load_newest(path, must_match=None, parts=()):
     """As `load_checkpoint`; where the file is damaged, the last whole one before it takes its place, with a warning.
 
+    parts: names that a state must have, as `check` has them
     For the main process alone: the damaged file is moved out of the way.
     """
     path, problems = Path(path), []
@@ -185,7 +190,7 @@ def load_newest(path, must_match=None):
         return None
     for candidate in (path, *earlier_ones(path)):
         try:
-            state = check(load_file(candidate), candidate, must_match)
+            state = check(load_file(candidate), candidate, must_match, parts)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             continue
@@ -200,12 +205,12 @@ def load_newest(path, must_match=None):
     raise UserError(f"{problems[0]}{others}; move it away to start anew or put back a whole one")
 
 
-def load_on_all(path, processes, must_match=None):
+def load_on_all(path, processes, must_match=None, parts=()):
     """The state of `load_newest` on every rank, or None. Raises UserError, also where a rank can't see the file."""
     mine = []
 
     def look():
-        mine.append(load_newest(path, must_match))
+        mine.append(load_newest(path, must_match, parts))
         return mine[0] is not None
     if not processes.from_main(look):
         return None
@@ -216,17 +221,98 @@ def load_on_all(path, processes, must_match=None):
     return state
 
 
-def check(state, path, must_match):
-    """`state`, if it is a checkpoint of the same run. Raises UserError."""
-    config = state.get("config") if isinstance(state, dict) else None
+def check(state, path, must_match=None, parts=()):
+    """`state`, if it is a checkpoint of the same run: has `parts`, and a config that agrees with `must_match`.
+
+    Raises UserError.
+    """
+    require_parts(state, ("config", *parts), path)
+    config = state["config"]
     if not isinstance(config, dict):
-        raise UserError(f"{path}: is no checkpoint of this script (no 'config'); choose another --output_dir, "
-                        "or give it as --pretrained_weights")
+        raise UserError(f"{path}: its 'config' is a {type(config).__name__}, expected a dict; {INSTEAD}")
     for name, value in (must_match or {}).items():
         if name in config and _plain(config[name]) != _plain(value):
             raise UserError(f"{path}: is of a run with --{name} {_plain(config[name])}, not {_plain(value)}; "
                             "go on with the same or choose another --output_dir")
     return state
+
+
+def require_parts(state, names, path, everywhere=False):
+    """UserError where a checkpoint does not have what this script restores, as another script's has not."""
+    missing = [repr(name) for name in names if not isinstance(state, dict) or name not in state]
+    if missing:
+        key = " with --checkpoint_key model" if isinstance(state, dict) and "model" in state else ""
+        raise UserError(f"{path}: is {kind_of(state)}: it has no {shortened(missing)}; {INSTEAD}{key}", everywhere)
+
+
+def kind_of(state):
+    """In words, what wrote a checkpoint, as far as its parts tell."""
+    parts = state.keys() if isinstance(state, dict) else set()
+    config = state["config"] if "config" in parts and isinstance(state["config"], dict) else {}
+    if {"student", "teacher"} <= parts:
+        return "a checkpoint of DINO pre-training" + " (main_dino.py)" * bool(config)
+    if {"model", "best"} <= parts:
+        script = {"protocol": " (main_lnc_luna16.py)", "decoder": " (main_lts_msd.py)"}
+        return "a checkpoint of fine-tuning" + next((script[name] for name in script if name in config), "")
+    return "no checkpoint of this script"
+
+
+def load_parts(parts, state, path):
+    """Load each of `parts`, {name: module, optimizer or gradient scaler}, from what the checkpoint has under its name.
+
+    Raises UserError where one is missing or does not fit, on all ranks alike: they have the same file.
+    """
+    require_parts(state, parts, path, everywhere=True)
+    for name, part in parts.items():
+        try:
+            problem = misfit(part, state[name])
+            if not problem:  # a scaler that was off left nothing: one that is on now begins as it is
+                part.load_state_dict(state[name] or part.state_dict())
+        except Exception as error:  # torch raises many kinds for what is no state of the part
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if problem:
+            raise UserError(f"{path}: its '{name}' does not fit this run: {problem}; {RESUME}", everywhere=True)
+
+
+def misfit(part, state):
+    """Why `state` can't be loaded into the part, in a few words, or "". What torch says of it fills a page or comes late."""
+    if not isinstance(state, dict):
+        return f"it is a {type(state).__name__}, expected a dict"
+    if isinstance(part, torch.nn.Module):
+        return tensor_misfit(part.state_dict(), state, others=True)
+    if isinstance(part, torch.optim.Optimizer):
+        return optimizer_misfit(part, state)
+    bad = [name for name in part.state_dict() if state and not isinstance(state.get(name), (int, float))]  # a scaler's
+    return f"without a number for {shortened(bad)}" if bad else ""
+
+
+def optimizer_misfit(optimizer, state):
+    missing = [name for name in ("param_groups", "state") if name not in state]
+    if missing:
+        return f"without {shortened(missing)}"
+    groups, own = state["param_groups"], optimizer.param_groups
+    sizes, wanted = ([str(len(group["params"])) for group in some] for some in (groups, own))
+    if sizes != wanted:
+        return f"{len(groups)} groups of {shortened(sizes)} parameters instead of {len(own)} of {shortened(wanted)}"
+    # PyTorch itself adds the settings that groups of its older versions do not have, but not those that tell optimizers apart
+    settings = [name for name in ("betas", "momentum") if name in own[0] and name not in groups[0]]
+    if settings:
+        return f"without {shortened(settings)}: of another --optimizer"
+    parameters, indices = ([one for group in some for one in group["params"]] for some in (own, groups))
+    shapes = [f"{name} {tuple(value.shape)} of parameter {index} instead of {tuple(parameter.shape)}"
+              for parameter, index in zip(parameters, indices) for name, value in state["state"].get(index, {}).items()
+              if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape]
+    return f"with {shortened(shapes)}" if shapes else ""
+
+
+def load_progress(kind, state, path):
+    """A `kind`, a dataclass that tells how far a run is, from the checkpoint's values of its fields. Raises UserError."""
+    values = {field.name: state[field.name] for field in fields(kind) if field.name in state}
+    for field in fields(kind):
+        if field.name in values and not isinstance(values[field.name], field.type):
+            raise UserError(f"{path}: its '{field.name}' is a {type(values[field.name]).__name__}, expected "
+                            f"{getattr(field.type, '__name__', field.type)}; {RESUME}", everywhere=True)
+    return kind(**values)
 
 
 def _plain(value):
