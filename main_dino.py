@@ -307,7 +307,7 @@ class TrainState:
     aside: torch.cuda.Stream | None = None
 
     def parts(self):
-        """What a checkpoint holds of it, by name: save and restore go by this alone. A part that is None is switched off."""
+        """{name: part} that a checkpoint holds: save and restore go by this alone. A part that is None is switched off."""
         parts = {"student": self.student, "teacher": self.teacher, "optimizer": self.optimizer, "scaler": self.scaler,
                  "dino_loss": self.dino_loss}
         return {name: part for name, part in parts.items() if part is not None}
@@ -444,8 +444,8 @@ class DINOLoss(nn.Module):
     def forward(self, student_logits, teacher_logits, teacher_temp):
         """student_logits: (V B, K) of all V views; teacher_logits: (2 B, K) of the global ones, which come first.
 
-        Returns {name: ()}: "loss", which is to be minimised, and what else is to be seen of it, the mean KL divergence and
-        the teacher's mean entropy, both in nats; and the largest prototype of each teacher output (2 B,).
+        Returns {name: ()}: "loss", which is to be minimised, and what the monitor shows of it, the mean KL divergence
+        and the teacher's mean entropy, in nats; and the largest prototype of each teacher output (2 B,).
         """
         batch, out_dim = len(teacher_logits) // 2, teacher_logits.shape[1]
         at_least = torch.promote_types(student_logits.dtype, torch.float32)
@@ -478,8 +478,8 @@ def reference_cross_entropy(views, first, second):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`reference_cross_entropy` with its gradient by hand: - sum_k q_k log p_k = n logsumexp(s) - q s, with s the student's
-    logits over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
+    """`reference_cross_entropy` with its gradient by hand: - sum_k q_k log p_k = n logsumexp(s) - q s, with s the
+    student's logits over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
 
     One view at a time, also in the gradient, (n softmax(s) - q) / temperature: all views' logits exist once, in the
     precision in which the head gave them, and nothing but the (V, B) normalisers is kept beside them for the backward pass.

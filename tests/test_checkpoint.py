@@ -151,7 +151,8 @@ def test_a_fine_tunings_checkpoint_is_told_from_pre_trainings(volumes, tmp_path,
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", small)
     monkeypatch.setattr(statistics, "BOOTSTRAP_ROUNDS", 50)
     folds, out = tmp_path / "folds", tmp_path / "out"
-    code, _, errors = run_folds(capsys, "--data_dir", write_cases(tmp_path / "cases"), "--output_dir", folds, "--epochs", 1)
+    cases = ["--data_dir", write_cases(tmp_path / "cases")]
+    code, _, errors = run_folds(capsys, *cases, "--output_dir", folds, "--epochs", 1)
     assert code == 0, errors
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1, "--output_dir", out]
     out.mkdir()
@@ -163,7 +164,8 @@ def test_a_fine_tunings_checkpoint_is_told_from_pre_trainings(volumes, tmp_path,
             f"error: {out / 'checkpoint.pth'}: is a checkpoint of fine-tuning (main_lnc_luna16.py): it has no {missing}"
             "choose another --output_dir, or give it as --pretrained_weights with --checkpoint_key model"]
     shutil.move(out / "checkpoint.pth", tmp_path / "weights.pth")
-    code, said, errors = run_dino(capsys, *flags, "--pretrained_weights", tmp_path / "weights.pth", "--checkpoint_key", "model")
+    weights = ["--pretrained_weights", tmp_path / "weights.pth", "--checkpoint_key", "model"]
+    code, said, errors = run_dino(capsys, *flags, *weights)
     assert code == 0 and "starting from the backbone of" in said, errors
 
 

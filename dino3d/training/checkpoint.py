@@ -275,7 +275,7 @@ def load_parts(parts, state, path):
 
 
 def misfit(part, state):
-    """Why `state` can't be loaded into the part, in a few words, or "". What torch says of it fills a page or comes late."""
+    """Why `state` can't be loaded into the part, in a few words, or "": torch's own fill a page, or come with a later step."""
     if not isinstance(state, dict):
         return f"it is a {type(state).__name__}, expected a dict"
     if isinstance(part, torch.nn.Module):
@@ -294,7 +294,7 @@ def optimizer_misfit(optimizer, state):
     sizes, wanted = ([str(len(group["params"])) for group in some] for some in (groups, own))
     if sizes != wanted:
         return f"{len(groups)} groups of {shortened(sizes)} parameters instead of {len(own)} of {shortened(wanted)}"
-    # PyTorch itself adds the settings that groups of its older versions do not have, but not those that tell optimizers apart
+    # PyTorch adds settings that groups of its older versions do not have, but not these, which tell optimizers apart
     settings = [name for name in ("betas", "momentum") if name in own[0] and name not in groups[0]]
     if settings:
         return f"without {shortened(settings)}: of another --optimizer"
@@ -306,7 +306,7 @@ def optimizer_misfit(optimizer, state):
 
 
 def load_progress(kind, state, path):
-    """A `kind`, a dataclass that tells how far a run is, from the checkpoint's values of its fields. Raises UserError."""
+    """A `kind`, a dataclass that tells how far a run is, from what a checkpoint has of its fields. Raises UserError."""
     values = {field.name: state[field.name] for field in fields(kind) if field.name in state}
     for field in fields(kind):
         if field.name in values and not isinstance(values[field.name], field.type):

@@ -164,7 +164,7 @@ class Monitor:
         self._epoch_wins = torch.zeros(self.out_dim, device=self.processes.device)
 
     def _reset_window(self):
-        self._sums = 0.0  # (names + 1,) of the metrics, in the order of the first step's, and of the steps that were taken
+        self._sums = 0.0  # (names + 1,) of the metrics, in the order of the first step's, and of the steps taken
         self._wins = torch.zeros(self.out_dim, device=self.processes.device)
         self._steps, self._waited, self._began, self._views = 0, 0.0, time.perf_counter(), 0
 
