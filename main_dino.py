@@ -210,29 +210,31 @@ def main(argv=None):
         warmup_teacher_temp=args.warmup_teacher_temp, temp_warmup=args.warmup_teacher_temp_epochs * epoch_length)
 
     # ------------------------------------------------------------------------------------------------------ training
-    run = TrainState(
+    state = TrainState(
         network=network, student=student, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler,
         schedules=schedules, crops=crops, clip_range=tuple(args.clip_range), dtype=utils.PRECISIONS[args.precision],
         clip_grad=args.clip_grad, global_batch=global_batch, seed=args.seed, processes=processes,
         accumulate_steps=args.accumulate_steps, skipped=SkippedSteps(args.max_skipped_steps, processes.device),
         aside=torch.cuda.Stream() if processes.device.type == "cuda" else None)
-    done = restore(run, output_dir, vars(args))
-    done.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into the rest of an epoch
-    last_step = done.step + steps_left(samples_per_epoch, global_batch, args.epochs, done)
+    progress = restore(state, output_dir, vars(args))
+    progress.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into what is left
+    last_step = progress.step + steps_left(samples_per_epoch, global_batch, args.epochs, progress)
     last_step = min(last_step, args.max_steps or last_step)
     say = print if processes.is_main else lambda *_: None
     for notice in notices:
         say(notice)
-    if done.epoch >= args.epochs or done.step >= last_step:
-        say(f"nothing to do, {done.epoch} of {args.epochs} epochs are done ({done.step} steps)\n{summary(output_dir)}")
+    if progress.epoch >= args.epochs or progress.step >= last_step:
+        say(f"nothing to do, {progress.epoch} of {args.epochs} epochs are done ({progress.step} steps)\n"
+            f"{summary(output_dir)}")
         return
     if processes.is_main:
         write_config(output_dir / "config.json", vars(args), processes, utils.device_name(processes.device), volumes=len(paths))
-        forget_after(output_dir / "log.txt", done.step)
-    say(announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done))
+        forget_after(output_dir / "log.txt", progress.step)
+    say(announcement(args, processes, paths, crops, steps_per_epoch, global_batch, progress))
 
     stream = BatchStream(len(paths), args.patches_per_volume, args.batch_size_per_gpu, processes.rank,
-                         processes.world_size, args.seed, done.epoch, done.position, args.epochs, args.accumulate_steps)
+                         processes.world_size, args.seed, progress.epoch, progress.position, args.epochs,
+                         args.accumulate_steps)
     workers, ahead, cramped = reading_processes(
         args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(crops.patch_size))
     for notice in cramped:
@@ -240,29 +242,30 @@ def main(argv=None):
     loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers, prefetch_factor=ahead,
                         worker_init_fn=checkpoint.ignore_signals, pin_memory=processes.device.type == "cuda")
     batches = watched(loader, args.read_timeout, command_line.end_process)
-    monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, done.step, global_batch, len(paths),
-                      max_bad)
+    monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, progress.step, global_batch,
+                      len(paths), max_bad)
     saving = checkpoint.Saving(args.save_every_steps, args.save_every_minutes, args.keep_last)
     checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()
     interruption = checkpoint.Interruption(processes, output_dir / "preempted")
 
     def after_step(epoch_ends=False):
         """Save where it is time, and end the run where a signal has asked for it."""
-        ending = done.step < last_step and interruption.agreed()
-        if epoch_ends or ending or checkpoints.due(done.step):
-            save(run, checkpoints, output_dir, vars(args), done, args.saveckp_freq)
+        ending = progress.step < last_step and interruption.agreed()
+        if epoch_ends or ending or checkpoints.due(progress.step):
+            save(state, checkpoints, output_dir, vars(args), progress, args.saveckp_freq)
         if ending:
             interruption.end(checkpoints.wait)
 
     with contextlib.closing(monitor), contextlib.closing(checkpoints), interruption:
-        while done.step < last_step:
-            steps = min((samples_per_epoch - done.position) // global_batch, last_step - done.step)
-            train_one_epoch(run, batches, steps, done, done.epoch < args.freeze_last_layer, monitor, after_step)
-            done.end_epoch(samples_per_epoch, global_batch)
-            monitor.log_epoch(done.epoch, done.step, schedules.at(done.samples))
+        while progress.step < last_step:
+            steps = min((samples_per_epoch - progress.position) // global_batch, last_step - progress.step)
+            frozen = progress.epoch < args.freeze_last_layer
+            train_one_epoch(state, batches, steps, progress, frozen, monitor, after_step)
+            progress.end_epoch(samples_per_epoch, global_batch)
+            monitor.log_epoch(progress.epoch, progress.step, schedules.at(progress.samples))
             after_step(epoch_ends=True)
         checkpoints.wait()
-    say(f"{done.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")
+    say(f"{progress.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -307,7 +310,7 @@ class TrainState:
     aside: torch.cuda.Stream | None = None
 
     def parts(self):
-        """{name: part} that a checkpoint holds: save and restore go by this alone. A part that is None is switched off."""
+        """{name: part} that a checkpoint holds: save and restore go by this alone. A part that is None is off."""
         parts = {"student": self.student, "teacher": self.teacher, "optimizer": self.optimizer, "scaler": self.scaler,
                  "dino_loss": self.dino_loss}
         return {name: part for name, part in parts.items() if part is not None}
@@ -329,37 +332,37 @@ class TrainState:
         return views
 
 
-def steps_left(samples_per_epoch, global_batch, epochs, done):
-    """Whole batches from `done` to the end of the last epoch; what fills no batch at an epoch's end is dropped."""
-    whole = (epochs - done.epoch - 1) * (samples_per_epoch // global_batch)
-    return max(0, whole + (samples_per_epoch - done.position) // global_batch)
+def steps_left(samples_per_epoch, global_batch, epochs, progress):
+    """Whole batches from `progress` to the end of the last epoch; what fills no batch at an epoch's end is dropped."""
+    whole = (epochs - progress.epoch - 1) * (samples_per_epoch // global_batch)
+    return max(0, whole + (samples_per_epoch - progress.position) // global_batch)
 
 
-def train_one_epoch(run, batches, steps, done, frozen, monitor, after_step):
-    """Take `steps` steps on what the iterator `batches` gives; `done` counts them.
+def train_one_epoch(state, batches, steps, progress, frozen, monitor, after_step):
+    """Take `steps` steps on what the iterator `batches` gives; `progress` counts them.
 
     frozen: prototypes stay as they are; after_step: called after every step but the last
     """
-    monitor.start_epoch(done.epoch + 1)
+    monitor.start_epoch(progress.epoch + 1)
     for index in range(steps):
         began = time.perf_counter()
-        micro_batches = [next_batch(batches, monitor.bad_files.note) for _ in range(run.accumulate_steps)]
+        micro_batches = [next_batch(batches, monitor.bad_files.note) for _ in range(state.accumulate_steps)]
         waited = time.perf_counter() - began
         if index == 0:
-            show(run, micro_batches[0], done, monitor)
+            show(state, micro_batches[0], progress, monitor)
 
-        utils.seed_step(run.seed, done.step, run.processes.rank)
-        values = run.schedules.at(done.samples)
-        step = train_step(run, map(run.render, micro_batches), values, frozen)
-        done.count_step(run.global_batch)
+        utils.seed_step(state.seed, progress.step, state.processes.rank)
+        values = state.schedules.at(progress.samples)
+        step = train_step(state, map(state.render, micro_batches), values, frozen)
+        progress.count_step(state.global_batch)
 
         monitor.step(step.taken, step.metrics, step.winners, waited)
-        run.skipped.count(step.taken)
-        if done.step % monitor.log_every == 0 or index == steps - 1:
-            monitor.entry(done.step, values, run.dino_loss.center.norm(), step.features)
-        if run.skipped.too_many(done.step):
-            end_run(monitor.output_dir, run.processes, done.step, run.skipped.most,
-                    look_into(run, micro_batches, values["teacher_temp"]))
+        state.skipped.count(step.taken)
+        if progress.step % monitor.log_every == 0 or index == steps - 1:
+            monitor.entry(progress.step, values, state.dino_loss.center.norm(), step.features)
+        if state.skipped.too_many(progress.step):
+            end_run(monitor.output_dir, state.processes, progress.step, state.skipped.most,
+                    look_into(state, micro_batches, values["teacher_temp"]))
         if index < steps - 1:
             after_step()
 
@@ -378,48 +381,50 @@ class Step(NamedTuple):
     features: torch.Tensor
 
 
-def train_step(run, micro_batches, values, frozen):
+def train_step(state, micro_batches, values, frozen):
     """One step of DINO (Caron et al. 2021, algorithm 1), on the mean loss of the micro-batches.
 
-    micro_batches: gives run.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
+    micro_batches: gives state.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
         local (L B, 1, x, y, z)], the first view of all samples first
     values: what the schedules say
     """
-    buffers = [(buffer, buffer.clone()) for part in (run.student, run.teacher) for buffer in part.buffers()]  # batch norms'
-    run.optimizer.zero_grad(set_to_none=True)
+    batch_norms = [*state.student.buffers(), *state.teacher.buffers()]
+    before = [buffer.clone() for buffer in batch_norms]
+    state.optimizer.zero_grad(set_to_none=True)
     terms, air, centers, winners = [], [], [], []
     for micro, views in enumerate(micro_batches, 1):
-        last = micro == run.accumulate_steps
-        with gradients_stay_here(run.network, not last):
-            with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        last = micro == state.accumulate_steps
+        with gradients_stay_here(state.network, not last):
+            with torch.autocast(state.processes.device.type, state.dtype, enabled=state.dtype != torch.float32):
                 with torch.no_grad():
-                    teacher_logits, features = run.teacher(views[:1], return_embeddings=True)  # (2 B, out_dim), (2 B, D)
-                centers.append(run.dino_loss.batch_center(teacher_logits))
+                    # (2 B, out_dim), (2 B, D)
+                    teacher_logits, features = state.teacher(views[:1], return_embeddings=True)
+                centers.append(state.dino_loss.batch_center(teacher_logits))
                 if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
-                    mean_center = run.processes.start_mean(torch.cat(centers).mean(0, keepdim=True))
-                student_logits = run.network(views)  # ((2 + L) B, out_dim)
-            losses, best = run.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
-            run.scaler.scale(losses["loss"] / run.accumulate_steps).backward()
+                    mean_center = state.processes.start_mean(torch.cat(centers).mean(0, keepdim=True))
+                student_logits = state.network(views)  # ((2 + L) B, out_dim)
+            losses, best = state.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
+            state.scaler.scale(losses["loss"] / state.accumulate_steps).backward()
         terms.append(torch.stack([term.detach() for term in losses.values()]))
         air.append(air_share(views))
         winners.append(best)
 
-    for group in run.optimizer.param_groups:
+    for group in state.optimizer.param_groups:
         group["lr"] = values["lr"]
-    run.optimizer.param_groups[0]["weight_decay"] = values["weight_decay"]  # the other group has none
-    run.scaler.unscale_(run.optimizer)
+    state.optimizer.param_groups[0]["weight_decay"] = values["weight_decay"]  # the other group has none
+    state.scaler.unscale_(state.optimizer)
     if frozen:
-        for parameter in run.student.head.last_layer.parameters():
+        for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None
-    norm = clip_gradients(run.student, run.clip_grad)
+    norm = clip_gradients(state.student, state.clip_grad)
     # NaN on one rank is NaN on all after DDP's all-reduce. In fp16 steps are skipped too while the loss's scale is sought
     taken = norm.isfinite()
-    take_step(run.optimizer, taken)
-    run.scaler.update()
-    update_teacher(run.student, run.teacher, values["momentum_teacher"], taken)
-    run.dino_loss.update_center(mean_center(), taken)
-    for buffer, before in buffers:
-        buffer.copy_(torch.where(taken, buffer, before))
+    take_step(state.optimizer, taken)
+    state.scaler.update()
+    update_teacher(state.student, state.teacher, values["momentum_teacher"], taken)
+    state.dino_loss.update_center(mean_center(), taken)
+    for buffer, old in zip(batch_norms, before):
+        buffer.copy_(torch.where(taken, buffer, old))
     metrics = dict(zip(losses, torch.stack(terms).mean(0)))  # over the micro-batches
     metrics |= {"grad_norm": norm, "air_views": torch.stack(air).mean()}
     return Step(taken, metrics, torch.cat(winners), features)
@@ -556,25 +561,26 @@ class Schedules:
         }
 
 
-def show(run, batch, done, monitor):
+def show(state, batch, progress, monitor):
     """Pictures of an epoch's first batch, and of the augmentations when the run is new."""
-    monitor.show_views(run.render(batch), len(batch.patches), done.step)
-    if done.step == 0:
-        monitor.show_augmentations(batch.patches.to(run.processes.device), run.crops, run.clip_range, done.step)
+    monitor.show_views(state.render(batch), len(batch.patches), progress.step)
+    if progress.step == 0:
+        patches = batch.patches.to(state.processes.device)
+        monitor.show_augmentations(patches, state.crops, state.clip_range, progress.step)
 
 
 @torch.no_grad()
-def look_into(run, micro_batches, teacher_temp):
+def look_into(state, micro_batches, teacher_temp):
     """What `skipping.describe` says of each sample of a step: its loss by itself, its patch and its views."""
     samples = []
     for batch in micro_batches:
-        views = run.render(batch)
-        with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype != torch.float32):
-            teacher_logits, student_logits = run.teacher(views[:1]), run.student(views)  # (2 B, K), (V B, K)
+        views = state.render(batch)
+        with torch.autocast(state.processes.device.type, state.dtype, enabled=state.dtype != torch.float32):
+            teacher_logits, student_logits = state.teacher(views[:1]), state.student(views)  # (2 B, K), (V B, K)
         for i, path in enumerate(batch.paths):
             def of_sample(tensor):
                 return tensor.unflatten(0, (-1, len(batch.paths)))[:, i]
-            losses, _ = run.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
+            losses, _ = state.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
             samples.append(describe(path, losses["loss"], patch=batch.patches[i],
                                     views=torch.cat([of_sample(view).flatten() for view in views])))
     return samples
@@ -651,20 +657,20 @@ def compile_blocks(models, device, backend="inductor"):
 # --------------------------------------------------------------------------------------------- saving and going on
 
 
-def save(run, checkpoints, output_dir, config, done, every):
+def save(state, checkpoints, output_dir, config, progress, every):
     """Save the whole state, and keep a numbered copy each `every` epochs (0: never)."""
-    numbered = every and done.position == 0 and done.epoch % every == 0
-    states = {name: part.state_dict() for name, part in run.parts().items()}
-    checkpoints.save({**states, **asdict(done), "config": config},
-                     output_dir / f"checkpoint{done.epoch:04}.pth" if numbered else None)
+    numbered = every and progress.position == 0 and progress.epoch % every == 0
+    states = {name: part.state_dict() for name, part in state.parts().items()}
+    checkpoints.save({**states, **asdict(progress), "config": config},
+                     output_dir / f"checkpoint{progress.epoch:04}.pth" if numbered else None)
 
 
-def restore(run, output_dir, config):
+def restore(state, output_dir, config):
     """Go on from the checkpoint in the output folder, if there is one; returns how far it is."""
     fixed = ("arch", "patch_size", "input_size", "spacing", "clip_range", "out_dim", "use_bn_in_head",
              "norm_last_layer", "optimizer")
-    path, parts = output_dir / "checkpoint.pth", run.parts()
-    saved = checkpoint.load_on_all(path, run.processes, must_match={name: config[name] for name in fixed},
+    path, parts = output_dir / "checkpoint.pth", state.parts()
+    saved = checkpoint.load_on_all(path, state.processes, must_match={name: config[name] for name in fixed},
                                    parts=(*parts, *asdict(Progress())))
     if saved is None:
         return Progress()
@@ -672,7 +678,7 @@ def restore(run, output_dir, config):
     return checkpoint.load_progress(Progress, saved, path)
 
 
-def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, done):
+def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, progress):
     """What is about to run, in a few lines."""
     lines = [f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
              f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
@@ -683,8 +689,8 @@ def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, d
     if nifti:
         lines.append(f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 80 times "
                      "slower than reading a converted file (see README, data)")
-    if done.step:
-        lines.append(f"going on after step {done.step}, epoch {done.epoch}")
+    if progress.step:
+        lines.append(f"going on after step {progress.step}, epoch {progress.epoch}")
     return "\n".join(lines)
 
 

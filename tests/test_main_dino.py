@@ -463,7 +463,7 @@ def tampered(states):
     for missing, told in (("dino_loss", " (main_dino.py)"), ("samples", " (main_dino.py)"), ("config", "")):
         rest = {name: states[name] for name in states if name != missing}
         yield f"no {missing}", rest, f"is a checkpoint of DINO pre-training{told}: it has no '{missing}'; "
-    yield "no dict", [1, 2], "is no checkpoint of this script: it has no 'config', 'student', 'teacher', 'optimizer' and"
+    yield "no dict", [1, 2], "is no checkpoint of this script: it has no 'config', 'student', 'teacher', 'optimizer' "
     yield "config", states | {"config": "arch"}, "its 'config' is a str"
     yield "no tensor", states | {"student": kept}, f"{says}without {weight};"
     yield "shape", states | {"student": kept | {weight: torch.ones(3)}}, f"{says}with {weight} (3,) instead of (48,);"

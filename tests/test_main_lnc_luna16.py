@@ -21,7 +21,7 @@ from dino3d.data.volume import Volume
 from dino3d.files import read_log, read_table
 from dino3d.finetune import fold_loop, statistics
 from dino3d.finetune.classification_metrics import FIGURES, choose_threshold, figures, pairs_in_order
-from dino3d.finetune.encoder import Encoder
+from dino3d.finetune.encoder import PretrainedEncoder
 from main_lnc_luna16 import draw_negatives, epoch_order
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
@@ -253,7 +253,7 @@ def test_ranks_train_the_weights_of_one_process(crops, tmp_path):
                        processes=processes, double="1")
         assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
-    start = Encoder("vit_tiny", [12, 12, 6], [24, 24, 12], [-1000.0, 1000.0], None).build().state_dict()
+    start = PretrainedEncoder("vit_tiny", [12, 12, 6], [24, 24, 12], [-1000.0, 1000.0], None).build().state_dict()
     lengths = []
     for fold in ("0", "1", "2"):
         one = torch.load(tmp_path / "0" / fold / "weights0.pth")

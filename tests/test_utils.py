@@ -235,9 +235,9 @@ def test_reading_processes_fit_into_shared_memory(monkeypatch, wanted, free_batc
     """Of four cores, and two processes that share it."""
     processes = utils.Processes(local_world_size=2)
     monkeypatch.setattr(loading, "cores_per_process", lambda _: 4)
-    monkeypatch.setattr(utils.os.path, "isdir", lambda path: path == "/dev/shm")
+    monkeypatch.setattr(loading.os.path, "isdir", lambda path: path == "/dev/shm")
     usage = type("Usage", (), {"free": 2 * free_batches * 10 * 2 ** 20 / 0.8 + 1})
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
     workers, ready, notices = reading_processes(wanted, processes, 10 * 2 ** 20)
     assert (workers, ready) == expected
     assert len(notices) == bool(says) and (not says or says in notices[0])

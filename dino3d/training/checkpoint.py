@@ -275,7 +275,7 @@ def load_parts(parts, state, path):
 
 
 def misfit(part, state):
-    """Why `state` can't be loaded into the part, in a few words, or "": torch's own fill a page, or come with a later step."""
+    """Why `state` can't be loaded into the part, in a few words, or "": torch's own fill a page, or come too late."""
     if not isinstance(state, dict):
         return f"it is a {type(state).__name__}, expected a dict"
     if isinstance(part, torch.nn.Module):
