@@ -11,7 +11,8 @@ import main_dino
 import utils
 from dino3d.data.pretraining import BatchStream
 from dino3d.files import read_log
-from dino3d.finetune.fold_loop import train_step
+from dino3d.finetune.fold_loop import Run, train_step
+from dino3d.training.monitor import Monitor
 from dino3d.training.nonfinite import SkippedSteps, statistics, take_step
 from vision_transformer import VisionTransformer
 
@@ -212,17 +213,23 @@ def test_fine_tuning_skips_a_step_too():
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_the_host_waits_for_no_tensor_in_a_step(enabled):
-    """No tensor's value is fetched, which on a GPU would hold the host up until all work is done; fp16's scaler included."""
+def test_the_host_waits_for_no_tensor_in_a_step(tmp_path, enabled):
+    """No tensor's value is fetched, which on a GPU would hold the host up until all work is done: not by fp16's scaler,
+    nor by the monitor that takes note of the step."""
     run = make_run(torch.amp.GradScaler("cpu", enabled=enabled), use_bn_in_head=True)
     model, views = torch.nn.Linear(4, 1), [torch.rand(8, 1, 24, 24, 12)]
     optimizer = utils.make_optimizer("adamw", model.parameters())
+    monitor = Monitor(tmp_path, utils.Processes(), 16, log_every=9, total_steps=9, done_steps=0, global_batch=4,
+                      volumes=1, max_bad=0)
     main_dino.train_step(run, [views], VALUES, False)
     losses, weights = model(torch.rand(3, 4)).square().flatten(), torch.ones(3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        taken, *_ = main_dino.train_step(run, [views], VALUES, True)
-        run.skipped.count(taken)
+        step = main_dino.train_step(run, [views], VALUES, True)
+        run.skipped.count(step.taken)
+        for _ in range(2):
+            monitor.step(step.taken, step.metrics, step.winners, waited=0.0)
         train_step(model, optimizer, run.scaler, losses, weights, utils.Processes())
+    monitor.close()
     # The CPU's fused kernel looks at its own step counter, where CUDA's hands the pointer on
     seen = {event.key for event in profile.events() if getattr(event.cpu_parent, "key", "") != "aten::_fused_adamw_"}
     assert "aten::_fused_adamw_" in seen and "aten::lerp_" in seen
