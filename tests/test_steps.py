@@ -11,7 +11,7 @@ import main_dino
 import utils
 from dino3d.data.pretraining import BatchStream
 from dino3d.files import read_log
-from dino3d.finetune.fold_loop import Run, train_step
+from dino3d.finetune.fold_loop import train_step
 from dino3d.training.monitor import Monitor
 from dino3d.training.nonfinite import SkippedSteps, statistics, take_step
 from vision_transformer import VisionTransformer

@@ -25,7 +25,15 @@ from dino3d.finetune.crops import CropBatch, TrainingBatches, collate_crops
 from dino3d.finetune.fold_folders import is_finished, load_best, start_folder
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.statistics import told
-from dino3d.training.checkpoint import Checkpoints, Saving, ignore_signals, load_on_all, save_checkpoint
+from dino3d.training.checkpoint import (
+    Checkpoints,
+    Saving,
+    ignore_signals,
+    load_on_all,
+    load_parts,
+    load_progress,
+    save_checkpoint,
+)
 from dino3d.training.loading import next_batch
 from dino3d.training.nonfinite import SkippedSteps, describe, end_run, take_step
 
@@ -211,7 +219,7 @@ def run_fold(
     Returns the steps taken, and whether the fold is finished.
     """
     processes, path = runtime.processes, fold.folder / "checkpoint.pth"
-    saved = load_on_all(path, processes)
+    saved = load_on_all(path, processes, parts=("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases"))
     if saved and saved["epoch"] >= train_config.epochs and is_finished(fold.folder):
         processes.print(f"fold {fold.number}: done before")
         return 0, True
@@ -225,7 +233,7 @@ def run_fold(
         scaler=torch.amp.GradScaler(processes.device.type, enabled=runtime.dtype == torch.float16),
         nonfinite=SkippedSteps(train_config.max_skipped_steps, processes.device), epoch_length=len(epoch_order(0)))
     if saved:
-        restore(state, saved)
+        restore(state, saved, path)
     else:
         fit(state)
     if processes.world_size > 1 and groups:
@@ -381,12 +389,10 @@ def save_if_due(state: TrainState) -> None:
         state.runtime.interruption.end(state.checkpoints.wait)
 
 
-def restore(state: TrainState, saved: dict) -> None:
-    """Resume from what `save` wrote."""
-    for name, part in state.parts().items():
-        part.load_state_dict(saved[name])
-    known = {one.name for one in fields(Progress)}
-    state.progress = Progress(**{name: value for name, value in saved.items() if name in known})
+def restore(state: TrainState, saved: dict, path: Path) -> None:
+    """Resume from what `save` wrote. Raises UserError, on all ranks, for what does not fit."""
+    load_parts(state.parts(), saved, path)
+    state.progress = load_progress(Progress, saved, path)
     state.best = saved["best"]
     state.runtime.processes.print(
         f"fold {state.fold.number}: going on after step {state.progress.step}, epoch {state.progress.epoch}")
