@@ -12,16 +12,9 @@ from dino3d.training.pictures import radiological
 
 TILE = 360  # pixels: the volume's longest side in all whole planes, and the side of a zoom
 ZOOM, AROUND = 60, 10  # mm: the side of a zoom, more for a lesion that wouldn't have AROUND on each side of it
-ZOOM, AROUND = 60, 10  # mm: the side of a zoom, more for a lesion that wouldn't have AROUND on each side of it
 MAGNIFIED = 3  # how many times larger than the whole plane a zoom is at least
 HEADER, CAPTION, FRAME = 50, 20, 2  # pixels: title and legend, the line above a tile, what is left free around it
-HEADER, CAPTION, FRAME = 50, 20, 2  # pixels: title and legend, the line above a tile, what is left free around it
-HEADER, CAPTION, FRAME = 50, 20, 2  # pixels: title and legend, the line above a tile, what is left free around it
 GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
-GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
-GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
-DARK, GREY, BRIGHT = (24, 24, 24), (150, 150, 150), (230, 230, 230)
-DARK, GREY, BRIGHT = (24, 24, 24), (150, 150, 150), (230, 230, 230)
 DARK, GREY, BRIGHT = (24, 24, 24), (150, 150, 150), (230, 230, 230)
 
 

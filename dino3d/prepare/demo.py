@@ -20,7 +20,6 @@ from dino3d.prepare.nlst import nlst
 
 PHANTOMS = 8                                  # patients, beside the two CTs, that folds need
 CT, PHANTOM = "CT", "synthetic phantom"
-CT, PHANTOM = "CT", "synthetic phantom"
 LAYOUTS = ("pretrain", "luna16", "msd")
 ORIGINS = {
     CT: f"""a patient's CT and the mask of one tumour

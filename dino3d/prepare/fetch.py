@@ -8,8 +8,6 @@ from pathlib import Path
 
 # The two CTs stand in the source distribution of pyradiomics, each with a mask of one tumour.
 PACKAGE, VERSION = "pyradiomics", "3.0.1"
-# The two CTs stand in the source distribution of pyradiomics, each with a mask of one tumour.
-PACKAGE, VERSION = "pyradiomics", "3.0.1"
 SHA256 = "47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5"
 PATIENTS = ("lung1", "lung2")
 IMAGES = {patient: f"{PACKAGE}-{VERSION}/data/{patient}_image.nrrd" for patient in PATIENTS}

@@ -2,7 +2,6 @@
 import numpy as np
 
 HU_MIN, HU_MAX = -1024, 3071  # what 12-bit scanners store
-HU_MIN, HU_MAX = -1024, 3071  # what 12-bit scanners store
 
 
 def chest_phantom(seed, shape=(320, 256, 96), spacing=(1.0, 1.0, 3.0)):
