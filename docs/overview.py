@@ -16,7 +16,7 @@
     PYTHONPATH=. python docs/overview.py --data_dir demo/data --runs_dir $OUT --output_dir docs
 
 In fold 0, the only one that is needed, lung2 is a training case: its scores are learnt by heart. With --masks, a folder
-of main_lts_msd.py --predict, its mask is drawn beside the reference label; without it the reference label alone.
+of main_lts_msd.py --predict, its mask is drawn over the reference label; without it the label stands alone.
 """
 import argparse
 import csv
