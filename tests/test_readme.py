@@ -1,5 +1,6 @@
-"""What the README tells people to type is right: every command is parsed by the real parser, every snippet runs."""
+"""What README.md and docs/ tell people to type is right: every command is parsed by the real parser, every snippet runs."""
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -9,44 +10,152 @@ import pytest
 import torch
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-# Commands stand in blocks without a language, between backticks where they name a script, and in the speed table
-LINES = [line for language, block in BLOCKS if not language for line in block.splitlines() if line.strip()]
-LINES += [text for text in re.findall(r"`([^`\n]+)`", README) if re.match(r"(python|torchrun|make|srun) \S+", text)]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+SCRIPTS = ("main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+INLINE = re.compile(r"`([^`\n]+)`")
+LAUNCHERS = ("python", "torchrun", "srun")
+OTHERS = ("git", "cd", "source", "tensorboard")  # programs whose arguments nobody here can check
+# Flags of other programs: torchrun, srun, Docker, tests/survive.py
+OTHERS_FLAGS = {"--nproc_per_node", "--max-restarts", "--signals-to-handle", "--shutdown-timeout", "--shm-size", "--kills",
+                "--help", "--version"}
+
+BLOCKS = [(page, *block) for page, text in PAGES.items() for block in BLOCK.findall(text)]
+PROSE = {page: BLOCK.sub("", text) for page, text in PAGES.items()}
 
 
-@pytest.mark.parametrize("line", sorted(set(LINES)))
-def test_command_is_understood(line):
-    words = shlex.split(line.replace("...", ""))
+def command_lines():
+    """(page, command): the lines of blocks without a language, those of shell scripts that start one of our scripts, and
+    what stands between backticks and begins with a program."""
+    for page, language, block in BLOCKS:
+        lines = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+        if language == "bash":
+            lines = [line.removesuffix("&") for line in lines if re.match(rf"({'|'.join(LAUNCHERS)}) ", line)]
+        if language in ("", "bash"):
+            yield from ((page, line) for line in lines)
+    for page, text in PROSE.items():
+        yield from ((page, code) for code in INLINE.findall(text)
+                    if re.match(rf"([A-Z_]+=\S+ )*({'|'.join(LAUNCHERS)}|make|pip|source) \S+", code))
+
+
+@pytest.mark.parametrize("page, line", sorted(set(command_lines())))
+def test_command_is_understood(page, line):
+    words = shlex.split(line.replace("...", ""), comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets)
-        return
-    script = next((word for word in words if word.endswith(".py")), None)
-    if script is None:
-        assert words[0] == "tensorboard", f"no script in: {line}"
-        return
-    flags = words[words.index(script) + 1:]
-    parser = importlib.import_module(Path(script).stem).get_args_parser()  # tests/ is on the path too
-    if "--help" in flags:
-        assert parser.format_help()
+    elif words[0] == "pip":
+        assert words[1:3] == ["install", "-r"] and (ROOT / words[3]).is_file()
+    elif words[:2] == ["python3", "-m"] or words[:2] == ["python", "-m"]:
+        assert words[2] in ("venv", "pytest")
+        assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests"))
+    elif words[0] in LAUNCHERS:
+        script = next((word for word in words if word.endswith(".py")), None)
+        assert script and (ROOT / script).is_file(), f"no script in: {line}"
+        understand(Path(script).stem, words[words.index(script) + 1:], whole="..." not in line)
     else:
-        parser.parse_args(flags)
+        assert words[0] in OTHERS
+
+
+def understand(script, flags, whole):
+    """Let a script's own parser read its flags and, if the command is whole, refuse what is wrong by itself."""
+    module = importlib.import_module(script)  # tests/ is on the path too
+    parser = module.get_args_parser()
+    if {"--help", "--version"} & set(flags):
+        with pytest.raises(SystemExit) as ending:
+            parser.parse_args(flags)
+        assert not ending.value.code
+        return
+    args = parser.parse_args(flags)
+    if whole and hasattr(module, "check_flags"):
+        module.check_flags(parser, args)
 
 
 def test_there_are_commands():
-    assert len(LINES) > 8 and any("main_dino.py" in line for line in LINES)
+    found = list(command_lines())
+    for page in ("README.md", "docs/data.md", "docs/pretraining.md", "docs/classification.md", "docs/segmentation.md",
+                 "docs/resuming.md", "docs/performance.md"):
+        assert sum(at == page and ".py" in line for at, line in found) > 2, page
+    assert {language for _, language, _ in BLOCKS} == {"", "bash", "python", "text", "bibtex"}
 
 
-def test_file_table_is_complete():
-    named = set(re.findall(r"^\| `([\w/]+(?:\.py)?)/?` \|", README.split("## The files")[1], re.M))
-    modules = [path.relative_to(ROOT) for path in ROOT.glob("dino3d/**/*.py") if path.name != "__init__.py"]
-    assert {*(path.name for path in ROOT.glob("*.py")), *map(str, modules)} <= named
+def test_every_flag_exists():
+    known = set(OTHERS_FLAGS)
+    for script in SCRIPTS:
+        parsers = [importlib.import_module(script).get_args_parser()]
+        for parser in parsers:
+            known.update(parser._option_string_actions)
+            parsers += [sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
+    for page, text in PROSE.items():
+        for code in INLINE.findall(text):
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known
+            assert not unknown or code.startswith(LAUNCHERS), f"{page}: {unknown}"
+
+
+def test_files_that_are_named_exist():
+    for page, text in PROSE.items():
+        for code in INLINE.findall(text):
+            for path in re.findall(r"^(?:tests|docs|dino3d)/[\w/.]*", code):
+                assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def test_modules_are_all_named():
+    modules = {path.relative_to(ROOT).as_posix() for pattern in ("*.py", "dino3d/**/*.py") for path in ROOT.glob(pattern)}
+    modules = {module for module in modules if not module.endswith("__init__.py")}
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", PAGES["docs/development.md"], re.M)
+    assert sorted(named) == sorted(modules)
+
+
+def test_readme_is_short():
+    text = PAGES["README.md"]
+    assert len(text.splitlines()) <= 230 and len(text.encode()) <= 14 * 1024
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", PROSE[page], re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PROSE[page]) if not link.startswith("https://")]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target.relative_to(ROOT).as_posix()), f"{page}: {link}"
+
+
+def test_every_page_is_in_the_index():
+    assert all(f"]({Path(page).name})" in PAGES["docs/README.md"] for page in PAGES if page.startswith("docs/")
+               if page != "docs/README.md")
+
+
+# -------------------------------------------------------------------------------------------------------------- snippets
+
+SNIPPETS = ("get_last_selfattention", "LogisticRegression", "write_volume", "RandElastic")  # a word of each, see below
 
 
 def snippet(word):
-    return next(block for language, block in BLOCKS if language == "python" and word in block)
+    return next(block for _, language, block in BLOCKS if language == "python" and word in block)
+
+
+def test_every_snippet_is_run():
+    code = [block for _, language, block in BLOCKS if language == "python"]
+    assert sorted(code) == sorted(map(snippet, SNIPPETS))
+    tests = "".join(inspect.getsource(test) for name, test in globals().items() if name.endswith("_snippet"))
+    assert all(f'snippet("{word}")' in tests for word in SNIPPETS)
+
+
+def test_old_imports_have_a_new_home():
+    lines = re.findall(r"^\| `from \w+ import ([^`]+)` \| `(from dino3d[^`]+ import ([^`]+))` \|$", PAGES["docs/development.md"], re.M)
+    assert len(lines) > 8
+    for old, new, names in lines:
+        exec(new, {})
+        assert len(old.split(", ")) == len(names.split(", "))
 
 
 def test_encoder_snippet(tmp_path):
