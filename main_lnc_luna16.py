@@ -57,6 +57,7 @@ from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
 from dino3d.finetune.statistics import told
 
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
+LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir
 # What must not change while a run goes on fold by fold
 FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
          "eval_negatives", "folds", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs", "min_lr",
@@ -64,29 +65,34 @@ FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_pat
 
 
 def get_args_parser():
-    parser = command_line.ArgumentParser(prog="main_lnc_luna16.py", description="Lung nodule classification, fold by fold.")
+    parser = command_line.ArgumentParser(
+        prog="main_lnc_luna16.py",
+        usage="main_lnc_luna16.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
+              "       main_lnc_luna16.py --predict DIR --weights OUT --output_dir DIR",
+        description="Lung nodule classification, fold by fold. Start the same command again to resume a run.")
+    flags.data_flags(parser, LAYOUT, predict="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes "
+                                             "to --output_dir")
     group = parser.add_argument_group("classification")
     group.add_argument("--protocol", default="finetune", choices=("finetune", "linear", "knn"),
-                       help="finetune: encoder and head are trained; linear: the head alone, on the frozen encoder's "
-                            "features; knn: nothing, cases are compared with the training cases")
+                       help="finetune: encoder and head are trained; linear: linear probe, the head alone is trained on the "
+                            "frozen encoder's features; knn: nothing is trained, cases are compared with the training cases")
     group.add_argument("--negatives", default=1.0, type=number(float, 0),
                        help="cases of label0 per case of the other labels that an epoch of training draws anew, "
                             "without replacement; 0: all")
     group.add_argument("--eval_negatives", default=0.0, type=number(float, 0),
-                       help="the same for validation and test, drawn once; 0: all, which is what to report")
+                       help="cases of label0 per case of the other labels in validation and test, drawn once; 0: all, which is "
+                            "what to report")
     group.add_argument("--knn_k", default=None, type=number(int, 1),
-                       help="neighbours that vote; default: the square root of the training cases, at most 20")
+                       help="neighbours that vote with --protocol knn; default: the square root of the training cases, at most 20")
     flags.add_flags(parser, batch_size=128, folds=("patients", "subsets"),
-                       spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then act "
-                               "in mm",
-                       predict="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes to "
-                               "--output_dir")
+                    spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then act in mm; "
+                            "default: the checkpoint's, if it has one")
     return parser
 
 
 def check_flags(parser, args):
     """Refuse what is wrong whatever the data (exit code 2), and settle what one flag means for another."""
-    flags.check_flags(parser, vars(args), "subset*/label0|label1/<patient>/<name>.nii.gz")
+    flags.check_flags(parser, vars(args), LAYOUT)
     if args.freeze_encoder and args.protocol == "finetune":
         args.protocol = "linear"
     args.freeze_encoder = args.protocol != "finetune"

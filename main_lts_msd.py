@@ -48,6 +48,7 @@ COLUMNS = ("case", "fold", "class", *FIGURES, "volume_ml", "predicted_ml")
 MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
 AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
+LAYOUT = "images/<name>.nii.gz and labels/<name>.nii.gz"  # of --data_dir
 # What must not change while a run goes on fold by fold
 FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
          "patches_per_case", "foreground_share", *MASKS, "tolerance", "k_fold", "num_test", "lr", "layer_decay",
@@ -55,41 +56,47 @@ FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "fr
 
 
 def get_args_parser():
-    parser = command_line.ArgumentParser(prog="main_lts_msd.py", description="Lung tumour segmentation, fold by fold.")
+    parser = command_line.ArgumentParser(
+        prog="main_lts_msd.py",
+        usage="main_lts_msd.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
+              "       main_lts_msd.py --predict DIR --weights OUT --output_dir DIR [flags]",
+        description="Lung tumour segmentation, fold by fold. Start the same command again to resume a run.")
+    flags.data_flags(parser, LAYOUT, predict="folder with CTs at any depth; nothing is trained, a mask of each goes to "
+                                             "--output_dir")
     group = parser.add_argument_group("segmentation")
     group.add_argument("--decoder", default="unetr", choices=tuple(DECODERS),
-                       help="unetr: convolutions from the tokens up to the image's resolution; linear: one layer on the "
-                            "tokens, to judge frozen features (--freeze_encoder true)")
+                       help="unetr: convolutions from the tokens up to the image's resolution; linear: linear probe, one layer "
+                            "on the tokens, to judge frozen features (--freeze_encoder true)")
     group.add_argument("--patches_per_case", default=16, type=number(int, 1),
-                       help="windows that an epoch of training takes from each case")
+                       help="windows that an epoch of training takes from each case; raise it for few cases")
     group.add_argument("--foreground_share", default=0.5, type=number(float, 0, 1),
-                       help="share of them with a labelled voxel, of a class drawn at random, in their middle half; the "
-                            "others lie anywhere")
+                       help="share of the training windows that have a labelled voxel, of a class drawn at random, in their "
+                            "middle half; the others lie anywhere")
     group.add_argument("--overlap", default=None, type=number(float, 0, below=1),
                        help="share of a window's side that it has in common with the next one in evaluation; 0.5 is "
-                            f"smoother and three times slower than {MASKS['overlap']}, the default{AS_TRAINED}")
-    group.add_argument("--tolerance", default=2.0, type=number(float, 0),
+                            f"smoother and three times slower; default: {MASKS['overlap']}{AS_TRAINED}")
+    group.add_argument("--tolerance", default=2.0, type=number(float, 0), metavar="MM",
                        help="mm within which surfaces agree, for the normalised surface Dice")
     command_line.boolean_flag(group, "--largest_component", None,
-                       f"keep only the largest component of each class in final masks; default: false{AS_TRAINED}")
+                              f"keep only the largest component of each class in final masks; default: false{AS_TRAINED}")
     group.add_argument("--min_volume", default=None, type=number(float, 0), metavar="ML",
                        help=f"millilitres below which a component is dropped from final masks; default: 0{AS_TRAINED}")
     group.add_argument("--cache_dir", default=None, metavar="DIR",
                        help="where training keeps the cases at its spacing, about 1.3 bytes per voxel; a local disk is "
                             "fastest; default: cache in --output_dir")
     group.add_argument("--cache_gb", default=200.0, type=number(float, 0), metavar="GB",
-                       help="most that it may take; what is beyond is resampled anew for each window, in seconds")
+                       help="most gigabytes that the cache may take; what is beyond is resampled anew for each window, in "
+                            "seconds")
     flags.add_flags(parser, batch_size=8, folds=("patients",),
-                       spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has none, "
-                               "the median of all cases but the test set",
-                       predict="folder with CTs at any depth; nothing is trained, a mask for each goes to --output_dir")
+                    spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has none, "
+                            "the median of all cases but the test set")
     return parser
 
 
 def main(argv=None):
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    flags.check_flags(parser, vars(args), "images/<name>.nii.gz and labels/<name>.nii.gz")
+    flags.check_flags(parser, vars(args), LAYOUT)
     output_dir = Path(args.output_dir)
     runtime, args.precision, notices = start_runtime(
         output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,

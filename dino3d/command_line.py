@@ -1,11 +1,15 @@
 """The command line: flags, and errors that end a process in one line. Imports no torch."""
 import argparse
+import difflib
 import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+
+from dino3d import __version__
+from dino3d.files import git_revision
 
 
 class UserError(Exception):
@@ -93,22 +97,76 @@ def available_cores():
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Every default in the help, where there is one to tell."""
+class HelpFormatter(argparse.HelpFormatter):
+    """Defaults as they are typed, and short placeholders: N for a whole number, F for any other."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+        if action.default in (None, "", argparse.SUPPRESS) or action.const is True and action.nargs == 0:
+            return action.help
+        return f"{action.help} (default: {as_typed(action.default)})"
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", "NAME")
+
+    def _metavar_formatter(self, action, default_metavar):
+        if action.option_strings and action.metavar is None:  # otherwise {a,b,c} of choices, which the help text lists
+            return lambda size: (default_metavar,) * size
+        return super()._metavar_formatter(action, default_metavar)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors in one line and the defaults in the help."""
+    """argparse with errors in one line that name what was probably meant. -h and --version: see `help_flags`."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, add_help=False, **kwargs)
 
     def error(self, message):
-        tell_error(f"{message} (see --help)", True)
+        tell_error(message if message.endswith("?") else f"{message} (see --help)", True)
         sys.exit(2)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            flag = word.partition("=")[0]
+            if not word.startswith("-") and self._subparsers:  # what follows a sub-command is for its own parser
+                break
+            if flag.startswith("--") and flag != "--" and " " not in flag and flag not in self._option_string_actions:
+                self.error(f"unrecognized argument {flag}" + did_you_mean(flag, self._option_string_actions))
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            names = [str(name) for name in action.choices]
+            raise argparse.ArgumentError(
+                action, f"{value}: choose one of {', '.join(names)}" + did_you_mean(str(value), names))
+
+
+class PrintVersion(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"dino3d {__version__} ({git_revision()})")
+        parser.exit()
+
+
+def help_flags(group):
+    """-h and --version, in the place of a script's help where they belong."""
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+    group.add_argument("--version", action=PrintVersion, nargs=0, default=argparse.SUPPRESS,
+                       help="show the version and the git revision of this code and exit")
+
+
+def did_you_mean(word, names):
+    """": did you mean NAME?" for the nearest of the names, those first that begin with the word; "" where none is near."""
+    longer = [name for name in names if name.startswith(word)]
+    near = difflib.get_close_matches(word, longer or names, 1, 0 if longer else 0.6)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def as_typed(value):
+    """A flag's value as one types it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(f"{part:g}" if isinstance(part, float) else str(part)
+                    for part in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def boolean(text):
@@ -134,6 +192,7 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
             expected = " and ".join(bounds) or "a finite number"
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
         return value
+    parse.metavar = "N" if kind is int else "F"
     return parse
 
 
@@ -145,9 +204,9 @@ def boolean_flag(group, name, default, text):
 def read_timeout_flag(group):
     """--read_timeout."""
     group.add_argument("--read_timeout", default=600.0, type=number(float, 0), metavar="SECONDS",
-                       help="that the reading of one file may take before the run ends, naming the file: a network drive that "
-                            "hangs would stop it without a word. Raise it for tapes; 0: wait without end. With --num_workers 0 "
-                            "it is not noticed")
+                       help="longest that the reading of one file may take; then the run ends and names the file, where a "
+                            "network drive that hangs would stop it without a word. Raise it for tapes; 0: no limit. "
+                            "Not noticed with --num_workers 0")
 
 
 def architecture(known):
@@ -156,7 +215,7 @@ def architecture(known):
         if name in known:
             return name
         why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
-        raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}" + did_you_mean(name, known))
     return parse
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dino3d import __version__
+
 
 def write_json(path, content):
     """Write JSON under a temporary name until it is whole; NaN is refused."""
@@ -76,7 +78,7 @@ def git_revision():
 def versions():
     """Versions of what a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
-    found = {"python": sys.version.split()[0]}
+    found = {"dino3d": __version__, "python": sys.version.split()[0]}
     for package in ("torch", "numpy", "h5py", "hdf5plugin", "nibabel", "monai", "scikit-learn"):
         try:
             found[package] = version(package)

@@ -38,13 +38,14 @@ def add_flags(group, besides):
     """The flags that a Saving is made of. besides: when the script saves anyway"""
     default = Saving()
     group.add_argument("--save_every_steps", default=default.every_steps, type=number(int, 0), metavar="N",
-                       help=f"steps between checkpoints, besides {besides}; 0: none for that reason")
+                       help=f"steps between checkpoints, besides {besides}; 0: not by steps")
     group.add_argument("--save_every_minutes", default=default.every_minutes, type=number(float, 0), metavar="MINUTES",
-                       help="the same in minutes: what a run loses that is killed without a warning; 0: none for that reason")
-    group.add_argument("--keep_last", default=default.keep_last, type=number(int, 1), metavar="K",
-                       help="checkpoints that are kept, the newest (checkpoint.pth) and those before it (checkpoint.1.pth, "
-                            "...), which are used where the newest is damaged; 1 if the disk is small: while one is written, "
-                            "there are K + 1")
+                       help="minutes between checkpoints, which a run loses at most that is killed without a warning; 0: not "
+                            "by time")
+    group.add_argument("--keep_last", default=default.keep_last, type=number(int, 1), metavar="N",
+                       help="how many checkpoints to keep: the newest (checkpoint.pth) and those before it (checkpoint.1.pth, "
+                            "...), from which a run is resumed where the newest is damaged; 1 for small disks: while one is "
+                            "written there is one more")
 
 
 # ------------------------------------------------------------------------------------------------------------ saving
