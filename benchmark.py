@@ -65,65 +65,72 @@ AUGMENTED = [f"--{flag}" for flag in AUGMENTATION_FLAGS]
 
 
 def get_args_parser():
-    parser = command_line.ArgumentParser(prog="benchmark.py", description="Times a part of this repository against a baseline.")
-    commands = parser.add_subparsers(dest="what", metavar="what", required=True)
+    parser = command_line.ArgumentParser(
+        prog="benchmark.py", usage="benchmark.py WHAT [flags]",
+        description="Times a part of this repository against a baseline. The flags of each: benchmark.py WHAT --help")
+    commands = parser.add_subparsers(title="what to time", prog=parser.prog, dest="what", metavar="WHAT", required=True)
+    command_line.help_flags(parser.add_argument_group("help"))
 
     def command(benchmark, repeats, devices, threads=None):
-        sub = commands.add_parser(benchmark.__name__, help=benchmark.__doc__.splitlines()[0])
+        name, text = benchmark.__name__, benchmark.__doc__.splitlines()[0]
+        sub = commands.add_parser(name, usage=f"{parser.prog} {name} [flags]", help=text, description=text)
         sub.set_defaults(benchmark=benchmark)
-        sub.add_argument("--json", action="store_true", help="end with one line of JSON")
-        sub.add_argument("--device", default="cpu", choices=devices, help="where ours runs; views of the baseline are made on the CPU")
-        sub.add_argument("--threads", default=1, type=number(int, 1), choices=threads,
-                         help="CPU threads, of the baseline as of ours")
-        sub.add_argument("--repeats", default=repeats, type=number(int, 1), help="turns that each side takes")
-        return sub
+        timed, group = sub.add_argument_group("what is timed"), sub.add_argument_group("options")
+        group.add_argument("--device", default="cpu", choices=devices,
+                           help=f"where ours runs: {' or '.join(devices)}; views of the baseline are made on the CPU")
+        group.add_argument("--threads", default=1, type=number(int, 1), choices=threads,
+                           help="CPU threads, of the baseline as of ours")
+        group.add_argument("--repeats", default=repeats, type=number(int, 1), help="turns that each side takes")
+        group.add_argument("--json", action="store_true", help="end with one line of JSON")
+        command_line.help_flags(group)
+        return sub, timed
 
-    sub = command(augment, 10, ["cpu", "cuda"])
-    sub.add_argument("--samples", default=1, type=number(int, 1),
-                     help="samples of the baseline per repeat, beside two batches of ours; more even out what is drawn")
-    sub = command(read, 7, ["cpu"], [1])
-    sub.add_argument("--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened for it")
-    sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(baselines.PATCH)),
-                     metavar=("X", "Y", "Z"),
-                     help="voxels of the scan that patches are read from; the default is a usual chest CT's")
-    sub = command(convert, 5, ["cpu"], [1])
-    sub.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, 16), metavar=("X", "Y", "Z"),
-                     help="voxels of the scan, one DICOM file per z; the default is a usual chest CT's")
-    sub = command(data, 7, ["cpu", "cuda"])
-    sub.add_argument("--samples", default=1, type=number(int, 1), help="samples of the baseline per repeat")
-    sub = command(step, 5, ["cpu", "cuda"])
-    model_flags(sub, 2, 64)
-    sub = command(train, 1, ["cpu", "cuda"])
-    model_flags(sub, 2, 64)
-    sub.add_argument("--steps", default=None, type=number(int, 1),
-                     help="of each epoch; one per repeat and two more, of which the first is not counted; default: 6 on a CPU, "
-                          "150 on a GPU")
-    sub.add_argument("--workers", default=None, type=number(int, 0),
-                     help="reading processes of ours; the baseline has as many as there are cores; default: main_dino.py's")
-    sub = command(infer, 3, ["cpu", "cuda"])
-    network_flags(sub, 1, 8)
-    sub.add_argument("--size", default=[192, 192, 96], nargs=3, type=number(int, 1), metavar=("X", "Y", "Z"),
-                     help="voxels of the volume, on the network's own grid")
-    sub = command(growth, 3, ["cpu", "cuda"])
-    model_flags(sub, 1, 32)
-    sub.add_argument("--output", default="growth.png", metavar="FILE", help="picture to write")
+    xyz = ("X", "Y", "Z")
+    sub, group = command(augment, 10, ["cpu", "cuda"])
+    group.add_argument("--samples", default=1, type=number(int, 1),
+                       help="samples of the baseline per repeat, beside two batches of ours; more even out what is drawn")
+    sub, group = command(read, 7, ["cpu"], [1])
+    group.add_argument("--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened for it")
+    group.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(baselines.PATCH)), metavar=xyz,
+                       help="voxels of the scan that patches are read from; the default is a usual chest CT's")
+    sub, group = command(convert, 5, ["cpu"], [1])
+    group.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, 16), metavar=xyz,
+                       help="voxels of the scan, one DICOM file per z; the default is a usual chest CT's")
+    sub, group = command(data, 7, ["cpu", "cuda"])
+    group.add_argument("--samples", default=1, type=number(int, 1), help="samples of the baseline per repeat")
+    model_flags(*command(step, 5, ["cpu", "cuda"]), 2, 64)
+    sub, group = command(train, 1, ["cpu", "cuda"])
+    model_flags(sub, group, 2, 64)
+    group.add_argument("--steps", default=None, type=number(int, 1),
+                       help="steps of each epoch; one per repeat and two more, of which the first is not counted; default: 6 on "
+                            "a CPU, 150 on a GPU")
+    group.add_argument("--workers", default=None, type=number(int, 0),
+                       help="data loading workers of ours; the baseline has as many as there are cores; default: main_dino.py's")
+    sub, group = command(infer, 3, ["cpu", "cuda"])
+    network_flags(sub, group, 1, 8)
+    group.add_argument("--size", default=[192, 192, 96], nargs=3, type=number(int, 1), metavar=xyz,
+                       help="voxels of the volume, on the network's own grid")
+    sub, group = command(growth, 3, ["cpu", "cuda"])
+    model_flags(sub, group, 1, 32)
+    group.add_argument("--output", default="growth.png", metavar="FILE", help="picture to write")
     return parser
 
 
-def network_flags(sub, batch_cpu, batch_cuda):
+def network_flags(sub, group, batch_cpu, batch_cuda):
     sub.set_defaults(batch={"cpu": batch_cpu, "cuda": batch_cuda})
-    sub.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
-                     help="one of " + ", ".join(ARCHITECTURES))
-    sub.add_argument("--batch_size", default=None, type=number(int, 1),
-                     help=f"samples (infer: windows) at a time; default: {batch_cpu} on a CPU, {batch_cuda} on a GPU")
-    sub.add_argument("--precision", default=None, choices=("bf16", "fp32"),
-                     help="of the matrix products, of the baseline as of ours; default: bf16 on GPUs, fp32 on CPUs")
+    group.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
+                       help="one of " + ", ".join(ARCHITECTURES))
+    group.add_argument("--batch_size", default=None, type=number(int, 1),
+                       help=f"samples (infer: windows) at a time; default: {batch_cpu} on a CPU, {batch_cuda} on a GPU")
+    group.add_argument("--precision", default=None, choices=("bf16", "fp32"),
+                       help="mixed precision of the matrix products, of the baseline as of ours: bf16 or fp32 (off); default: "
+                            "bf16 on GPUs, fp32 on CPUs")
 
 
-def model_flags(sub, batch_cpu, batch_cuda):
-    network_flags(sub, batch_cpu, batch_cuda)
-    sub.add_argument("--out_dim", default=65536, type=number(int, 2), help="prototypes of the head")
-    sub.add_argument("--compile", action="store_true", help="ours with main_dino.py's --compile")
+def model_flags(sub, group, batch_cpu, batch_cuda):
+    network_flags(sub, group, batch_cpu, batch_cuda)
+    group.add_argument("--out_dim", default=65536, type=number(int, 2), help="prototypes of the head")
+    group.add_argument("--compile", action="store_true", help="ours with main_dino.py's --compile")
 
 
 def main():

@@ -585,10 +585,10 @@ class Schedules:
 
 def show(state, batch, progress, monitor):
     """Pictures of an epoch's first batch, and of the augmentations when the run is new."""
-    monitor.show_views(state.render(batch), len(batch.patches), progress.step)
+    spacings = batch.spacings if state.crops.spacing is None else [state.crops.spacing] * len(batch.paths)
+    monitor.show_views(state.render(batch), batch.paths, spacings, progress.step)
     if progress.step == 0:
-        patches = batch.patches.to(state.processes.device)
-        monitor.show_augmentations(patches, state.crops, state.clip_range, progress.step)
+        monitor.show_augmentations(batch, state.crops, state.clip_range, progress.step)
 
 
 @torch.no_grad()

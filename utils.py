@@ -358,12 +358,10 @@ def load_pretrained_weights(model, path, checkpoint_key="teacher"):
     """Load a state dict into `model`, whatever wrapper prefixes (module., backbone., ...) its names carry.
 
     path: a checkpoint that holds state dicts by key, or a plain state dict. Every tensor of the model must be there
-    with its shape; tensors of the file beyond those (a projection head) are left alone. Returns the checkpoint.
-    Raises FileNotFoundError, and ValueError naming the tensors that don't fit.
+    with its shape; tensors of the file beyond those (a projection head) are left alone. For what else the file holds
+    see `load_file`. Raises FileNotFoundError, and ValueError naming the tensors that don't fit.
     """
-    checkpoint = load_file(path)
-    fit_state_dict(model, find_state_dict(checkpoint, path, checkpoint_key), path)
-    return checkpoint
+    fit_state_dict(model, find_state_dict(load_file(path), path, checkpoint_key), path)
 
 
 def find_state_dict(checkpoint, path, checkpoint_key):

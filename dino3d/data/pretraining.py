@@ -13,11 +13,12 @@ RUN = 8      # patches of one volume that follow each other in an epoch, read wi
 
 class Sample(NamedTuple):
     """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met on
-    the way, as (path, reason)."""
+    the way, as (path, reason); spacing: (3,) mm per voxel of the patch."""
     patch: np.ndarray
     views: list
     bad: list
     path: str = ""
+    spacing: tuple = (1.0, 1.0, 1.0)
 
 
 class Failure(NamedTuple):
@@ -28,12 +29,13 @@ class Failure(NamedTuple):
 
 class Batch(NamedTuple):
     """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
-    paths: the file of each patch."""
+    paths, spacings: the file of each patch, and its (3,) mm per voxel."""
     patches: torch.Tensor
     groups: list
     bad: list
     fatal: str
     paths: tuple = ()
+    spacings: tuple = ()
 
     def to(self, device):
         return self._replace(patches=self.patches.to(device, non_blocking=True),
@@ -73,7 +75,8 @@ class PretrainingPatches(Dataset):
                                 opened.close()
                             opened = None
                             opened = Volume(path)
-                        samples.append(Sample(*self._draw(opened, epoch, sample), bad, path))
+                        patch, views, spacing = self._draw(opened, epoch, sample)
+                        samples.append(Sample(patch, views, bad, path, spacing))
                         break
                     except DataError as error:
                         self._bad[path] = error.reason
@@ -93,7 +96,7 @@ class PretrainingPatches(Dataset):
         return samples
 
     def _draw(self, volume, epoch, sample):
-        """(patch, views) of one sample: where spacing is given, a much finer volume is averaged first."""
+        """(patch, views, its mm per voxel) of one sample: where spacing is given, a much finer volume is averaged first."""
         crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
         spacing = np.array(volume.spacing)
         stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # volume voxels per view's
@@ -106,8 +109,8 @@ class PretrainingPatches(Dataset):
         inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
         if is_flat(inside[::8, ::8, ::8]) and is_flat(inside) and volume.is_constant():  # the first tells in most cases
             raise DataError(volume.path, f"has the same value in all voxels ({inside.flat[0]})")
-        patch = block_mean(patch, factors)
-        return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing * factors)
+        patch, spacing = block_mean(patch, factors), spacing * factors
+        return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing), tuple(spacing.tolist())
 
 
 def place_patch(rng, shape, core, size):
@@ -156,7 +159,7 @@ def collate(samples):
         slot[:, :, z:] = slot[:, :, z - 1:z]
     bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
     return Batch(patches, collate_views([sample.views for sample in samples]), bad, "",
-                 tuple(sample.path for sample in samples))
+                 tuple(sample.path for sample in samples), tuple(sample.spacing for sample in samples))
 
 
 def epoch_order(volumes, patches_per_volume, seed, epoch):

@@ -4,8 +4,8 @@ import torch
 
 from augmentations import scale_intensity
 from dino3d.finetune.classification_metrics import area_under_roc, average_precision, table_probabilities
-from dino3d.finetune.crops import centre_window, read_crop
-from dino3d.training.pictures import montage, planes, radiological
+from dino3d.finetune.crops import centre_window, read_crop, spacing_of
+from dino3d.training.pictures import EVEN, montage, plane
 
 SHOWN_ERRORS = 10  # in errors.png
 
@@ -44,16 +44,17 @@ def draw_errors(path, together, cases, encoder):
     wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])
     rows, labels = [], []
     for i in wrong[:SHOWN_ERRORS]:
-        crop = read_crop(cases.paths[together.numbers[i]], encoder.input_size)
+        file = cases.paths[together.numbers[i]]
+        crop, spacing = read_crop(file, encoder.input_size), spacing_of(file)
         window = torch.from_numpy(centre_window(crop, np.array(encoder.input_size)))
-        window = scale_intensity(window, *encoder.clip_range)
-        z = window.shape[2]
-        axial = [radiological(window[:, :, z // 2 + step * z // 12]) for step in (-3, -2, -1, 0, 1, 2, 3)]
-        rows.append([*axial, planes(window)[1], radiological(window[window.shape[0] // 2])])
+        window = scale_intensity(window, *encoder.clip_range).numpy()
+        rows.append([plane(window, 2, spacing, 0.5 + step / 12) for step in (-3, -2, -1, 0, 1, 2, 3)]
+                    + [plane(window, 1, spacing), plane(window, 0, spacing)])
         p = together.probabilities[i]
         said = f"p(label1) = {p[1]:.3f}" if cases.classes == 2 else f"most probable label{p.argmax()}, {p.max():.3f}"
         labels.append(f"label{together.labels[i]}, {said}: {cases.names[together.numbers[i]]}")
+    title = f"axial planes from below to above, coronal, sagittal (anterior on the left); {EVEN}"
     if not rows:
-        rows, labels = [[np.zeros((8, 64))]], ["no errors"]
-    Image.fromarray(montage(rows, labels)).save(path)
+        rows, labels, title = [[np.zeros((8, 64))]], ["no errors"], ""
+    Image.fromarray(montage(rows, labels, title)).save(path)
     return len(wrong)

@@ -20,7 +20,8 @@ from dino3d.prepare.nlst import nlst
 
 PHANTOMS = 8                                  # patients, beside the two CTs, that folds need
 CT, PHANTOM = "CT", "synthetic phantom"
-LAYOUTS = ("pretrain", "luna16", "msd")
+LAYOUTS = ("pretrain", "luna16", "msd", "lesion")
+LESION, COPIES = "lung2", 3                   # whose largest lesion is to be learnt by heart; as many names as two folds need
 ORIGINS = {
     CT: f"""a patient's CT and the mask of one tumour
     from data/{{patient}}_image.nrrd and data/{{patient}}_label.nrrd of the source distribution of
@@ -28,7 +29,7 @@ ORIGINS = {
     brought to RAS
     licence: BSD-3-Clause, Copyright 2017 Harvard Medical School; text in LICENSE.txt of that distribution""",
     PHANTOM: """synthetic
-    a chest phantom computed by demo_data.py, no patient's data
+    a chest phantom computed by dino3d/prepare/phantoms.py, no patient's data
     licence: that of this repository""",
 }
 
@@ -36,7 +37,8 @@ ORIGINS = {
 def demo(output, phantom):
     """Two lung CTs and synthetic chest phantoms in all three layouts, made by the commands that users type.
 
-    pretrain holds the CTs alone; luna16 and msd hold phantoms too, since two patients make no folds. What is complete
+    pretrain holds the CTs alone; luna16 and msd hold phantoms too, since two patients make no folds; lesion holds one
+    lesion of one of them under several names, so that a model is trained and tested on the same on purpose. What is complete
     stays. Raises UserError where the output can't be written to, or --phantom is given for a folder that holds CTs.
     """
     try:
@@ -64,6 +66,7 @@ def demo(output, phantom):
         luna16(raw / "luna16", output / "luna16", workers, size=[48, 48, 24], spacing=[1.0, 1.0, 2.0],
                negatives_per_scan=8, seed=0, table=None, label_column="class", patients=None)
         msd(raw / "msd", output / "msd", workers, spacing=None, crop="none", margin=0)
+        msd(raw / "lesion", output / "lesion", workers, spacing=None, crop="label", margin=30)
         shutil.rmtree(raw)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
@@ -73,7 +76,9 @@ def demo_source(origin):
     """Text that says where each patient of the demo comes from."""
     origins = {**dict.fromkeys(PATIENTS, origin), **dict.fromkeys(phantom_names(), PHANTOM)}
     return "Where the demo's patients come from\n\n" + "".join(
-        f"{patient}: {ORIGINS[origin].format(patient=patient)}\n" for patient, origin in origins.items())
+        f"{patient}: {ORIGINS[origin].format(patient=patient)}\n" for patient, origin in origins.items()) + (
+        f"\nlesion/ holds {COPIES} copies of the largest lesion of {LESION} and what is around it: who trains there is tested on "
+        "what was trained on\n")
 
 
 def phantom_names():
@@ -125,6 +130,11 @@ def lay_out_demo(folder, cases, origin):
         save_raw(folder / "luna16" / f"subset{i // 2}" / f"{patient}.mhd", image)
         save_raw(folder / "msd" / "imagesTr" / f"{patient}.nii", image)
         save_raw(folder / "msd" / "labelsTr" / f"{patient}.nii", sitk.Cast(nodules != 0, sitk.sitkUInt8))
+        if patient == LESION:
+            largest = sitk.RelabelComponent(sitk.Cast(nodules, sitk.sitkUInt32)) == 1
+            for copy in range(1, COPIES + 1):
+                save_raw(folder / "lesion" / "imagesTr" / f"{patient}_copy{copy}.nii", image)
+                save_raw(folder / "lesion" / "labelsTr" / f"{patient}_copy{copy}.nii", largest)
         listed.append({"image": f"imagesTr/{patient}.nii", "label": f"labelsTr/{patient}.nii"})
         shapes = sitk.LabelShapeStatisticsImageFilter()
         shapes.Execute(sitk.Cast(nodules, sitk.sitkUInt32))
@@ -135,7 +145,10 @@ def lay_out_demo(folder, cases, origin):
     for name, header, rows in (("candidates_V2", "class", candidates), ("annotations", "diameter_mm", annotations)):
         with open(folder / "luna16" / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows([["seriesuid", "coordX", "coordY", "coordZ", header], *rows])
-    (folder / "msd" / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "nodule"}, "training": listed}))
+    copies = [{"image": f"imagesTr/{LESION}_copy{copy}.nii", "label": f"labelsTr/{LESION}_copy{copy}.nii"}
+              for copy in range(1, COPIES + 1)]
+    for task, training in (("msd", listed), ("lesion", copies)):
+        (folder / task / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "nodule"}, "training": training}))
 
 
 def save_raw(path, image):

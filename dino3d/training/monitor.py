@@ -15,7 +15,7 @@ from tqdm import tqdm
 from augmentations import example_views
 from dino3d.command_line import UserError
 from dino3d.files import append_json, read_log
-from dino3d.training.pictures import montage, planes, view_rows
+from dino3d.training.pictures import EVEN, NO_TISSUE, montage, planes, scan_name, view_rows
 from utils import Silent
 
 # A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):
@@ -27,7 +27,6 @@ UNIFORM_ENTROPY, UNIFORM_KL = 0.97, 0.05
 CONSTANT_ENTROPY, CONSTANT_WINNERS = 0.1, 2
 PATIENCE = 3             # log entries in a row before a warning: a single one may be chance
 ENOUGH_VIEWS = 32        # teacher outputs that an entry must rest on to count prototypes
-NO_TISSUE = 0.05         # grey value below which a voxel is taken for air (-900 HU in the default clip range)
 
 
 def collapse_warning(entropy, kl, winners, out_dim, views):
@@ -236,6 +235,9 @@ class Monitor:
                  for name in self._names}
         if self.processes.is_main:
             self.bad_files.tell(self.say)
+            if taken:
+                self.say(f"epoch {epoch}, step {step}/{self.bar.total}: KL divergence {means['kl']:.3f}, teacher entropy "
+                         f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), {seconds:.1f} s")
             append_json(self.output_dir / "log.txt", {"epoch": epoch, "step": step} | means | {
                 "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if taken else None,
                 "winning_prototypes": int((self._epoch_wins > 0).sum()),
@@ -253,19 +255,26 @@ class Monitor:
         Image.fromarray(image).save(self.output_dir / f"{name}.png")
         self.writer.add_image(name, image, step, dataformats="HW")
 
-    def show_views(self, views, batch, step, most=4):
-        """Picture of the current views: per sample two global ones (axial and coronal) and its local ones (axial)."""
-        if self.processes.is_main:
-            self.picture("views", montage(*view_rows(views, batch, most)), step)
+    def show_views(self, views, paths, spacings, step, most=4):
+        """Picture of the current views: per sample two global ones (axial and coronal) and its local ones (axial).
 
-    def show_augmentations(self, patches, crops, clip_range, step):
-        """Picture of each augmentation alone, four draws each, on the batch's most varied patch. patches: (B, X, Y, Z)."""
+        paths, spacings: of each sample's scan, (3,) mm per voxel of its views
+        """
         if self.processes.is_main:
-            patches = patches[:16]
-            patch = patches[patches.flatten(1).float().clamp(*clip_range).std(1).argmax()]
-            examples = example_views(patch, crops, clip_range)
-            rows = [[tile for view in views for tile in planes(view[0])] for views in examples.values()]
-            self.picture("augmentations", montage(rows, [f"{name}: axial, coronal" for name in examples]), step)
+            rows, labels = view_rows(views, [scan_name(path) for path in paths], spacings, most)
+            self.picture("views", montage(rows, labels, f"what the networks see at step {step}; {EVEN}"), step)
+
+    def show_augmentations(self, batch, crops, clip_range, step):
+        """Picture of each augmentation alone, four draws each, on that one of a data.Batch's patches that varies most."""
+        if self.processes.is_main:
+            middles = [patch[tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(patch.shape, crops.global_size))]
+                       for patch in batch.patches[:16]]
+            shown = max(range(len(middles)), key=lambda i: middles[i].float().clamp(*clip_range).std().item())
+            examples = example_views(batch.patches[shown].to(self.processes.device), crops, clip_range)
+            rows = [[tile for view in views for tile in planes(view[0], batch.spacings[shown])]
+                    for views in examples.values()]
+            labels = [f"{name}: four draws, axial and coronal" for name in examples]
+            self.picture("augmentations", montage(rows, labels, f"{scan_name(batch.paths[shown])}; {EVEN}"), step)
 
     def close(self):
         self.writer.close()

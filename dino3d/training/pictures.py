@@ -1,5 +1,12 @@
-"""Planes of volumes as pictures: turned as radiologists see them, and many of them in one montage."""
+"""Planes of volumes as pictures, in millimetres and turned as radiologists see them, and many of them in one montage."""
+import collections
+
 import numpy as np
+
+SIDE = 144          # pixels of a montage's largest tile, at least
+NO_TISSUE = 0.05    # grey value below which a voxel is taken for air (-900 HU in the default clip range)
+NEARLY_AIR = 0.1    # share of tissue below which a tile shows nothing
+EVEN = "drawn in millimetres; the patient's right on the left, anterior or superior on top"
 
 
 def radiological(plane):
@@ -10,20 +17,51 @@ def radiological(plane):
     return np.asarray(plane)[::-1, ::-1].T
 
 
-def montage(rows, labels=None, tile=96, gap=2):
-    """uint8 (height, width) picture: rows of grey tiles in [0, 1], each row under its label.
+def plane(volume, axis, spacing, at=0.5):
+    """Picture of a plane across an axis: 0 sagittal (anterior on the left), 1 coronal, 2 axial; its pixels are squares.
 
-    The largest tile is magnified to at least `tile` pixels, all by the same whole factor.
+    volume: (X, Y, Z) grey values; spacing: (3,) mm per voxel, of which the smaller of the plane's two is a pixel's side
+    at: where the plane lies along the axis, 0 to 1
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image
+    index = min(int(at * volume.shape[axis]), volume.shape[axis] - 1)
+    picture = radiological(volume.take(index, axis)).astype(np.float32)
+    mm = np.delete(np.asarray(spacing, float), axis)[::-1]  # (2,) of a row, of a column
+    rows, columns = np.maximum(np.rint(picture.shape * mm / mm.min()), 1).astype(int).tolist()
+    return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR))
+
+
+def planes(view, spacing):
+    """[axial, coronal] pictures of the middle planes of a view (X, Y, Z); spacing: (3,) mm."""
+    view = view.float().cpu().numpy()
+    return [plane(view, 2, spacing), plane(view, 1, spacing)]
+
+
+def magnified(picture, rows):
+    """A picture brought to a height in pixels."""
+    from PIL import Image
+    columns = max(1, round(picture.shape[1] * rows / picture.shape[0]))
+    return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR))
+
+
+def montage(rows, labels=None, title="", tile=SIDE, gap=2):
+    """uint8 (height, width) picture: rows of grey tiles in [0, 1], each row under its label, all under a title.
+
+    The largest tile is magnified to about `tile` pixels where it is smaller, all by the same whole factor. The picture is
+    as wide as its widest row or line of text.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.load_default(13)
     zoom = max(1, round(tile / max(max(image.shape) for row in rows for image in row)))
-    strip = 14 if labels else 0  # height of a label
+    strip, top = 18 if labels else 0, 20 if title else 0  # heights of a label, of the title
     width = max(sum(image.shape[1] * zoom + gap for image in row) for row in rows)
+    width = max(width, *(int(font.getlength(text)) + 8 for text in (title, *(labels or ()))))
     heights = [max(image.shape[0] for image in row) * zoom + gap + strip for row in rows]
-    canvas = Image.new("L", (width, sum(heights)), 40)
-    draw, top = ImageDraw.Draw(canvas), 0
+    canvas = Image.new("L", (width, top + sum(heights)), 40)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((4, 2), title, 255, font)
     for row, label, height in zip(rows, labels or [""] * len(rows), heights):
-        draw.text((4, top + 1), label, fill=255)
+        draw.text((4, top + 1), label, 255, font)
         left = 0
         for image in row:
             pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1)
@@ -33,20 +71,29 @@ def montage(rows, labels=None, tile=96, gap=2):
     return np.asarray(canvas)
 
 
-def planes(view):
-    """[axial, coronal] middle planes of a view (X, Y, Z), as pictures with anterior or superior on top."""
-    view = view.float().cpu().numpy()
-    x, y, z = view.shape
-    return [radiological(view[:, :, z // 2]), radiological(view[:, y // 2])]
+def scan_name(path):
+    """The end of a file's path, which tells patients and series apart: <patient>/t<k>/<series>.hdf5."""
+    return "/".join(str(path).split("/")[-3:])
 
 
-def view_rows(views, batch, most):
-    """Rows of tiles and their labels for `montage`. views: [global (2 B, 1, ...), local (L B, 1, ...)]."""
-    rows, labels = [], []
-    for sample in range(min(batch, most)):
-        row = [tile for view in views[0][sample::batch] for tile in planes(view[0])]
-        row += [planes(view[0])[0] for local in views[1:] for view in local[sample::batch]]
+def view_rows(views, names, spacings, most):
+    """(rows, labels) of tiles for `montage`: at most `most` samples, those of different scans first.
+
+    views: [global (2 B, 1, ...), local (L B, 1, ...)]; names: (B,) of the scans; spacings: (B, 3) mm per voxel
+    A sample of which a tile is nearly all air is left out where there are others.
+    """
+    rows = []
+    for sample, spacing in enumerate(spacings):
+        row = [tile for view in views[0][sample::len(names)] for tile in planes(view[0], spacing)]
+        for local in views[1:]:
+            row += [magnified(planes(view[0], spacing)[0], row[0].shape[0]) for view in local[sample::len(names)]]
         rows.append(row)
-        labels.append(f"sample {sample}: two global views (axial, coronal), then local ones (axial); patient's right on "
-                      "the left")
-    return rows, labels
+    tissue = [min(np.mean(tile > NO_TISSUE) for tile in row) for row in rows]
+    shown = [sample for sample, share in enumerate(tissue) if share > NEARLY_AIR] or [int(np.argmax(tissue))]
+    before, turn = collections.Counter(), {}
+    for sample in shown:
+        turn[sample] = before[names[sample]]
+        before[names[sample]] += 1
+    shown = sorted(shown, key=turn.get)[:most]
+    label = "{}: two global views (axial, coronal)" + ", local views (axial, magnified)" * (len(views) > 1)
+    return [rows[sample] for sample in shown], [label.format(names[sample]) for sample in shown]
