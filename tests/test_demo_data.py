@@ -61,7 +61,7 @@ def phantoms(tmp_path_factory):
     return output
 
 
-def test_phantoms_fill_all_three_layouts(phantoms):
+def test_phantoms_fill_all_layouts(phantoms):
     names = sorted(path.relative_to(phantoms).as_posix() for path in phantoms.rglob("*") if path.is_file())
     assert [name for name in names if name.startswith("pretrain")] == [
         "pretrain/lung1/t0/phantom.hdf5", "pretrain/lung2/t0/phantom.hdf5", "pretrain/manifest.csv", "pretrain/prepare.json"]
@@ -78,6 +78,21 @@ def test_phantoms_fill_all_three_layouts(phantoms):
     assert len({crop.patient for crop in crops}) == 2 + demo.PHANTOMS
     pairs, problems = find_pairs(phantoms / "msd")
     assert not problems and [pair.name for pair in pairs] == sorted([*PATIENTS, *demo.phantom_names()])
+
+
+def test_the_lesion_to_learn_by_heart_is_one_and_the_same_under_three_names(phantoms):
+    pairs, problems = find_pairs(phantoms / "lesion")
+    assert not problems and [pair.name for pair in pairs] == ["lung2_copy1", "lung2_copy2", "lung2_copy3"]
+    images_read, labels = zip(*((sitk.ReadImage(str(pair.image)), sitk.ReadImage(str(pair.label))) for pair in pairs))
+    for image, label in zip(images_read[1:], labels[1:]):
+        assert (sitk.GetArrayViewFromImage(image) == sitk.GetArrayViewFromImage(images_read[0])).all()
+        assert (sitk.GetArrayViewFromImage(label) == sitk.GetArrayViewFromImage(labels[0])).all()
+    shapes = sitk.LabelShapeStatisticsImageFilter()
+    shapes.Execute(sitk.ConnectedComponent(labels[0] != 0))
+    nodules = phantoms_module.labelled_phantom(1)[2]
+    assert shapes.GetNumberOfLabels() == 1
+    assert shapes.GetNumberOfPixels(1) == np.bincount(nodules[nodules > 0]).max()  # the largest
+    assert "lesion/ holds 3 copies" in (phantoms / "SOURCE.txt").read_text()
 
 
 def test_the_demos_crops_show_what_their_labels_say(phantoms):

@@ -12,7 +12,6 @@ from dino3d import command_line
 from dino3d.training import loading
 from dino3d.training.checkpoint import keep_copy, load_checkpoint, save_checkpoint
 from dino3d.training.loading import reading_processes
-from dino3d.training.pictures import montage, radiological
 from vision_transformer import DINOHead, MultiCropWrapper, vit_small, vit_tiny
 
 # ------------------------------------------------------------------------------------------------ older checkpoints
@@ -41,7 +40,7 @@ def older_checkpoint(tmp_path_factory):
 def test_older_checkpoint_loads_with_every_tensor_in_place(older_checkpoint, key, shift):
     path, state = older_checkpoint
     backbone = vit_small()
-    utils.load_pretrained_weights(backbone, path, key)
+    assert utils.load_pretrained_weights(backbone, path, key) is None  # a notebook would print the whole file
     loaded = backbone.state_dict()
     assert len(loaded) == sum(name.startswith("backbone.") for name in state) == 150  # 12 x 12 and 6 more
     for name, tensor in loaded.items():
@@ -129,15 +128,6 @@ def test_checkpoint_round_trip_and_copies(tmp_path):
     torch.save({"teacher": {}}, path)
     with pytest.raises(command_line.UserError, match="no checkpoint of this script"):
         load_checkpoint(path)
-
-
-def test_montage_shows_its_tiles_the_right_way_up():
-    plane = np.zeros((4, 6))  # grows to the right and up
-    plane[3, 5] = 1           # the patient's right, anterior: left and up in a radiological picture
-    picture = radiological(plane)
-    assert picture.shape == (6, 4) and picture[0, 0] == 1
-    canvas = montage([[picture, 1 - picture], [picture]], ["first", "second"], tile=12)
-    assert canvas[14, 0] == 255 and canvas[14, 4] == 0 and canvas.shape == (2 * (14 + 12 + 2), 2 * (8 + 2))
 
 
 # ---------------------------------------------------------------------------------------------------- optimisation

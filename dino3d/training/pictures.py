@@ -5,7 +5,7 @@ import numpy as np
 
 SIDE = 144          # pixels of a montage's largest tile, at least
 NO_TISSUE = 0.05    # grey value below which a voxel is taken for air (-900 HU in the default clip range)
-NEARLY_AIR = 0.1    # share of tissue below which a tile shows nothing
+NEARLY_AIR = 0.3    # share of tissue below which a tile shows too little
 EVEN = "drawn in millimetres; the patient's right on the left, anterior or superior on top"
 
 

@@ -1,0 +1,113 @@
+"""Pictures of scans: in millimetres, the right way round, with names, and without tiles that show nothing."""
+import numpy as np
+import pytest
+import torch
+
+from dino3d.training import pictures
+from dino3d.training.pictures import magnified, montage, plane, planes, radiological, view_rows
+
+SPACING = np.array([0.7, 1.0, 3.0])
+
+
+def sphere(radius_mm=24, size_mm=70, spacing=SPACING):
+    """(X, Y, Z) a ball in the middle, in voxels of `spacing`."""
+    shape = np.rint(size_mm / spacing).astype(int)
+    grids = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing)), indexing="ij")
+    return (sum(grid ** 2 for grid in grids) < radius_mm ** 2).astype(np.float32)
+
+
+def extent(picture):
+    """(rows, columns) that are bright."""
+    bright = picture > 0.5
+    return np.array([bright.any(1).sum(), bright.any(0).sum()])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_ball_of_flat_voxels_is_drawn_round(axis):
+    picture = plane(sphere(), axis, SPACING)
+    fine = np.delete(SPACING, axis).min()
+    assert np.allclose(extent(picture) * fine, 48, atol=3.1)  # one slice more or less
+    rows, columns = extent(picture)
+    assert rows / columns == pytest.approx(1, abs=0.08)
+    assert (picture > 0.5).sum() / (rows * columns) == pytest.approx(np.pi / 4, abs=0.06)
+    assert np.allclose(np.array(picture.shape) * fine, 70, atol=2)
+
+
+def test_equal_voxels_are_drawn_as_they_are():
+    volume = np.random.RandomState(0).rand(5, 6, 7).astype(np.float32)
+    for axis in range(3):
+        np.testing.assert_array_equal(plane(volume, axis, (2, 2, 2)), radiological(volume.take(volume.shape[axis] // 2, axis)))
+
+
+def test_sides_are_where_radiologists_expect_them():
+    volume = np.zeros((6, 6, 6), np.float32)
+    volume[-1, -1, -1] = 1  # right, anterior, superior
+    for axis, at in ((2, 0.99), (1, 0.99), (0, 0.99)):
+        picture = plane(volume, axis, (1, 1, 2), at)
+        assert picture[0, 0] == picture.max() > 0.9
+
+
+def rows_of(views, names, spacing=(1, 1, 1), most=4):
+    return view_rows(views, names, [spacing] * len(names), most)
+
+
+def some_views(tissue, local=2):
+    """[global, local] views of a batch, grey where `tissue` says so, black elsewhere."""
+    grey = torch.tensor([0.5 if here else 0.0 for here in tissue])
+    return [grey.repeat(2)[:, None, None, None, None].expand(-1, 1, 8, 8, 4),
+            grey.repeat(local)[:, None, None, None, None].expand(-1, 1, 4, 4, 2)]
+
+
+def test_black_samples_are_left_out_while_there_are_others():
+    rows, labels = rows_of(some_views([False, True, False, True]), ["a", "b", "c", "d"])
+    assert [label[0] for label in labels] == ["b", "d"]
+    assert all(tile.max() > 0.4 for row in rows for tile in row)
+    assert len(rows_of(some_views([False, False]), ["a", "b"])[0]) == 1  # nothing else to show
+
+
+def test_one_black_tile_is_enough_to_leave_a_sample_out():
+    views = some_views([True, True])
+    views[1] = views[1].clone()
+    views[1][2] = 0  # the second local view of the first sample
+    assert [label[0] for label in rows_of(views, ["a", "b"])[1]] == ["b"]
+
+
+def test_different_scans_come_first():
+    _, labels = rows_of(some_views([True] * 6), ["a", "a", "a", "a", "b", "b"], most=3)
+    assert [label[0] for label in labels] == ["a", "b", "a"]
+
+
+def test_rows_are_full_and_in_millimetres():
+    rows, _ = rows_of(some_views([True] * 2), ["a", "b"], spacing=(1, 1, 2))
+    assert all([tile.shape for tile in row] == [(8, 8)] * 6 for row in rows)  # 2 global in two planes, 2 local ones
+
+
+def test_planes_are_axial_and_coronal():
+    view = torch.zeros(4, 6, 3)
+    assert [picture.shape for picture in planes(view, (1, 1, 2))] == [(6, 4), (6, 4)]
+    assert magnified(np.zeros((3, 6), np.float32), 12).shape == (12, 24)
+
+
+def test_a_montage_is_as_wide_as_its_text():
+    from PIL import ImageFont
+    font, text = ImageFont.load_default(13), "a patient with a long name/t0/" + "1.2.840." * 8
+    tile = np.ones((8, 8), np.float32)
+    canvas = montage([[tile]], [text], "a title", tile=8)
+    assert font.getlength(text) < canvas.shape[1] < font.getlength(text) + 20
+    strip = canvas[20:38]
+    last = np.flatnonzero((strip > 200).any(0))[-1]
+    assert last < canvas.shape[1] - 2 and last > 0.95 * font.getlength(text)
+
+
+def test_a_montage_shows_its_tiles_the_right_way_up():
+    grows = np.zeros((4, 6))  # grows to the right and up
+    grows[3, 5] = 1           # the patient's right, anterior: left and up in a radiological picture
+    picture = radiological(grows)
+    assert picture.shape == (6, 4) and picture[0, 0] == 1
+    canvas = montage([[picture, 1 - picture], [picture]], ["1", "2"], tile=12)
+    assert canvas[18, 0] == 255 and canvas[18, 4] == 0 and canvas.shape == (2 * (18 + 12 + 2), 2 * (8 + 2))
+
+
+def test_scan_name_tells_patients_and_series_apart():
+    assert pictures.scan_name("/data/nlst/patient1/t0/series.hdf5") == "patient1/t0/series.hdf5"
+    assert pictures.scan_name("scan.nii.gz") == "scan.nii.gz"
