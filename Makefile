@@ -7,12 +7,12 @@ DEMO_FLAGS ?= --input_size 48 48 24 --spacing 2 2 4 --local_crops_scale 0.75 --l
 	--batch_size_per_gpu 32 --patches_per_volume 160 --epochs 10 --warmup_epochs 2 --lr 0.004 --drop_path_rate 0 \
 	--teacher_temp 0.06 --warmup_teacher_temp_epochs 4 --log_every 5
 
-LNC_DEMO_FLAGS ?= --folds subsets --spacing 1 1 2 --epochs 5 --batch_size_per_gpu 8
+LNC_DEMO_FLAGS ?= --folds subsets --epochs 5 --batch_size_per_gpu 8
 LTS_DEMO_FLAGS ?= --k_fold 2 --num_test 2 --epochs 6 --val_freq 6 --warmup_epochs 1 --patches_per_case 8 \
 	--foreground_share 0.9 --batch_size_per_gpu 4 --lr 0.003
 # Three copies of one case: what a fold is trained on is what it is tested on, so that a lesion is learnt by heart
-LESION_DEMO_FLAGS ?= --spacing 1.5 1.5 3 --k_fold 2 --num_test 1 --epochs 8 --warmup_epochs 0.5 --patches_per_case 48 \
-	--batch_size_per_gpu 4 --lr 0.002 --drop_path_rate 0
+LESION_DEMO_FLAGS ?= --k_fold 2 --num_test 1 --epochs 5 --warmup_epochs 0.5 --patches_per_case 40 --foreground_share 0.8 \
+	--batch_size_per_gpu 2 --lr 0.002 --drop_path_rate 0 --use_rotation false --use_scale false --use_flip false
 
 PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
 RUNTIME = $(VENV)/.runtime-installed

@@ -63,7 +63,7 @@ def demo(output, phantom):
         workers = available_cores()
         nlst(raw / "nlst", output / "pretrain", workers, one_per_study=False, min_slices=16, crop_to_body=None,
              compression="blosc")
-        luna16(raw / "luna16", output / "luna16", workers, size=[48, 48, 24], spacing=[1.0, 1.0, 2.0],
+        luna16(raw / "luna16", output / "luna16", workers, size=[48, 48, 24], spacing=[2.0, 2.0, 4.0],
                negatives_per_scan=8, seed=0, table=None, label_column="class", patients=None)
         msd(raw / "msd", output / "msd", workers, spacing=None, crop="none", margin=0)
         msd(raw / "lesion", output / "lesion", workers, spacing=None, crop="label", margin=30)

@@ -236,8 +236,8 @@ class Monitor:
         if self.processes.is_main:
             self.bad_files.tell(self.say)
             if taken:
-                self.say(f"epoch {epoch}, step {step}/{self.bar.total}: KL divergence {means['kl']:.3f}, teacher entropy "
-                         f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), {seconds:.1f} s")
+                tqdm.write(f"epoch {epoch}, step {step}/{self.bar.total}: KL divergence {means['kl']:.3f}, teacher entropy "
+                           f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), {seconds:.1f} s")
             append_json(self.output_dir / "log.txt", {"epoch": epoch, "step": step} | means | {
                 "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if taken else None,
                 "winning_prototypes": int((self._epoch_wins > 0).sum()),
