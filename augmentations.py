@@ -205,7 +205,7 @@ PAPER = {name: row.strength for name, row in AUGMENTATIONS.items()}
 AUGMENTATION_FLAGS = {f"use_{name}": name for name in AUGMENTATIONS}  # as argparse stores them
 
 
-def add_flags(group):
+def add_augmentation_flags(group):
     """--use_rotation and the others, to an argparse group."""
     for flag, name in AUGMENTATION_FLAGS.items():
         row = AUGMENTATIONS[name]
@@ -236,12 +236,12 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
         return [name for name in AUGMENTATIONS if getattr(self, name)]
 
     @property
-    def bent(self):
+    def has_elastic(self):
         return any(AUGMENTATIONS[name].kind == "deformation" for name in self.on)
 
     @property
     def sequence(self):
-        """Names for `draw` where many views come from one generator, so that a new row's draws would shift the next
+        """Names for `draw_points` where many views come from one generator, so that a new row's draws would shift the next
         view's: the paper's six in any case, later rows only where they are on."""
         return [name for i, name in enumerate(AUGMENTATIONS) if i < 6 or name in self.on]
 
@@ -251,10 +251,10 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
         lattice: (gx, gy, gz) control points; names: whose draws are made, in the table's order
         matrix: (3, 3) from offsets in the view to offsets in the patch: rotation times scale times flip. The order and
                 the signs are MONAI's `Affine(rotate_params, scale_params)`: intrinsic rotations about x, y, z.
-        moves: (gx, gy, gz, 3) displacements in control point spacings
+        displacements: (gx, gy, gz, 3) displacements in control point spacings
         intensity: {name: values} of those that act on this view
         """
-        matrix, moves, intensity = np.eye(3), np.zeros((*lattice, 3)), {}
+        matrix, displacements, intensity = np.eye(3), np.zeros((*lattice, 3)), {}
         for name in names:
             row, strength = AUGMENTATIONS[name], getattr(self, name)
             # Drawn whether it is on or not: switching one off leaves the others as they were
@@ -264,10 +264,10 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
             if row.kind == "affine":
                 matrix = matrix @ row.apply(values)
             elif row.kind == "deformation":
-                moves = moves + row.apply(values, lattice)
+                displacements = displacements + row.apply(values, lattice)
             else:
                 intensity[name] = values
-        return matrix, moves, intensity
+        return matrix, displacements, intensity
 
 
 def paper_policy(names):
@@ -292,17 +292,17 @@ class Lattice:
     @classmethod
     def for_views(cls, size, policy, reference=None):
         """SPANS per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
-        reference = np.asarray(reference if policy.bent and reference is not None else size, float)
-        return cls(size, reference / (SPANS if policy.bent else 1))
+        reference = np.asarray(reference if policy.has_elastic and reference is not None else size, float)
+        return cls(size, reference / (SPANS if policy.has_elastic else 1))
 
-    def control(self, matrix, centre, moves, view_spacing=1.0, patch_spacing=1.0):
+    def control(self, matrix, centre, displacements, view_spacing=1.0, patch_spacing=1.0):
         """(gx, gy, gz, 3) patch positions of the control points.
 
         matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
         centre: (3,) patch position of the view's centre, in the patch's voxels
-        moves: (gx, gy, gz, 3), see `elastic_moves`
+        displacements: (gx, gy, gz, 3), see `elastic_moves`
         """
-        offsets = self.points + moves * self.spacing - (np.asarray(self.size) - 1) / 2
+        offsets = self.points + displacements * self.spacing - (np.asarray(self.size) - 1) / 2
         return centre + (offsets * view_spacing) @ np.asarray(matrix).T / patch_spacing
 
     def weights(self, axis, at=None):
@@ -427,10 +427,10 @@ class MultiCropAugmentation:
         # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
         start = (patch_size - core) // 2 + rng.randint(0, core - size + 1)
         shift = start + (size - 1) / 2 - (patch_size - 1) / 2  # of the view's centre from the patch's
-        matrix, moves, intensity = self.policy.draw(rng, lattice.shape, names)
+        matrix, displacements, intensity = self.policy.draw(rng, lattice.shape, names)
         ours, theirs = (1.0, 1.0) if self.spacing is None else (np.array(self.spacing), np.array(patch_spacing))
         centre = (np.array(patch_shape) - 1) / 2 + shift * ours / theirs
-        return lattice.control(matrix, centre, moves, ours, theirs), intensity
+        return lattice.control(matrix, centre, displacements, ours, theirs), intensity
 
     def _patch_size(self, views=1200, points=9):
         """Found by drawing: the smallest patch, its axes cut at one common quantile, that meets the 5 % and 1 %."""
@@ -511,8 +511,8 @@ def example_views(patch, crops, clip_range, draws=4):
     for name in (None, *AUGMENTATIONS):
         policy = replace(paper_policy([name] if name else []), prob=1.0)
         lattice, rng = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0)
-        matrices, moves, intensity = zip(*(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws)))
-        control = np.stack([lattice.control(matrix, centre, move) for matrix, move in zip(matrices, moves)])
+        matrices, displacements, intensity = zip(*(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws)))
+        control = np.stack([lattice.control(matrix, centre, move) for matrix, move in zip(matrices, displacements)])
         group, = collate_views([[ViewParameters(control, list(intensity))]])
         on = name is None or name in crops.policy.on
         examples[(name or "plain") + ("" if on else " (off)")] = render_views(patches, lattice, group.to(patch.device))

@@ -49,7 +49,7 @@ from dino3d.data.volume import LPS, Volume, write_volume
 from dino3d.files import read_log, versions
 from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory as peak_memory_of
-from dino3d.training.nonfinite import SkippedSteps
+from dino3d.training.nonfinite import NonFiniteSteps
 from utils import PRECISIONS
 from vision_transformer import ARCHITECTURES
 
@@ -144,7 +144,7 @@ def main():
         args["batch_size"] = args["batch_size"] or default
         args["precision"] = args["precision"] or ("bf16" if args["device"] == "cuda" else "fp32")
     result = {"what": what, **benchmark(**args), "threads": threads, "device": args["device"],
-              "device_name": device_name(args["device"]),
+              "device_name": device_label(args["device"]),
               "versions": {**versions(), "SimpleITK": version("SimpleITK")}}
     print_report(result)
     if as_json:
@@ -386,7 +386,7 @@ def step(device, repeats, arch, out_dim, batch_size, precision, compile):
         1, "seconds per sample", times,
         {"baseline": f"{memory['baseline']:5.2f} GiB: MONAI's ViT, eager, the step written out; {precision}",
          "ours": f"{memory['ours']:5.2f} GiB: main_dino.train_step" + ", compiled" * compile + f"; {precision}"},
-        sources(baselines.step, baselines.Model, baselines.ViT),
+        sources(baselines.plain_step, baselines.Model, baselines.ViT),
         {"data": "random views", "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "repeats": repeats, **settings,
          "peak_memory_gib": memory, "gflop_per_sample": flops / 1e9})
     result["teraflops"] = flops / result["ours"] / 1e12
@@ -415,7 +415,7 @@ def our_step(arch, out_dim, batch_size, device, precision, compiled=False, size=
         optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=False), schedules=None, crops=None, clip_range=None,
         dtype=PRECISIONS[precision], clip_grad=3.0, global_batch=batch_size, seed=0,
-        processes=utils.Processes(device=device), skipped=SkippedSteps(20, device))
+        processes=utils.Processes(device=device), nonfinite=NonFiniteSteps(20, device))
     views = random_views(batch_size, device, size, local_number)
     return lambda: main_dino.train_step(run, [views], VALUES, frozen=False).metrics["loss"]
 
@@ -435,7 +435,7 @@ def plain_trainer(arch, out_dim, device, precision):
 
     def take(views):
         nonlocal center
-        loss, center = baselines.step(student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision])
+        loss, center = baselines.plain_step(student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision])
         return loss
     return take
 
@@ -498,7 +498,7 @@ def train(device, repeats, arch, out_dim, batch_size, precision, compile, steps,
         25, "seconds per sample", times,
         {"baseline": f"{cores} loader workers with MONAI's transforms, MONAI's ViT, the step written out; {precision}",
          "ours": f"{waiting:.1%} of the time waiting for data, {memory:.1f} GiB; {precision}" + ", compiled" * compile},
-        sources(plain_training, baselines.Patches, baselines.monai_transforms, baselines.monai_views, baselines.step, baselines.Model,
+        sources(plain_training, baselines.Patches, baselines.monai_transforms, baselines.monai_views, baselines.plain_step, baselines.Model,
                 baselines.ViT),
         {"data": origin, "arch": arch, "out_dim": out_dim, "batch_size": batch_size, "steps_per_epoch": steps,
          "repeats": len(records), "cores": cores, "flags": " ".join(map(str, flags)),
@@ -622,7 +622,7 @@ def growth(device, repeats, arch, out_dim, batch_size, precision, compile, outpu
                                                "note": "main_dino.py from the disk"}
     student = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
     gradients = 4 * sum(p.numel() for p in student.parameters() if p.requires_grad)
-    draw_growth(output, panels, rows, f"{arch}, out_dim {out_dim}, {precision}, {device_name(device)}")
+    draw_growth(output, panels, rows, f"{arch}, out_dim {out_dim}, {precision}, {device_label(device)}")
     return {"unit": "seconds per sample", "rows": rows, "parameters": {
         "data": "random views; processes: " + origin, "repeats": repeats, "batch_size": batch_size, **settings,
         "gradient_megabytes": gradients / 1e6, "picture": output}}
@@ -738,9 +738,9 @@ def print_report(result):
         print("\n".join("    " + line if line else "" for line in result["baseline_code"].rstrip().splitlines()))
 
 
-def device_name(device):
+def device_label(device):
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}; baseline: {device_name('cpu')}"
+        return f"{torch.cuda.get_device_name()}; baseline: {device_label('cpu')}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -6,7 +6,7 @@ One machine with four GPUs, a laptop, two machines, Slurm:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main_dino.py ...
     srun --ntasks-per-node=8 --gpus-per-task=1 --kill-on-bad-exit=1 python main_dino.py ...
 
-The same --output_dir goes on where it stopped; SIGTERM or SIGUSR1 makes a run save and end (exit code 75). What stands
+The same --output_dir resumes where it stopped; SIGTERM or SIGUSR1 makes a run save and end (exit code 75). What stands
 there: checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies, config.json, log.txt
 (one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
 """
@@ -28,16 +28,16 @@ import augmentations
 import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
-from dino3d.command_line import UserError, boolean, number, spaced
+from dino3d.command_line import UserError, boolean, format_values, number
 from dino3d.data.layouts import list_volumes, read_data_list
 from dino3d.data.pretraining import BatchStream, PretrainingPatches, collate
-from dino3d.data.read_watchdog import watched
+from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.volume import SUFFIXES, DataError
-from dino3d.files import forget_after, write_config
+from dino3d.files import truncate_log, write_config
 from dino3d.training import checkpoint
 from dino3d.training.loading import next_batch, reading_processes
 from dino3d.training.monitor import Monitor, air_share, summary
-from dino3d.training.nonfinite import SkippedSteps, describe, end_run, take_step
+from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from utils import cosine_schedule, linear_schedule
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
 
@@ -119,7 +119,7 @@ def get_args_parser():
                             "it, else fp16; fp32 on CPUs")
     flag(group, "--compile", False,
          "fuse the transformer blocks' operations (torch.compile), at the cost of a minute at the start; needs a C++ compiler, "
-         "on GPUs Triton, and goes on without where it does not work")
+         "on GPUs Triton, and continues without where it does not work")
     group.add_argument("--clip_grad", default=3.0, type=number(float, 0),
                        help="gradient clipping: largest norm of each parameter tensor's gradient; 0: none")
     group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"),
@@ -140,12 +140,12 @@ def get_args_parser():
                             "act in mm; default: the volumes' own voxels, as in the paper")
     group.add_argument("--clip_range", default=[-1000.0, 1000.0], nargs=2, type=number(float), metavar=("LOW", "HIGH"),
                        help="window: Hounsfield units that become 0 and 1")
-    augmentations.add_flags(group)
+    augmentations.add_augmentation_flags(group)
 
     group = parser.add_argument_group("run")
     group.add_argument("--num_workers", default=None, type=number(int, 0),
                        help="data loading workers per process; default: the cores that each process can have, at most 16")
-    checkpoint.add_flags(group, besides="each epoch's end")
+    checkpoint.add_saving_flags(group, besides="each epoch's end")
     group.add_argument("--saveckp_freq", default=20, type=number(int, 0),
                        help="epochs between numbered copies of the checkpoint, which stay; 0: none")
     group.add_argument("--max_steps", default=None, type=number(int, 1),
@@ -175,10 +175,10 @@ def check_flags(parser, args):
     args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
     for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
         if any(n % p for n, p in zip(size, args.patch_size)) and (size is args.input_size or args.local_crops_number):
-            parser.error(f"{flag}: a view of {spaced(size)} voxels is not a multiple of --patch_size "
-                         f"{spaced(args.patch_size)} along each axis")
+            parser.error(f"{flag}: a view of {format_values(size)} voxels is not a multiple of --patch_size "
+                         f"{format_values(args.patch_size)} along each axis")
     if args.clip_range[0] >= args.clip_range[1]:
-        parser.error(f"--clip_range {spaced(args.clip_range)}: the first value must be below the second")
+        parser.error(f"--clip_range {format_values(args.clip_range)}: the first value must be below the second")
     if args.data_dir is None and args.data_list is None:
         parser.error("--data_dir is missing: the folder with the volumes, or give a --data_list")
 
@@ -189,12 +189,12 @@ def main(argv=None):
     check_flags(parser, args)
     processes = utils.distributed_init()
     output_dir = Path(args.output_dir)
-    processes.from_main(lambda: command_line.make_output_dir(output_dir))
+    processes.run_on_main(lambda: command_line.make_output_dir(output_dir))
     args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
     notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    paths = processes.from_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
+    paths = processes.run_on_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
@@ -213,12 +213,12 @@ def main(argv=None):
     build = functools.partial(build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head)
     student, teacher = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing), build(0.0, True)
     if args.pretrained_weights:
-        notices += start_from(student, args.pretrained_weights, args.checkpoint_key)
+        notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
     teacher.load_state_dict(student.state_dict())  # both start from the same weights
     student, teacher = student.to(processes.device), teacher.to(processes.device).requires_grad_(False)
     if args.compile:
         notices += compile_blocks((student, teacher), processes.device)
-    network, teacher = distribute(student, teacher, args.use_bn_in_head, args.accumulate_steps, processes)
+    network, teacher = wrap_ddp(student, teacher, args.use_bn_in_head, args.accumulate_steps, processes)
     dino_loss = DINOLoss(args.out_dim, args.center_momentum).to(processes.device)
 
     # -------------------------------------------------------------------------------------------------- optimisation
@@ -236,49 +236,48 @@ def main(argv=None):
         network=network, student=student, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler,
         schedules=schedules, crops=crops, clip_range=tuple(args.clip_range), dtype=utils.PRECISIONS[args.precision],
         clip_grad=args.clip_grad, global_batch=global_batch, seed=args.seed, processes=processes,
-        accumulate_steps=args.accumulate_steps, skipped=SkippedSteps(args.max_skipped_steps, processes.device),
-        aside=torch.cuda.Stream() if processes.device.type == "cuda" else None)
+        accumulate_steps=args.accumulate_steps, nonfinite=NonFiniteSteps(args.max_skipped_steps, processes.device),
+        copy_stream=torch.cuda.Stream() if processes.device.type == "cuda" else None)
     progress = restore(state, output_dir, vars(args))
     progress.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into what is left
     last_step = progress.step + steps_left(samples_per_epoch, global_batch, args.epochs, progress)
     last_step = min(last_step, args.max_steps or last_step)
-    say = print if processes.is_main else lambda *_: None
     for notice in notices:
-        say(notice)
+        processes.print(notice)
     if progress.epoch >= args.epochs or progress.step >= last_step:
-        say(f"nothing to do, {progress.epoch} of {args.epochs} epochs are done ({progress.step} steps)\n"
+        processes.print(f"nothing to do, {progress.epoch} of {args.epochs} epochs are done ({progress.step} steps)\n"
             f"{summary(output_dir)}")
         return
     if processes.is_main:
         write_config(output_dir / "config.json", vars(args), processes, utils.device_name(processes.device), volumes=len(paths))
-        forget_after(output_dir / "log.txt", progress.step)
-    say(announcement(args, processes, paths, crops, steps_per_epoch, global_batch, progress))
+        truncate_log(output_dir / "log.txt", progress.step)
+    processes.print(run_summary(args, processes, paths, crops, steps_per_epoch, global_batch, progress))
 
     stream = BatchStream(len(paths), args.patches_per_volume, args.batch_size_per_gpu, processes.rank,
                          processes.world_size, args.seed, progress.epoch, progress.position, args.epochs,
                          args.accumulate_steps)
-    workers, ahead, cramped = reading_processes(
+    workers, prefetch, loader_notices = reading_processes(
         args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(crops.patch_size))
-    for notice in cramped:
-        say(notice)
-    loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers, prefetch_factor=ahead,
+    for notice in loader_notices:
+        processes.print(notice)
+    loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers, prefetch_factor=prefetch,
                         worker_init_fn=checkpoint.ignore_signals, pin_memory=processes.device.type == "cuda")
-    batches = watched(loader, args.read_timeout, command_line.end_process)
+    batches = with_read_timeout(loader, args.read_timeout, command_line.end_process)
     monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, progress.step, global_batch,
                       len(paths), max_bad)
     saving = checkpoint.Saving(args.save_every_steps, args.save_every_minutes, args.keep_last)
     checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()
-    interruption = checkpoint.Interruption(processes, output_dir / "preempted")
+    stop_signal = checkpoint.StopSignal(processes, output_dir / "preempted")
 
     def after_step(epoch_ends=False):
         """Save where it is time, and end the run where a signal has asked for it."""
-        ending = progress.step < last_step and interruption.agreed()
+        ending = progress.step < last_step and stop_signal.should_stop()
         if epoch_ends or ending or checkpoints.due(progress.step):
             save(state, checkpoints, output_dir, vars(args), progress, args.saveckp_freq)
         if ending:
-            interruption.end(checkpoints.wait)
+            stop_signal.end(checkpoints.wait)
 
-    with contextlib.closing(monitor), contextlib.closing(checkpoints), interruption:
+    with contextlib.closing(monitor), contextlib.closing(checkpoints), stop_signal:
         while progress.step < last_step:
             steps = min((samples_per_epoch - progress.position) // global_batch, last_step - progress.step)
             frozen = progress.epoch < args.freeze_last_layer
@@ -287,7 +286,7 @@ def main(argv=None):
             monitor.log_epoch(progress.epoch, progress.step, schedules.at(progress.samples))
             after_step(epoch_ends=True)
         checkpoints.wait()
-    say(f"{progress.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")
+    processes.print(f"{progress.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -327,9 +326,9 @@ class TrainState:
     global_batch: int
     seed: int
     processes: utils.Processes
-    skipped: SkippedSteps
+    nonfinite: NonFiniteSteps
     accumulate_steps: int = 1
-    aside: torch.cuda.Stream | None = None
+    copy_stream: torch.cuda.Stream | None = None
 
     def parts(self):
         """{name: part} that a checkpoint holds: save and restore go by this alone. A part that is None is off."""
@@ -338,19 +337,19 @@ class TrainState:
         return {name: part for name, part in parts.items() if part is not None}
 
     def render(self, batch):
-        """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a data.Batch, on the device.
+        """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a pretraining.Batch, on the device.
 
         On a GPU in the stream `aside`: the host is ahead of the GPU, so that a batch is copied and its views are made
         while the GPU still works on the step before.
         """
-        with torch.cuda.stream(self.aside):
+        with torch.cuda.stream(self.copy_stream):
             batch = batch.to(self.processes.device)
             views = self.crops.render(batch.patches, batch.groups, self.clip_range)
-        if self.aside:
-            here = torch.cuda.current_stream()
-            here.wait_stream(self.aside)
+        if self.copy_stream:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self.copy_stream)
             for view in views:
-                view.record_stream(here)  # their memory is given to other views only when this stream is done with it
+                view.record_stream(current)  # their memory is given to other views only when this stream is done with it
         return views
 
 
@@ -368,23 +367,23 @@ def train_one_epoch(state, batches, steps, progress, frozen, monitor, after_step
     monitor.start_epoch(progress.epoch + 1)
     for index in range(steps):
         began = time.perf_counter()
-        micro_batches = [next_batch(batches, monitor.bad_files.note) for _ in range(state.accumulate_steps)]
+        micro_batches = [next_batch(batches, monitor.bad_files.record) for _ in range(state.accumulate_steps)]
         waited = time.perf_counter() - began
         if index == 0:
-            show(state, micro_batches[0], progress, monitor)
+            show_pictures(state, micro_batches[0], progress, monitor)
 
         utils.seed_step(state.seed, progress.step, state.processes.rank)
-        values = state.schedules.at(progress.samples)
-        step = train_step(state, map(state.render, micro_batches), values, frozen)
+        scheduled = state.schedules.at(progress.samples)
+        step = train_step(state, map(state.render, micro_batches), scheduled, frozen)
         progress.count_step(state.global_batch)
 
-        monitor.step(step.taken, step.metrics, step.winners, waited)
-        state.skipped.count(step.taken)
+        monitor.step(step.finite, step.metrics, step.winners, waited)
+        state.nonfinite.count(step.finite)
         if progress.step % monitor.log_every == 0 or index == steps - 1:
-            monitor.entry(progress.step, values, state.dino_loss.center.norm(), step.features)
-        if state.skipped.too_many(progress.step):
-            end_run(monitor.output_dir, state.processes, progress.step, state.skipped.most,
-                    look_into(state, micro_batches, values["teacher_temp"]))
+            monitor.flush(progress.step, scheduled, state.dino_loss.center.norm(), step.features)
+        if state.nonfinite.too_many(progress.step):
+            abort_run(monitor.output_dir, state.processes, progress.step, state.nonfinite.max_in_a_row,
+                    diagnose_batch(state, micro_batches, scheduled["teacher_temp"]))
         if index < steps - 1:
             after_step()
 
@@ -397,18 +396,18 @@ class Step(NamedTuple):
     winners: (2 B per micro-batch,) largest prototype of each teacher output
     features: (2 B, D) teacher's embeddings of the last micro-batch
     """
-    taken: torch.Tensor
+    finite: torch.Tensor
     metrics: dict
     winners: torch.Tensor
     features: torch.Tensor
 
 
-def train_step(state, micro_batches, values, frozen):
+def train_step(state, micro_batches, scheduled, frozen):
     """One step of DINO (Caron et al. 2021, algorithm 1), on the mean loss of the micro-batches.
 
     micro_batches: gives state.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
         local (L B, 1, x, y, z)], the first view of all samples first
-    values: what the schedules say
+    scheduled: what the schedules say
     """
     batch_norms = [*state.student.buffers(), *state.teacher.buffers()]
     before = [buffer.clone() for buffer in batch_norms]
@@ -423,33 +422,33 @@ def train_step(state, micro_batches, values, frozen):
                     teacher_logits, features = state.teacher(views[:1], return_embeddings=True)
                 centers.append(state.dino_loss.batch_center(teacher_logits))
                 if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
-                    mean_center = state.processes.start_mean(torch.cat(centers).mean(0, keepdim=True))
+                    mean_center = state.processes.mean_async(torch.cat(centers).mean(0, keepdim=True))
                 student_logits = state.network(views)  # ((2 + L) B, out_dim)
-            losses, best = state.dino_loss(student_logits, teacher_logits, values["teacher_temp"])
+            losses, best = state.dino_loss(student_logits, teacher_logits, scheduled["teacher_temp"])
             state.scaler.scale(losses["loss"] / state.accumulate_steps).backward()
         terms.append(torch.stack([term.detach() for term in losses.values()]))
         air.append(air_share(views))
         winners.append(best)
 
     for group in state.optimizer.param_groups:
-        group["lr"] = values["lr"]
-    state.optimizer.param_groups[0]["weight_decay"] = values["weight_decay"]  # the other group has none
+        group["lr"] = scheduled["lr"]
+    state.optimizer.param_groups[0]["weight_decay"] = scheduled["weight_decay"]  # the other group has none
     state.scaler.unscale_(state.optimizer)
     if frozen:
         for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None
     norm = clip_gradients(state.student, state.clip_grad)
     # NaN on one rank is NaN on all after DDP's all-reduce. In fp16 steps are skipped too while the loss's scale is sought
-    taken = norm.isfinite()
-    take_step(state.optimizer, taken)
+    finite = norm.isfinite()
+    step_if_finite(state.optimizer, finite)
     state.scaler.update()
-    update_teacher(state.student, state.teacher, values["momentum_teacher"], taken)
-    state.dino_loss.update_center(mean_center(), taken)
+    update_teacher(state.student, state.teacher, scheduled["momentum_teacher"], finite)
+    state.dino_loss.update_center(mean_center(), finite)
     for buffer, old in zip(batch_norms, before):
-        buffer.copy_(torch.where(taken, buffer, old))
+        buffer.copy_(torch.where(finite, buffer, old))
     metrics = dict(zip(losses, torch.stack(terms).mean(0)))  # over the micro-batches
     metrics |= {"grad_norm": norm, "air_views": torch.stack(air).mean()}
-    return Step(taken, metrics, torch.cat(winners), features)
+    return Step(finite, metrics, torch.cat(winners), features)
 
 
 def gradients_stay_here(network, yes):
@@ -489,9 +488,9 @@ class DINOLoss(nn.Module):
         return teacher_logits.to(self.center.dtype).mean(0, keepdim=True)
 
     @torch.no_grad()
-    def update_center(self, mean, taken):
+    def update_center(self, mean, finite):
         """Running mean of the teacher's logits (eq. 4), unless the step was skipped. mean: (1, K) over batch and ranks."""
-        self.center.lerp_(torch.where(taken, mean, self.center), 1 - self.center_momentum)
+        self.center.lerp_(torch.where(finite, mean, self.center), 1 - self.center_momentum)
 
 
 def reference_cross_entropy(views, first, second):
@@ -541,11 +540,11 @@ class CrossEntropy(torch.autograd.Function):
 
 
 @torch.no_grad()
-def update_teacher(student, teacher, momentum, taken):
+def update_teacher(student, teacher, momentum, finite):
     """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless skipped."""
-    theirs, ours = list(teacher.parameters()), list(student.parameters())
-    weight = taken.to(ours[0].dtype) * (1 - momentum)  # 0 leaves the teacher as it is
-    torch._foreach_lerp_(theirs, ours, [weight] * len(theirs))
+    teacher_weights, student_weights = list(teacher.parameters()), list(student.parameters())
+    weight = finite.to(student_weights[0].dtype) * (1 - momentum)  # 0 leaves the teacher as it is
+    torch._foreach_lerp_(teacher_weights, student_weights, [weight] * len(teacher_weights))
 
 
 def clip_gradients(model, largest):
@@ -583,7 +582,7 @@ class Schedules:
         }
 
 
-def show(state, batch, progress, monitor):
+def show_pictures(state, batch, progress, monitor):
     """Pictures of an epoch's first batch, and of the augmentations when the run is new."""
     spacings = batch.spacings if state.crops.spacing is None else [state.crops.spacing] * len(batch.paths)
     monitor.show_views(state.render(batch), batch.paths, spacings, progress.step)
@@ -592,8 +591,8 @@ def show(state, batch, progress, monitor):
 
 
 @torch.no_grad()
-def look_into(state, micro_batches, teacher_temp):
-    """What `skipping.describe` says of each sample of a step: its loss by itself, its patch and its views."""
+def diagnose_batch(state, micro_batches, teacher_temp):
+    """What `nonfinite.describe_sample` says of each sample of a step: its loss by itself, its patch and its views."""
     samples = []
     for batch in micro_batches:
         views = state.render(batch)
@@ -603,7 +602,7 @@ def look_into(state, micro_batches, teacher_temp):
             def of_sample(tensor):
                 return tensor.unflatten(0, (-1, len(batch.paths)))[:, i]
             losses, _ = state.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
-            samples.append(describe(path, losses["loss"], patch=batch.patches[i],
+            samples.append(describe_sample(path, losses["loss"], patch=batch.patches[i],
                                     views=torch.cat([of_sample(view).flatten() for view in views])))
     return samples
 
@@ -631,7 +630,7 @@ def build_model(arch, input_size, patch_size, out_dim, use_bn_in_head, drop_path
     return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))
 
 
-def start_from(model, path, checkpoint_key):
+def load_initial_weights(model, path, checkpoint_key):
     """Load the backbone, and the head if the file has one that fits; returns notices."""
     try:
         utils.load_pretrained_weights(model, path, checkpoint_key)
@@ -645,7 +644,7 @@ def start_from(model, path, checkpoint_key):
     return [f"starting from the backbone of {path}; the head is new, the file has none of this shape"]
 
 
-def distribute(student, teacher, use_bn_in_head, accumulate_steps, processes):
+def wrap_ddp(student, teacher, use_bn_in_head, accumulate_steps, processes):
     """The student inside DDP, where there are several processes, and the teacher."""
     if processes.world_size == 1:
         return student, teacher
@@ -669,14 +668,14 @@ def compile_blocks(models, device, backend="inductor"):
         torch.compile(trial, backend=backend)(torch.rand(2, 8, device=device)).sum().backward()
     except Exception as error:  # no compiler, no Triton, a GPU that it doesn't know: there are many ways
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return [f"--compile: torch.compile does not work here, going on without ({lines[0][:200] if lines else error!r})"]
+        return [f"--compile: torch.compile does not work here, continuing without ({lines[0][:200] if lines else error!r})"]
     for model in models:
         for block in model.backbone.blocks:
             block.compile(dynamic=False, backend=backend)  # two shapes, those of global and of local views
     return []
 
 
-# --------------------------------------------------------------------------------------------- saving and going on
+# --------------------------------------------------------------------------------------------- saving and resuming
 
 
 def save(state, checkpoints, output_dir, config, progress, every):
@@ -700,19 +699,19 @@ def restore(state, output_dir, config):
     return checkpoint.load_progress(Progress, saved, path)
 
 
-def announcement(args, processes, paths, crops, steps_per_epoch, global_batch, progress):
+def run_summary(args, processes, paths, crops, steps_per_epoch, global_batch, progress):
     """What is about to run, in a few lines."""
     lines = [f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
              f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
-             f"base patch {spaced(crops.patch_size)}, 2 global views {spaced(crops.global_size)}, "
-             f"{crops.local_number} local views {spaced(crops.local_size)}; "
+             f"base patch {format_values(crops.patch_size)}, 2 global views {format_values(crops.global_size)}, "
+             f"{crops.local_number} local views {format_values(crops.local_size)}; "
              + ", ".join(crops.policy.on) + " on"]
     nifti = sum(path.endswith((".nii", ".nii.gz")) for path in paths)
     if nifti:
         lines.append(f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 80 times "
-                     "slower than reading a converted file (see README, data)")
+                     "slower than reading a converted file (see docs/data.md)")
     if progress.step:
-        lines.append(f"going on after step {progress.step}, epoch {progress.epoch}")
+        lines.append(f"resuming after step {progress.step}, epoch {progress.epoch}")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ Four GPUs, a laptop, new crops:
     python main_lnc_luna16.py --protocol linear --pretrained_weights model.pth --data_dir DIR --output_dir OUT
     python main_lnc_luna16.py --predict DIR --weights OUT --output_dir PREDICTIONS
 
-The same --output_dir goes on where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
+The same --output_dir resumes where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
 best.pth, the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png,
 config.json, TensorBoard.
 """
@@ -23,20 +23,20 @@ import torch.nn.functional as F
 import utils
 from augmentations import AUGMENTATION_FLAGS, paper_policy
 from dino3d import command_line
-from dino3d.command_line import UserError, number, spaced
+from dino3d.command_line import UserError, format_values, number
 from dino3d.data.layouts import find_crops
 from dino3d.data.volume import DataError
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags
 from dino3d.finetune.classification_metrics import (
-    FIGURES,
+    CASE_METRICS,
     area_under_roc,
     choose_threshold,
-    columns,
     decide,
-    figures,
-    over_folds,
-    shown,
+    evaluate_cases,
+    pool_predictions,
+    table_header,
+    table_probabilities,
 )
 from dino3d.finetune.classification_pictures import draw_curves, draw_errors
 from dino3d.finetune.crops import (
@@ -51,14 +51,14 @@ from dino3d.finetune.encoder import ENCODER, load_encoder
 from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
 from dino3d.finetune.fold_loop import Fold, Score, TrainConfig, Validation, one_step_notice, run_fold
 from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
-from dino3d.finetune.inference import find_new_cases, infer
+from dino3d.finetune.inference import find_new_cases, infer_windows
 from dino3d.finetune.runtime import start_runtime
 from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
-from dino3d.finetune.statistics import told
+from dino3d.finetune.statistics import format_metric
 
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir
-# What must not change while a run goes on fold by fold
+# What must not change while a run is resumed fold by fold
 FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
          "eval_negatives", "folds", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs", "min_lr",
          "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
@@ -84,7 +84,7 @@ def get_args_parser():
                             "what to report")
     group.add_argument("--knn_k", default=None, type=number(int, 1),
                        help="neighbours that vote with --protocol knn; default: the square root of the training cases, at most 20")
-    flags.add_flags(parser, batch_size=128, folds=("patients", "subsets"),
+    flags.add_finetune_flags(parser, batch_size=128, folds=("patients", "subsets"),
                     spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then act in mm; "
                             "default: the checkpoint's, if it has one")
     return parser
@@ -92,7 +92,7 @@ def get_args_parser():
 
 def check_flags(parser, args):
     """Refuse what is wrong whatever the data (exit code 2), and settle what one flag means for another."""
-    flags.check_flags(parser, vars(args), LAYOUT)
+    flags.check_finetune_flags(parser, vars(args), LAYOUT)
     if args.freeze_encoder and args.protocol == "finetune":
         args.protocol = "linear"
     args.freeze_encoder = args.protocol != "finetune"
@@ -112,8 +112,8 @@ def main(argv=None):
         return
 
     # ---------------------------------------------------------------------------------------------------------- data
-    cases = processes.from_main(lambda: find_cases(args.data_dir, output_dir))
-    splits, data = processes.from_main(lambda: make_splits(
+    cases = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
+    splits, data = processes.run_on_main(lambda: make_splits(
         output_dir / "splits.json", args.folds, args.k_fold, args.num_test, args.seed, cases.patients,
         cases.labels.tolist(), cases.subsets, ("crop_size", "crop_spacing")))
     sides = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
@@ -138,13 +138,13 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------------ training
     start_run(output_dir, config, FIXED, splits, data, processes, len(cases.names))
-    orders = [functools.partial(epoch_order, side.train, cases.labels, args.negatives, args.seed) for side in sides]
+    orders = [functools.partial(case_order, side.train, cases.labels, args.negatives, args.seed) for side in sides]
     longest = max(len(order(0)) for order in orders)
     notices += one_step_notice(longest, train_config.epochs, args.batch_size_per_gpu * processes.world_size)
     for line in [*notices, run_summary(config, processes, cases, sides)]:
         processes.print(line)
     left = args.max_steps or math.inf
-    with runtime.interruption:
+    with runtime.stop_signal:
         for number, (side, order) in enumerate(zip(sides, orders)):
             torch.manual_seed(args.seed)  # every fold starts from the same weights
             drawn = draw_negatives(side.train, cases.labels, args.negatives, args.seed, 0)
@@ -160,7 +160,7 @@ def main(argv=None):
             left -= steps
             if not finished:
                 processes.print(f"stopped in fold {number} after {args.max_steps} steps; the same command without "
-                                "--max_steps goes on")
+                                "--max_steps resumes")
                 return
     if processes.is_main:
         print(summarise(output_dir, cases, len(splits), args.protocol, encoder))
@@ -172,7 +172,7 @@ def main(argv=None):
 def train_one_epoch(state, batches, labels, augmentation, clip_range, class_weights):
     """Steps on augmented crops, with the cross-entropy of each weighted by its class.
 
-    state: fold_loop.TrainState; batches: gives CropBatches on the CPU
+    state: fold_loop.FoldState; batches: gives CropBatches on the CPU
     labels: (N,) of all cases; augmentation: WindowAugmentation; class_weights: (classes,)
     """
     labels = torch.from_numpy(labels)
@@ -245,7 +245,7 @@ def draw_negatives(chosen, labels, ratio, seed, epoch):
     return np.sort(np.concatenate([chosen[positive], negatives[:max(1, round(ratio * positive.sum()))]]))
 
 
-def epoch_order(train, labels, negatives, seed, epoch):
+def case_order(train, labels, negatives, seed, epoch):
     """(n,) the cases of an epoch in the order of training."""
     drawn = draw_negatives(train, labels, negatives, seed, epoch)
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, 1))).permutation(drawn)
@@ -261,7 +261,7 @@ def class_weights(drawn, cases):
 
 
 def build_classifier(protocol, encoder, drop_path_rate, classes, known, knn_k):
-    """The Classifier of a protocol. encoder: finetune.Encoder; known: training cases that a k-NN head remembers."""
+    """The Classifier of a protocol. encoder: PretrainedEncoder; known: training cases that a k-NN head remembers."""
     model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
     if protocol == "knn":
         k = knn_k or min(20, max(1, round(math.sqrt(known))))
@@ -275,7 +275,7 @@ def fit_head(state, cases, clip_range, drawn):
         return
     model = state.model.eval()
     dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
-    features = torch.from_numpy(infer(model.features, dataset, drawn, clip_range, state.runtime))
+    features = torch.from_numpy(infer_windows(model.features, dataset, drawn, clip_range, state.runtime))
     features = features.to(state.device, torch.get_default_dtype())
     if isinstance(model.head, NearestNeighbours):
         model.head.fit(features, torch.from_numpy(cases.labels[drawn]))
@@ -300,7 +300,7 @@ def classify(model, volumes):
 def probabilities_of(model, numbers, cases, clip_range, runtime):
     """(N, classes) of the cases with these numbers."""
     dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
-    return infer(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime)
+    return infer_windows(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime)
 
 
 def validate(state, cases, clip_range):
@@ -322,14 +322,14 @@ def test_fold(state, cases, clip_range):
     labels, patients = cases.labels[fold.test], [cases.patients[i] for i in fold.test]
     record = {"fold": fold.number, "cases": len(labels), "patients": len(set(patients)), "best_epoch": best["epoch"],
               "validation_auc": best["auc"], "validation_loss": best["loss"], "threshold": best["threshold"],
-              **figures(labels, probabilities, patients, best["threshold"]), "notes": []}
+              **evaluate_cases(labels, probabilities, patients, best["threshold"]), "notes": []}
     if best["auc"] is None:
         record["notes"].append("validation cases are of one class: best epoch by loss, threshold 0.5")
     if record["auc"] is None:
         record["notes"].append("test cases lack a class: AUC and average precision are undefined")
-    rows = [[cases.names[i], cases.patients[i], fold.number, int(cases.labels[i]), *shown(row)]
+    rows = [[cases.names[i], cases.patients[i], fold.number, int(cases.labels[i]), *table_probabilities(row)]
             for i, row in zip(fold.test, probabilities)]
-    write_table(fold.folder / "predictions.csv", columns(cases.classes), rows)
+    write_table(fold.folder / "predictions.csv", table_header(cases.classes), rows)
     write_json(fold.folder / "metrics.json", record)
 
 
@@ -339,16 +339,16 @@ def test_fold(state, cases, clip_range):
 def predict(folder, weights, output_dir, runtime):
     """Write predictions.csv for all crops below `folder`: the mean over the folds of a run."""
     processes = runtime.processes
-    names, folders = processes.from_main(lambda: find_new_cases(folder, weights, output_dir))
+    names, folders = processes.run_on_main(lambda: find_new_cases(folder, weights, output_dir))
     paths = [os.path.join(folder, name) for name in names]
-    names = processes.from_main(lambda: case_names(paths, folder))
-    spacing = processes.from_main(lambda: spacing_of(paths[0]))
+    names = processes.run_on_main(lambda: case_names(paths, folder))
+    spacing = processes.run_on_main(lambda: spacing_of(paths[0]))
     total, thresholds = 0.0, []
     for where in folders:
         model, config, best = load_fold(where / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         model = model.to(processes.device).eval()
         dataset = EvaluationCrops(paths, config["input_size"])
-        total = total + infer(functools.partial(classify, model), dataset, np.arange(len(paths)), config["clip_range"],
+        total = total + infer_windows(functools.partial(classify, model), dataset, np.arange(len(paths)), config["clip_range"],
                               runtime)
         thresholds.append(best["threshold"])
     probabilities = total / len(folders)
@@ -356,8 +356,8 @@ def predict(folder, weights, output_dir, runtime):
     for line in spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
         processes.print(line)
     if processes.is_main:
-        rows = [[name, *shown(row), int(label)] for name, row, label in zip(names, probabilities, predicted)]
-        write_table(output_dir / "predictions.csv", [*columns(config["classes"], ["case"]), "predicted"], rows)
+        rows = [[name, *table_probabilities(row), int(label)] for name, row, label in zip(names, probabilities, predicted)]
+        write_table(output_dir / "predictions.csv", [*table_header(config["classes"], ["case"]), "predicted"], rows)
     counts = ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=config["classes"])))
     threshold = f" (threshold {np.mean(thresholds):.3f})" if config["classes"] == 2 else ""
     processes.print(f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; {counts}{threshold}\n"
@@ -375,8 +375,8 @@ def warnings_about(encoder, protocol, data):
                      f"warning: no --pretrained_weights: --protocol {protocol} judges the features of a random encoder")
     lines += spacing_warning(data["crop_spacing"], encoder.spacing, "the crops have", "the encoder knows")
     if any(n < m for n, m in zip(data["crop_size"], encoder.input_size)):
-        lines.append(f"warning: the crops have {spaced(data['crop_size'])} voxels, less than the input's "
-                     f"{spaced(encoder.input_size)}: air is put around them")
+        lines.append(f"warning: the crops have {format_values(data['crop_size'])} voxels, less than the input's "
+                     f"{format_values(encoder.input_size)}: air is put around them")
     return lines
 
 
@@ -387,19 +387,19 @@ def run_summary(config, processes, cases, sides):
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     return (f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
             f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
-            f"{len(sides)} folds, {test}; crops {spaced(config['crop_size'])}, input {spaced(config['input_size'])}")
+            f"{len(sides)} folds, {test}; crops {format_values(config['crop_size'])}, input {format_values(config['input_size'])}")
 
 
 def with_interval(record):
     interval = record["auc_interval"]
-    return told(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+    return format_metric(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
 def summarise(output_dir, cases, folds, protocol, encoder):
     """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
     records, tables, means, deviations = collect_folds(
-        output_dir, folds, "predictions.csv", columns(cases.classes), FIGURES)
-    together = over_folds(tables, records, cases)
+        output_dir, folds, "predictions.csv", table_header(cases.classes), CASE_METRICS)
+    together = pool_predictions(tables, records, cases)
     write_json(output_dir / "metrics.json", {
         "protocol": protocol, "classes": cases.classes, "cases": len(cases.names), "patients": len(set(cases.patients)),
         "folds": records, "mean": means, "sd": deviations, "all_folds": {
@@ -407,14 +407,14 @@ def summarise(output_dir, cases, folds, protocol, encoder):
     draw_curves(output_dir / "curves.png", tables, cases.classes)
     wrong = draw_errors(output_dir / "errors.png", together, cases, encoder)
     row = "{:<9}  {:>5}  {:<24}  {:<17}  {:<8}  {:<11}  {}".format
-    lines = [row("fold", "cases", "AUC (95 % interval)", *(name.replace("_", " ") for name in FIGURES[1:]))]
+    lines = [row("fold", "cases", "AUC (95 % interval)", *(name.replace("_", " ") for name in CASE_METRICS[1:]))]
     for record in records:
-        values = [told(record[name]) for name in FIGURES[1:]]
+        values = [format_metric(record[name]) for name in CASE_METRICS[1:]]
         lines.append(row(record["fold"], record["cases"], with_interval(record), *values))
-    values = [told(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
-              for name in FIGURES]
+    values = [format_metric(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
+              for name in CASE_METRICS]
     lines.append(row("mean ± SD", "", *values))
-    values = [told(together.figures[name]) for name in ("average_precision", "accuracy")]
+    values = [format_metric(together.figures[name]) for name in ("average_precision", "accuracy")]
     lines.append(row("all folds", len(together.labels), with_interval(together.figures), *values, "", "").rstrip())
     lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]

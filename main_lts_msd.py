@@ -6,7 +6,7 @@ Four GPUs, a laptop, new CTs:
     python main_lts_msd.py --pretrained_weights model.pth --data_dir DIR --output_dir OUT --batch_size_per_gpu 2
     python main_lts_msd.py --predict DIR --weights OUT --output_dir PREDICTIONS
 
-The same --output_dir goes on where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
+The same --output_dir resumes where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
 best.pth, the best on validation; log.txt; masks and overlays of the test cases), splits.json, metrics.json, cases.csv,
 config.json, TensorBoard; cache, which is only needed while training goes on.
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
-from dino3d.command_line import UserError, number, spaced
+from dino3d.command_line import UserError, format_values, number
 from dino3d.data.images import voxels_of
 from dino3d.data.layouts import find_pairs, stem
 from dino3d.data.volume import DataError
@@ -36,20 +36,20 @@ from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
 from dino3d.finetune.fold_loop import Fold, Score, TrainConfig, Validation, one_step_notice, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter
 from dino3d.finetune.inference import find_new_cases, map_over_ranks
-from dino3d.finetune.resampled_cache import WorkingCopies, WorkingPatches
+from dino3d.finetune.resampled_cache import CachedPatches, ResampledCache
 from dino3d.finetune.runtime import start_runtime
 from dino3d.finetune.sliding_window import Windows, grid_of
 from dino3d.finetune.splits import Split, make_splits, of_patients
-from dino3d.finetune.statistics import bootstrap_interval, told
+from dino3d.finetune.statistics import bootstrap_interval, format_metric
 
 SHOWN_CASES = 8  # test cases in TensorBoard as training goes on
-FIGURES = ("dice", "surface_dice", "hausdorff95_mm")
-COLUMNS = ("case", "fold", "class", *FIGURES, "volume_ml", "predicted_ml")
+MASK_METRICS = ("dice", "surface_dice", "hausdorff95_mm")
+COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml")
 MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
 AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
 LAYOUT = "images/<name>.nii.gz and labels/<name>.nii.gz"  # of --data_dir
-# What must not change while a run goes on fold by fold
+# What must not change while a run is resumed fold by fold
 FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
          "patches_per_case", "foreground_share", *MASKS, "tolerance", "k_fold", "num_test", "lr", "layer_decay",
          "warmup_epochs", "min_lr", "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
@@ -87,7 +87,7 @@ def get_args_parser():
     group.add_argument("--cache_gb", default=200.0, type=number(float, 0), metavar="GB",
                        help="most gigabytes that the cache may take; what is beyond is resampled anew for each window, in "
                             "seconds")
-    flags.add_flags(parser, batch_size=8, folds=("patients",),
+    flags.add_finetune_flags(parser, batch_size=8, folds=("patients",),
                     spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has none, "
                             "the median of all cases but the test set")
     return parser
@@ -96,7 +96,7 @@ def get_args_parser():
 def main(argv=None):
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    flags.check_flags(parser, vars(args), LAYOUT)
+    flags.check_finetune_flags(parser, vars(args), LAYOUT)
     output_dir = Path(args.output_dir)
     runtime, args.precision, notices = start_runtime(
         output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
@@ -109,9 +109,9 @@ def main(argv=None):
     vars(args).update(MASKS | given)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    pairs = processes.from_main(lambda: find_cases(args.data_dir, output_dir))
+    pairs = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
     names = [pair.name for pair in pairs]
-    splits, data = processes.from_main(lambda: make_splits(
+    splits, data = processes.run_on_main(lambda: make_splits(
         output_dir / "splits.json", "patients", args.k_fold, args.num_test, args.seed, names, [0] * len(names),
         [""] * len(names), ("spacing", "classes")))
     sides = [Split(*(of_patients(side, names) for side in split)) for split in splits]
@@ -126,9 +126,9 @@ def main(argv=None):
     vars(args).update(encoder.settings())
 
     # ------------------------------------------------------------------------------------------------ resampled cache
-    copies = WorkingCopies(Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9)
+    copies = ResampledCache(Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9)
     found = copies.make(processes, runtime.workers)
-    processes.from_main(lambda: check_labels(found, sides, args.data_dir))
+    processes.run_on_main(lambda: check_labels(found, sides, args.data_dir))
     data |= {"spacing": args.spacing, "classes": 1 + max(max(one.classes) for one in found)}
     cases = Cases(names, pairs, copies, data["classes"])
     notices += warnings_about(encoder, args, found, names)
@@ -138,7 +138,7 @@ def main(argv=None):
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
     reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
-    patches = WorkingPatches(copies, args.patches_per_case, args.foreground_share, augmentation,
+    patches = CachedPatches(copies, args.patches_per_case, args.foreground_share, augmentation,
                              tuple(n + 2 * s for n, s in zip(reach, args.shift_range)), args.seed)
     train_config = TrainConfig.from_flags(vars(args))
     settings = inference_settings(vars(args), args.batch_size_per_gpu)
@@ -150,7 +150,7 @@ def main(argv=None):
     for line in [*notices, run_summary(config, processes, cases, sides)]:
         processes.print(line)
     left = args.max_steps or math.inf
-    with runtime.interruption:
+    with runtime.stop_signal:
         for number, side in enumerate(sides):
             torch.manual_seed(args.seed)  # every fold starts from the same weights
             model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
@@ -165,7 +165,7 @@ def main(argv=None):
             left -= steps
             if not finished:
                 processes.print(f"stopped in fold {number} after {args.max_steps} steps; the same command without "
-                                "--max_steps goes on")
+                                "--max_steps resumes")
                 return
     if processes.is_main:
         print(summarise(output_dir, cases, len(splits)))
@@ -177,7 +177,7 @@ def main(argv=None):
 def train_one_epoch(state, batches, augmentation, clip_range):
     """Steps on augmented patches, with soft Dice and cross-entropy.
 
-    state: fold_loop.TrainState; batches: gives CropBatches with masks on the CPU; augmentation: WindowAugmentation
+    state: fold_loop.FoldState; batches: gives CropBatches with masks on the CPU; augmentation: WindowAugmentation
     """
     for batch in batches:
         weights = batch.counted.to(state.device, torch.get_default_dtype(), non_blocking=True)  # (B,), 0: fills a share only
@@ -211,15 +211,15 @@ def dice_and_cross_entropy(logits, labels):
 
 
 class Cases(NamedTuple):
-    """The data set, sorted by name. pairs: data.Pair of each; copies: WorkingCopies; classes: with the background."""
+    """The data set, sorted by name. pairs: layouts.Pair of each; copies: ResampledCache; classes: with the background."""
     names: list
     pairs: list
-    copies: WorkingCopies
+    copies: ResampledCache
     classes: int
 
 
 def find_cases(folder, output_dir):
-    """[data.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's run."""
+    """[layouts.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's run."""
     if (output_dir / "checkpoint.pth").exists():
         raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
     try:
@@ -237,7 +237,7 @@ def median_spacing(heads):
 
 
 def check_labels(found, sides, folder):
-    """UserError where the labels can't be learnt from. found: working_copies.Found of each case."""
+    """UserError where the labels can't be learnt from. found: resampled_cache.CaseInfo of each case."""
     seen = sorted({value for one in found for value in one.classes})
     if seen == [0]:
         raise UserError(f"--data_dir {folder}: has no labelled voxel in any case; are these the right labels?")
@@ -255,7 +255,7 @@ def check_labels(found, sides, folder):
 
 
 def build_segmenter(encoder, drop_path_rate, decoder, classes, freeze_encoder):
-    """The Segmenter. encoder: finetune.Encoder; decoder: its name."""
+    """The Segmenter. encoder: PretrainedEncoder; decoder: its name."""
     model = encoder.build(0.0 if freeze_encoder else drop_path_rate)
     head = DECODERS[decoder](model.embed_dim, len(model.blocks), model.patch_size, classes)
     return Segmenter(model, head, freeze_encoder)
@@ -285,7 +285,7 @@ def inference_settings(config, batch_size):
                              config["tolerance"], final)
 
 
-def segment(networks, image, settings, runtime):
+def predict_log_probabilities(networks, image, settings, runtime):
     """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
     return sliding_window.segment(networks, image, settings.windows, settings.clip_range, runtime.processes.device,
                                   runtime.autocast)
@@ -297,12 +297,12 @@ def validate(state, cases, settings):
 
     def one(case):
         image, label = cases.copies.read(case)
-        return figures_on_grid(segment([network], image, settings, state.runtime), label, cases.classes)
+        return metrics_on_grid(predict_log_probabilities([network], image, settings, state.runtime), label, cases.classes)
     dice, loss = map_over_ranks(one, state.fold.validation, state.runtime).mean(0)
     return Validation({"dice": float(dice), "loss": float(loss)})
 
 
-def figures_on_grid(log_probabilities, label, classes):
+def metrics_on_grid(log_probabilities, label, classes):
     """(2,) Dice, mean of the foreground classes, and cross-entropy, to which all classes count alike.
 
     log_probabilities: (classes, X, Y, Z); label: (X, Y, Z) uint8. Dice is 1 where a class is in neither.
@@ -332,17 +332,17 @@ def test_fold(state, cases, settings):
     write_table(fold.folder / "cases.csv", COLUMNS, rows)
     write_json(fold.folder / "metrics.json", {
         "fold": fold.number, "cases": len(fold.test), "best_epoch": best["epoch"], "validation_dice": best["dice"],
-        "validation_loss": best["loss"], "tolerance_mm": settings.tolerance, **means_of(rows)})
+        "validation_loss": best["loss"], "tolerance_mm": settings.tolerance, **mean_metrics(rows)})
 
 
 def test_case(network, folder, cases, settings, runtime, case):
     """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
-    pair, name = cases.pairs[case], safe(cases.names[case])
+    pair, name = cases.pairs[case], file_name(cases.names[case])
     image, label = sliding_window.read_case(pair)
     predicted = mask_of([network], image, grid_of(image), cases.copies.spacing, settings, runtime)
     sliding_window.save_mask(folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
     arrays, spacing = [voxels_of(one) for one in (image, predicted, label)], image.GetSpacing()
-    figures = mask_metrics.figures(*arrays[1:], spacing, cases.classes, settings.tolerance)
+    figures = mask_metrics.evaluate_masks(*arrays[1:], spacing, cases.classes, settings.tolerance)
     title = f"{pair.name}: Dice " + ", ".join(f"{row['dice']:.3f}" for row in figures)
     save_picture(folder / "overlays" / f"{name}.png",
                  mask_pictures.overlay(*arrays, spacing, settings.clip_range, title))
@@ -351,14 +351,14 @@ def test_case(network, folder, cases, settings, runtime, case):
 
 def mask_of(networks, image, own, spacing, settings, runtime):
     """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks know."""
-    working = sliding_window.to_working(image, spacing)
-    found = sliding_window.to_own(segment(networks, working, settings, runtime), grid_of(working), own)
+    working = sliding_window.to_network_grid(image, spacing)
+    found = sliding_window.to_scan_grid(predict_log_probabilities(networks, working, settings, runtime), grid_of(working), own)
     voxels = voxels_of(found)
     cleaned = settings.final(voxels, own.spacing)
     return found if cleaned is voxels else own.image(cleaned)
 
 
-def safe(name):
+def file_name(name):
     """A case's name as a file's: no folders."""
     return name.replace("/", "_")
 
@@ -368,10 +368,10 @@ def save_picture(path, picture):
     Image.fromarray(picture).save(path)
 
 
-def means_of(rows):
+def mean_metrics(rows):
     """{figure: mean over cases, classes alike}, and how many Hausdorff distances are undefined. rows: as COLUMNS"""
     means = {}
-    for name in FIGURES:
+    for name in MASK_METRICS:
         values = [row[COLUMNS.index(name)] for row in rows]
         defined = [value for value in values if value is not None]
         means[name] = float(np.mean(defined)) if defined else None
@@ -387,7 +387,7 @@ def show_test_cases(state, writer, cases, settings):
             image, label = cases.copies.read_window(case, settings.windows.size)
         except DataError as error:
             raise UserError(str(error)) from error
-        log_probabilities = segment([network], image, settings, state.runtime)
+        log_probabilities = predict_log_probabilities([network], image, settings, state.runtime)
         picture = mask_pictures.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8), label,
                                         image.GetSpacing(), settings.clip_range, cases.names[case])
         writer.add_image(f"test/{cases.names[case]}", picture, state.progress.step, dataformats="HWC")
@@ -402,14 +402,14 @@ def predict(folder, weights, output_dir, given, runtime):
     given: {name: value} of those in MASKS that differ from the run's
     """
     processes = runtime.processes
-    names, folders = processes.from_main(lambda: find_scans(folder, weights, output_dir))
+    names, folders = processes.run_on_main(lambda: find_scans(folder, weights, output_dir))
     networks, config = [], None
     for where in folders:
         model, config, _ = load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
         networks.append(model.to(processes.device).eval())
     settings = inference_settings(config | given, runtime.batch_size)
     processes.print(f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, "
-                    f"{spaced(config['spacing'])} mm")
+                    f"{format_values(config['spacing'])} mm")
     rows = {}
     for at in range(processes.rank, len(names), processes.world_size):
         try:
@@ -418,8 +418,8 @@ def predict(folder, weights, output_dir, given, runtime):
             print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml" for ml in rows[at]), flush=True)
         except DataError as error:
             rows[at] = str(error)
-    rows = {at: row for part in processes.gather(rows) for at, row in part.items()}
-    good = [[stem_of(names[at]), k + 1, ml] for at, row in sorted(rows.items()) if not isinstance(row, str)
+    rows = {at: row for part in processes.all_gather(rows) for at, row in part.items()}
+    good = [[without_suffix(names[at]), k + 1, ml] for at, row in sorted(rows.items()) if not isinstance(row, str)
             for k, ml in enumerate(row)]
     if processes.is_main:
         write_table(output_dir / "volumes.csv", ["case", "class", "volume_ml"], good)
@@ -442,13 +442,13 @@ def predict_case(path, target, networks, config, settings, runtime):
     return [float(n * np.prod(own.spacing) / 1000) for n in voxels]
 
 
-def stem_of(name):
+def without_suffix(name):
     return os.path.join(os.path.dirname(name), stem(name))
 
 
 def mask_name(name):
     """Where a volume's mask goes below --output_dir: the same name, as NIfTI."""
-    return name if name.lower().endswith((".nii", ".nii.gz")) else stem_of(name) + ".nii.gz"
+    return name if name.lower().endswith((".nii", ".nii.gz")) else without_suffix(name) + ".nii.gz"
 
 
 def find_scans(folder, weights, output_dir):
@@ -473,7 +473,7 @@ def find_scans(folder, weights, output_dir):
 
 
 def warnings_about(encoder, args, found, names):
-    """Lines about what works but may not be meant. found: working_copies.Found of each case."""
+    """Lines about what works but may not be meant. found: resampled_cache.CaseInfo of each case."""
     lines = []
     if encoder.state is None:
         lines.append("training from scratch: no --pretrained_weights" if not args.freeze_encoder else
@@ -483,7 +483,7 @@ def warnings_about(encoder, args, found, names):
         lines.append(f"note: cases without a labelled voxel: {len(empty)}, such as {empty[0]}")
     small = [name for name, one in zip(names, found) if any(n < m for n, m in zip(one.shape, args.input_size))]
     if small:
-        lines.append(f"note: cases smaller than the window of {spaced(args.input_size)} voxels: {len(small)}, such as "
+        lines.append(f"note: cases smaller than the window of {format_values(args.input_size)} voxels: {len(small)}, such as "
                      f"{small[0]}; air is put around them")
     beyond = sum(not one.stored for one in found)
     if beyond:
@@ -497,15 +497,15 @@ def run_summary(config, processes, cases, sides):
     frozen = ", frozen encoder" if config["freeze_encoder"] else ""
     return (f"{config['arch']} with {config['decoder']} decoder{frozen} on {device}, {config['precision']}; "
             f"{len(cases.names)} cases, {cases.classes} classes with the background\n"
-            f"{len(sides)} folds, test set of {len(sides[0].test)} cases; windows of {spaced(config['input_size'])} voxels "
-            f"of {spaced(config['spacing'])} mm")
+            f"{len(sides)} folds, test set of {len(sides[0].test)} cases; windows of {format_values(config['input_size'])} voxels "
+            f"of {format_values(config['spacing'])} mm")
 
 
 def summarise(output_dir, cases, folds):
     """Write metrics.json and cases.csv of all folds; returns the table and where things are."""
-    records, tables, means, deviations = collect_folds(output_dir, folds, "cases.csv", COLUMNS, FIGURES)
+    records, tables, means, deviations = collect_folds(output_dir, folds, "cases.csv", COLUMNS, MASK_METRICS)
     rows = [list(row.values()) for table in tables for row in table]
-    together = over_folds(rows)
+    together = pool_cases(rows)
     write_json(output_dir / "metrics.json", {
         "classes": cases.classes, "cases": len(cases.names), "spacing": list(cases.copies.spacing), "folds": records,
         "mean": means, "sd": deviations, "all_folds": together})
@@ -513,10 +513,10 @@ def summarise(output_dir, cases, folds):
     lines = [row("fold", "cases", "Dice", "surface Dice", "95 % Hausdorff, mm")]
     for record in records:
         undefined = record["undefined_hausdorff95"]
-        lines.append(row(record["fold"], record["cases"], *(told(record[name]) for name in FIGURES))
+        lines.append(row(record["fold"], record["cases"], *(format_metric(record[name]) for name in MASK_METRICS))
                      + (f" ({undefined} undefined)" if undefined else ""))
-    lines.append(row("mean ± SD", "", *(told(means[name]) + (
-        f" ± {deviations[name]:.3f}" if deviations[name] is not None else "") for name in FIGURES)))
+    lines.append(row("mean ± SD", "", *(format_metric(means[name]) + (
+        f" ± {deviations[name]:.3f}" if deviations[name] is not None else "") for name in MASK_METRICS)))
     interval = together["dice_interval"]
     lines.append(row("all folds", together["cases"], f"{together['dice']:.3f} ({interval[0]:.3f} to {interval[1]:.3f})",
                      "", "").rstrip())
@@ -528,7 +528,7 @@ def summarise(output_dir, cases, folds):
     return "\n".join(lines)
 
 
-def over_folds(rows):
+def pool_cases(rows):
     """{"cases", "dice", "dice_interval"}: each case once, the mean of its folds' and classes' Dice; bootstrap over cases."""
     values = collections.defaultdict(list)
     for row in rows:

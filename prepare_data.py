@@ -6,7 +6,7 @@
     python prepare_data.py check  data/luna16                                what the training scripts would say of it
     python prepare_data.py demo   --output demo/data                         small data in all three layouts
 
-Everything is brought to RAS and int16 Hounsfield units. A run that was stopped in any way goes on where it was when it is
+Everything is brought to RAS and int16 Hounsfield units. A run that was stopped in any way resumes where it was when it is
 started again. What became of every input stands in manifest.csv.
 """
 import os
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, help_flags, number
-from dino3d.data.images import by
+from dino3d.data.images import format_size
 from dino3d.data.volume import FILTERS, DataError
 from dino3d.prepare.check import check
 from dino3d.prepare.demo import demo
@@ -123,7 +123,7 @@ def main():
             raise UserError(f"--input {args['input']}: " + ("is no folder" if args["input"].exists() else "no such folder"))
     if command == "luna16":
         if any(args["spacing"]) and not all(args["spacing"]):
-            parser.error(f"--spacing {by(args['spacing'])}: expected three lengths above 0, or 0 0 0")
+            parser.error(f"--spacing {format_size(args['spacing'])}: expected three lengths above 0, or 0 0 0")
         if args["label_column"] != "class" and args["table"] is None:
             parser.error("--label_column is for a --table of your own")
     try:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
 
-from dino3d.command_line import UserError, exit_status, shortened
+from dino3d.command_line import UserError, exit_status, truncate_list
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -113,14 +113,14 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def start_mean(self, tensor):
+    def mean_async(self, tensor):
         """Start to average over all ranks, in place; returns a function that gives the mean, without a GPU's host waiting."""
         if self.world_size == 1:
             return lambda: tensor
         work = dist.all_reduce(tensor, async_op=True)
         return lambda: work.wait() and tensor.div_(self.world_size)
 
-    def any(self, flag):
+    def any_rank_async(self, flag):
         """Start to ask whether `flag` is true on any rank; returns a function that waits for the answer.
 
         Until then neither a GPU nor its host waits: the answer may be fetched a step later.
@@ -136,7 +136,7 @@ class Processes:
         there.record()
         return lambda: there.synchronize() or count.item() > 0
 
-    def gather(self, value):
+    def all_gather(self, value):
         """[value of rank 0, of rank 1, ...] on every rank; any value that pickle can store, of any size."""
         if self.world_size == 1:
             return [value]
@@ -144,7 +144,7 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, make):
+    def run_on_main(self, make):
         """make() as rank 0 finds it, on every rank; what goes wrong there is a UserError on all of them."""
         result = [None, None]
         if self.is_main:
@@ -267,7 +267,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        skipped = getattr(self, "found_inf", None)  # see skipping.take_step
+        skipped = getattr(self, "found_inf", None)  # see nonfinite.step_if_finite
 
         def unless_skipped(new, old):
             return new if skipped is None else torch.where(skipped > 0, old, new)
@@ -404,7 +404,7 @@ def tensor_misfit(wanted, found, others=False):
     shapes = [f"{name} {shape(found[name])} instead of {shape(wanted[name])}" for name in wanted
               if name in found and shape(found[name]) != shape(wanted[name])]
     beyond = [str(name) for name in found if others and name not in wanted]
-    return "; ".join(word + shortened(names) for word, names in (
+    return "; ".join(word + truncate_list(names) for word, names in (
         ("without ", missing), ("with ", shapes), ("with the unknown ", beyond)) if names)
 
 

@@ -189,7 +189,7 @@ class Model(nn.Module):
         return self.head(torch.cat([self.backbone(view) for view in views]))
 
 
-def step(student, teacher, optimizer, center, views, values, center_momentum=0.9, clip=3.0, dtype=torch.float32):
+def plain_step(student, teacher, optimizer, center, views, values, center_momentum=0.9, clip=3.0, dtype=torch.float32):
     """One step of DINO, plainly; returns the loss and the new centre.
 
     views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)]; center: (1, K); values: what main_dino.Schedules.at gives

@@ -34,7 +34,7 @@ def process_rank():
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
-def tell_error(message, everywhere=False):
+def print_error(message, everywhere=False):
     rank = process_rank()
     short = everywhere and rank > 0
     print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
@@ -56,17 +56,17 @@ def exit_status(main, explain=lambda error: None):
             print(ending, file=sys.stderr, flush=True)
         return EXIT_PREEMPTED, True
     except UserError as error:
-        tell_error(str(error), error.everywhere)
+        print_error(str(error), error.everywhere)
         return 1, error.everywhere  # otherwise the others wait for this rank in a collective, and would be waited for
     except KeyboardInterrupt:
-        tell_error("interrupted", everywhere=True)
+        print_error("interrupted", everywhere=True)
         return 130, False
     except Exception as error:
         # OSError: a full disk, a folder that vanished: it says what and where
         message = str(error) if isinstance(error, OSError) else explain(error)
         if message is None:
             raise
-        tell_error(message)
+        print_error(message)
         return 1, False
 
 
@@ -121,7 +121,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, add_help=False, **kwargs)
 
     def error(self, message):
-        tell_error(message if message.endswith("?") else f"{message} (see --help)", True)
+        print_error(message if message.endswith("?") else f"{message} (see --help)", True)
         sys.exit(2)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -219,12 +219,12 @@ def architecture(known):
     return parse
 
 
-def spaced(values):
+def format_values(values):
     """Numbers as they are typed after a flag."""
     return " ".join(f"{value:g}" for value in values)
 
 
-def shortened(names, most=4):
+def truncate_list(names, most=4):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -53,8 +53,8 @@ def read_log(path):
     return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
-def forget_after(path, step):
-    """Drop the records of a log.txt beyond a step: epochs that ended after the checkpoint a run goes on from."""
+def truncate_log(path, step):
+    """Drop the records of a log.txt beyond a step: epochs that ended after the checkpoint that a run resumes from."""
     records = read_log(path)
     kept = [record for record in records if record["step"] <= step]
     if len(kept) < len(records):

@@ -58,11 +58,11 @@ class RandSpatial(RandAugmentation):
 
     def apply(self, volumes, mode="bilinear"):
         """volumes: (1, C, X, Y, Z); mode: "bilinear", or "nearest" for labels."""
-        matrix, moves = self.drawn
+        matrix, displacements = self.drawn
         lattice = self._lattice(volumes.shape[2:])
         centre = [(n - 1) / 2 for n in volumes.shape[2:]]
         gx, gy, gz = lattice.shape  # fewer than were drawn where a volume has very few voxels along an axis
-        control = torch.as_tensor(lattice.control(matrix, centre, moves[:gx, :gy, :gz]), dtype=volumes.dtype)
+        control = torch.as_tensor(lattice.control(matrix, centre, displacements[:gx, :gy, :gz]), dtype=volumes.dtype)
         return warp(volumes, control[None].to(volumes.device), lattice, mode)
 
     def _lattice(self, size):

@@ -32,7 +32,7 @@ def main():
         error = {"alone": command_line.UserError("of one rank"), "bug": ZeroDivisionError(), "interrupted": KeyboardInterrupt()}
         raise error[how]
     if how in ("alone", "bug", "interrupted"):
-        processes.gather(0)  # where the others aren't
+        processes.all_gather(0)  # where the others aren't
 
 
 try:

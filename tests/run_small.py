@@ -34,14 +34,14 @@ def planted_render(run, batch):
     return views
 
 
-def planted_step(run, micro_batches, values, frozen):
+def planted_step(run, micro_batches, scheduled, frozen):
     global step
     step += 1
     if kind == "nothing" and step in steps:
         names = ("loss", "kl", "teacher_entropy", "grad_norm", "air_views")
-        return main_dino.Step(taken=torch.tensor(False), metrics=dict.fromkeys(names, torch.tensor(0.0)),
+        return main_dino.Step(finite=torch.tensor(False), metrics=dict.fromkeys(names, torch.tensor(0.0)),
                               winners=torch.zeros(2, dtype=torch.int64), features=torch.zeros(2, 8))
-    return train_step(run, micro_batches, values, frozen)
+    return train_step(run, micro_batches, scheduled, frozen)
 
 
 main_dino.TrainState.render, main_dino.train_step = planted_render, planted_step

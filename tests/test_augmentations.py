@@ -24,11 +24,11 @@ from augmentations import (
     MAX_BENT,
     MIN_IOU,
     PATCH_VIEW,
-    Lattice,
     Augmentation,
+    Lattice,
     MultiCropAugmentation,
     Policy,
-    add_flags,
+    add_augmentation_flags,
     collate_views,
     example_views,
     gaussian_smooth,
@@ -715,7 +715,7 @@ def test_the_table_is_the_papers():
 
 def test_flags_are_the_tables():
     parser = ArgumentParser()
-    add_flags(parser.add_argument_group("augmentations"))
+    add_augmentation_flags(parser.add_argument_group("augmentations"))
     args = vars(parser.parse_args([]))
     assert {AUGMENTATION_FLAGS[flag] for flag, on in args.items() if on} == {"rotation", "scale", "flip"}
     assert list(args) == [f"use_{name}" for name in AUGMENTATIONS]

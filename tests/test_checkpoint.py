@@ -34,8 +34,8 @@ from dino3d.finetune import fold_loop, statistics
 from dino3d.training import checkpoint
 from dino3d.training.checkpoint import (
     Checkpoints,
-    Interruption,
     Saving,
+    StopSignal,
     load_checkpoint,
     load_newest,
     load_parts,
@@ -500,14 +500,14 @@ def test_a_signal_saves_and_ends(noise, undisturbed, tmp_path, number, whole_gro
     _, errors = process.communicate()
     assert process.returncode == 75 and seconds < 10, (process.returncode, seconds, errors)
     last = [line for line in errors.replace("\r", "\n").splitlines() if "step/s" not in line and "s/step" not in line][-1]
-    assert last == f"ended by {number.name}; everything is saved, the same command goes on"
+    assert last == f"ended by {number.name}; everything is saved, the same command resumes"
     assert "Traceback" not in errors and "error:" not in errors
     assert 5 <= state_of(tmp_path)["step"] < 24
     marker = (tmp_path / "preempted").read_text()
     assert number.name in marker and "run_survive.py" in marker and f"--output_dir {tmp_path}" in marker
     again = started(command, tmp_path)
     out, errors = again.communicate(timeout=180)
-    assert again.returncode == 0 and "going on after step" in out, errors
+    assert again.returncode == 0 and "resuming after step" in out, errors
     assert not (tmp_path / "preempted").exists() and differing(tmp_path, undisturbed[1]) == []
 
 
@@ -533,7 +533,7 @@ def test_a_signal_to_torchrun(noise, undisturbed, tmp_path, number, handled):
     assert 5 <= state_of(tmp_path)["step"] < 24 and number.name in (tmp_path / "preempted").read_text()
     again = started(command, tmp_path)
     out, errors = again.communicate(timeout=180)
-    assert again.returncode == 0 and "going on after step" in out, errors
+    assert again.returncode == 0 and "resuming after step" in out, errors
     assert not (tmp_path / "preempted").exists() and differing(tmp_path, undisturbed[2]) == []
 
 
@@ -549,7 +549,7 @@ def test_torchrun_starts_a_killed_rank_again(noise, undisturbed, tmp_path):
     for pid in family(tmp_path, b"RANK=1\0"):
         os.kill(pid, signal.SIGKILL)
     out, errors = process.communicate(timeout=180)
-    assert process.returncode == 0 and "going on after step" in out, errors
+    assert process.returncode == 0 and "resuming after step" in out, errors
     assert differing(tmp_path, undisturbed[2]) == [] and not (tmp_path / "preempted").exists() and not family(tmp_path)
 
 
@@ -579,14 +579,14 @@ def test_a_second_signal_ends_at_once(noise, tmp_path):
 
 
 def test_handlers_are_put_back(tmp_path):
-    before = [signal.getsignal(number) for number in checkpoint.ENDING]
-    with pytest.raises(Preempted), Interruption(marker=tmp_path / "preempted") as interruption:
-        assert not interruption.agreed()
+    before = [signal.getsignal(number) for number in checkpoint.STOP_SIGNALS]
+    with pytest.raises(Preempted), StopSignal(marker=tmp_path / "preempted") as stop_signal:
+        assert not stop_signal.should_stop()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert interruption.agreed() and interruption.asked == "SIGUSR1"
-        interruption.end()
-    assert [signal.getsignal(number) for number in checkpoint.ENDING] == before
-    with Interruption(marker=tmp_path / "preempted"):
+        assert stop_signal.should_stop() and stop_signal.received == "SIGUSR1"
+        stop_signal.end()
+    assert [signal.getsignal(number) for number in checkpoint.STOP_SIGNALS] == before
+    with StopSignal(marker=tmp_path / "preempted"):
         assert not (tmp_path / "preempted").exists()
 
 
@@ -619,7 +619,7 @@ def test_a_signal_while_a_fold_is_trained(crops, tmp_path, processes):
     assert straight.communicate(timeout=180) and straight.returncode == 0
     again = started([*command, tmp_path / "killed"], tmp_path / "killed")
     out, errors = again.communicate(timeout=180)
-    assert again.returncode == 0 and "going on after step" in out, errors
+    assert again.returncode == 0 and "resuming after step" in out, errors
     for name in ("predictions.csv", "metrics.json"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     assert not (tmp_path / "killed" / "preempted").exists()
@@ -644,14 +644,14 @@ def test_a_signal_while_masks_are_evaluated(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             utils.run_script(lambda: sys.exit(main_lts_msd.main([*flags, "--output_dir", str(tmp_path / folder)]) or 0))
         return stop.value.code
-    segment, calls, signals = main_lts_msd.segment, [], ()
+    segment, calls, signals = main_lts_msd.predict_log_probabilities, [], ()
 
     def signalled(*args):
         calls.append(1)
         if len(calls) in signals:
             os.kill(os.getpid(), signal.SIGTERM)
         return segment(*args)
-    monkeypatch.setattr(main_lts_msd, "segment", signalled)
+    monkeypatch.setattr(main_lts_msd, "predict_log_probabilities", signalled)
     assert run("straight") == 0
     total, signals = len(calls), (1, 9)  # of the first validation, and further on
     codes = []

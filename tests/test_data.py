@@ -1,4 +1,4 @@
-"""data.py: volumes against SimpleITK and nibabel, partial reads, broken files, and the order and content of batches."""
+"""The data room: volumes against SimpleITK and nibabel, partial reads, broken files, and the order and content of batches."""
 import errno
 import functools
 import gc
@@ -23,8 +23,16 @@ from augmentations import MultiCropAugmentation, Policy
 from dino3d.data import layouts, pretraining, read_watchdog
 from dino3d.data import volume as volume_module
 from dino3d.data.layouts import find_volumes, list_volumes, read_data_list
-from dino3d.data.pretraining import RUN, BatchStream, PretrainingPatches, block_mean, collate, epoch_order, place_patch
-from dino3d.data.read_watchdog import watched
+from dino3d.data.pretraining import (
+    PATCHES_PER_READ,
+    BatchStream,
+    PretrainingPatches,
+    block_mean,
+    collate,
+    epoch_order,
+    place_patch,
+)
+from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.volume import AIR, CHUNK, FILTERS, SUFFIXES, DataError, Volume, _open_hdf5, write_volume
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -868,19 +876,19 @@ def test_views_do_not_depend_on_who_shares_the_batch(tmp_path):
 # -------------------------------------------------------------------------------------------------- order and batches
 
 
-@pytest.mark.parametrize("volumes, per_volume", [(1, 1), (7, 1), (50, 3), (9, RUN), (11, RUN + 3), (5, 24), (1, 9)])
+@pytest.mark.parametrize("volumes, per_volume", [(1, 1), (7, 1), (50, 3), (9, PATCHES_PER_READ), (11, PATCHES_PER_READ + 3), (5, 24), (1, 9)])
 def test_epoch_holds_every_sample_once_in_runs(volumes, per_volume):
     orders = {}
     for seed, epoch in itertools.product(range(2), range(3)):
         order = epoch_order(volumes, per_volume, seed, epoch)
         assert sorted(order.tolist()) == list(range(volumes * per_volume))
         for previous, sample in itertools.pairwise([None, *order.tolist()]):
-            if sample % per_volume % RUN:
+            if sample % per_volume % PATCHES_PER_READ:
                 assert previous == sample - 1  # a run stays together and within its volume
         np.random.seed(epoch)
         np.testing.assert_array_equal(order, epoch_order(volumes, per_volume, seed, epoch))
         orders[seed, epoch] = tuple(order.tolist())
-    if volumes * -(-per_volume // RUN) > 8:
+    if volumes * -(-per_volume // PATCHES_PER_READ) > 8:
         assert len(set(orders.values())) == len(orders)
 
 
@@ -888,9 +896,9 @@ def test_runs_are_shuffled_evenly():
     """3000 epochs of 6 runs: each is at each place about 500 times, with 6 standard deviations allowed."""
     counts = np.zeros((6, 6))
     for epoch in range(3000):
-        order = epoch_order(3, RUN + 1, 0, epoch)
-        volume, sample = np.divmod(order, RUN + 1)
-        counts[range(6), (2 * volume + (sample == RUN))[(sample == 0) | (sample == RUN)]] += 1
+        order = epoch_order(3, PATCHES_PER_READ + 1, 0, epoch)
+        volume, sample = np.divmod(order, PATCHES_PER_READ + 1)
+        counts[range(6), (2 * volume + (sample == PATCHES_PER_READ))[(sample == 0) | (sample == PATCHES_PER_READ)]] += 1
     assert np.abs(counts - 500).max() < 6 * (3000 * 1 / 6 * 5 / 6) ** 0.5
 
 
@@ -1166,7 +1174,7 @@ def test_a_read_that_hangs_is_named(volumes, tmp_path):
     release = Release(paths[7])
     loader = DataLoader(PretrainingPatches(paths, crops(), 3), batch_sampler=[[(0, k), (0, k + 1)] for k in range(0, 12, 2)],
                         collate_fn=collate, num_workers=2, worker_init_fn=functools.partial(count_start, started))
-    batches = list(watched(loader, 1.0, release))
+    batches = list(with_read_timeout(loader, 1.0, release))
     assert len(batches) == 6 and started.tolist() == [1, 1]
     assert set(release.messages) == {release.messages[0]}
     assert release.messages[0].startswith(f"{paths[7]}: loader worker 1 has been reading it for 1 s: the storage hangs")
@@ -1184,7 +1192,7 @@ def test_slow_reading_is_no_hang(volumes, monkeypatch):
     loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, k)] for k in range(6)],
                         collate_fn=collate, num_workers=1)
     messages = []
-    batches = watched(loader, 1.0, messages.append)
+    batches = with_read_timeout(loader, 1.0, messages.append)
     assert len([next(batches) for _ in range(5)]) == 5
     time.sleep(1.5)
     assert len(list(batches)) == 1 and messages == []
@@ -1192,10 +1200,10 @@ def test_slow_reading_is_no_hang(volumes, monkeypatch):
 
 @pytest.mark.parametrize("workers, seconds", [(0, 1.0), (1, 0.0)])
 def test_watching_can_be_switched_off(workers, seconds, volumes, monkeypatch):
-    monkeypatch.setattr(read_watchdog, "ReadWatch", None)
+    monkeypatch.setattr(read_watchdog, "ReadWatchdog", None)
     loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, 0)]], collate_fn=collate,
                         num_workers=workers)
-    assert len(list(watched(loader, seconds, None))) == 1
+    assert len(list(with_read_timeout(loader, seconds, None))) == 1
 
 
 def test_two_samples_of_one_volume_around_a_bad_one(volumes, tmp_path):

@@ -76,14 +76,14 @@ def test_bad_files_are_listed_by_epoch_and_tried_again(copies, tmp_path, capsys,
     broken, vanishing = copies[3], copies[5]
     whole = broken.read_bytes()
     broken.write_bytes(whole[:3000])
-    tell = BadFiles.tell
+    tell = BadFiles.report
 
     def tell_and_change(bad_files, say):
         tell(bad_files, say)
         if bad_files.epoch == 1:
             broken.write_bytes(whole)
             vanishing.unlink()
-    monkeypatch.setattr(BadFiles, "tell", tell_and_change)
+    monkeypatch.setattr(BadFiles, "report", tell_and_change)
     out = tmp_path / "out"
     code, _, errors = run_main(capsys, *flags_of(copies, out, "--epochs", 2))
     assert code == 0 and len(errors) == 2, errors
@@ -125,7 +125,7 @@ class ThreeRanks(Processes):
     def sum(self, tensor):
         return tensor + 1
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [value, {"b": "NaN", "c": "empty"}, {"b": "NaN"}]
 
 
@@ -138,10 +138,10 @@ def test_ranks_count_each_bad_file_once(tmp_path):
         one.start_epoch(4)
         return one
     bad = bad_files(3, ThreeRanks(world_size=3))
-    bad.note(batch("", "a", "b"))
+    bad.record(batch("", "a", "b"))
     bad.gather()
     assert bad.reasons == {"a": "cut off", "b": "NaN", "c": "empty"} and not bad.path.exists()
-    bad.note(batch("", "d"))
+    bad.record(batch("", "d"))
     says = r"^4 of 30 volumes \(13%\).* in epoch 4, --max_bad_files allows 3, such as a: cut off"
     with pytest.raises(UserError, match=says) as error:
         bad.gather()
@@ -149,9 +149,9 @@ def test_ranks_count_each_bad_file_once(tmp_path):
     bad.start_epoch(5)
     assert bad.reasons == {}
     alone = bad_files(1, Processes())
-    alone.note(batch("", "e", "f"))  # told where all ranks meet
+    alone.record(batch("", "e", "f"))  # told where all ranks meet
     with pytest.raises(UserError, match="^3 of 30 volumes") as error:
-        alone.note(batch("why", "g"))
+        alone.record(batch("why", "g"))
     assert not error.value.everywhere and [row[0] for row in read_rows(bad.path)][1:] == list("abcdefg")
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_list_of_bad_files_is_written_anew(damage, tmp_path):
     bad = BadFiles(tmp_path / "bad.csv", Processes(), 9, 9)
     bad.start_epoch(1)
     bad.reasons["a\udcff"] = "cut off"  # a name that is no UTF-8
-    bad.tell(lambda line: None)
+    bad.report(lambda line: None)
     assert b"a\xff,cut off,1\n" in (tmp_path / "bad.csv").read_bytes()
 
 

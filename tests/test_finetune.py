@@ -24,7 +24,7 @@ from dino3d.finetune.crops import (
 )
 from dino3d.finetune.encoder import ENCODER, load_encoder
 from dino3d.finetune.fold_folders import fold_folders
-from dino3d.finetune.fold_loop import Progress, TrainConfig, layer_groups, set_learning_rate
+from dino3d.finetune.fold_loop import FoldProgress, TrainConfig, layer_groups, set_learning_rate
 from dino3d.finetune.inference import gather_rows
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.splits import (
@@ -267,7 +267,7 @@ def test_batches_go_on_from_a_position():
 
 
 def test_progress_counts_to_the_end_of_an_epoch():
-    done = Progress()
+    done = FoldProgress()
     for cases in (6, 6, 1, 6):
         done.count_step(cases, 13)
     assert (done.epoch, done.position, done.step, done.cases) == (1, 6, 4, 19)
@@ -275,7 +275,7 @@ def test_progress_counts_to_the_end_of_an_epoch():
 
 def test_each_case_has_one_row():
     class Two(Processes):
-        def gather(self, value):
+        def all_gather(self, value):
             return [value, other]
     other, runtime = ({3: np.array([3.0])}, False), Runtime(Two(), torch.float32, 1, 0)
     assert gather_rows(runtime, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]

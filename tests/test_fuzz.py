@@ -44,7 +44,7 @@ from dino3d.data import (
 )
 from dino3d.data.layouts import list_volumes, read_data_list  # noqa: E402
 from dino3d.data.volume import DataError, Volume, write_volume  # noqa: E402
-from dino3d.files import forget_after  # noqa: E402
+from dino3d.files import truncate_log  # noqa: E402
 from dino3d.finetune.encoder import ENCODER, Encoder, load_encoder  # noqa: E402
 from dino3d.finetune.splits import make_splits  # noqa: E402
 from dino3d.prepare import (
@@ -423,7 +423,7 @@ KINDS = {  # file, family, [(reader, what it may raise)]
     "index": ("dataset.json", "json", [(lambda path: msd.decathlon(path.parent), (UserError, DataError))]),
     "splits": ("splits.json", "json", [(splits, UserError)]),
     "list": ("data_list.txt", "text", [(listed, DataError)]),
-    "log": ("log.txt", "text", [(lambda path: forget_after(path, 3), ())]),
+    "log": ("log.txt", "text", [(lambda path: truncate_log(path, 3), ())]),
 }
 
 

@@ -1048,18 +1048,18 @@ def test_boxes_around_labels():
         image = images.to_hu(itk_image(noise(mask.shape).astype(np.int16), axes), "image")
         inside = np.argwhere(contents(label)[0])
         for margin in (0, 1.7, 4.0, 1000):
-            first, size = resampling.box_of(label != 0, image, margin)
+            first, size = resampling.mask_box(label != 0, image, margin)
             extra = np.ceil(margin / np.array(image.GetSpacing()) - 1e-9)
             low = np.maximum(inside.min(0) - extra, 0)
             high = np.minimum(inside.max(0) + 1 + extra, image.GetSize())
             np.testing.assert_array_equal(first, low)
             np.testing.assert_array_equal(first + size, high)
-            part = resampling.cut(image, (first, size))
+            part = resampling.crop_to_box(image, (first, size))
             voxels, affine = contents(part)
             np.testing.assert_array_equal(voxels, contents(image)[0][tuple(slice(a, a + n) for a, n in zip(first, size))])
             np.testing.assert_allclose(affine[:3, 3], (images.affine_of(image) @ [*first, 1])[:3], atol=1e-9)
             np.testing.assert_allclose(affine[:3, :3], images.affine_of(image)[:3, :3], atol=1e-9)
-        first, size = resampling.box_of(label > 7, image, 3)
+        first, size = resampling.mask_box(label > 7, image, 3)
         assert (first == 0).all() and (size == image.GetSize()).all()
 
 

@@ -16,7 +16,7 @@ import main_dino
 import utils
 import vision_transformer
 from dino3d.data.volume import write_volume
-from dino3d.files import forget_after, read_log
+from dino3d.files import read_log, truncate_log
 from dino3d.training.monitor import Monitor, collapse_warning, effective_rank
 from vision_transformer import DINOHead, VisionTransformer
 
@@ -118,12 +118,12 @@ def test_the_monitor_shows_whatever_it_is_given(tmp_path):
     monitor = Monitor(tmp_path, utils.Processes(), 16, log_every=2, total_steps=3, done_steps=0, global_batch=1,
                       volumes=1, max_bad=0)
     monitor.start_epoch(1)
-    for step, (taken, value) in enumerate([(True, 2.0), (False, torch.nan), (True, 5.0)], 1):
+    for step, (finite, value) in enumerate([(True, 2.0), (False, torch.nan), (True, 5.0)], 1):
         metrics = {name: torch.tensor(value) for name in ("loss", "kl", "teacher_entropy", "spread")}
         metrics["grad_norm"] = torch.tensor(1.0).double()
-        monitor.step(torch.tensor(taken), metrics, torch.tensor([3, 4]), 0.0)
+        monitor.step(torch.tensor(finite), metrics, torch.tensor([3, 4]), 0.0)
         if step >= 2:
-            monitor.entry(step, {}, torch.tensor(0.0), torch.rand(2, 8))
+            monitor.flush(step, {}, torch.tensor(0.0), torch.rand(2, 8))
     monitor.log_epoch(1, 3, {})
     monitor.close()
     record, = read_log(tmp_path / "log.txt")
@@ -220,7 +220,7 @@ def test_a_run_goes_on_where_it_stopped(volumes, tmp_path, capsys):
         code, out, _ = run_main(capsys, *flags, "--output_dir", broken, "--max_steps", stop)
         assert code == 0 and checkpoint(broken)["step"] == stop
     code, out, _ = run_main(capsys, *flags, "--output_dir", broken)
-    assert code == 0 and "going on after step 9, epoch 2" in out
+    assert code == 0 and "resuming after step 9, epoch 2" in out
     one, two = checkpoint(straight), checkpoint(broken)
     assert (one["epoch"], one["step"], one["samples"]) == (two["epoch"], two["step"], two["samples"]) == (3, 12, 24)
     for part in ("student", "teacher", "dino_loss"):
@@ -554,7 +554,7 @@ def test_log_forgets_what_no_checkpoint_has(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)) + '{"step": 8, "lo')
     assert [record["step"] for record in read_log(path)] == [2, 4, 6]
-    forget_after(path, 4)
+    truncate_log(path, 4)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 

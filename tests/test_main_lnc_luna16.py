@@ -20,9 +20,9 @@ from augmentations import scale_intensity
 from dino3d.data.volume import Volume
 from dino3d.files import read_log, read_table
 from dino3d.finetune import fold_loop, statistics
-from dino3d.finetune.classification_metrics import FIGURES, choose_threshold, figures, pairs_in_order
+from dino3d.finetune.classification_metrics import CASE_METRICS, choose_threshold, evaluate_cases, pairs_in_order
 from dino3d.finetune.encoder import PretrainedEncoder
-from main_lnc_luna16 import draw_negatives, epoch_order
+from main_lnc_luna16 import case_order, draw_negatives
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--num_workers", "0", "--batch_size_per_gpu", "6",
@@ -114,7 +114,7 @@ def check_metrics(folder):
         assert record["accuracy"] == pytest.approx(accuracy_score(labels, predicted), abs=1e-6)
         assert record["sensitivity"] == pytest.approx(recall_score(labels, predicted), abs=1e-6)
         assert record["specificity"] == pytest.approx(recall_score(1 - labels, ~predicted), abs=1e-6)
-    for name in FIGURES:
+    for name in CASE_METRICS:
         values = [record[name] for record in said["folds"]]
         assert said["mean"][name] == pytest.approx(np.mean(values))
         assert said["sd"][name] == pytest.approx(np.std(values, ddof=1))
@@ -134,7 +134,7 @@ def some_predictions(classes, cases=60, seed=0):
 def test_figures_are_scikit_learns(classes):
     from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, roc_auc_score
     labels, p, patients = some_predictions(classes)
-    found = figures(labels, p, patients, 0.4)
+    found = evaluate_cases(labels, p, patients, 0.4)
     predicted = (p[:, 1] >= 0.4).astype(int) if classes == 2 else p.argmax(1)
     matrix = confusion_matrix(labels, predicted)
     hits, of_class, as_class = np.diag(matrix), matrix.sum(1), matrix.sum(0)
@@ -162,7 +162,7 @@ def test_weighted_auc_is_scikit_learns():
 
 def test_auc_of_one_class_is_undefined():
     labels, p, patients = np.zeros(5, int), some_predictions(2, 5)[1], list("abcde")
-    found = figures(labels, p, patients, 0.5)
+    found = evaluate_cases(labels, p, patients, 0.5)
     assert found["auc"] is None and found["auc_interval"] is None and found["average_precision"] is None
     assert found["sensitivity"] is None and found["specificity"] == found["accuracy"]
 
@@ -189,7 +189,7 @@ def test_negatives_are_drawn_without_replacement_and_anew():
     assert set(np.concatenate(epochs)) == set(train)  # in time all of them
     assert (draw_negatives(train, labels, 0, 0, 0) == train).all()
     assert (draw_negatives(train, labels, 100, 0, 0) == train).all()  # not more than there are
-    order = epoch_order(train, labels, 1.0, 0, 3)
+    order = case_order(train, labels, 1.0, 0, 3)
     assert sorted(order) == epochs[3].tolist() and order.tolist() != sorted(order)
 
 
@@ -208,7 +208,7 @@ def test_loss_is_weighted_over_the_global_batch():
     for share in (slice(0, 5), slice(5, 7)):
         optimizer, scaler = utils.make_optimizer("sgd", model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
         losses = torch.nn.functional.cross_entropy(model(volumes[share]), labels[share], reduction="none")
-        fold_loop.train_step(model, optimizer, scaler, losses, class_weights[labels[share]], Two(world_size=2))
+        fold_loop.weighted_step(model, optimizer, scaler, losses, class_weights[labels[share]], Two(world_size=2))
         total += model.weight.grad / 2  # as DDP averages
     torch.testing.assert_close(total, expected)
 
@@ -310,7 +310,7 @@ def test_only_training_data_is_augmented(crops, tmp_path, capsys, monkeypatch, p
     assert all(view.min() >= 0 and view.max() <= 1 for view in seen[True])
 
 
-# -------------------------------------------------------------------------------------------------- stopped, going on
+# -------------------------------------------------------------------------------------------------- stopped, resuming
 
 
 def test_a_run_goes_on_where_it_stopped(crops, tmp_path, capsys):
@@ -325,9 +325,9 @@ def test_a_run_goes_on_where_it_stopped(crops, tmp_path, capsys):
     state = torch.load(tmp_path / "broken" / "0" / "checkpoint.pth")
     assert (state["epoch"], state["position"], state["step"]) == (0, 2, 1)
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "broken", "--max_steps", steps)
-    assert code == 0 and "fold 0: going on after step 1" in out and "stopped in fold 1 after" in out
+    assert code == 0 and "fold 0: resuming after step 1" in out and "stopped in fold 1 after" in out
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "broken")
-    assert code == 0 and "fold 0: done before" in out and "fold 1: going on after step 1" in out
+    assert code == 0 and "fold 0: done before" in out and "fold 1: resuming after step 1" in out
     for name in ("predictions.csv", "metrics.json", "splits.json"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     for fold in ("0", "1"):
@@ -349,19 +349,19 @@ def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, saving):
     """Cut off without a word in the middle of an epoch, with a checkpoint of some step before or none at all."""
     flags, saved = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, *saving], saving[1] != 0
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
-    train_step, calls = fold_loop.train_step, []
+    train_step, calls = fold_loop.weighted_step, []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return train_step(*args)
-    monkeypatch.setattr(fold_loop, "train_step", killed)
+    monkeypatch.setattr(fold_loop, "weighted_step", killed)
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "killed")[0] == 130
     assert (tmp_path / "killed" / "0" / "checkpoint.pth").exists() == saved
-    monkeypatch.setattr(fold_loop, "train_step", train_step)
+    monkeypatch.setattr(fold_loop, "weighted_step", train_step)
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "killed")
-    assert code == 0 and ("going on" in out) == saved
+    assert code == 0 and ("resuming" in out) == saved
     assert predictions(tmp_path / "straight") == predictions(tmp_path / "killed")
     assert len(read_log(tmp_path / "killed" / "0" / "log.txt")) == 3
 
@@ -382,11 +382,11 @@ def test_a_signal_ends_a_run_that_goes_on(crops, tmp_path, capsys, monkeypatch, 
         return function(*args)
     monkeypatch.setattr(module, where, signalled)
     code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "broken")
-    assert code == 75 and errors == ["ended by SIGTERM; everything is saved, the same command goes on"] and len(calls) == call
+    assert code == 75 and errors == ["ended by SIGTERM; everything is saved, the same command resumes"] and len(calls) == call
     assert "SIGTERM" in (tmp_path / "broken" / "preempted").read_text()
     assert not (tmp_path / "broken" / "metrics.json").exists()
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "broken")
-    assert code == 0 and "going on after step" in out and not (tmp_path / "broken" / "preempted").exists()
+    assert code == 0 and "resuming after step" in out and not (tmp_path / "broken" / "preempted").exists()
     for name in ("predictions.csv", "metrics.json"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     for fold in ("0", "1"):

@@ -537,7 +537,7 @@ def test_intensities_leave_masks_alone(regular, tmp_path, plain):
     assert all(torch.equal(image > 0.5, label == 1) for image, label in zip(plain.training, plain.labels))
 
 
-# ---------------------------------------------------------------------------------------------------- stopped, going on
+# ---------------------------------------------------------------------------------------------------- stopped, resuming
 
 
 def files_of(folder):
@@ -564,14 +564,14 @@ def test_a_run_goes_on_where_it_stopped(cases, tmp_path, straight):
     steps = torch.load(straight / "0" / "checkpoint.pth")["step"]
     code, out, errors = run_main(*flags, "--max_steps", 1)
     assert code == 0 and not errors
-    assert out.splitlines()[-1] == "stopped in fold 0 after 1 steps; the same command without --max_steps goes on"
+    assert out.splitlines()[-1] == "stopped in fold 0 after 1 steps; the same command without --max_steps resumes"
     assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "1").exists()
     state = torch.load(tmp_path / "0" / "checkpoint.pth")
     assert (state["epoch"], state["position"], state["step"]) == (0, 4, 1)
     code, out, _ = run_main(*flags, "--max_steps", steps)
-    assert code == 0 and "fold 0: going on after step 1" in out and f"stopped in fold 1 after {steps} steps" in out
+    assert code == 0 and "fold 0: resuming after step 1" in out and f"stopped in fold 1 after {steps} steps" in out
     code, out, _ = run_main(*flags)
-    assert code == 0 and "fold 0: done before" in out and "fold 1: going on after step 1" in out
+    assert code == 0 and "fold 0: done before" in out and "fold 1: resuming after step 1" in out
     assert_same_run(straight, tmp_path)
     files = files_of(tmp_path / "0")
     code, out, _ = run_main(*flags)
@@ -583,18 +583,18 @@ def test_a_run_goes_on_where_it_stopped(cases, tmp_path, straight):
 def test_a_killed_run_goes_on(cases, tmp_path, straight, monkeypatch):
     """Cut off in the middle of the second epoch, with a checkpoint of the first."""
     flags = ["--data_dir", cases, "--output_dir", tmp_path, *QUICK, "--save_every_steps", 2]
-    train_step, calls = fold_loop.train_step, []
+    train_step, calls = fold_loop.weighted_step, []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return train_step(*args)
-    monkeypatch.setattr(fold_loop, "train_step", killed)
+    monkeypatch.setattr(fold_loop, "weighted_step", killed)
     assert_one_error(run_main(*flags), "interrupted", 130)
-    monkeypatch.setattr(fold_loop, "train_step", train_step)
+    monkeypatch.setattr(fold_loop, "weighted_step", train_step)
     code, out, errors = run_main(*flags)
-    assert code == 0 and not errors and "fold 0: going on after step 2, epoch 1" in out, out
+    assert code == 0 and not errors and "fold 0: resuming after step 2, epoch 1" in out, out
     assert_same_run(straight, tmp_path)
 
 
@@ -991,7 +991,7 @@ def test_odd_cases_that_work(cases, tmp_path):
 def test_files_that_break_while_it_runs(cases, tmp_path, monkeypatch, side, file):
     """An image to test on, or a copy to show or to validate on, that can't be read any more: one line that names it."""
     shutil.copytree(cases, tmp_path / "data")
-    train_step, names = fold_loop.train_step, []
+    train_step, names = fold_loop.weighted_step, []
 
     def spoiled(*args):
         names.extend(json.loads((tmp_path / "out" / "splits.json").read_text())["splits"][0][side])
@@ -999,7 +999,7 @@ def test_files_that_break_while_it_runs(cases, tmp_path, monkeypatch, side, file
             for path in tmp_path.glob(file.format(name)):
                 path.write_bytes(b"no image")
         return train_step(*args)
-    monkeypatch.setattr(fold_loop, "train_step", spoiled)
+    monkeypatch.setattr(fold_loop, "weighted_step", spoiled)
     found = run_main("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--epochs", 1, "--patches_per_case", 1)
     assert_one_error(found, "can't be read")
     assert any(name in found[2][0] for name in names)

@@ -72,7 +72,7 @@ def test_figures_are_those_of_scipy_and_monai(seed, spacing):
     label = blobs(seed)
     predicted = moved(label, seed)
     tolerance = 1.37  # no distance on these grids
-    found = mask_metrics.figures(predicted, label, spacing, 3, tolerance)
+    found = mask_metrics.evaluate_masks(predicted, label, spacing, 3, tolerance)
     assert [row["class"] for row in found] == [1, 2]
     for row in found:
         pair = predicted == row["class"], label == row["class"]
@@ -92,8 +92,8 @@ def test_a_mask_at_the_border_has_a_surface_there(where):
     label[where] = 1
     predicted[where] = 1
     predicted[5:9, 4:8, 3:6] ^= 1
-    found = mask_metrics.figures(predicted, label, spacing, 2, 1.37)[0]
-    wide = mask_metrics.figures(np.pad(predicted, 7), np.pad(label, 7), spacing, 2, 1.37)[0]
+    found = mask_metrics.evaluate_masks(predicted, label, spacing, 2, 1.37)[0]
+    wide = mask_metrics.evaluate_masks(np.pad(predicted, 7), np.pad(label, 7), spacing, 2, 1.37)[0]
     assert found == wide
     for reference in (expected, by_monai):
         reference = reference(predicted > 0, label > 0, spacing, 1.37)
@@ -105,7 +105,7 @@ def test_a_false_positive_far_away_counts():
     label, predicted = np.zeros((2, 60, 50, 40), np.uint8)
     label[3:9, 4:9, 5:9] = predicted[3:9, 4:9, 5:9] = 1
     predicted[50:58, 40:48, 30:38] = 1
-    row = mask_metrics.figures(predicted, label, (1.0, 1.0, 2.0), 2, 1.0)[0]
+    row = mask_metrics.evaluate_masks(predicted, label, (1.0, 1.0, 2.0), 2, 1.0)[0]
     reference = expected(predicted > 0, label > 0, (1.0, 1.0, 2.0), 1.0)
     assert values(row, reference) == pytest.approx(reference, abs=1e-3) and row["hausdorff95_mm"] > 70
 
@@ -114,11 +114,11 @@ def test_figures_of_single_voxels():
     """Three voxels along x and one along z apart: the distance between their centres, on either side of the tolerance."""
     label, predicted = np.zeros((2, 9, 9, 9), np.uint8)
     label[2, 4, 4] = predicted[5, 4, 5] = 1
-    row = mask_metrics.figures(predicted, label, (1.0, 1.0, 4.0), 2, 5.0)[0]
+    row = mask_metrics.evaluate_masks(predicted, label, (1.0, 1.0, 4.0), 2, 5.0)[0]
     assert row == {"class": 1, "dice": 0.0, "surface_dice": 1.0, "hausdorff95_mm": 5.0, "volume_ml": 0.004,
                    "predicted_ml": 0.004}
-    assert mask_metrics.figures(predicted, label, (1.0, 1.0, 4.0), 2, 4.9)[0]["surface_dice"] == 0
-    row = mask_metrics.figures(label, label, (1.0, 1.0, 4.0), 2, 0.0)[0]
+    assert mask_metrics.evaluate_masks(predicted, label, (1.0, 1.0, 4.0), 2, 4.9)[0]["surface_dice"] == 0
+    row = mask_metrics.evaluate_masks(label, label, (1.0, 1.0, 4.0), 2, 0.0)[0]
     assert (row["dice"], row["surface_dice"], row["hausdorff95_mm"]) == (1, 1, 0)
 
 
@@ -127,7 +127,7 @@ def test_the_tolerance_includes_its_own_value():
     label, predicted = np.zeros((2, 9, 5, 5), np.uint8)
     label[2, 2, 2] = predicted[5, 2, 2] = 1
     for spacing, tolerance in ((0.7, 2.1), (1.1, 3.3), (np.float32(0.1), np.float64(0.3)), (0.1, 0.3)):
-        assert mask_metrics.figures(predicted, label, (spacing, 1, 1), 2, tolerance)[0]["surface_dice"] == 1, spacing
+        assert mask_metrics.evaluate_masks(predicted, label, (spacing, 1, 1), 2, tolerance)[0]["surface_dice"] == 1, spacing
 
 
 def test_the_larger_of_both_directions_counts():
@@ -136,18 +136,18 @@ def test_the_larger_of_both_directions_counts():
     for pair in ((predicted, label), (label, predicted)):
         there, back = distances(pair[0] > 0, pair[1] > 0, (1, 1, 1))
         assert {np.percentile(there, 95) > 20, np.percentile(back, 95) > 20} == {True, False}
-        assert mask_metrics.figures(*pair, (1, 1, 1), 2, 1)[0]["hausdorff95_mm"] > 20
+        assert mask_metrics.evaluate_masks(*pair, (1, 1, 1), 2, 1)[0]["hausdorff95_mm"] > 20
 
 
 def test_empty_masks_follow_the_rule():
     empty, some = np.zeros((2, 8, 7, 6), np.uint8)
     some[2:4, 2:5, 3] = 1
-    rows = [mask_metrics.figures(*pair, (1.0, 2.0, 5.0), 2, 2.0)[0] for pair in ((empty, empty), (some, empty), (empty, some))]
+    rows = [mask_metrics.evaluate_masks(*pair, (1.0, 2.0, 5.0), 2, 2.0)[0] for pair in ((empty, empty), (some, empty), (empty, some))]
     assert rows == [
         {"class": 1, "dice": 1, "surface_dice": 1, "hausdorff95_mm": 0, "volume_ml": 0, "predicted_ml": 0},
         {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0, "predicted_ml": 0.06},
         {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0.06, "predicted_ml": 0}]
-    rows = mask_metrics.figures(some, 2 * some, (1, 1, 1), 4, 2)  # each class on its own
+    rows = mask_metrics.evaluate_masks(some, 2 * some, (1, 1, 1), 4, 2)  # each class on its own
     assert [row["dice"] for row in rows] == [0, 0, 1] and [row["hausdorff95_mm"] for row in rows] == [None, None, 0]
 
 
@@ -161,8 +161,8 @@ def test_figures_take_views_and_give_plain_numbers():
     spacing = np.float32([0.5, 0.75, 2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = mask_metrics.figures(*views, spacing, 3, np.float32(2))
-    assert found == mask_metrics.figures(predicted, label, (0.5, 0.75, 2.0), 3, 2)
+        found = mask_metrics.evaluate_masks(*views, spacing, 3, np.float32(2))
+    assert found == mask_metrics.evaluate_masks(predicted, label, (0.5, 0.75, 2.0), 3, 2)
     assert all(type(value) in (int, float) for row in found for value in row.values()) and json.dumps(found)
 
 

@@ -11,9 +11,9 @@ import main_dino
 import utils
 from dino3d.data.pretraining import BatchStream
 from dino3d.files import read_log
-from dino3d.finetune.fold_loop import train_step
+from dino3d.finetune.fold_loop import weighted_step
 from dino3d.training.monitor import Monitor
-from dino3d.training.nonfinite import SkippedSteps, statistics, take_step
+from dino3d.training.nonfinite import NonFiniteSteps, step_if_finite, tensor_statistics
 from vision_transformer import VisionTransformer
 
 SMALL = ROOT / "tests" / "run_small.py"
@@ -50,7 +50,7 @@ def test_an_optimizer_skips_a_step(name):
             skip = step in bad
             for p, gradient in zip(model.parameters(), [None] * 2 if skip else next(good)):
                 p.grad = torch.full_like(p, torch.nan) if skip else gradient.clone()
-            take_step(optimizer, torch.tensor(not skip))
+            step_if_finite(optimizer, torch.tensor(not skip))
         results.append(flat({"model": model.state_dict(), "optimizer": optimizer.state_dict()}))
     assert same(*results)[0] and all(value.isfinite().all() for value in results[1].values())
 
@@ -66,7 +66,7 @@ def make_run(scaler=None, use_bn_in_head=False):
     return main_dino.TrainState(
         network=student, student=student, teacher=teacher, dino_loss=loss, optimizer=optimizer, scaler=scaler,
         schedules=None, crops=None, clip_range=None, dtype=torch.float32, clip_grad=3.0, global_batch=4, seed=0,
-        processes=utils.Processes(), skipped=SkippedSteps(20, torch.device("cpu")))
+        processes=utils.Processes(), nonfinite=NonFiniteSteps(20, torch.device("cpu")))
 
 
 def test_a_part_that_is_off_is_neither_saved_nor_asked_for():
@@ -89,14 +89,14 @@ VALUES = {"lr": 0.01, "weight_decay": 0.04, "momentum_teacher": 0.5, "teacher_te
 def test_a_step_of_nan_changes_nothing(use_bn_in_head):
     """Student, teacher, optimizer, centre and the batch norms' statistics, in the middle of a run; then it goes on."""
     run, views = make_run(use_bn_in_head=use_bn_in_head), [torch.rand(8, 1, 24, 24, 12)]
-    assert main_dino.train_step(run, [views], VALUES, False).taken
+    assert main_dino.train_step(run, [views], VALUES, False).finite
     before = state_of(run)
     broken = [views[0].clone()]
     broken[0][3, 0, 1, 1, 1] = torch.nan
-    taken, *_ = main_dino.train_step(run, [broken], VALUES, False)
-    assert not taken and same(before, state_of(run))[0]
-    taken, metrics, *_ = main_dino.train_step(run, [views], VALUES, False)
-    assert taken and all(metric.isfinite() for metric in metrics.values())
+    finite, *_ = main_dino.train_step(run, [broken], VALUES, False)
+    assert not finite and same(before, state_of(run))[0]
+    finite, metrics, *_ = main_dino.train_step(run, [views], VALUES, False)
+    assert finite and all(metric.isfinite() for metric in metrics.values())
     after = state_of(run)
     for part in ("student", "teacher", "dino_loss", "optimizer"):
         names = [name for name in after if name.startswith(f"/{part}/")]
@@ -113,8 +113,8 @@ def test_an_infinite_gradient_with_a_finite_loss_is_skipped():
     run, views = make_run(), [torch.rand(8, 1, 24, 24, 12)]
     before = state_of(run)
     run.student.backbone.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
-    taken, metrics, *_ = main_dino.train_step(run, [views], VALUES, False)
-    assert not taken and metrics["loss"].isfinite()
+    finite, metrics, *_ = main_dino.train_step(run, [views], VALUES, False)
+    assert not finite and metrics["loss"].isfinite()
     assert unchanged(run, before)
 
 
@@ -123,8 +123,8 @@ def test_an_overflow_in_fp16_is_the_same_thing():
     run = make_run(torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=1))
     views, before, scale = [torch.rand(8, 1, 24, 24, 12)], state_of(run), 1e38
     for skipped in range(100):
-        taken, *_ = main_dino.train_step(run, [views], VALUES, False)
-        if taken:
+        finite, *_ = main_dino.train_step(run, [views], VALUES, False)
+        if finite:
             break
         assert run.scaler.get_scale() == pytest.approx(scale / 2)
         assert unchanged(run, before)
@@ -185,30 +185,30 @@ def test_a_whole_epoch_of_skipped_steps_is_told(volumes, tmp_path):
 
 
 def test_steps_in_a_row_are_counted():
-    skipped = SkippedSteps(3, torch.device("cpu"))
+    skipped = NonFiniteSteps(3, torch.device("cpu"))
     seen = []
-    for step, taken in enumerate([0, 0, 1, 0, 1, 0, 0, 0, 0], 1):
-        skipped.count(torch.tensor(bool(taken)))
+    for step, finite in enumerate([0, 0, 1, 0, 1, 0, 0, 0, 0], 1):
+        skipped.count(torch.tensor(bool(finite)))
         seen.append(skipped.too_many(step))
     assert seen == [False] * 8 + [True]  # looked at in steps 3, 6 and 9
 
 
 def test_statistics_leave_out_what_is_not_finite():
     values = torch.tensor([1.0, torch.nan, 3.0, torch.inf])
-    assert statistics(values) == {"min": 1, "max": 3, "mean": 2, "not_finite": 0.5}
-    assert statistics(values[1:2]) == {"min": None, "max": None, "mean": None, "not_finite": 1}
-    assert statistics(torch.tensor([-5, 5], dtype=torch.int16)) == {"min": -5, "max": 5, "mean": 0, "not_finite": 0}
+    assert tensor_statistics(values) == {"min": 1, "max": 3, "mean": 2, "not_finite": 0.5}
+    assert tensor_statistics(values[1:2]) == {"min": None, "max": None, "mean": None, "not_finite": 1}
+    assert tensor_statistics(torch.tensor([-5, 5], dtype=torch.int16)) == {"min": -5, "max": 5, "mean": 0, "not_finite": 0}
 
 
 def test_fine_tuning_skips_a_step_too():
     torch.manual_seed(0)
     model, volumes, weights = torch.nn.Linear(4, 1), torch.randn(3, 4), torch.ones(3)
     optimizer, scaler = utils.make_optimizer("adamw", model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-    train_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
+    weighted_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
     before = {name: value.clone() for name, value in flat([model.state_dict(), optimizer.state_dict()]).items()}
     volumes[1] = torch.nan
-    taken, sums = train_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
-    assert not taken and sums.tolist() == [0, 0, 1]
+    finite, sums = weighted_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
+    assert not finite and sums.tolist() == [0, 0, 1]
     assert same(before, flat([model.state_dict(), optimizer.state_dict()]))[0]
 
 
@@ -225,10 +225,10 @@ def test_the_host_waits_for_no_tensor_in_a_step(tmp_path, enabled):
     losses, weights = model(torch.rand(3, 4)).square().flatten(), torch.ones(3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step = main_dino.train_step(run, [views], VALUES, True)
-        run.skipped.count(step.taken)
+        run.nonfinite.count(step.finite)
         for _ in range(2):
-            monitor.step(step.taken, step.metrics, step.winners, waited=0.0)
-        train_step(model, optimizer, run.scaler, losses, weights, utils.Processes())
+            monitor.step(step.finite, step.metrics, step.winners, waited=0.0)
+        weighted_step(model, optimizer, run.scaler, losses, weights, utils.Processes())
     monitor.close()
     # The CPU's fused kernel looks at its own step counter, where CUDA's hands the pointer on
     seen = {event.key for event in profile.events() if getattr(event.cpu_parent, "key", "") != "aten::_fused_adamw_"}

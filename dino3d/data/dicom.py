@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.data.images import LeftOut, _call, _one_line, by, to_hu
+from dino3d.data.images import LeftOut, _call, _one_line, format_size, to_hu
 from dino3d.data.volume import DataError
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -117,7 +117,7 @@ def sort_slices(slices, min_slices, source):
     for what, tolerance in (("size", 0), ("spacing", 1e-4), ("orientation", 1e-3)):
         values = sorted({getattr(one, what) for one in kept})
         if (np.ptp(values, axis=0) > tolerance).any():
-            raise LeftOut(source, f"mixed slices: {what}s such as {by(values[0])} and {by(values[-1])}")
+            raise LeftOut(source, f"mixed slices: {what}s such as {format_size(values[0])} and {format_size(values[-1])}")
     if len(kept) < max(min_slices, 2):
         raise LeftOut(source, f"too few slices: {len(kept)}, expected at least {max(min_slices, 2)} (--min_slices)")
     orientation = np.array(kept[0].orientation)

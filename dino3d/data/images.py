@@ -62,7 +62,7 @@ def read_raw(path):
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[..., 0]
     if image.GetDimension() != 3:
-        raise DataError(path, f"not a volume: {image.GetDimension()}D, {by(image.GetSize())}")
+        raise DataError(path, f"not a volume: {image.GetDimension()}D, {format_size(image.GetSize())}")
     if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in image.GetPixelIDTypeAsString():
         raise DataError(path, f"not a volume of HU: voxels of type {image.GetPixelIDTypeAsString()}")
     return image
@@ -71,7 +71,7 @@ def read_raw(path):
 def _read_nifti(reader, path):
     """ITK's geometry and nibabel's voxels: ITK takes NaN for 0 and, where a file is cut off, whatever its memory held.
 
-    Where the header says of neither form of its affine that it counts, nibabel's, by which data.py reads the file too.
+    Where the header says of neither form of its affine that it counts, nibabel's, by which volume.py reads the file too.
     """
     import nibabel
 
@@ -86,7 +86,7 @@ def _read_nifti(reader, path):
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3:
-        raise DataError(path, f"not a volume: {voxels.ndim}D, {by(voxels.shape)}")
+        raise DataError(path, f"not a volume: {voxels.ndim}D, {format_size(voxels.shape)}")
     if voxels.dtype.kind not in "iuf":
         raise DataError(path, f"not a volume of HU: voxels of type {voxels.dtype}")
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
@@ -247,7 +247,7 @@ def save_nifti(path, image):
     nibabel.save(nifti, path)
 
 
-def by(values):
+def format_size(values):
     """Numbers as text: 3 x 4 x 5."""
     return " x ".join(f"{value:g}" for value in values)
 

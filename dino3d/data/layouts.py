@@ -190,7 +190,7 @@ def other_grid(shape, affine, image_shape, image_affine):
     return None
 
 
-def state_of(path):
+def file_state(path):
     """(size, time of change) of a file: what tells that it is another one now. (-1, 0) for a missing one."""
     try:
         status = os.stat(path)

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from augmentations import PATCH_VIEW, collate_views, keyed_rng
 from dino3d.data.volume import DataError, Volume
 
-RUN = 8      # patches of one volume that follow each other in an epoch, read with one opening of its file
+PATCHES_PER_READ = 8      # patches of one volume that follow each other in an epoch, read with one opening of its file
 
 
 class Sample(NamedTuple):
@@ -165,9 +165,9 @@ def collate(samples):
 def epoch_order(volumes, patches_per_volume, seed, epoch):
     """(volumes * patches_per_volume,) sample numbers in the order of an epoch, the same on every rank.
 
-    Up to RUN patches of one volume follow each other, so that its file is opened once for them.
+    Up to PATCHES_PER_READ patches of one volume follow each other, so that its file is opened once for them.
     """
-    run = min(patches_per_volume, RUN)
+    run = min(patches_per_volume, PATCHES_PER_READ)
     starts = np.arange(0, patches_per_volume, run)
     runs = (np.arange(volumes)[:, None] * patches_per_volume + starts).ravel()
     runs = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(runs)

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 
-_reading = contextlib.nullcontext  # in a loader worker: notes the file that is being read, see ReadWatch
+_reading = contextlib.nullcontext  # in a loader worker: notes the file that is being read, see ReadWatchdog
 
 
 def reading(path):
@@ -12,7 +12,7 @@ def reading(path):
     return _reading(path)
 
 
-class ReadWatch:
+class ReadWatchdog:
     """Notices a file that is being read for too long: loader workers note what they are at, and a thread looks on.
 
     workers: of the loader; a process that reads itself can't be looked after, as HDF5 lets no other thread run meanwhile
@@ -68,14 +68,14 @@ class ReadWatch:
                 name = self.paths[worker * self.LONGEST:(worker + 1) * self.LONGEST]
                 path = os.fsdecode(name.rstrip(b"\0"))
                 self.end(f"{path}: loader worker {worker} has been reading it for {self.seconds:g} s: the storage hangs. See "
-                         "to it and start again, which goes on, or raise --read_timeout (0: wait without end)")
+                         "to it and start again, which resumes, or raise --read_timeout (0: wait without end)")
 
 
-def watched(loader, seconds, end):
+def with_read_timeout(loader, seconds, end):
     """An iterator over a DataLoader's batches, which calls end(message) where one file is read for `seconds` (0: never)."""
     if not loader.num_workers or not seconds:
         return iter(loader)
-    watch = ReadWatch(loader.num_workers, seconds, end, loader.worker_init_fn)
+    watch = ReadWatchdog(loader.num_workers, seconds, end, loader.worker_init_fn)
     loader.worker_init_fn = watch.start_worker
     batches = iter(loader)  # here, so that the workers start at once
 

@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.data.images import UPRIGHT, _axes_of, by, voxels_of
+from dino3d.data.images import UPRIGHT, _axes_of, format_size, voxels_of
 from dino3d.data.volume import AIR, DataError
 
 
@@ -18,13 +18,13 @@ def crop_at(image, point, size, spacing, source):
     """
     index = np.array(image.TransformPhysicalPointToContinuousIndex([float(p) for p in point]))
     if not ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all():
-        raise DataError(source, f"outside the scan: {by(point)} mm (LPS) is voxel {by(np.round(index, 1))} of "
-                                f"{by(image.GetSize())} (RAS)")
+        raise DataError(source, f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1))} of "
+                                f"{format_size(image.GetSize())} (RAS)")
     own = np.array(image.GetSpacing())
     if spacing is None:
         start = np.rint(index - (np.array(size) - 1) / 2)
         return _sample(image, start, own, size)
-    factors = averaged(own, spacing)
+    factors = averaging_factors(own, spacing)
     fine = np.array(spacing) / factors
     start = index - (np.array(size) * factors - 1) / 2 * fine / own
     return _mean(_sample(image, start, fine, np.array(size) * factors, linear=True), factors)
@@ -44,7 +44,7 @@ def resample(image, spacing, is_label=False, upright=False):
         axes, own = _axes_of(image), np.array(image.GetSpacing())
         extent = np.array(image.GetSize()) * own
     size = np.maximum(np.rint(extent / spacing), 1).astype(int)
-    factors = np.ones(3, int) if is_label else averaged(own, spacing)
+    factors = np.ones(3, int) if is_label else averaging_factors(own, spacing)
     fine = np.array(spacing) / factors
     if tilted:
         start = image.TransformPhysicalPointToContinuousIndex((axes @ (first + fine / 2)).tolist())
@@ -71,7 +71,7 @@ def _box_along(image, axes):
     return corners.min(0), np.ptp(corners, axis=0), 1 / np.linalg.norm(voxels_per_mm, axis=0)
 
 
-def averaged(own, spacing):
+def averaging_factors(own, spacing):
     """(3,) whole number of samples along each axis that one voxel of `spacing` is the mean of."""
     stretch = np.array(spacing) / own
     return np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
@@ -100,10 +100,10 @@ def body_box(image, margin):
     """(3,) first voxel and (3,) size of the largest thing denser than -300 HU and the lungs in it, with `margin` mm."""
     coarse = sitk.Shrink(image, [min(4, n) for n in image.GetSize()])
     parts = sitk.RelabelComponent(sitk.ConnectedComponent(coarse > -300))
-    return box_of(parts == 1, image, margin)
+    return mask_box(parts == 1, image, margin)
 
 
-def box_of(mask, image, margin):
+def mask_box(mask, image, margin):
     """(3,) first voxel and (3,) size in `image` of the non-zero part of a mask of the same extent, with `margin` mm or more.
 
     Without any such part: all of the image.
@@ -119,7 +119,7 @@ def box_of(mask, image, margin):
     return low, high - low
 
 
-def cut(image, box):
+def crop_to_box(image, box):
     """The part of an image in a box of first voxel and size; its position in the world stays."""
     first, size = box
     return sitk.RegionOfInterest(image, [int(n) for n in size], [int(n) for n in first])

@@ -5,10 +5,10 @@ import numpy as np
 
 from dino3d.finetune.statistics import bootstrap_interval
 
-FIGURES = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
+CASE_METRICS = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
 
 
-def figures(labels, probabilities, patients, threshold):
+def evaluate_cases(labels, probabilities, patients, threshold):
     """{name: value} of FIGURES, and the 95 % interval of the AUC by bootstrap over patients.
 
     labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
@@ -33,7 +33,7 @@ def decide(probabilities, threshold):
     return probabilities.argmax(1)
 
 
-def one_against_rest(score, labels, probabilities, weights):
+def one_vs_rest(score, labels, probabilities, weights):
     """Mean over the classes of such a score (with two: label 1's); None where a class has no case or all."""
     classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
     counts = np.ones(len(labels)) if weights is None else weights
@@ -47,7 +47,7 @@ def one_against_rest(score, labels, probabilities, weights):
 
 def area_under_roc(labels, probabilities, weights=None):
     """Area under the ROC curve. labels: (N,); probabilities: (N, classes); weights: (N,) of the cases."""
-    return one_against_rest(pairs_in_order, labels, probabilities, weights)
+    return one_vs_rest(pairs_in_order, labels, probabilities, weights)
 
 
 def pairs_in_order(positive, scores, sample_weight=None):
@@ -65,7 +65,7 @@ def pairs_in_order(positive, scores, sample_weight=None):
 def average_precision(labels, probabilities, weights=None):
     """Area under the precision-recall curve, as scikit-learn's average_precision_score."""
     from sklearn.metrics import average_precision_score
-    return one_against_rest(average_precision_score, labels, probabilities, weights)
+    return one_vs_rest(average_precision_score, labels, probabilities, weights)
 
 
 def choose_threshold(labels, probabilities):
@@ -78,23 +78,23 @@ def choose_threshold(labels, probabilities):
     return float(steps[int(np.round(youden, 12).argmax())])
 
 
-def columns(classes, known=("case", "patient", "fold", "label")):
+def table_header(classes, known=("case", "patient", "fold", "label")):
     """Header of a predictions.csv: what is known of a case, then its probabilities."""
     return [*known, *(["probability"] if classes == 2 else [f"probability_{k}" for k in range(classes)])]
 
 
-def shown(row):
+def table_probabilities(row):
     """(classes,) probabilities as they stand in a table: with two classes, label 1's."""
     return [float(p) for p in (row[1:] if len(row) == 2 else row)]
 
 
-def table_probabilities(table, classes):
+def read_probabilities(table, classes):
     """(N, classes) of the rows of a predictions.csv."""
-    values = np.array([[float(row[name]) for name in columns(classes, ())] for row in table])
+    values = np.array([[float(row[name]) for name in table_header(classes, ())] for row in table])
     return np.concatenate([1 - values, values], 1) if classes == 2 else values
 
 
-class Together(NamedTuple):
+class PooledPredictions(NamedTuple):
     """Each tested case once, its probabilities averaged over the folds that tested it.
 
     numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
@@ -105,15 +105,15 @@ class Together(NamedTuple):
     probabilities: np.ndarray
     wrong: np.ndarray
     confidence: np.ndarray
-    figures: dict
+    evaluate_cases: dict
 
 
-def over_folds(tables, records, cases):
+def pool_predictions(tables, records, cases):
     """Together, of the folds' tables: the mean of all models on a fixed test set; of one where subsets rotate."""
     place = {name: i for i, name in enumerate(cases.names)}
     rows = {}
     for table, record in zip(tables, records):
-        for row, p in zip(table, table_probabilities(table, cases.classes)):
+        for row, p in zip(table, read_probabilities(table, cases.classes)):
             rows.setdefault(place[row["case"]], []).append(np.append(p, p[1] - record["threshold"]))
     numbers = sorted(rows)
     labels, means = cases.labels[numbers], np.stack([np.mean(rows[i], axis=0) for i in numbers])
@@ -125,6 +125,6 @@ def over_folds(tables, records, cases):
         confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
     patients = [cases.patients[i] for i in numbers]
     interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
-    return Together(numbers, labels, probabilities, predicted != labels, confidence, {
+    return PooledPredictions(numbers, labels, probabilities, predicted != labels, confidence, {
         "auc": area_under_roc(labels, probabilities), "auc_interval": interval,
         "average_precision": average_precision(labels, probabilities), "accuracy": float((predicted == labels).mean())})

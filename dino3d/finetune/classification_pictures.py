@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 from augmentations import scale_intensity
-from dino3d.finetune.classification_metrics import area_under_roc, average_precision, table_probabilities
+from dino3d.finetune.classification_metrics import area_under_roc, average_precision, read_probabilities
 from dino3d.finetune.crops import centre_window, read_crop, spacing_of
 from dino3d.training.pictures import EVEN, montage, plane
 
@@ -17,7 +17,7 @@ def draw_curves(path, tables, classes):
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     roc, precision = figure.subplots(1, 2)
     for fold, table in enumerate(tables):
-        labels, probabilities = np.array([int(row["label"]) for row in table]), table_probabilities(table, classes)
+        labels, probabilities = np.array([int(row["label"]) for row in table]), read_probabilities(table, classes)
         for k in [1] if classes == 2 else range(classes):
             is_class = labels == k
             if not 0 < is_class.sum() < len(labels):

@@ -21,7 +21,7 @@ from augmentations import (
     scale_intensity,
     warp,
 )
-from dino3d.command_line import UserError, spaced
+from dino3d.command_line import UserError, format_values
 from dino3d.data.volume import DataError, Volume
 
 SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
@@ -39,7 +39,7 @@ def read_headers(paths, processes):
     with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
         mine = list(pool.map(look, paths[processes.rank::processes.world_size]))
     heads = [None] * len(paths)
-    for rank, part in enumerate(processes.gather(mine)):
+    for rank, part in enumerate(processes.all_gather(mine)):
         heads[rank::processes.world_size] = part
     for head in heads:
         if isinstance(head, str):
@@ -66,7 +66,7 @@ def check_crops(paths, processes):
 
 
 def size_problem(path, size, first_path, first_size):
-    return f"{path}: has {spaced(size)} voxels, but {first_path} has {spaced(first_size)}: expected crops of one size"
+    return f"{path}: has {format_values(size)} voxels, but {first_path} has {format_values(first_size)}: expected crops of one size"
 
 
 def spacing_of(path):
@@ -82,7 +82,7 @@ def spacing_warning(ours, theirs, whose, against):
     """[] or [one line] where two spacings (mm) differ."""
     if theirs is None or np.allclose(ours, theirs, rtol=SAME_SPACING, atol=0):
         return []
-    ours, theirs = (spaced(np.round(spacing, 3)) for spacing in (ours, theirs))
+    ours, theirs = (format_values(np.round(spacing, 3)) for spacing in (ours, theirs))
     return [f"warning: {whose} a spacing of {ours} mm, {against} {theirs} mm: the encoder sees things at another size"]
 
 
@@ -123,8 +123,8 @@ class WindowAugmentation:
         # Whole voxels: a window that is neither turned nor scaled is not blurred by interpolation
         centre = (np.array(crop_shape) - self.size) // 2 + (self.size - 1) / 2
         centre = centre + rng.randint(-self.shift_range, self.shift_range + 1)
-        matrix, moves, intensity = self.policy.draw(rng, self.lattice.shape)
-        control = self.lattice.control(matrix, centre, moves, self.spacing, self.spacing)
+        matrix, displacements, intensity = self.policy.draw(rng, self.lattice.shape)
+        control = self.lattice.control(matrix, centre, displacements, self.spacing, self.spacing)
         return [ViewParameters(control[None].astype(np.float32), [intensity])]
 
     def render(self, crops, group, clip_range):

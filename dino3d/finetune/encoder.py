@@ -3,7 +3,7 @@ import argparse
 from typing import NamedTuple
 
 import utils
-from dino3d.command_line import UserError, spaced
+from dino3d.command_line import UserError, format_values
 from vision_transformer import ARCHITECTURES
 
 # Where neither a flag nor the checkpoint's config says
@@ -46,19 +46,19 @@ def load_encoder(path, checkpoint_key="teacher", given=None):
             state = utils.find_state_dict(checkpoint, path, checkpoint_key)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
-        config = described(checkpoint, path)
+        config = encoder_config(checkpoint, path)
     chosen = {}
     for name, default in ENCODER.items():
         trained = config.get(name)
         trained = list(trained) if isinstance(trained, tuple) else trained
         if None not in (trained, given[name]) and trained != given[name]:
-            raise UserError(f"--{name} {_plain(given[name])} contradicts --pretrained_weights {path}, which has "
-                            f"{_plain(trained)}: leave --{name} out", everywhere=True)
+            raise UserError(f"--{name} {_format_flag(given[name])} contradicts --pretrained_weights {path}, which has "
+                            f"{_format_flag(trained)}: leave --{name} out", everywhere=True)
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
     if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
         source = f"--pretrained_weights {path}: " if path else ""
-        raise UserError(f"{source}an input of {spaced(chosen['input_size'])} voxels is not a multiple of the patch size "
-                        f"{spaced(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
+        raise UserError(f"{source}an input of {format_values(chosen['input_size'])} voxels is not a multiple of the patch size "
+                        f"{format_values(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
                         everywhere=True)
     encoder = PretrainedEncoder(**chosen)
     if not path:
@@ -71,7 +71,7 @@ def load_encoder(path, checkpoint_key="teacher", given=None):
     return encoder._replace(state=model.state_dict())
 
 
-def described(checkpoint, path):
+def encoder_config(checkpoint, path):
     """What the config in a checkpoint says, or older code's args. Raises UserError for what no encoder can have."""
     config = next((checkpoint[name] for name in ("config", "args") if checkpoint.get(name) is not None), {})
     config = vars(config) if isinstance(config, argparse.Namespace) else config
@@ -95,5 +95,5 @@ def described(checkpoint, path):
     return config
 
 
-def _plain(value):
-    return value if isinstance(value, str) else spaced(value)
+def _format_flag(value):
+    return value if isinstance(value, str) else format_values(value)

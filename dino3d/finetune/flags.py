@@ -2,12 +2,11 @@
 import augmentations
 import utils
 from dino3d import command_line
-from dino3d.command_line import boolean, number, spaced
+from dino3d.command_line import boolean, format_values, number
 from dino3d.finetune.encoder import ENCODER
 from dino3d.finetune.splits import NUM_TEST
 from dino3d.training import checkpoint
 from vision_transformer import ARCHITECTURES
-
 
 XYZ = ("X", "Y", "Z")
 
@@ -29,7 +28,7 @@ def data_flags(parser, layout, predict):
                        help="--output_dir of a trained run, for --predict: the mean of its folds' models; OUT/0: one fold alone")
 
 
-def add_flags(parser, batch_size, folds, spacing):
+def add_finetune_flags(parser, batch_size, folds, spacing):
     """The flags of both downstream scripts after `data_flags` and their own.
 
     batch_size: default per process; folds: choices of --folds; spacing: help of --spacing
@@ -38,11 +37,11 @@ def add_flags(parser, batch_size, folds, spacing):
     group.add_argument("--arch", default=None, type=command_line.architecture(ARCHITECTURES),
                        help=f"one of {', '.join(ARCHITECTURES)}; without weights {ENCODER['arch']}")
     group.add_argument("--patch_size", default=None, nargs=3, type=number(int, 1), metavar=XYZ,
-                       help=f"voxels per token; without weights {spaced(ENCODER['patch_size'])}")
+                       help=f"voxels per token; without weights {format_values(ENCODER['patch_size'])}")
     group.add_argument("--input_size", default=None, nargs=3, type=number(int, 1), metavar=XYZ,
-                       help=f"voxels that the encoder sees at a time; without weights {spaced(ENCODER['input_size'])}")
+                       help=f"voxels that the encoder sees at a time; without weights {format_values(ENCODER['input_size'])}")
     group.add_argument("--clip_range", default=None, nargs=2, type=number(float), metavar=("LOW", "HIGH"),
-                       help=f"window: Hounsfield units that become 0 and 1; without weights {spaced(ENCODER['clip_range'])}")
+                       help=f"window: Hounsfield units that become 0 and 1; without weights {format_values(ENCODER['clip_range'])}")
     group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=XYZ, help=spacing)
     group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
                        help="stochastic depth: probability that the encoder's last block is skipped in training, less for those "
@@ -87,12 +86,12 @@ def add_flags(parser, batch_size, folds, spacing):
     group = parser.add_argument_group("augmentations (of training data alone; each with probability 0.5)")
     group.add_argument("--shift_range", default=[0, 0, 0], nargs=3, type=number(int, 0), metavar=XYZ,
                        help="most voxels by which the window's centre is moved, always drawn")
-    augmentations.add_flags(group)
+    augmentations.add_augmentation_flags(group)
 
     group = parser.add_argument_group("run")
     group.add_argument("--num_workers", default=None, type=number(int, 0),
                        help="data loading workers per process; default: the cores that each process can have, at most 16")
-    checkpoint.add_flags(group, besides="each fold's end")
+    checkpoint.add_saving_flags(group, besides="each fold's end")
     group.add_argument("--max_steps", default=None, type=number(int, 1),
                        help="stop after this many steps of this call, with a checkpoint to resume from; default: run to the end")
     group.add_argument("--seed", default=0, type=number(int, 0),
@@ -108,7 +107,7 @@ def add_flags(parser, batch_size, folds, spacing):
                        help="ignored: the launcher (torchrun, srun) tells")
 
 
-def check_flags(parser, given, layout):
+def check_finetune_flags(parser, given, layout):
     """Refuse what is wrong whatever the data (exit code 2). given: {name: value or None}; layout: of --data_dir."""
     pretrained = bool(given["pretrained_weights"])
     if (given["predict"] is None) != (given["weights"] is None):
@@ -116,7 +115,7 @@ def check_flags(parser, given, layout):
     if given["predict"] is None and given["data_dir"] is None:
         parser.error(f"--data_dir is missing: the folder with {layout}")
     if given["clip_range"] and given["clip_range"][0] >= given["clip_range"][1]:
-        parser.error(f"--clip_range {spaced(given['clip_range'])}: the first value must be below the second")
+        parser.error(f"--clip_range {format_values(given['clip_range'])}: the first value must be below the second")
     size, patch = (given[name] or (None if pretrained else ENCODER[name]) for name in ("input_size", "patch_size"))
     if size and patch and any(n % p for n, p in zip(size, patch)):
-        parser.error(f"--input_size {spaced(size)} is not a multiple of --patch_size {spaced(patch)} along each axis")
+        parser.error(f"--input_size {format_values(size)} is not a multiple of --patch_size {format_values(patch)} along each axis")

@@ -20,7 +20,7 @@ def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
     def there():  # rank 0 may just have written it
         if not path.is_file():
             raise UserError(f"{path}: is missing; remove its folder to train this fold again")
-    processes.from_main(there)
+    processes.run_on_main(there)
     state = load_checkpoint(path)
     model.load_state_dict(state["model"])
     return state["best"]
@@ -31,7 +31,7 @@ def start_run(output_dir: Path, config: dict, fixed: Sequence[str], splits: list
     """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is of a
     run in which one of the `fixed` names of the config had another value."""
     must_match = {name: config[name] for name in fixed}
-    processes.from_main(lambda: load_newest(output_dir / "0" / "checkpoint.pth", must_match) and None)
+    processes.run_on_main(lambda: load_newest(output_dir / "0" / "checkpoint.pth", must_match) and None)
     if processes.is_main:
         write_config(output_dir / "config.json", config, processes, device_name(processes.device), cases=cases)
         save_splits(output_dir / "splits.json", splits, data)

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import utils
 from dino3d.command_line import Preempted, UserError
-from dino3d.files import append_json, forget_after
+from dino3d.files import append_json, truncate_log
 from dino3d.finetune.crops import CropBatch, TrainingBatches, collate_crops
 from dino3d.finetune.fold_folders import is_finished, load_best, start_folder
 from dino3d.finetune.runtime import Runtime
-from dino3d.finetune.statistics import told
+from dino3d.finetune.statistics import format_metric
 from dino3d.training.checkpoint import (
     Checkpoints,
     Saving,
@@ -35,7 +35,7 @@ from dino3d.training.checkpoint import (
     save_checkpoint,
 )
 from dino3d.training.loading import next_batch
-from dino3d.training.nonfinite import SkippedSteps, describe, end_run, take_step
+from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Validation(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Progress:
+class FoldProgress:
     """How far a fold is: epochs finished, samples of the current one, and steps and samples in all.
 
     trained: the record of the epoch just finished, as long as it is not validated
@@ -117,7 +117,7 @@ class Progress:
 
 
 @dataclass(kw_only=True)
-class TrainState:
+class FoldState:
     """One fold as it is trained.
 
     run_config: of the run, as it stands in its checkpoints
@@ -135,9 +135,9 @@ class TrainState:
     network: nn.Module
     optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler
-    nonfinite: SkippedSteps
+    nonfinite: NonFiniteSteps
     epoch_length: int
-    progress: Progress = field(default_factory=Progress)
+    progress: FoldProgress = field(default_factory=FoldProgress)
     best: dict | None = None
     checkpoints: Checkpoints | utils.Silent = field(default_factory=utils.Silent)
     _batch: CropBatch | None = None     # of the step at hand
@@ -176,15 +176,15 @@ class TrainState:
         losses: (B,); weights: (B,) of each sample, 0 for one that only fills a rank's share
         """
         processes = self.runtime.processes
-        finite, sums = train_step(self.network, self.optimizer, self.scaler, losses, weights, processes)
+        finite, sums = weighted_step(self.network, self.optimizer, self.scaler, losses, weights, processes)
         self._sums += sums
         self.progress.count_step(min(self.global_batch, self.epoch_length - self.progress.position), self.epoch_length)
         self.nonfinite.count(finite)
         if self.nonfinite.too_many(self.progress.step):
             batch = self._batch
-            samples = [describe(self.dataset.path_of(sample), loss, crop=crop)
+            samples = [describe_sample(self.dataset.path_of(sample), loss, crop=crop)
                        for sample, loss, crop in zip(batch.cases.tolist(), losses.tolist(), batch.crops)]
-            end_run(self.fold.folder, processes, self.progress.step, self.nonfinite.most, samples)
+            abort_run(self.fold.folder, processes, self.progress.step, self.nonfinite.max_in_a_row, samples)
 
 
 def run_fold(
@@ -198,10 +198,10 @@ def run_fold(
     dataset: Dataset,
     epoch_order: Callable[[int], np.ndarray],
     score: Score,
-    train_one_epoch: Callable[[TrainState, Iterator[CropBatch]], None],
-    validate: Callable[[TrainState], Validation],
-    test: Callable[[TrainState], None],
-    fit: Callable[[TrainState], None] = lambda state: None,
+    train_one_epoch: Callable[[FoldState, Iterator[CropBatch]], None],
+    validate: Callable[[FoldState], Validation],
+    test: Callable[[FoldState], None],
+    fit: Callable[[FoldState], None] = lambda state: None,
     show: Callable = lambda state, writer: None,
 ) -> tuple[int, bool]:
     """Train, validate and test one fold, from where it stopped.
@@ -225,15 +225,15 @@ def run_fold(
         return 0, True
     if max_steps <= 0:
         return 0, False
-    processes.from_main(lambda: start_folder(fold.folder))
+    processes.run_on_main(lambda: start_folder(fold.folder))
     groups = layer_groups(model, "encoder.", model.encoder, train_config.layer_decay, train_config.weight_decay)
-    state = TrainState(
+    state = FoldState(
         fold=fold, config=train_config, run_config=run_config, runtime=runtime, dataset=dataset, model=model, network=model,
         optimizer=utils.make_optimizer(train_config.optimizer, groups) if groups else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=runtime.dtype == torch.float16),
-        nonfinite=SkippedSteps(train_config.max_skipped_steps, processes.device), epoch_length=len(epoch_order(0)))
+        nonfinite=NonFiniteSteps(train_config.max_skipped_steps, processes.device), epoch_length=len(epoch_order(0)))
     if saved:
-        restore(state, saved, path)
+        restore_fold(state, saved, path)
     else:
         fit(state)
     if processes.world_size > 1 and groups:
@@ -247,7 +247,7 @@ def run_fold(
         train_fold(state, epoch_order, score, train_one_epoch, validate, show, max_steps)
         if state.best is None and state.progress.epoch >= train_config.epochs:  # nothing is trained, or not any more
             keep_best(state, score, validate(state))
-        save(state)
+        save_fold(state)
         state.checkpoints.wait()
     steps, finished = state.progress.step - before, state.progress.epoch >= train_config.epochs
     if finished:
@@ -270,7 +270,7 @@ def train_fold(state, epoch_order, score, train_one_epoch, validate, show, max_s
     writer = utils.Silent()
     if processes.is_main:
         from torch.utils.tensorboard import SummaryWriter
-        forget_after(fold.folder / "log.txt", progress.step)
+        truncate_log(fold.folder / "log.txt", progress.step)
         writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=progress.step)
     while progress.trained or progress.epoch < config.epochs and progress.step < last_step:
         began = time.perf_counter()
@@ -287,21 +287,21 @@ def train_fold(state, epoch_order, score, train_one_epoch, validate, show, max_s
                 try:
                     keep_best(state, score, validate(state))
                 except Preempted:  # it will be done again
-                    save(state)
-                    processes.from_main(state.checkpoints.wait)
+                    save_fold(state)
+                    processes.run_on_main(state.checkpoints.wait)
                     raise
                 record |= {f"validation_{name}": value for name, value in state.best["last"].items()}
                 if processes.is_main:
                     show(state, writer)
             record |= {"seconds": round(time.perf_counter() - began, 2), "waiting_for_data": round(state._waited, 2)}
-            report(state, score, record, writer)
+            report_epoch(state, score, record, writer)
             progress.trained = None
         if progress.epoch < config.epochs and progress.step < last_step:
             save_if_due(state)
     writer.close()
 
 
-def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, losses: Tensor,
+def weighted_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, losses: Tensor,
                weights: Tensor, processes: utils.Processes) -> tuple[Tensor, Tensor]:
     """One step on the weighted mean of losses over the global batch; losses, weights: (B,).
 
@@ -316,13 +316,13 @@ def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: tor
     scaler.unscale_(optimizer)
     gradients = (p.grad for p in network.parameters() if p.grad is not None)
     finite = torch.nn.utils.get_total_norm(gradients).isfinite()
-    take_step(optimizer, finite)
+    step_if_finite(optimizer, finite)
     scaler.update()
     sums = torch.where(finite, torch.stack([loss.detach(), weights.sum()]), 0)
     return finite, torch.cat([sums, (~finite)[None]]).double()
 
 
-def finish_epoch(state: TrainState) -> None:
+def finish_epoch(state: FoldState) -> None:
     """Bring the ranks' sums together; where an epoch has ended, `progress.trained` says what came of it."""
     processes, progress = state.runtime.processes, state.progress
     loss, weight, skipped = processes.sum(state._sums).tolist()
@@ -337,7 +337,7 @@ def finish_epoch(state: TrainState) -> None:
             "skipped_steps": skipped, "lr": state.config.learning_rate(state.epoch_length, progress.cases)}
 
 
-def keep_best(state: TrainState, score: Score, validation: Validation) -> None:
+def keep_best(state: FoldState, score: Score, validation: Validation) -> None:
     """Bring `best` up to date, and save best.pth if this epoch is the best so far. Raises UserError for a loss that is
     not finite."""
     metrics, best = validation.metrics, state.best
@@ -353,7 +353,7 @@ def keep_best(state: TrainState, score: Score, validation: Validation) -> None:
                         {"model": state.model.state_dict(), "best": state.best, "config": state.run_config})
 
 
-def report(state: TrainState, score: Score, record: dict, writer) -> None:
+def report_epoch(state: FoldState, score: Score, record: dict, writer) -> None:
     """One epoch, on the console, in log.txt and in TensorBoard."""
     if not state.runtime.processes.is_main:
         return
@@ -363,39 +363,39 @@ def report(state: TrainState, score: Score, record: dict, writer) -> None:
         if name not in ("epoch", "step") and value is not None:
             writer.add_scalar(name, value, record["step"])
     writer.flush()
-    line = f"fold {state.fold.number} epoch {record['epoch']}/{state.config.epochs}: loss {told(record['loss'], 4)}"
+    line = f"fold {state.fold.number} epoch {record['epoch']}/{state.config.epochs}: loss {format_metric(record['loss'], 4)}"
     if "validation_loss" in record:
-        line += (f", validation {score.title} {told(record['validation_' + score.name])}, loss "
-                 f"{record['validation_loss']:.4f} (best: {told(best[score.name])} in epoch {best['epoch']})")
+        line += (f", validation {score.title} {format_metric(record['validation_' + score.name])}, loss "
+                 f"{record['validation_loss']:.4f} (best: {format_metric(best[score.name])} in epoch {best['epoch']})")
     print(f"{line}, {record['seconds']:.1f} s")
 
 
 # ------------------------------------------------------------------------------------------------- saving and resuming
 
 
-def save(state: TrainState) -> None:
+def save_fold(state: FoldState) -> None:
     """Save the fold's whole state."""
     parts = {name: part.state_dict() for name, part in state.parts().items()}
     state.checkpoints.save({"optimizer": {}} | parts | asdict(state.progress) | {
         "best": state.best, "config": state.run_config})
 
 
-def save_if_due(state: TrainState) -> None:
+def save_if_due(state: FoldState) -> None:
     """Save where it is time, and end the run where a signal has asked for it."""
-    ending = state.runtime.interruption.agreed()
+    ending = state.runtime.stop_signal.should_stop()
     if ending or state.checkpoints.due(state.progress.step):
-        save(state)
+        save_fold(state)
     if ending:
-        state.runtime.interruption.end(state.checkpoints.wait)
+        state.runtime.stop_signal.end(state.checkpoints.wait)
 
 
-def restore(state: TrainState, saved: dict, path: Path) -> None:
+def restore_fold(state: FoldState, saved: dict, path: Path) -> None:
     """Resume from what `save` wrote. Raises UserError, on all ranks, for what does not fit."""
     load_parts(state.parts(), saved, path)
-    state.progress = load_progress(Progress, saved, path)
+    state.progress = load_progress(FoldProgress, saved, path)
     state.best = saved["best"]
     state.runtime.processes.print(
-        f"fold {state.fold.number}: going on after step {state.progress.step}, epoch {state.progress.epoch}")
+        f"fold {state.fold.number}: resuming after step {state.progress.step}, epoch {state.progress.epoch}")
 
 
 # -------------------------------------------------------------------------------------------------------- optimisation

@@ -25,7 +25,7 @@ def map_over_ranks(work: Callable[[int], np.ndarray], cases: Sequence[int], runt
     processes, rows = runtime.processes, {}
     try:
         for case in cases[processes.rank::processes.world_size]:
-            if runtime.interruption.asked:
+            if runtime.stop_signal.received:
                 break
             rows[int(case)] = work(int(case))
     except DataError as error:
@@ -33,7 +33,7 @@ def map_over_ranks(work: Callable[[int], np.ndarray], cases: Sequence[int], runt
     return gather_rows(runtime, [int(case) for case in cases], rows)
 
 
-def infer(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: Sequence[int], clip_range: Sequence[float],
+def infer_windows(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: Sequence[int], clip_range: Sequence[float],
           runtime: Runtime) -> np.ndarray:
     """(N, ...) float64 what `forward` makes of each case's centre window, in the order of `cases`, on every rank.
 
@@ -42,7 +42,7 @@ def infer(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: Sequence
     processes = runtime.processes
     mine = [int(case) for case in cases[processes.rank::processes.world_size]]  # no rank repeats a case to fill up
     batches, rows = read_ahead(dataset, mine, runtime.batch_size, runtime.workers), {}
-    while len(rows) < len(mine) and not runtime.interruption.asked:
+    while len(rows) < len(mine) and not runtime.stop_signal.received:
         batch = next_batch(batches)
         volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
         with torch.no_grad(), runtime.autocast():
@@ -57,13 +57,13 @@ def gather_rows(runtime: Runtime, cases: Sequence[int], mine: dict) -> np.ndarra
     Raises Preempted, on all ranks, where one did so; RuntimeError unless every case has exactly one row.
     """
     rows, interrupted = {}, False
-    for part, asked in runtime.processes.gather((mine, bool(runtime.interruption.asked))):
+    for part, received in runtime.processes.all_gather((mine, bool(runtime.stop_signal.received))):
         if rows.keys() & part.keys():
             raise RuntimeError("two processes evaluated the same case")
         rows.update(part)
-        interrupted = interrupted or asked
+        interrupted = interrupted or received
     if interrupted and len(rows) < len(cases):
-        runtime.interruption.end()
+        runtime.stop_signal.end()
     if rows.keys() != set(cases):
         raise RuntimeError(f"{len(rows)} cases were evaluated instead of {len(cases)}")
     return np.stack([rows[case] for case in cases])

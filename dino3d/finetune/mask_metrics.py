@@ -9,7 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 
 
-def figures(predicted, label, spacing, classes, tolerance):
+def evaluate_masks(predicted, label, spacing, classes, tolerance):
     """What a predicted mask is worth: a list with a dict for each foreground class, 1 to classes - 1.
 
     predicted, label: (X, Y, Z) uint8; spacing: (3,) mm; tolerance: mm
@@ -23,12 +23,12 @@ def figures(predicted, label, spacing, classes, tolerance):
     Where both are empty, dice and surface_dice are 1 and hausdorff95_mm is 0. Where one of them is, dice and surface_dice
     are 0 and hausdorff95_mm is None: undefined, to be counted and left out of means.
     """
-    box = box_of(predicted | label)
+    box = bounding_box(predicted | label)
     predicted, label = predicted[box], label[box]
-    return [{"class": c} | _class_figures(predicted == c, label == c, spacing, tolerance) for c in range(1, classes)]
+    return [{"class": c} | _evaluate_class(predicted == c, label == c, spacing, tolerance) for c in range(1, classes)]
 
 
-def _class_figures(predicted, label, spacing, tolerance):
+def _evaluate_class(predicted, label, spacing, tolerance):
     sizes = [int(np.count_nonzero(mask)) for mask in (label, predicted)]
     voxel = math.prod(float(s) for s in spacing) / 1000  # ml
     volumes = {"volume_ml": sizes[0] * voxel, "predicted_ml": sizes[1] * voxel}
@@ -47,12 +47,12 @@ def _surface_distances(predicted, label, spacing):
     # MONAI's surface Dice and Hausdorff distance are made of these. Each would search for the nearest on its own, and
     # its percentile fails beyond 16 million voxels: the speckle of an untrained model has more.
     from monai.metrics import get_mask_edges, get_surface_distance
-    box = box_of(predicted | label)
+    box = bounding_box(predicted | label)
     surfaces, mm = get_mask_edges(predicted[box], label[box]), [float(s) for s in spacing]
     return [get_surface_distance(*pair, spacing=mm) for pair in (surfaces, surfaces[::-1])]
 
 
-def box_of(mask):
+def bounding_box(mask):
     """Slices of the smallest box with all non-zero elements of an array; of an empty one where there are none."""
     others = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
     found = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
@@ -72,7 +72,7 @@ def clean(mask, spacing, largest_component, min_volume):
     if not largest_component and min_volume <= 0:
         return mask
     voxels = math.ceil(min_volume * 1000 / math.prod(float(s) for s in spacing) - 1e-6)  # rounding costs none
-    cleaned, box = np.zeros_like(mask), box_of(mask)
+    cleaned, box = np.zeros_like(mask), bounding_box(mask)
     for c in np.unique(mask[box]):
         if c:
             parts = components(mask[box] == c, voxels)

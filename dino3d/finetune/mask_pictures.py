@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino3d.finetune.mask_metrics import box_of, components
+from dino3d.finetune.mask_metrics import bounding_box, components
 from dino3d.training.pictures import radiological
 
 TILE = 360  # pixels: the volume's longest side in all whole planes, and the side of a zoom
@@ -64,7 +64,7 @@ def overlay(image, predicted, label, spacing, clip_range, title):
              draw_plane(plane, Window(np.zeros(2), plane.extent), TILE / longest, 1, frame=window)),
             (f"{longest / side:.1f} times larger, {window.size[1]:.0f} x {window.size[0]:.0f} mm",
              draw_plane(plane, window, TILE / side, 2))])
-    return page(rows, title, outlines)
+    return compose_page(rows, title, outlines)
 
 
 def largest_plane(mask, axis):
@@ -86,7 +86,7 @@ def window_around(reference, plane, most):
     """
     low, high = np.zeros(2), plane.extent
     if reference.any():
-        box = box_of(components(reference != 0) == 1)
+        box = bounding_box(components(reference != 0) == 1)
         low, high = np.array([[s.start, s.stop] for s in box]).T * plane.mm
     side = min(max(ZOOM, (high - low).max() + 2 * AROUND), most)
     size = np.minimum(side, plane.extent)
@@ -129,7 +129,7 @@ def outline(mask, low, zoom, shape, width):
     return lines
 
 
-def page(rows, title, outlines):
+def compose_page(rows, title, outlines):
     """uint8 (height, width, 3) picture of rows of (caption, picture), a title and a legend: names of colours above it."""
     from PIL import Image, ImageDraw, ImageFont
     large, small = ImageFont.load_default(16), ImageFont.load_default(13)

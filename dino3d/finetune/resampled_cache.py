@@ -17,24 +17,24 @@ from torch.utils.data import Dataset
 from augmentations import PATCH_VIEW, keyed_rng
 from dino3d.command_line import UserError
 from dino3d.data import images
-from dino3d.data.layouts import Pair, state_of
+from dino3d.data.layouts import Pair, file_state
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError, Volume, padded, write_volume
 from dino3d.finetune import sliding_window
 
-FORMAT = 1         # raise it when the same case gives another copy
-BYTES = 1.3        # on disk, per voxel
+CACHE_FORMAT = 1         # raise it when the same case gives another copy
+BYTES_PER_VOXEL = 1.3        # on disk, per voxel
 FOREGROUND = 5000  # places of labelled voxels of each class that are kept
 
 
-class Found(NamedTuple):
+class CaseInfo(NamedTuple):
     """What a case is. classes: that its label holds, sorted; shape: (3,) voxels on the working grid; stored: as a copy"""
     classes: list
     shape: list
     stored: bool
 
 
-class Copy(NamedTuple):
+class CacheEntry(NamedTuple):
     """A copy to make, for a worker: of what, the files' path without suffix, and whether to write them."""
     pair: Pair
     spacing: tuple
@@ -43,10 +43,10 @@ class Copy(NamedTuple):
     stored: bool
 
 
-class WorkingCopies:
+class ResampledCache:
     """Copies of cases at a spacing, in a folder that several runs may share.
 
-    folder: Path; pairs: data.Pair of each case; heads: finetune.Header of each; spacing: (3,) mm
+    folder: Path; pairs: layouts.Pair of each case; heads: crops.Header of each; spacing: (3,) mm
     most_bytes: that the copies may take; cases beyond are read and resampled whenever they are asked for
     """
 
@@ -54,24 +54,24 @@ class WorkingCopies:
         self.folder = folder / "x".join(f"{s:g}" for s in spacing)
         self.pairs, self.spacing = pairs, tuple(spacing)
         voxels = [np.prod(np.array(head.shape) * head.spacing) / np.prod(spacing) for head in heads]
-        self.stored = (np.cumsum(voxels) * BYTES <= most_bytes).tolist()
+        self.stored = (np.cumsum(voxels) * BYTES_PER_VOXEL <= most_bytes).tolist()
 
     def make(self, processes, workers):
         """[Found] of every case, after making the copies that are not there yet; ranks share the work.
 
         workers: reading processes of this rank. Raises UserError, on all ranks, for a case that can't be used.
         """
-        processes.from_main(self._make_folder)
+        processes.run_on_main(self._make_folder)
         mine = range(processes.rank, len(self.pairs), processes.world_size)
         found = {i: self._found(i) for i in mine}
         todo = {self._copy(i): i for i in mine if found[i] is None}
         with progress(len(todo), "case") as bar:
-            made = in_processes(make_copy, todo, workers) if workers > 1 and len(todo) > 1 else (
-                (copy, make_copy(copy)) for copy in todo)
+            made = in_processes(make_entry, todo, workers) if workers > 1 and len(todo) > 1 else (
+                (copy, make_entry(copy)) for copy in todo)
             for copy, result in made:
                 found[todo[copy]] = result or f"{copy.pair.image}: the process that read it died: it may need more memory"
                 bar.update()
-        found = {i: one for part in processes.gather(found) for i, one in part.items()}
+        found = {i: one for part in processes.all_gather(found) for i, one in part.items()}
         for i in range(len(self.pairs)):
             if isinstance(found[i], str):
                 raise UserError(found[i], everywhere=True)
@@ -80,9 +80,9 @@ class WorkingCopies:
     def read(self, case):
         """(SimpleITK.Image int16 HU, (X, Y, Z) uint8 classes) of a whole case. Raises DataError."""
         if not self.stored[case]:
-            image, label = working_pair(self.pairs[case], self.spacing)
+            image, label = resample_pair(self.pairs[case], self.spacing)
             return image, images.voxels_of(label).copy()
-        with opened(*self._files(case)) as (image, label):
+        with open_entry(*self._files(case)) as (image, label):
             return images.make_image(image.read(), image.affine), label.read().astype(np.uint8)
 
     def read_window(self, case, size):
@@ -97,7 +97,7 @@ class WorkingCopies:
         """A Reader of patches of a case. Raises DataError."""
         if self.stored[case]:
             return StoredReader(*self._files(case), self._base(case))
-        return MemoryReader(*working_pair(self.pairs[case], self.spacing))
+        return MemoryReader(*resample_pair(self.pairs[case], self.spacing))
 
     def _make_folder(self):
         try:
@@ -114,24 +114,24 @@ class WorkingCopies:
         return f"{base}.image.hdf5", f"{base}.label.hdf5"
 
     def _copy(self, case):
-        return Copy(self.pairs[case], self.spacing, self._base(case), self._stamp(case), self.stored[case])
+        return CacheEntry(self.pairs[case], self.spacing, self._base(case), self._stamp(case), self.stored[case])
 
     def _stamp(self, case):
         pair = self.pairs[case]
-        return (FORMAT, os.path.abspath(pair.image), *state_of(pair.image), os.path.abspath(pair.label), *state_of(pair.label))
+        return (CACHE_FORMAT, os.path.abspath(pair.image), *file_state(pair.image), os.path.abspath(pair.label), *file_state(pair.label))
 
     def _found(self, case):
-        """Found of a copy that an earlier run has made of the same files; None without one."""
+        """CaseInfo of a copy that an earlier run has made of the same files; None without one."""
         try:
             kept = json.loads(Path(f"{self._base(case)}.json").read_text())
             whole = kept["stamp"] == list(self._stamp(case)) and all(map(os.path.exists, self._files(case)))
-            return Found(kept["classes"], kept["shape"], True) if whole and self.stored[case] else None
+            return CaseInfo(kept["classes"], kept["shape"], True) if whole and self.stored[case] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
 @contextlib.contextmanager
-def opened(*paths):
+def open_entry(*paths):
     """The Volumes of copies, while they are read. Raises DataError."""
     try:
         with contextlib.ExitStack() as closing:
@@ -140,37 +140,37 @@ def opened(*paths):
         raise DataError(error.path, f"{error.reason}; remove it to have it made again") from error
 
 
-def working_pair(pair, spacing):
+def resample_pair(pair, spacing):
     """(image, label), SimpleITK.Images on the working grid. Raises DataError."""
     image, label = sliding_window.read_case(pair)
-    return sliding_window.to_working(image, spacing), sliding_window.to_working(label, spacing, is_label=True)
+    return sliding_window.to_network_grid(image, spacing), sliding_window.to_network_grid(label, spacing, is_label=True)
 
 
-def make_copy(copy):
-    """The Found of a case, whose copy is then written; the text of what is wrong with it."""
+def make_entry(copy):
+    """The CaseInfo of a case, whose copy is then written; the text of what is wrong with it."""
     try:
         image, label = sliding_window.read_case(copy.pair)
         classes = sorted({0, *np.unique(images.voxels_of(label)).tolist()})
-        image = sliding_window.to_working(image, copy.spacing)
+        image = sliding_window.to_network_grid(image, copy.spacing)
         if copy.stored:
-            label = sliding_window.to_working(label, copy.spacing, is_label=True)
+            label = sliding_window.to_network_grid(label, copy.spacing, is_label=True)
             mask = images.voxels_of(label)
             write_volume(f"{copy.path}.image.hdf5", images.voxels_of(image), images.affine_of(image))
             write_volume(f"{copy.path}.label.hdf5", mask.astype(np.int16), images.affine_of(image))
             part = Path(f"{copy.path}.part{os.getpid()}")
             with open(part, "wb") as file:
-                np.save(file, places_of(mask))
+                np.save(file, sample_foreground(mask))
             os.replace(part, f"{copy.path}.foreground.npy")
             part.write_text(json.dumps({"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()}))
             os.replace(part, f"{copy.path}.json")
-        return Found(classes, list(image.GetSize()), copy.stored)
+        return CaseInfo(classes, list(image.GetSize()), copy.stored)
     except DataError as error:
         return str(error)
     except OSError as error:
         return f"{copy.path}: can't be written ({error.strerror or error}); make room or choose another --cache_dir"
 
 
-def places_of(mask):
+def sample_foreground(mask):
     """(n, 4) int16 index and class of labelled voxels, at most FOREGROUND of each class, drawn the same way each time."""
     places = []
     for k in np.unique(mask):
@@ -182,7 +182,7 @@ def places_of(mask):
 
 
 class StoredReader:
-    """Patches of a copy on disk. shape: (3,) voxels; foreground: see `places_of`"""
+    """Patches of a copy on disk. shape: (3,) voxels; foreground: see `sample_foreground`"""
 
     def __init__(self, image_path, label_path, base):
         self.image_path, self.label_path = image_path, label_path
@@ -190,12 +190,12 @@ class StoredReader:
             self.foreground = np.load(f"{base}.foreground.npy")
         except (OSError, EOFError, ValueError) as error:
             raise DataError(f"{base}.foreground.npy", f"can't be read ({error}); remove it to have it made again") from error
-        with opened(image_path) as (image,):
+        with open_entry(image_path) as (image,):
             self.shape = image.shape
 
     def read(self, start, size):
         """((x, y, z) int16 HU, (x, y, z) uint8 classes) from voxel `start` on; air and background outside."""
-        with opened(self.image_path, self.label_path) as (image, label):
+        with open_entry(self.image_path, self.label_path) as (image, label):
             return image.read(start, size), np.maximum(label.read(start, size), 0).astype(np.uint8)
 
 
@@ -204,7 +204,7 @@ class MemoryReader:
 
     def __init__(self, image, label):
         self.voxels = [images.voxels_of(one).astype(np.int16) for one in (image, label)]
-        self.shape, self.foreground = self.voxels[0].shape, places_of(self.voxels[1])
+        self.shape, self.foreground = self.voxels[0].shape, sample_foreground(self.voxels[1])
 
     def read(self, start, size):
         crop, mask = (padded(lambda low, high, voxels=voxels: voxels[tuple(map(slice, low, high))], self.shape, start, size)
@@ -212,11 +212,11 @@ class MemoryReader:
         return crop, np.maximum(mask, 0).astype(np.uint8)
 
 
-class WorkingPatches(Dataset):
+class CachedPatches(Dataset):
     """Patches of cases with their masks and how to augment them, for keys (epoch, patch, counted).
 
     per_case: patch // per_case is the case; foreground_share: of patches whose middle half holds a labelled voxel
-    augmentation: finetune.WindowAugmentation; size: (3,) voxels that are read: its window, and what a turned one reaches
+    augmentation: crops.WindowAugmentation; size: (3,) voxels that are read: its window, and what a turned one reaches
     """
 
     def __init__(self, copies, per_case, foreground_share, augmentation, size, seed):

@@ -6,8 +6,8 @@ import torch
 
 import utils
 from dino3d import command_line
-from dino3d.data.read_watchdog import watched
-from dino3d.training.checkpoint import Interruption
+from dino3d.data.read_watchdog import with_read_timeout
+from dino3d.training.checkpoint import StopSignal
 from dino3d.training.loading import cores_per_process
 
 
@@ -21,12 +21,12 @@ class Runtime(NamedTuple):
     dtype: torch.dtype
     batch_size: int
     workers: int
-    interruption: Interruption = Interruption()
+    stop_signal: StopSignal = StopSignal()
     read_timeout: float = 0.0
 
     def batches_of(self, loader):
         """An iterator over a DataLoader's batches that ends the process where a file can't be read in time."""
-        return watched(loader, self.read_timeout, command_line.end_process)
+        return with_read_timeout(loader, self.read_timeout, command_line.end_process)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -39,10 +39,10 @@ def start_runtime(output_dir: Path, precision: str | None, use_fp16: bool | None
     precision, num_workers: None for what suits the machine; ignored: flags that have no effect any more
     """
     processes = utils.distributed_init()
-    processes.from_main(lambda: command_line.make_output_dir(output_dir))
+    processes.run_on_main(lambda: command_line.make_output_dir(output_dir))
     precision, notices = utils.choose_precision(precision, use_fp16, processes.device)
     notices += command_line.ignored_flags(**ignored)
     workers = min(16, cores_per_process(processes)) if num_workers is None else num_workers
-    interruption = Interruption(processes, output_dir / "preempted")
-    runtime = Runtime(processes, utils.PRECISIONS[precision], batch_size, workers, interruption, read_timeout)
+    stop_signal = StopSignal(processes, output_dir / "preempted")
+    runtime = Runtime(processes, utils.PRECISIONS[precision], batch_size, workers, stop_signal, read_timeout)
     return runtime, precision, notices

@@ -69,7 +69,7 @@ def grid_of(image):
 
 
 def read_case(pair):
-    """(image int16 HU, label uint8), SimpleITK.Images in RAS on one grid, of a data.Pair.
+    """(image int16 HU, label uint8), SimpleITK.Images in RAS on one grid, of a layouts.Pair.
 
     Raises DataError where one can't be used, both don't lie on the same grid, or its axes are not at right angles.
     """
@@ -88,7 +88,7 @@ def read_image_and_grid(path):
     return images.to_hu(image, path), grid_of(image)
 
 
-def to_working(image, spacing, is_label=False):
+def to_network_grid(image, spacing, is_label=False):
     """An image in RAS on the working grid: upright, with voxels of `spacing` (3,) mm over all of its extent.
 
     Linear and averaged where the grid is coarser, nearest for labels; air or 0 where a tilted image does not reach.
@@ -174,7 +174,7 @@ def mean_of(log_probabilities):
 # ---------------------------------------------------------------------------------------------------- to the scan's voxels
 
 
-def to_own(log_probabilities, working, own):
+def to_scan_grid(log_probabilities, working, own):
     """A SimpleITK.Image of uint8 classes on the scan's own Grid.
 
     log_probabilities: (classes, X, Y, Z) on the Grid `working`; linearly interpolated, then the most probable class.

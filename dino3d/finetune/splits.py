@@ -162,7 +162,7 @@ def load_splits(path, described, known):
     for name, value in described.items():
         if data.get(name) != value:
             found = " ".join(str(data.get(name)).split())[:100]
-            raise UserError(f"{path}: is of a run with {name} {found}, now it is {value}; go on with the same data and flags "
+            raise UserError(f"{path}: is of a run with {name} {found}, now it is {value}; resume with the same data and flags "
                             "or choose another --output_dir")
     return splits, data
 

@@ -30,5 +30,5 @@ def mean_and_deviation(records, names):
     return means, deviations
 
 
-def told(value, digits=3):
+def format_metric(value, digits=3):
     return "undefined" if value is None else f"{value:.{digits}f}"

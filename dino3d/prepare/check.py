@@ -6,14 +6,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dino3d.command_line import UserError
-from dino3d.data.images import by
+from dino3d.data.images import format_size
 from dino3d.data.layouts import find_crops, find_pairs, find_volumes, read_pair
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError, Volume
 from dino3d.prepare.inputs import QUANTILES
 
 
-class Seen(NamedTuple):
+class CheckedFile(NamedTuple):
     """What check reads of a volume, or the reason why it can't be used; classes: voxels of each in a case's label."""
     path: str
     problem: str = ""
@@ -30,23 +30,23 @@ def check(folder, workers):
     if (folder / "images").is_dir() or (folder / "labels").is_dir():
         missing = [kind for kind in ("images", "labels") if not (folder / kind).is_dir()]
         pairs, problems = ([], [DataError(folder / missing[0], "no such folder")]) if missing else find_pairs(folder)
-        seen = look_at(see_pair, pairs, workers)
+        seen = check_files(check_pair, pairs, workers)
         print(f"segmentation layout: {len(pairs)} cases in {folder}")
         print_labels(seen)
         if seen and not any(value for one in seen for value in one.classes):
             problems.append(DataError(folder, "has no labelled voxel in any case"))
     elif any(path.is_dir() and path.name.startswith("subset") for path in folder.iterdir()):
         crops, problems = find_crops(folder)
-        seen = look_at(see_volume, [crop.path for crop in crops], workers)
+        seen = check_files(check_volume, [crop.path for crop in crops], workers)
         print(f"classification layout: {len(crops)} crops of {len({crop.patient for crop in crops})} patients in {folder}")
         print_balance(crops)
         sizes = collections.Counter(one.size for one in seen if one.size)
         for size, _ in sizes.most_common()[1:]:
             other = next(one for one in seen if one.size == size)
-            problems.append(DataError(other.path, f"has {by(size)} voxels, most crops have {by(sizes.most_common(1)[0][0])}"))
+            problems.append(DataError(other.path, f"has {format_size(size)} voxels, most crops have {format_size(sizes.most_common(1)[0][0])}"))
     else:
         paths = [str(folder / name) for name in find_volumes(folder)]
-        seen, problems = look_at(see_volume, paths, workers), []
+        seen, problems = check_files(check_volume, paths, workers), []
         patients = {path.relative_to(folder).parts[0] for path in map(Path, paths)}
         print(f"pre-training layout: {len(paths)} volumes of {len(patients)} patients in {folder}")
         if not paths:
@@ -60,40 +60,40 @@ def check(folder, workers):
     print("nothing would be refused")
 
 
-def look_at(see, items, workers):
+def check_files(see, items, workers):
     """[Seen] of the items in their order."""
     found = {}
     with progress(len(items), "file") as bar:
         for item, seen in in_processes(see, items, workers):
-            found[item] = seen or Seen(getattr(item, "image", item), "the process that read it died")
+            found[item] = seen or CheckedFile(getattr(item, "image", item), "the process that read it died")
             bar.update()
     return [found[item] for item in items]
 
 
-def see_volume(path):
+def check_volume(path):
     try:
         with Volume(path) as volume:
-            return seen_voxels(path, volume.read(), volume.spacing)
+            return check_voxels(path, volume.read(), volume.spacing)
     except DataError as error:
-        return Seen(path, error.reason)
+        return CheckedFile(path, error.reason)
 
 
-def see_pair(pair):
+def check_pair(pair):
     try:
         image, label, affine = read_pair(pair)
     except DataError as error:
-        return Seen(error.path, error.reason)
+        return CheckedFile(error.path, error.reason)
     values, counts = np.unique(label, return_counts=True)
-    return seen_voxels(pair.image, image, np.linalg.norm(affine[:3, :3], axis=0))._replace(
+    return check_voxels(pair.image, image, np.linalg.norm(affine[:3, :3], axis=0))._replace(
         classes={int(value): int(count) for value, count in zip(values, counts) if value})
 
 
-def seen_voxels(path, voxels, spacing):
+def check_voxels(path, voxels, spacing):
     low, high = voxels.min(), voxels.max()
     if low == high:
-        return Seen(path, f"has the same value in all voxels ({low})")
+        return CheckedFile(path, f"has the same value in all voxels ({low})")
     quantiles = np.percentile(voxels[::2, ::2], list(QUANTILES.values()))
-    return Seen(path, "", tuple(voxels.shape), tuple(spacing), (low, *quantiles, high))
+    return CheckedFile(path, "", tuple(voxels.shape), tuple(spacing), (low, *quantiles, high))
 
 
 def print_ranges(seen):

@@ -1,7 +1,7 @@
-"""Converting many inputs in parallel: one worker per volume, a manifest, and going on after any interruption.
+"""Converting many inputs in parallel: one worker per volume, a manifest, and resuming after any interruption.
 
 Outputs are written under a temporary name in `<output>/.prepare` and moved to their place when they are whole; so is a
-journal of what is done, from which a rerun goes on. Both are gone when a run ends, and `manifest.csv` stands instead.
+journal of what is done, from which a rerun resumes. Both are gone when a run ends, and `manifest.csv` stands instead.
 """
 import collections
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError
 from dino3d.data.images import LeftOut
-from dino3d.data.layouts import state_of
+from dino3d.data.layouts import file_state
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError
 
@@ -26,7 +26,7 @@ JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.csv"
 RECIPE = "prepare.json"   # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
-FORMAT = 1                # raise it when the same input and options give another output
+OUTPUT_FORMAT = 1                # raise it when the same input and options give another output
 TEXT = {"encoding": "utf-8", "errors": "replace"}  # what we write is UTF-8; what was done to it since may not be
 
 
@@ -51,16 +51,16 @@ class Output(NamedTuple):
     write: Any
 
 
-def stamp_of(*parts):
+def fingerprint(*parts):
     """16 hex digits that stand for the parts: anything that has a repr."""
-    return hashlib.sha256(repr((FORMAT, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((OUTPUT_FORMAT, parts)).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------- the output folder
 
 
 @contextlib.contextmanager
-def opened(output, recipe):
+def open_output(output, recipe):
     """The output folder, made and locked, for a run with these options; a Records of what stands in it.
 
     recipe: dict of everything that the outputs depend on beside the inputs. Raises UserError where the folder was made
@@ -111,7 +111,7 @@ def _same_recipe(path, recipe):
                         "give another --output")
 
 
-def standing(output):
+def is_complete(output):
     """Whether a finished run's manifest and all files in it stand in the output folder."""
     if not (output / MANIFEST).is_file() or (output / WORK).exists():
         return False
@@ -144,7 +144,7 @@ class Records:
 
     def stands(self, row):
         if row["status"] == WRITTEN:
-            return str(state_of(self.output / row["output"])[0]) == row.get("bytes")
+            return str(file_state(self.output / row["output"])[0]) == row.get("bytes")
         return row["status"] == LEFT_OUT
 
     def add(self, rows):
@@ -277,7 +277,7 @@ def _commit(write, output, name):
         raise DataError(name, f"can't be written: {str(error).replace(f'{part}: ', '')}") from error
 
 
-def report(outcome):
+def report_outcome(outcome):
     """Print what became of the inputs. Raises UserError if some failed."""
     rows = outcome.rows
     count = collections.Counter(row["status"] for row in rows)

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from dino3d.command_line import UserError, available_cores
 from dino3d.data import images
 from dino3d.prepare import fetch, phantoms
-from dino3d.prepare.conversion import standing
+from dino3d.prepare.conversion import is_complete
 from dino3d.prepare.fetch import IMAGES, PACKAGE, PATIENTS, SHA256, VERSION, FetchError, fetch_sdist, read_members
 from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
@@ -49,7 +49,7 @@ def demo(output, phantom):
         held = CT if before == demo_source(CT) else PHANTOM if before == demo_source(PHANTOM) else None
         if phantom and held == CT:
             raise UserError(f"{output} already holds CTs: give --phantom another --output, or delete it first")
-        if held and all(standing(output / layout) for layout in LAYOUTS):
+        if held and all(is_complete(output / layout) for layout in LAYOUTS):
             print(f"{output} is complete, nothing to do: {' and '.join(PATIENTS)} ({held})")
             return
         output.mkdir(parents=True, exist_ok=True)

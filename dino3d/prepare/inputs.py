@@ -10,8 +10,8 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import images
-from dino3d.data.images import by
-from dino3d.data.layouts import state_of
+from dino3d.data.images import format_size
+from dino3d.data.layouts import file_state
 from dino3d.data.volume import DataError
 from dino3d.prepare.conversion import MANIFEST, RECIPE
 
@@ -27,7 +27,7 @@ class File(NamedTuple):
 
 
 def file_at(root, name):
-    return File(name, *state_of(os.path.join(root, name)))
+    return File(name, *file_state(os.path.join(root, name)))
 
 
 def companions(root, name):
@@ -54,7 +54,7 @@ def safe_name(text, otherwise):
     return f"{name or otherwise}-{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
 
 
-def path_in(folder, name):
+def input_path(folder, name):
     """Path of an input file. Raises DataError for a name that isn't in UTF-8, which SimpleITK can't take."""
     try:
         return os.path.join(folder, name).encode().decode()
@@ -62,11 +62,11 @@ def path_in(folder, name):
         raise DataError(name, "can't be read: its name is not in UTF-8, rename it") from None
 
 
-def described(image):
+def image_statistics(image):
     """What the manifest says of an image: shape, spacing in mm, quantiles of HU (of every fourth voxel)."""
     voxels = images.voxels_of(image)
     sample = np.percentile(voxels[::2, ::2], list(QUANTILES.values()))
-    return {"shape": by(image.GetSize()), "spacing": by(np.round(image.GetSpacing(), 4)), "hu_min": voxels.min(),
+    return {"shape": format_size(image.GetSize()), "spacing": format_size(np.round(image.GetSpacing(), 4)), "hu_min": voxels.min(),
             **{name: f"{value:g}" for name, value in zip(QUANTILES, sample)}, "hu_max": voxels.max()}
 
 

@@ -11,12 +11,12 @@ from dino3d.command_line import UserError
 from dino3d.data import images, resampling
 from dino3d.data.layouts import walk_files
 from dino3d.data.volume import DataError
-from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, opened, report, stamp_of
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, described, file_at, path_in, read_table, safe_name
+from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, fingerprint, open_output, report_outcome
+from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, input_path, read_table, safe_name
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
-LABELS = 1000            # more classes than anyone has; what is beyond is no label
+MAX_LABELS = 1000            # more classes than anyone has; what is beyond is no label
 VOLUME_OF_SERIES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd")
 
 
@@ -47,15 +47,15 @@ def luna16(input, output, workers, size, spacing, negatives_per_scan, seed, tabl
         negatives_per_scan = NEGATIVES_PER_SCAN
     recipe = {"command": "luna16", "size": size, "spacing": spacing, "negatives_per_scan": negatives_per_scan, "seed": seed,
               "label_column": label_column}
-    with opened(output, recipe) as records:
+    with open_output(output, recipe) as records:
         points = read_points(table, label_column) if table else read_candidates(input)
         scans = scans_of_series(input, output)
         patient_of_series = read_patients(patients) if patients else {series: series for series in scans}
         subset_of_patient, tasks = {}, []
         for series in sorted({*points, *scans}):
             of_series, patient = scans.get(series, []), patient_of_series.get(series, "")
-            chosen = draw(points.get(series, []), negatives_per_scan, seed, series)
-            against = unusable(points.get(series, []), chosen, of_series, patient, patients)
+            chosen = draw_points(points.get(series, []), negatives_per_scan, seed, series)
+            against = reason_unusable(points.get(series, []), chosen, of_series, patient, patients)
             if against:
                 tasks.append(CropTask(of_series[0] if of_series else series, [], patient, [], [], *against))
                 continue
@@ -65,13 +65,13 @@ def luna16(input, output, workers, size, spacing, negatives_per_scan, seed, tabl
                        for point in chosen]
             files = [file_at(input, of_series[0]), *companions(input, of_series[0])]
             tasks.append(CropTask(of_series[0], files, patient, chosen, outputs))
-        jobs = [Job(tuple(f"{task.source}{where(point)}" for point in task.points) or (task.source,), stamp_of(task),
+        jobs = [Job(tuple(f"{task.source}{point_id(point)}" for point in task.points) or (task.source,), fingerprint(task),
                     (str(input), size, spacing if any(spacing) else None, task)) for task in tasks]
         outcome = convert_all(convert_crops, jobs, records, LUNA16_COLUMNS, workers, "scan")
-    report(outcome)
+    report_outcome(outcome)
 
 
-def unusable(points, chosen, scans, patient, patients):
+def reason_unusable(points, chosen, scans, patient, patients):
     """(status, reason) where a series can't be cropped from; None where it can."""
     if not scans:
         return LEFT_OUT, f"no scan of this series below --input: {len(points)} points"
@@ -91,11 +91,11 @@ def subset_of(scan):
     return safe_name(next((part for part in scan.split(os.sep)[:-1] if part.startswith("subset")), ""), "")
 
 
-def where(point):
+def point_id(point):
     return f"#{point.table}:{point.line}"
 
 
-def draw(points, negatives, seed, series):
+def draw_points(points, negatives, seed, series):
     """All points but those of label 0, of which `negatives` are drawn (None: all), in the order of the table."""
     zeros = [point for point in points if point.label == 0 and not point.problem]
     if negatives is not None and len(zeros) > negatives:
@@ -137,12 +137,12 @@ def read_points(path, label_column, optional=False):
         except ValueError:
             problem = f"not a point: {row['coordX']}, {row['coordY']}, {row['coordZ']}"
         try:
-            if not 0 <= (value := float(row[label_column])) < LABELS or not value.is_integer():
+            if not 0 <= (value := float(row[label_column])) < MAX_LABELS or not value.is_integer():
                 raise ValueError
             label = int(value)
         except ValueError:
             problem = (f"not a label: {label_column} is '{row[label_column][:50]}', expected a whole number from 0 to "
-                       f"{LABELS - 1}")
+                       f"{MAX_LABELS - 1}")
         points[row["seriesuid"]].append(Point(name, line, position, label, problem=problem))
     return dict(points)
 
@@ -198,9 +198,9 @@ def convert_crops(task):
     if task.status:
         yield Output({"source": task.source, "patient": task.patient, "status": task.status, "reason": task.reason}, None)
         return
-    image = images.read_image(path_in(folder, task.source))
+    image = images.read_image(input_path(folder, task.source))
     for point, output in zip(task.points, task.outputs):
-        row = {"source": task.source + where(point), "patient": task.patient, "diameter_mm": point.diameter,
+        row = {"source": task.source + point_id(point), "patient": task.patient, "diameter_mm": point.diameter,
                "label": "" if point.label is None else point.label, **dict(zip("xyz", point.position))}
         try:
             if point.problem:
@@ -209,4 +209,4 @@ def convert_crops(task):
         except DataError as error:
             yield Output({**row, "status": FAILED, "reason": error.reason}, None)
             continue
-        yield Output({**row, "output": output, **described(crop)}, lambda path, crop=crop: images.save_nifti(path, crop))
+        yield Output({**row, "output": output, **image_statistics(crop)}, lambda path, crop=crop: images.save_nifti(path, crop))

@@ -7,11 +7,11 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import images, resampling
-from dino3d.data.images import by
+from dino3d.data.images import format_size
 from dino3d.data.layouts import find_volumes, other_grid
 from dino3d.data.volume import DataError
-from dino3d.prepare.conversion import Job, Output, convert_all, opened, report, stamp_of
-from dino3d.prepare.inputs import IMAGE_COLUMNS, described, file_at, path_in, safe_name
+from dino3d.prepare.conversion import Job, Output, convert_all, fingerprint, open_output, report_outcome
+from dino3d.prepare.inputs import IMAGE_COLUMNS, file_at, image_statistics, input_path, safe_name
 
 MSD_COLUMNS = ["source", "output", "labels", "millilitres", *IMAGE_COLUMNS]
 
@@ -27,14 +27,14 @@ class PairTask(NamedTuple):
 
 def msd(input, output, workers, spacing, crop, margin):
     """Images and masks of a Decathlon task into the segmentation layout."""
-    with opened(output, {"command": "msd", "spacing": spacing, "crop": crop, "margin": margin}) as records:
+    with open_output(output, {"command": "msd", "spacing": spacing, "crop": crop, "margin": margin}) as records:
         pairs, classes = decathlon(input)
         tasks = [PairTask(name, [file_at(input, path) for path in (image, label) if path], image, label, classes)
                  for name, image, label in pairs]
-        jobs = [Job(tuple(path for path in (task.image, task.label) if path), stamp_of(task),
+        jobs = [Job(tuple(path for path in (task.image, task.label) if path), fingerprint(task),
                     (str(input), spacing, crop, margin, task)) for task in tasks]
         outcome = convert_all(convert_pair, jobs, records, MSD_COLUMNS, workers, "case")
-    report(outcome)
+    report_outcome(outcome)
 
 
 def decathlon(folder):
@@ -78,26 +78,26 @@ def convert_pair(task):
     folder, spacing, crop, margin, task = task
     if not task.image or not task.label:
         raise DataError(task.image or task.label, "no label: for this image" if task.image else "no image: for this label")
-    image, label = (images.to_ras(images.read_raw(path_in(folder, path))) for path in (task.image, task.label))
+    image, label = (images.to_ras(images.read_raw(input_path(folder, path))) for path in (task.image, task.label))
     reason = other_grid(label.GetSize(), images.affine_of(label), image.GetSize(), images.affine_of(image))
     if reason:
         raise DataError(task.label, reason)
     image, label = images.to_hu(image, task.image), images.to_classes(label, task.label, task.classes)
     if crop != "none":
-        box = resampling.body_box(image, margin) if crop == "body" else resampling.box_of(label != 0, image, margin)
-        image, label = resampling.cut(image, box), resampling.cut(label, box)
+        box = resampling.body_box(image, margin) if crop == "body" else resampling.mask_box(label != 0, image, margin)
+        image, label = resampling.crop_to_box(image, box), resampling.crop_to_box(label, box)
     if spacing:
         image, label = resampling.resample(image, spacing), resampling.resample(label, spacing, is_label=True)
     name = safe_name(task.name, "case") + ".nii.gz"
     voxels, (classes, counts) = np.prod(label.GetSpacing()), np.unique(images.voxels_of(label), return_counts=True)
     volumes = [f"{count * voxels / 1000:.3g}" for value, count in zip(classes, counts) if value]
-    yield Output({"source": task.image, "output": f"images/{name}", **described(image)},
+    yield Output({"source": task.image, "output": f"images/{name}", **image_statistics(image)},
                  lambda path: images.save_nifti(path, image))
-    yield Output({"source": task.label, "output": f"labels/{name}", "shape": by(label.GetSize()), "labels": by_comma(classes),
-                  "spacing": by(np.round(label.GetSpacing(), 4)), "millilitres": by_comma(volumes),
+    yield Output({"source": task.label, "output": f"labels/{name}", "shape": format_size(label.GetSize()), "labels": format_list(classes),
+                  "spacing": format_size(np.round(label.GetSpacing(), 4)), "millilitres": format_list(volumes),
                   "reason": "" if volumes else "note: no voxel is labelled"},
                  lambda path: images.save_nifti(path, label))
 
 
-def by_comma(values):
+def format_list(values):
     return " ".join(map(str, values))

@@ -15,8 +15,8 @@ from dino3d.data.images import LeftOut
 from dino3d.data.layouts import walk_files
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError, write_volume
-from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, opened, report, stamp_of
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, described, file_at, path_in, safe_name
+from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, fingerprint, open_output, report_outcome
+from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, input_path, safe_name
 
 HEADERS_PER_TASK = 500  # files that a worker looks into at a time
 NLST_COLUMNS = ["source", "output", "patient", "study_date", "slice_thickness", "kernel", *IMAGE_COLUMNS]
@@ -43,23 +43,23 @@ class ScanTask(NamedTuple):
 
 def nlst(input, output, workers, one_per_study, **options):
     """Every CT series and volume below a folder into the pre-training layout."""
-    with opened(output, {"command": "nlst", "one_per_study": one_per_study, **options}) as records:
-        scans, others = search(input, output, workers)
+    with open_output(output, {"command": "nlst", "one_per_study": one_per_study, **options}) as records:
+        scans, others = find_scans(input, output, workers)
         print(f"{len(scans)} DICOM series and volumes below {input}, {others} other files", flush=True)
         if not scans:
             raise UserError(f"--input {input}: holds no DICOM files and no {', '.join(images.VOLUME_SUFFIXES)}")
         places, groups = place_scans(scans), collections.defaultdict(list)
-        for scan in sorted(scans, key=preference):
+        for scan in sorted(scans, key=series_preference):
             study = one_per_study and scan.header and scan.header.study  # which badly anonymised patients may share
             groups[(patient_of(scan.header), study) if study else scan.source].append(scan)
         tasks = [ScanTask(str(input), group, [places[scan.source] for scan in group], len(group) > 1, **options)
                  for group in groups.values()]
-        jobs = [Job(tuple(scan.source for scan in task.scans), stamp_of(task.scans, task.outputs), task) for task in tasks]
+        jobs = [Job(tuple(scan.source for scan in task.scans), fingerprint(task.scans, task.outputs), task) for task in tasks]
         outcome = convert_all(convert_scans, jobs, records, NLST_COLUMNS, workers, "scan")
-    report(outcome)
+    report_outcome(outcome)
 
 
-def search(folder, output, workers):
+def find_scans(folder, output, workers):
     """(Scans below a folder, number of other files), looking into every file that may be DICOM."""
     problems, names = [], []
 
@@ -72,7 +72,7 @@ def search(folder, output, workers):
     tasks = [(str(folder), names[at:at + HEADERS_PER_TASK]) for at in range(0, len(names), HEADERS_PER_TASK)]
     series, scans, others = collections.defaultdict(list), problems, 0
     with progress(len(names), "header") as bar:
-        for (_, chunk), result in in_processes(look_into, tasks, workers):
+        for (_, chunk), result in in_processes(scan_headers, tasks, workers):
             if result is None:
                 raise UserError(f"a process died while it read the headers of {chunk[0]} to {chunk[-1]}")
             for uid, header, files in result.series:
@@ -86,14 +86,14 @@ def search(folder, output, workers):
     return sorted(scans, key=lambda scan: scan.source), others
 
 
-class Found(NamedTuple):
+class ScannedHeaders(NamedTuple):
     """series: [(UID, header of the first file, Files)]; scans: volumes and what can't be read; others: how many."""
     series: list
     scans: list
     others: int
 
 
-def look_into(task):
+def scan_headers(task):
     """What the files (relative paths) below a folder are: a Found."""
     root, names = task
     headers, scans, others = collections.defaultdict(list), [], 0
@@ -114,10 +114,10 @@ def look_into(task):
         except DataError as error:
             scans.append(Scan(name, [file_at(root, name)], problem=error.reason))
     series = [(uid, min(found)[0], [file for _, file in found]) for uid, found in headers.items()]
-    return Found(series, scans, others)
+    return ScannedHeaders(series, scans, others)
 
 
-def preference(scan):
+def series_preference(scan):
     """Sort key of --one_per_study: thinnest slices, softest kernel, most slices, then by name."""
     header = scan.header
     return (header.thickness or np.inf, dicom.sharpness(header.kernel), -len(scan.files), scan.source) if header else (
@@ -186,7 +186,7 @@ def convert_scans(task):
         if scan.header and folder != scan.header.patient:
             row["reason"] = f"the patient's name is no folder's: {scan.header.patient!r} stands as {folder}"
         voxels, affine = images.voxels_of(image), images.affine_of(image)
-        yield Output({**row, "output": output, **described(image)},
+        yield Output({**row, "output": output, **image_statistics(image)},
                      lambda path, voxels=voxels, affine=affine: write_volume(path, voxels, affine, task.compression))
 
 
@@ -194,7 +194,7 @@ def read_scan(task, scan):
     """The image of a Scan, or a DataError that says why there is none."""
     if scan.problem:
         raise DataError(scan.source, scan.problem)
-    paths = [path_in(task.input, file.path) for file in scan.files]
+    paths = [input_path(task.input, file.path) for file in scan.files]
     if scan.header:
         slices = dicom.sort_slices([dicom.read_header(path) for path in paths], task.min_slices, scan.source)
         image = dicom.read_series(slices)
@@ -205,5 +205,5 @@ def read_scan(task, scan):
                                        "(--min_slices)")
     images.require_ct(image, scan.source)
     if task.crop_to_body is not None:
-        image = resampling.cut(image, resampling.body_box(image, task.crop_to_body))
+        image = resampling.crop_to_box(image, resampling.body_box(image, task.crop_to_body))
     return image

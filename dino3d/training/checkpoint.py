@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from dino3d.command_line import Preempted, UserError, end_workers, number, shortened
+from dino3d.command_line import Preempted, UserError, end_workers, number, truncate_list
 from utils import Processes, add_checksum, is_worker_death, load_file, tensor_misfit
 
-ENDING = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the end of a job with these
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the end of a job with these
 # What to do where the checkpoint in the output folder can't be resumed from
 INSTEAD = "choose another --output_dir, or give it as --pretrained_weights"
 RESUME = "resume with the flags that it was made with (its config.json has them), or choose another --output_dir"
@@ -34,7 +34,7 @@ class Saving(NamedTuple):
     keep_last: int = 2
 
 
-def add_flags(group, besides):
+def add_saving_flags(group, besides):
     """The flags that a Saving is made of. besides: when the script saves anyway"""
     default = Saving()
     group.add_argument("--save_every_steps", default=default.every_steps, type=number(int, 0), metavar="N",
@@ -69,7 +69,7 @@ class Checkpoints:
         Raises UserError where the one before could not be written.
         """
         self.wait()
-        state, self._saved = in_memory(state), time.monotonic()
+        state, self._saved = to_cpu(state), time.monotonic()
         self._writing = self._thread.submit(self._write, state, copy)
 
     def _write(self, state, copy):
@@ -88,14 +88,14 @@ class Checkpoints:
         self._thread.shutdown()
 
 
-def in_memory(state):
+def to_cpu(state):
     """A copy of a state in CPU memory: training goes on changing its tensors in place."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {name: in_memory(value) for name, value in state.items()}
+        return {name: to_cpu(value) for name, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return [in_memory(value) for value in state]
+        return [to_cpu(value) for value in state]
     return state
 
 
@@ -113,7 +113,7 @@ def save_checkpoint(path, state, keep_last=1):
             add_checksum(file)
             file.flush()
             os.fsync(file.fileno())
-        keep_earlier(path, keep_last)
+        rotate(path, keep_last)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer answers a full disk with RuntimeError
         remove(part)
@@ -130,9 +130,9 @@ def remove(path):
         pass
 
 
-def keep_earlier(path, keep_last):
+def rotate(path, keep_last):
     """Give the newest checkpoint the name of the first earlier one as well, and each earlier one the next name."""
-    earlier = earlier_ones(path)
+    earlier = list_backups(path)
     for old in earlier[max(keep_last - 1, 0):]:
         old.unlink()
     earlier = earlier[:max(keep_last - 1, 0)]
@@ -145,7 +145,7 @@ def keep_earlier(path, keep_last):
     keep_copy(path, names[0])
 
 
-def earlier_ones(path):
+def list_backups(path):
     """Paths of the earlier checkpoints that are kept beside `path`, the latest first."""
     pattern = re.compile(re.escape(path.stem) + r"\.(\d+)" + re.escape(path.suffix))
     found = {int(match[1]): other for other in path.parent.iterdir() if (match := pattern.fullmatch(other.name))}
@@ -164,7 +164,7 @@ def keep_copy(path, copy):
     remove(part)  # replacing a name of a file by another name of it does nothing
 
 
-# ---------------------------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------------------------------------- resuming
 
 
 def load_checkpoint(path, must_match=None):
@@ -175,7 +175,7 @@ def load_checkpoint(path, must_match=None):
     if not os.path.exists(path):
         return None
     try:
-        return check(load_file(path), path, must_match)
+        return check_state(load_file(path), path, must_match)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{error}; move it away to start anew or put back a whole one") from error
 
@@ -189,9 +189,9 @@ def load_newest(path, must_match=None, parts=()):
     path, problems = Path(path), []
     if not path.exists():
         return None
-    for candidate in (path, *earlier_ones(path)):
+    for candidate in (path, *list_backups(path)):
         try:
-            state = check(load_file(candidate), candidate, must_match, parts)
+            state = check_state(load_file(candidate), candidate, must_match, parts)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             continue
@@ -199,7 +199,7 @@ def load_newest(path, must_match=None, parts=()):
             damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
             keep_copy(path, damaged)
             keep_copy(candidate, path)
-            print(f"warning: {problems[0]}; going on from the one before, {candidate.name}, and keeping the damaged one as "
+            print(f"warning: {problems[0]}; resuming from the one before, {candidate.name}, and keeping the damaged one as "
                   f"{damaged.name}", file=sys.stderr, flush=True)
         return state
     others = f"; so is every earlier one ({len(problems) - 1})" if len(problems) > 1 else ""
@@ -213,7 +213,7 @@ def load_on_all(path, processes, must_match=None, parts=()):
     def look():
         mine.append(load_newest(path, must_match, parts))
         return mine[0] is not None
-    if not processes.from_main(look):
+    if not processes.run_on_main(look):
         return None
     state = mine[0] if mine else load_checkpoint(path)
     if state is None:
@@ -222,7 +222,7 @@ def load_on_all(path, processes, must_match=None, parts=()):
     return state
 
 
-def check(state, path, must_match=None, parts=()):
+def check_state(state, path, must_match=None, parts=()):
     """`state`, if it is a checkpoint of the same run: has `parts`, and a config that agrees with `must_match`.
 
     Raises UserError.
@@ -232,9 +232,9 @@ def check(state, path, must_match=None, parts=()):
     if not isinstance(config, dict):
         raise UserError(f"{path}: its 'config' is a {type(config).__name__}, expected a dict; {INSTEAD}")
     for name, value in (must_match or {}).items():
-        if name in config and _plain(config[name]) != _plain(value):
-            raise UserError(f"{path}: is of a run with --{name} {_plain(config[name])}, not {_plain(value)}; "
-                            "go on with the same or choose another --output_dir")
+        if name in config and _format_flag(config[name]) != _format_flag(value):
+            raise UserError(f"{path}: is of a run with --{name} {_format_flag(config[name])}, not {_format_flag(value)}; "
+                            "resume with the same or choose another --output_dir")
     return state
 
 
@@ -243,7 +243,7 @@ def require_parts(state, names, path, everywhere=False):
     missing = [repr(name) for name in names if not isinstance(state, dict) or name not in state]
     if missing:
         key = " with --checkpoint_key model" if isinstance(state, dict) and "model" in state else ""
-        raise UserError(f"{path}: is {kind_of(state)}: it has no {shortened(missing)}; {INSTEAD}{key}", everywhere)
+        raise UserError(f"{path}: is {kind_of(state)}: it has no {truncate_list(missing)}; {INSTEAD}{key}", everywhere)
 
 
 def kind_of(state):
@@ -284,26 +284,26 @@ def misfit(part, state):
     if isinstance(part, torch.optim.Optimizer):
         return optimizer_misfit(part, state)
     bad = [name for name in part.state_dict() if state and not isinstance(state.get(name), (int, float))]  # a scaler's
-    return f"without a number for {shortened(bad)}" if bad else ""
+    return f"without a number for {truncate_list(bad)}" if bad else ""
 
 
 def optimizer_misfit(optimizer, state):
     missing = [name for name in ("param_groups", "state") if name not in state]
     if missing:
-        return f"without {shortened(missing)}"
+        return f"without {truncate_list(missing)}"
     groups, own = state["param_groups"], optimizer.param_groups
     sizes, wanted = ([str(len(group["params"])) for group in some] for some in (groups, own))
     if sizes != wanted:
-        return f"{len(groups)} groups of {shortened(sizes)} parameters instead of {len(own)} of {shortened(wanted)}"
+        return f"{len(groups)} groups of {truncate_list(sizes)} parameters instead of {len(own)} of {truncate_list(wanted)}"
     # PyTorch adds settings that groups of its older versions do not have, but not these, which tell optimizers apart
     settings = [name for name in ("betas", "momentum") if name in own[0] and name not in groups[0]]
     if settings:
-        return f"without {shortened(settings)}: of another --optimizer"
+        return f"without {truncate_list(settings)}: of another --optimizer"
     parameters, indices = ([one for group in some for one in group["params"]] for some in (own, groups))
     shapes = [f"{name} {tuple(value.shape)} of parameter {index} instead of {tuple(parameter.shape)}"
               for parameter, index in zip(parameters, indices) for name, value in state["state"].get(index, {}).items()
               if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape]
-    return f"with {shortened(shapes)}" if shapes else ""
+    return f"with {truncate_list(shapes)}" if shapes else ""
 
 
 def load_progress(kind, state, path):
@@ -316,7 +316,7 @@ def load_progress(kind, state, path):
     return kind(**values)
 
 
-def _plain(value):
+def _format_flag(value):
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return " ".join(text.split())[:100]
 
@@ -324,27 +324,27 @@ def _plain(value):
 # -------------------------------------------------------------------------------------------------- being interrupted
 
 
-class Interruption:
+class StopSignal:
     """SIGTERM and SIGUSR1 ask a run to save and end; its processes agree after which step.
 
     They are heeded inside `with interruption:`. A second one, a second later or more, ends this process at once.
-    asked: name of the signal that came, or ""
-    marker: file that says in words that the run was ended so; removed when it goes on
+    received: name of the signal that came, or ""
+    marker: file that says in words that the run was ended so; removed when it is resumed
     """
 
     def __init__(self, processes=Processes(), marker=None):
-        self.processes, self.marker, self.asked = processes, marker, ""
-        self._at, self._before, self._agreed = 0.0, {}, None
+        self.processes, self.marker, self.received = processes, marker, ""
+        self._at, self._before, self._answer = 0.0, {}, None
 
     def __enter__(self):
         if self.processes.is_main:
             self.marker.unlink(missing_ok=True)
-        self._before = {number: signal.signal(number, self._heed) for number in ENDING}
+        self._before = {number: signal.signal(number, self._heed) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is None and self._agreed:
-            self._agreed()  # the question after the last step: nothing is left under way
+        if kind is None and self._answer:
+            self._answer()  # the question after the last step: nothing is left under way
         if kind is Preempted and self.processes.is_main:
             self.marker.write_text(self._told(error))
         for number, handler in self._before.items():
@@ -352,39 +352,39 @@ class Interruption:
 
     def _heed(self, number, frame):
         now = time.monotonic()
-        if not self.asked:
-            self.asked, self._at = signal.Signals(number).name, now
+        if not self.received:
+            self.received, self._at = signal.Signals(number).name, now
         elif now - self._at > ONE_REQUEST:
             end_workers()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def agreed(self):
+    def should_stop(self):
         """Whether the run is to end here, the same on all ranks: all call this after every step.
 
         What the others say is looked at after the next step, so that no GPU waits for it.
         """
         if self.processes.world_size == 1:
-            return bool(self.asked)
-        if self._agreed and self._agreed():
+            return bool(self.received)
+        if self._answer and self._answer():
             return True
-        self._agreed = self.processes.any(bool(self.asked))
+        self._answer = self.processes.any_rank_async(bool(self.received))
         return False
 
     def end(self, saved=lambda: None):
         """End the run on all ranks. saved: called on the main process first, returns when everything is on disk"""
-        self.processes.from_main(saved)  # nobody leaves before: a launcher ends the others when one is gone
-        raise Preempted(f"ended by {self.asked or 'a signal to another process'}; everything is saved, the same command "
-                        "goes on")
+        self.processes.run_on_main(saved)  # nobody leaves before: a launcher ends the others when one is gone
+        raise Preempted(f"ended by {self.received or 'a signal to another process'}; everything is saved, the same command "
+                        "resumes")
 
     def _told(self, error):
         count = self.processes.world_size
         launched = f"with {count} processes, by torchrun or srun as before" if count > 1 else f"with {sys.executable}"
-        return (f"This run was {error}. It is not finished. To go on, start the same command again ({launched}):\n\n"
+        return (f"This run was {error}. It is not finished. To resume, start the same command again ({launched}):\n\n"
                 f"    {shlex.join(sys.argv)}\n\nThis file is removed then.\n")
 
 
 def ignore_signals(_):
     """worker_init_fn of a DataLoader: a signal to all processes of a run is for the main ones to heed."""
-    for number in ENDING:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

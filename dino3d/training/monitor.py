@@ -84,8 +84,8 @@ class BadFiles:
         if epoch != self.epoch:
             self.epoch, self.reasons, self._new = epoch, {}, {}
 
-    def note(self, batch):
-        """Take note of what a data.Batch met on this rank. Raises UserError where it met so many that it gave up."""
+    def record(self, batch):
+        """Take note of what a pretraining.Batch met on this rank. Raises UserError where it met so many that it gave up."""
         self._new.update(batch.bad)
         if batch.fatal and len(self.reasons | self._new) > self.most:
             self.reasons |= self._new
@@ -96,7 +96,7 @@ class BadFiles:
         """Bring together what the ranks met. Raises UserError, on all of them, where that is too much."""
         new, self._new = {file: reason for file, reason in self._new.items() if file not in self.reasons}, {}
         if self.processes.sum(torch.tensor(float(len(new)), device=self.processes.device)) > 0:
-            for part in self.processes.gather(new):
+            for part in self.processes.all_gather(new):
                 self.reasons |= part
         if len(self.reasons) > self.most:
             if self.processes.is_main:
@@ -112,11 +112,11 @@ class BadFiles:
         return (f"{bad} of {self.volumes} volumes ({bad / self.volumes:.0%}) are unreadable in epoch {self.epoch}, "
                 f"--max_bad_files allows {self.most}, {self._example()}. Repair or remove them, or raise --max_bad_files")
 
-    def tell(self, say):
+    def report(self, print_line):
         """At an epoch's end: one line for the console, and all of them in the CSV."""
         if self.reasons:
             self.write()
-            say(f"epoch {self.epoch}: {len(self.reasons)} unreadable files, whose place other samples took, {self._example()}")
+            print_line(f"epoch {self.epoch}: {len(self.reasons)} unreadable files, whose place other samples took, {self._example()}")
 
     def write(self):
         """Add what is new to the CSV; a file that was bad before keeps its row."""
@@ -167,10 +167,10 @@ class Monitor:
         self._wins = torch.zeros(self.out_dim, device=self.processes.device)
         self._steps, self._waited, self._began, self._views = 0, 0.0, time.perf_counter(), 0
 
-    def say(self, message):
+    def print(self, message):
         tqdm.write(message, file=sys.stderr)
 
-    def step(self, taken, metrics, winners, waited):
+    def step(self, finite, metrics, winners, waited):
         """Take note of one step; of one that was skipped, only that.
 
         taken: () bool; metrics: {name: ()} the same names in each step, "kl" and "teacher_entropy" among them
@@ -178,43 +178,43 @@ class Monitor:
         """
         self._names = self._names or tuple(metrics)
         told = torch.stack([metrics[name].to(metrics["kl"].dtype) for name in self._names])
-        self._sums = self._sums + torch.where(taken, torch.cat([told, torch.ones_like(told[:1])]), 0)
-        self._wins.index_add_(0, winners, taken.to(self._wins.dtype).expand(len(winners)))
+        self._sums = self._sums + torch.where(finite, torch.cat([told, torch.ones_like(told[:1])]), 0)
+        self._wins.index_add_(0, winners, finite.to(self._wins.dtype).expand(len(winners)))
         self._steps, self._waited, self._views = self._steps + 1, self._waited + waited, self._views + len(winners)
         self.bar.update()
 
-    def entry(self, step, schedules, center_norm, features):
+    def flush(self, step, schedules, center_norm, features):
         """Fetch what was collected since the last entry and show it. Raises UserError for too many unreadable files.
 
         schedules: {name: value}; features: (B, D) embeddings of this rank's last global views
         """
         self.bad_files.gather()
-        *sums, taken = self.processes.mean(self._sums).tolist()
-        taken, values = round(taken), {name: value / taken for name, value in zip(self._names, sums)} if taken else {}
-        wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size * taken // self._steps
+        *sums, finite = self.processes.mean(self._sums).tolist()
+        finite, values = round(finite), {name: value / finite for name, value in zip(self._names, sums)} if finite else {}
+        wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size * finite // self._steps
         seconds, winners = time.perf_counter() - self._began, int((wins > 0).sum())
         rate, waiting = self._steps * self.global_batch / seconds, self._waited / seconds
-        self._epoch.append((self._steps, taken, values, self._waited))
+        self._epoch.append((self._steps, finite, values, self._waited))
         self._epoch_wins += wins
         if self.processes.is_main:
             shown = {"dino/" + name: value for name, value in values.items()}
-            if taken:
+            if finite:
                 shown |= {"dino/teacher_entropy_share": values["teacher_entropy"] / math.log(self.out_dim),
                           "dino/winning_prototypes": winners}
             if features.isfinite().all():
                 shown["dino/effective_rank"] = effective_rank(features).item()
             shown |= {
-                "dino/center_norm": center_norm.item(), "dino/skipped_steps": self._steps - taken,
+                "dino/center_norm": center_norm.item(), "dino/skipped_steps": self._steps - finite,
                 "speed/volumes_per_second": rate, "speed/waiting_for_data": waiting,
             } | {"schedule/" + name: value for name, value in schedules.items()}
             for name, value in shown.items():
                 self.writer.add_scalar(name, value, step)
             self.bar.set_postfix_str(f"KL {values.get('kl', math.nan):.3f}, {rate:.1f} volumes/s, "
                                      f"{waiting:.0%} waiting for data", refresh=False)
-            if taken < self._steps:
-                self.say(f"{self._steps - taken} of the {self._steps} steps up to step {step} were skipped and changed "
+            if finite < self._steps:
+                self.print(f"{self._steps - finite} of the {self._steps} steps up to step {step} were skipped and changed "
                          "nothing: their loss or gradient was not finite")
-            if taken:
+            if finite:
                 self._watch(values, winners, views)
         self._reset_window()
 
@@ -224,24 +224,24 @@ class Monitor:
         kind = warning and warning.split("(")[0]
         if self._streak >= PATIENCE and kind not in self._warned:
             self._warned.add(kind)
-            self.say(f"warning: {warning}")
+            self.print(f"warning: {warning}")
 
     def log_epoch(self, epoch, step, schedules):
         """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are done)."""
         seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, *_ in self._epoch)
-        entries = [(taken, values) for _, taken, values, _ in self._epoch if taken]
-        taken = sum(count for count, _ in entries)
-        means = {name: sum(count * values[name] for count, values in entries) / taken if taken else None
+        entries = [(finite, values) for _, finite, values, _ in self._epoch if finite]
+        finite = sum(count for count, _ in entries)
+        means = {name: sum(count * values[name] for count, values in entries) / finite if finite else None
                  for name in self._names}
         if self.processes.is_main:
-            self.bad_files.tell(self.say)
-            if taken:
+            self.bad_files.report(self.print)
+            if finite:
                 tqdm.write(f"epoch {epoch}, step {step}/{self.bar.total}: KL divergence {means['kl']:.3f}, teacher entropy "
                            f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), {seconds:.1f} s")
             append_json(self.output_dir / "log.txt", {"epoch": epoch, "step": step} | means | {
-                "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if taken else None,
+                "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if finite else None,
                 "winning_prototypes": int((self._epoch_wins > 0).sum()),
-                "kl_first_steps": entries[0][1]["kl"] if taken else None, "skipped_steps": steps - taken,
+                "kl_first_steps": entries[0][1]["kl"] if finite else None, "skipped_steps": steps - finite,
                 "seconds": round(seconds, 2), "volumes_per_second": round(steps * self.global_batch / seconds, 2),
                 "waiting_for_data": round(sum(waited for *_, waited in self._epoch) / seconds, 4),
                 "peak_memory_gib": round(peak_memory(self.processes.device) / 2 ** 30, 2),
@@ -265,7 +265,7 @@ class Monitor:
             self.picture("views", montage(rows, labels, f"what the networks see at step {step}; {EVEN}"), step)
 
     def show_augmentations(self, batch, crops, clip_range, step):
-        """Picture of each augmentation alone, four draws each, on that one of a data.Batch's patches that varies most."""
+        """Picture of each augmentation alone, four draws each, on that one of a pretraining.Batch's patches that varies most."""
         if self.processes.is_main:
             middles = [patch[tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(patch.shape, crops.global_size))]
                        for patch in batch.patches[:16]]

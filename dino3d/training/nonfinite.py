@@ -9,42 +9,42 @@ import math
 
 import torch
 
-from dino3d.command_line import UserError, shortened
+from dino3d.command_line import UserError, truncate_list
 
 CHECK_EVERY = 10  # steps between looks at the counter; each look waits for the device
 
 
-def take_step(optimizer, taken):
+def step_if_finite(optimizer, finite):
     """Step the optimizer if `taken`, a bool tensor () on its device; if not, weights and optimizer state stay as they are.
 
     The flag is handed over the way torch.amp.GradScaler does it: fused optimizers, and our LARS, read it on the device.
     """
-    optimizer.found_inf = (~taken).float()
+    optimizer.found_inf = (~finite).float()
     optimizer.step()
 
 
-class SkippedSteps:
+class NonFiniteSteps:
     """Counts the steps in a row that were not taken. most: how many of them end the run."""
 
-    def __init__(self, most, device):
-        self.most, self.every = most, min(most, CHECK_EVERY)
+    def __init__(self, max_in_a_row, device):
+        self.max_in_a_row, self.every = max_in_a_row, min(max_in_a_row, CHECK_EVERY)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
-    def count(self, taken):
+    def count(self, finite):
         """taken: of one more step, a bool tensor () on the device."""
-        self._in_a_row = torch.where(taken, 0, self._in_a_row + 1)
+        self._in_a_row = torch.where(finite, 0, self._in_a_row + 1)
 
     def too_many(self, step):
         """Whether the run has to end, the same on all ranks; looked at in some steps only."""
-        return step % self.every == 0 and self._in_a_row.item() >= self.most
+        return step % self.every == 0 and self._in_a_row.item() >= self.max_in_a_row
 
 
-def describe(path, loss, **tensors):
+def describe_sample(path, loss, **tensors):
     """What to tell of one sample: its file, its own loss, and the grey values of what was made of the file."""
-    return {"file": str(path), "loss": _finite(loss)} | {name: statistics(values) for name, values in tensors.items()}
+    return {"file": str(path), "loss": _finite(loss)} | {name: tensor_statistics(values) for name, values in tensors.items()}
 
 
-def statistics(values):
+def tensor_statistics(values):
     """Lowest, highest and mean of a tensor's finite values (None where there is none), and the share of the others."""
     finite = values[values.isfinite()].double()
     low, high, mean = (finite.min(), finite.max(), finite.mean()) if len(finite) else (math.nan,) * 3
@@ -56,18 +56,18 @@ def _finite(value):
     return float(value) if math.isfinite(value) else None  # JSON has no NaN
 
 
-def end_run(folder, processes, step, most, samples):
+def abort_run(folder, processes, step, max_in_a_row, samples):
     """Write this rank's folder/skipped_batch_rank<r>.json, and raise UserError, on all ranks alike.
 
-    samples: what `describe` says of each sample of this rank's last batch
+    samples: what `describe_sample` says of each sample of this rank's last batch
     """
     path = folder / f"skipped_batch_rank{processes.rank}.json"
     path.write_text(json.dumps({"step": step, "rank": processes.rank, "samples": samples}, indent=2, allow_nan=False) + "\n")
     broken = [sample["file"] for sample in samples if sample["loss"] is None or any(
         part["not_finite"] for part in sample.values() if isinstance(part, dict))]
-    broken = list(dict.fromkeys(file for part in processes.gather(broken) for file in part))
-    why = (f"in the last batch it is {shortened(broken)}: look at it or leave it out" if broken else
+    broken = list(dict.fromkeys(file for part in processes.all_gather(broken) for file in part))
+    why = (f"in the last batch it is {truncate_list(broken)}: look at it or leave it out" if broken else
            "no single file of the last batch is to blame, so training has diverged: lower --lr or take --precision fp32")
-    raise UserError(f"at least {most} steps in a row were skipped up to step {step}, for a loss or gradient that is not "
+    raise UserError(f"at least {max_in_a_row} steps in a row were skipped up to step {step}, for a loss or gradient that is not "
                     f"finite; {why}. The batch is described in {folder / 'skipped_batch_rank*.json'}; what was saved "
                     "before is unharmed", everywhere=True)

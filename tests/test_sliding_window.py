@@ -1,4 +1,4 @@
-"""segmentation.py: functions of the place in the world on grids that lie in every way, windows against a loop in float64,
+"""sliding_window.py: functions of the place in the world on grids that lie in every way, windows against a loop in float64,
 masks against nibabel, SimpleITK and scipy, and real lesions there and back."""
 import itertools
 import os
@@ -24,8 +24,8 @@ from dino3d.finetune.sliding_window import (
     read_image_and_grid,
     save_mask,
     segment,
-    to_own,
-    to_working,
+    to_network_grid,
+    to_scan_grid,
 )
 
 CLIP = (-1000.0, 1000.0)
@@ -47,11 +47,11 @@ def tell_classes(windows, classes=3):
 
 def there_and_back(label, spacing, own, windows=Windows((24, 20, 12), 0.5, 4)):
     """(X, Y, Z) classes that a label in RAS comes back as, on the Grid `own`, from a network that makes no error."""
-    working = to_working(label, spacing, is_label=True)
+    working = to_network_grid(label, spacing, is_label=True)
     classes = set(np.unique(contents(label)[0]))
     assert working.GetPixelID() == sitk.sitkUInt8 and set(np.unique(contents(working)[0])) <= classes
     found = segment([tell_classes], as_scan(working), windows, CLIP, "cpu")
-    return contents(to_own(found, grid_of(working), own))[0]
+    return contents(to_scan_grid(found, grid_of(working), own))[0]
 
 
 # ------------------------------------------------------------------------------------------------------- there and back
@@ -75,15 +75,15 @@ def lesion(shape=(60, 56, 40), spacing=(0.8, 0.8, 2.0)):
 
 
 def assert_comes_back(label, spacing, name):
-    first, size = resampling.box_of(label > 0, label, 0)
+    first, size = resampling.mask_box(label > 0, label, 0)
     near, far = np.maximum(first - 40, 0), np.minimum(first + size + 40, label.GetSize())
-    part = resampling.cut(label, (near, far - near))
+    part = resampling.crop_to_box(label, (near, far - near))
     own = images.voxels_of(part)
     volume = (own > 0).sum() * np.prod(label.GetSpacing()) / 1000
     at_own = there_and_back(part, part.GetSpacing(), grid_of(part), Windows((64, 64, 32), 0.25, 2))
     np.testing.assert_array_equal(at_own, own)
     found = dice(there_and_back(part, spacing, grid_of(part), Windows((64, 64, 32), 0.25, 2)) > 0, own > 0)
-    print(f"{name}: {volume:.1f} ml, spacing {images.by(label.GetSpacing())}, Dice {found:.4f}")
+    print(f"{name}: {volume:.1f} ml, spacing {images.format_size(label.GetSpacing())}, Dice {found:.4f}")
     assert found >= 0.90 or volume < 1
 
 
@@ -140,7 +140,7 @@ def logits_at(where):
 def test_the_working_grid_shows_every_place_upright(name, spacing):
     affine, axes, shape, own, origin = lying(name)
     file = itk_image(np.rint(waves(places(shape, affine))).astype(np.int16), axes, own, origin)
-    working = to_working(images.to_hu(file, "image"), spacing)
+    working = to_network_grid(images.to_hu(file, "image"), spacing)
     voxels, found = contents(working)
     np.testing.assert_allclose(found[:3, :3], np.diag(spacing), atol=1e-6)
     where = places(voxels.shape, found)
@@ -162,9 +162,9 @@ def test_masks_on_every_grid_lie_where_the_classes_are(name, tmp_path):
         sitk.WriteImage(file, path)
         image, grid = read_image_and_grid(path)
         assert grid.size == shape
-        working = to_working(image, (1.1, 1.1, 1.3))
+        working = to_network_grid(image, (1.1, 1.1, 1.3))
         maps = logits_at(places(working.GetSize(), images.affine_of(working))).astype(np.float32)
-        mask = to_own(torch.from_numpy(maps).log_softmax(0), grid_of(working), grid)
+        mask = to_scan_grid(torch.from_numpy(maps).log_softmax(0), grid_of(working), grid)
         for number in (1, 2):
             assert dice(images.voxels_of(mask) == number, expected == number) > 0.98
         save_mask(tmp_path / "mask.nii.gz", mask, path)
@@ -184,11 +184,11 @@ def test_an_image_on_the_working_grid_is_left_as_it_is():
         for spacing in ((0.9, 0.7, 2.5), (0.9004, 0.6998, 2.501)):
             image = itk_image(noise(low=-1000, high=3000).astype(np.int16), axes)
             before = grid_of(image), images.voxels_of(image).copy()
-            found = to_working(image, spacing)
+            found = to_network_grid(image, spacing)
             assert grid_of(found) == before[0]
             np.testing.assert_array_equal(images.voxels_of(found), before[1])
-    assert to_working(image, (0.902, 0.7, 2.5)).GetSpacing() == (0.902, 0.7, 2.5)
-    turned = to_working(images.to_ras(itk_image(noise().astype(np.int16), OBLIQUE)), (0.9, 0.7, 2.5))
+    assert to_network_grid(image, (0.902, 0.7, 2.5)).GetSpacing() == (0.902, 0.7, 2.5)
+    turned = to_network_grid(images.to_ras(itk_image(noise().astype(np.int16), OBLIQUE)), (0.9, 0.7, 2.5))
     np.testing.assert_allclose(images.affine_of(turned)[:3, :3], np.diag((0.9, 0.7, 2.5)), atol=1e-9)
 
 
@@ -198,10 +198,10 @@ def test_classes_are_those_of_the_interpolated_maps(name, classes, monkeypatch):
     monkeypatch.setattr(sliding_window, "BLOCK", 13)
     affine, axes, shape, own, origin = lying(name)
     image = images.to_ras(itk_image(np.zeros(shape, np.uint8), axes, own, origin))
-    working = to_working(image, (1.9, 2.1, 2.3), is_label=True)
+    working = to_network_grid(image, (1.9, 2.1, 2.3), is_label=True)
     maps = np.random.default_rng(0).normal(size=(classes, *working.GetSize())).astype(np.float32)
     maps[0, :, :12] += 20  # a part where all blocks are of one class
-    found = contents(to_own(maps, grid_of(working), Grid(shape, own, tuple(origin), tuple(np.ravel(axes)))))[0]
+    found = contents(to_scan_grid(maps, grid_of(working), Grid(shape, own, tuple(origin), tuple(np.ravel(axes)))))[0]
     index = places(shape, np.linalg.inv(images.affine_of(working)) @ affine)
     at = np.stack([scipy.ndimage.map_coordinates(one.astype(float), np.moveaxis(index, -1, 0), order=1, mode="nearest")
                    for one in maps])
@@ -216,14 +216,14 @@ def test_beyond_the_working_grid_is_background(name, monkeypatch):
     monkeypatch.setattr(sliding_window, "BLOCK", 16)
     affine, axes, shape, own, origin = lying(name)
     image = images.to_ras(itk_image(np.zeros(shape, np.uint8), axes, own, origin))
-    working = resampling.cut(to_working(image, (1.9, 2.1, 2.3), is_label=True), ((4, 5, 3), (9, 8, 7)))
+    working = resampling.crop_to_box(to_network_grid(image, (1.9, 2.1, 2.3), is_label=True), ((4, 5, 3), (9, 8, 7)))
     maps = np.stack([np.zeros((9, 8, 7)), np.ones((9, 8, 7))]).astype(np.float32)
     grid = Grid(shape, own, tuple(origin), tuple(np.ravel(axes)))
     index = places(shape, np.linalg.inv(images.affine_of(working)) @ affine)
     near = ((index > -1.5) & (index < [9.5, 8.5, 7.5])).all(-1)
-    np.testing.assert_array_equal(contents(to_own(maps, grid_of(working), grid))[0], near)
+    np.testing.assert_array_equal(contents(to_scan_grid(maps, grid_of(working), grid))[0], near)
     away = grid._replace(origin=tuple(np.array(origin) + 500))
-    assert not contents(to_own(maps, grid_of(working), away))[0].any()
+    assert not contents(to_scan_grid(maps, grid_of(working), away))[0].any()
 
 
 def test_maps_of_a_grid_flipped_or_permuted_are_not_interpolated():
@@ -235,7 +235,7 @@ def test_maps_of_a_grid_flipped_or_permuted_are_not_interpolated():
         for order in itertools.permutations(range(3)):
             own = sitk.PermuteAxes(sitk.Flip(working, flip), order)
             expected = maps.argmax(0)[tuple(slice(None, None, -1 if one else 1) for one in flip)].transpose(order)
-            found = to_own(maps, grid_of(working), grid_of(own))
+            found = to_scan_grid(maps, grid_of(working), grid_of(own))
             assert grid_of(found) == grid_of(own)
             np.testing.assert_array_equal(images.voxels_of(found), expected)
 
@@ -245,7 +245,7 @@ def test_a_grid_beside_the_working_grid_is_not_taken_for_it():
     working = Grid((6, 7, 5), (0.9, 0.7, 2.5), (3.0, 4.0, 5.0), tuple(np.ravel(OBLIQUE)))
     for axis in range(3):
         own = working.part(np.eye(3, dtype=int)[axis], np.add(working.size, np.eye(3, dtype=int)[axis]))  # a voxel further
-        found = np.moveaxis(contents(to_own(maps, working, own))[0], axis, 0)
+        found = np.moveaxis(contents(to_scan_grid(maps, working, own))[0], axis, 0)
         expected = np.moveaxis(maps.argmax(0), axis, 0)
         np.testing.assert_array_equal(found, [*expected[1:], expected[-1]])
 

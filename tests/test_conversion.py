@@ -1,4 +1,4 @@
-"""convert.py: killed anywhere and gone on with, the same for any number of workers, dying workers, full disks."""
+"""conversion.py: killed anywhere and gone on with, the same for any number of workers, dying workers, full disks."""
 import contextlib
 import functools
 import json
@@ -42,7 +42,7 @@ from dino3d.data.images import LeftOut
 from dino3d.data.parallel import in_processes
 from dino3d.data.volume import DataError
 from dino3d.prepare import conversion
-from dino3d.prepare.conversion import Job, Output, convert_all, opened
+from dino3d.prepare.conversion import Job, Output, convert_all, open_output
 
 WAIT = 120  # seconds until a process that hangs fails its test
 
@@ -454,7 +454,7 @@ def test_an_option_may_be_corrected_while_nothing_is_written(tmp_path, run):
     flags = small_inputs(tmp_path)["nlst"]
     assert run(*flags, "--output", tmp_path / "other").code == 0
     with pytest.raises(UserError, match="stopped"):
-        with opened(tmp_path / "output2", {"command": "nlst", "min_slices": 99}) as records:
+        with open_output(tmp_path / "output2", {"command": "nlst", "min_slices": 99}) as records:
             for row in manifest(tmp_path / "other").values():
                 records.add([{**row, "output": "", "status": "left out", "reason": "too few"}])
             raise UserError("stopped")
@@ -499,7 +499,7 @@ def test_input_and_output_in_one_another(command, tmp_path, run, monkeypatch):
 
 def test_a_second_run_at_the_same_time_is_refused(tmp_path, run):
     flags = [*small_inputs(tmp_path)["msd"], "--output", tmp_path / "output"]
-    with opened(tmp_path / "output", {"command": "msd", "spacing": None, "crop": "none", "margin": 20}):
+    with open_output(tmp_path / "output", {"command": "msd", "spacing": None, "crop": "none", "margin": 20}):
         (tmp_path / "output" / conversion.WORK / "part.1.nii.gz").write_text("of the first one")
         before = contents(tmp_path / "output")
         result = run(*flags)
@@ -513,7 +513,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path, run):
 def test_what_a_killed_run_left_unfinished_takes_no_space_of_the_next(tmp_path):
     (tmp_path / conversion.WORK).mkdir()
     (tmp_path / conversion.WORK / "part.17.hdf5").write_text("half")
-    with opened(tmp_path, {}):
+    with open_output(tmp_path, {}):
         assert os.listdir(tmp_path / conversion.WORK) == ["lock"]
 
 
@@ -585,11 +585,11 @@ COLUMNS = ["source", "output", "bytes", "status", "reason", "stamp"]
 
 
 def odd_jobs(hows=HOWS):
-    return [Job((f"{how}.1", f"{how}.2"), conversion.stamp_of(how), (how, how)) for how in hows]
+    return [Job((f"{how}.1", f"{how}.2"), conversion.fingerprint(how), (how, how)) for how in hows]
 
 
 def convert_odd_ones(output, workers=2, hows=HOWS):
-    with opened(output, {}) as records:
+    with open_output(output, {}) as records:
         return convert_all(convert_odd, odd_jobs(hows), records, COLUMNS, workers, "job")
 
 
@@ -610,7 +610,7 @@ def test_whatever_a_job_does_the_others_are_done(tmp_path, forked, capsys):
     assert status == "failed" and reason.endswith("can't hold this") and "part." not in reason
     assert len(written(tmp_path / "output")) == 6
     with pytest.raises(UserError, match="^8 inputs failed, such as breaks.1: unexpected: MemoryError"):
-        conversion.report(outcome)
+        conversion.report_outcome(outcome)
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("6 files of ") and out[0].endswith("2 inputs left out, 8 failed")
     assert any(line.split() == "left out 2 not wanted, such as left out.1".split() for line in out)

@@ -1,4 +1,4 @@
-"""working_copies.py: copies on disk against the cases resampled in memory, what is made again, patches and where they lie."""
+"""resampled_cache.py: copies on disk against the cases resampled in memory, what is made again, patches and where they lie."""
 import functools
 import json
 import os
@@ -14,7 +14,7 @@ from dino3d.data import images, volume
 from dino3d.data.layouts import find_pairs
 from dino3d.finetune import resampled_cache, sliding_window
 from dino3d.finetune.crops import TrainingBatches, WindowAugmentation, collate_crops, read_headers
-from dino3d.finetune.resampled_cache import WorkingCopies, WorkingPatches
+from dino3d.finetune.resampled_cache import CachedPatches, ResampledCache
 from dino3d.training.loading import next_batch
 from utils import Processes
 
@@ -44,11 +44,11 @@ def pairs(tmp_path):
 
 def copies_of(pairs, folder, most_bytes=1e9, spacing=SPACING):
     heads = read_headers([pair.image for pair in pairs], Processes())
-    return WorkingCopies(Path(folder), pairs, heads, spacing, most_bytes)
+    return ResampledCache(Path(folder), pairs, heads, spacing, most_bytes)
 
 
 def expected(pair):
-    image, label = (sliding_window.to_working(one, SPACING, is_label) for one, is_label in
+    image, label = (sliding_window.to_network_grid(one, SPACING, is_label) for one, is_label in
                     zip(sliding_window.read_case(pair), (False, True)))
     return images.voxels_of(image).copy(), images.voxels_of(label).copy(), images.affine_of(image)
 
@@ -80,18 +80,18 @@ def test_copies_are_the_cases_on_the_working_grid(pairs, tmp_path, most_bytes):
 def test_places_are_labelled_voxels_of_every_class(monkeypatch):
     mask = np.zeros((9, 8, 7), np.uint8)
     mask[1:3, 2:6, 3:5], mask[6, 6, 6] = 1, 3
-    places = resampled_cache.places_of(mask)
+    places = resampled_cache.sample_foreground(mask)
     assert sorted(map(tuple, places.tolist())) == sorted((*index, mask[tuple(index)]) for index in np.argwhere(mask).tolist())
     monkeypatch.setattr(resampled_cache, "FOREGROUND", 5)
-    places = resampled_cache.places_of(mask)
+    places = resampled_cache.sample_foreground(mask)
     assert len(places) == 6 and (mask[tuple(places[:, :3].T)] == places[:, 3]).all()
-    np.testing.assert_array_equal(places, resampled_cache.places_of(mask))
-    assert resampled_cache.places_of(mask * 0).shape == (0, 4)
+    np.testing.assert_array_equal(places, resampled_cache.sample_foreground(mask))
+    assert resampled_cache.sample_foreground(mask * 0).shape == (0, 4)
 
 
 def test_a_rerun_makes_only_what_changed(pairs, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(resampled_cache, "make_copy", lambda copy, make=resampled_cache.make_copy: (made.append(copy.pair.name),
+    monkeypatch.setattr(resampled_cache, "make_entry", lambda copy, make=resampled_cache.make_entry: (made.append(copy.pair.name),
                                                                                                    make(copy))[1])
     first = copies_of(pairs, tmp_path / "cache").make(Processes(), 0)
     assert made == ["case0", "case1", "case2"]
@@ -136,11 +136,11 @@ def test_what_can_not_be_used_or_written(pairs, tmp_path, monkeypatch):
 def test_ranks_share_the_work(pairs, tmp_path):
     """Each rank makes its cases; what all found is put together."""
     class Rank(Processes):
-        def gather(self, mine):
+        def all_gather(self, mine):
             shared.append(mine)
             return shared
 
-        def from_main(self, function):
+        def run_on_main(self, function):
             return function()
     shared = []
     with pytest.raises(KeyError):  # rank 0 alone has not seen rank 1's case
@@ -155,7 +155,7 @@ def test_ranks_share_the_work(pairs, tmp_path):
 def patches_of(pairs, folder, policy=Policy(), share=0.5, seed=0, most_bytes=1e9, size=(12, 12, 6)):
     copies = copies_of(pairs, folder, most_bytes)
     copies.make(Processes(), 0)
-    return WorkingPatches(copies, 4, share, WindowAugmentation(policy, (12, 12, 6), (0, 0, 0), SPACING), size, seed)
+    return CachedPatches(copies, 4, share, WindowAugmentation(policy, (12, 12, 6), (0, 0, 0), SPACING), size, seed)
 
 
 @pytest.mark.parametrize("most_bytes", [1e9, 0])

@@ -12,7 +12,7 @@ import vision_transformer
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines
 from dino3d.data.pretraining import Sample, collate
-from dino3d.training.nonfinite import SkippedSteps
+from dino3d.training.nonfinite import NonFiniteSteps
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 SIZE, PATCH, OUT_DIM, BATCH, LOCAL = (24, 24, 12), (12, 12, 6), 64, 4, 3
@@ -52,7 +52,7 @@ def train_state(student, teacher, device, **others):
         network=student, student=student, teacher=teacher, dino_loss=main_dino.DINOLoss(OUT_DIM, 0.9).to(device),
         optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=False), clip_grad=3.0, global_batch=BATCH, seed=0,
-        processes=utils.Processes(device=device), skipped=SkippedSteps(20, device), **usual | others)
+        processes=utils.Processes(device=device), nonfinite=NonFiniteSteps(20, device), **usual | others)
 
 
 def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False, micro_batches=1):
@@ -69,8 +69,8 @@ def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False,
         share = BATCH // micro_batches
         parts = [[view.unflatten(0, (-1, BATCH))[:, i * share:][:, :share].flatten(0, 1) for view in views]
                  for i in range(micro_batches)]
-        taken, metrics, *_ = main_dino.train_step(run, parts, schedule(step), frozen=False)
-        assert taken
+        finite, metrics, *_ = main_dino.train_step(run, parts, schedule(step), frozen=False)
+        assert finite
         losses.append(metrics["loss"])
     return torch.stack(losses).cpu(), student
 
@@ -81,7 +81,7 @@ def plain_losses(device):
     optimizer, center = torch.optim.AdamW(utils.parameter_groups(student)), torch.zeros(1, OUT_DIM, device=device)
     losses = []
     for step in range(STEPS):
-        loss, center = baselines.step(student, teacher, optimizer, center, views_of(step, device), schedule(step))
+        loss, center = baselines.plain_step(student, teacher, optimizer, center, views_of(step, device), schedule(step))
         losses.append(loss)
     return torch.tensor(losses)
 
@@ -112,7 +112,7 @@ def test_flags_leave_the_losses_as_they_are(tiny, device, flag, tolerance):
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_blocks_leave_the_losses_as_they_are(tiny, device, monkeypatch):
     """Of 50 steps of global views to 1e-4; a compiler has to be there."""
-    monkeypatch.setattr("test_baseline.LOCAL", 0)
+    monkeypatch.setattr("test_baselines.LOCAL", 0)
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=1, num_heads=3))
     expected, _ = our_losses(device)
     torch.testing.assert_close(our_losses(device, compiled=True)[0], expected, rtol=1e-4, atol=0)
@@ -146,7 +146,7 @@ def test_without_a_compiler_it_goes_on(tiny):
         raise RuntimeError("no compiler found\nand much more")
     model = build()
     notice, = main_dino.compile_blocks((model, model), torch.device("cpu"), broken)
-    assert notice.startswith("--compile: ") and "going on without" in notice and "\n" not in notice
+    assert notice.startswith("--compile: ") and "continuing without" in notice and "\n" not in notice
     assert main_dino.compile_blocks and model([torch.rand(2, 1, *SIZE)]).shape == (2, OUT_DIM)
 
 
@@ -163,14 +163,14 @@ def test_no_step_waits_for_the_gpu(tiny, compiled):
     if compiled:
         assert main_dino.compile_blocks((student, teacher), device) == []
     run = train_state(student, teacher, device, crops=crops, clip_range=(-1000, 1000), dtype=torch.bfloat16,
-                      aside=torch.cuda.Stream())
+                      copy_stream=torch.cuda.Stream())
     for step in range(3):
         if step == 2:
             torch.cuda.set_sync_debug_mode("error")
         try:
             utils.seed_step(0, step, 0)
-            taken, *_ = main_dino.train_step(run, map(run.render, [batch]), schedule(step), frozen=step == 0)
-            run.skipped.count(taken)
+            finite, *_ = main_dino.train_step(run, map(run.render, [batch]), schedule(step), frozen=step == 0)
+            run.nonfinite.count(finite)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert taken.item()
+    assert finite.item()

@@ -1,4 +1,4 @@
-"""demo_data.py and the demo from the command line: fetching without running foreign code, the phantom."""
+"""phantoms.py, fetch.py and the demo from the command line: fetching without running foreign code, the phantom."""
 import hashlib
 import io
 import os
