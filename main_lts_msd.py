@@ -126,11 +126,11 @@ def main(argv=None):
     vars(args).update(encoder.settings())
 
     # ------------------------------------------------------------------------------------------------ resampled cache
-    copies = ResampledCache(Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9)
-    found = copies.make(processes, runtime.workers)
+    cache = ResampledCache(Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9)
+    found = cache.make(processes, runtime.workers)
     processes.run_on_main(lambda: check_labels(found, sides, args.data_dir))
     data |= {"spacing": args.spacing, "classes": 1 + max(max(one.classes) for one in found)}
-    cases = Cases(names, pairs, copies, data["classes"])
+    cases = Cases(names, pairs, cache, data["classes"])
     notices += warnings_about(encoder, args, found, names)
     config = vars(args) | {"classes": cases.classes}
 
@@ -138,7 +138,7 @@ def main(argv=None):
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
     reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
-    patches = CachedPatches(copies, args.patches_per_case, args.foreground_share, augmentation,
+    patches = CachedPatches(cache, args.patches_per_case, args.foreground_share, augmentation,
                              tuple(n + 2 * s for n, s in zip(reach, args.shift_range)), args.seed)
     train_config = TrainConfig.from_flags(vars(args))
     settings = inference_settings(vars(args), args.batch_size_per_gpu)
@@ -214,7 +214,7 @@ class Cases(NamedTuple):
     """The data set, sorted by name. pairs: layouts.Pair of each; copies: ResampledCache; classes: with the background."""
     names: list
     pairs: list
-    copies: ResampledCache
+    cache: ResampledCache
     classes: int
 
 
@@ -296,7 +296,7 @@ def validate(state, cases, settings):
     network = state.model.eval()
 
     def one(case):
-        image, label = cases.copies.read(case)
+        image, label = cases.cache.read(case)
         return metrics_on_grid(predict_log_probabilities([network], image, settings, state.runtime), label, cases.classes)
     dice, loss = map_over_ranks(one, state.fold.validation, state.runtime).mean(0)
     return Validation({"dice": float(dice), "loss": float(loss)})
@@ -339,7 +339,7 @@ def test_case(network, folder, cases, settings, runtime, case):
     """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
     pair, name = cases.pairs[case], file_name(cases.names[case])
     image, label = sliding_window.read_case(pair)
-    predicted = mask_of([network], image, grid_of(image), cases.copies.spacing, settings, runtime)
+    predicted = mask_of([network], image, grid_of(image), cases.cache.spacing, settings, runtime)
     sliding_window.save_mask(folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
     arrays, spacing = [voxels_of(one) for one in (image, predicted, label)], image.GetSpacing()
     figures = mask_metrics.evaluate_masks(*arrays[1:], spacing, cases.classes, settings.tolerance)
@@ -384,7 +384,7 @@ def show_test_cases(state, writer, cases, settings):
     network = state.model.eval()
     for case in state.fold.test[:SHOWN_CASES]:
         try:
-            image, label = cases.copies.read_window(case, settings.windows.size)
+            image, label = cases.cache.read_window(case, settings.windows.size)
         except DataError as error:
             raise UserError(str(error)) from error
         log_probabilities = predict_log_probabilities([network], image, settings, state.runtime)
@@ -507,7 +507,7 @@ def summarise(output_dir, cases, folds):
     rows = [list(row.values()) for table in tables for row in table]
     together = pool_cases(rows)
     write_json(output_dir / "metrics.json", {
-        "classes": cases.classes, "cases": len(cases.names), "spacing": list(cases.copies.spacing), "folds": records,
+        "classes": cases.classes, "cases": len(cases.names), "spacing": list(cases.cache.spacing), "folds": records,
         "mean": means, "sd": deviations, "all_folds": together})
     row = "{:<9}  {:>5}  {:<24}  {:<15}  {}".format
     lines = [row("fold", "cases", "Dice", "surface Dice", "95 % Hausdorff, mm")]

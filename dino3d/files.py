@@ -1,39 +1,82 @@
-"""Files that a run writes beside its checkpoints: JSON, tables, logs, and what a result depends on."""
+"""Files that runs and conversions write: whole or not at all; JSON, tables, logs, and what a result depends on."""
+import contextlib
 import csv
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dino3d import __version__
+from dino3d.command_line import UserError
+
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files may be any bytes
 
 
-def write_json(path, content):
-    """Write JSON under a temporary name until it is whole; NaN is refused."""
-    part = Path(path).with_name(Path(path).name + ".part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+@contextlib.contextmanager
+def atomic_write(path: str | Path, folder: Path | None = None, sync: bool = False) -> Iterator[Path]:
+    """Gives a temporary path to write to, which takes the place of `path` when the block has ended without an error.
+
+    So there is a whole file of this name at every moment, the old one or the new. Raises what the block and the disk raise.
+
+    folder: where the temporary file lies, on the same disk; default: beside `path`, hidden
+    sync: wait until it is safely on disk
+    """
+    path = Path(path)
+    part = (folder or path.parent) / f".part.{os.getpid()}.{path.name}"  # the suffix says how to write it
+    try:
+        yield part
+        if sync:
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is there to remove
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, whole or not at all; NaN is refused."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path):
     return json.loads(Path(path).read_text())
 
 
-def write_table(path, header, rows):
-    """Write a CSV under a temporary name until it is whole; floats keep all digits."""
-    part = Path(path).with_name(Path(path).name + ".part")
-    with open(part, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    os.replace(part, path)
+def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence], **how) -> None:
+    """Write a CSV, whole or not at all; floats keep all digits. how: folder and sync of `atomic_write`"""
+    with atomic_write(path, **how) as part:
+        with open(part, "w", newline="", **TEXT) as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def read_table(path):
-    """[{column: text}] of a CSV."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def read_table(path: str | Path) -> list[dict[str, str]]:
+    """[{column: text}] of a CSV. Raises UserError."""
+    return [row for _, row in read_rows(path)]
+
+
+def read_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, {column: text}) of a CSV separated by commas or semicolons.
+
+    columns: that it must have, of which alone the text is given, stripped. Raises UserError.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="strict" if columns else TEXT["errors"]) as file:
+            header = file.readline()
+            file.seek(0)
+            table = csv.DictReader(file, delimiter=";" if ";" in header and "," not in header else ",")
+            missing = [name for name in columns if name not in (table.fieldnames or [])]
+            if missing:
+                found = " ".join(", ".join(table.fieldnames or ["nothing"]).split())[:200]
+                raise UserError(f"{path}: has no column {missing[0]}, only {found}")
+            for row in table:
+                yield table.line_num, {name: (row[name] or "").strip() for name in columns} if columns else row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: can't be read as a table ({error})") from error
 
 
 def append_json(path, record):

@@ -13,11 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_dino  # noqa: E402
 import utils  # noqa: E402
-import vision_transformer  # noqa: E402
 from vision_transformer import DINOHead, VisionTransformer  # noqa: E402
 
-vision_transformer.ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=96, depth=2, num_heads=3)
-vision_transformer.DINOHead = functools.partial(DINOHead, hidden_dim=512)
+main_dino.ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=96, depth=2, num_heads=3)
+main_dino.DINOHead = functools.partial(DINOHead, hidden_dim=512)
 count_step = main_dino.Progress.count_step
 
 

@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader
 
 import main_dino
 import utils
-import vision_transformer
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines
 from dino3d.data.pretraining import Sample, collate
@@ -22,8 +21,8 @@ STEPS = 50
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3))
-    monkeypatch.setattr(vision_transformer, "DINOHead", functools.partial(vision_transformer.DINOHead, hidden_dim=64))
-    monkeypatch.setattr(vision_transformer, "DINOHead", functools.partial(vision_transformer.DINOHead, hidden_dim=64))
+    monkeypatch.setattr(main_dino, "DINOHead", functools.partial(main_dino.DINOHead, hidden_dim=64))
+    monkeypatch.setattr(baselines, "DINOHead", functools.partial(baselines.DINOHead, hidden_dim=64))
 
 
 def build():

@@ -315,7 +315,7 @@ def forked(monkeypatch):
     """Worker processes as copies of this one, which start in no time; that they may be new ones is tested above."""
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs os.fork")
-    monkeypatch.setattr(conversion, "get_context", lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(parallel, "get_context", lambda _: multiprocessing.get_context("fork"))
 
 
 @pytest.mark.parametrize("command", ["nlst", "luna16", "msd"])
@@ -500,19 +500,19 @@ def test_input_and_output_in_one_another(command, tmp_path, run, monkeypatch):
 def test_a_second_run_at_the_same_time_is_refused(tmp_path, run):
     flags = [*small_inputs(tmp_path)["msd"], "--output", tmp_path / "output"]
     with open_output(tmp_path / "output", {"command": "msd", "spacing": None, "crop": "none", "margin": 20}):
-        (tmp_path / "output" / conversion.WORK / "part.1.nii.gz").write_text("of the first one")
+        (tmp_path / "output" / conversion.WORK / ".part.1.nii.gz").write_text("of the first one")
         before = contents(tmp_path / "output")
         result = run(*flags)
         assert result.code == 1 and len(result.errors) == 1
         assert "another prepare_data.py is writing to it" in result.errors[0]
         assert contents(tmp_path / "output") == before
-        assert (tmp_path / "output" / conversion.WORK / "part.1.nii.gz").read_text() == "of the first one"
+        assert (tmp_path / "output" / conversion.WORK / ".part.1.nii.gz").read_text() == "of the first one"
     assert run(*flags).code == 0
 
 
 def test_what_a_killed_run_left_unfinished_takes_no_space_of_the_next(tmp_path):
     (tmp_path / conversion.WORK).mkdir()
-    (tmp_path / conversion.WORK / "part.17.hdf5").write_text("half")
+    (tmp_path / conversion.WORK / ".part.17.hdf5").write_text("half")
     with open_output(tmp_path, {}):
         assert os.listdir(tmp_path / conversion.WORK) == ["lock"]
 

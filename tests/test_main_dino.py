@@ -30,7 +30,7 @@ def smaller_model(monkeypatch):
     """What is called in this process trains a model of 0.1 and not 11 million weights; `command` takes the real one."""
     small = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
     monkeypatch.setitem(vision_transformer.ARCHITECTURES, "vit_tiny", small)
-    monkeypatch.setattr(vision_transformer, "DINOHead", functools.partial(DINOHead, hidden_dim=64))
+    monkeypatch.setattr(main_dino, "DINOHead", functools.partial(DINOHead, hidden_dim=64))
 
 
 def run_main(capsys, *flags):

@@ -366,13 +366,13 @@ def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, saving):
     assert len(read_log(tmp_path / "killed" / "0" / "log.txt")) == 3
 
 
-@pytest.mark.parametrize("where, call", [("train_step", 2), ("train_step", 11), ("classify", 2), ("classify", 9)],
+@pytest.mark.parametrize("where, call", [("weighted_step", 2), ("weighted_step", 11), ("classify", 2), ("classify", 9)],
                          ids=["inside an epoch", "in a later one", "first validation", "later evaluation"])
 def test_a_signal_ends_a_run_that_goes_on(crops, tmp_path, capsys, monkeypatch, where, call):
     """SIGTERM in training: after that step; in an evaluation: after that batch, and the evaluation is done again."""
     flags = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, "--num_test", 5, "--drop_path_rate", 0.3]
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
-    module = fold_loop if where == "train_step" else main_lnc_luna16
+    module = fold_loop if where == "weighted_step" else main_lnc_luna16
     function, calls = getattr(module, where), []
 
     def signalled(*args):

@@ -10,7 +10,7 @@ import pytest
 
 from augmentations import Policy
 from dino3d.command_line import UserError
-from dino3d.data import images, volume
+from dino3d.data import images
 from dino3d.data.layouts import find_pairs
 from dino3d.finetune import resampled_cache, sliding_window
 from dino3d.finetune.crops import TrainingBatches, WindowAugmentation, collate_crops, read_headers
@@ -55,22 +55,22 @@ def expected(pair):
 
 @pytest.mark.parametrize("most_bytes", [1e9, 0])
 def test_copies_are_the_cases_on_the_working_grid(pairs, tmp_path, most_bytes):
-    copies = copies_of(pairs, tmp_path / "cache", most_bytes)
-    found = copies.make(Processes(), 0)
+    cache = copies_of(pairs, tmp_path / "cache", most_bytes)
+    found = cache.make(Processes(), 0)
     assert [one.classes for one in found] == [[0, 1], [0], [0, 1, 2]]
     assert [one.stored for one in found] == [most_bytes > 0] * 3
-    assert bool(list(copies.folder.iterdir())) == (most_bytes > 0)
+    assert bool(list(cache.folder.iterdir())) == (most_bytes > 0)
     rng = np.random.default_rng(1)
     for case, pair in enumerate(pairs):
         voxels, label, affine = expected(pair)
         assert found[case].shape == list(voxels.shape)
-        image, its_label = copies.read(case)
+        image, its_label = cache.read(case)
         np.testing.assert_array_equal(images.voxels_of(image), voxels)
         np.testing.assert_array_equal(its_label, label)
         np.testing.assert_allclose(images.affine_of(image), affine, atol=1e-5)
         around = [(20, 20)] * 3
         padded = np.pad(voxels, around, constant_values=-1024), np.pad(label, around)
-        reader = copies.reader(case)
+        reader = cache.reader(case)
         for _ in range(10):
             start, size = rng.integers(-15, 20, 3), rng.integers(3, 20, 3)
             for part, whole in zip(reader.read(start, size), padded):
@@ -127,7 +127,7 @@ def test_what_can_not_be_used_or_written(pairs, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(volume, "write_volume", full)
+    monkeypatch.setattr(resampled_cache, "write_volume", full)
     with pytest.raises(UserError, match="No space left on device.*make room or choose another --cache_dir"):
         copies_of(pairs[:2], tmp_path / "full").make(Processes(), 0)
     assert not list((tmp_path / "full").rglob("*.json"))
@@ -153,9 +153,9 @@ def test_ranks_share_the_work(pairs, tmp_path):
 
 
 def patches_of(pairs, folder, policy=Policy(), share=0.5, seed=0, most_bytes=1e9, size=(12, 12, 6)):
-    copies = copies_of(pairs, folder, most_bytes)
-    copies.make(Processes(), 0)
-    return CachedPatches(copies, 4, share, WindowAugmentation(policy, (12, 12, 6), (0, 0, 0), SPACING), size, seed)
+    cache = copies_of(pairs, folder, most_bytes)
+    cache.make(Processes(), 0)
+    return CachedPatches(cache, 4, share, WindowAugmentation(policy, (12, 12, 6), (0, 0, 0), SPACING), size, seed)
 
 
 @pytest.mark.parametrize("most_bytes", [1e9, 0])
@@ -236,10 +236,10 @@ def test_a_copy_that_breaks_is_named(pairs, tmp_path):
 
 
 def test_the_window_around_the_lesion(pairs, tmp_path):
-    copies = copies_of(pairs, tmp_path)
-    copies.make(Processes(), 0)
+    cache = copies_of(pairs, tmp_path)
+    cache.make(Processes(), 0)
     for case, pair in enumerate(pairs):
-        image, mask = copies.read_window(case, (10, 10, 8))
+        image, mask = cache.read_window(case, (10, 10, 8))
         voxels, label, _ = expected(pair)
         assert image.GetSize() == mask.shape == (10, 10, 8) and image.GetSpacing() == SPACING
         assert mask.any() == label.any()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dino3d.data.volume import SUFFIXES, DataError, Volume, _first_line
+from dino3d.files import atomic_write
 
 
 def walk_files(folder, fail):
@@ -67,10 +68,9 @@ def list_volumes(folder, index):
                 return read_data_list(index, folder)
     names = find_volumes(folder)
     if names:
-        part = index.with_name(index.name + ".part")
         lines = ["./" + name if name.startswith("#") else name for name in names]  # and no comment
-        part.write_text("\n".join([header, *lines]) + "\n")
-        os.replace(part, index)
+        with atomic_write(index) as part:
+            part.write_text("\n".join([header, *lines]) + "\n")
     return [os.path.join(folder, name) for name in names]
 
 

@@ -13,6 +13,7 @@ import hdf5plugin
 import numpy as np
 
 from dino3d.data.read_watchdog import reading
+from dino3d.files import atomic_write
 
 AIR = -1024  # HU; what lies outside a volume, and the floor for padding values of -2000 to -3024
 SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")  # what Volume reads
@@ -206,21 +207,17 @@ def write_volume(path, volume, affine, compression="blosc"):
         raise ValueError(f"{path}: the axes of the affine are not orthogonal, which ITK images can't store")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     voxels = np.ascontiguousarray(volume.T)  # (z, y, x)
-    try:
-        # In memory first: on a full disk plain writing raises OSError, which the HDF5 library can't be trusted to do
-        with h5py.File(part, "w", driver="core", backing_store=False) as file:
-            file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
-            image = file.create_group("ITKImage/0")
-            image["Dimension"] = np.array(volume.shape, np.uint64)
-            image["Directions"], image["Origin"], image["Spacing"] = directions, lps[:3, 3], spacing
-            image["VoxelType"] = ["SHORT"]
-            image.create_group("MetaData")
-            image.create_dataset("VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape),
-                                 **FILTERS[compression]())
-            file.flush()
+    # In memory first: on a full disk plain writing raises OSError, which the HDF5 library can't be trusted to do
+    with h5py.File(path, "w", driver="core", backing_store=False) as file:
+        file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
+        image = file.create_group("ITKImage/0")
+        image["Dimension"] = np.array(volume.shape, np.uint64)
+        image["Directions"], image["Origin"], image["Spacing"] = directions, lps[:3, 3], spacing
+        image["VoxelType"] = ["SHORT"]
+        image.create_group("MetaData")
+        image.create_dataset("VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape),
+                             **FILTERS[compression]())
+        file.flush()
+        with atomic_write(path) as part:
             part.write_bytes(file.id.get_file_image())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -219,13 +219,13 @@ class CachedPatches(Dataset):
     augmentation: crops.WindowAugmentation; size: (3,) voxels that are read: its window, and what a turned one reaches
     """
 
-    def __init__(self, copies, per_case, foreground_share, augmentation, size, seed):
-        self.copies, self.per_case, self.foreground_share = copies, per_case, foreground_share
+    def __init__(self, cache, per_case, foreground_share, augmentation, size, seed):
+        self.cache, self.per_case, self.foreground_share = cache, per_case, foreground_share
         self.augmentation, self.size, self.seed = augmentation, np.array(size), seed
         self._readers = {}  # of this worker: those of stored copies are small, of the others there is one
 
     def path_of(self, patch):
-        return self.copies.pairs[patch // self.per_case].image
+        return self.cache.pairs[patch // self.per_case].image
 
     def __getitem__(self, key):
         epoch, patch, counted = key
@@ -240,9 +240,9 @@ class CachedPatches(Dataset):
 
     def _reader(self, case):
         if case not in self._readers:
-            if not self.copies.stored[case]:
-                self._readers = {i: reader for i, reader in self._readers.items() if self.copies.stored[i]}
-            self._readers[case] = self.copies.reader(case)
+            if not self.cache.stored[case]:
+                self._readers = {i: reader for i, reader in self._readers.items() if self.cache.stored[i]}
+            self._readers[case] = self.cache.reader(case)
         return self._readers[case]
 
     def _centre(self, rng, reader):

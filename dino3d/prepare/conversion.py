@@ -5,8 +5,6 @@ journal of what is done, from which a rerun resumes. Both are gone when a run en
 """
 import collections
 import contextlib
-import csv
-import filecmp
 import hashlib
 import itertools
 import json
@@ -20,6 +18,7 @@ from dino3d.data.images import LeftOut
 from dino3d.data.layouts import file_state
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError
+from dino3d.files import TEXT, atomic_write, read_table, write_table
 
 WORK = ".prepare"         # folder in the output: journal, lock, unfinished files
 JOURNAL = "journal.jsonl"
@@ -27,7 +26,6 @@ MANIFEST = "manifest.csv"
 RECIPE = "prepare.json"   # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
 OUTPUT_FORMAT = 1                # raise it when the same input and options give another output
-TEXT = {"encoding": "utf-8", "errors": "replace"}  # what we write is UTF-8; what was done to it since may not be
 
 
 class Job(NamedTuple):
@@ -71,7 +69,7 @@ def open_output(output, recipe):
         work.mkdir(parents=True, exist_ok=True)
         with open(work / "lock", "w") as lock:
             _lock(lock, output)
-            for left in work.glob("part.*"):  # of a run that was killed
+            for left in work.glob(".part.*"):  # of a run that was killed
                 left.unlink()
             _same_recipe(output / RECIPE, json.loads(json.dumps(recipe)))
             yield Records(output)
@@ -98,8 +96,8 @@ def _same_recipe(path, recipe):
         raise UserError(f"{path.parent}: holds {stands[0]}, which no earlier run made; give a new or empty --output")
     if not stands and not (path.exists() and path.read_bytes() == text.encode()):
         (work / JOURNAL).unlink(missing_ok=True)  # of a run that left everything out for other options
-        (work / "part.recipe").write_text(text)
-        os.replace(work / "part.recipe", path)
+        with atomic_write(path, folder=work) as part:
+            part.write_text(text)
     try:
         found = json.loads(path.read_text())
         different = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
@@ -126,8 +124,8 @@ class Records:
         self.output, self.journal = output, output / WORK / JOURNAL
         self.earlier = collections.defaultdict(list)  # stamp -> rows
         if (output / MANIFEST).exists():
-            with open(output / MANIFEST, newline="", **TEXT) as file, contextlib.suppress(csv.Error):  # no table any more
-                for row in filter(_is_whole, csv.DictReader(file)):
+            with contextlib.suppress(UserError):  # no table any more
+                for row in filter(_is_whole, read_table(output / MANIFEST)):
                     self.earlier[row["stamp"]].append(row)
         if self.journal.exists():
             with open(self.journal, **TEXT) as file:
@@ -166,15 +164,14 @@ class Records:
                     (self.output / row["output"]).unlink()
                 else:
                     kept.append(row)
-        part, manifest = self.output / WORK / "part.manifest", self.output / MANIFEST
-        with open(part, "w", newline="", **TEXT) as file:
-            table = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-            table.writeheader()
-            table.writerows(sorted(rows + kept, key=lambda row: (row["source"], row["output"])))
-            file.flush()
-            os.fsync(file.fileno())
-        if not manifest.exists() or not filecmp.cmp(part, manifest, shallow=False):
-            os.replace(part, manifest)
+        rows = sorted(rows + kept, key=lambda row: (row["source"], row["output"]))
+        table, manifest = [[row.get(name, "") for name in columns] for row in rows], self.output / MANIFEST
+        before = None
+        if manifest.exists():
+            with contextlib.suppress(UserError):  # no table any more
+                before = [list(row.values()) for row in read_table(manifest)]
+        if table != before:
+            write_table(manifest, columns, table, folder=self.output / WORK, sync=True)
         return kept
 
 
@@ -259,21 +256,15 @@ def _finish(rows, job):
 
 def _commit(write, output, name):
     """Write a file under a temporary name and move it to its place; returns its size in bytes."""
-    suffix = ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
-    part = output / WORK / f"part.{os.getpid()}{suffix}"
+    part = None
     try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
         (output / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part, output / name)
-        return size
+        with atomic_write(output / name, folder=output / WORK, sync=True) as part:
+            write(part)
+        return os.stat(output / name).st_size
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise _CantWrite(f"{output / name}: {error.strerror or error}") from error
     except ValueError as error:  # such as axes that the format can't hold
-        part.unlink(missing_ok=True)
         raise DataError(name, f"can't be written: {str(error).replace(f'{part}: ', '')}") from error
 
 

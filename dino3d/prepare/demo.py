@@ -11,9 +11,10 @@ import SimpleITK as sitk
 
 from dino3d.command_line import UserError, available_cores
 from dino3d.data import images
+from dino3d.files import atomic_write
 from dino3d.prepare import fetch, phantoms
 from dino3d.prepare.conversion import is_complete
-from dino3d.prepare.fetch import IMAGES, PACKAGE, PATIENTS, SHA256, VERSION, FetchError, fetch_sdist, read_members
+from dino3d.prepare.fetch import IMAGES, PACKAGE, PATIENTS, SHA256, VERSION, FetchError, read_members
 from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
@@ -57,8 +58,8 @@ def demo(output, phantom):
         shutil.rmtree(raw, ignore_errors=True)  # of a demo that was killed
         raw.mkdir()  # not writable: said now, not after the download
         origin = fetch_demo(raw, phantom or held == PHANTOM, held)
-        (raw / "SOURCE.txt").write_text(demo_source(origin))
-        os.replace(raw / "SOURCE.txt", source)
+        with atomic_write(source) as part:
+            part.write_text(demo_source(origin))
         lay_out_demo(raw, demo_cases(raw, origin), origin)
         workers = available_cores()
         nlst(raw / "nlst", output / "pretrain", workers, one_per_study=False, min_slices=16, crop_to_body=None,
@@ -96,7 +97,7 @@ def fetch_demo(folder, phantom, held):
     print(f"fetching {' and '.join(PATIENTS)} (34 MB) with pip", flush=True)
     try:
         names = [*IMAGES.values(), *fetch.LABELS.values()]
-        contents = read_members(fetch_sdist(folder), names)
+        contents = read_members(fetch.fetch_sdist(folder), names)
     except FetchError as error:
         if held == CT:
             raise UserError(f"{folder.parent}: some of it is missing, and the CTs could not be fetched ({error}); try again "

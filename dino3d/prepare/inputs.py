@@ -1,5 +1,4 @@
 """What the sub-commands of prepare_data.py share: input files, safe names, tables, and what the manifest says of an image."""
-import csv
 import os
 import re
 import unicodedata
@@ -8,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino3d.command_line import UserError
 from dino3d.data import images
 from dino3d.data.images import format_size
 from dino3d.data.layouts import file_state
@@ -68,20 +66,3 @@ def image_statistics(image):
     sample = np.percentile(voxels[::2, ::2], list(QUANTILES.values()))
     return {"shape": format_size(image.GetSize()), "spacing": format_size(np.round(image.GetSpacing(), 4)), "hu_min": voxels.min(),
             **{name: f"{value:g}" for name, value in zip(QUANTILES, sample)}, "hu_max": voxels.max()}
-
-
-def read_table(path, columns):
-    """(line, row) of a CSV file that has these columns, separated by commas or semicolons. Raises UserError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            file.seek(0)
-            table = csv.DictReader(file, delimiter=";" if ";" in header and "," not in header else ",")
-            missing = [name for name in columns if name not in (table.fieldnames or [])]
-            if missing:
-                found = " ".join(", ".join(table.fieldnames or ["nothing"]).split())[:200]
-                raise UserError(f"{path}: has no column {missing[0]}, only {found}")
-            for row in table:
-                yield table.line_num, {name: (row[name] or "").strip() for name in columns}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: can't be read as a table ({error})") from error

@@ -11,8 +11,9 @@ from dino3d.command_line import UserError
 from dino3d.data import images, resampling
 from dino3d.data.layouts import walk_files
 from dino3d.data.volume import DataError
+from dino3d.files import read_rows
 from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, fingerprint, open_output, report_outcome
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, input_path, read_table, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, input_path, safe_name
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
@@ -128,7 +129,7 @@ def scans_of_series(folder, output):
 def read_points(path, label_column, optional=False):
     """{series: [Points]} of a table with columns seriesuid, coordX, coordY, coordZ (LPS mm) and the label."""
     points, name = collections.defaultdict(list), safe_name(images.stem(Path(path).stem), "table")
-    for line, row in read_table(path, ["seriesuid", "coordX", "coordY", "coordZ", label_column]):
+    for line, row in read_rows(path, ["seriesuid", "coordX", "coordY", "coordZ", label_column]):
         position, label, problem = (), None, ""
         try:
             position = tuple(float(row[name]) for name in ("coordX", "coordY", "coordZ"))
@@ -162,7 +163,7 @@ def read_candidates(folder):
         print(f"note: no annotations.csv in {folder}: nodules that no candidate lies in are not added, diameters not known")
         return points
     nodules = collections.defaultdict(list)
-    for line, row in read_table(annotations, ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]):
+    for line, row in read_rows(annotations, ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]):
         try:
             numbers = [float(row[name]) for name in ("coordX", "coordY", "coordZ", "diameter_mm")]
             if not np.isfinite(numbers).all():
@@ -185,7 +186,7 @@ def read_candidates(folder):
 def read_patients(path):
     """{series: patient} of a table with these columns. Raises UserError where it names two patients of one series."""
     patients = {}
-    for line, row in read_table(path, ["seriesuid", "patient"]):
+    for line, row in read_rows(path, ["seriesuid", "patient"]):
         if patients.setdefault(row["seriesuid"], row["patient"]) != row["patient"]:
             raise UserError(f"{path}: line {line} names patient {row['patient']} for series {row['seriesuid']}, an earlier "
                             f"one {patients[row['seriesuid']]}; correct it")

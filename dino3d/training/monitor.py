@@ -1,8 +1,6 @@
 """What a pre-training run says of itself: progress bar, log.txt, TensorBoard, pictures, and a word when it collapses."""
 import contextlib
-import csv
 import math
-import os
 import re
 import resource
 import sys
@@ -14,7 +12,7 @@ from tqdm import tqdm
 
 from augmentations import example_views
 from dino3d.command_line import UserError
-from dino3d.files import append_json, read_log
+from dino3d.files import append_json, read_log, read_table, write_table
 from dino3d.training.pictures import EVEN, NO_TISSUE, montage, planes, scan_name, view_rows
 from utils import Silent
 
@@ -121,16 +119,13 @@ class BadFiles:
     def write(self):
         """Add what is new to the CSV; a file that was bad before keeps its row."""
         header, rows = ["path", "reason", "first_epoch"], {}
-        text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names may be any bytes
         if self.path.is_file():
-            with open(self.path, **text) as file, contextlib.suppress(csv.Error):  # no table any more
-                rows = {row[0]: row for row in csv.reader(file) if len(row) == 3 and row != header}
+            with contextlib.suppress(UserError):  # no table any more
+                rows = {row["path"]: list(row.values()) for row in read_table(self.path)
+                        if list(row) == header and None not in row.values()}
         for file, reason in self.reasons.items():
             rows.setdefault(file, [file, reason, self.epoch])
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        with open(part, "w", **text) as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows.values()])
-        os.replace(part, self.path)
+        write_table(self.path, header, rows.values())
 
 
 class Monitor:
