@@ -66,9 +66,9 @@ AUGMENTED = [f"--{flag}" for flag in AUGMENTATION_FLAGS]
 
 def get_args_parser():
     parser = command_line.ArgumentParser(
-        prog="benchmark.py", usage="benchmark.py WHAT [flags]",
-        description="Times a part of this repository against a baseline. The flags of each: benchmark.py WHAT --help")
-    commands = parser.add_subparsers(title="what to time", prog=parser.prog, dest="what", metavar="WHAT", required=True)
+        prog="benchmark.py", usage="benchmark.py what [flags]",
+        description="Times a part of this repository against a baseline. The flags of each: benchmark.py what --help")
+    commands = parser.add_subparsers(title="what to time", prog=parser.prog, dest="what", metavar="what", required=True)
     command_line.help_flags(parser.add_argument_group("help"))
 
     def command(benchmark, repeats, devices, threads=None):
@@ -88,9 +88,11 @@ def get_args_parser():
     xyz = ("X", "Y", "Z")
     sub, group = command(augment, 10, ["cpu", "cuda"])
     group.add_argument("--samples", default=1, type=number(int, 1),
-                       help="samples of the baseline per repeat, beside two batches of ours; more even out what is drawn")
+                       help="samples of the baseline per repeat, beside two batches of ours; more even out what is "
+                            "drawn")
     sub, group = command(read, 7, ["cpu"], [1])
-    group.add_argument("--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened for it")
+    group.add_argument("--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened "
+                                                                       "for it")
     group.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(baselines.PATCH)), metavar=xyz,
                        help="voxels of the scan that patches are read from; the default is a usual chest CT's")
     sub, group = command(convert, 5, ["cpu"], [1])
@@ -102,10 +104,11 @@ def get_args_parser():
     sub, group = command(train, 1, ["cpu", "cuda"])
     model_flags(sub, group, 2, 64)
     group.add_argument("--steps", default=None, type=number(int, 1),
-                       help="steps of each epoch; one per repeat and two more, of which the first is not counted; default: 6 on "
-                            "a CPU, 150 on a GPU")
+                       help="steps of each epoch; one per repeat and two more, of which the first is not counted; "
+                            "default: 6 on a CPU, 150 on a GPU")
     group.add_argument("--workers", default=None, type=number(int, 0),
-                       help="data loading workers of ours; the baseline has as many as there are cores; default: main_dino.py's")
+                       help="data loading workers of ours; the baseline has as many as there are cores; default: "
+                            "main_dino.py's")
     sub, group = command(infer, 3, ["cpu", "cuda"])
     network_flags(sub, group, 1, 8)
     group.add_argument("--size", default=[192, 192, 96], nargs=3, type=number(int, 1), metavar=xyz,
@@ -123,8 +126,8 @@ def network_flags(sub, group, batch_cpu, batch_cuda):
     group.add_argument("--batch_size", default=None, type=number(int, 1),
                        help=f"samples (infer: windows) at a time; default: {batch_cpu} on a CPU, {batch_cuda} on a GPU")
     group.add_argument("--precision", default=None, choices=("bf16", "fp32"),
-                       help="mixed precision of the matrix products, of the baseline as of ours: bf16 or fp32 (off); default: "
-                            "bf16 on GPUs, fp32 on CPUs")
+                       help="mixed precision of the matrix products, of the baseline as of ours: bf16 or fp32 (off); "
+                            "default: bf16 on GPUs, fp32 on CPUs")
 
 
 def model_flags(sub, group, batch_cpu, batch_cuda):

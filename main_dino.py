@@ -52,20 +52,21 @@ def get_args_parser():
 
     group = parser.add_argument_group("data and output")
     group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
-                       help="folder with the CT volumes (.hdf5, .h5, .nii, .nii.gz) at any depth; required, unless there is a "
-                            "--data_list")
+                       help="folder with the CT volumes (.hdf5, .h5, .nii, .nii.gz) at any depth; required, unless "
+                            "there is a --data_list")
     group.add_argument("--output_dir", default="output", metavar="DIR",
                        help="folder for all results; a run whose checkpoint is there is resumed")
     group.add_argument("--pretrained_weights", default="", metavar="FILE",
-                       help="checkpoint whose weights a new run starts from; a run of your own is resumed by its --output_dir "
-                            "instead; without it: random weights")
+                       help="checkpoint whose weights a new run starts from; a run of your own is resumed by its "
+                            "--output_dir instead; without it: random weights")
     group.add_argument("--checkpoint_key", default="teacher",
                        help="which state dict of --pretrained_weights to load: teacher or student")
     group.add_argument("--data_list", default=None, metavar="FILE",
-                       help="text file with one volume's path per line, relative to --data_dir, instead of searching the folder")
+                       help="text file with one volume's path per line, relative to --data_dir, instead of searching "
+                            "the folder")
     group.add_argument("--patches_per_volume", default=1, type=number(int, 1),
-                       help="samples of each volume per epoch, read up to 8 at a time; raise it for slow storage or few "
-                            "volumes, and lower --epochs as much")
+                       help="samples of each volume per epoch, read up to 8 at a time; raise it for slow storage or "
+                            "few volumes, and lower --epochs as much")
 
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
@@ -73,30 +74,32 @@ def get_args_parser():
     group.add_argument("--patch_size", default=[12, 12, 6], nargs=3, type=number(int, 1), metavar=xyz,
                        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost")
     group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
-                       help="stochastic depth: probability that the student's last block is skipped, less for those before "
-                            "it; 0 for small data and short runs")
+                       help="stochastic depth: probability that the student's last block is skipped, less for those "
+                            "before it; 0 for small data and short runs")
     flag(group, "--grad_checkpointing", False,
-         "activation (gradient) checkpointing: keep less of each block for the backward pass and compute it again there; the "
-         "same result with far less memory, about a third slower; for vit_large, vit_huge and small GPUs")
+         "activation (gradient) checkpointing: keep less of each block for the backward pass and compute it again "
+         "there; the same result with far less memory, about a third slower; for vit_large, vit_huge and small GPUs")
 
     group = parser.add_argument_group("DINO")
     group.add_argument("--out_dim", default=65536, type=number(int, 2),
                        help="prototypes, the outputs of the head; fewer (1024) for small data")
     flag(group, "--norm_last_layer", True, "keep the prototypes at unit length; false trains slightly better, less stably")
     group.add_argument("--momentum_teacher", default=0.996, type=number(float, 0, 1),
-                       help="momentum of the teacher's exponential moving average (EMA) at the start, rising to 1 over the run; "
-                            "0.9995 for small batches")
+                       help="momentum of the teacher's exponential moving average (EMA) at the start, rising to 1 "
+                            "over the run; 0.9995 for small batches")
     group.add_argument("--warmup_teacher_temp", default=0.04, type=number(float, above=0),
                        help="teacher's temperature at the start; lower it if the loss does not fall")
     group.add_argument("--teacher_temp", default=0.04, type=number(float, above=0),
                        help="teacher's temperature after its warm-up; above 0.07 the teacher may become uniform")
     group.add_argument("--warmup_teacher_temp_epochs", default=0, type=number(float, 0),
-                       help="epochs over which the teacher's temperature goes from --warmup_teacher_temp to --teacher_temp")
+                       help="epochs over which the teacher's temperature goes from --warmup_teacher_temp to "
+                            "--teacher_temp")
     group.add_argument("--center_momentum", default=0.9, type=number(float, 0, 1),
-                       help="momentum of the running mean of the teacher's outputs, the centre; lower it for a centre that "
-                            "follows faster")
+                       help="momentum of the running mean of the teacher's outputs, the centre; lower it for a centre "
+                            "that follows faster")
     group.add_argument("--freeze_last_layer", default=1, type=number(int, 0),
-                       help="epochs at the start in which the prototypes stay as they are; more if the loss does not fall")
+                       help="epochs at the start in which the prototypes stay as they are; more if the loss does not "
+                            "fall")
     flag(group, "--use_bn_in_head", False, "batch normalisation in the head; several processes need GPUs for it")
 
     group = parser.add_argument_group("optimisation")
@@ -112,21 +115,23 @@ def get_args_parser():
     group.add_argument("--warmup_epochs", default=10, type=number(float, 0),
                        help="epochs over which the learning rate rises linearly to --lr; fewer for short runs")
     group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end of its cosine")
-    group.add_argument("--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start of its cosine")
-    group.add_argument("--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end of its cosine")
+    group.add_argument("--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start of its "
+                                                                                   "cosine")
+    group.add_argument("--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end of its "
+                                                                                      "cosine")
     group.add_argument("--precision", default=None, choices=("bf16", "fp16", "fp32"),
-                       help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs that have "
-                            "it, else fp16; fp32 on CPUs")
+                       help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs "
+                            "that have it, else fp16; fp32 on CPUs")
     flag(group, "--compile", False,
-         "fuse the transformer blocks' operations (torch.compile), at the cost of a minute at the start; needs a C++ compiler, "
-         "on GPUs Triton, and continues without where it does not work")
+         "fuse the transformer blocks' operations (torch.compile), at the cost of a minute at the start; needs a C++ "
+         "compiler, on GPUs Triton, and continues without where it does not work")
     group.add_argument("--clip_grad", default=3.0, type=number(float, 0),
                        help="gradient clipping: largest norm of each parameter tensor's gradient; 0: none")
     group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"),
                        help="adamw, sgd or lars; adamw for ViTs")
     group.add_argument("--max_skipped_steps", default=20, type=number(int, 1),
-                       help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, before the "
-                            "run ends")
+                       help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, "
+                            "before the run ends")
 
     group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
     group.add_argument("--input_size", default=[96, 96, 48], nargs=3, type=number(int, 1), metavar=xyz,
@@ -134,29 +139,31 @@ def get_args_parser():
     group.add_argument("--local_crops_number", default=8, type=number(int, 0),
                        help="local views per sample; fewer are faster")
     group.add_argument("--local_crops_scale", default=0.25, type=number(float, above=0, high=1),
-                       help="side of a local view relative to a global one; its voxels must be a multiple of --patch_size")
+                       help="side of a local view relative to a global one; its voxels must be a multiple of "
+                            "--patch_size")
     group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=xyz,
-                       help="mm per voxel that views are resampled to, for data of mixed spacings; angles and scales then "
-                            "act in mm; default: the volumes' own voxels, as in the paper")
+                       help="mm per voxel that views are resampled to, for data of mixed spacings; angles and scales "
+                            "then act in mm; default: the volumes' own voxels, as in the paper")
     group.add_argument("--clip_range", default=[-1000.0, 1000.0], nargs=2, type=number(float), metavar=("LOW", "HIGH"),
                        help="window: Hounsfield units that become 0 and 1")
     augmentations.add_augmentation_flags(group)
 
     group = parser.add_argument_group("run")
     group.add_argument("--num_workers", default=None, type=number(int, 0),
-                       help="data loading workers per process; default: the cores that each process can have, at most 16")
+                       help="data loading workers per process; default: the cores that each process can have, at most "
+                            "16")
     checkpoint.add_saving_flags(group, besides="each epoch's end")
     group.add_argument("--saveckp_freq", default=20, type=number(int, 0),
                        help="epochs between numbered copies of the checkpoint, which stay; 0: none")
     group.add_argument("--max_steps", default=None, type=number(int, 1),
-                       help="stop after this many steps in all, with a checkpoint to resume from; schedules still follow "
-                            "--epochs; default: run to the last epoch")
+                       help="stop after this many steps in all, with a checkpoint to resume from; schedules still "
+                            "follow --epochs; default: run to the last epoch")
     group.add_argument("--log_every", default=10, type=number(int, 1), help="steps between entries in TensorBoard")
     group.add_argument("--seed", default=0, type=number(int, 0),
                        help="seed of weights, order, crops and augmentations; the same seed gives the same run")
     group.add_argument("--max_bad_files", default=0.1, type=number(float, 0, 1), metavar="SHARE",
-                       help="share of the volumes that may be unreadable in an epoch, rounded up to whole files, before the run "
-                            "ends; others take their place, see bad_files.csv. Raise it for data known to be damaged")
+                       help="share of the volumes that may be unreadable in an epoch, rounded up to whole files, "
+                            "before the run ends; others take their place, see bad_files.csv. Raise it for data known to be damaged")
     flag(group, "--strict_data", False, "end the run at the first unreadable file instead of taking another in its place")
     command_line.read_timeout_flag(group)
     command_line.help_flags(group)

@@ -70,23 +70,24 @@ def get_args_parser():
         usage="main_lnc_luna16.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
               "       main_lnc_luna16.py --predict DIR --weights OUT --output_dir DIR",
         description="Lung nodule classification, fold by fold. Start the same command again to resume a run.")
-    flags.data_flags(parser, LAYOUT, predict="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes "
-                                             "to --output_dir")
+    flags.data_flags(parser, LAYOUT, predict="folder with unlabelled crops at any depth; nothing is trained, "
+                                             "predictions.csv goes to --output_dir")
     group = parser.add_argument_group("classification")
     group.add_argument("--protocol", default="finetune", choices=("finetune", "linear", "knn"),
-                       help="finetune: encoder and head are trained; linear: linear probe, the head alone is trained on the "
-                            "frozen encoder's features; knn: nothing is trained, cases are compared with the training cases")
+                       help="finetune: encoder and head are trained; linear: linear probe, the head alone is trained "
+                            "on the frozen encoder's features; knn: nothing is trained, cases are compared with the training cases")
     group.add_argument("--negatives", default=1.0, type=number(float, 0),
                        help="cases of label0 per case of the other labels that an epoch of training draws anew, "
                             "without replacement; 0: all")
     group.add_argument("--eval_negatives", default=0.0, type=number(float, 0),
-                       help="cases of label0 per case of the other labels in validation and test, drawn once; 0: all, which is "
-                            "what to report")
+                       help="cases of label0 per case of the other labels in validation and test, drawn once; 0: all, "
+                            "which is what to report")
     group.add_argument("--knn_k", default=None, type=number(int, 1),
-                       help="neighbours that vote with --protocol knn; default: the square root of the training cases, at most 20")
+                       help="neighbours that vote with --protocol knn; default: the square root of the training "
+                            "cases, at most 20")
     flags.add_finetune_flags(parser, batch_size=128, folds=("patients", "subsets"),
-                    spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then act in mm; "
-                            "default: the checkpoint's, if it has one")
+                    spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then "
+                            "act in mm; default: the checkpoint's, if it has one")
     return parser
 
 

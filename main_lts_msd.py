@@ -65,13 +65,13 @@ def get_args_parser():
                                              "--output_dir")
     group = parser.add_argument_group("segmentation")
     group.add_argument("--decoder", default="unetr", choices=tuple(DECODERS),
-                       help="unetr: convolutions from the tokens up to the image's resolution; linear: linear probe, one layer "
-                            "on the tokens, to judge frozen features (--freeze_encoder true)")
+                       help="unetr: convolutions from the tokens up to the image's resolution; linear: linear probe, "
+                            "one layer on the tokens, to judge frozen features (--freeze_encoder true)")
     group.add_argument("--patches_per_case", default=16, type=number(int, 1),
                        help="windows that an epoch of training takes from each case; raise it for few cases")
     group.add_argument("--foreground_share", default=0.5, type=number(float, 0, 1),
-                       help="share of the training windows that have a labelled voxel, of a class drawn at random, in their "
-                            "middle half; the others lie anywhere")
+                       help="share of the training windows that have a labelled voxel, of a class drawn at random, in "
+                            "their middle half; the others lie anywhere")
     group.add_argument("--overlap", default=None, type=number(float, 0, below=1),
                        help="share of a window's side that it has in common with the next one in evaluation; 0.5 is "
                             f"smoother and three times slower; default: {MASKS['overlap']}{AS_TRAINED}")
@@ -85,11 +85,11 @@ def get_args_parser():
                        help="where training keeps the cases at its spacing, about 1.3 bytes per voxel; a local disk is "
                             "fastest; default: cache in --output_dir")
     group.add_argument("--cache_gb", default=200.0, type=number(float, 0), metavar="GB",
-                       help="most gigabytes that the cache may take; what is beyond is resampled anew for each window, in "
-                            "seconds")
+                       help="most gigabytes that the cache may take; what is beyond is resampled anew for each "
+                            "window, in seconds")
     flags.add_finetune_flags(parser, batch_size=8, folds=("patients",),
-                    spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has none, "
-                            "the median of all cases but the test set")
+                    spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has "
+                            "none, the median of all cases but the test set")
     return parser
 
 

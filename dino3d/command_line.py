@@ -204,9 +204,9 @@ def boolean_flag(group, name, default, text):
 def read_timeout_flag(group):
     """--read_timeout."""
     group.add_argument("--read_timeout", default=600.0, type=number(float, 0), metavar="SECONDS",
-                       help="longest that the reading of one file may take; then the run ends and names the file, where a "
-                            "network drive that hangs would stop it without a word. Raise it for tapes; 0: no limit. "
-                            "Not noticed with --num_workers 0")
+                       help="longest that the reading of one file may take; then the run ends and names the file, "
+                            "where a network drive that hangs would stop it without a word. Raise it for tapes; 0: no "
+                            "limit. Not noticed with --num_workers 0")
 
 
 def architecture(known):

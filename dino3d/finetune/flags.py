@@ -19,13 +19,14 @@ def data_flags(parser, layout, predict):
     group.add_argument("--output_dir", default="output", metavar="DIR",
                        help="folder for all results; a run whose checkpoints are there is resumed")
     group.add_argument("--pretrained_weights", default="", metavar="FILE",
-                       help="checkpoint.pth of main_dino.py or of older DINO code, whose encoder is fine-tuned; without it: "
-                            "from scratch")
+                       help="checkpoint.pth of main_dino.py or of older DINO code, whose encoder is fine-tuned; "
+                            "without it: from scratch")
     group.add_argument("--checkpoint_key", default="teacher",
                        help="which state dict of --pretrained_weights to load: teacher or student")
     group.add_argument("--predict", default=None, metavar="DIR", help=predict)
     group.add_argument("--weights", default=None, metavar="OUT",
-                       help="--output_dir of a trained run, for --predict: the mean of its folds' models; OUT/0: one fold alone")
+                       help="--output_dir of a trained run, for --predict: the mean of its folds' models; OUT/0: one "
+                            "fold alone")
 
 
 def add_finetune_flags(parser, batch_size, folds, spacing):
