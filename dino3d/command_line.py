@@ -5,11 +5,11 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 
 from dino3d import __version__
-from dino3d.files import git_revision
 
 
 class UserError(Exception):
@@ -92,6 +92,17 @@ def end_process(message):
 def available_cores():
     """CPU cores that this machine grants."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def git_revision():
+    """The commit of this code, with + where files differ from it; "unknown" outside a checkout."""
+    try:
+        here = Path(__file__).resolve().parent
+        described = subprocess.run(["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+                                   capture_output=True, text=True, timeout=10)
+        return described.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

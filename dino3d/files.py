@@ -3,14 +3,13 @@ import contextlib
 import csv
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dino3d import __version__
-from dino3d.command_line import UserError
+from dino3d.command_line import UserError, git_revision
 
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files may be any bytes
 
@@ -105,17 +104,6 @@ def truncate_log(path, step):
 
 
 # -------------------------------------------------------------------------------------------- what a result depends on
-
-
-def git_revision():
-    """The commit of this code, with + where files differ from it; "unknown" outside a checkout."""
-    try:
-        here = Path(__file__).resolve().parent
-        described = subprocess.run(["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-                                   capture_output=True, text=True, timeout=10)
-        return described.stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
 
 
 def versions():
