@@ -1,4 +1,6 @@
-"""The house: which way imports go, and that converting loads no torch."""
+"""The house: which way imports go, how long modules are, that names stand once, and that converting loads no torch."""
+import ast
+import collections
 import os
 import subprocess
 import sys
@@ -41,3 +43,65 @@ def test_a_conversion_loads_no_torch(tmp_path):
     imported = [line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert imported.count("dino3d.data.images") >= 2  # the script's and at least one worker's
     assert "torch" not in imported and "utils" not in imported
+
+
+# ------------------------------------------------------------------------------------------------------- imports
+
+
+LEVELS = {  # a module imports from lower levels, and from its own room
+    "utils": 0, "augmentations": 0, "vision_transformer": 0, "dino3d.command_line": 0, "dino3d.files": 0,
+    "dino3d.data": 1, "dino3d.training": 1, "dino3d.monai_transforms": 1,
+    "dino3d.finetune": 2, "dino3d.prepare": 2, "dino3d.baselines": 2,
+    "main_dino": 3, "main_lnc_luna16": 3, "main_lts_msd": 3, "prepare_data": 3, "benchmark": 4,
+}
+
+
+def level(name):
+    return next(LEVELS[known] for known in (name, name.rpartition(".")[0]) if known in LEVELS)
+
+
+def imports():
+    """{module: modules of ours that it imports, anywhere in it}."""
+    known, found = modules(), {}
+    for name, path in known.items():
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                targets |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
+            elif isinstance(node, ast.Import):
+                targets |= {one.name for one in node.names}
+        found[name] = sorted(targets & known.keys())
+    return found
+
+
+def test_imports_go_down():
+    up = [(name, other) for name, others in imports().items() for other in others if level(other) > level(name)]
+    rooms = [(name, other) for name, others in imports().items() for other in others
+             if level(other) == level(name) > 0 and name.rpartition(".")[0] != other.rpartition(".")[0]]
+    assert not up and not rooms
+
+
+def test_no_circle():
+    import graphlib
+    order = list(graphlib.TopologicalSorter(imports()).static_order())  # raises CycleError
+    assert len(order) == len(modules())
+
+
+def test_rooms_are_small():
+    """Those of the scripts and of benchmark.py may be longer: they show a whole task in one file."""
+    long = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert not {name: lines for name, lines in long.items() if lines >= 500 and not name.startswith(("main_", "benchmark"))}
+
+
+def test_names_stand_once():
+    """But for what each script has under the same name, because it plays the same part there."""
+    homes = collections.defaultdict(set)
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                homes[node.name].add(name)
+            elif isinstance(node, ast.Assign):
+                homes |= {one.id: homes[one.id] | {name} for one in ast.walk(node) if isinstance(one, ast.Name)
+                          and isinstance(one.ctx, ast.Store)}
+    scripts = {"main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark"}
+    assert not {name: where for name, where in homes.items() if len(where) > 1 and not where <= scripts}
