@@ -11,7 +11,9 @@ started again. What became of every input stands in manifest.csv.
 """
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, help_flags, number
 from dino3d.data.images import format_size
@@ -23,7 +25,7 @@ from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
 
 
-def get_args_parser():
+def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="prepare_data.py", usage="prepare_data.py command --input DIR --output DIR [flags]",
         description="Bring data sets into the layouts that the training scripts read. Start the same command again to "
@@ -32,12 +34,12 @@ def get_args_parser():
     help_flags(parser.add_argument_group("help"))
     xyz = ("X", "Y", "Z")
 
-    def command(name, run, summary, usage):
+    def command(name: str, run: Callable[..., None], summary: str, usage: str) -> tuple[Any, Any]:
         sub = commands.add_parser(name, help=summary, usage=f"{parser.prog} {name} {usage}", description=summary)
         sub.set_defaults(run=run)
         return sub.add_argument_group("required"), sub.add_argument_group("options")
 
-    def conversion(name, convert, summary, source):
+    def conversion(name: str, convert: Callable[..., None], summary: str, source: str) -> Any:
         required, options = command(name, convert, summary, "--input DIR --output DIR [flags]")
         required.add_argument("--input", type=Path, required=True, metavar="DIR", help=source + "; nothing in it is changed")
         required.add_argument("--output", type=Path, required=True, metavar="DIR",
@@ -45,7 +47,7 @@ def get_args_parser():
                                    "changed")
         return options
 
-    def run_flags(options):
+    def run_flags(options: Any) -> None:
         options.add_argument("--workers", type=number(int, 1), default=available_cores(),
                              help="processes, each with one volume in memory (0.3 to 1 GB); fewer when memory runs "
                                   "out; the result is the same for any number")
@@ -112,7 +114,7 @@ def get_args_parser():
     return parser
 
 
-def main():
+def main() -> None:
     parser = get_args_parser()
     args = vars(parser.parse_args())
     if hasattr(sys.stdout, "reconfigure"):

@@ -7,7 +7,8 @@ import collections
 import os
 import re
 import warnings
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -32,18 +33,18 @@ class Slice(NamedTuple):
     sop_class: str
     modality: str
     image_type: str
-    samples: int        # values per pixel
+    samples: int                    # values per pixel
     frames: int
-    size: tuple         # (columns, rows)
-    spacing: tuple      # (between rows, between columns)
-    orientation: tuple  # (6,) unit vectors along a row and along a column
-    position: tuple     # (3,) centre of the first pixel
-    rescale: tuple      # (slope, intercept)
+    size: tuple[int, int]           # (columns, rows)
+    spacing: tuple[float, ...]      # (between rows, between columns)
+    orientation: tuple[float, ...]  # (6,) unit vectors along a row and along a column
+    position: tuple[float, ...]     # (3,) centre of the first pixel
+    rescale: tuple[float, ...]      # (slope, intercept)
     thickness: float
     kernel: str
 
 
-def is_dicom(path):
+def is_dicom(path: str) -> bool:
     """Whether a file is DICOM by its mark, or by its suffix, since old files lack the mark."""
     if path.lower().endswith(DICOM_SUFFIXES):
         return True
@@ -51,7 +52,7 @@ def is_dicom(path):
         return file.read(132)[128:] == b"DICM"
 
 
-def read_header(path):
+def read_header(path: str) -> Slice | None:
     """The Slice that a DICOM file is; None for a DICOMDIR. Raises DataError."""
     import pydicom
     tags = ["SOPClassUID", "PatientID", "StudyInstanceUID", "StudyDate", "SeriesInstanceUID", "Modality", "ImageType",
@@ -69,19 +70,19 @@ def read_header(path):
         raise DataError(path, f"can't be read: {_one_line(error, path)}") from error
 
 
-def _slice_of(header, path):
+def _slice_of(header: Any, path: str) -> Slice | None:
     if header.get("SOPClassUID") is None:
         media = header.file_meta.get("MediaStorageSOPClassUID") if hasattr(header, "file_meta") else None
         if media == DICOMDIR:
             return None
         raise DataError(path, "can't be read: no DICOM file, or its header is cut off")
 
-    def text(tag):
+    def text(tag: str) -> str:
         value = header.get(tag)
         several = not isinstance(value, (str, bytes)) and hasattr(value, "__iter__")
         return "\\".join(map(str, value)) if several else str("" if value is None else value).strip()
 
-    def numbers(value, count):  # () for anything else than so many numbers
+    def numbers(value: str, count: int) -> tuple[float, ...]:  # () for anything else than so many numbers
         try:
             values = tuple(map(float, value.split("\\")))
         except ValueError:
@@ -104,7 +105,7 @@ def _slice_of(header, path):
         text("ConvolutionKernel"))
 
 
-def sort_slices(slices, min_slices, source):
+def sort_slices(slices: Sequence[Slice], min_slices: int, source: str) -> list[Slice]:
     """The CT slices of a series in order along their normal, after a look at whether they form a volume.
 
     slices: Slices of one series, in any order; source: what to call it. Localizers and captures among them are passed
@@ -146,7 +147,7 @@ def sort_slices(slices, min_slices, source):
     return kept
 
 
-def _not_ct(one):
+def _not_ct(one: Slice) -> str | None:
     """Why a DICOM file is no slice of a CT volume; None if it is one."""
     kinds = one.image_type.upper()
     if one.sop_class.startswith(SECONDARY_CAPTURE):
@@ -168,7 +169,7 @@ def _not_ct(one):
     return None
 
 
-def sharpness(kernel):
+def sharpness(kernel: str) -> int:
     """How sharp a reconstruction kernel's name says it is: about 10 for the softest, 80 for the sharpest.
 
     Siemens and newer Canon kernels carry it in their number (B30f, Br59d), older Toshiba ones in a scale of their own
@@ -187,7 +188,7 @@ def sharpness(kernel):
     return min(int(number[0]), 99)
 
 
-def read_series(slices):
+def read_series(slices: Sequence[Slice]) -> sitk.Image:
     """The image that sorted Slices form: rescaled to HU and clamped from below to air. Raises DataError."""
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([one.path for one in slices])

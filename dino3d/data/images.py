@@ -6,7 +6,9 @@ superior side, as nearly as its axes allow.
 import os
 import re
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -22,7 +24,7 @@ class LeftOut(DataError):
     """A file or series that is sound, but not what is wanted: a scout, another modality, a series with a gap."""
 
 
-def stem(path):
+def stem(path: Path | str) -> str:
     """Name of a volume's file without folders and suffix."""
     name = os.path.basename(path)
     suffix = next((suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True)
@@ -33,12 +35,12 @@ def stem(path):
 # --------------------------------------------------------------------------------------------------- reading to RAS HU
 
 
-def read_image(path):
+def read_image(path: str) -> sitk.Image:
     """The image in a volume file, clamped from below to air. Raises DataError."""
     return to_hu(read_raw(path), path)
 
 
-def read_raw(path):
+def read_raw(path: str) -> sitk.Image:
     """The 3D image in a volume file as SimpleITK reads it, in the file's own orientation and type. Raises DataError."""
     if not os.path.isfile(path):
         raise DataError(path, "can't be read: no such file")
@@ -68,14 +70,14 @@ def read_raw(path):
     return image
 
 
-def _read_nifti(reader, path):
+def _read_nifti(reader: sitk.ImageFileReader, path: str) -> sitk.Image:
     """ITK's geometry and nibabel's voxels: ITK takes NaN for 0 and, where a file is cut off, whatever its memory held.
 
     Where the header says of neither form of its affine that it counts, nibabel's, by which volume.py reads the file too.
     """
     import nibabel
 
-    def read():
+    def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         reader.ReadImageInformation()
         nifti = nibabel.load(path)
         told = nifti.header["qform_code"] or nifti.header["sform_code"]
@@ -93,7 +95,7 @@ def _read_nifti(reader, path):
     if not told:
         return _call(lambda: make_image(voxels, affine), path)
 
-    def placed():
+    def placed() -> sitk.Image:
         image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
         image.SetSpacing(reader.GetSpacing()[:3])
         image.SetOrigin(reader.GetOrigin()[:3])
@@ -102,7 +104,7 @@ def _read_nifti(reader, path):
     return _call(placed, path)
 
 
-def require_sound_header(path):
+def require_sound_header(path: Path | str) -> None:
     """Raise DataError for a MetaImage header without a plain number of axes or a plain name of the voxels' file.
 
     ITK reads some of the others and refuses most, but by some it ends the process.
@@ -119,7 +121,7 @@ def require_sound_header(path):
             raise DataError(path, f"can't be read: {name} in its header is {value}")
 
 
-def _require_whole(path, size):
+def _require_whole(path: Path | str, size: int) -> None:
     """Raise an error where the compressed voxels in a file are damaged or fewer than `size` bytes.
 
     ITK passes over both, and what is missing is what its memory held before, such as another patient's voxels.
@@ -143,7 +145,7 @@ def _require_whole(path, size):
         raise EOFError(f"its voxels end after {found} of {size} bytes")
 
 
-def _call(read, path):
+def _call(read: Callable[[], Any], path: Path | str) -> Any:
     """What `read` returns, without what C libraries print of a broken file beside raising. Raises DataError."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -157,7 +159,7 @@ def _call(read, path):
         os.close(nowhere)
 
 
-def to_hu(image, path):
+def to_hu(image: sitk.Image, path: Path | str) -> sitk.Image:
     """A SimpleITK image brought to RAS and int16, values below air clamped.
 
     Raises DataError for NaN and for axes that are not at right angles, not for any value.
@@ -171,19 +173,19 @@ def to_hu(image, path):
     return sitk.Threshold(image, AIR, 32767, AIR)
 
 
-def require_right_angles(image, path):
+def require_right_angles(image: sitk.Image, path: Path | str) -> None:
     """Raise DataError for an image whose axes are not at right angles to each other."""
     axes = _axes_of(image)
     if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
         raise DataError(path, "no geometry: its axes are not at right angles")
 
 
-def _axes_of(image):
+def _axes_of(image: sitk.Image) -> np.ndarray:
     """(3, 3) unit vectors of an image's axes in LPS, in columns."""
     return np.reshape(image.GetDirection(), (3, 3))
 
 
-def to_classes(image, path, classes=None):
+def to_classes(image: sitk.Image, path: Path | str, classes: Sequence[int] | None = None) -> sitk.Image:
     """A SimpleITK image of a mask brought to RAS and uint8. Raises DataError for values that are no classes, or others
     than `classes` if those are given."""
     image = to_ras(image)
@@ -196,12 +198,13 @@ def to_classes(image, path, classes=None):
     return sitk.Cast(image, sitk.sitkUInt8)
 
 
-def to_ras(image):
+def to_ras(image: sitk.Image) -> sitk.Image:
+    """An image with its axes swapped and flipped, never interpolated, to the nearest RAS axes."""
     # SimpleITK names the directions that indices increase to, as nibabel does: LPS is its identity
     return sitk.DICOMOrient(image, "RAS")
 
 
-def make_image(volume, affine):
+def make_image(volume: np.ndarray, affine: np.ndarray) -> sitk.Image:
     """A SimpleITK.Image of an (X, Y, Z) array and its affine (4, 4) to RAS mm."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.T))
     lps = LPS @ affine
@@ -212,12 +215,12 @@ def make_image(volume, affine):
     return image
 
 
-def voxels_of(image):
+def voxels_of(image: sitk.Image) -> np.ndarray:
     """(X, Y, Z) view of an image's voxels; valid while the image lives."""
     return sitk.GetArrayViewFromImage(image).transpose(2, 1, 0)
 
 
-def affine_of(image):
+def affine_of(image: sitk.Image) -> np.ndarray:
     """(4, 4) affine of an image, from voxel indices to RAS mm."""
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
@@ -225,7 +228,7 @@ def affine_of(image):
     return LPS @ affine
 
 
-def require_ct(image, source):
+def require_ct(image: sitk.Image, source: str) -> None:
     """Raise DataError for an image of one value, LeftOut for one without air or lung: a mask, an MR, unscaled values."""
     extremes = sitk.MinimumMaximumImageFilter()
     extremes.Execute(image)
@@ -236,7 +239,7 @@ def require_ct(image, source):
         raise LeftOut(source, f"not a thorax CT in HU: values from {low:g} to {high:g}, nothing as dark as lung or air")
 
 
-def save_nifti(path, image):
+def save_nifti(path: Path | str, image: sitk.Image) -> None:
     """Write an image as compressed NIfTI in scanner coordinates; the same image gives the same bytes. Raises OSError."""
     import nibabel
     affine = affine_of(image)
@@ -247,12 +250,12 @@ def save_nifti(path, image):
     nibabel.save(nifti, path)
 
 
-def format_size(values):
+def format_size(values: Iterable[float]) -> str:
     """Numbers as text: 3 x 4 x 5."""
     return " x ".join(f"{value:g}" for value in values)
 
 
-def _one_line(error, path):
+def _one_line(error: Exception | str, path: Path | str) -> str:
     """What a library says of a file, in one line without memory addresses, source files and the way to the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "ERROR:" in line]

@@ -1,8 +1,9 @@
 """What is found below a folder: volumes at any depth, labelled crops, and images with their labels."""
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from dino3d.data.volume import SUFFIXES, DataError, Volume, _first_line
 from dino3d.files import atomic_write
 
 
-def walk_files(folder, fail):
+def walk_files(folder: Path | str, fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
     """(subfolder, names of its files) below a folder, sorted; hidden files and folders are left out.
 
     Links to folders are followed, each real folder once. fail: called with the OSError of a folder that can't be listed.
@@ -26,7 +27,7 @@ def walk_files(folder, fail):
         yield here, sorted(name for name in files if not name.startswith("."))
 
 
-def find_volumes(folder):
+def find_volumes(folder: Path | str) -> list[str]:
     """Paths of all volumes below a folder, relative to it and sorted; hidden files and folders are left out.
 
     Raises DataError for a folder that is missing, no folder, or can't be listed: going on without it would silently
@@ -35,13 +36,13 @@ def find_volumes(folder):
     if not os.path.isdir(folder):
         raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
 
-    def fail(error):
+    def fail(error: OSError) -> NoReturn:
         raise DataError(error.filename, f"can't be listed ({error.strerror})") from error
     return sorted(os.path.relpath(os.path.join(here, name), folder) for here, names in walk_files(folder, fail)
                   for name in names if name.lower().endswith(SUFFIXES))
 
 
-def read_data_list(path, folder=None):
+def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[str]:
     """Paths in a text file, one per line; relative ones belong to `folder` or, without it, to the list's own folder.
 
     Empty lines and lines that start with # are passed over. Raises DataError.
@@ -54,7 +55,7 @@ def read_data_list(path, folder=None):
     return [os.path.join(folder or os.path.dirname(path), name) for name in names]
 
 
-def list_volumes(folder, index):
+def list_volumes(folder: Path | str, index: Path | str) -> list[str]:
     """Paths of all volumes below `folder`, from the file `index` if an earlier call made it for this folder.
 
     Finding 100,000 files on a network drive takes minutes, so what was found is kept in `index`, which is a list that
@@ -92,13 +93,13 @@ class Pair(NamedTuple):
     label: str
 
 
-def stem(path):
+def stem(path: Path | str) -> str:
     """Name of a volume's file without folders and suffix: scan for a/scan.nii.gz."""
     name = os.path.basename(path)
     return next((name[:-len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
 
 
-def find_crops(folder):
+def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
     """(Crops, DataErrors) of `subset*/label<k>/<patient>/<name>.nii.gz`, sorted; label folders may be named <k> alone.
 
     The errors are all that keeps the folder from being trained on as it is, as far as names tell. Raises DataError for
@@ -141,12 +142,12 @@ def find_crops(folder):
     return crops, problems
 
 
-def _class_of(folder):
+def _class_of(folder: str) -> int | None:
     match = re.fullmatch(r"(?:label)?(\d+)", folder)
     return int(match[1]) if match else None
 
 
-def find_pairs(folder):
+def find_pairs(folder: Path | str) -> tuple[list[Pair], list[DataError]]:
     """(Pairs, DataErrors) of `images/<name>.nii.gz` with `labels/<name>.nii.gz`, paired by name and sorted.
 
     The errors are images without label, labels without image and names that stand for two files. Raises DataError for
@@ -169,7 +170,7 @@ def find_pairs(folder):
     return pairs, problems
 
 
-def read_pair(pair):
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(image (X, Y, Z) int16 HU, label (X, Y, Z) uint8, affine (4, 4)) of a Pair. Raises DataError where one can't be
     used, or both don't lie on the same grid."""
     with Volume(pair.image) as image, Volume(pair.label) as label:
@@ -179,7 +180,9 @@ def read_pair(pair):
         return image.read(), label.read_labels(), image.affine
 
 
-def other_grid(shape, affine, image_shape, image_affine):
+def other_grid(
+    shape: Sequence[int], affine: np.ndarray, image_shape: Sequence[int], image_affine: np.ndarray
+) -> str | None:
     """Why a label does not lie on its image's grid; None if it does, to a tenth of a voxel at every corner."""
     if tuple(shape) != tuple(image_shape):
         return f"has another shape than its image: {' x '.join(map(str, shape))}, not {' x '.join(map(str, image_shape))}"
@@ -190,7 +193,7 @@ def other_grid(shape, affine, image_shape, image_affine):
     return None
 
 
-def file_state(path):
+def file_state(path: Path | str) -> tuple[int, int]:
     """(size, time of change) of a file: what tells that it is another one now. (-1, 0) for a missing one."""
     try:
         status = os.stat(path)

@@ -5,12 +5,17 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
-def in_processes(function, items, workers):
+def in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
     """(item, function(item)) of every item as they are done, from so many processes; None where a process died of it.
 
     When a process dies, nothing tells of which item: those that were being worked on are tried again one by one.
@@ -44,11 +49,11 @@ def in_processes(function, items, workers):
         waiting.extend(itertools.islice(items, 2 * workers))
 
 
-def _pool(workers):
+def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
 
 
-def _submit(pool, function, item):
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], item: Any) -> Future:
     """pool.submit, which may start a process: one that Ctrl-C never reaches, not even while it imports."""
     if not hasattr(signal, "pthread_sigmask"):
         return pool.submit(function, item)
@@ -59,20 +64,20 @@ def _submit(pool, function, item):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker():
+def _start_worker() -> None:
     """One thread per worker, and none outlives the process that started it, however that one ends."""
     import SimpleITK
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends these
 
-    def follow():
+    def follow() -> None:
         connection.wait([parent_process().sentinel])
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
 
 
-def progress(total, unit):
+def progress(total: int, unit: str) -> "tqdm":
     """A progress bar with rate and remaining time on standard error, seldom renewed where that is a log file."""
     from tqdm import tqdm
     pause = 1 if sys.stderr.isatty() else 30  # seconds; what ends before shows no bar

@@ -1,11 +1,12 @@
 """The random patches that pre-training reads, and their order."""
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from augmentations import PATCH_VIEW, collate_views, keyed_rng
+from augmentations import PATCH_VIEW, MultiCropAugmentation, ViewBatch, ViewParameters, collate_views, keyed_rng
 from dino3d.data.volume import DataError, Volume
 
 PATCHES_PER_READ = 8      # patches of one volume that follow each other in an epoch, read with one opening of its file
@@ -15,29 +16,30 @@ class Sample(NamedTuple):
     """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met on
     the way, as (path, reason); spacing: (3,) mm per voxel of the patch."""
     patch: np.ndarray
-    views: list
-    bad: list
+    views: list[ViewParameters | None]
+    bad: list[tuple[str, str]]
     path: str = ""
-    spacing: tuple = (1.0, 1.0, 1.0)
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
 class Failure(NamedTuple):
     """Why there are no samples, in one line, and all (path, reason) that a worker has met in the epoch."""
     reason: str
-    bad: list
+    bad: list[tuple[str, str]]
 
 
 class Batch(NamedTuple):
     """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
     paths, spacings: the file of each patch, and its (3,) mm per voxel."""
     patches: torch.Tensor
-    groups: list
-    bad: list
+    groups: list[ViewBatch | None]
+    bad: list[tuple[str, str]]
     fatal: str
-    paths: tuple = ()
-    spacings: tuple = ()
+    paths: tuple[str, ...] = ()
+    spacings: tuple[tuple[float, ...], ...] = ()
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same with its tensors on a device."""
         return self._replace(patches=self.patches.to(device, non_blocking=True),
                              groups=[group and group.to(device) for group in self.groups])
 
@@ -51,13 +53,21 @@ class PretrainingPatches(Dataset):
     max_bad: unreadable files of an epoch that one worker puts up with; None: any number
     """
 
-    def __init__(self, paths, multi_crop, seed, patches_per_volume=1, strict=False, max_bad=None):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        multi_crop: MultiCropAugmentation,
+        seed: int,
+        patches_per_volume: int = 1,
+        strict: bool = False,
+        max_bad: int | None = None,
+    ) -> None:
         self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
         self.patches_per_volume, self.strict = patches_per_volume, strict
         self.max_bad = len(paths) if max_bad is None else max_bad
         self._epoch, self._bad = None, {}  # path -> reason; this worker's memory, so that no file is tried twice in an epoch
 
-    def __getitems__(self, keys):
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
         """The samples of a batch; neighbours from one volume share one opening of its file."""
         samples, opened = [], None
         try:
@@ -95,7 +105,9 @@ class PretrainingPatches(Dataset):
                 opened.close()
         return samples
 
-    def _draw(self, volume, epoch, sample):
+    def _draw(
+        self, volume: Volume, epoch: int, sample: int
+    ) -> tuple[np.ndarray, list[ViewParameters | None], tuple[float, ...]]:
         """(patch, views, its mm per voxel) of one sample: where spacing is given, a much finer volume is averaged first."""
         crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
         spacing = np.array(volume.spacing)
@@ -113,7 +125,9 @@ class PretrainingPatches(Dataset):
         return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing), tuple(spacing.tolist())
 
 
-def place_patch(rng, shape, core, size):
+def place_patch(
+    rng: np.random.RandomState, shape: np.ndarray, core: np.ndarray, size: np.ndarray
+) -> np.ndarray:
     """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`.
 
     The margin around the core stays inside too, so that turned views don't look beyond the volume, unless that left
@@ -126,7 +140,7 @@ def place_patch(rng, shape, core, size):
     return rng.randint(low, high + 1) - margin
 
 
-def block_mean(patch, factors):
+def block_mean(patch: np.ndarray, factors: Sequence[int] | np.ndarray) -> np.ndarray:
     """Mean over blocks of factors[0] x factors[1] x factors[2] voxels, which must divide the patch; int16, rounded."""
     if (np.asarray(factors) == 1).all():
         return patch
@@ -135,11 +149,12 @@ def block_mean(patch, factors):
     return np.rint(blocks.mean((1, 3, 5), dtype=np.float32)).astype(np.int16)
 
 
-def is_flat(voxels):
+def is_flat(voxels: np.ndarray) -> np.bool_:
+    """Whether all voxels are equal."""
     return voxels.min() == voxels.max()
 
 
-def collate(samples):
+def collate(samples: list[Sample] | list[Failure]) -> Batch:
     """A Batch of Samples. Patches of different sizes are padded at their far ends by repeating the border.
 
     That is what views see beyond a patch anyway, so they don't depend on which samples share a batch. In memory x is the
@@ -162,7 +177,7 @@ def collate(samples):
                  tuple(sample.path for sample in samples), tuple(sample.spacing for sample in samples))
 
 
-def epoch_order(volumes, patches_per_volume, seed, epoch):
+def epoch_order(volumes: int, patches_per_volume: int, seed: int, epoch: int) -> np.ndarray:
     """(volumes * patches_per_volume,) sample numbers in the order of an epoch, the same on every rank.
 
     Up to PATCHES_PER_READ patches of one volume follow each other, so that its file is opened once for them.
@@ -189,13 +204,24 @@ class BatchStream(Sampler):
     accumulate_steps: batches of one rank that make its share of a global batch
     """
 
-    def __init__(self, volumes, patches_per_volume, batch_size, rank, world_size, seed, epoch, position, epochs,
-                 accumulate_steps=1):
+    def __init__(
+        self,
+        volumes: int,
+        patches_per_volume: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        epoch: int,
+        position: int,
+        epochs: int,
+        accumulate_steps: int = 1,
+    ) -> None:
         self.order_of = lambda epoch: epoch_order(volumes, patches_per_volume, seed, epoch)
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.start, self.epochs, self.accumulate_steps = (epoch, position), epochs, accumulate_steps
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first, position = self.start
         for epoch in range(first, self.epochs):
             order = self.order_of(epoch)

@@ -3,11 +3,17 @@ import contextlib
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 _reading = contextlib.nullcontext  # in a loader worker: notes the file that is being read, see ReadWatchdog
 
 
-def reading(path):
+def reading(path: Path | str) -> contextlib.AbstractContextManager:
     """Context in which a file is opened or read: a loader worker that is watched notes it."""
     return _reading(path)
 
@@ -24,18 +30,24 @@ class ReadWatchdog:
 
     LONGEST = 1000  # bytes that are kept of a path, the last ones
 
-    def __init__(self, workers, seconds, end, at_start=None):
+    def __init__(
+        self,
+        workers: int,
+        seconds: float,
+        end: Callable[[str], None],
+        at_start: Callable[[int], None] | None = None,
+    ) -> None:
         self.seconds, self.end, self.at_start = seconds, end, at_start
         # Shared with the workers, as long as they are this process's children
         self.counts = multiprocessing.RawArray("q", workers)  # odd: in a read
         self.paths = multiprocessing.RawArray("c", workers * self.LONGEST)
 
-    def start_worker(self, worker):
+    def start_worker(self, worker: int) -> None:
         """Let this process note, as that worker, all that it reads."""
         global _reading
 
         @contextlib.contextmanager
-        def noting(path):
+        def noting(path: Path | str) -> Iterator[None]:
             name = os.fsencode(path)[-self.LONGEST:]
             self.paths[worker * self.LONGEST:(worker + 1) * self.LONGEST] = name.ljust(self.LONGEST, b"\0")
             self.counts[worker] += 1
@@ -48,7 +60,7 @@ class ReadWatchdog:
             self.at_start(worker)
 
     @contextlib.contextmanager
-    def running(self):
+    def running(self) -> Iterator[None]:
         done = threading.Event()
         threading.Thread(target=self._look_on, args=(done,), daemon=True).start()
         try:
@@ -56,7 +68,7 @@ class ReadWatchdog:
         finally:
             done.set()
 
-    def _look_on(self, done):
+    def _look_on(self, done: threading.Event) -> None:
         """Looks are counted and no clock is read: a job that was suspended for a day has not waited for its files."""
         pause = min(self.seconds / 10, 5)
         before, same = list(self.counts), [0] * len(self.counts)
@@ -71,7 +83,7 @@ class ReadWatchdog:
                          "to it and start again, which resumes, or raise --read_timeout (0: wait without end)")
 
 
-def with_read_timeout(loader, seconds, end):
+def with_read_timeout(loader: "DataLoader", seconds: float, end: Callable[[str], None]) -> Iterator[Any]:
     """An iterator over a DataLoader's batches, which calls end(message) where one file is read for `seconds` (0: never)."""
     if not loader.num_workers or not seconds:
         return iter(loader)
@@ -79,7 +91,7 @@ def with_read_timeout(loader, seconds, end):
     loader.worker_init_fn = watch.start_worker
     batches = iter(loader)  # here, so that the workers start at once
 
-    def give():
+    def give() -> Iterator[Any]:
         with watch.running():
             yield from batches
     return give()

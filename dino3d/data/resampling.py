@@ -1,5 +1,6 @@
 """Images cut, and resampled to another spacing or around a point."""
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import SimpleITK as sitk
@@ -8,7 +9,13 @@ from dino3d.data.images import UPRIGHT, _axes_of, format_size, voxels_of
 from dino3d.data.volume import AIR, DataError
 
 
-def crop_at(image, point, size, spacing, source):
+def crop_at(
+    image: sitk.Image,
+    point: Sequence[float] | np.ndarray,
+    size: Sequence[int] | np.ndarray,
+    spacing: Sequence[float] | np.ndarray | None,
+    source: str,
+) -> sitk.Image:
     """The part of an image around a point, resampled linearly; what lies outside is air.
 
     point: (3,) LPS mm, which becomes the centre of the crop (without resampling: the nearest that whole voxels allow)
@@ -30,7 +37,9 @@ def crop_at(image, point, size, spacing, source):
     return _mean(_sample(image, start, fine, np.array(size) * factors, linear=True), factors)
 
 
-def resample(image, spacing, is_label=False, upright=False):
+def resample(
+    image: sitk.Image, spacing: Sequence[float] | np.ndarray, is_label: bool = False, upright: bool = False
+) -> sitk.Image:
     """An image at another spacing (3,) mm over the same extent: linear and averaged as needed, or nearest for labels.
 
     upright: an image whose axes are not the world's is turned to right, anterior and superior. Its extent is then the
@@ -55,12 +64,12 @@ def resample(image, spacing, is_label=False, upright=False):
     return _mean(_sample(image, start, fine, size * factors, linear=True, extend=not tilted, axes=axes), factors)
 
 
-def is_upright(image):
+def is_upright(image: sitk.Image) -> bool:
     """Whether an image's axes are the world's right, anterior and superior, to 1e-3."""
     return np.allclose(_axes_of(image), UPRIGHT, rtol=0, atol=1e-3)
 
 
-def _box_along(image, axes):
+def _box_along(image: sitk.Image, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(3,) low corner and (3,) extent in mm of the box along `axes` around an image, and (3,) its voxels' distance along them.
 
     That is the longest step that passes no voxel over, however flat the voxels are and however they lie.
@@ -71,13 +80,21 @@ def _box_along(image, axes):
     return corners.min(0), np.ptp(corners, axis=0), 1 / np.linalg.norm(voxels_per_mm, axis=0)
 
 
-def averaging_factors(own, spacing):
+def averaging_factors(own: np.ndarray, spacing: Sequence[float] | np.ndarray) -> np.ndarray:
     """(3,) whole number of samples along each axis that one voxel of `spacing` is the mean of."""
     stretch = np.array(spacing) / own
     return np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
 
 
-def _sample(image, start, spacing, size, linear=False, extend=False, axes=None):
+def _sample(
+    image: sitk.Image,
+    start: Sequence[float] | np.ndarray,
+    spacing: np.ndarray,
+    size: Sequence[int] | np.ndarray,
+    linear: bool = False,
+    extend: bool = False,
+    axes: np.ndarray | None = None,
+) -> sitk.Image:
     """An image on a grid along its axes or others, `start` in its continuous voxel indices; linearly, in float, or nearest.
 
     Outside is air, or 0 in a mask; with `extend` the nearest voxel, for a last voxel that reaches a little beyond.
@@ -90,20 +107,20 @@ def _sample(image, start, spacing, size, linear=False, extend=False, axes=None):
                          axes.ravel().tolist(), outside, kind, extend)
 
 
-def _mean(image, factors):
+def _mean(image: sitk.Image, factors: np.ndarray) -> sitk.Image:
     """Means over blocks of voxels of a float image, rounded (ITK itself would cut off decimals)."""
     means = image if (factors == 1).all() else sitk.BinShrink(image, [int(f) for f in factors])
     return sitk.Cast(sitk.Round(means), sitk.sitkInt16)
 
 
-def body_box(image, margin):
+def body_box(image: sitk.Image, margin: float) -> tuple[np.ndarray, np.ndarray]:
     """(3,) first voxel and (3,) size of the largest thing denser than -300 HU and the lungs in it, with `margin` mm."""
     coarse = sitk.Shrink(image, [min(4, n) for n in image.GetSize()])
     parts = sitk.RelabelComponent(sitk.ConnectedComponent(coarse > -300))
     return mask_box(parts == 1, image, margin)
 
 
-def mask_box(mask, image, margin):
+def mask_box(mask: sitk.Image, image: sitk.Image, margin: float) -> tuple[np.ndarray, np.ndarray]:
     """(3,) first voxel and (3,) size in `image` of the non-zero part of a mask of the same extent, with `margin` mm or more.
 
     Without any such part: all of the image.
@@ -119,7 +136,7 @@ def mask_box(mask, image, margin):
     return low, high - low
 
 
-def crop_to_box(image, box):
+def crop_to_box(image: sitk.Image, box: tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]) -> sitk.Image:
     """The part of an image in a box of first voxel and size; its position in the world stays."""
     first, size = box
     return sitk.RegionOfInterest(image, [int(n) for n in size], [int(n) for n in first])

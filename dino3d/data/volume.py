@@ -6,7 +6,9 @@ read from them is flipped and its axes swapped (never interpolated) to the neare
 """
 import contextlib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import h5py
 import hdf5plugin
@@ -29,7 +31,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world has x and y the other way r
 class DataError(Exception):
     """A file that can't be used: which, what was found in it and what was expected."""
 
-    def __init__(self, path, reason):
+    def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 
@@ -40,7 +42,7 @@ class Volume:
     shape: (3,) voxels; spacing: (3,) mm; affine: (4, 4). Raises DataError where the file is no 3D image.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str) -> None:
         self.path = path
         self._closing = contextlib.ExitStack()
         try:
@@ -55,7 +57,7 @@ class Volume:
             self.close()
             raise DataError(path, f"can't be read ({_first_line(error)})") from error
 
-    def _orient(self, shape, affine):
+    def _orient(self, shape: tuple[int, ...], affine: np.ndarray) -> None:
         from nibabel.orientations import inv_ornt_aff, io_orientation
         if len(shape) != 3:
             raise DataError(self.path, f"is a {len(shape)}D image of shape {tuple(shape)}, expected a 3D volume")
@@ -70,18 +72,20 @@ class Volume:
         self.affine = affine @ inv_ornt_aff(orientation, shape)
         self.spacing = tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
-    def read(self, start=(0, 0, 0), size=None):
+    def read(
+        self, start: Sequence[int] | np.ndarray = (0, 0, 0), size: Sequence[int] | np.ndarray | None = None
+    ) -> np.ndarray:
         """(x, y, z) int16 HU from `start` on; what lies outside the volume is air. Default: all of it."""
         return padded(self._read_inside, self.shape, start, self.shape if size is None else size)
 
-    def read_values(self):
+    def read_values(self) -> np.ndarray:
         """(X, Y, Z) numbers as they are stored, of whatever type. Raises DataError where they are none."""
         voxels = self._take_oriented(np.zeros(3, int), np.array(self.shape))
         if voxels.dtype.kind not in "iuf":
             raise DataError(self.path, f"has voxels of type {voxels.dtype}, expected numbers")
         return voxels
 
-    def read_labels(self):
+    def read_labels(self) -> np.ndarray:
         """(X, Y, Z) uint8 classes of a mask. Raises DataError for values that are no whole numbers from 0 to 255."""
         voxels = self.read_values()
         found = np.unique(voxels)
@@ -90,12 +94,12 @@ class Volume:
             raise DataError(self.path, f"has label values such as {', '.join(wrong)}, expected whole numbers from 0 to 255")
         return voxels.astype(np.uint8)
 
-    def _read_inside(self, low, high):
+    def _read_inside(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         voxels = to_int16(self._take_oriented(low, high), self.path)
         ours = type(voxels) is np.ndarray and voxels.flags.writeable and min(voxels.strides) > 0  # no file, and not flipped
         return np.maximum(voxels, AIR, out=voxels if ours else None)
 
-    def _take_oriented(self, low, high):
+    def _take_oriented(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         slices = [None] * 3
         for axis, sign, n, a, b in zip(self._axes, self._signs, self.shape, low, high):
             slices[axis] = slice(int(a), int(b)) if sign > 0 else slice(int(n - b), int(n - a))
@@ -107,23 +111,28 @@ class Volume:
         flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
         return voxels.transpose(self._axes)[flips]
 
-    def is_constant(self):
+    def is_constant(self) -> bool:
         """True if all voxels are equal: such a file holds no image. Reads until it sees a second value."""
         first = self.read(size=(1, 1, 1)).item()
         return all((self.read((0, 0, z), (*self.shape[:2], min(CHUNK, self.shape[2] - z))) == first).all()
                    for z in range(0, self.shape[2], CHUNK))
 
-    def close(self):
+    def close(self) -> None:
         self._closing.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def padded(read_inside, shape, start, size):
+def padded(
+    read_inside: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    shape: Sequence[int],
+    start: Sequence[int] | np.ndarray,
+    size: Sequence[int] | np.ndarray,
+) -> np.ndarray:
     """(x, y, z) int16 box of a volume from `start` on, air where it reaches beyond.
 
     read_inside: gives what lies between (3,) voxels low and high of a volume of this shape
@@ -140,11 +149,14 @@ def padded(read_inside, shape, start, size):
     return box
 
 
-def is_hdf5(path):
+def is_hdf5(path: Path | str) -> bool:
+    """Whether a file is HDF5, by its suffix."""
     return str(path).lower().endswith((".hdf5", ".h5"))
 
 
-def _open_hdf5(path, closing):
+def _open_hdf5(
+    path: Path | str, closing: contextlib.ExitStack
+) -> tuple[tuple[int, ...], np.ndarray, Callable[..., np.ndarray]]:
     """(shape, affine, take) in the file's own axis order (x, y, z); take(three slices) gives an array."""
     file = closing.enter_context(h5py.File(path, "r", locking=False))  # read-only: no lock, which NFS may refuse
     names = ("VoxelData", "Spacing", "Origin", "Directions")
@@ -162,13 +174,15 @@ def _open_hdf5(path, closing):
     return voxels.shape[::-1], LPS @ affine, lambda slices: voxels[slices[::-1]].T
 
 
-def _open_nifti(path, closing):
+def _open_nifti(
+    path: Path | str, closing: contextlib.ExitStack
+) -> tuple[tuple[int, ...], np.ndarray, Callable[..., np.ndarray]]:
     import nibabel
     image = nibabel.load(path)
     return image.shape, image.affine, lambda slices: np.asanyarray(image.dataobj[slices])
 
 
-def to_int16(voxels, path):
+def to_int16(voxels: np.ndarray, path: Path | str) -> np.ndarray:
     """An array of numbers, rounded and clamped to int16; itself if it is. Raises DataError for NaN or other types."""
     if voxels.dtype == np.int16:
         return voxels
@@ -181,14 +195,14 @@ def to_int16(voxels, path):
     return np.clip(voxels, -32768, 32767).astype(np.int16)
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)  # libraries put paths and much else around it
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
 
-def write_volume(path, volume, affine, compression="blosc"):
+def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compression: str = "blosc") -> None:
     """Write an ITK HDF5 file in chunks made for random crops, under a temporary name until it is whole.
 
     volume: (X, Y, Z) int16 HU; affine: (4, 4) to RAS mm, whose axes must be orthogonal (ITK stores no shear).

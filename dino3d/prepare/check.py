@@ -1,13 +1,14 @@
 """prepare_data.py check: what a prepared folder holds, and what the training scripts would refuse of it."""
 import collections
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data.images import format_size
-from dino3d.data.layouts import find_crops, find_pairs, find_volumes, read_pair
+from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, find_volumes, read_pair
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError, Volume
 from dino3d.prepare.inputs import QUANTILES
@@ -17,13 +18,13 @@ class CheckedFile(NamedTuple):
     """What check reads of a volume, or the reason why it can't be used; classes: voxels of each in a case's label."""
     path: str
     problem: str = ""
-    size: tuple = ()
-    spacing: tuple = ()
-    hu: tuple = ()       # least, 1 %, 50 %, 99 %, greatest
-    classes: dict = {}
+    size: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    hu: tuple[float, ...] = ()  # least, 1 %, 50 %, 99 %, greatest
+    classes: dict[int, int] = {}
 
 
-def check(folder, workers):
+def check(folder: Path, workers: int) -> None:
     """Print what a prepared folder holds and what the training scripts would refuse of it, and why."""
     if not folder.is_dir():
         raise UserError(f"{folder}: " + ("is no folder" if folder.exists() else "no such folder"))
@@ -60,7 +61,7 @@ def check(folder, workers):
     print("nothing would be refused")
 
 
-def check_files(see, items, workers):
+def check_files(see: Callable[[Any], CheckedFile], items: Sequence[Any], workers: int) -> list[CheckedFile]:
     """[Seen] of the items in their order."""
     found = {}
     with progress(len(items), "file") as bar:
@@ -70,7 +71,8 @@ def check_files(see, items, workers):
     return [found[item] for item in items]
 
 
-def check_volume(path):
+def check_volume(path: str) -> CheckedFile:
+    """What check reads of a volume or crop."""
     try:
         with Volume(path) as volume:
             return check_voxels(path, volume.read(), volume.spacing)
@@ -78,7 +80,8 @@ def check_volume(path):
         return CheckedFile(path, error.reason)
 
 
-def check_pair(pair):
+def check_pair(pair: Pair) -> CheckedFile:
+    """What check reads of a case for segmentation: of its image, and the classes in its label."""
     try:
         image, label, affine = read_pair(pair)
     except DataError as error:
@@ -88,7 +91,8 @@ def check_pair(pair):
         classes={int(value): int(count) for value, count in zip(values, counts) if value})
 
 
-def check_voxels(path, voxels, spacing):
+def check_voxels(path: str, voxels: np.ndarray, spacing: Sequence[float] | np.ndarray) -> CheckedFile:
+    """Size, spacing and HU of (X, Y, Z) voxels; a problem where all are equal."""
     low, high = voxels.min(), voxels.max()
     if low == high:
         return CheckedFile(path, f"has the same value in all voxels ({low})")
@@ -96,7 +100,7 @@ def check_voxels(path, voxels, spacing):
     return CheckedFile(path, "", tuple(voxels.shape), tuple(spacing), (low, *quantiles, high))
 
 
-def print_ranges(seen):
+def print_ranges(seen: Sequence[CheckedFile]) -> None:
     """A table of the least, median and greatest size, spacing and HU."""
     good = [one for one in seen if not one.problem]
     if not good:
@@ -109,7 +113,7 @@ def print_ranges(seen):
             print(f"{title + ', ' + axis:24}" + "".join(f"{value:10.5g}" for value in (values.min(), np.median(values), values.max())))
 
 
-def print_balance(crops):
+def print_balance(crops: Sequence[Crop]) -> None:
     """A table of crops and patients by subset and label."""
     labels = sorted({crop.label for crop in crops})
     print(f"{'':24}{'patients':>10}" + "".join(f"{'label' + str(label):>10}" for label in labels))
@@ -119,7 +123,7 @@ def print_balance(crops):
         print(f"{subset:24}{len({crop.patient for crop in here}):10}" + "".join(f"{counts[label]:10}" for label in labels))
 
 
-def print_labels(seen):
+def print_labels(seen: Sequence[CheckedFile]) -> None:
     """A line for each class: in how many cases, and of what share of their voxels."""
     good = [one for one in seen if not one.problem]
     for value in sorted({value for one in good for value in one.classes}):

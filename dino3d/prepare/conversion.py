@@ -10,8 +10,9 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from dino3d.command_line import UserError
 from dino3d.data.images import LeftOut
@@ -34,7 +35,7 @@ class Job(NamedTuple):
     sources: what the manifest calls them; stamp: changes when they do
     task: what the converting function takes, whatever it is
     """
-    sources: tuple
+    sources: tuple[str, ...]
     stamp: str
     task: Any
 
@@ -45,11 +46,11 @@ class Output(NamedTuple):
     row: dict with source and output (relative to the output folder), and what else the manifest's columns name
     write: function of a path with the output's suffix; None for an input that leads to no file
     """
-    row: dict
-    write: Any
+    row: dict[str, Any]
+    write: Callable[[Path], None] | None
 
 
-def fingerprint(*parts):
+def fingerprint(*parts: Any) -> str:
     """16 hex digits that stand for the parts: anything that has a repr."""
     return hashlib.sha256(repr((OUTPUT_FORMAT, parts)).encode()).hexdigest()[:16]
 
@@ -58,7 +59,7 @@ def fingerprint(*parts):
 
 
 @contextlib.contextmanager
-def open_output(output, recipe):
+def open_output(output: Path, recipe: dict[str, Any]) -> Iterator["Records"]:
     """The output folder, made and locked, for a run with these options; a Records of what stands in it.
 
     recipe: dict of everything that the outputs depend on beside the inputs. Raises UserError where the folder was made
@@ -78,7 +79,7 @@ def open_output(output, recipe):
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
-def _lock(file, output):
+def _lock(file: TextIO, output: Path) -> None:
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,7 +89,7 @@ def _lock(file, output):
         pass
 
 
-def _same_recipe(path, recipe):
+def _same_recipe(path: Path, recipe: dict[str, Any]) -> None:
     """Write down what the folder is made with; where files stand in it, that must be what they were made with."""
     work, text = path.parent / WORK, json.dumps(recipe, indent=1) + "\n"
     stands = sorted(name for name in os.listdir(path.parent) if not name.startswith(".") and name != RECIPE)
@@ -109,7 +110,7 @@ def _same_recipe(path, recipe):
                         "give another --output")
 
 
-def is_complete(output):
+def is_complete(output: Path) -> bool:
     """Whether a finished run's manifest and all files in it stand in the output folder."""
     if not (output / MANIFEST).is_file() or (output / WORK).exists():
         return False
@@ -120,7 +121,7 @@ def is_complete(output):
 class Records:
     """Rows of the manifest, by the stamp of their job: those of earlier runs, and those that a run adds."""
 
-    def __init__(self, output):
+    def __init__(self, output: Path) -> None:
         self.output, self.journal = output, output / WORK / JOURNAL
         self.earlier = collections.defaultdict(list)  # stamp -> rows
         if (output / MANIFEST).exists():
@@ -135,21 +136,23 @@ class Records:
                         if isinstance(rows, list) and rows and all(map(_is_whole, rows)):
                             self.earlier[rows[0]["stamp"]] = rows
 
-    def finished(self, job):
+    def finished(self, job: Job) -> list[dict[str, str]] | None:
         """The rows of a job that an earlier run has done and whose files are still there; None if it has to be done."""
         rows = self.earlier.get(job.stamp, [])
         return rows if len(rows) >= len(job.sources) and all(map(self.stands, rows)) else None
 
-    def stands(self, row):
+    def stands(self, row: dict[str, str]) -> bool:
+        """Whether what a row says still holds: its file is there and as large, or its input was left out."""
         if row["status"] == WRITTEN:
             return str(file_state(self.output / row["output"])[0]) == row.get("bytes")
         return row["status"] == LEFT_OUT
 
-    def add(self, rows):
+    def add(self, rows: list[dict[str, str]]) -> None:
+        """Write the rows of a job that is done to the journal."""
         with open(self.journal, "a", **TEXT) as file:
             file.write(json.dumps(rows) + "\n")
 
-    def finish(self, rows, columns):
+    def finish(self, rows: list[dict[str, str]], columns: Sequence[str]) -> list[dict[str, str]]:
         """Write the manifest; returns the rows that earlier runs left in it.
 
         A file of an earlier run is removed if its input now leads elsewhere. One whose input is gone or can't be read any
@@ -175,7 +178,7 @@ class Records:
         return kept
 
 
-def _is_whole(row):
+def _is_whole(row: Any) -> bool:
     """Whether a row of a manifest or journal is one as `_finish` makes them, whatever was done to the file since."""
     needed = ("source", "output", "status", "stamp")
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in needed):
@@ -186,7 +189,14 @@ def _is_whole(row):
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-def convert_all(convert, jobs, records, columns, workers, unit):
+def convert_all(
+    convert: Callable[[Any], Iterator[Output]],
+    jobs: Iterable[Job],
+    records: Records,
+    columns: Sequence[str],
+    workers: int,
+    unit: str,
+) -> "Outcome":
     """Do the jobs that are not done yet, then write the manifest; returns an Outcome for `report`.
 
     convert: a module's function from a job's task to an iterator of Outputs; it runs in a worker and may raise DataError
@@ -217,13 +227,13 @@ def convert_all(convert, jobs, records, columns, workers, unit):
 
 class Outcome(NamedTuple):
     """rows: of the manifest; before: files that were there; kept: rows of earlier runs besides; manifest: its path."""
-    rows: list
+    rows: list[dict[str, str]]
     before: int
-    kept: list
+    kept: list[dict[str, str]]
     manifest: Path
 
 
-def _do(item):
+def _do(item: tuple[Callable[[Any], Iterator[Output]], Job, str]) -> list[dict[str, str]] | str:
     """In a worker: the rows of a job; a message where the output can't be written, which ends the run."""
     convert, job, output = item
     rows = []
@@ -246,15 +256,15 @@ class _CantWrite(Exception):
     pass
 
 
-def _finish(rows, job):
+def _finish(rows: list[dict[str, Any]], job: Job) -> list[dict[str, str]]:
     """Rows as they go into the journal and manifest: all text in one line, so that both give the same back."""
-    def text(value):  # names of files may be any bytes
+    def text(value: Any) -> str:  # names of files may be any bytes
         return str(value).replace("\r", " ").replace("\n", " ").encode(errors="backslashreplace").decode()
     rows = [{"output": "", "reason": "", **row, "stamp": job.stamp} for row in rows]
     return [{name: text(value) for name, value in row.items()} for row in rows]
 
 
-def _commit(write, output, name):
+def _commit(write: Callable[[Path], None], output: Path, name: str) -> int:
     """Write a file under a temporary name and move it to its place; returns its size in bytes."""
     part = None
     try:
@@ -268,7 +278,7 @@ def _commit(write, output, name):
         raise DataError(name, f"can't be written: {str(error).replace(f'{part}: ', '')}") from error
 
 
-def report_outcome(outcome):
+def report_outcome(outcome: Outcome) -> None:
     """Print what became of the inputs. Raises UserError if some failed."""
     rows = outcome.rows
     count = collections.Counter(row["status"] for row in rows)

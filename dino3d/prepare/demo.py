@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ ORIGINS = {
 }
 
 
-def demo(output, phantom):
+def demo(output: Path, phantom: bool) -> None:
     """Two lung CTs and synthetic chest phantoms in all three layouts, made by the commands that users type.
 
     pretrain holds the CTs alone; luna16 and msd hold phantoms too, since two patients make no folds; lesion holds one
@@ -73,7 +74,7 @@ def demo(output, phantom):
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
-def demo_source(origin):
+def demo_source(origin: str) -> str:
     """Text that says where each patient of the demo comes from."""
     origins = {**dict.fromkeys(PATIENTS, origin), **dict.fromkeys(phantom_names(), PHANTOM)}
     return "Where the demo's patients come from\n\n" + "".join(
@@ -82,11 +83,12 @@ def demo_source(origin):
         "what was trained on\n")
 
 
-def phantom_names():
+def phantom_names() -> list[str]:
+    """Names of the patients that are phantoms in any case."""
     return [f"phantom{i}" for i in range(1, PHANTOMS + 1)]
 
 
-def fetch_demo(folder, phantom, held):
+def fetch_demo(folder: Path, phantom: bool, held: str | None) -> str:
     """Fetch the CTs and masks as NRRD files into a folder, unless phantoms stand for them; returns CT or PHANTOM."""
     synthetic = f"{' and '.join(PATIENTS)} will be SYNTHETIC too: chest phantoms, which show that the code runs, no more"
     print(f"{PHANTOMS} of the patients for classification and segmentation are SYNTHETIC: chest phantoms, since folds need more "
@@ -109,7 +111,7 @@ def fetch_demo(folder, phantom, held):
     return CT
 
 
-def demo_cases(folder, origin):
+def demo_cases(folder: Path, origin: str) -> Iterator[tuple[str, sitk.Image, sitk.Image]]:
     """(patient, image, mask that numbers its nodules from 1) of each patient of the demo, images as in images.py."""
     for i, patient in enumerate([*PATIENTS, *phantom_names()]):
         if origin == CT and patient in PATIENTS:
@@ -121,7 +123,7 @@ def demo_cases(folder, origin):
             yield patient, images.make_image(volume, affine), images.make_image(nodules, affine)
 
 
-def lay_out_demo(folder, cases, origin):
+def lay_out_demo(folder: Path, cases: Iterable[tuple[str, sitk.Image, sitk.Image]], origin: str) -> None:
     """Write the cases as NLST, LUNA16 and the Decathlon would be downloaded, into folders of these names."""
     candidates, annotations, listed = [], [], []
     for i, (patient, image, nodules) in enumerate(cases):
@@ -152,7 +154,7 @@ def lay_out_demo(folder, cases, origin):
         (folder / task / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "nodule"}, "training": training}))
 
 
-def save_raw(path, image):
+def save_raw(path: Path, image: sitk.Image) -> None:
     """Write an image with a fixed time of change, so that a rerun finds the same input."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(image, str(path))
@@ -160,7 +162,9 @@ def save_raw(path, image):
         os.utime(file, (0, 0))
 
 
-def lung_places(image, centres, count, seed):
+def lung_places(
+    image: sitk.Image, centres: Sequence[Sequence[float]], count: int, seed: int
+) -> list[tuple[float, ...]]:
     """LPS mm of random places inside the lungs, more than 20 mm away from any nodule."""
     from scipy.ndimage import uniform_filter
     smooth = uniform_filter(images.voxels_of(image).astype(np.float32), np.maximum(10 / np.array(image.GetSpacing()), 1).astype(int))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 # The two CTs stand in the source distribution of pyradiomics, each with a mask of one tumour.
@@ -37,7 +38,9 @@ __legacy__ = Backend()
 '''
 
 
-def fetch_sdist(folder, name=PACKAGE, version=VERSION, sha256=SHA256, timeout=900):
+def fetch_sdist(
+    folder: Path | str, name: str = PACKAGE, version: str = VERSION, sha256: str = SHA256, timeout: float = 900
+) -> Path:
     """Download the source distribution of `name` with pip and verify it; nothing of it is run.
 
     pip's own configuration (index, proxy, certificates, links) applies.
@@ -80,14 +83,14 @@ def fetch_sdist(folder, name=PACKAGE, version=VERSION, sha256=SHA256, timeout=90
     return archives[0]
 
 
-def last_error_line(text):
+def last_error_line(text: str) -> str:
     """The last line that pip marked as an error, without the mark; else the last line; else ""."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error:")]
     return errors[-1].partition(":")[2].strip() if errors else "".join(lines[-1:])
 
 
-def verify_sha256(path, sha256):
+def verify_sha256(path: Path | str, sha256: str) -> None:
     """Raise FetchError unless the file has this digest."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -95,7 +98,7 @@ def verify_sha256(path, sha256):
         raise FetchError(f"{Path(path).name} has sha256 {found}, expected {sha256}")
 
 
-def read_members(archive, names):
+def read_members(archive: Path | str, names: Sequence[str]) -> dict[str, bytes]:
     """Read the named regular files of a tar archive into memory: dict of name to bytes.
 
     Nothing is unpacked. Raises FetchError where a name is missing or is no regular file.

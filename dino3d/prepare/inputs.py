@@ -3,7 +3,8 @@ import os
 import re
 import unicodedata
 import zlib
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from dino3d.data.images import format_size
 from dino3d.data.layouts import file_state
 from dino3d.data.volume import DataError
 from dino3d.prepare.conversion import MANIFEST, RECIPE
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 QUANTILES = {"hu_p1": 1, "hu_p50": 50, "hu_p99": 99}
 IMAGE_COLUMNS = ["shape", "spacing", "hu_min", *QUANTILES, "hu_max", "bytes", "status", "reason", "stamp"]
@@ -24,11 +28,12 @@ class File(NamedTuple):
     time: int
 
 
-def file_at(root, name):
+def file_at(root: Path | str, name: str) -> File:
+    """The File of this name below the input folder."""
     return File(name, *file_state(os.path.join(root, name)))
 
 
-def companions(root, name):
+def companions(root: Path | str, name: str) -> list[File]:
     """The Files with the voxels of a MetaImage or NRRD header that says where they are."""
     if not name.lower().endswith((".mhd", ".nhdr")):
         return []
@@ -37,7 +42,7 @@ def companions(root, name):
     return [file_at(root, os.path.join(os.path.dirname(name), found[1]))] if found else []
 
 
-def safe_name(text, otherwise):
+def safe_name(text: str, otherwise: str) -> str:
     """A name from a table or header made fit for one file or folder: no separators, not hidden, not long, none of ours.
 
     Where something has to be changed, a hash keeps different names different. Empty ones become `otherwise`.
@@ -52,7 +57,7 @@ def safe_name(text, otherwise):
     return f"{name or otherwise}-{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
 
 
-def input_path(folder, name):
+def input_path(folder: Path | str, name: str) -> str:
     """Path of an input file. Raises DataError for a name that isn't in UTF-8, which SimpleITK can't take."""
     try:
         return os.path.join(folder, name).encode().decode()
@@ -60,7 +65,7 @@ def input_path(folder, name):
         raise DataError(name, "can't be read: its name is not in UTF-8, rename it") from None
 
 
-def image_statistics(image):
+def image_statistics(image: "sitk.Image") -> dict[str, Any]:
     """What the manifest says of an image: shape, spacing in mm, quantiles of HU (of every fourth voxel)."""
     voxels = images.voxels_of(image)
     sample = np.percentile(voxels[::2, ::2], list(QUANTILES.values()))

@@ -2,8 +2,9 @@
 import collections
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from dino3d.data.layouts import walk_files
 from dino3d.data.volume import DataError
 from dino3d.files import read_rows
 from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, fingerprint, open_output, report_outcome
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, input_path, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, input_path, safe_name
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
@@ -25,8 +26,8 @@ class Point(NamedTuple):
     """A row of a table: its line there, LPS mm, its label, a nodule's diameter in mm or "", and what is wrong with it."""
     table: str
     line: int
-    position: tuple
-    label: int
+    position: tuple[float, ...]
+    label: int | None
     diameter: str = ""
     problem: str = ""
 
@@ -34,15 +35,26 @@ class Point(NamedTuple):
 class CropTask(NamedTuple):
     """A scan and the Points to crop around, with their outputs' paths; or why there are none (status, reason)."""
     source: str
-    files: list
+    files: list[File]
     patient: str
-    points: list
-    outputs: list
+    points: list[Point]
+    outputs: list[str]
     status: str = ""
     reason: str = ""
 
 
-def luna16(input, output, workers, size, spacing, negatives_per_scan, seed, table, label_column, patients):
+def luna16(
+    input: Path,
+    output: Path,
+    workers: int,
+    size: Sequence[int],
+    spacing: Sequence[float],
+    negatives_per_scan: int | None,
+    seed: int,
+    table: Path | None,
+    label_column: str,
+    patients: Path | None,
+) -> None:
     """Crops around the points of LUNA16's tables, or of one's own, into the classification layout."""
     if negatives_per_scan is None and table is None:
         negatives_per_scan = NEGATIVES_PER_SCAN
@@ -72,7 +84,9 @@ def luna16(input, output, workers, size, spacing, negatives_per_scan, seed, tabl
     report_outcome(outcome)
 
 
-def reason_unusable(points, chosen, scans, patient, patients):
+def reason_unusable(
+    points: Sequence[Point], chosen: Sequence[Point], scans: Sequence[str], patient: str, patients: Path | None
+) -> tuple[str, str] | None:
     """(status, reason) where a series can't be cropped from; None where it can."""
     if not scans:
         return LEFT_OUT, f"no scan of this series below --input: {len(points)} points"
@@ -87,16 +101,17 @@ def reason_unusable(points, chosen, scans, patient, patients):
     return None
 
 
-def subset_of(scan):
+def subset_of(scan: str) -> str:
     """Name of the subset folder that a path leads through, "" without any."""
     return safe_name(next((part for part in scan.split(os.sep)[:-1] if part.startswith("subset")), ""), "")
 
 
-def point_id(point):
+def point_id(point: Point) -> str:
+    """What the manifest appends to a scan's path for one of its points."""
     return f"#{point.table}:{point.line}"
 
 
-def draw_points(points, negatives, seed, series):
+def draw_points(points: Sequence[Point], negatives: int | None, seed: int, series: str) -> list[Point]:
     """All points but those of label 0, of which `negatives` are drawn (None: all), in the order of the table."""
     zeros = [point for point in points if point.label == 0 and not point.problem]
     if negatives is not None and len(zeros) > negatives:
@@ -106,14 +121,14 @@ def draw_points(points, negatives, seed, series):
                   key=lambda point: (point.table, point.line))
 
 
-def scans_of_series(folder, output):
+def scans_of_series(folder: Path, output: Path) -> dict[str, list[str]]:
     """{series: [paths relative to the folder]} of the volumes that are named by their series.
 
     Where there are subset folders, only what lies in them: LUNA16's lung masks bear the same names.
     """
     found = collections.defaultdict(list)
 
-    def fail(error):
+    def fail(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: can't be listed ({error.strerror})") from error
     for here, names in walk_files(folder, fail):
         if Path(output).resolve() in (Path(here).resolve(), *Path(here).resolve().parents):
@@ -126,7 +141,7 @@ def scans_of_series(folder, output):
     return in_subsets or dict(found)
 
 
-def read_points(path, label_column, optional=False):
+def read_points(path: Path | str, label_column: str, optional: bool = False) -> dict[str, list[Point]]:
     """{series: [Points]} of a table with columns seriesuid, coordX, coordY, coordZ (LPS mm) and the label."""
     points, name = collections.defaultdict(list), safe_name(images.stem(Path(path).stem), "table")
     for line, row in read_rows(path, ["seriesuid", "coordX", "coordY", "coordZ", label_column]):
@@ -148,10 +163,10 @@ def read_points(path, label_column, optional=False):
     return dict(points)
 
 
-def read_candidates(folder):
+def read_candidates(folder: Path) -> dict[str, list[Point]]:
     """{series: [Points]} of LUNA16: its candidates, with the diameter of the nodule that one lies in, and those nodules
     of annotations.csv in which none lies, as positives too."""
-    def find(*names):
+    def find(*names: str) -> Path | None:
         places = [path for name in names for path in (folder / name, *sorted(folder.glob(f"*/{name}")))]
         return next((path for path in places if path.is_file()), None)
     candidates, annotations = find("candidates_V2.csv", "candidates.csv"), find("annotations.csv")
@@ -183,7 +198,7 @@ def read_candidates(folder):
     return points
 
 
-def read_patients(path):
+def read_patients(path: Path | str) -> dict[str, str]:
     """{series: patient} of a table with these columns. Raises UserError where it names two patients of one series."""
     patients = {}
     for line, row in read_rows(path, ["seriesuid", "patient"]):
@@ -193,7 +208,7 @@ def read_patients(path):
     return patients
 
 
-def convert_crops(task):
+def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTask]) -> Iterator[Output]:
     """Outputs of a CropTask: a crop for each point, or the reason why not."""
     folder, size, spacing, task = task
     if task.status:

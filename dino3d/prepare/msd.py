@@ -1,7 +1,9 @@
 """prepare_data.py msd: images and masks of a Decathlon task into the segmentation layout."""
 import json
 import os
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from dino3d.data.images import format_size
 from dino3d.data.layouts import find_volumes, other_grid
 from dino3d.data.volume import DataError
 from dino3d.prepare.conversion import Job, Output, convert_all, fingerprint, open_output, report_outcome
-from dino3d.prepare.inputs import IMAGE_COLUMNS, file_at, image_statistics, input_path, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, File, file_at, image_statistics, input_path, safe_name
 
 MSD_COLUMNS = ["source", "output", "labels", "millilitres", *IMAGE_COLUMNS]
 
@@ -19,13 +21,15 @@ MSD_COLUMNS = ["source", "output", "labels", "millilitres", *IMAGE_COLUMNS]
 class PairTask(NamedTuple):
     """An image and its label, relative to the input ("" for one that is missing), and the classes that the label may have."""
     name: str
-    files: list
+    files: list[File]
     image: str
     label: str
-    classes: list
+    classes: list[int] | None
 
 
-def msd(input, output, workers, spacing, crop, margin):
+def msd(
+    input: Path, output: Path, workers: int, spacing: Sequence[float] | None, crop: str, margin: float
+) -> None:
     """Images and masks of a Decathlon task into the segmentation layout."""
     with open_output(output, {"command": "msd", "spacing": spacing, "crop": crop, "margin": margin}) as records:
         pairs, classes = decathlon(input)
@@ -37,7 +41,7 @@ def msd(input, output, workers, spacing, crop, margin):
     report_outcome(outcome)
 
 
-def decathlon(folder):
+def decathlon(folder: Path) -> tuple[list[tuple[str, str, str]], list[int] | None]:
     """([(name, image, label)], classes or None) of a task: by dataset.json where it is there, and by the folders.
 
     Paths are relative to the folder, "" for what is missing. Raises UserError.
@@ -57,7 +61,7 @@ def decathlon(folder):
         print(f"note: no dataset.json in {folder}: images and labels are paired by name, any class is taken")
     images_by_name, labels_by_name = {}, {}
 
-    def name_of(path, taken):  # a second one of a name goes by its path
+    def name_of(path: str, taken: Mapping[str, str]) -> str:  # a second one of a name goes by its path
         return path if images.stem(path) in taken else images.stem(path)
     for image, label in listed:
         name = name_of(image, images_by_name)
@@ -73,7 +77,7 @@ def decathlon(folder):
     return [(name, images_by_name.get(name, ""), labels_by_name.get(name, "")) for name in names], classes
 
 
-def convert_pair(task):
+def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask]) -> Iterator[Output]:
     """Outputs of a PairTask: the image and its label, both or neither."""
     folder, spacing, crop, margin, task = task
     if not task.image or not task.label:
@@ -99,5 +103,6 @@ def convert_pair(task):
                  lambda path: images.save_nifti(path, label))
 
 
-def format_list(values):
+def format_list(values: Iterable[Any]) -> str:
+    """Values as they stand in one cell of the manifest."""
     return " ".join(map(str, values))

@@ -4,8 +4,9 @@ import os
 import re
 import stat
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,10 @@ from dino3d.data.layouts import walk_files
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError, write_volume
 from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, fingerprint, open_output, report_outcome
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, input_path, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, input_path, safe_name
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 HEADERS_PER_TASK = 500  # files that a worker looks into at a time
 NLST_COLUMNS = ["source", "output", "patient", "study_date", "slice_thickness", "kernel", *IMAGE_COLUMNS]
@@ -25,23 +29,23 @@ NLST_COLUMNS = ["source", "output", "patient", "study_date", "slice_thickness", 
 class Scan(NamedTuple):
     """A series or a volume file: what the manifest calls it, its Files, a DICOM header or None, and what is wrong with it."""
     source: str
-    files: list
-    header: dicom.Slice = None
+    files: list[File]
+    header: dicom.Slice | None = None
     problem: str = ""
 
 
 class ScanTask(NamedTuple):
     """Scans to be converted, or of which the first that can be used is (one_of_them), with the outputs' paths."""
     input: str
-    scans: list
-    outputs: list
+    scans: list[Scan]
+    outputs: list[str]
     one_of_them: bool
     min_slices: int
-    crop_to_body: float
+    crop_to_body: float | None
     compression: str
 
 
-def nlst(input, output, workers, one_per_study, **options):
+def nlst(input: Path, output: Path, workers: int, one_per_study: bool, **options: Any) -> None:
     """Every CT series and volume below a folder into the pre-training layout."""
     with open_output(output, {"command": "nlst", "one_per_study": one_per_study, **options}) as records:
         scans, others = find_scans(input, output, workers)
@@ -59,11 +63,11 @@ def nlst(input, output, workers, one_per_study, **options):
     report_outcome(outcome)
 
 
-def find_scans(folder, output, workers):
+def find_scans(folder: Path, output: Path, workers: int) -> tuple[list[Scan], int]:
     """(Scans below a folder, number of other files), looking into every file that may be DICOM."""
     problems, names = [], []
 
-    def fail(error):
+    def fail(error: OSError) -> None:
         where = os.path.relpath(error.filename, folder)
         problems.append(Scan(where, [], problem=f"can't be listed: {error.strerror}"))
     for here, files in walk_files(folder, fail):
@@ -88,12 +92,12 @@ def find_scans(folder, output, workers):
 
 class ScannedHeaders(NamedTuple):
     """series: [(UID, header of the first file, Files)]; scans: volumes and what can't be read; others: how many."""
-    series: list
-    scans: list
+    series: list[tuple[str, dicom.Slice, list[File]]]
+    scans: list[Scan]
     others: int
 
 
-def scan_headers(task):
+def scan_headers(task: tuple[str, list[str]]) -> ScannedHeaders:
     """What the files (relative paths) below a folder are: a Found."""
     root, names = task
     headers, scans, others = collections.defaultdict(list), [], 0
@@ -117,14 +121,14 @@ def scan_headers(task):
     return ScannedHeaders(series, scans, others)
 
 
-def series_preference(scan):
+def series_preference(scan: Scan) -> tuple[float, int, int, str]:
     """Sort key of --one_per_study: thinnest slices, softest kernel, most slices, then by name."""
     header = scan.header
     return (header.thickness or np.inf, dicom.sharpness(header.kernel), -len(scan.files), scan.source) if header else (
         np.inf, 0, 0, scan.source)
 
 
-def place_scans(scans):
+def place_scans(scans: Sequence[Scan]) -> dict[str, str]:
     """{source: relative path of its output}, `<patient>/t<k>/<series>.hdf5`.
 
     DICOM: k counts the dates of a patient's studies; studies without a date follow, each with its own k, in the order of
@@ -160,11 +164,12 @@ def place_scans(scans):
             for source, place in places.items()}
 
 
-def patient_of(header):
+def patient_of(header: dicom.Slice) -> str:
+    """Who a DICOM file is of, as far as its header tells: the patient, else the study, else the series."""
     return header.patient or header.study or header.series
 
 
-def convert_scans(task):
+def convert_scans(task: ScanTask) -> Iterator[Output]:
     """Outputs of a ScanTask; one for each scan, with a file or with the reason why not."""
     kept = None
     for scan, output in zip(task.scans, task.outputs):
@@ -190,7 +195,7 @@ def convert_scans(task):
                      lambda path, voxels=voxels, affine=affine: write_volume(path, voxels, affine, task.compression))
 
 
-def read_scan(task, scan):
+def read_scan(task: ScanTask, scan: Scan) -> "sitk.Image":
     """The image of a Scan, or a DataError that says why there is none."""
     if scan.problem:
         raise DataError(scan.source, scan.problem)

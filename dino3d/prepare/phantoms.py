@@ -1,15 +1,21 @@
 """Synthetic chest phantoms."""
+from collections.abc import Sequence
+
 import numpy as np
 
 HU_MIN, HU_MAX = -1024, 3071  # what 12-bit scanners store
 
 
-def chest_phantom(seed, shape=(320, 256, 96), spacing=(1.0, 1.0, 3.0)):
+def chest_phantom(
+    seed: int, shape: Sequence[int] = (320, 256, 96), spacing: Sequence[float] = (1.0, 1.0, 3.0)
+) -> tuple[np.ndarray, np.ndarray]:
     """The volume and affine of `labelled_phantom`, without its nodules."""
     return labelled_phantom(seed, shape, spacing)[:2]
 
 
-def labelled_phantom(seed, shape=(320, 256, 96), spacing=(1.0, 1.0, 3.0)):
+def labelled_phantom(
+    seed: int, shape: Sequence[int] = (320, 256, 96), spacing: Sequence[float] = (1.0, 1.0, 3.0)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A synthetic chest CT: body, lungs with vessels, heart, spine, ribs, table, nodules, noise.
 
     The anatomy fills the field of view whatever its size. It is not symmetric: the heart and the
@@ -34,10 +40,10 @@ def labelled_phantom(seed, shape=(320, 256, 96), spacing=(1.0, 1.0, 3.0)):
                           indexing="ij", sparse=True)
     hu = np.full(shape, -1000, dtype=np.float32)
 
-    def paint(mask, value):
+    def paint(mask: np.ndarray, value: float) -> None:
         hu[np.broadcast_to(mask, shape)] = value
 
-    def ellipse(centre, radii):
+    def ellipse(centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
         """Squared distance from the centre in the axial plane, 1 on the outline: (X, Y, 1)."""
         return ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2
 
@@ -61,7 +67,7 @@ def labelled_phantom(seed, shape=(320, 256, 96), spacing=(1.0, 1.0, 3.0)):
     paint(lungs, rng.uniform(-870, -830))
 
     # Vessels: random trees from each hilum, thinner at every fork
-    def stamp(mask, position, radius):
+    def stamp(mask: np.ndarray, position: np.ndarray, radius: float) -> None:
         """Set an ellipsoid in the mask: position and radius in mm, at least one voxel thick."""
         radii = np.maximum(radius, 0.5 * spacing)
         first = np.maximum(np.floor((position - radii) / spacing), 0).astype(int)
@@ -72,7 +78,7 @@ def labelled_phantom(seed, shape=(320, 256, 96), spacing=(1.0, 1.0, 3.0)):
         inside = (a ** 2)[:, None, None] + (b ** 2)[:, None] + c ** 2 <= 1
         mask[first[0]:last[0], first[1]:last[1], first[2]:last[2]] |= inside
 
-    def grow(position, heading, radius, length, forks):
+    def grow(position: np.ndarray, heading: np.ndarray, radius: float, length: float, forks: int) -> None:
         """Grow a branch that wanders and tapers, then the branches it forks into."""
         step = max(0.8 * radius, 0.8 * scale)
         steps = max(int(length / step), 1)
