@@ -26,8 +26,8 @@ from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_polic
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.images import voxels_of
-from dino3d.data.layouts import find_pairs, stem
-from dino3d.data.volume import DataError
+from dino3d.data.layouts import find_pairs
+from dino3d.data.volume import DataError, stem
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
 from dino3d.finetune.crops import WindowAugmentation, read_headers

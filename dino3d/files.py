@@ -1,6 +1,7 @@
 """Files that runs and conversions write: whole or not at all; JSON, tables, logs, and what a result depends on."""
 import contextlib
 import csv
+import io
 import json
 import os
 import sys
@@ -46,11 +47,17 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
-def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence], **how) -> None:
-    """Write a CSV, whole or not at all; floats keep all digits. how: folder and sync of `atomic_write`"""
-    with atomic_write(path, **how) as part:
-        with open(part, "w", newline="", **TEXT) as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a CSV, whole or not at all; floats keep all digits."""
+    with atomic_write(path) as part:
+        part.write_bytes(table_bytes(header, rows))
+
+
+def table_bytes(header: Sequence[str], rows: Iterable[Sequence]) -> bytes:
+    """A CSV as it stands on the disk."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().encode(**TEXT)
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:

@@ -20,7 +20,16 @@ from dino3d.data.layouts import find_crops, find_pairs, read_pair
 from dino3d.data.volume import Volume
 from dino3d.prepare import demo, fetch
 from dino3d.prepare import phantoms as phantoms_module
-from dino3d.prepare.fetch import IMAGES, LABELS, PATIENTS, SHA256, FetchError, fetch_sdist, last_error_line, read_members
+from dino3d.prepare.fetch import (
+    IMAGES,
+    LABELS,
+    PATIENTS,
+    SHA256,
+    FetchError,
+    fetch_sdist,
+    last_error_line,
+    read_members,
+)
 
 ROOT = Path(prepare_data.__file__).parent
 

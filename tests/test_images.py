@@ -24,10 +24,10 @@ from scipy.spatial.transform import Rotation
 from dino3d.data import dicom, images, resampling
 from dino3d.data.dicom import Slice, read_header, read_series, sort_slices
 from dino3d.data.images import LeftOut, read_image, read_raw
-from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, other_grid, read_pair, stem
+from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, other_grid, read_pair
 from dino3d.data.pretraining import block_mean
 from dino3d.data.resampling import crop_at
-from dino3d.data.volume import AIR, DataError, Volume, write_volume
+from dino3d.data.volume import VOLUME_SUFFIXES, stem, AIR, DataError, Volume, write_volume
 from dino3d.prepare.phantoms import chest_phantom
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -534,7 +534,7 @@ def test_softer_kernels_come_first():
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("suffix", images.VOLUME_SUFFIXES)
+@pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
 def test_volume_files_of_all_48_orientations_and_oblique_ones(suffix, tmp_path):
     assert len({axes.tobytes() for axes in SIGNED_PERMUTATIONS}) == 48
     path = str(tmp_path / f"ct{suffix}")
@@ -566,7 +566,7 @@ def test_headers_written_by_hand(tmp_path):
         assert_is(read_image(str(tmp_path / "ct.nrrd")), *canonical(stored, affine))
 
 
-@pytest.mark.parametrize("suffix", images.VOLUME_SUFFIXES)
+@pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint32, np.float32, np.float64])
 def test_other_voxel_types_are_rounded_and_clamped(dtype, suffix, tmp_path):
     values = np.array([-1e6, -32769, -3024, -2000, -1025, -1024.4, -0.6, 0.4, 99.6, 200, 32766.4, 32768, 65535, 1e6])
@@ -673,7 +673,7 @@ def refusal(path):
 
 @pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("compressed", [True, False])
-@pytest.mark.parametrize("suffix", images.VOLUME_SUFFIXES)
+@pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
 def test_files_that_are_cut_off_are_refused(suffix, compressed, tmp_path):
     """ITK reads many of them, and fills what is missing with what its memory held."""
     path = tmp_path / f"ct{suffix}"

@@ -9,7 +9,18 @@ import pytest
 import scipy.ndimage
 import SimpleITK as sitk
 import torch
-from test_images import ALL_AXES, LPS, OBLIQUE, SIGNED_PERMUTATIONS, affine_to_ras, contents, itk_image, noise, places, with_
+from test_images import (
+    ALL_AXES,
+    LPS,
+    OBLIQUE,
+    SIGNED_PERMUTATIONS,
+    affine_to_ras,
+    contents,
+    itk_image,
+    noise,
+    places,
+    with_,
+)
 
 from dino3d.data import images, resampling
 from dino3d.data.layouts import Pair, find_pairs

@@ -15,21 +15,12 @@ import SimpleITK as sitk
 
 from dino3d.data.volume import AIR, LPS, DataError, Volume, is_hdf5, to_int16
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mhd", ".mha", ".nrrd", ".nhdr", ".hdf5", ".h5")
 UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # ITK's directions, which are LPS, of an image along the world's RAS axes
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is told as a reason
 
 
 class LeftOut(DataError):
     """A file or series that is sound, but not what is wanted: a scout, another modality, a series with a gap."""
-
-
-def stem(path: Path | str) -> str:
-    """Name of a volume's file without folders and suffix."""
-    name = os.path.basename(path)
-    suffix = next((suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True)
-                   if name.lower().endswith(suffix)), "")
-    return name[:len(name) - len(suffix)]
 
 
 # --------------------------------------------------------------------------------------------------- reading to RAS HU

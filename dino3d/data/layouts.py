@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from dino3d.data.volume import SUFFIXES, DataError, Volume, _first_line
+from dino3d.data.volume import SUFFIXES, DataError, Volume, _first_line, stem
 from dino3d.files import atomic_write
 
 
@@ -91,12 +91,6 @@ class Pair(NamedTuple):
     name: str
     image: str
     label: str
-
-
-def stem(path: Path | str) -> str:
-    """Name of a volume's file without folders and suffix: scan for a/scan.nii.gz."""
-    name = os.path.basename(path)
-    return next((name[:-len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
 
 
 def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:

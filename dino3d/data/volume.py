@@ -19,6 +19,7 @@ from dino3d.files import atomic_write
 
 AIR = -1024  # HU; what lies outside a volume, and the floor for padding values of -2000 to -3024
 SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")  # what Volume reads
+VOLUME_SUFFIXES = (*SUFFIXES, ".mhd", ".mha", ".nrrd", ".nhdr")  # what images.py reads
 CHUNK = 32   # voxels per side of a chunk: a random crop then touches few bytes besides its own
 FILTERS = {
     "blosc": lambda: hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.BITSHUFFLE),
@@ -125,6 +126,13 @@ class Volume:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def stem(path: str | Path) -> str:
+    """Name of a volume's file without folders and suffix: scan for a/scan.nii.gz."""
+    name = os.path.basename(path)
+    longest_first = sorted(VOLUME_SUFFIXES, key=len, reverse=True)
+    return next((name[:-len(suffix)] for suffix in longest_first if name.lower().endswith(suffix)), name)
 
 
 def padded(

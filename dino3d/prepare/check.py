@@ -62,7 +62,7 @@ def check(folder: Path, workers: int) -> None:
 
 
 def check_files(see: Callable[[Any], CheckedFile], items: Sequence[Any], workers: int) -> list[CheckedFile]:
-    """[Seen] of the items in their order."""
+    """[CheckedFile] of the items in their order."""
     found = {}
     with progress(len(items), "file") as bar:
         for item, seen in in_processes(see, items, workers):

@@ -19,7 +19,7 @@ from dino3d.data.images import LeftOut
 from dino3d.data.layouts import file_state
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError
-from dino3d.files import TEXT, atomic_write, read_table, write_table
+from dino3d.files import TEXT, atomic_write, read_table, table_bytes
 
 WORK = ".prepare"         # folder in the output: journal, lock, unfinished files
 JOURNAL = "journal.jsonl"
@@ -168,13 +168,11 @@ class Records:
                 else:
                     kept.append(row)
         rows = sorted(rows + kept, key=lambda row: (row["source"], row["output"]))
-        table, manifest = [[row.get(name, "") for name in columns] for row in rows], self.output / MANIFEST
-        before = None
-        if manifest.exists():
-            with contextlib.suppress(UserError):  # no table any more
-                before = [list(row.values()) for row in read_table(manifest)]
-        if table != before:
-            write_table(manifest, columns, table, folder=self.output / WORK, sync=True)
+        manifest = self.output / MANIFEST
+        table = table_bytes(columns, [[row.get(name, "") for name in columns] for row in rows])
+        if not manifest.exists() or manifest.read_bytes() != table:
+            with atomic_write(manifest, folder=self.output / WORK, sync=True) as part:
+                part.write_bytes(table)
         return kept
 
 
@@ -197,7 +195,7 @@ def convert_all(
     workers: int,
     unit: str,
 ) -> "Outcome":
-    """Do the jobs that are not done yet, then write the manifest; returns an Outcome for `report`.
+    """Do the jobs that are not done yet, then write the manifest; returns an Outcome for `report_outcome`.
 
     convert: a module's function from a job's task to an iterator of Outputs; it runs in a worker and may raise DataError
     columns: of the manifest; unit: what the progress bar counts

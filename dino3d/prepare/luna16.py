@@ -11,9 +11,18 @@ import numpy as np
 from dino3d.command_line import UserError
 from dino3d.data import images, resampling
 from dino3d.data.layouts import walk_files
-from dino3d.data.volume import DataError
+from dino3d.data.volume import DataError, stem
 from dino3d.files import read_rows
-from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, fingerprint, open_output, report_outcome
+from dino3d.prepare.conversion import (
+    FAILED,
+    LEFT_OUT,
+    Job,
+    Output,
+    convert_all,
+    fingerprint,
+    open_output,
+    report_outcome,
+)
 from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, input_path, safe_name
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
@@ -135,15 +144,15 @@ def scans_of_series(folder: Path, output: Path) -> dict[str, list[str]]:
             continue
         for name in names:
             if name.lower().endswith(VOLUME_OF_SERIES):
-                found[images.stem(name)].append(os.path.normpath(os.path.relpath(os.path.join(here, name), folder)))
+                found[stem(name)].append(os.path.normpath(os.path.relpath(os.path.join(here, name), folder)))
     in_subsets = {series: [path for path in paths if subset_of(path)] for series, paths in found.items()}
     in_subsets = {series: paths for series, paths in in_subsets.items() if paths}
     return in_subsets or dict(found)
 
 
-def read_points(path: Path | str, label_column: str, optional: bool = False) -> dict[str, list[Point]]:
+def read_points(path: Path | str, label_column: str) -> dict[str, list[Point]]:
     """{series: [Points]} of a table with columns seriesuid, coordX, coordY, coordZ (LPS mm) and the label."""
-    points, name = collections.defaultdict(list), safe_name(images.stem(Path(path).stem), "table")
+    points, name = collections.defaultdict(list), safe_name(stem(Path(path).stem), "table")
     for line, row in read_rows(path, ["seriesuid", "coordX", "coordY", "coordZ", label_column]):
         position, label, problem = (), None, ""
         try:

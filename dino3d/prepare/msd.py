@@ -11,7 +11,7 @@ from dino3d.command_line import UserError
 from dino3d.data import images, resampling
 from dino3d.data.images import format_size
 from dino3d.data.layouts import find_volumes, other_grid
-from dino3d.data.volume import DataError
+from dino3d.data.volume import DataError, stem
 from dino3d.prepare.conversion import Job, Output, convert_all, fingerprint, open_output, report_outcome
 from dino3d.prepare.inputs import IMAGE_COLUMNS, File, file_at, image_statistics, input_path, safe_name
 
@@ -62,7 +62,7 @@ def decathlon(folder: Path) -> tuple[list[tuple[str, str, str]], list[int] | Non
     images_by_name, labels_by_name = {}, {}
 
     def name_of(path: str, taken: Mapping[str, str]) -> str:  # a second one of a name goes by its path
-        return path if images.stem(path) in taken else images.stem(path)
+        return path if stem(path) in taken else stem(path)
     for image, label in listed:
         name = name_of(image, images_by_name)
         images_by_name[name], labels_by_name[name] = image, label

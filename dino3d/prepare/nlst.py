@@ -15,8 +15,17 @@ from dino3d.data import dicom, images, resampling
 from dino3d.data.images import LeftOut
 from dino3d.data.layouts import walk_files
 from dino3d.data.parallel import in_processes, progress
-from dino3d.data.volume import DataError, write_volume
-from dino3d.prepare.conversion import FAILED, LEFT_OUT, Job, Output, convert_all, fingerprint, open_output, report_outcome
+from dino3d.data.volume import VOLUME_SUFFIXES, DataError, stem, write_volume
+from dino3d.prepare.conversion import (
+    FAILED,
+    LEFT_OUT,
+    Job,
+    Output,
+    convert_all,
+    fingerprint,
+    open_output,
+    report_outcome,
+)
 from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, input_path, safe_name
 
 if TYPE_CHECKING:
@@ -51,7 +60,7 @@ def nlst(input: Path, output: Path, workers: int, one_per_study: bool, **options
         scans, others = find_scans(input, output, workers)
         print(f"{len(scans)} DICOM series and volumes below {input}, {others} other files", flush=True)
         if not scans:
-            raise UserError(f"--input {input}: holds no DICOM files and no {', '.join(images.VOLUME_SUFFIXES)}")
+            raise UserError(f"--input {input}: holds no DICOM files and no {', '.join(VOLUME_SUFFIXES)}")
         places, groups = place_scans(scans), collections.defaultdict(list)
         for scan in sorted(scans, key=series_preference):
             study = one_per_study and scan.header and scan.header.study  # which badly anonymised patients may share
@@ -98,7 +107,7 @@ class ScannedHeaders(NamedTuple):
 
 
 def scan_headers(task: tuple[str, list[str]]) -> ScannedHeaders:
-    """What the files (relative paths) below a folder are: a Found."""
+    """What the files (relative paths) below a folder are: a ScannedHeaders."""
     root, names = task
     headers, scans, others = collections.defaultdict(list), [], 0
     for name in names:
@@ -106,7 +115,7 @@ def scan_headers(task: tuple[str, list[str]]) -> ScannedHeaders:
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
                 others += 1
-            elif name.lower().endswith(images.VOLUME_SUFFIXES):
+            elif name.lower().endswith(VOLUME_SUFFIXES):
                 scans.append(Scan(name, [file_at(root, name), *companions(root, name)]))
             elif dicom.is_dicom(path) and (header := dicom.read_header(path)):
                 uid = header.series or f"no UID in {os.path.dirname(name)}"
@@ -152,7 +161,7 @@ def place_scans(scans: Sequence[Scan]) -> dict[str, str]:
         else:
             *folders, name = scan.source.split(os.sep)
             at = next((i for i, folder in enumerate(folders) if re.fullmatch(r"t\d+", folder, re.I)), None)
-            name = images.stem(name)
+            name = stem(name)
             if at is not None:
                 patient, visit, name = folders[:at] or [name], folders[at].lower(), "_".join([*folders[at + 1:], name])
             else:
