@@ -20,6 +20,7 @@ from dino3d.data import images
 from dino3d.data.layouts import Pair, file_state
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError, Volume, padded, write_volume
+from dino3d.files import atomic_write
 from dino3d.finetune import sliding_window
 
 CACHE_FORMAT = 1         # raise it when the same case gives another copy
@@ -157,12 +158,10 @@ def make_entry(copy):
             mask = images.voxels_of(label)
             write_volume(f"{copy.path}.image.hdf5", images.voxels_of(image), images.affine_of(image))
             write_volume(f"{copy.path}.label.hdf5", mask.astype(np.int16), images.affine_of(image))
-            part = Path(f"{copy.path}.part{os.getpid()}")
-            with open(part, "wb") as file:
-                np.save(file, sample_foreground(mask))
-            os.replace(part, f"{copy.path}.foreground.npy")
-            part.write_text(json.dumps({"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()}))
-            os.replace(part, f"{copy.path}.json")
+            with atomic_write(f"{copy.path}.foreground.npy") as part:
+                np.save(part, sample_foreground(mask))
+            with atomic_write(f"{copy.path}.json") as part:
+                part.write_text(json.dumps({"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()}))
         return CaseInfo(classes, list(image.GetSize()), copy.stored)
     except DataError as error:
         return str(error)

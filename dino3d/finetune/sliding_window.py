@@ -10,8 +10,6 @@ Images are as in images.py. Volumes of log-probabilities are (classes, X, Y, Z) 
 import contextlib
 import itertools
 import math
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +20,7 @@ from augmentations import scale_intensity
 from dino3d.data import images, resampling
 from dino3d.data.layouts import read_pair
 from dino3d.data.volume import AIR
+from dino3d.files import atomic_write
 
 BLOCK = 64     # voxels per side of what is interpolated at once
 MARGIN = 1.25  # of a device's memory: what stitching takes beside the volumes that are counted
@@ -263,16 +262,11 @@ def save_mask(path, mask, like):
     like: the scan's file, whose order and header are kept if it is NIfTI (both forms of its affine, their codes, units);
     otherwise the mask's own Grid is written
     """
-    path = Path(path)
-    part = path.with_name(f".{os.getpid()}.{path.name}")  # hidden, and with a suffix that says how to write it
-    try:
+    with atomic_write(path) as part:
         if str(like).lower().endswith((".nii", ".nii.gz")):
             _save_like(part, mask, like)
         else:
             images.save_nifti(part, mask)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _save_like(path, mask, like):
