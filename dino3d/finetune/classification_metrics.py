@@ -1,5 +1,6 @@
 """What is measured of classified cases: AUC, average precision, sensitivity, specificity, and their tables."""
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -8,7 +9,8 @@ from dino3d.finetune.statistics import bootstrap_interval
 CASE_METRICS = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
 
 
-def evaluate_cases(labels, probabilities, patients, threshold):
+def evaluate_cases(labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str],
+                   threshold: float) -> dict[str, float | list[float] | None]:
     """{name: value} of FIGURES, and the 95 % interval of the AUC by bootstrap over patients.
 
     labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
@@ -26,14 +28,15 @@ def evaluate_cases(labels, probabilities, patients, threshold):
             "specificity": float(np.mean([r.mean() for r in rejections])) if all(map(len, rejections)) else None}
 
 
-def decide(probabilities, threshold):
+def decide(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     """(N,) predicted classes: the most probable one or, with two, label 1 from the threshold on."""
     if probabilities.shape[1] == 2:
         return (probabilities[:, 1] >= threshold).astype(int)
     return probabilities.argmax(1)
 
 
-def one_vs_rest(score, labels, probabilities, weights):
+def one_vs_rest(score: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray,
+                weights: np.ndarray | None) -> float | None:
     """Mean over the classes of such a score (with two: label 1's); None where a class has no case or all."""
     classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
     counts = np.ones(len(labels)) if weights is None else weights
@@ -45,12 +48,12 @@ def one_vs_rest(score, labels, probabilities, weights):
     return float(np.mean(values))
 
 
-def area_under_roc(labels, probabilities, weights=None):
+def area_under_roc(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
     """Area under the ROC curve. labels: (N,); probabilities: (N, classes); weights: (N,) of the cases."""
     return one_vs_rest(pairs_in_order, labels, probabilities, weights)
 
 
-def pairs_in_order(positive, scores, sample_weight=None):
+def pairs_in_order(positive: np.ndarray, scores: np.ndarray, sample_weight: np.ndarray | None = None) -> float:
     """Share of the pairs of a positive and a negative case in which the positive has the higher score; ties count half.
 
     What scikit-learn's roc_auc_score gives, a hundred times faster on few cases: the bootstrap takes a thousand.
@@ -62,13 +65,13 @@ def pairs_in_order(positive, scores, sample_weight=None):
     return positives @ (negatives.cumsum() - negatives / 2) / (positives.sum() * negatives.sum())
 
 
-def average_precision(labels, probabilities, weights=None):
+def average_precision(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
     """Area under the precision-recall curve, as scikit-learn's average_precision_score."""
     from sklearn.metrics import average_precision_score
     return one_vs_rest(average_precision_score, labels, probabilities, weights)
 
 
-def choose_threshold(labels, probabilities):
+def choose_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Where sensitivity + specificity is largest (Youden 1950), midway to the next case below; with one class 0.5."""
     if probabilities.shape[1] > 2 or len(np.unique(labels)) < 2:
         return 0.5
@@ -78,17 +81,17 @@ def choose_threshold(labels, probabilities):
     return float(steps[int(np.round(youden, 12).argmax())])
 
 
-def table_header(classes, known=("case", "patient", "fold", "label")):
+def table_header(classes: int, known: Sequence[str] = ("case", "patient", "fold", "label")) -> list[str]:
     """Header of a predictions.csv: what is known of a case, then its probabilities."""
     return [*known, *(["probability"] if classes == 2 else [f"probability_{k}" for k in range(classes)])]
 
 
-def table_probabilities(row):
+def table_probabilities(row: np.ndarray) -> list[float]:
     """(classes,) probabilities as they stand in a table: with two classes, label 1's."""
     return [float(p) for p in (row[1:] if len(row) == 2 else row)]
 
 
-def read_probabilities(table, classes):
+def read_probabilities(table: list[dict[str, str]], classes: int) -> np.ndarray:
     """(N, classes) of the rows of a predictions.csv."""
     values = np.array([[float(row[name]) for name in table_header(classes, ())] for row in table])
     return np.concatenate([1 - values, values], 1) if classes == 2 else values
@@ -100,15 +103,16 @@ class PooledPredictions(NamedTuple):
     numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
     confidence: (N,) distance of the probability from the threshold; with more classes, from the right label's
     """
-    numbers: list
+    numbers: list[int]
     labels: np.ndarray
     probabilities: np.ndarray
     wrong: np.ndarray
     confidence: np.ndarray
-    evaluate_cases: dict
+    evaluate_cases: dict[str, float | list[float] | None]
 
 
-def pool_predictions(tables, records, cases):
+def pool_predictions(tables: Sequence[list[dict[str, str]]], records: Sequence[dict[str, Any]],
+                     cases: Any) -> PooledPredictions:
     """Together, of the folds' tables: the mean of all models on a fixed test set; of one where subsets rotate."""
     place = {name: i for i, name in enumerate(cases.names)}
     rows = {}

@@ -1,16 +1,26 @@
 """What is drawn of classified cases: ROC and precision-recall curves, and the most confident errors."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
 from augmentations import scale_intensity
-from dino3d.finetune.classification_metrics import area_under_roc, average_precision, read_probabilities
+from dino3d.finetune.classification_metrics import (
+    PooledPredictions,
+    area_under_roc,
+    average_precision,
+    read_probabilities,
+)
 from dino3d.finetune.crops import centre_window, read_crop, spacing_of
+from dino3d.finetune.encoder import PretrainedEncoder
 from dino3d.training.pictures import EVEN, montage, plane
 
 SHOWN_ERRORS = 10  # in errors.png
 
 
-def draw_curves(path, tables, classes):
+def draw_curves(path: Path | str, tables: Sequence[list[dict[str, str]]], classes: int) -> None:
     """PNG with the ROC and precision-recall curves of each fold; with more than two classes one per class and fold."""
     from matplotlib.figure import Figure
     from sklearn.metrics import precision_recall_curve, roc_curve
@@ -38,7 +48,7 @@ def draw_curves(path, tables, classes):
     figure.savefig(path, dpi=120)
 
 
-def draw_errors(path, together, cases, encoder):
+def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encoder: PretrainedEncoder) -> int:
     """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are."""
     from PIL import Image
     wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])

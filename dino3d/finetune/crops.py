@@ -4,8 +4,9 @@ Everything random is a function of --seed, the epoch and the case, so that neith
 number of processes nor an interruption changes what a case is trained on.
 """
 import collections
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from augmentations import (
     Lattice,
+    Policy,
     ViewBatch,
     ViewParameters,
     collate_views,
@@ -23,14 +25,15 @@ from augmentations import (
 )
 from dino3d.command_line import UserError, format_values
 from dino3d.data.volume import DataError, Volume
+from utils import Processes
 
 SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
 READ_AHEAD = 2             # batches
 
 
-def read_headers(paths, processes):
+def read_headers(paths: Sequence[str], processes: Processes) -> list["Header"]:
     """[Header] of volumes, the same on every rank. Raises UserError, on all ranks, for one that can't be read."""
-    def look(path):
+    def look(path: str) -> Header | str:
         try:
             with Volume(path) as volume:
                 return Header(volume.shape, volume.spacing)
@@ -49,11 +52,11 @@ def read_headers(paths, processes):
 
 class Header(NamedTuple):
     """shape: (3,) voxels; spacing: (3,) mm; both along the axes of RAS."""
-    shape: tuple
-    spacing: tuple
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
 
 
-def check_crops(paths, processes):
+def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], list[float]]:
     """(size, spacing) that all crops share: voxels and mm (of the first crop). Looks into every file's header.
 
     Raises UserError, on all ranks, for one that can't be read or is of another size than the first.
@@ -65,11 +68,12 @@ def check_crops(paths, processes):
     return list(heads[0].shape), [round(s, 4) for s in heads[0].spacing]
 
 
-def size_problem(path, size, first_path, first_size):
+def size_problem(path: str, size: Sequence[int], first_path: str, first_size: Sequence[int]) -> str:
+    """What to tell of a crop that has another size than the first."""
     return f"{path}: has {format_values(size)} voxels, but {first_path} has {format_values(first_size)}: expected crops of one size"
 
 
-def spacing_of(path):
+def spacing_of(path: str) -> tuple[float, ...]:
     """(3,) mm. Raises UserError."""
     try:
         with Volume(path) as volume:
@@ -78,7 +82,7 @@ def spacing_of(path):
         raise UserError(str(error)) from error
 
 
-def spacing_warning(ours, theirs, whose, against):
+def spacing_warning(ours: Sequence[float], theirs: Sequence[float] | None, whose: str, against: str) -> list[str]:
     """[] or [one line] where two spacings (mm) differ."""
     if theirs is None or np.allclose(ours, theirs, rtol=SAME_SPACING, atol=0):
         return []
@@ -86,7 +90,8 @@ def spacing_warning(ours, theirs, whose, against):
     return [f"warning: {whose} a spacing of {ours} mm, {against} {theirs} mm: the encoder sees things at another size"]
 
 
-def read_crop(path, size, expected=None):
+def read_crop(path: str, size: Sequence[int] | np.ndarray,
+              expected: tuple[str, Sequence[int]] | None = None) -> np.ndarray:
     """(x, y, z) int16 HU around the crop's centre: at least `size` voxels, padded with air, and all that lies beyond.
 
     expected: (first path, its size), which the crop must share. Raises DataError.
@@ -99,7 +104,7 @@ def read_crop(path, size, expected=None):
         return volume.read((shape - whole) // 2, whole)
 
 
-def centre_window(crop, size):
+def centre_window(crop: np.ndarray, size: Sequence[int] | np.ndarray) -> np.ndarray:
     """The middle `size` voxels of a crop that is at least as large."""
     start = (np.array(crop.shape) - size) // 2
     return crop[tuple(slice(a, a + n) for a, n in zip(start, size))]
@@ -112,12 +117,13 @@ class WindowAugmentation:
     spacing: (3,) mm per voxel, for rotations in mm; None: in voxels, as in the paper
     """
 
-    def __init__(self, policy, size, shift_range, spacing=None):
+    def __init__(self, policy: Policy, size: Sequence[int], shift_range: Sequence[int],
+                 spacing: Sequence[float] | None = None):
         self.policy, self.size, self.shift_range = policy, np.array(size), np.array(shift_range)
         self.spacing = 1.0 if spacing is None else np.array(spacing)
         self.lattice = Lattice.for_views(size, policy)
 
-    def draw(self, seed, epoch, case, crop_shape):
+    def draw(self, seed: int, epoch: int, case: int, crop_shape: Sequence[int]) -> list[ViewParameters]:
         """[ViewParameters] of one window, as `augmentations.collate_views` takes them."""
         rng = keyed_rng(seed, epoch, case, 0)
         # Whole voxels: a window that is neither turned nor scaled is not blurred by interpolation
@@ -127,12 +133,12 @@ class WindowAugmentation:
         control = self.lattice.control(matrix, centre, displacements, self.spacing, self.spacing)
         return [ViewParameters(control[None].astype(np.float32), [intensity])]
 
-    def render(self, crops, group, clip_range):
+    def render(self, crops: torch.Tensor, group: ViewBatch, clip_range: Sequence[float]) -> torch.Tensor:
         """(B, 1, x, y, z) windows with grey values in [0, 1]. crops: (B, X, Y, Z) int16; group: of `collate_views`."""
         with torch.autocast(crops.device.type, enabled=False):  # positions need more than bf16's three digits
             return render_views(scale_intensity(crops, *clip_range)[:, None], self.lattice, group)
 
-    def render_masks(self, masks, group):
+    def render_masks(self, masks: torch.Tensor, group: ViewBatch) -> torch.Tensor:
         """(B, x, y, z) int64 classes: the same geometry by nearest neighbour. masks: (B, X, Y, Z) uint8."""
         control = group.control
         return warp(masks[:, None].to(control.dtype), control, self.lattice, mode="nearest")[:, 0].long()
@@ -148,7 +154,7 @@ class CropBatch(NamedTuple):
     masks: torch.Tensor | None = None
     fatal: str = ""
 
-    def to(self, device):
+    def to(self, device: torch.device) -> "CropBatch":
         """The crops, their masks and how to augment them on a device; the rest stays where it is."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
         return self._replace(crops=self.crops.to(device, non_blocking=True), group=self.group.to(device), masks=masks)
@@ -157,13 +163,13 @@ class CropBatch(NamedTuple):
 class TrainingCrops(Dataset):
     """Whole crops and how to augment them, for keys (epoch, case, counted). paths: of all cases; size: of all crops."""
 
-    def __init__(self, paths, size, augmentation, seed):
+    def __init__(self, paths: Sequence[str], size: Sequence[int], augmentation: WindowAugmentation, seed: int):
         self.paths, self.expected, self.augmentation, self.seed = paths, (paths[0], size), augmentation, seed
 
-    def path_of(self, case):
+    def path_of(self, case: int) -> str:
         return self.paths[case]
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int, bool]) -> tuple[np.ndarray, int, bool, list[ViewParameters]] | str:
         epoch, case, counted = key
         try:
             crop = read_crop(self.paths[case], self.augmentation.size, self.expected)
@@ -175,17 +181,17 @@ class TrainingCrops(Dataset):
 class EvaluationCrops(Dataset):
     """The exact centre window of a crop, nothing random, by case number. size: (3,); expected: see `read_crop`."""
 
-    def __init__(self, paths, size, expected=None):
+    def __init__(self, paths: Sequence[str], size: Sequence[int], expected: tuple[str, Sequence[int]] | None = None):
         self.paths, self.size, self.expected = paths, np.array(size), expected
 
-    def __getitem__(self, case):
+    def __getitem__(self, case: int) -> tuple[np.ndarray, int, bool, None] | str:
         try:
             return centre_window(read_crop(self.paths[case], self.size, self.expected), self.size), case, True, None
         except DataError as error:
             return str(error)
 
 
-def collate_crops(samples):
+def collate_crops(samples: Sequence[tuple[Any, ...] | str]) -> CropBatch:
     """A CropBatch of samples (crop, case, counted, drawn views or None[, mask]), or of the text of what went wrong."""
     broken = [sample for sample in samples if isinstance(sample, str)]
     if broken:
@@ -196,7 +202,7 @@ def collate_crops(samples):
     return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group, masks)
 
 
-def read_ahead(dataset, cases, batch_size, workers):
+def read_ahead(dataset: Dataset, cases: Sequence[int], batch_size: int, workers: int) -> Iterator[CropBatch]:
     """CropBatches of the cases in their order, read by threads, at most READ_AHEAD batches before they are asked for.
 
     Threads, and not a DataLoader's processes: those would be forked anew for every validation, while threads of the
@@ -223,11 +229,12 @@ class TrainingBatches(Sampler):
     epoch, position: where to start, in epochs and in cases of that epoch; epochs: where to end
     """
 
-    def __init__(self, order_of, batch_size, rank, world_size, epoch, position, epochs):
+    def __init__(self, order_of: Callable[[int], np.ndarray], batch_size: int, rank: int, world_size: int, epoch: int,
+                 position: int, epochs: int):
         self.order_of, self.rank, self.world_size = order_of, rank, world_size
         self.global_batch, self.start, self.epochs = batch_size * world_size, (epoch, position), epochs
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
         first, position = self.start
         for epoch in range(first, self.epochs):
             order = self.order_of(epoch)

@@ -1,10 +1,11 @@
 """The pre-trained encoder: what to build it with, from a checkpoint and flags."""
 import argparse
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import utils
 from dino3d.command_line import UserError, format_values
-from vision_transformer import ARCHITECTURES
+from vision_transformer import ARCHITECTURES, VisionTransformer
 
 # Where neither a flag nor the checkpoint's config says
 ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96, 48], "clip_range": [-1000.0, 1000.0],
@@ -14,13 +15,13 @@ ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96
 class PretrainedEncoder(NamedTuple):
     """A pre-trained encoder: what to build it with, and its weights (None: from scratch)."""
     arch: str
-    patch_size: list
-    input_size: list
-    clip_range: list
-    spacing: list | None
-    state: dict | None = None
+    patch_size: list[int]
+    input_size: list[int]
+    clip_range: list[float]
+    spacing: list[float] | None
+    state: dict[str, Any] | None = None
 
-    def build(self, drop_path_rate=0.0):
+    def build(self, drop_path_rate: float = 0.0) -> VisionTransformer:
         """A new VisionTransformer with these weights, or random ones."""
         encoder = ARCHITECTURES[self.arch](img_size=self.input_size, patch_size=self.patch_size,
                                            drop_path_rate=drop_path_rate)
@@ -28,12 +29,12 @@ class PretrainedEncoder(NamedTuple):
             encoder.load_state_dict(self.state)
         return encoder
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """{name: value} of all but the weights."""
         return {name: getattr(self, name) for name in ENCODER}
 
 
-def load_encoder(path, checkpoint_key="teacher", given=None):
+def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, Any] | None = None) -> PretrainedEncoder:
     """The PretrainedEncoder of a checkpoint; without `path` one with random weights.
 
     given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says.
@@ -71,7 +72,7 @@ def load_encoder(path, checkpoint_key="teacher", given=None):
     return encoder._replace(state=model.state_dict())
 
 
-def encoder_config(checkpoint, path):
+def encoder_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     """What the config in a checkpoint says, or older code's args. Raises UserError for what no encoder can have."""
     config = next((checkpoint[name] for name in ("config", "args") if checkpoint.get(name) is not None), {})
     config = vars(config) if isinstance(config, argparse.Namespace) else config
@@ -79,7 +80,7 @@ def encoder_config(checkpoint, path):
         raise UserError(f"--pretrained_weights {path}: its config is a {type(config).__name__}, expected a dict",
                         everywhere=True)
 
-    def numbers(value, count, low, high, kinds=(int, float)):
+    def numbers(value: Any, count: int, low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> bool:
         return isinstance(value, (list, tuple)) and len(value) == count and all(
             type(number) in kinds and low <= number <= high for number in value)
     sound = {"arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
@@ -95,5 +96,5 @@ def encoder_config(checkpoint, path):
     return config
 
 
-def _format_flag(value):
+def _format_flag(value: str | Sequence[float]) -> str:
     return value if isinstance(value, str) else format_values(value)

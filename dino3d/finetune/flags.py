@@ -1,4 +1,7 @@
 """The flags that both fine-tuning scripts share."""
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import augmentations
 import utils
 from dino3d import command_line
@@ -11,7 +14,7 @@ from vision_transformer import ARCHITECTURES
 XYZ = ("X", "Y", "Z")
 
 
-def data_flags(parser, layout, predict):
+def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str) -> None:
     """The first group of both downstream scripts: data, output, weights. layout: of --data_dir; predict: help of --predict."""
     group = parser.add_argument_group("data, output and weights")
     group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
@@ -29,7 +32,8 @@ def data_flags(parser, layout, predict):
                             "fold alone")
 
 
-def add_finetune_flags(parser, batch_size, folds, spacing):
+def add_finetune_flags(parser: command_line.ArgumentParser, batch_size: int, folds: Sequence[str],
+                       spacing: str) -> None:
     """The flags of both downstream scripts after `data_flags` and their own.
 
     batch_size: default per process; folds: choices of --folds; spacing: help of --spacing
@@ -108,7 +112,7 @@ def add_finetune_flags(parser, batch_size, folds, spacing):
                        help="ignored: the launcher (torchrun, srun) tells")
 
 
-def check_finetune_flags(parser, given, layout):
+def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str, Any], layout: str) -> None:
     """Refuse what is wrong whatever the data (exit code 2). given: {name: value or None}; layout: of --data_dir."""
     pretrained = bool(given["pretrained_weights"])
     if (given["predict"] is None) != (given["weights"] is None):

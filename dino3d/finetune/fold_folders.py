@@ -1,13 +1,14 @@
 """A fold's folder: its checkpoints, its best epoch, and whether it is finished."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from dino3d.command_line import UserError
 from dino3d.files import read_json, read_table, write_config, write_table
 from dino3d.finetune.encoder import ENCODER, PretrainedEncoder
-from dino3d.finetune.splits import save_splits
+from dino3d.finetune.splits import Split, save_splits
 from dino3d.finetune.statistics import mean_and_deviation
 from dino3d.training.checkpoint import load_checkpoint, load_newest
 from utils import Processes, device_name
@@ -17,7 +18,7 @@ def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
     """Give the model its best epoch's weights; returns what is known of that epoch. Raises UserError."""
     path = folder / "best.pth"
 
-    def there():  # rank 0 may just have written it
+    def there() -> None:  # rank 0 may just have written it
         if not path.is_file():
             raise UserError(f"{path}: is missing; remove its folder to train this fold again")
     processes.run_on_main(there)
@@ -26,8 +27,8 @@ def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
     return state["best"]
 
 
-def start_run(output_dir: Path, config: dict, fixed: Sequence[str], splits: list, data: dict, processes: Processes,
-              cases: int) -> None:
+def start_run(output_dir: Path, config: dict, fixed: Sequence[str], splits: list[Split], data: dict,
+              processes: Processes, cases: int) -> None:
     """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is of a
     run in which one of the `fixed` names of the config had another value."""
     must_match = {name: config[name] for name in fixed}
@@ -37,7 +38,7 @@ def start_run(output_dir: Path, config: dict, fixed: Sequence[str], splits: list
         save_splits(output_dir / "splits.json", splits, data)
 
 
-def fold_folders(path, name):
+def fold_folders(path: Path | str, name: str) -> list[Path]:
     """Folders with a fold's file `name`: `path` itself, or its sub-folders 0, 1, ... in order. Raises UserError."""
     path = Path(path)
     if not path.is_dir():
@@ -51,7 +52,8 @@ def fold_folders(path, name):
     return found
 
 
-def load_fold(path, build, script, known_by):
+def load_fold(path: Path, build: Callable[[PretrainedEncoder, dict, dict], nn.Module], script: str,
+              known_by: str) -> tuple[nn.Module, dict, dict]:
     """(model, its config, what was known of its best epoch) of a fold's best.pth. Raises UserError.
 
     build: gives the model of (PretrainedEncoder, config, state dict); known_by: name in the config of `script`'s runs alone
@@ -69,18 +71,20 @@ def load_fold(path, build, script, known_by):
     return model, config, state["best"]
 
 
-def start_folder(folder):
+def start_folder(folder: Path) -> None:
     """Make a fold's folder; its results will be new."""
     folder.mkdir(exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
 
 
-def is_finished(folder):
+def is_finished(folder: Path) -> bool:
     """Whether a fold is trained and tested: its metrics are the last thing that is written."""
     return (folder / "metrics.json").is_file()
 
 
-def collect_folds(output_dir: Path, folds: int, table: str, header: Sequence[str], names: Sequence[str]) -> tuple:
+def collect_folds(
+    output_dir: Path, folds: int, table: str, header: Sequence[str], names: Sequence[str],
+) -> tuple[list[dict[str, Any]], list[list[dict[str, str]]], dict[str, float | None], dict[str, float | None]]:
     """Write the folds' tables as one; returns (metrics.json of each fold, its table's rows, {name: mean}, {name: standard
     deviation}). names: of the metrics to average"""
     records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class TrainConfig:
     saving: Saving = Saving()
 
     @classmethod
-    def from_flags(cls, values: dict, **changed) -> "TrainConfig":
+    def from_flags(cls, values: dict, **changed: Any) -> "TrainConfig":
         """From {flag: value}. changed: fields that the flags don't tell"""
         saving = Saving(values["save_every_steps"], values["save_every_minutes"], values["keep_last"])
         named = {one.name: values[one.name] for one in fields(cls) if one.name in values}
@@ -84,7 +84,7 @@ class Score(NamedTuple):
     title: str
     higher_is_better: bool = True
 
-    def rank(self, metrics: dict) -> tuple:
+    def rank(self, metrics: dict) -> tuple[float, float]:
         """Greater for a better epoch. metrics: {name: value or None, "loss": value}"""
         value = metrics[self.name]
         signed = 0 if value is None else value if self.higher_is_better else -value
@@ -94,8 +94,8 @@ class Score(NamedTuple):
 class Validation(NamedTuple):
     """What a validation found. metrics: {name: value or None}, the score's and "loss" among them; more: what else to
     remember of this epoch, should it be the best."""
-    metrics: dict
-    more: dict = {}
+    metrics: dict[str, float | None]
+    more: dict[str, Any] = {}
 
 
 @dataclass(kw_only=True)
@@ -202,7 +202,7 @@ def run_fold(
     validate: Callable[[FoldState], Validation],
     test: Callable[[FoldState], None],
     fit: Callable[[FoldState], None] = lambda state: None,
-    show: Callable = lambda state, writer: None,
+    show: Callable[[FoldState, Any], None] = lambda state, writer: None,
 ) -> tuple[int, bool]:
     """Train, validate and test one fold, from where it stopped.
 
@@ -256,7 +256,15 @@ def run_fold(
     return steps, finished
 
 
-def train_fold(state, epoch_order, score, train_one_epoch, validate, show, max_steps) -> None:
+def train_fold(
+    state: FoldState,
+    epoch_order: Callable[[int], np.ndarray],
+    score: Score,
+    train_one_epoch: Callable[[FoldState, Iterator[CropBatch]], None],
+    validate: Callable[[FoldState], Validation],
+    show: Callable[[FoldState, Any], None],
+    max_steps: float,
+) -> None:
     """Train to the last epoch or for `max_steps`; see `run_fold`."""
     fold, config, runtime, progress = state.fold, state.config, state.runtime, state.progress
     processes, last_step = runtime.processes, progress.step + max_steps
@@ -353,7 +361,7 @@ def keep_best(state: FoldState, score: Score, validation: Validation) -> None:
                         {"model": state.model.state_dict(), "best": state.best, "config": state.run_config})
 
 
-def report_epoch(state: FoldState, score: Score, record: dict, writer) -> None:
+def report_epoch(state: FoldState, score: Score, record: dict, writer: Any) -> None:
     """One epoch, on the console, in log.txt and in TensorBoard."""
     if not state.runtime.processes.is_main:
         return

@@ -183,10 +183,11 @@ class UnetrDecoder(nn.Module):
         # Imported here: it takes seconds, of which only segmentation has any use
         from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 
-        def convolutions(in_channels, channels):
+        def convolutions(in_channels: int, channels: int) -> nn.Module:
             return UnetrBasicBlock(3, in_channels, channels, 3, 1, "instance", res_block=True)
 
-        def upsampling(in_channels, channels, factor):  # without a layer after the first it is a transposed convolution
+        # Without a layer after the first it is a transposed convolution
+        def upsampling(in_channels: int, channels: int, factor: Sequence[int]) -> nn.Module:
             return UnetrPrUpBlock(3, in_channels, channels, 0, 3, 1, factor, "instance")
 
         factors = upsampling_factors(patch_size)

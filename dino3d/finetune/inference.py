@@ -17,7 +17,8 @@ from dino3d.finetune.runtime import Runtime
 from dino3d.training.loading import next_batch
 
 
-def map_over_ranks(work: Callable[[int], np.ndarray], cases: Sequence[int], runtime: Runtime) -> np.ndarray:
+def map_over_ranks(work: Callable[[int], np.ndarray], cases: Sequence[int] | np.ndarray,
+                   runtime: Runtime) -> np.ndarray:
     """(N, ...) what `work` gives for each case, in the order of `cases`, on every rank; each case on one of them.
 
     cases: (N,) numbers, each once. Raises UserError for a case that can't be used; Preempted, on all ranks.
@@ -33,8 +34,8 @@ def map_over_ranks(work: Callable[[int], np.ndarray], cases: Sequence[int], runt
     return gather_rows(runtime, [int(case) for case in cases], rows)
 
 
-def infer_windows(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: Sequence[int], clip_range: Sequence[float],
-          runtime: Runtime) -> np.ndarray:
+def infer_windows(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: Sequence[int] | np.ndarray,
+                  clip_range: Sequence[float], runtime: Runtime) -> np.ndarray:
     """(N, ...) float64 what `forward` makes of each case's centre window, in the order of `cases`, on every rank.
 
     forward: gives (B, ...) of volumes (B, 1, X, Y, Z); dataset: EvaluationCrops; cases: (N,) numbers, each once
@@ -50,7 +51,7 @@ def infer_windows(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: 
     return gather_rows(runtime, [int(case) for case in cases], rows)
 
 
-def gather_rows(runtime: Runtime, cases: Sequence[int], mine: dict) -> np.ndarray:
+def gather_rows(runtime: Runtime, cases: Sequence[int], mine: dict[int, np.ndarray]) -> np.ndarray:
     """(N, ...) one row per case, in the order of `cases`, of the rows that the ranks have for their shares.
 
     cases: (N,) case numbers, each once; mine: {case: row} of this rank, which leaves the rest out when it is interrupted.

@@ -4,12 +4,14 @@ Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing 
 background: where a mask touches the volume's border, its voxels there are surface.
 """
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import SimpleITK as sitk
 
 
-def evaluate_masks(predicted, label, spacing, classes, tolerance):
+def evaluate_masks(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float], classes: int,
+                   tolerance: float) -> list[dict[str, float | None]]:
     """What a predicted mask is worth: a list with a dict for each foreground class, 1 to classes - 1.
 
     predicted, label: (X, Y, Z) uint8; spacing: (3,) mm; tolerance: mm
@@ -28,7 +30,8 @@ def evaluate_masks(predicted, label, spacing, classes, tolerance):
     return [{"class": c} | _evaluate_class(predicted == c, label == c, spacing, tolerance) for c in range(1, classes)]
 
 
-def _evaluate_class(predicted, label, spacing, tolerance):
+def _evaluate_class(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float],
+                    tolerance: float) -> dict[str, float | None]:
     sizes = [int(np.count_nonzero(mask)) for mask in (label, predicted)]
     voxel = math.prod(float(s) for s in spacing) / 1000  # ml
     volumes = {"volume_ml": sizes[0] * voxel, "predicted_ml": sizes[1] * voxel}
@@ -42,7 +45,7 @@ def _evaluate_class(predicted, label, spacing, tolerance):
             "hausdorff95_mm": max(float(np.percentile(d, 95)) for d in distances)} | volumes
 
 
-def _surface_distances(predicted, label, spacing):
+def _surface_distances(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float]) -> list[np.ndarray]:
     """[(N,), (M,)] float32 mm from each surface voxel of one mask to the nearest of the other, and back. Neither is empty."""
     # MONAI's surface Dice and Hausdorff distance are made of these. Each would search for the nearest on its own, and
     # its percentile fails beyond 16 million voxels: the speckle of an untrained model has more.
@@ -52,7 +55,7 @@ def _surface_distances(predicted, label, spacing):
     return [get_surface_distance(*pair, spacing=mm) for pair in (surfaces, surfaces[::-1])]
 
 
-def bounding_box(mask):
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """Slices of the smallest box with all non-zero elements of an array; of an empty one where there are none."""
     others = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
     found = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
@@ -62,7 +65,7 @@ def bounding_box(mask):
 # ------------------------------------------------------------------------------------------------------------ cleaning
 
 
-def clean(mask, spacing, largest_component, min_volume):
+def clean(mask: np.ndarray, spacing: Sequence[float], largest_component: bool, min_volume: float) -> np.ndarray:
     """A mask without the small components of each class, which are likely false: the mask itself where nothing is asked.
 
     mask: (X, Y, Z) uint8, stays as it is; spacing: (3,) mm
@@ -80,7 +83,7 @@ def clean(mask, spacing, largest_component, min_volume):
     return cleaned
 
 
-def components(mask, min_size=0):
+def components(mask: np.ndarray, min_size: int = 0) -> np.ndarray:
     """Numbers of the components of a mask with `min_size` voxels or more, 1 for the largest; 0 elsewhere."""
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     return sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(image, True), min_size))

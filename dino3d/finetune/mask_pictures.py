@@ -3,12 +3,16 @@
 Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm.
 """
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dino3d.finetune.mask_metrics import bounding_box, components
 from dino3d.training.pictures import radiological
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 TILE = 360  # pixels: the volume's longest side in all whole planes, and the side of a zoom
 ZOOM, AROUND = 60, 10  # mm: the side of a zoom, more for a lesion that wouldn't have AROUND on each side of it
@@ -26,7 +30,7 @@ class Plane(NamedTuple):
     mm: np.ndarray         # (2,) size of a voxel
 
     @property
-    def extent(self):
+    def extent(self) -> np.ndarray:
         return self.grey.shape * self.mm
 
 
@@ -36,7 +40,8 @@ class Window(NamedTuple):
     size: np.ndarray  # (2,)
 
 
-def overlay(image, predicted, label, spacing, clip_range, title):
+def overlay(image: np.ndarray, predicted: np.ndarray, label: np.ndarray | None, spacing: Sequence[float],
+            clip_range: Sequence[float], title: str) -> np.ndarray:
     """uint8 (height, width, 3) picture of a lesion in CT: three planes, each with a zoom beside it.
 
     image: (X, Y, Z) HU; predicted, label: (X, Y, Z) uint8, label may be None; spacing: (3,) mm
@@ -67,19 +72,20 @@ def overlay(image, predicted, label, spacing, clip_range, title):
     return compose_page(rows, title, outlines)
 
 
-def largest_plane(mask, axis):
+def largest_plane(mask: np.ndarray, axis: int) -> int:
     """Index along an axis of the plane with most of a mask; of several, as in an empty mask, the middle one."""
     areas = np.count_nonzero(mask, axis=tuple(a for a in range(3) if a != axis))
     largest = np.flatnonzero(areas == areas.max())
     return int(largest[len(largest) // 2])
 
 
-def grey_of(plane, clip_range):
+def grey_of(plane: np.ndarray, clip_range: Sequence[float]) -> np.ndarray:
+    """uint8 grey values of a plane of HU."""
     low, high = clip_range
     return np.uint8(np.clip((plane.astype(np.float32) - low) / (high - low), 0, 1) * 255)
 
 
-def window_around(reference, plane, most):
+def window_around(reference: np.ndarray, plane: Plane, most: float) -> tuple[Window, float]:
     """The Window to magnify, around the largest part of a mask in a plane, and its side in mm, `most` at most.
 
     It stays within the plane: at a border the lesion isn't in its middle, and in a narrow plane it is no square.
@@ -93,7 +99,8 @@ def window_around(reference, plane, most):
     return Window(np.clip((low + high - size) / 2, 0, plane.extent - size), size), side
 
 
-def draw_plane(plane, window, scale, width, frame=None):
+def draw_plane(plane: Plane, window: Window, scale: float, width: int,
+               frame: Window | None = None) -> "PIL.Image.Image":
     """PIL picture of a window of a plane, FRAME pixels around it; scale: pixels per mm; width: pixels of an outline."""
     from PIL import Image, ImageDraw
     height_width = np.maximum(np.rint(window.size * scale), 1).astype(int)
@@ -112,7 +119,7 @@ def draw_plane(plane, window, scale, width, frame=None):
     return Image.fromarray(pixels)
 
 
-def outline(mask, low, zoom, shape, width):
+def outline(mask: np.ndarray, low: np.ndarray, zoom: np.ndarray, shape: Sequence[int], width: int) -> np.ndarray:
     """(rows, columns) bool: lines of `width` pixels on the faces between voxels of different classes, and at the border.
 
     mask: (rows, columns) classes; low: (2,) the voxel coordinates of the picture's corner within FRAME
@@ -129,7 +136,8 @@ def outline(mask, low, zoom, shape, width):
     return lines
 
 
-def compose_page(rows, title, outlines):
+def compose_page(rows: Sequence[Sequence[tuple[str, "PIL.Image.Image"]]], title: str,
+                 outlines: Sequence[tuple[str, tuple[int, int, int]]]) -> np.ndarray:
     """uint8 (height, width, 3) picture of rows of (caption, picture), a title and a legend: names of colours above it."""
     from PIL import Image, ImageDraw, ImageFont
     large, small = ImageFont.load_default(16), ImageFont.load_default(13)

@@ -8,13 +8,14 @@ import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from augmentations import PATCH_VIEW, keyed_rng
+from augmentations import PATCH_VIEW, ViewParameters, keyed_rng
 from dino3d.command_line import UserError
 from dino3d.data import images
 from dino3d.data.layouts import Pair, file_state
@@ -22,6 +23,11 @@ from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError, Volume, padded, write_volume
 from dino3d.files import atomic_write
 from dino3d.finetune import sliding_window
+from dino3d.finetune.crops import Header, WindowAugmentation
+from utils import Processes
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 CACHE_FORMAT = 1         # raise it when the same case gives another copy
 BYTES_PER_VOXEL = 1.3        # on disk, per voxel
@@ -30,17 +36,17 @@ FOREGROUND = 5000  # places of labelled voxels of each class that are kept
 
 class CaseInfo(NamedTuple):
     """What a case is. classes: that its label holds, sorted; shape: (3,) voxels on the working grid; stored: as a copy"""
-    classes: list
-    shape: list
+    classes: list[int]
+    shape: list[int]
     stored: bool
 
 
 class CacheEntry(NamedTuple):
     """A copy to make, for a worker: of what, the files' path without suffix, and whether to write them."""
     pair: Pair
-    spacing: tuple
+    spacing: tuple[float, ...]
     path: Path
-    stamp: list
+    stamp: tuple[int | str, ...]
     stored: bool
 
 
@@ -51,13 +57,14 @@ class ResampledCache:
     most_bytes: that the copies may take; cases beyond are read and resampled whenever they are asked for
     """
 
-    def __init__(self, folder, pairs, heads, spacing, most_bytes):
+    def __init__(self, folder: Path, pairs: Sequence[Pair], heads: Sequence[Header], spacing: Sequence[float],
+                 most_bytes: float):
         self.folder = folder / "x".join(f"{s:g}" for s in spacing)
         self.pairs, self.spacing = pairs, tuple(spacing)
         voxels = [np.prod(np.array(head.shape) * head.spacing) / np.prod(spacing) for head in heads]
         self.stored = (np.cumsum(voxels) * BYTES_PER_VOXEL <= most_bytes).tolist()
 
-    def make(self, processes, workers):
+    def make(self, processes: Processes, workers: int) -> list[CaseInfo]:
         """[Found] of every case, after making the copies that are not there yet; ranks share the work.
 
         workers: reading processes of this rank. Raises UserError, on all ranks, for a case that can't be used.
@@ -78,7 +85,7 @@ class ResampledCache:
                 raise UserError(found[i], everywhere=True)
         return [found[i] for i in range(len(self.pairs))]
 
-    def read(self, case):
+    def read(self, case: int) -> "tuple[sitk.Image, np.ndarray]":
         """(SimpleITK.Image int16 HU, (X, Y, Z) uint8 classes) of a whole case. Raises DataError."""
         if not self.stored[case]:
             image, label = resample_pair(self.pairs[case], self.spacing)
@@ -86,7 +93,7 @@ class ResampledCache:
         with open_entry(*self._files(case)) as (image, label):
             return images.make_image(image.read(), image.affine), label.read().astype(np.uint8)
 
-    def read_window(self, case, size):
+    def read_window(self, case: int, size: Sequence[int]) -> "tuple[sitk.Image, np.ndarray]":
         """(SimpleITK.Image, (x, y, z) uint8 classes) of a window of `size` voxels around the middle of what is labelled, or
         of the case. Raises DataError."""
         reader = self.reader(case)
@@ -94,34 +101,34 @@ class ResampledCache:
         crop, mask = reader.read(np.rint(centre - np.array(size) / 2).astype(int), size)
         return images.make_image(crop, np.diag([*self.spacing, 1.0])), mask
 
-    def reader(self, case):
+    def reader(self, case: int) -> "StoredReader | MemoryReader":
         """A Reader of patches of a case. Raises DataError."""
         if self.stored[case]:
             return StoredReader(*self._files(case), self._base(case))
         return MemoryReader(*resample_pair(self.pairs[case], self.spacing))
 
-    def _make_folder(self):
+    def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: can't be made ({error.strerror}); choose another --cache_dir") from error
 
-    def _base(self, case):
+    def _base(self, case: int) -> Path:
         pair = self.pairs[case]
         return self.folder / f"{pair.name.replace('/', '_')}-{zlib.crc32(os.path.abspath(pair.image).encode()):08x}"
 
-    def _files(self, case):
+    def _files(self, case: int) -> tuple[str, str]:
         base = self._base(case)
         return f"{base}.image.hdf5", f"{base}.label.hdf5"
 
-    def _copy(self, case):
+    def _copy(self, case: int) -> CacheEntry:
         return CacheEntry(self.pairs[case], self.spacing, self._base(case), self._stamp(case), self.stored[case])
 
-    def _stamp(self, case):
+    def _stamp(self, case: int) -> tuple[int | str, ...]:
         pair = self.pairs[case]
         return (CACHE_FORMAT, os.path.abspath(pair.image), *file_state(pair.image), os.path.abspath(pair.label), *file_state(pair.label))
 
-    def _found(self, case):
+    def _found(self, case: int) -> CaseInfo | None:
         """CaseInfo of a copy that an earlier run has made of the same files; None without one."""
         try:
             kept = json.loads(Path(f"{self._base(case)}.json").read_text())
@@ -132,7 +139,7 @@ class ResampledCache:
 
 
 @contextlib.contextmanager
-def open_entry(*paths):
+def open_entry(*paths: str) -> Iterator[list[Volume]]:
     """The Volumes of copies, while they are read. Raises DataError."""
     try:
         with contextlib.ExitStack() as closing:
@@ -141,13 +148,13 @@ def open_entry(*paths):
         raise DataError(error.path, f"{error.reason}; remove it to have it made again") from error
 
 
-def resample_pair(pair, spacing):
+def resample_pair(pair: Pair, spacing: Sequence[float]) -> "tuple[sitk.Image, sitk.Image]":
     """(image, label), SimpleITK.Images on the working grid. Raises DataError."""
     image, label = sliding_window.read_case(pair)
     return sliding_window.to_network_grid(image, spacing), sliding_window.to_network_grid(label, spacing, is_label=True)
 
 
-def make_entry(copy):
+def make_entry(copy: CacheEntry) -> CaseInfo | str:
     """The CaseInfo of a case, whose copy is then written; the text of what is wrong with it."""
     try:
         image, label = sliding_window.read_case(copy.pair)
@@ -169,7 +176,7 @@ def make_entry(copy):
         return f"{copy.path}: can't be written ({error.strerror or error}); make room or choose another --cache_dir"
 
 
-def sample_foreground(mask):
+def sample_foreground(mask: np.ndarray) -> np.ndarray:
     """(n, 4) int16 index and class of labelled voxels, at most FOREGROUND of each class, drawn the same way each time."""
     places = []
     for k in np.unique(mask):
@@ -183,7 +190,7 @@ def sample_foreground(mask):
 class StoredReader:
     """Patches of a copy on disk. shape: (3,) voxels; foreground: see `sample_foreground`"""
 
-    def __init__(self, image_path, label_path, base):
+    def __init__(self, image_path: str, label_path: str, base: Path):
         self.image_path, self.label_path = image_path, label_path
         try:
             self.foreground = np.load(f"{base}.foreground.npy")
@@ -192,7 +199,9 @@ class StoredReader:
         with open_entry(image_path) as (image,):
             self.shape = image.shape
 
-    def read(self, start, size):
+    def read(
+        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """((x, y, z) int16 HU, (x, y, z) uint8 classes) from voxel `start` on; air and background outside."""
         with open_entry(self.image_path, self.label_path) as (image, label):
             return image.read(start, size), np.maximum(label.read(start, size), 0).astype(np.uint8)
@@ -201,11 +210,13 @@ class StoredReader:
 class MemoryReader:
     """The same of a case in memory."""
 
-    def __init__(self, image, label):
+    def __init__(self, image: "sitk.Image", label: "sitk.Image"):
         self.voxels = [images.voxels_of(one).astype(np.int16) for one in (image, label)]
         self.shape, self.foreground = self.voxels[0].shape, sample_foreground(self.voxels[1])
 
-    def read(self, start, size):
+    def read(
+        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
         crop, mask = (padded(lambda low, high, voxels=voxels: voxels[tuple(map(slice, low, high))], self.shape, start, size)
                       for voxels in self.voxels)
         return crop, np.maximum(mask, 0).astype(np.uint8)
@@ -218,15 +229,18 @@ class CachedPatches(Dataset):
     augmentation: crops.WindowAugmentation; size: (3,) voxels that are read: its window, and what a turned one reaches
     """
 
-    def __init__(self, cache, per_case, foreground_share, augmentation, size, seed):
+    def __init__(self, cache: ResampledCache, per_case: int, foreground_share: float, augmentation: WindowAugmentation,
+                 size: Sequence[int], seed: int):
         self.cache, self.per_case, self.foreground_share = cache, per_case, foreground_share
         self.augmentation, self.size, self.seed = augmentation, np.array(size), seed
         self._readers = {}  # of this worker: those of stored copies are small, of the others there is one
 
-    def path_of(self, patch):
+    def path_of(self, patch: int) -> str:
         return self.cache.pairs[patch // self.per_case].image
 
-    def __getitem__(self, key):
+    def __getitem__(
+        self, key: tuple[int, int, bool],
+    ) -> tuple[np.ndarray, int, bool, list[ViewParameters], np.ndarray] | str:
         epoch, patch, counted = key
         try:
             reader = self._reader(patch // self.per_case)
@@ -237,14 +251,14 @@ class CachedPatches(Dataset):
             return str(error)
         return crop, patch, counted, self.augmentation.draw(self.seed, epoch, patch, crop.shape), mask
 
-    def _reader(self, case):
+    def _reader(self, case: int) -> StoredReader | MemoryReader:
         if case not in self._readers:
             if not self.cache.stored[case]:
                 self._readers = {i: reader for i, reader in self._readers.items() if self.cache.stored[i]}
             self._readers[case] = self.cache.reader(case)
         return self._readers[case]
 
-    def _centre(self, rng, reader):
+    def _centre(self, rng: np.random.RandomState, reader: StoredReader | MemoryReader) -> np.ndarray:
         """(3,) voxels: of a window anywhere in the case or, so often, with a labelled voxel in its middle half."""
         window, shape = self.augmentation.size, np.array(reader.shape)
         anywhere = shape / 2 + rng.uniform(-0.5, 0.5, 3) * np.maximum(shape - window, 0)

@@ -1,8 +1,10 @@
 """How a process of a fine-tuning run computes: processes, precision, batches, reading workers, signals, time limits."""
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import DataLoader
 
 import utils
 from dino3d import command_line
@@ -24,7 +26,7 @@ class Runtime(NamedTuple):
     stop_signal: StopSignal = StopSignal()
     read_timeout: float = 0.0
 
-    def batches_of(self, loader):
+    def batches_of(self, loader: DataLoader) -> Iterator[Any]:
         """An iterator over a DataLoader's batches that ends the process where a file can't be read in time."""
         return with_read_timeout(loader, self.read_timeout, command_line.end_process)
 
@@ -33,7 +35,7 @@ class Runtime(NamedTuple):
 
 
 def start_runtime(output_dir: Path, precision: str | None, use_fp16: bool | None, num_workers: int | None, batch_size: int,
-                  read_timeout: float, **ignored) -> tuple[Runtime, str, list[str]]:
+                  read_timeout: float, **ignored: str | None) -> tuple[Runtime, str, list[str]]:
     """(Runtime, name of its precision, notices), after joining the other processes and making the output folder.
 
     precision, num_workers: None for what suits the machine; ignored: flags that have no effect any more

@@ -10,15 +10,18 @@ Images are as in images.py. Volumes of log-probabilities are (classes, X, Y, Z) 
 import contextlib
 import itertools
 import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 import torch
+from torch import Tensor
 
 from augmentations import scale_intensity
 from dino3d.data import images, resampling
-from dino3d.data.layouts import read_pair
+from dino3d.data.layouts import Pair, read_pair
 from dino3d.data.volume import AIR
 from dino3d.files import atomic_write
 
@@ -32,25 +35,25 @@ class Grid(NamedTuple):
     size: (3,) voxels; spacing: (3,) mm; origin: (3,) mm LPS of the first voxel's centre
     direction: (9,) rows of a matrix, whose columns are the unit vectors of the axes in LPS
     """
-    size: tuple
-    spacing: tuple
-    origin: tuple
-    direction: tuple
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
 
     @property
-    def affine(self):
+    def affine(self) -> np.ndarray:
         """(4, 4) from voxel indices to LPS mm."""
         affine = np.eye(4)
         affine[:3, :3] = np.reshape(self.direction, (3, 3)) * self.spacing
         affine[:3, 3] = self.origin
         return affine
 
-    def part(self, low, high):
+    def part(self, low: Sequence[int] | np.ndarray, high: Sequence[int] | np.ndarray) -> "Grid":
         """The Grid of the voxels from `low` on and before `high`."""
         origin = (self.affine @ [*low, 1])[:3]
         return self._replace(size=tuple(int(n) for n in np.subtract(high, low)), origin=tuple(origin.tolist()))
 
-    def image(self, voxels):
+    def image(self, voxels: np.ndarray) -> sitk.Image:
         """A SimpleITK.Image of an (X, Y, Z) array that lies here."""
         image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
         image.SetSpacing(self.spacing)
@@ -59,7 +62,7 @@ class Grid(NamedTuple):
         return image
 
 
-def grid_of(image):
+def grid_of(image: sitk.Image) -> Grid:
     """The Grid of a SimpleITK.Image."""
     return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
@@ -67,7 +70,7 @@ def grid_of(image):
 # --------------------------------------------------------------------------------------------------- reading, to the grid
 
 
-def read_case(pair):
+def read_case(pair: Pair) -> tuple[sitk.Image, sitk.Image]:
     """(image int16 HU, label uint8), SimpleITK.Images in RAS on one grid, of a layouts.Pair.
 
     Raises DataError where one can't be used, both don't lie on the same grid, or its axes are not at right angles.
@@ -78,7 +81,7 @@ def read_case(pair):
     return image, images.make_image(label, affine)
 
 
-def read_image_and_grid(path):
+def read_image_and_grid(path: str) -> tuple[sitk.Image, Grid]:
     """(image in RAS, int16 HU; Grid of the file's own voxels) of any volume file. Raises DataError.
 
     The Grid is in the file's own orientation; for HDF5 in RAS, to which its reader brings it.
@@ -87,7 +90,7 @@ def read_image_and_grid(path):
     return images.to_hu(image, path), grid_of(image)
 
 
-def to_network_grid(image, spacing, is_label=False):
+def to_network_grid(image: sitk.Image, spacing: Sequence[float], is_label: bool = False) -> sitk.Image:
     """An image in RAS on the working grid: upright, with voxels of `spacing` (3,) mm over all of its extent.
 
     Linear and averaged where the grid is coarser, nearest for labels; air or 0 where a tilted image does not reach.
@@ -107,12 +110,20 @@ class Windows(NamedTuple):
     size: (3,) voxels; overlap: share of a window's side that it has in common with the next one, at least 0 and below 1
     batch_size: windows per forward pass
     """
-    size: tuple
+    size: tuple[int, ...]
     overlap: float = 0.5
     batch_size: int = 1
 
 
-def segment(networks, image, windows, clip_range, device, autocast=contextlib.nullcontext, stitch_on_cpu=None):
+def segment(
+    networks: Iterable[Callable[[Tensor], Tensor]],
+    image: sitk.Image,
+    windows: Windows,
+    clip_range: Sequence[float],
+    device: torch.device | str,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    stitch_on_cpu: bool | None = None,
+) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of an image on its working grid.
 
     networks: several, such as those of all folds, are averaged; each gives logits (B, classes, x, y, z) of windows
@@ -126,11 +137,19 @@ def segment(networks, image, windows, clip_range, device, autocast=contextlib.nu
     return mean_of(_stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu) for network in networks)
 
 
-def _stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu):
+def _stitched(
+    network: Callable[[Tensor], Tensor],
+    voxels: Tensor,
+    windows: Windows,
+    clip_range: Sequence[float],
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    stitch_on_cpu: bool | None,
+) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of one network. voxels: (1, 1, X, Y, Z) float32 HU."""
     from monai.inferers import sliding_window_inference
 
-    def logits_of(hu):
+    def logits_of(hu: Tensor) -> Tensor:
         with autocast():
             # float: bf16 would lose digits once the windows are weighted and summed
             return network(scale_intensity(hu, *clip_range)).float()
@@ -149,7 +168,7 @@ def _stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_
         return logits.sub_(total).cpu()
 
 
-def _fits(logits_of, voxels, windows, device):
+def _fits(logits_of: Callable[[Tensor], Tensor], voxels: Tensor, windows: Windows, device: torch.device) -> bool:
     """Whether a GPU's memory holds the volumes of stitching, beside what the network needs for a batch of windows."""
     batch = torch.full((windows.batch_size, 1, *windows.size), float(AIR), device=device)
     classes = logits_of(batch).shape[1]  # its memory is now reserved, and no longer counted as free
@@ -158,7 +177,7 @@ def _fits(logits_of, voxels, windows, device):
     return MARGIN * 4 * volumes * math.prod(int(n) for n in sides) < torch.cuda.mem_get_info(device)[0]
 
 
-def mean_of(log_probabilities):
+def mean_of(log_probabilities: Iterable[Tensor]) -> Tensor:
     """Logarithm of the arithmetic mean of probabilities.
 
     log_probabilities: tensors of one shape, of which two are in memory at a time; the first is overwritten
@@ -173,7 +192,7 @@ def mean_of(log_probabilities):
 # ---------------------------------------------------------------------------------------------------- to the scan's voxels
 
 
-def to_scan_grid(log_probabilities, working, own):
+def to_scan_grid(log_probabilities: Tensor | np.ndarray, working: Grid, own: Grid) -> sitk.Image:
     """A SimpleITK.Image of uint8 classes on the scan's own Grid.
 
     log_probabilities: (classes, X, Y, Z) on the Grid `working`; linearly interpolated, then the most probable class.
@@ -193,7 +212,8 @@ def to_scan_grid(log_probabilities, working, own):
     return own.image(mask)
 
 
-def _flips_and_axes(to_index, working, own):
+def _flips_and_axes(to_index: np.ndarray, working: Sequence[int],
+                    own: Sequence[int]) -> tuple[np.ndarray, tuple[slice, ...]] | None:
     """(axes, slices) that make an array of shape `working` one of shape `own` with voxels at the same places, or None.
 
     to_index: (4, 4) from own to working voxel indices
@@ -210,12 +230,12 @@ def _flips_and_axes(to_index, working, own):
     return axes, tuple(slice(None, None, sign) for sign in signs)
 
 
-def _corners(low, high):
+def _corners(low: Sequence[int], high: Sequence[int] | np.ndarray) -> np.ndarray:
     """(4, 8) homogeneous indices of the voxels at the corners of a box from `low` on and before `high`."""
     return np.array([(*corner, 1.0) for corner in itertools.product(*zip(low, np.subtract(high, 1)))]).T
 
 
-def _most_probable(maps):
+def _most_probable(maps: Iterable[np.ndarray]) -> np.ndarray:
     """uint8 number of the map with the highest value at each voxel, the first of several; two maps are kept at a time."""
     maps = iter(maps)
     best = np.array(next(maps))
@@ -227,7 +247,7 @@ def _most_probable(maps):
     return classes
 
 
-def _block_of(maps, working, block, to_index, low):
+def _block_of(maps: np.ndarray, working: Grid, block: Grid, to_index: np.ndarray, low: Sequence[int]) -> np.ndarray:
     """(x, y, z) uint8 classes of a part of the own grid. block: its Grid, from the own voxel `low` on."""
     reached = (to_index @ _corners(low, np.add(low, block.size)))[:3]  # (3, 8) working voxels of its corners
     limit = np.array(working.size)[:, None]
@@ -248,14 +268,14 @@ def _block_of(maps, working, block, to_index, low):
     return classes
 
 
-def _interpolated(image, grid):
+def _interpolated(image: sitk.Image, grid: Grid) -> np.ndarray:
     """(X, Y, Z) float32 values of an image at the voxels of a Grid, those of the nearest voxel beyond it."""
     found = sitk.Resample(image, grid.size, sitk.Transform(), sitk.sitkLinear, grid.origin, grid.spacing, grid.direction,
                           0.0, sitk.sitkFloat32, True)
     return sitk.GetArrayFromImage(found).transpose(2, 1, 0)
 
 
-def save_mask(path, mask, like):
+def save_mask(path: Path | str, mask: sitk.Image, like: Path | str) -> None:
     """Write a mask as NIfTI that lies on its scan in every viewer. Raises OSError.
 
     path: ends in .nii.gz or .nii; mask: SimpleITK.Image of uint8 on the scan's voxels, in whatever order of the axes
@@ -269,7 +289,7 @@ def save_mask(path, mask, like):
             images.save_nifti(part, mask)
 
 
-def _save_like(path, mask, like):
+def _save_like(path: Path, mask: sitk.Image, like: Path | str) -> None:
     import nibabel
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
     try:

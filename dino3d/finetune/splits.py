@@ -5,8 +5,9 @@ suffix.
 """
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from dino3d.files import write_json
 NUM_TEST = 37              # cases of the paper's test set
 
 
-def case_names(paths, folder):
+def case_names(paths: Iterable[str], folder: str) -> list[str]:
     """Names of cases: their paths relative to `folder` without suffix. Raises UserError where two would share one."""
     names = {}
     for path in paths:
@@ -31,17 +32,17 @@ def case_names(paths, folder):
 
 class Split(NamedTuple):
     """Patients of one fold's three sides."""
-    train: list
-    validation: list
-    test: list
+    train: list[str] | np.ndarray
+    validation: list[str] | np.ndarray
+    test: list[str] | np.ndarray
 
 
-def default_num_test(cases):
+def default_num_test(cases: int) -> int:
     """37 cases, or a fifth where that is less than a tenth or more than a third of them."""
     return NUM_TEST if cases / 10 <= NUM_TEST <= cases / 3 else max(1, round(cases / 5))
 
 
-def divide(counts, shares, rng):
+def divide(counts: np.ndarray, shares: Sequence[float] | np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(P,) side of each patient: as near to the shares of every class as whole patients allow; no side is left empty.
 
     counts: (P, C) cases of each patient and class; shares: (S,) of each side, summing to 1; P >= S
@@ -67,7 +68,8 @@ def divide(counts, shares, rng):
     return sides
 
 
-def patient_splits(patients, labels, num_test, k_fold, seed):
+def patient_splits(patients: Sequence[str], labels: Sequence[int], num_test: int | None, k_fold: int,
+                   seed: int) -> list[Split]:
     """[Split] of k folds: one fixed test set, and each fold validates on its part of the other patients.
 
     patients, labels: of each case; num_test: cases, None: `default_num_test`. Raises UserError.
@@ -91,7 +93,7 @@ def patient_splits(patients, labels, num_test, k_fold, seed):
                   [names[i] for i in np.flatnonzero(tested)]) for fold in range(k_fold)]
 
 
-def subset_splits(patients, subsets):
+def subset_splits(patients: Sequence[str], subsets: Sequence[str]) -> list[Split]:
     """[Split] in which each subset is tested once, the next one validates and the rest trains. Raises UserError."""
     members = {}
     for patient, subset in zip(patients, subsets):
@@ -108,7 +110,7 @@ def subset_splits(patients, subsets):
     return splits
 
 
-def count_by_patient(patients, labels):
+def count_by_patient(patients: Sequence[str], labels: Sequence[int]) -> tuple[list[str], np.ndarray]:
     """(names, counts): the P patients, sorted, and the (P, C) cases that each has of each class."""
     names = sorted(set(patients))
     row = {name: i for i, name in enumerate(names)}
@@ -117,7 +119,17 @@ def count_by_patient(patients, labels):
     return names, counts
 
 
-def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets, known):
+def make_splits(
+    path: Path,
+    folds: str,
+    k_fold: int,
+    num_test: int | None,
+    seed: int,
+    patients: Sequence[str],
+    labels: Sequence[int],
+    subsets: Sequence[str],
+    known: Sequence[str],
+) -> tuple[list[Split], dict[str, Any]]:
     """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
 
     patients, labels, subsets: of each case; known: names that a splits.json has in its data besides
@@ -135,13 +147,14 @@ def make_splits(path, folds, k_fold, num_test, seed, patients, labels, subsets, 
     return saved
 
 
-def of_patients(chosen, patients):
+def of_patients(chosen: Iterable[str], patients: Sequence[str]) -> np.ndarray:
     """(n,) numbers of the cases whose patient is among the chosen. patients: of each case."""
     chosen = set(chosen)
     return np.array([i for i, patient in enumerate(patients) if patient in chosen], int)
 
 
-def load_splits(path, described, known):
+def load_splits(path: Path, described: dict[str, Any],
+                known: Sequence[str]) -> tuple[list[Split], dict[str, Any]] | None:
     """(splits, data) of a splits.json, or None where there is no file.
 
     described: {name: value} of what they depend on; raises UserError where the file says otherwise, or lacks a `known` name.
@@ -167,6 +180,6 @@ def load_splits(path, described, known):
     return splits, data
 
 
-def save_splits(path, splits, described):
+def save_splits(path: Path, splits: Sequence[Split], described: dict[str, Any]) -> None:
     """Write splits.json: what the folds depend on, and the patients of each side."""
     write_json(path, {"data": described, "splits": [split._asdict() for split in splits]})

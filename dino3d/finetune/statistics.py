@@ -1,10 +1,14 @@
 """What is told of several cases and folds: intervals by bootstrap, means and deviations."""
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 
 BOOTSTRAP_ROUNDS = 1000
 
 
-def bootstrap_interval(metric, patients, seed=0):
+def bootstrap_interval(metric: Callable[[np.ndarray], float | None], patients: Sequence[str],
+                       seed: int = 0) -> list[float] | None:
     """[low, high], the 95 % percentile interval of a metric when patients are drawn with replacement.
 
     metric: gives a number, or None where it is undefined, of (N,) weights of the cases: how often each was drawn
@@ -20,7 +24,8 @@ def bootstrap_interval(metric, patients, seed=0):
     return np.percentile(values, [2.5, 97.5]).tolist() if values else None
 
 
-def mean_and_deviation(records, names):
+def mean_and_deviation(records: Sequence[dict[str, Any]],
+                       names: Sequence[str]) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """{name: mean}, {name: standard deviation (n - 1)} over the records that have a value; None where too few have."""
     means, deviations = {}, {}
     for name in names:
@@ -30,5 +35,6 @@ def mean_and_deviation(records, names):
     return means, deviations
 
 
-def format_metric(value, digits=3):
+def format_metric(value: float | None, digits: int = 3) -> str:
+    """A metric as text; None is undefined."""
     return "undefined" if value is None else f"{value:.{digits}f}"
