@@ -10,9 +10,9 @@
     python benchmark.py infer                    a volume through a segmentation network, window by window
     python benchmark.py growth --output FILE     how a step's cost grows, as a picture
 
-Seconds are wall-clock. What it is compared with stands in baseline.py. Baseline and ours take turns, so that a machine that
-slows down slows both; reported are medians over the repeats, with the lowest and highest. With --json the last line on
-standard output is one JSON object.
+Seconds are wall-clock. What it is compared with stands in dino3d/baselines.py. Baseline and ours take turns, so that a
+machine that slows down slows both; reported are medians over the repeats, with the lowest and highest. With --json the
+last line on standard output is one JSON object.
 
 A further benchmark is a function that returns `comparison(...)`, and a sub-command with its flags.
 """
@@ -44,11 +44,12 @@ import utils
 from augmentations import AUGMENTATION_FLAGS, PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines, command_line
 from dino3d.command_line import UserError, number
+from dino3d.data.images import format_size
 from dino3d.data.pretraining import PretrainingPatches, Sample, collate, place_patch
 from dino3d.data.volume import LPS, Volume, write_volume
 from dino3d.files import read_log, versions
 from dino3d.training.loading import cores_per_process
-from dino3d.training.monitor import peak_memory as peak_memory_of
+from dino3d.training.monitor import peak_memory
 from dino3d.training.nonfinite import NonFiniteSteps
 from utils import PRECISIONS
 from vision_transformer import ARCHITECTURES
@@ -184,11 +185,13 @@ def augment(device, repeats, samples):
     times["of which draw and collate"] = preparing[1:]  # without the warm-up
     return comparison(
         20, "seconds per sample of ten views", times,
-        {"baseline": f"MONAI's transforms one after the other, {by(baselines.PATCH)} voxels per view, then the crop; CPU",
-         "ours": f"one resampling per view, at its own voxels, of {by(crops.patch_size)} voxels; {device}",
+        {"baseline": f"MONAI's transforms one after the other, {format_size(baselines.PATCH)} voxels per view, "
+                     "then the crop; CPU",
+         "ours": f"one resampling per view, at its own voxels, of {format_size(crops.patch_size)} voxels; {device}",
          "of which draw and collate": "the loader's part, on the CPU wherever views are rendered"},
         sources(baselines.monai_transforms, baselines.monai_views),
-        {"data": origin, "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "policy": vars(POLICY),
+        {"data": origin, "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+         "policy": vars(POLICY),
          "baseline_patch": baselines.PATCH, "our_patch": crops.patch_size, "clip_range": CLIP_RANGE,
          "batch_size": BATCH[device], "repeats": repeats, "baseline_samples_per_repeat": samples,
          "our_samples_per_repeat": batches * len(patches)})
@@ -243,11 +246,11 @@ def read(device, repeats, reads, size):
         megabytes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
 
     notes = {"baseline": "ITK HDF5 written by SimpleITK, gzip, chunks of one slice; h5py opens, slices, closes",
-             "ours": "ITK HDF5 written by data.write_volume, Blosc, chunks of 32 x 32 x 32; data.Volume",
-             "gzip": "the same with gzip; data.Volume", "none": "the same without compression; data.Volume",
-             "nii.gz": "written by nibabel; data.Volume", "nii": "written by nibabel; data.Volume",
-             "larger": f"as ours, the {by(larger)} voxels that all six augmentations on a view look at"}
-    result = comparison(20, f"seconds per patch of {by(baselines.PATCH)} voxels", times,
+             "ours": "ITK HDF5 written by write_volume, Blosc, chunks of 32 x 32 x 32; read by Volume",
+             "gzip": "the same with gzip; read by Volume", "none": "the same without compression; read by Volume",
+             "nii.gz": "written by nibabel; read by Volume", "nii": "written by nibabel; read by Volume",
+             "larger": f"as ours, the {format_size(larger)} voxels that all six augmentations on a view look at"}
+    result = comparison(20, f"seconds per patch of {format_size(baselines.PATCH)} voxels", times,
                         {name: f"{megabytes[name]:5.1f} MB: {note}" if name in paths else note
                          for name, note in notes.items()},
                         sources(baselines.write_itk, baselines.read_itk),
@@ -269,7 +272,7 @@ def convert(device, repeats, size):
     """A DICOM series to HDF5, headers checked and voxels described, against SimpleITK reading and writing it."""
     import SimpleITK
 
-    from prepare_data import Scan, ScanTask, convert_scans, look_into, place_scans
+    from dino3d.prepare.nlst import Scan, ScanTask, convert_scans, place_scans, scan_headers
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     volume, affine, origin = scan(size)
     with tempfile.TemporaryDirectory() as folder:
@@ -279,7 +282,7 @@ def convert(device, repeats, size):
 
         def prepared(path, compression):
             def run(turn):
-                found = look_into((series, sorted(os.listdir(series)))).series
+                found = scan_headers((series, sorted(os.listdir(series)))).series
                 scans = [Scan(uid, files, header) for uid, header, files in found]
                 task = ScanTask(series, scans, list(place_scans(scans).values()), False, 16, None, compression)
                 for row, write in convert_scans(task):
@@ -297,7 +300,7 @@ def convert(device, repeats, size):
     notes = {"baseline": "SimpleITK: the series read and written as .hdf5 with gzip",
              "ours": "prepare_data.py nlst: headers read twice and checked, series read, RAS, quantiles, Blosc",
              "gzip": "the same with --compression gzip", "none": "the same with --compression none"}
-    result = comparison(2, f"seconds per volume of {by(size)} voxels on one core", times,
+    result = comparison(2, f"seconds per volume of {format_size(size)} voxels on one core", times,
                         {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()}, sources(baselines.convert_itk),
                         {"data": origin + ", written as DICOM", "repeats": repeats, "megabytes": megabytes})
     result["volumes_per_second_and_core"] = 1 / result["ours"]
@@ -365,7 +368,8 @@ def data(device, repeats, samples):
          "ours": f"main_dino.py's way: Blosc files, parameters drawn beside, views rendered per batch; {device}",
          "of which read, draw and collate": "the loader's part, on the CPU wherever views are rendered; its workers share it"},
         sources(baselines.Patches, baselines.read_itk, baselines.monai_transforms, baselines.monai_views),
-        {"data": origin, "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "policy": vars(POLICY),
+        {"data": origin, "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+         "policy": vars(POLICY),
          "baseline_patch": baselines.PATCH, "our_patch": crops.patch_size, "batch_size": size, "repeats": repeats,
          "baseline_samples_per_repeat": samples})
 
@@ -383,14 +387,16 @@ def step(device, repeats, arch, out_dim, batch_size, precision, compile):
     times = take_turns({name: (lambda turn, take=take: (take(), synchronise(device)), batch_size)
                         for name, take in sides.items()}, repeats)
     del sides
-    memory = {"baseline": peak_memory("baseline", settings), "ours": peak_memory("ours", settings | {"compiled": compile})}
+    memory = {"baseline": step_memory("baseline", settings),
+              "ours": step_memory("ours", settings | {"compiled": compile})}
     flops = flops_per_sample(arch, out_dim)
     result = comparison(
         1, "seconds per sample", times,
         {"baseline": f"{memory['baseline']:5.2f} GiB: MONAI's ViT, eager, the step written out; {precision}",
          "ours": f"{memory['ours']:5.2f} GiB: main_dino.train_step" + ", compiled" * compile + f"; {precision}"},
         sources(baselines.plain_step, baselines.Model, baselines.ViT),
-        {"data": "random views", "views": f"2 of {by(GLOBAL)} and {LOCAL_NUMBER} of {by(LOCAL)}", "repeats": repeats, **settings,
+        {"data": "random views", "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+         "repeats": repeats, **settings,
          "peak_memory_gib": memory, "gflop_per_sample": flops / 1e9})
     result["teraflops"] = flops / result["ours"] / 1e12
     return result
@@ -424,7 +430,7 @@ def our_step(arch, out_dim, batch_size, device, precision, compiled=False, size=
 
 
 def plain_step(arch, out_dim, batch_size, device, precision):
-    """The same of baseline.step, from the same weights."""
+    """The same of baselines.plain_step, from the same weights."""
     take, views = plain_trainer(arch, out_dim, device, precision), random_views(batch_size, device)
     return lambda: take(views)
 
@@ -443,7 +449,7 @@ def plain_trainer(arch, out_dim, device, precision):
     return take
 
 
-def peak_memory(side, settings):
+def step_memory(side, settings):
     """GiB that two steps need at most, models and views included: of the GPU, or of a process of its own."""
     if settings["device"] == "cuda":
         torch.cuda.empty_cache()
@@ -459,10 +465,10 @@ def measured_memory(side, settings, threads=None):
     device = torch.device(settings["device"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory_of(device)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory(device)
     take = {"baseline": plain_step, "ours": our_step}[side](**settings)
     take(), take()
-    return (peak_memory_of(device) - before) / 2 ** 30
+    return (peak_memory(device) - before) / 2 ** 30
 
 
 def flops_per_sample(arch, out_dim, size=GLOBAL, local_number=LOCAL_NUMBER):
@@ -656,10 +662,12 @@ def scan(size):
     """
     if not SCAN.is_file():
         from dino3d.prepare.phantoms import chest_phantom
-        return *chest_phantom(0, size, (0.7, 0.7, 1.5)), f"chest phantom of {by(size)} voxels (no {SCAN.name} here)"
+        origin = f"chest phantom of {format_size(size)} voxels (no {SCAN.name} here)"
+        return *chest_phantom(0, size, (0.7, 0.7, 1.5)), origin
     with Volume(SCAN) as file:
         volume, affine = file.read(), file.affine
-    origin = f"real CT {SCAN.name} of {by(volume.shape)} voxels, mirrored or cut at its far ends to {by(size)}"
+    origin = (f"real CT {SCAN.name} of {format_size(volume.shape)} voxels, "
+              f"mirrored or cut at its far ends to {format_size(size)}")
     volume = np.pad(volume, [(0, max(0, n - old)) for n, old in zip(size, volume.shape)], "symmetric")
     return np.ascontiguousarray(cut(volume, (0, 0, 0), size)), affine, origin
 
@@ -675,10 +683,6 @@ def synchronise(device):
 
 def cut(volume, start, size):
     return volume[tuple(slice(a, a + n) for a, n in zip(start, size))]
-
-
-def by(size):
-    return " x ".join(map(str, size))
 
 
 def take_turns(tasks, repeats):
@@ -735,7 +739,7 @@ def print_report(result):
     print("versions: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     print("parameters:")
     for name, value in result["parameters"].items():
-        print(f"  {name}: {by(value) if isinstance(value, (tuple, list)) else value}")
+        print(f"  {name}: {format_size(value) if isinstance(value, (tuple, list)) else value}")
     if "baseline_code" in result:
         print("the baseline's code:\n")
         print("\n".join("    " + line if line else "" for line in result["baseline_code"].rstrip().splitlines()))
