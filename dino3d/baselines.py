@@ -129,18 +129,16 @@ class ViT(nn.Module):
         x = torch.cat([self.vit.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
         return x + positions
 
-    def get_intermediate_layers(self, x, layers, norm=False):
-        """As VisionTransformer's, for a decoder."""
+    def get_intermediate_layers(self, x, layers, norm):
+        """As VisionTransformer's, for a decoder, which asks for norm="last"."""
         grid = [n // p for n, p in zip(x.shape[2:], self.vit.patch_embedding.patch_embeddings.kernel_size)]
         x, maps = self.tokens(x), []
         for i, block in enumerate(self.vit.blocks[:layers[-1] + 1]):
             x = block(x)
             if i in layers:
-                maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
+                tokens = self.vit.norm(x) if norm == "last" and i == len(self.vit.blocks) - 1 else x
+                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
         return maps
-
-    def norm(self, x):
-        return self.vit.norm(x)
 
     def forward(self, x):
         """(B, 1, X, Y, Z) -> class embedding (B, D)."""
