@@ -27,15 +27,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from inspect import getsource
 from pathlib import Path
+from typing import Any
 
 # NumPy's linear algebra reads these when it is first imported; torch is told in main, by --threads
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,14 +68,15 @@ CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # relative difference that two ways to tak
 AUGMENTED = [f"--{flag}" for flag in AUGMENTATION_FLAGS]
 
 
-def get_args_parser():
+def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
         prog="benchmark.py", usage="benchmark.py what [flags]",
         description="Times a part of this repository against a baseline. The flags of each: benchmark.py what --help")
     commands = parser.add_subparsers(title="what to time", prog=parser.prog, dest="what", metavar="what", required=True)
     command_line.help_flags(parser.add_argument_group("help"))
 
-    def command(benchmark, repeats, devices, threads=None):
+    def command(benchmark: Callable[..., dict[str, Any]], repeats: int, devices: list[str],
+                threads: list[int] | None = None) -> tuple[command_line.ArgumentParser, Any]:
         name, text = benchmark.__name__, benchmark.__doc__.splitlines()[0]
         sub = commands.add_parser(name, usage=f"{parser.prog} {name} [flags]", help=text, description=text)
         sub.set_defaults(benchmark=benchmark)
@@ -120,7 +124,7 @@ def get_args_parser():
     return parser
 
 
-def network_flags(sub, group, batch_cpu, batch_cuda):
+def network_flags(sub: command_line.ArgumentParser, group: Any, batch_cpu: int, batch_cuda: int) -> None:
     sub.set_defaults(batch={"cpu": batch_cpu, "cuda": batch_cuda})
     group.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
                        help="one of " + ", ".join(ARCHITECTURES))
@@ -131,13 +135,13 @@ def network_flags(sub, group, batch_cpu, batch_cuda):
                             "default: bf16 on GPUs, fp32 on CPUs")
 
 
-def model_flags(sub, group, batch_cpu, batch_cuda):
+def model_flags(sub: command_line.ArgumentParser, group: Any, batch_cpu: int, batch_cuda: int) -> None:
     network_flags(sub, group, batch_cpu, batch_cuda)
     group.add_argument("--out_dim", default=65536, type=number(int, 2), help="prototypes of the head")
     group.add_argument("--compile", action="store_true", help="ours with main_dino.py's --compile")
 
 
-def main():
+def main() -> None:
     args = vars(get_args_parser().parse_args())
     what, benchmark, as_json, threads = (args.pop(name) for name in ("what", "benchmark", "json", "threads"))
     if args["device"] == "cuda" and not torch.cuda.is_available():
@@ -158,7 +162,7 @@ def main():
 # ----------------------------------------------------------------------------------------------------------- augment
 
 
-def augment(device, repeats, samples):
+def augment(device: str, repeats: int, samples: int) -> dict[str, Any]:
     """Ten views of a sample, all six augmentations on: ours from int16 HU to views, against MONAI's one by one."""
     crops = MultiCropAugmentation(POLICY, GLOBAL, LOCAL, LOCAL_NUMBER)
     volume, _, origin = scan(SCAN_SIZE)
@@ -173,11 +177,11 @@ def augment(device, repeats, samples):
     batches = 2 * samples  # of ours per repeat: with fewer its time is too short to measure well
     preparing = []         # seconds of ours that fall to the loader's workers
 
-    def plain(turn):
+    def plain(turn: int) -> None:
         for i in range(turn * samples, (turn + 1) * samples):
             baselines.monai_views(inner[i % len(inner)], *transforms)
 
-    def ours(turn):
+    def ours(turn: int) -> None:
         preparing.append(sum(our_views(patches, crops, (turn * batches + i) * len(patches), device)
                              for i in range(batches)) / (batches * len(patches)))
 
@@ -197,7 +201,7 @@ def augment(device, repeats, samples):
          "our_samples_per_repeat": batches * len(patches)})
 
 
-def our_views(patches, crops, first, device):
+def our_views(patches: Sequence[np.ndarray], crops: MultiCropAugmentation, first: int, device: str) -> float:
     """Draw, collate and render the views of a batch; returns the seconds until the batch is ready for the device."""
     start = time.perf_counter()
     batch = collate([Sample(patch, crops.draw(0, 0, first + i), []) for i, patch in enumerate(patches)])
@@ -211,7 +215,7 @@ def our_views(patches, crops, first, device):
 # -------------------------------------------------------------------------------------------------------------- read
 
 
-def read(device, repeats, reads, size):
+def read(device: str, repeats: int, reads: int, size: Sequence[int]) -> dict[str, Any]:
     """A random patch of a scan from a file that is opened for it: Blosc chunks against gzip slices, warm cache."""
     import nibabel
     volume, affine, origin = scan(size)
@@ -233,13 +237,13 @@ def read(device, repeats, reads, size):
                 if not np.array_equal(take(paths[name], start, baselines.PATCH), cut(volume, start, baselines.PATCH)):
                     raise UserError(f"{layouts[name]}: the patch at {start.tolist()} has other voxels than the scan")
 
-        def reading(name):
-            def run(turn):
+        def reading(name: str) -> Callable[[int], None]:
+            def run(turn: int) -> None:
                 for start in starts[turn]:
                     takes[name](paths[name], start, baselines.PATCH)
             return run
 
-        def reading_larger(turn):
+        def reading_larger(turn: int) -> None:
             for start in starts[turn]:
                 read_volume(paths["ours"], start - margin, larger)
         times = take_turns({**{name: (reading(name), reads) for name in paths}, "larger": (reading_larger, reads)}, repeats)
@@ -260,7 +264,7 @@ def read(device, repeats, reads, size):
     return result
 
 
-def read_volume(path, start, size):
+def read_volume(path: str, start: Sequence[int] | np.ndarray, size: Sequence[int]) -> np.ndarray:
     with Volume(path) as volume:
         return volume.read(start, size)
 
@@ -268,7 +272,7 @@ def read_volume(path, start, size):
 # ----------------------------------------------------------------------------------------------------------- convert
 
 
-def convert(device, repeats, size):
+def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
     """A DICOM series to HDF5, headers checked and voxels described, against SimpleITK reading and writing it."""
     import SimpleITK
 
@@ -280,8 +284,8 @@ def convert(device, repeats, size):
         write_dicom(series, volume, affine)
         paths = {kind: f"{target}.{kind}.hdf5" for kind in ("baseline", "ours", "gzip", "none")}
 
-        def prepared(path, compression):
-            def run(turn):
+        def prepared(path: str, compression: str) -> Callable[[int], None]:
+            def run(turn: int) -> None:
                 found = scan_headers((series, sorted(os.listdir(series)))).series
                 scans = [Scan(uid, files, header) for uid, header, files in found]
                 task = ScanTask(series, scans, list(place_scans(scans).values()), False, 16, None, compression)
@@ -307,7 +311,7 @@ def convert(device, repeats, size):
     return result
 
 
-def write_dicom(folder, volume, affine):
+def write_dicom(folder: str, volume: np.ndarray, affine: np.ndarray) -> None:
     """Write an (X, Y, Z) volume in RAS as a series of CT slices, axial and head first as scanners write them."""
     import pydicom
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -339,7 +343,7 @@ def write_dicom(folder, volume, affine):
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-def data(device, repeats, samples):
+def data(device: str, repeats: int, samples: int) -> dict[str, Any]:
     """From the disk to a batch of ten views, all six augmentations on: one core reads, draws and (on a CPU) renders."""
     crops = MultiCropAugmentation(POLICY, GLOBAL, LOCAL, LOCAL_NUMBER)
     volume, affine, origin = scan(SCAN_SIZE)
@@ -352,7 +356,7 @@ def data(device, repeats, samples):
         keys = [[(0, turn * size + i) for i in range(size)] for turn in range(repeats + 1)]
         preparing = []  # seconds of ours that fall to the loader's workers
 
-        def ours(turn):
+        def ours(turn: int) -> None:
             start = time.perf_counter()
             opened = [sample for key in keys[turn] for sample in dataset.__getitems__([key])]  # a volume for each sample
             batch = collate(opened)
@@ -377,7 +381,8 @@ def data(device, repeats, samples):
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-def step(device, repeats, arch, out_dim, batch_size, precision, compile):
+def step(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str,
+         compile: bool) -> dict[str, Any]:
     """A whole training step on ready views: teacher, student, loss, backward pass, clipping, AdamW, teacher's average."""
     settings = {"arch": arch, "out_dim": out_dim, "batch_size": batch_size, "device": device, "precision": precision}
     sides = {"baseline": plain_step(**settings), "ours": our_step(**settings, compiled=compile)}
@@ -402,7 +407,8 @@ def step(device, repeats, arch, out_dim, batch_size, precision, compile):
     return result
 
 
-def random_views(batch_size, device, size=GLOBAL, local_number=LOCAL_NUMBER):
+def random_views(batch_size: int, device: str | torch.device, size: Sequence[int] = GLOBAL,
+                 local_number: int = LOCAL_NUMBER) -> list[Tensor]:
     """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] of grey values in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     local = [n // 4 for n in size]
@@ -410,7 +416,8 @@ def random_views(batch_size, device, size=GLOBAL, local_number=LOCAL_NUMBER):
     return [torch.rand(shape, generator=generator).to(device) for shape in shapes]
 
 
-def our_step(arch, out_dim, batch_size, device, precision, compiled=False, size=GLOBAL, local_number=LOCAL_NUMBER):
+def our_step(arch: str, out_dim: int, batch_size: int, device: str, precision: str, compiled: bool = False,
+             size: Sequence[int] = GLOBAL, local_number: int = LOCAL_NUMBER) -> Callable[[], Tensor]:
     """A function that takes a step of main_dino.py on random views and returns its loss, on the device."""
     torch.manual_seed(0)
     student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
@@ -429,27 +436,27 @@ def our_step(arch, out_dim, batch_size, device, precision, compiled=False, size=
     return lambda: main_dino.train_step(run, [views], VALUES, frozen=False).metrics["loss"]
 
 
-def plain_step(arch, out_dim, batch_size, device, precision):
+def plain_step(arch: str, out_dim: int, batch_size: int, device: str, precision: str) -> Callable[[], float]:
     """The same of baselines.plain_step, from the same weights."""
     take, views = plain_trainer(arch, out_dim, device, precision), random_views(batch_size, device)
     return lambda: take(views)
 
 
-def plain_trainer(arch, out_dim, device, precision):
+def plain_trainer(arch: str, out_dim: int, device: str, precision: str) -> Callable[[list[Tensor]], float]:
     """A function that takes a plain step on views and returns its loss."""
     torch.manual_seed(0)
     ours = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
     student, teacher = (baselines.Model(ours).to(device) for _ in range(2))
     optimizer, center = torch.optim.AdamW(utils.parameter_groups(student)), torch.zeros(1, out_dim, device=device)
 
-    def take(views):
+    def take(views: list[Tensor]) -> float:
         nonlocal center
         loss, center = baselines.plain_step(student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision])
         return loss
     return take
 
 
-def step_memory(side, settings):
+def step_memory(side: str, settings: dict[str, Any]) -> float:
     """GiB that two steps need at most, models and views included: of the GPU, or of a process of its own."""
     if settings["device"] == "cuda":
         torch.cuda.empty_cache()
@@ -458,7 +465,7 @@ def step_memory(side, settings):
         return pool.apply(measured_memory, (side, settings, torch.get_num_threads()))
 
 
-def measured_memory(side, settings, threads=None):
+def measured_memory(side: str, settings: dict[str, Any], threads: int | None = None) -> float:
     if threads:
         torch.set_num_threads(threads)
         import monai.networks.nets  # noqa: F401  what is imported is not what is measured
@@ -471,7 +478,7 @@ def measured_memory(side, settings, threads=None):
     return (peak_memory(device) - before) / 2 ** 30
 
 
-def flops_per_sample(arch, out_dim, size=GLOBAL, local_number=LOCAL_NUMBER):
+def flops_per_sample(arch: str, out_dim: int, size: Sequence[int] = GLOBAL, local_number: int = LOCAL_NUMBER) -> int:
     """Floating point operations of a step's matrix products per sample, counted by torch without computing anything."""
     with torch.device("meta"):
         student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
@@ -488,7 +495,8 @@ def flops_per_sample(arch, out_dim, size=GLOBAL, local_number=LOCAL_NUMBER):
 # ------------------------------------------------------------------------------------------------------------- train
 
 
-def train(device, repeats, arch, out_dim, batch_size, precision, compile, steps, workers):
+def train(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str, compile: bool,
+          steps: int | None, workers: int | None) -> dict[str, Any]:
     """main_dino.py from the disk, all six augmentations on, against plain loader workers and a plain step."""
     steps = steps or {"cpu": 6, "cuda": 150}[device]
     cores, rate = cores_per_process(utils.Processes()), matrix_rate(device, precision)
@@ -517,7 +525,7 @@ def train(device, repeats, arch, out_dim, batch_size, precision, compile, steps,
     return result
 
 
-def write_copies(folder, volume, affine, samples, copies=16):
+def write_copies(folder: str, volume: np.ndarray, affine: np.ndarray, samples: int, copies: int = 16) -> None:
     """Write list.txt with as many volumes as an epoch takes: a few files, each opened again for every one of its samples."""
     first = os.path.join(folder, "0.hdf5")
     write_volume(first, volume, affine)
@@ -526,7 +534,7 @@ def write_copies(folder, volume, affine, samples, copies=16):
     Path(folder, "list.txt").write_text("".join(f"{i % copies}.hdf5\n" for i in range(samples)))
 
 
-def our_training(folder, flags, device, processes=1):
+def our_training(folder: str, flags: Sequence[Any], device: str, processes: int = 1) -> list[dict[str, Any]]:
     """The records in the log.txt of a run of main_dino.py, but that of the first epoch, in which all starts and warms up."""
     launch = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -541,7 +549,8 @@ def our_training(folder, flags, device, processes=1):
     return read_log(os.path.join(output, "log.txt"))[1:]
 
 
-def plain_training(path, arch, out_dim, device, precision, workers, repeats):
+def plain_training(path: str, arch: str, out_dim: int, device: str, precision: str, workers: int,
+                   repeats: int) -> list[float]:
     """[seconds per sample] of a loop over a DataLoader whose workers augment, in batches of two: more would take minutes."""
     batch_size, batches = 2, workers * (repeats + 2)
     loader = DataLoader(baselines.Patches([path] * batch_size * batches, GLOBAL, LOCAL), batch_size, num_workers=workers)
@@ -554,7 +563,7 @@ def plain_training(path, arch, out_dim, device, precision, workers, repeats):
     return [(after - before) / workers / batch_size for before, after in zip(began[1:-1], began[2:])]
 
 
-def matrix_rate(device, precision):
+def matrix_rate(device: str, precision: str) -> float:
     """Floating point operations per second of a large square matrix product: the best of ten."""
     n, dtype = {"cpu": 2048, "cuda": 8192}[device], PRECISIONS[precision]
     a, b, seconds = torch.rand(n, n, device=device, dtype=dtype), torch.rand(n, n, device=device, dtype=dtype), []
@@ -570,7 +579,7 @@ def matrix_rate(device, precision):
 # ------------------------------------------------------------------------------------------------------------- infer
 
 
-def infer(device, repeats, arch, batch_size, precision, size):
+def infer(device: str, repeats: int, arch: str, batch_size: int, precision: str, size: Sequence[int]) -> dict[str, Any]:
     """A volume through the UNETR decoder, window by window, against the same with MONAI's ViT as its encoder."""
     from dino3d.finetune.heads import Segmenter, UnetrDecoder
     from dino3d.finetune.sliding_window import Grid, Windows, segment
@@ -585,8 +594,8 @@ def infer(device, repeats, arch, batch_size, precision, size):
     autocast = functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32")
     found = {}
 
-    def through(name):
-        def run(turn):
+    def through(name: str) -> Callable[[int], None]:
+        def run(turn: int) -> None:
             found[name] = segment([networks[name]], image, windows, CLIP_RANGE, device, autocast)
         return run
     times = take_turns({name: (through(name), volume.size / 1e6) for name in networks}, repeats)
@@ -603,7 +612,8 @@ def infer(device, repeats, arch, batch_size, precision, size):
 # ------------------------------------------------------------------------------------------------------------ growth
 
 
-def growth(device, repeats, arch, out_dim, batch_size, precision, compile, output):
+def growth(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str, compile: bool,
+           output: str) -> dict[str, Any]:
     """How a step's time grows with batch, local views and input size, and a run's rate with processes."""
     if not Path(output).resolve().parent.is_dir():  # and not after minutes
         raise UserError(f"--output {output}: its folder does not exist; make it or choose another")
@@ -637,7 +647,8 @@ def growth(device, repeats, arch, out_dim, batch_size, precision, compile, outpu
         "gradient_megabytes": gradients / 1e6, "picture": output}}
 
 
-def draw_growth(path, panels, rows, title):
+def draw_growth(path: Path | str, panels: dict[str, list[tuple[int, Any]]], rows: dict[str, dict[str, Any]],
+                title: str) -> None:
     """One panel each: samples per second, measured."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
@@ -655,7 +666,7 @@ def draw_growth(path, panels, rows, title):
 # ------------------------------------------------------------------------------------------------ what they all share
 
 
-def scan(size):
+def scan(size: Sequence[int]) -> tuple[np.ndarray, np.ndarray, str]:
     """((X, Y, Z) int16 HU in RAS, (4, 4) affine, where it is from): a real CT where it is at hand, or a phantom.
 
     A CT that is smaller than `size` goes on as its mirror image, which keeps its noise and so what it compresses to.
@@ -672,20 +683,20 @@ def scan(size):
     return np.ascontiguousarray(cut(volume, (0, 0, 0), size)), affine, origin
 
 
-def sources(*objects):
+def sources(*objects: Callable) -> str:
     return "\n\n".join(map(getsource, objects))
 
 
-def synchronise(device):
+def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def cut(volume, start, size):
+def cut(volume: np.ndarray, start: Iterable[int], size: Iterable[int]) -> np.ndarray:
     return volume[tuple(slice(a, a + n) for a, n in zip(start, size))]
 
 
-def take_turns(tasks, repeats):
+def take_turns(tasks: dict[str, tuple[Callable[[int], Any], float]], repeats: int) -> dict[str, list[float]]:
     """{name: [seconds per item, of each repeat]}: every task once to warm up, then all of them in turn, `repeats` times.
 
     tasks: {name: (function of the turn's number, items that it handles per call)}
@@ -699,7 +710,8 @@ def take_turns(tasks, repeats):
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def comparison(goal, unit, times, notes, baseline_code, parameters):
+def comparison(goal: float, unit: str, times: dict[str, list[float]], notes: dict[str, str], baseline_code: str,
+               parameters: dict[str, Any]) -> dict[str, Any]:
     """What a benchmark found, as it goes into the report and the JSON.
 
     goal: least ratio wanted; unit: of the times; times: {"baseline": [seconds, ...], "ours": [...], further rows ...}
@@ -715,7 +727,7 @@ def comparison(goal, unit, times, notes, baseline_code, parameters):
             "rows": rows, "parameters": parameters, "baseline_code": baseline_code}
 
 
-def print_report(result):
+def print_report(result: dict[str, Any]) -> None:
     rows = result["rows"]
     width = max(map(len, rows))
     print(f"{result['what']}: {result['unit']}; median (lowest to highest) of {result['parameters']['repeats']} repeats")
@@ -745,7 +757,7 @@ def print_report(result):
         print("\n".join("    " + line if line else "" for line in result["baseline_code"].rstrip().splitlines()))
 
 
-def device_label(device):
+def device_label(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}; baseline: {device_label('cpu')}"
     try:

@@ -10,16 +10,18 @@ The same --output_dir resumes where it stopped; SIGTERM or SIGUSR1 makes a run s
 there: checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies, config.json, log.txt
 (one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
 """
+import argparse
 import contextlib
 import functools
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -30,7 +32,7 @@ from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_polic
 from dino3d import command_line
 from dino3d.command_line import UserError, boolean, format_values, number
 from dino3d.data.layouts import list_volumes, read_data_list
-from dino3d.data.pretraining import BatchStream, PretrainingPatches, collate
+from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.volume import SUFFIXES, DataError
 from dino3d.files import truncate_log, write_config
@@ -44,7 +46,7 @@ from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 
 
-def get_args_parser():
+def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
         prog="main_dino.py", usage="main_dino.py --data_dir DIR --output_dir DIR [flags]",
         description="DINO pre-training of a 3D ViT on CT volumes. Start the same command again to resume a run.")
@@ -177,7 +179,7 @@ def get_args_parser():
     return parser
 
 
-def check_flags(parser, args):
+def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what is wrong whatever the data (exit code 2)."""
     args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
     for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
@@ -190,7 +192,7 @@ def check_flags(parser, args):
         parser.error("--data_dir is missing: the folder with the volumes, or give a --data_list")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
@@ -276,7 +278,7 @@ def main(argv=None):
     checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()
     stop_signal = checkpoint.StopSignal(processes, output_dir / "preempted")
 
-    def after_step(epoch_ends=False):
+    def after_step(epoch_ends: bool = False) -> None:
         """Save where it is time, and end the run where a signal has asked for it."""
         ending = progress.step < last_step and stop_signal.should_stop()
         if epoch_ends or ending or checkpoints.due(progress.step):
@@ -307,10 +309,10 @@ class Progress:
     step: int = 0
     samples: int = 0
 
-    def count_step(self, samples):
+    def count_step(self, samples: int) -> None:
         self.position, self.step, self.samples = self.position + samples, self.step + 1, self.samples + samples
 
-    def end_epoch(self, samples_per_epoch, global_batch):
+    def end_epoch(self, samples_per_epoch: int, global_batch: int) -> None:
         """Go to the next epoch if what is left of this one fills no batch."""
         if self.position + global_batch > samples_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
@@ -327,7 +329,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     schedules: "Schedules"
     crops: MultiCropAugmentation
-    clip_range: tuple
+    clip_range: tuple[float, float]
     dtype: torch.dtype
     clip_grad: float
     global_batch: int
@@ -337,13 +339,13 @@ class TrainState:
     accumulate_steps: int = 1
     copy_stream: torch.cuda.Stream | None = None
 
-    def parts(self):
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
         """{name: part} that a checkpoint holds: save and restore go by this alone. A part that is None is off."""
         parts = {"student": self.student, "teacher": self.teacher, "optimizer": self.optimizer, "scaler": self.scaler,
                  "dino_loss": self.dino_loss}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def render(self, batch):
+    def render(self, batch: Batch) -> list[Tensor]:
         """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a pretraining.Batch, on the device.
 
         On a GPU in the stream `aside`: the host is ahead of the GPU, so that a batch is copied and its views are made
@@ -360,13 +362,14 @@ class TrainState:
         return views
 
 
-def steps_left(samples_per_epoch, global_batch, epochs, progress):
+def steps_left(samples_per_epoch: int, global_batch: int, epochs: int, progress: Progress) -> int:
     """Whole batches from `progress` to the end of the last epoch; what fills no batch at an epoch's end is dropped."""
     whole = (epochs - progress.epoch - 1) * (samples_per_epoch // global_batch)
     return max(0, whole + (samples_per_epoch - progress.position) // global_batch)
 
 
-def train_one_epoch(state, batches, steps, progress, frozen, monitor, after_step):
+def train_one_epoch(state: TrainState, batches: Iterator[Batch], steps: int, progress: Progress, frozen: bool,
+                    monitor: Monitor, after_step: Callable[[], None]) -> None:
     """Take `steps` steps on what the iterator `batches` gives; `progress` counts them.
 
     frozen: prototypes stay as they are; after_step: called after every step but the last
@@ -403,13 +406,14 @@ class Step(NamedTuple):
     winners: (2 B per micro-batch,) largest prototype of each teacher output
     features: (2 B, D) teacher's embeddings of the last micro-batch
     """
-    finite: torch.Tensor
-    metrics: dict
-    winners: torch.Tensor
-    features: torch.Tensor
+    finite: Tensor
+    metrics: dict[str, Tensor]
+    winners: Tensor
+    features: Tensor
 
 
-def train_step(state, micro_batches, scheduled, frozen):
+def train_step(state: TrainState, micro_batches: Iterable[list[Tensor]], scheduled: dict[str, float],
+               frozen: bool) -> Step:
     """One step of DINO (Caron et al. 2021, algorithm 1), on the mean loss of the micro-batches.
 
     micro_batches: gives state.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
@@ -458,7 +462,7 @@ def train_step(state, micro_batches, scheduled, frozen):
     return Step(finite, metrics, torch.cat(winners), features)
 
 
-def gradients_stay_here(network, yes):
+def gradients_stay_here(network: nn.Module, yes: bool) -> contextlib.AbstractContextManager[None]:
     """Context in which DDP leaves gradients on their rank: they are averaged once, with the step's last micro-batch."""
     return network.no_sync() if yes and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
@@ -469,12 +473,13 @@ class DINOLoss(nn.Module):
     out_dim: prototypes; center_momentum: of the running mean of the teacher's logits
     """
 
-    def __init__(self, out_dim, center_momentum):
+    def __init__(self, out_dim: int, center_momentum: float):
         super().__init__()
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def forward(self, student_logits, teacher_logits, teacher_temp):
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor,
+                teacher_temp: float) -> tuple[dict[str, Tensor], Tensor]:
         """student_logits: (V B, K) of all V views; teacher_logits: (2 B, K) of the global ones, which come first.
 
         Returns {name: ()}: "loss", which is to be minimised, and what the monitor shows of it, the mean KL divergence
@@ -490,17 +495,17 @@ class DINOLoss(nn.Module):
         entropy = -(teacher * log_teacher).sum(-1).mean()
         return {"loss": loss, "kl": loss.detach() - entropy, "teacher_entropy": entropy}, teacher.argmax(-1)
 
-    def batch_center(self, teacher_logits):
+    def batch_center(self, teacher_logits: Tensor) -> Tensor:
         """(1, K) mean of a micro-batch's teacher logits."""
         return teacher_logits.to(self.center.dtype).mean(0, keepdim=True)
 
     @torch.no_grad()
-    def update_center(self, mean, finite):
+    def update_center(self, mean: Tensor, finite: Tensor) -> None:
         """Running mean of the teacher's logits (eq. 4), unless the step was skipped. mean: (1, K) over batch and ranks."""
         self.center.lerp_(torch.where(finite, mean, self.center), 1 - self.center_momentum)
 
 
-def reference_cross_entropy(views, first, second):
+def reference_cross_entropy(views: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The loss as equation 1 has it, summed over the pairs of a sample's views: what CrossEntropy computes. (B,)"""
     loss = torch.zeros_like(first[:, 0])
     for t, teacher in enumerate((first, second)):
@@ -519,7 +524,7 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, views, first, second):
+    def forward(ctx: Any, views: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """views: (V, B, K), the two global ones first; first, second: (B, K) teacher's probabilities of those."""
         loss, normalisers = torch.zeros_like(first[:, 0]), []
         for view, n, target in CrossEntropy.compared(views, first, second):
@@ -531,7 +536,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         views, first, second, normalisers = ctx.saved_tensors
         gradients = torch.empty_like(views)
         compared = CrossEntropy.compared(views, first, second)
@@ -541,20 +546,20 @@ class CrossEntropy(torch.autograd.Function):
         return gradients, None, None
 
     @staticmethod
-    def compared(views, first, second):
+    def compared(views: Tensor, first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
         """(view, n, q) of each: a global view is compared with the other global one, a local one with both."""
         return zip(views, [1, 1] + [2] * (len(views) - 2), [second, first] + [first + second] * (len(views) - 2))
 
 
 @torch.no_grad()
-def update_teacher(student, teacher, momentum, finite):
+def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float, finite: Tensor) -> None:
     """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless skipped."""
     teacher_weights, student_weights = list(teacher.parameters()), list(student.parameters())
     weight = finite.to(student_weights[0].dtype) * (1 - momentum)  # 0 leaves the teacher as it is
     torch._foreach_lerp_(teacher_weights, student_weights, [weight] * len(teacher_weights))
 
 
-def clip_gradients(model, largest):
+def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Bring the norm of each parameter's gradient down to `largest` (0: leave them); the whole norm before that.
 
     Per tensor, as DINO does it, and not over all of them together.
@@ -580,7 +585,7 @@ class Schedules:
     warmup_teacher_temp: float
     temp_warmup: float
 
-    def at(self, samples):
+    def at(self, samples: int) -> dict[str, float]:
         return {
             "lr": cosine_schedule(samples, self.lr, self.min_lr, self.total, self.warmup),
             "weight_decay": cosine_schedule(samples, self.weight_decay, self.weight_decay_end, self.total),
@@ -589,7 +594,7 @@ class Schedules:
         }
 
 
-def show_pictures(state, batch, progress, monitor):
+def show_pictures(state: TrainState, batch: Batch, progress: Progress, monitor: Monitor) -> None:
     """Pictures of an epoch's first batch, and of the augmentations when the run is new."""
     spacings = batch.spacings if state.crops.spacing is None else [state.crops.spacing] * len(batch.paths)
     monitor.show_views(state.render(batch), batch.paths, spacings, progress.step)
@@ -598,7 +603,7 @@ def show_pictures(state, batch, progress, monitor):
 
 
 @torch.no_grad()
-def diagnose_batch(state, micro_batches, teacher_temp):
+def diagnose_batch(state: TrainState, micro_batches: Sequence[Batch], teacher_temp: float) -> list[dict[str, Any]]:
     """What `nonfinite.describe_sample` says of each sample of a step: its loss by itself, its patch and its views."""
     samples = []
     for batch in micro_batches:
@@ -606,7 +611,7 @@ def diagnose_batch(state, micro_batches, teacher_temp):
         with torch.autocast(state.processes.device.type, state.dtype, enabled=state.dtype != torch.float32):
             teacher_logits, student_logits = state.teacher(views[:1]), state.student(views)  # (2 B, K), (V B, K)
         for i, path in enumerate(batch.paths):
-            def of_sample(tensor):
+            def of_sample(tensor: Tensor) -> Tensor:
                 return tensor.unflatten(0, (-1, len(batch.paths)))[:, i]
             losses, _ = state.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
             samples.append(describe_sample(path, losses["loss"], patch=batch.patches[i],
@@ -617,7 +622,7 @@ def diagnose_batch(state, micro_batches, teacher_temp):
 # ------------------------------------------------------------------------------------------------- parts of the run
 
 
-def find_data(folder, data_list, index):
+def find_data(folder: str | None, data_list: str | None, index: Path) -> list[str]:
     """Paths of all volumes, from a list or from below a folder; UserError where there is none."""
     try:
         paths = read_data_list(data_list, folder) if data_list else list_volumes(folder, index)
@@ -630,14 +635,14 @@ def find_data(folder, data_list, index):
     return paths
 
 
-def build_model(arch, input_size, patch_size, out_dim, use_bn_in_head, drop_path_rate, norm_last_layer,
-                grad_checkpointing=False):
+def build_model(arch: str, input_size: Sequence[int], patch_size: Sequence[int], out_dim: int, use_bn_in_head: bool,
+                drop_path_rate: float, norm_last_layer: bool, grad_checkpointing: bool = False) -> MultiCropWrapper:
     backbone = ARCHITECTURES[arch](img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate,
                                    grad_checkpointing=grad_checkpointing)
     return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))
 
 
-def load_initial_weights(model, path, checkpoint_key):
+def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str) -> list[str]:
     """Load the backbone, and the head if the file has one that fits; returns notices."""
     try:
         utils.load_pretrained_weights(model, path, checkpoint_key)
@@ -651,7 +656,8 @@ def load_initial_weights(model, path, checkpoint_key):
     return [f"starting from the backbone of {path}; the head is new, the file has none of this shape"]
 
 
-def wrap_ddp(student, teacher, use_bn_in_head, accumulate_steps, processes):
+def wrap_ddp(student: MultiCropWrapper, teacher: MultiCropWrapper, use_bn_in_head: bool, accumulate_steps: int,
+             processes: utils.Processes) -> tuple[nn.Module, MultiCropWrapper]:
     """The student inside DDP, where there are several processes, and the teacher."""
     if processes.world_size == 1:
         return student, teacher
@@ -665,7 +671,8 @@ def wrap_ddp(student, teacher, use_bn_in_head, accumulate_steps, processes):
                                    static_graph=accumulate_steps == 1), teacher
 
 
-def compile_blocks(models, device, backend="inductor"):
+def compile_blocks(models: Iterable[MultiCropWrapper], device: torch.device,
+                   backend: str | Callable = "inductor") -> list[str]:
     """Let torch.compile fuse what happens between the matrix products of each block, in place; returns notices.
 
     Block by block, since all have one code: it is compiled once per shape, in a minute and not many. backend: see torch.compile
@@ -685,7 +692,8 @@ def compile_blocks(models, device, backend="inductor"):
 # --------------------------------------------------------------------------------------------- saving and resuming
 
 
-def save(state, checkpoints, output_dir, config, progress, every):
+def save(state: TrainState, checkpoints: checkpoint.Checkpoints | utils.Silent, output_dir: Path,
+         config: dict[str, Any], progress: Progress, every: int) -> None:
     """Save the whole state, and keep a numbered copy each `every` epochs (0: never)."""
     numbered = every and progress.position == 0 and progress.epoch % every == 0
     states = {name: part.state_dict() for name, part in state.parts().items()}
@@ -693,7 +701,7 @@ def save(state, checkpoints, output_dir, config, progress, every):
                      output_dir / f"checkpoint{progress.epoch:04}.pth" if numbered else None)
 
 
-def restore(state, output_dir, config):
+def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Progress:
     """Go on from the checkpoint in the output folder, if there is one; returns how far it is."""
     fixed = ("arch", "patch_size", "input_size", "spacing", "clip_range", "out_dim", "use_bn_in_head",
              "norm_last_layer", "optimizer")
@@ -706,7 +714,8 @@ def restore(state, output_dir, config):
     return checkpoint.load_progress(Progress, saved, path)
 
 
-def run_summary(args, processes, paths, crops, steps_per_epoch, global_batch, progress):
+def run_summary(args: argparse.Namespace, processes: utils.Processes, paths: list[str], crops: MultiCropAugmentation,
+                steps_per_epoch: int, global_batch: int, progress: Progress) -> str:
     """What is about to run, in a few lines."""
     lines = [f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
              f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",

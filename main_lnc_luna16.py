@@ -10,15 +10,18 @@ The same --output_dir resumes where it stopped. What stands there: a folder per 
 best.pth, the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png,
 config.json, TensorBoard.
 """
+import argparse
 import functools
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import utils
 from augmentations import AUGMENTATION_FLAGS, paper_policy
@@ -40,6 +43,7 @@ from dino3d.finetune.classification_metrics import (
 )
 from dino3d.finetune.classification_pictures import draw_curves, draw_errors
 from dino3d.finetune.crops import (
+    CropBatch,
     EvaluationCrops,
     TrainingCrops,
     WindowAugmentation,
@@ -47,12 +51,12 @@ from dino3d.finetune.crops import (
     spacing_of,
     spacing_warning,
 )
-from dino3d.finetune.encoder import ENCODER, load_encoder
+from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder
 from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
-from dino3d.finetune.fold_loop import Fold, Score, TrainConfig, Validation, one_step_notice, run_fold
+from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, one_step_notice, run_fold
 from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
 from dino3d.finetune.inference import find_new_cases, infer_windows
-from dino3d.finetune.runtime import start_runtime
+from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
 from dino3d.finetune.statistics import format_metric
 
@@ -64,7 +68,7 @@ FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_pat
          "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
 
 
-def get_args_parser():
+def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
         prog="main_lnc_luna16.py",
         usage="main_lnc_luna16.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
@@ -91,7 +95,7 @@ def get_args_parser():
     return parser
 
 
-def check_flags(parser, args):
+def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what is wrong whatever the data (exit code 2), and settle what one flag means for another."""
     flags.check_finetune_flags(parser, vars(args), LAYOUT)
     if args.freeze_encoder and args.protocol == "finetune":
@@ -99,7 +103,7 @@ def check_flags(parser, args):
     args.freeze_encoder = args.protocol != "finetune"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
@@ -170,7 +174,8 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(state, batches, labels, augmentation, clip_range, class_weights):
+def train_one_epoch(state: FoldState, batches: Iterator[CropBatch], labels: np.ndarray,
+                    augmentation: WindowAugmentation, clip_range: Sequence[float], class_weights: Tensor) -> None:
     """Steps on augmented crops, with the cross-entropy of each weighted by its class.
 
     state: fold_loop.FoldState; batches: gives CropBatches on the CPU
@@ -194,16 +199,16 @@ def train_one_epoch(state, batches, labels, augmentation, clip_range, class_weig
 
 class Cases(NamedTuple):
     """The data set, sorted by path. labels: (N,) int64; classes: how many there are; crop_size: (3,) voxels of all."""
-    names: list
-    paths: list
+    names: list[str]
+    paths: list[str]
     labels: np.ndarray
-    patients: list
-    subsets: list
+    patients: list[str]
+    subsets: list[str]
     classes: int
-    crop_size: list | None = None
+    crop_size: list[int] | None = None
 
 
-def find_cases(folder, output_dir):
+def find_cases(folder: str, output_dir: Path) -> Cases:
     """The Cases below a folder. Raises UserError, also where the output folder is of another script's run."""
     if (output_dir / "checkpoint.pth").exists():
         raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
@@ -219,7 +224,7 @@ def find_cases(folder, output_dir):
                  [crop.subset for crop in crops], int(labels.max()) + 1)
 
 
-def check_training_sides(sides, cases):
+def check_training_sides(sides: Sequence[Split], cases: Cases) -> None:
     """UserError where a fold has a class that it can't learn."""
     for fold, side in enumerate(sides):
         missing = sorted(set(range(cases.classes)) - set(cases.labels[side.train].tolist()))
@@ -228,13 +233,13 @@ def check_training_sides(sides, cases):
                             "such cases; lower --k_fold or --num_test, or add patients", everywhere=True)
 
 
-def case_numbers(split, cases, eval_negatives, seed):
+def case_numbers(split: Split, cases: Cases, eval_negatives: float, seed: int) -> Split:
     """Split with case numbers instead of patients; validation and test without the negatives that are not drawn."""
     train, *others = (of_patients(side, cases.patients) for side in split)
     return Split(train, *(draw_negatives(side, cases.labels, eval_negatives, seed, 0) for side in others))
 
 
-def draw_negatives(chosen, labels, ratio, seed, epoch):
+def draw_negatives(chosen: np.ndarray, labels: np.ndarray, ratio: float, seed: int, epoch: int) -> np.ndarray:
     """(n,) sorted: all of the `chosen` cases that are not label 0, and for each of them `ratio` of those that are.
 
     Drawn without replacement, anew for each epoch. ratio 0: all.
@@ -246,13 +251,13 @@ def draw_negatives(chosen, labels, ratio, seed, epoch):
     return np.sort(np.concatenate([chosen[positive], negatives[:max(1, round(ratio * positive.sum()))]]))
 
 
-def case_order(train, labels, negatives, seed, epoch):
+def case_order(train: np.ndarray, labels: np.ndarray, negatives: float, seed: int, epoch: int) -> np.ndarray:
     """(n,) the cases of an epoch in the order of training."""
     drawn = draw_negatives(train, labels, negatives, seed, epoch)
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, 1))).permutation(drawn)
 
 
-def class_weights(drawn, cases):
+def class_weights(drawn: np.ndarray, cases: Cases) -> Tensor:
     """(classes,) inverse frequency among an epoch's cases, 1 on average over them."""
     counts = np.bincount(cases.labels[drawn], minlength=cases.classes)
     return torch.as_tensor(len(drawn) / (cases.classes * counts), dtype=torch.get_default_dtype())
@@ -261,7 +266,8 @@ def class_weights(drawn, cases):
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def build_classifier(protocol, encoder, drop_path_rate, classes, known, knn_k):
+def build_classifier(protocol: str, encoder: PretrainedEncoder, drop_path_rate: float, classes: int, known: int,
+                     knn_k: int | None) -> Classifier:
     """The Classifier of a protocol. encoder: PretrainedEncoder; known: training cases that a k-NN head remembers."""
     model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
     if protocol == "knn":
@@ -270,7 +276,7 @@ def build_classifier(protocol, encoder, drop_path_rate, classes, known, knn_k):
     return Classifier(model, LinearHead(model.embed_dim, classes), freeze_encoder=protocol == "linear")
 
 
-def fit_head(state, cases, clip_range, drawn):
+def fit_head(state: FoldState, cases: Cases, clip_range: Sequence[float], drawn: np.ndarray) -> None:
     """Give a frozen encoder's head the training cases' features, not augmented: to standardise, to compare with."""
     if not state.model.freeze_encoder:
         return
@@ -284,7 +290,7 @@ def fit_head(state, cases, clip_range, drawn):
         model.head.standardise.fit(features)
 
 
-def classifier_of(encoder, config, state):
+def classifier_of(encoder: PretrainedEncoder, config: dict[str, Any], state: dict[str, Tensor]) -> Classifier:
     """The Classifier that a fold's state dict belongs to."""
     known = len(state.get("head.known", ()))
     return build_classifier(config["protocol"], encoder, 0.0, config["classes"], known, config["knn_k"])
@@ -293,18 +299,19 @@ def classifier_of(encoder, config, state):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def classify(model, volumes):
+def classify(model: Classifier, volumes: Tensor) -> Tensor:
     """(B, classes) probabilities in double precision: in single precision confident cases would be ties."""
     return model(volumes).double().softmax(-1)
 
 
-def probabilities_of(model, numbers, cases, clip_range, runtime):
+def probabilities_of(model: Classifier, numbers: np.ndarray, cases: Cases, clip_range: Sequence[float],
+                     runtime: Runtime) -> np.ndarray:
     """(N, classes) of the cases with these numbers."""
     dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
     return infer_windows(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime)
 
 
-def validate(state, cases, clip_range):
+def validate(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> Validation:
     """fold_loop.Validation of the fold's validation cases; the threshold is chosen on them too."""
     probabilities = probabilities_of(state.model, state.fold.validation, cases, clip_range, state.runtime)
     labels = cases.labels[state.fold.validation]
@@ -314,7 +321,7 @@ def validate(state, cases, clip_range):
                       {"threshold": choose_threshold(labels, probabilities)})
 
 
-def test_fold(state, cases, clip_range):
+def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> None:
     """Evaluate the test cases and write the fold's predictions.csv and metrics.json."""
     fold, best = state.fold, state.best
     probabilities = probabilities_of(state.model, fold.test, cases, clip_range, state.runtime)
@@ -337,7 +344,7 @@ def test_fold(state, cases, clip_range):
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
-def predict(folder, weights, output_dir, runtime):
+def predict(folder: str, weights: str, output_dir: Path, runtime: Runtime) -> None:
     """Write predictions.csv for all crops below `folder`: the mean over the folds of a run."""
     processes = runtime.processes
     names, folders = processes.run_on_main(lambda: find_new_cases(folder, weights, output_dir))
@@ -368,7 +375,7 @@ def predict(folder, weights, output_dir, runtime):
 # ----------------------------------------------------------------------------------------------------- what is shown
 
 
-def warnings_about(encoder, protocol, data):
+def warnings_about(encoder: PretrainedEncoder, protocol: str, data: dict[str, Any]) -> list[str]:
     """Lines about what works but may not be meant."""
     lines = []
     if encoder.state is None:
@@ -381,7 +388,7 @@ def warnings_about(encoder, protocol, data):
     return lines
 
 
-def run_summary(config, processes, cases, sides):
+def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, sides: Sequence[Split]) -> str:
     """What is about to run, in a few lines."""
     counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
     test = "each subset tested once" if config["folds"] == "subsets" else f"test set of {len(sides[0].test)} cases"
@@ -391,12 +398,12 @@ def run_summary(config, processes, cases, sides):
             f"{len(sides)} folds, {test}; crops {format_values(config['crop_size'])}, input {format_values(config['input_size'])}")
 
 
-def with_interval(record):
+def with_interval(record: dict[str, Any]) -> str:
     interval = record["auc_interval"]
     return format_metric(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
-def summarise(output_dir, cases, folds, protocol, encoder):
+def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder: PretrainedEncoder) -> str:
     """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
     records, tables, means, deviations = collect_folds(
         output_dir, folds, "predictions.csv", table_header(cases.classes), CASE_METRICS)

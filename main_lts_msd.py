@@ -10,37 +10,43 @@ The same --output_dir resumes where it stopped. What stands there: a folder per 
 best.pth, the best on validation; log.txt; masks and overlays of the test cases), splits.json, metrics.json, cases.csv,
 config.json, TensorBoard; cache, which is only needed while training goes on.
 """
+import argparse
 import collections
 import functools
 import math
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.images import voxels_of
-from dino3d.data.layouts import find_pairs
+from dino3d.data.layouts import Pair, find_pairs
 from dino3d.data.volume import DataError, stem
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
-from dino3d.finetune.crops import WindowAugmentation, read_headers
-from dino3d.finetune.encoder import ENCODER, load_encoder
+from dino3d.finetune.crops import CropBatch, Header, WindowAugmentation, read_headers
+from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder
 from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
-from dino3d.finetune.fold_loop import Fold, Score, TrainConfig, Validation, one_step_notice, run_fold
+from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, one_step_notice, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter
 from dino3d.finetune.inference import find_new_cases, map_over_ranks
-from dino3d.finetune.resampled_cache import CachedPatches, ResampledCache
-from dino3d.finetune.runtime import start_runtime
-from dino3d.finetune.sliding_window import Windows, grid_of
+from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
+from dino3d.finetune.runtime import Runtime, start_runtime
+from dino3d.finetune.sliding_window import Grid, Windows, grid_of
 from dino3d.finetune.splits import Split, make_splits, of_patients
 from dino3d.finetune.statistics import bootstrap_interval, format_metric
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 SHOWN_CASES = 8  # test cases in TensorBoard as training goes on
 MASK_METRICS = ("dice", "surface_dice", "hausdorff95_mm")
@@ -55,7 +61,7 @@ FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "fr
          "warmup_epochs", "min_lr", "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
 
 
-def get_args_parser():
+def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
         prog="main_lts_msd.py",
         usage="main_lts_msd.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
@@ -93,7 +99,7 @@ def get_args_parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     flags.check_finetune_flags(parser, vars(args), LAYOUT)
@@ -174,7 +180,8 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(state, batches, augmentation, clip_range):
+def train_one_epoch(state: FoldState, batches: Iterator[CropBatch], augmentation: WindowAugmentation,
+                    clip_range: Sequence[float]) -> None:
     """Steps on augmented patches, with soft Dice and cross-entropy.
 
     state: fold_loop.FoldState; batches: gives CropBatches with masks on the CPU; augmentation: WindowAugmentation
@@ -189,13 +196,13 @@ def train_one_epoch(state, batches, augmentation, clip_range):
         state.step(dice_and_cross_entropy(logits, labels), weights)
 
 
-def patch_order(train, per_case, seed, epoch):
+def patch_order(train: np.ndarray, per_case: int, seed: int, epoch: int) -> np.ndarray:
     """(n,) the patches of an epoch in the order of training; patch // per_case is the case."""
     patches = (train[:, None] * per_case + np.arange(per_case)).ravel()
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, 1))).permutation(patches)
 
 
-def dice_and_cross_entropy(logits, labels):
+def dice_and_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) soft Dice loss (Milletari et al. 2016), mean of the foreground classes, plus cross-entropy, mean of the voxels.
 
     logits: (B, classes, X, Y, Z); labels: (B, X, Y, Z) int64. Each patch on its own, so that a step's loss is the same
@@ -212,13 +219,13 @@ def dice_and_cross_entropy(logits, labels):
 
 class Cases(NamedTuple):
     """The data set, sorted by name. pairs: layouts.Pair of each; copies: ResampledCache; classes: with the background."""
-    names: list
-    pairs: list
+    names: list[str]
+    pairs: list[Pair]
     cache: ResampledCache
     classes: int
 
 
-def find_cases(folder, output_dir):
+def find_cases(folder: str, output_dir: Path) -> list[Pair]:
     """[layouts.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's run."""
     if (output_dir / "checkpoint.pth").exists():
         raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
@@ -231,12 +238,12 @@ def find_cases(folder, output_dir):
     return pairs
 
 
-def median_spacing(heads):
+def median_spacing(heads: Sequence[Header]) -> list[float]:
     """(3,) mm: the median along each axis."""
     return np.median([head.spacing for head in heads], axis=0).round(4).tolist()
 
 
-def check_labels(found, sides, folder):
+def check_labels(found: Sequence[CaseInfo], sides: Sequence[Split], folder: str) -> None:
     """UserError where the labels can't be learnt from. found: resampled_cache.CaseInfo of each case."""
     seen = sorted({value for one in found for value in one.classes})
     if seen == [0]:
@@ -254,14 +261,15 @@ def check_labels(found, sides, folder):
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def build_segmenter(encoder, drop_path_rate, decoder, classes, freeze_encoder):
+def build_segmenter(encoder: PretrainedEncoder, drop_path_rate: float, decoder: str, classes: int,
+                    freeze_encoder: bool) -> Segmenter:
     """The Segmenter. encoder: PretrainedEncoder; decoder: its name."""
     model = encoder.build(0.0 if freeze_encoder else drop_path_rate)
     head = DECODERS[decoder](model.embed_dim, len(model.blocks), model.patch_size, classes)
     return Segmenter(model, head, freeze_encoder)
 
 
-def segmenter_of(encoder, config, _):
+def segmenter_of(encoder: PretrainedEncoder, config: dict[str, Any], _: dict[str, Tensor]) -> Segmenter:
     """The Segmenter of a run's config."""
     return build_segmenter(encoder, 0.0, config["decoder"], config["classes"], config["freeze_encoder"])
 
@@ -272,12 +280,12 @@ def segmenter_of(encoder, config, _):
 class InferenceSettings(NamedTuple):
     """How whole cases are segmented. tolerance: mm; final: function of a mask and its spacing that cleans it."""
     windows: Windows
-    clip_range: tuple
+    clip_range: Sequence[float]
     tolerance: float
-    final: callable
+    final: Callable[[np.ndarray, Sequence[float]], np.ndarray]
 
 
-def inference_settings(config, batch_size):
+def inference_settings(config: dict[str, Any], batch_size: int) -> InferenceSettings:
     """The InferenceSettings of a run's config. batch_size: windows at a time"""
     final = functools.partial(mask_metrics.clean, largest_component=config["largest_component"],
                               min_volume=config["min_volume"])
@@ -285,24 +293,25 @@ def inference_settings(config, batch_size):
                              config["tolerance"], final)
 
 
-def predict_log_probabilities(networks, image, settings, runtime):
+def predict_log_probabilities(networks: Sequence[Segmenter], image: "sitk.Image", settings: InferenceSettings,
+                              runtime: Runtime) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
     return sliding_window.segment(networks, image, settings.windows, settings.clip_range, runtime.processes.device,
                                   runtime.autocast)
 
 
-def validate(state, cases, settings):
+def validate(state: FoldState, cases: Cases, settings: InferenceSettings) -> Validation:
     """fold_loop.Validation: the mean Dice of the validation cases, on the working grid, and their loss."""
     network = state.model.eval()
 
-    def one(case):
+    def one(case: int) -> np.ndarray:
         image, label = cases.cache.read(case)
         return metrics_on_grid(predict_log_probabilities([network], image, settings, state.runtime), label, cases.classes)
     dice, loss = map_over_ranks(one, state.fold.validation, state.runtime).mean(0)
     return Validation({"dice": float(dice), "loss": float(loss)})
 
 
-def metrics_on_grid(log_probabilities, label, classes):
+def metrics_on_grid(log_probabilities: Tensor, label: np.ndarray, classes: int) -> np.ndarray:
     """(2,) Dice, mean of the foreground classes, and cross-entropy, to which all classes count alike.
 
     log_probabilities: (classes, X, Y, Z); label: (X, Y, Z) uint8. Dice is 1 where a class is in neither.
@@ -318,7 +327,7 @@ def metrics_on_grid(log_probabilities, label, classes):
     return np.array([np.mean(dice[1:]), np.mean(losses)])
 
 
-def test_fold(state, cases, settings):
+def test_fold(state: FoldState, cases: Cases, settings: InferenceSettings) -> None:
     """Segment the test cases; write masks, overlays, cases.csv and metrics.json."""
     fold, best = state.fold, state.best
     for name in ("masks", "overlays"):
@@ -335,7 +344,8 @@ def test_fold(state, cases, settings):
         "validation_loss": best["loss"], "tolerance_mm": settings.tolerance, **mean_metrics(rows)})
 
 
-def test_case(network, folder, cases, settings, runtime, case):
+def test_case(network: Segmenter, folder: Path, cases: Cases, settings: InferenceSettings, runtime: Runtime,
+              case: int) -> np.ndarray:
     """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
     pair, name = cases.pairs[case], file_name(cases.names[case])
     image, label = sliding_window.read_case(pair)
@@ -349,7 +359,8 @@ def test_case(network, folder, cases, settings, runtime, case):
     return np.array([[np.nan if row[figure] is None else row[figure] for figure in COLUMNS[3:]] for row in figures])
 
 
-def mask_of(networks, image, own, spacing, settings, runtime):
+def mask_of(networks: Sequence[Segmenter], image: "sitk.Image", own: Grid, spacing: Sequence[float],
+            settings: InferenceSettings, runtime: Runtime) -> "sitk.Image":
     """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks know."""
     working = sliding_window.to_network_grid(image, spacing)
     found = sliding_window.to_scan_grid(predict_log_probabilities(networks, working, settings, runtime), grid_of(working), own)
@@ -358,17 +369,17 @@ def mask_of(networks, image, own, spacing, settings, runtime):
     return found if cleaned is voxels else own.image(cleaned)
 
 
-def file_name(name):
+def file_name(name: str) -> str:
     """A case's name as a file's: no folders."""
     return name.replace("/", "_")
 
 
-def save_picture(path, picture):
+def save_picture(path: Path, picture: np.ndarray) -> None:
     from PIL import Image
     Image.fromarray(picture).save(path)
 
 
-def mean_metrics(rows):
+def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]:
     """{figure: mean over cases, classes alike}, and how many Hausdorff distances are undefined. rows: as COLUMNS"""
     means = {}
     for name in MASK_METRICS:
@@ -379,7 +390,7 @@ def mean_metrics(rows):
     return means | {"undefined_hausdorff95": undefined}
 
 
-def show_test_cases(state, writer, cases, settings):
+def show_test_cases(state: FoldState, writer: Any, cases: Cases, settings: InferenceSettings) -> None:
     """Put the window around the lesion of the first test cases into TensorBoard: how their outlines grow."""
     network = state.model.eval()
     for case in state.fold.test[:SHOWN_CASES]:
@@ -396,7 +407,7 @@ def show_test_cases(state, writer, cases, settings):
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
-def predict(folder, weights, output_dir, given, runtime):
+def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], runtime: Runtime) -> None:
     """Write a mask for each volume below `folder`: the mean over the folds of a run. Raises UserError if some failed.
 
     given: {name: value} of those in MASKS that differ from the run's
@@ -429,7 +440,8 @@ def predict(folder, weights, output_dir, given, runtime):
         raise UserError(f"{len(failed)} of {len(names)} volumes have no mask, such as {failed[0]}", everywhere=True)
 
 
-def predict_case(path, target, networks, config, settings, runtime):
+def predict_case(path: str, target: Path, networks: Sequence[Segmenter], config: dict[str, Any],
+                 settings: InferenceSettings, runtime: Runtime) -> list[float]:
     """Millilitres of each foreground class in a volume, after writing its mask. Raises DataError, UserError."""
     image, own = sliding_window.read_image_and_grid(path)
     predicted = mask_of(networks, image, own, config["spacing"], settings, runtime)
@@ -442,16 +454,16 @@ def predict_case(path, target, networks, config, settings, runtime):
     return [float(n * np.prod(own.spacing) / 1000) for n in voxels]
 
 
-def without_suffix(name):
+def without_suffix(name: str) -> str:
     return os.path.join(os.path.dirname(name), stem(name))
 
 
-def mask_name(name):
+def mask_name(name: str) -> str:
     """Where a volume's mask goes below --output_dir: the same name, as NIfTI."""
     return name if name.lower().endswith((".nii", ".nii.gz")) else without_suffix(name) + ".nii.gz"
 
 
-def find_scans(folder, weights, output_dir):
+def find_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[str], list[Path]]:
     """(names of volumes below the folder, fold folders) of a prediction. Raises UserError where a mask would replace a scan
     or be taken for one."""
     if Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(folder)):
@@ -472,7 +484,8 @@ def find_scans(folder, weights, output_dir):
 # ----------------------------------------------------------------------------------------------------- what is shown
 
 
-def warnings_about(encoder, args, found, names):
+def warnings_about(encoder: PretrainedEncoder, args: argparse.Namespace, found: Sequence[CaseInfo],
+                   names: Sequence[str]) -> list[str]:
     """Lines about what works but may not be meant. found: resampled_cache.CaseInfo of each case."""
     lines = []
     if encoder.state is None:
@@ -491,7 +504,7 @@ def warnings_about(encoder, args, found, names):
     return lines
 
 
-def run_summary(config, processes, cases, sides):
+def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, sides: Sequence[Split]) -> str:
     """What is about to run, in a few lines."""
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     frozen = ", frozen encoder" if config["freeze_encoder"] else ""
@@ -501,7 +514,7 @@ def run_summary(config, processes, cases, sides):
             f"of {format_values(config['spacing'])} mm")
 
 
-def summarise(output_dir, cases, folds):
+def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
     """Write metrics.json and cases.csv of all folds; returns the table and where things are."""
     records, tables, means, deviations = collect_folds(output_dir, folds, "cases.csv", COLUMNS, MASK_METRICS)
     rows = [list(row.values()) for table in tables for row in table]
@@ -528,7 +541,7 @@ def summarise(output_dir, cases, folds):
     return "\n".join(lines)
 
 
-def pool_cases(rows):
+def pool_cases(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """{"cases", "dice", "dice_interval"}: each case once, the mean of its folds' and classes' Dice; bootstrap over cases."""
     values = collections.defaultdict(list)
     for row in rows:

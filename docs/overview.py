@@ -21,11 +21,14 @@ of main_lts_msd.py --predict, its mask is drawn over the reference label; withou
 import argparse
 import csv
 import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.patheffects import withStroke
 
@@ -41,7 +44,7 @@ from augmentations import (
 from dino3d.data.images import read_image, voxels_of
 from dino3d.data.resampling import resample
 from dino3d.data.volume import Volume
-from dino3d.finetune.encoder import load_encoder
+from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.mask_pictures import largest_plane
 from dino3d.training.pictures import radiological
 
@@ -52,7 +55,7 @@ PLACE, SEED = (56, 66, 32), 19  # middle of the base patch in voxels of 2 x 2 x 
 OTHERS = ((1, 2), (0, 2), (0, 1))  # the axes of a plane across each axis
 
 
-def views_of(hu, encoder):
+def views_of(hu: np.ndarray, encoder: PretrainedEncoder) -> list[tuple[np.ndarray, np.ndarray]]:
     """[(views (N, x, y, z), where their voxels lie in the scan (N, x, y, z, 3))], global and local."""
     local = [n // 2 for n in encoder.input_size]
     crops = MultiCropAugmentation(Policy(**PAPER), encoder.input_size, local, 4, encoder.spacing)
@@ -63,12 +66,12 @@ def views_of(hu, encoder):
             for views, group, lattice in zip(crops.render(patch[None], groups, WINDOW), groups, crops.lattices)]
 
 
-def part_of(volume, start, size):
+def part_of(volume: np.ndarray, start: Iterable[int], size: Iterable[int]) -> torch.Tensor:
     return torch.from_numpy(volume[tuple(slice(a, a + n) for a, n in zip(start, size))].copy())
 
 
 @torch.no_grad()
-def features_of(encoder, hu, axis, index):
+def features_of(encoder: PretrainedEncoder, hu: np.ndarray, axis: int, index: int) -> np.ndarray:
     """(a, b, D) patch features of a plane: the mean at each voxel over overlapping windows of the input size."""
     model, size, patch = encoder.build().eval(), np.array(encoder.input_size), np.array(encoder.patch_size)
     last, (a, b) = np.array(hu.shape) - size, OTHERS[axis]
@@ -85,7 +88,7 @@ def features_of(encoder, hu, axis, index):
     return total / count
 
 
-def principal_colours(planes):
+def principal_colours(planes: Sequence[np.ndarray]) -> list[np.ndarray]:
     """[(a, b, 3)] the first three principal components of the planes' features as red, green and blue."""
     features = np.concatenate([plane.reshape(-1, plane.shape[-1]) for plane in planes])
     mean = features.mean(0)
@@ -98,17 +101,19 @@ def principal_colours(planes):
 class Canvas:
     """A figure in pixels from its upper left corner."""
 
-    def __init__(self, width, height):
+    def __init__(self, width: int, height: int):
         self.width, self.height = width, height
         self.figure = plt.figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
         self.sheet = self.figure.add_axes([0, 0, 1, 1], xlim=(0, width), ylim=(height, 0))
         self.sheet.axis("off")
 
-    def text(self, x, y, words, size=15.5, **style):
+    def text(self, x: float, y: float, words: str, size: float = 15.5, **style: Any) -> None:
         self.sheet.text(x, y, words, fontsize=size, linespacing=1.35,
                         **{"color": INK, "va": "center_baseline"} | style)
 
-    def tile(self, volume, spacing, axis, index, left, top, width, frame=None, window=WINDOW, square=False):
+    def tile(self, volume: np.ndarray, spacing: Sequence[float] | np.ndarray, axis: int, index: int | None, left: float,
+             top: float, width: float, frame: str | None = None, window: Sequence[float] = WINDOW,
+             square: bool = False) -> Axes:
         """Axes in mm with a plane of a volume (X, Y, Z) across an axis; a plane (a, b, 3) of colours has no index."""
         plane, mm = volume if index is None else volume.take(index, axis), np.array(spacing)[list(OTHERS[axis])]
         picture = np.dstack([radiological(channel) for channel in np.atleast_3d(plane).transpose(2, 0, 1)])
@@ -121,16 +126,16 @@ class Canvas:
             side.set(visible=frame is not None, color=frame, linewidth=3)
         return axes
 
-    def arrow(self, start, end, colour=INK):
+    def arrow(self, start: tuple[float, float], end: tuple[float, float], colour: str = INK) -> None:
         self.sheet.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=22, lw=2.5, color=colour))
 
-    def box(self, left, top, width, height, words, colour):
+    def box(self, left: float, top: float, width: float, height: float, words: str, colour: str) -> None:
         self.sheet.add_patch(FancyBboxPatch((left, top), width, height, boxstyle="round,pad=0,rounding_size=12",
                                             facecolor="#f3f6fa", edgecolor=colour, linewidth=2.5))
         self.text(left + width / 2, top + height / 2, words, ha="center")
 
 
-def label_tile(axes, mm=0, name="", sides=False):
+def label_tile(axes: Axes, mm: int = 0, name: str = "", sides: bool = False) -> None:
     for x, y, words, ha in ((0.03, 0.5, "R" if sides else "", "left"), (0.97, 0.5, "L" if sides else "", "right"),
                             (0.97, 0.04, name, "right"), (0.03, 0.075, f"{mm} mm" if mm else "", "left")):
         axes.text(x, y, words, transform=axes.transAxes, color="white", fontsize=14, ha=ha, path_effects=EDGE)
@@ -140,7 +145,8 @@ def label_tile(axes, mm=0, name="", sides=False):
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
-def overview(hu, encoder, scan, label, predicted, scored):
+def overview(hu: np.ndarray, encoder: PretrainedEncoder, scan: Volume, label: np.ndarray, predicted: np.ndarray | None,
+             scored: Sequence[tuple[Volume, bool, float]]) -> Canvas:
     """The Canvas of overview.png.
 
     scan: Volume; label, predicted (or None): (X, Y, Z) bool; scored: [(crop Volume, truth, score)]
@@ -208,7 +214,7 @@ def overview(hu, encoder, scan, label, predicted, scored):
     return canvas
 
 
-def augmentations(hu, spacing, size=(96, 96, 48)):
+def augmentations(hu: np.ndarray, spacing: Sequence[float], size: tuple[int, int, int] = (96, 96, 48)) -> Canvas:
     """The Canvas of augmentations.png: a patch, and each augmentation alone, the strongest of eight draws."""
     crops = MultiCropAugmentation(Policy(**PAPER), size, size, 0)
     room = np.minimum(crops.patch_size, hu.shape)
@@ -226,7 +232,7 @@ def augmentations(hu, spacing, size=(96, 96, 48)):
     return canvas
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Draw overview.png and augmentations.png from the demo's lung CT. The "
                                                  "commands that make what is drawn stand at the top of this file.")
     parser.add_argument("--data_dir", default="demo/data", metavar="DIR",
