@@ -348,8 +348,8 @@ class TrainState:
     def render(self, batch: Batch) -> list[Tensor]:
         """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] views of a pretraining.Batch, on the device.
 
-        On a GPU in the stream `aside`: the host is ahead of the GPU, so that a batch is copied and its views are made
-        while the GPU still works on the step before.
+        On a GPU in the stream `copy_stream`: the host is ahead of the GPU, so that a batch is copied and its views are
+        made while the GPU still works on the step before.
         """
         with torch.cuda.stream(self.copy_stream):
             batch = batch.to(self.processes.device)
@@ -401,7 +401,7 @@ def train_one_epoch(state: TrainState, batches: Iterator[Batch], steps: int, pro
 class Step(NamedTuple):
     """What a step tells, all of it on the device.
 
-    taken: () bool, False if the loss or a gradient was not finite: then nothing has changed
+    finite: () bool, False if the loss or a gradient was not finite: then nothing has changed
     metrics: {name: ()} whatever the monitor is to average and show, in the order of log.txt
     winners: (2 B per micro-batch,) largest prototype of each teacher output
     features: (2 B, D) teacher's embeddings of the last micro-batch
@@ -586,6 +586,7 @@ class Schedules:
     temp_warmup: float
 
     def at(self, samples: int) -> dict[str, float]:
+        """{name: value} for the step that begins after so many samples."""
         return {
             "lr": cosine_schedule(samples, self.lr, self.min_lr, self.total, self.warmup),
             "weight_decay": cosine_schedule(samples, self.weight_decay, self.weight_decay_end, self.total),
@@ -637,6 +638,7 @@ def find_data(folder: str | None, data_list: str | None, index: Path) -> list[st
 
 def build_model(arch: str, input_size: Sequence[int], patch_size: Sequence[int], out_dim: int, use_bn_in_head: bool,
                 drop_path_rate: float, norm_last_layer: bool, grad_checkpointing: bool = False) -> MultiCropWrapper:
+    """A new student or teacher: backbone and DINO head."""
     backbone = ARCHITECTURES[arch](img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate,
                                    grad_checkpointing=grad_checkpointing)
     return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))

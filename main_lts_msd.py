@@ -218,7 +218,7 @@ def dice_and_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Cases(NamedTuple):
-    """The data set, sorted by name. pairs: layouts.Pair of each; copies: ResampledCache; classes: with the background."""
+    """The data set, sorted by name. pairs: layouts.Pair of each; cache: ResampledCache; classes: with the background."""
     names: list[str]
     pairs: list[Pair]
     cache: ResampledCache

@@ -1,16 +1,16 @@
 """Draw overview.png and augmentations.png from the demo's lung CT. From the repository's root:
 
     python prepare_data.py demo --output demo/data
-    export OMP_NUM_THREADS=1; PATCHES_PER_READ="torchrun --standalone --nproc_per_node=1"; OUT=demo/overview
+    export OMP_NUM_THREADS=1; RUN="torchrun --standalone --nproc_per_node=1"; OUT=demo/overview
     for i in label0 label1; do
         mkdir -p $OUT/crops/subset0/$i; cp -r demo/data/luna16/*/$i/{lung,phantom}[12] $OUT/crops/subset0/$i; done
-    $PATCHES_PER_READ main_dino.py --arch vit_tiny --data_dir demo/data/pretrain --output_dir $OUT/pretrain --patch_size 8 8 4 \
+    $RUN main_dino.py --arch vit_tiny --data_dir demo/data/pretrain --output_dir $OUT/pretrain --patch_size 8 8 4 \
         --input_size 48 48 24 --spacing 2 2 4 --local_crops_scale 0.5 --local_crops_number 4 --out_dim 1024 \
         --use_elastic --use_gaussian --use_histogram --batch_size_per_gpu 8 --patches_per_volume 32 --epochs 8 \
         --warmup_epochs 2 --lr 0.012 --drop_path_rate 0 --teacher_temp 0.06 --warmup_teacher_temp_epochs 4
     FLAGS="--pretrained_weights $OUT/pretrain/checkpoint.pth --k_fold 2 --warmup_epochs 1 --shift_range 0 0 0 \
         --use_rotation false --use_scale false --use_flip false"
-    $PATCHES_PER_READ main_lnc_luna16.py $FLAGS --data_dir $OUT/crops --output_dir $OUT/lnc --num_test 8 --epochs 30 --val_freq 30 \
+    $RUN main_lnc_luna16.py $FLAGS --data_dir $OUT/crops --output_dir $OUT/lnc --num_test 8 --epochs 30 --val_freq 30 \
         --negatives 8 --batch_size_per_gpu 8 --lr 0.01 --protocol linear --weight_decay 0
     python main_lnc_luna16.py --predict $OUT/crops/subset0 --weights $OUT/lnc/0 --output_dir $OUT/scores
     PYTHONPATH=. python docs/overview.py --data_dir demo/data --runs_dir $OUT --output_dir docs
