@@ -411,7 +411,7 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
     write_json(output_dir / "metrics.json", {
         "protocol": protocol, "classes": cases.classes, "cases": len(cases.names), "patients": len(set(cases.patients)),
         "folds": records, "mean": means, "sd": deviations, "all_folds": {
-            "cases": len(together.labels), **together.figures}})
+            "cases": len(together.labels), **together.metrics}})
     draw_curves(output_dir / "curves.png", tables, cases.classes)
     wrong = draw_errors(output_dir / "errors.png", together, cases, encoder)
     row = "{:<9}  {:>5}  {:<24}  {:<17}  {:<8}  {:<11}  {}".format
@@ -422,8 +422,8 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
     values = [format_metric(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
               for name in CASE_METRICS]
     lines.append(row("mean ± SD", "", *values))
-    values = [format_metric(together.figures[name]) for name in ("average_precision", "accuracy")]
-    lines.append(row("all folds", len(together.labels), with_interval(together.figures), *values, "", "").rstrip())
+    values = [format_metric(together.metrics[name]) for name in ("average_precision", "accuracy")]
+    lines.append(row("all folds", len(together.labels), with_interval(together.metrics), *values, "", "").rstrip())
     lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]
     lines += [f"metrics      {output_dir / 'metrics.json'}", f"predictions  {output_dir / 'predictions.csv'}",

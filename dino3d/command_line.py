@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from dino3d import __version__
 
@@ -115,7 +118,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
         if action.default in (None, "", argparse.SUPPRESS) or action.const is True and action.nargs == 0:
             return action.help
-        return f"{action.help} (default: {as_typed(action.default)})"
+        return f"{action.help} (default: {format_values(action.default)})"
 
     def _get_default_metavar_for_optional(self, action):
         return getattr(action.type, "metavar", "NAME")
@@ -173,12 +176,12 @@ def did_you_mean(word, names):
     return f": did you mean {near[0]}?" if near else ""
 
 
-def as_typed(value):
-    """A flag's value as one types it."""
+def format_values(value: Any) -> str:
+    """A flag's value, or several numbers, as one types them after the flag."""
     if isinstance(value, bool):
         return str(value).lower()
-    return " ".join(f"{part:g}" if isinstance(part, float) else str(part)
-                    for part in (value if isinstance(value, (list, tuple)) else [value]))
+    parts = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    return " ".join(str(part) if isinstance(part, Integral) or not isinstance(part, Real) else f"{part:g}" for part in parts)
 
 
 def boolean(text):
@@ -229,11 +232,6 @@ def architecture(known):
         why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
         raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}" + did_you_mean(name, known))
     return parse
-
-
-def format_values(values):
-    """Numbers as they are typed after a flag."""
-    return " ".join(f"{value:g}" for value in values)
 
 
 def truncate_list(names, most=4):

@@ -11,7 +11,7 @@ CASE_METRICS = ("auc", "average_precision", "accuracy", "sensitivity", "specific
 
 def evaluate_cases(labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str],
                    threshold: float) -> dict[str, float | list[float] | None]:
-    """{name: value} of FIGURES, and the 95 % interval of the AUC by bootstrap over patients.
+    """{name: value} of CASE_METRICS, and the 95 % interval of the AUC by bootstrap over patients.
 
     labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
     the rest, and the most probable class stands for the threshold. None where a class is missing.
@@ -108,7 +108,7 @@ class PooledPredictions(NamedTuple):
     probabilities: np.ndarray
     wrong: np.ndarray
     confidence: np.ndarray
-    evaluate_cases: dict[str, float | list[float] | None]
+    metrics: dict[str, float | list[float] | None]
 
 
 def pool_predictions(tables: Sequence[list[dict[str, str]]], records: Sequence[dict[str, Any]],

@@ -53,8 +53,8 @@ def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, An
         trained = config.get(name)
         trained = list(trained) if isinstance(trained, tuple) else trained
         if None not in (trained, given[name]) and trained != given[name]:
-            raise UserError(f"--{name} {_format_flag(given[name])} contradicts --pretrained_weights {path}, which has "
-                            f"{_format_flag(trained)}: leave --{name} out", everywhere=True)
+            raise UserError(f"--{name} {format_values(given[name])} contradicts --pretrained_weights {path}, which has "
+                            f"{format_values(trained)}: leave --{name} out", everywhere=True)
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
     if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
         source = f"--pretrained_weights {path}: " if path else ""
@@ -94,7 +94,3 @@ def encoder_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
             raise UserError(f"--pretrained_weights {path}: its config has {name} {found}, which no encoder here can have",
                             everywhere=True)
     return config
-
-
-def _format_flag(value: str | Sequence[float]) -> str:
-    return value if isinstance(value, str) else format_values(value)
