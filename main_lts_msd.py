@@ -413,7 +413,7 @@ def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], 
     given: {name: value} of those in MASKS that differ from the run's
     """
     processes = runtime.processes
-    names, folders = processes.run_on_main(lambda: find_scans(folder, weights, output_dir))
+    names, folders = processes.run_on_main(lambda: find_new_scans(folder, weights, output_dir))
     networks, config = [], None
     for where in folders:
         model, config, _ = load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
@@ -463,7 +463,7 @@ def mask_name(name: str) -> str:
     return name if name.lower().endswith((".nii", ".nii.gz")) else without_suffix(name) + ".nii.gz"
 
 
-def find_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[str], list[Path]]:
+def find_new_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[str], list[Path]]:
     """(names of volumes below the folder, fold folders) of a prediction. Raises UserError where a mask would replace a scan
     or be taken for one."""
     if Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(folder)):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from dino3d import __version__
-from dino3d.command_line import ArgumentParser, as_typed, did_you_mean, number
+from dino3d.command_line import ArgumentParser, did_you_mean, format_values, number
 
 TRAINING = ("main_dino", "main_lnc_luna16", "main_lts_msd")
 SCRIPTS = (*TRAINING, "prepare_data", "benchmark")
@@ -124,4 +124,4 @@ def test_did_you_mean_takes_names_that_begin_so_first():
 @pytest.mark.parametrize("value, text", [([96, 96, 48], "96 96 48"), (True, "true"), (1e-6, "1e-06"), (0.0005, "0.0005"),
                                          (65536, "65536"), ([-1000.0, 1000.0], "-1000 1000"), ("output", "output")])
 def test_defaults_as_typed(value, text):
-    assert as_typed(value) == text
+    assert format_values(value) == text

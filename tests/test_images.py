@@ -1501,3 +1501,12 @@ def test_a_pair_that_does_not_fit_is_refused(label, affine, reason, tmp_path):
     with pytest.raises(DataError, match=reason) as error:
         read_pair(pair)
     assert error.value.path == pair.label
+
+
+def test_voxels_outlive_the_name_of_their_image():
+    """An image that nothing but its voxels refers to, while memory of its size is asked for again and again."""
+    def image(value):
+        return images.make_image(np.full((64, 64, 64), value, np.int16), np.eye(4))
+    voxels = images.voxels_of(image(7))
+    others = [images.voxels_of(image(value)).copy() for value in range(20)]
+    assert (voxels == 7).all() and not voxels.flags.writeable and len(others) == 20

@@ -207,8 +207,15 @@ def make_image(volume: np.ndarray, affine: np.ndarray) -> sitk.Image:
 
 
 def voxels_of(image: sitk.Image) -> np.ndarray:
-    """(X, Y, Z) view of an image's voxels; valid while the image lives."""
-    return sitk.GetArrayViewFromImage(image).transpose(2, 1, 0)
+    """(X, Y, Z) view of an image's voxels, read-only; it keeps the image alive."""
+    return np.asarray(_Voxels(image)).transpose(2, 1, 0)
+
+
+class _Voxels:
+    """What NumPy makes an array of, and keeps as its base: ITK's own view reads freed memory when its image is gone."""
+
+    def __init__(self, image: sitk.Image):
+        self.image, self.__array_interface__ = image, sitk.GetArrayViewFromImage(image).__array_interface__
 
 
 def affine_of(image: sitk.Image) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The pre-trained encoder: what to build it with, from a checkpoint and flags."""
 import argparse
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import utils
