@@ -385,7 +385,7 @@ def step(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, pr
          compile: bool) -> dict[str, Any]:
     """A whole training step on ready views: teacher, student, loss, backward pass, clipping, AdamW, teacher's average."""
     settings = {"arch": arch, "out_dim": out_dim, "batch_size": batch_size, "device": device, "precision": precision}
-    sides = {"baseline": plain_step(**settings), "ours": our_step(**settings, compiled=compile)}
+    sides = {"baseline": baseline_step(**settings), "ours": our_step(**settings, compiled=compile)}
     first, ours = (float(take()) for take in sides.values())
     if not abs(ours - first) <= CLOSE[precision] * abs(first):
         raise UserError(f"the first losses differ: {first} of the baseline, {ours} of ours")
@@ -436,7 +436,7 @@ def our_step(arch: str, out_dim: int, batch_size: int, device: str, precision: s
     return lambda: main_dino.train_step(run, [views], VALUES, frozen=False).metrics["loss"]
 
 
-def plain_step(arch: str, out_dim: int, batch_size: int, device: str, precision: str) -> Callable[[], float]:
+def baseline_step(arch: str, out_dim: int, batch_size: int, device: str, precision: str) -> Callable[[], float]:
     """The same of baselines.plain_step, from the same weights."""
     take, views = plain_trainer(arch, out_dim, device, precision), random_views(batch_size, device)
     return lambda: take(views)
@@ -473,7 +473,7 @@ def measured_memory(side: str, settings: dict[str, Any], threads: int | None = N
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory(device)
-    take = {"baseline": plain_step, "ours": our_step}[side](**settings)
+    take = {"baseline": baseline_step, "ours": our_step}[side](**settings)
     take(), take()
     return (peak_memory(device) - before) / 2 ** 30
 
