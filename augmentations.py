@@ -15,18 +15,18 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dino3d.bspline import SPANS, Lattice, sampling_grid, warp  # noqa: F401  they are imported from here too
 from dino3d.command_line import boolean_flag
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
 MIN_IOU = 0.25   # of two global windows of a sample, before rotation and scale (the paper's rule)
-SPANS = 4        # spline spans along a global view that is bent: longer ones bend it further, without folds
 MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see elastic_moves)
 
 
@@ -275,84 +275,6 @@ def paper_policy(names):
     return Policy(**{name: PAPER[name] for name in names})
 
 
-# ------------------------------------------------------------------------------------------------ a view's geometry
-
-
-class Lattice:
-    """The control points of the splines that carry views of `size` voxels: one every `spacing` voxels, per axis."""
-
-    def __init__(self, size, spacing):
-        self.size = tuple(size)
-        self.spacing = np.asarray(spacing, float)
-        self.shape = tuple(int((n - 1) // h) + 4 for n, h in zip(self.size, self.spacing))
-        axes = [(np.arange(g) - 1) * h for g, h in zip(self.shape, self.spacing)]
-        self.points = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (gx, gy, gz, 3) in the view's voxels
-        self._expansions = {}
-
-    @classmethod
-    def for_views(cls, size, policy, reference=None):
-        """SPANS per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
-        reference = np.asarray(reference if policy.has_elastic and reference is not None else size, float)
-        return cls(size, reference / (SPANS if policy.has_elastic else 1))
-
-    def control(self, matrix, centre, displacements, view_spacing=1.0, patch_spacing=1.0):
-        """(gx, gy, gz, 3) patch positions of the control points.
-
-        matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
-        centre: (3,) patch position of the view's centre, in the patch's voxels
-        displacements: (gx, gy, gz, 3), see `elastic_moves`
-        """
-        offsets = self.points + displacements * self.spacing - (np.asarray(self.size) - 1) / 2
-        return centre + (offsets * view_spacing) @ np.asarray(matrix).T / patch_spacing
-
-    def weights(self, axis, at=None):
-        """(n, g) weight of each control point at the positions `at` (default: every voxel) along an axis."""
-        t = np.arange(self.size[axis]) if at is None else np.asarray(at)
-        t = np.abs(t[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
-        return np.where(t < 1, 2 / 3 - t ** 2 + t ** 3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
-
-    def expansion(self, dtype, device):
-        """The weights of the three axes as tensors: (x, gx), (y, gy) and (gz 3, z 3), made once per type and device.
-
-        The last keeps the three components of a position side by side, the layout that grid_sample reads.
-        """
-        if (dtype, device) not in self._expansions:
-            wx, wy, wz = (self.weights(axis) for axis in range(3))
-            self._expansions[dtype, device] = [torch.tensor(w, dtype=dtype, device=device)
-                                               for w in (wx, wy, np.kron(wz.T, np.eye(3)))]
-        return self._expansions[dtype, device]
-
-
-def sampling_grid(control, lattice):
-    """Expand control points to one patch position for every voxel of the view.
-
-    control: (N, gx, gy, gz, 3) tensor; returns (N, x, y, z, 3).
-    """
-    views, gx, gy, gz, _ = control.shape
-    x, y, z = lattice.size
-    wx, wy, wz = lattice.expansion(control.dtype, control.device)
-    grid = wx @ control.reshape(views, gx, gy * gz * 3)  # (N, x, gy gz 3)
-    grid = wy @ grid.reshape(views * x, gy, gz * 3)      # (N x, y, gz 3)
-    return (grid.reshape(views * x * y, gz * 3) @ wz).reshape(views, x, y, z, 3)
-
-
-def warp(patch, control, lattice, mode="bilinear"):
-    """Views of `patch`, each seen through its own control points; positions outside repeat the border.
-
-    patch: (B, C, X, Y, Z); control: (B, gx, gy, gz, 3) in voxels; returns (B, C, x, y, z).
-    """
-    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first. Axis by axis,
-    # as a tensor of the patch's shape would be a copy to the GPU, which the host waits for
-    x, y, z = (at * (2 / max(n - 1, 1)) - 1 for at, n in zip(control.unbind(-1), patch.shape[2:]))
-    grid = sampling_grid(torch.stack([z, y, x], -1), lattice)
-    return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)
-
-
-def scale_intensity(volume, low, high):
-    """Hounsfield units to [0, 1]: low (HU) and below become 0, high and above 1. Any shape; the default float type."""
-    return (volume.to(torch.get_default_dtype()) - low).div_(high - low).clamp_(0, 1)
-
-
 # ------------------------------------------------------------------------------------------------------- multi-crop
 
 
@@ -470,6 +392,11 @@ class MultiCropAugmentation:
             return [render_views(patches, lattice, group) for lattice, group in zip(self.lattices, groups) if group]
 
 
+def scale_intensity(volume, low, high):
+    """Hounsfield units to [0, 1]: low (HU) and below become 0, high and above 1. Any shape; the default float type."""
+    return (volume.to(torch.get_default_dtype()) - low).div_(high - low).clamp_(0, 1)
+
+
 def render_views(patches, lattice, group):
     """(V B, 1, x, y, z) views: geometry, then intensities. patches: (B, 1, X, Y, Z); group: ViewBatch of V B views."""
     views = torch.cat([warp(patches, control.to(patches.dtype), lattice)
@@ -495,25 +422,3 @@ def collate_views(samples):
                 intensity[name] = torch.tensor(indices), torch.from_numpy(values)
         groups.append(ViewBatch(control, intensity))
     return groups
-
-
-def example_views(patch, crops, clip_range, draws=4):
-    """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
-
-    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels,
-    without resampling to a spacing. For a look at what the flags do: every augmentation is shown as strong as its flag
-    makes it, and labelled where the policy has it off.
-    """
-    patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
-    size = np.array(crops.global_size)
-    centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
-    examples = {}
-    for name in (None, *AUGMENTATIONS):
-        policy = replace(paper_policy([name] if name else []), prob=1.0)
-        lattice, rng = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0)
-        matrices, displacements, intensity = zip(*(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws)))
-        control = np.stack([lattice.control(matrix, centre, move) for matrix, move in zip(matrices, displacements)])
-        group, = collate_views([[ViewParameters(control, list(intensity))]])
-        on = name is None or name in crops.policy.on
-        examples[(name or "plain") + ("" if on else " (off)")] = render_views(patches, lattice, group.to(patch.device))
-    return examples

@@ -37,7 +37,6 @@ from augmentations import (
     MultiCropAugmentation,
     Policy,
     collate_views,
-    example_views,
     sampling_grid,
     scale_intensity,
 )
@@ -46,7 +45,7 @@ from dino3d.data.resampling import resample
 from dino3d.data.volume import Volume
 from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.mask_pictures import largest_plane
-from dino3d.training.pictures import radiological
+from dino3d.training.pictures import example_views, radiological
 
 BLUE, ORANGE, INK, RED, GREEN = "#1769c2", "#d95f02", "#222222", "#ff2a2a", "#2ee62e"
 EDGE = [withStroke(linewidth=3, foreground="#00000090")]

@@ -30,7 +30,6 @@ from augmentations import (
     Policy,
     add_augmentation_flags,
     collate_views,
-    example_views,
     gaussian_smooth,
     histogram_shift,
     keyed_rng,
@@ -939,18 +938,6 @@ def test_smoothing_comes_after_the_geometry_and_grey_values_last(few_views):
         low, high = smooth.min(), smooth.max()
         expected.append(np.interp(smooth, np.linspace(low, high, 10), low + curves[view] * (high - low)))
     close(crops.render(patches, groups, CLIP)[0][:, 0], np.stack(expected), 1e-5)
-
-
-def test_examples_show_each_augmentation_alone(few_views):
-    crops = MultiCropAugmentation(Policy(rotation=30, gaussian=2), (11, 9, 7), (6, 5, 4), 0)
-    patch = torch.from_numpy(np.random.RandomState(1).randint(-1200, 1200, (17, 15, 13)).astype(np.int16))
-    shown = example_views(patch, crops, CLIP, draws=3)
-    labels = ["plain", "rotation", "scale (off)", "flip (off)", "elastic (off)", "gaussian", "histogram (off)"]
-    assert list(shown) == labels
-    close(shown["plain"], scale_intensity(patch, *CLIP)[None, None, 3:14, 3:12, 3:10].expand(3, 1, 11, 9, 7), 1e-4)
-    for name, views in shown.items():
-        assert views.shape == (3, 1, 11, 9, 7) and views.isfinite().all()
-        assert name == "plain" or not torch.allclose(views, shown["plain"], atol=0.01)
 
 
 # --- millimetres --------------------------------------------------------------------------------------------------

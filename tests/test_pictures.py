@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from augmentations import MultiCropAugmentation, Policy, scale_intensity
 from dino3d.training import pictures
-from dino3d.training.pictures import magnified, montage, plane, planes, radiological, view_rows
+from dino3d.training.pictures import example_views, magnified, montage, plane, planes, radiological, view_rows
 
 SPACING = np.array([0.7, 1.0, 3.0])
 
@@ -111,3 +112,16 @@ def test_a_montage_shows_its_tiles_the_right_way_up():
 def test_scan_name_tells_patients_and_series_apart():
     assert pictures.scan_name("/data/nlst/patient1/t0/series.hdf5") == "patient1/t0/series.hdf5"
     assert pictures.scan_name("scan.nii.gz") == "scan.nii.gz"
+
+
+def test_examples_show_each_augmentation_alone():
+    crops = MultiCropAugmentation(Policy(rotation=30, gaussian=2), (11, 9, 7), (6, 5, 4), 0)
+    patch = torch.from_numpy(np.random.RandomState(1).randint(-1200, 1200, (17, 15, 13)).astype(np.int16))
+    shown = example_views(patch, crops, (-1000, 1000), draws=3)
+    labels = ["plain", "rotation", "scale (off)", "flip (off)", "elastic (off)", "gaussian", "histogram (off)"]
+    assert list(shown) == labels
+    plain = scale_intensity(patch, -1000, 1000)[None, None, 3:14, 3:12, 3:10].expand(3, 1, 11, 9, 7)
+    torch.testing.assert_close(shown["plain"], plain, rtol=0, atol=1e-4)
+    for name, views in shown.items():
+        assert views.shape == (3, 1, 11, 9, 7) and views.isfinite().all()
+        assert name == "plain" or not torch.allclose(views, shown["plain"], atol=0.01)

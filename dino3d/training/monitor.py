@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from augmentations import example_views
 from dino3d.command_line import UserError
 from dino3d.files import append_json, read_log, read_table, write_table
-from dino3d.training.pictures import EVEN, NO_TISSUE, montage, planes, scan_name, view_rows
+from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, scan_name, view_rows
 from utils import Silent
 
 # A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):

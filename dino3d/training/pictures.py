@@ -1,7 +1,18 @@
 """Planes of volumes as pictures, in millimetres and turned as radiologists see them, and many of them in one montage."""
 import collections
+from dataclasses import replace
 
 import numpy as np
+
+from augmentations import (
+    AUGMENTATIONS,
+    Lattice,
+    ViewParameters,
+    collate_views,
+    paper_policy,
+    render_views,
+    scale_intensity,
+)
 
 SIDE = 144          # pixels of a montage's largest tile, at least
 NO_TISSUE = 0.05    # grey value below which a voxel is taken for air (-900 HU in the default clip range)
@@ -97,3 +108,25 @@ def view_rows(views, names, spacings, most):
     shown = sorted(shown, key=turn.get)[:most]
     label = "{}: two global views (axial, coronal)" + ", local views (axial, magnified)" * (len(views) > 1)
     return [rows[sample] for sample in shown], [label.format(names[sample]) for sample in shown]
+
+
+def example_views(patch, crops, clip_range, draws=4):
+    """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
+
+    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels,
+    without resampling to a spacing. For a look at what the flags do: every augmentation is shown as strong as its flag
+    makes it, and labelled where the policy has it off.
+    """
+    patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
+    size = np.array(crops.global_size)
+    centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
+    examples = {}
+    for name in (None, *AUGMENTATIONS):
+        policy = replace(paper_policy([name] if name else []), prob=1.0)
+        lattice, rng = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0)
+        matrices, displacements, intensity = zip(*(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws)))
+        control = np.stack([lattice.control(matrix, centre, move) for matrix, move in zip(matrices, displacements)])
+        group, = collate_views([[ViewParameters(control, list(intensity))]])
+        on = name is None or name in crops.policy.on
+        examples[(name or "plain") + ("" if on else " (off)")] = render_views(patches, lattice, group.to(patch.device))
+    return examples

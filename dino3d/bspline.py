@@ -1,0 +1,79 @@
+"""Cubic B-splines that carry a view's geometry: a small lattice of positions, expanded at the view's own voxels.
+
+Axes: (X, Y, Z); positions are voxel indices in that order.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SPANS = 4  # spline spans along a global view that is bent: longer ones bend it further, without folds
+
+
+class Lattice:
+    """The control points of the splines that carry views of `size` voxels: one every `spacing` voxels, per axis."""
+
+    def __init__(self, size, spacing):
+        self.size = tuple(size)
+        self.spacing = np.asarray(spacing, float)
+        self.shape = tuple(int((n - 1) // h) + 4 for n, h in zip(self.size, self.spacing))
+        axes = [(np.arange(g) - 1) * h for g, h in zip(self.shape, self.spacing)]
+        self.points = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (gx, gy, gz, 3) in the view's voxels
+        self._expansions = {}
+
+    @classmethod
+    def for_views(cls, size, policy, reference=None):
+        """SPANS per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
+        reference = np.asarray(reference if policy.has_elastic and reference is not None else size, float)
+        return cls(size, reference / (SPANS if policy.has_elastic else 1))
+
+    def control(self, matrix, centre, displacements, view_spacing=1.0, patch_spacing=1.0):
+        """(gx, gy, gz, 3) patch positions of the control points.
+
+        matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
+        centre: (3,) patch position of the view's centre, in the patch's voxels
+        displacements: (gx, gy, gz, 3), see `elastic_moves`
+        """
+        offsets = self.points + displacements * self.spacing - (np.asarray(self.size) - 1) / 2
+        return centre + (offsets * view_spacing) @ np.asarray(matrix).T / patch_spacing
+
+    def weights(self, axis, at=None):
+        """(n, g) weight of each control point at the positions `at` (default: every voxel) along an axis."""
+        t = np.arange(self.size[axis]) if at is None else np.asarray(at)
+        t = np.abs(t[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
+        return np.where(t < 1, 2 / 3 - t ** 2 + t ** 3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
+
+    def expansion(self, dtype, device):
+        """The weights of the three axes as tensors: (x, gx), (y, gy) and (gz 3, z 3), made once per type and device.
+
+        The last keeps the three components of a position side by side, the layout that grid_sample reads.
+        """
+        if (dtype, device) not in self._expansions:
+            wx, wy, wz = (self.weights(axis) for axis in range(3))
+            self._expansions[dtype, device] = [torch.tensor(w, dtype=dtype, device=device)
+                                               for w in (wx, wy, np.kron(wz.T, np.eye(3)))]
+        return self._expansions[dtype, device]
+
+
+def sampling_grid(control, lattice):
+    """Expand control points to one patch position for every voxel of the view.
+
+    control: (N, gx, gy, gz, 3) tensor; returns (N, x, y, z, 3).
+    """
+    views, gx, gy, gz, _ = control.shape
+    x, y, z = lattice.size
+    wx, wy, wz = lattice.expansion(control.dtype, control.device)
+    grid = wx @ control.reshape(views, gx, gy * gz * 3)  # (N, x, gy gz 3)
+    grid = wy @ grid.reshape(views * x, gy, gz * 3)      # (N x, y, gz 3)
+    return (grid.reshape(views * x * y, gz * 3) @ wz).reshape(views, x, y, z, 3)
+
+
+def warp(patch, control, lattice, mode="bilinear"):
+    """Views of `patch`, each seen through its own control points; positions outside repeat the border.
+
+    patch: (B, C, X, Y, Z); control: (B, gx, gy, gz, 3) in voxels; returns (B, C, x, y, z).
+    """
+    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first. Axis by axis,
+    # as a tensor of the patch's shape would be a copy to the GPU, which the host waits for
+    x, y, z = (at * (2 / max(n - 1, 1)) - 1 for at, n in zip(control.unbind(-1), patch.shape[2:]))
+    grid = sampling_grid(torch.stack([z, y, x], -1), lattice)
+    return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)
