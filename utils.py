@@ -8,7 +8,6 @@ import subprocess
 import sys
 import traceback
 import warnings
-import zlib
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
 
 from dino3d.command_line import UserError, exit_status, truncate_list
+from dino3d.files import verify_checksum
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -287,50 +287,6 @@ class LARS(torch.optim.Optimizer):
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
-
-
-ZIP_START, ZIP_END = b"PK\3\4", b"PK\5\6"  # what a zip file's first and last record begin with
-CHECKSUM = b"crc32 "  # our comment behind it
-ZIP_END_BYTES, CHECKSUM_BYTES = 22, len(CHECKSUM) + 8
-
-
-def add_checksum(file):
-    """Write the CRC-32 of all that torch.save wrote to a file, open for reading too, into the zip's comment at its end.
-
-    There torch.load and unzip pass over it, and the file needs no companion that could be left behind.
-    """
-    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far, is the zip's last field
-    file.write(CHECKSUM_BYTES.to_bytes(2, "little"))
-    length = file.tell()
-    file.write(CHECKSUM + b"%08x" % crc32_of(file, length))
-
-
-def verify_checksum(path):
-    """Raises ValueError where a file is cut off or not as it was written; a whole one without a checksum, older or not
-    ours, passes."""
-    with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
-        file.seek(max(0, length - ZIP_END_BYTES))
-        tail = file.read()
-        older = tail[-ZIP_END_BYTES:].startswith(ZIP_END) and tail.endswith(b"\0\0")  # a zip without a comment
-        ours = ZIP_END in tail or CHECKSUM in tail  # one of the two may be what is damaged
-        file.seek(0)
-        if file.read(4) == ZIP_START and not ours:
-            raise ValueError("cut off: its end is missing")
-        if ours and not older and tail[-CHECKSUM_BYTES:] != CHECKSUM + b"%08x" % crc32_of(file, length):
-            raise ValueError("damaged: it does not match its checksum")
-
-
-def crc32_of(file, length):
-    """CRC-32 of a file's first `length` bytes; leaves it behind them."""
-    file.seek(0)
-    value = 0
-    while length > 0:
-        block = file.read(min(length, 1 << 22))
-        if not block:
-            break
-        value, length = zlib.crc32(block, value), length - len(block)
-    return value
 
 
 def load_file(path):

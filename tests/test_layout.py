@@ -49,7 +49,7 @@ def test_a_conversion_loads_no_torch(tmp_path):
 
 
 LEVELS = {  # a module imports from lower levels, and from its own room
-    "utils": 0, "augmentations": 0, "vision_transformer": 0, "dino3d.command_line": 0, "dino3d.files": 0,
+    "utils": 0, "augmentations": 0, "vision_transformer": 0, "dino3d.command_line": 0, "dino3d.files": 0, "dino3d.bspline": 0,
     "dino3d.data": 1, "dino3d.training": 1, "dino3d.monai_transforms": 1,
     "dino3d.finetune": 2, "dino3d.prepare": 2, "dino3d.baselines": 2,
     "main_dino": 3, "main_lnc_luna16": 3, "main_lts_msd": 3, "prepare_data": 3, "benchmark": 4,

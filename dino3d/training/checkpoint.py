@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from dino3d.command_line import Preempted, UserError, end_workers, number, truncate_list
-from utils import Processes, add_checksum, is_worker_death, load_file, tensor_misfit
+from dino3d.files import add_checksum
+from utils import Processes, is_worker_death, load_file, tensor_misfit
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the end of a job with these
 # What to do where the checkpoint in the output folder can't be resumed from
