@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import selectors
 import struct
@@ -45,7 +46,7 @@ from dino3d.data import (
 from dino3d.data.layouts import list_volumes, read_data_list  # noqa: E402
 from dino3d.data.volume import DataError, Volume, write_volume  # noqa: E402
 from dino3d.files import truncate_log  # noqa: E402
-from dino3d.finetune.encoder import ENCODER, Encoder, load_encoder  # noqa: E402
+from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder  # noqa: E402
 from dino3d.finetune.splits import make_splits  # noqa: E402
 from dino3d.prepare import (
     conversion,  # noqa: E402
@@ -96,7 +97,7 @@ def small_model():
 
 @cache
 def small_state():
-    encoder = Encoder(**{name: CONFIG[name] for name in ENCODER}).build()
+    encoder = PretrainedEncoder(**{name: CONFIG[name] for name in ENCODER}).build()
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": np.float64(0.1), "params": [0]}]}
     return {"teacher": {"backbone." + name: value for name, value in encoder.state_dict().items()} | {
                 "0.weight": torch.ones(3, 4)},
@@ -646,3 +647,20 @@ def test_any_usual_number_of_axes_is_left_to_itk(axes, tmp_path):
 
 if __name__ == "__main__":
     child(sys.argv[1], list(map(int, sys.argv[2:])))
+
+
+def test_compressed_voxels_without_their_size_are_refused(tmp_path):
+    """Behind a header ITK needs their size; in a file of their own it does not."""
+    voxels = np.random.default_rng(0).integers(-1000, 400, (12, 14, 16)).astype(np.int16)
+    for name, refused in (("scan.mha", True), ("scan.mhd", False)):
+        path = tmp_path / name
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path), True)
+        assert (images.voxels_of(images.read_raw(str(path))) == voxels.T).all()
+        header = path.read_bytes()
+        path.write_bytes(re.sub(rb"(?m)^CompressedDataSize *=.*\n", b"", header, count=1))
+        assert len(path.read_bytes()) < len(header)
+        if refused:
+            with pytest.raises(DataError, match="CompressedDataSize"):
+                images.read_raw(str(path))
+        else:
+            assert (images.voxels_of(images.read_raw(str(path))) == voxels.T).all()

@@ -96,7 +96,8 @@ def _read_nifti(reader: sitk.ImageFileReader, path: str) -> sitk.Image:
 
 
 def require_sound_header(path: Path | str) -> None:
-    """Raise DataError for a MetaImage header without a plain number of axes or a plain name of the voxels' file.
+    """Raise DataError for a MetaImage header without a plain number of axes or a plain name of the voxels' file, or
+    without the size of compressed voxels that follow it.
 
     ITK reads some of the others and refuses most, but by some it ends the process.
     """
@@ -110,6 +111,13 @@ def require_sound_header(path: Path | str) -> None:
         if wrong or not found:
             value = repr(wrong[0].decode(errors="replace"))[:60] if wrong else "missing"
             raise DataError(path, f"can't be read: {name} in its header is {value}")
+    head = header.partition(b"ElementDataFile")[0]
+    local = re.search(rb"^[ \t]*ElementDataFile[ \t]*[=:]?[ \t]*LOCAL", header, re.M | re.I)
+    compressed = re.search(rb"^[ \t]*CompressedData[ \t]*[=:]?[ \t]*[Tt1]", head, re.M)
+    if local and compressed and not re.search(rb"^[ \t]*CompressedDataSize[ \t]*[=:]?[ \t]*[1-9]", head, re.M):
+        # ITK then says nothing and gives voxels that are not the file's
+        raise DataError(path, "can't be read: its voxels are compressed and CompressedDataSize in its header is missing; "
+                              "write it again with the program that made it, or without compression")
 
 
 def _require_whole(path: Path | str, size: int) -> None:
