@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
 
 from dino3d.command_line import UserError, exit_status, truncate_list
-from dino3d.files import verify_checksum
+from dino3d.files import open_verified
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -301,10 +301,9 @@ def load_file(path):
     allowed += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
                 (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
     try:
-        verify_checksum(path)
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        with open_verified(path) as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of a strange file, beside raising
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise many kinds for a file that is cut off or something else
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: can't be read as a checkpoint ({reason})") from error

@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dino3d import __version__
 from dino3d.command_line import UserError, git_revision
@@ -117,6 +117,7 @@ def truncate_log(path, step):
 ZIP_START, ZIP_END = b"PK\3\4", b"PK\5\6"  # what a zip file's first and last record begin with
 CHECKSUM = b"crc32 "  # our comment behind it
 ZIP_END_BYTES, CHECKSUM_BYTES = 22, len(CHECKSUM) + 8
+SMALL_GAP = 1 << 16  # bytes; torch.load passes over headers and padding between tensors
 
 
 def add_checksum(file):
@@ -130,31 +131,63 @@ def add_checksum(file):
     file.write(CHECKSUM + b"%08x" % crc32_of(file, length))
 
 
-def verify_checksum(path):
-    """Raises ValueError where a file is cut off or not as it was written; a whole one without a checksum, older or not
-    ours, passes."""
-    with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
-        file.seek(max(0, length - ZIP_END_BYTES))
+class ChecksumReader(io.BufferedReader):
+    """A file that computes its CRC-32 while torch.load reads it, nearly in order, so that no byte need be read twice.
+
+    end: where our comment begins, if it has one
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.end = max(0, self.seek(0, os.SEEK_END) - CHECKSUM_BYTES)
+        self._crc, self._done = 0, 0  # CRC-32 of the first _done bytes
+        self.seek(0)
+
+    def readinto(self, buffer: Any) -> int:
+        start = self.tell()
+        if self._done < start <= min(self._done + SMALL_GAP, self.end):
+            self.crc32(start)
+        count = super().readinto(buffer)
+        if start <= self._done < start + count:
+            end = max(self._done, min(start + count, self.end))
+            self._crc = zlib.crc32(memoryview(buffer)[self._done - start:end - start], self._crc)
+            self._done = end
+        return count
+
+    def crc32(self, end: int) -> int:
+        """CRC-32 of the bytes up to `end`, not before what is done; reads what was not read in order."""
+        self._crc, self._done = crc32_of(self, end, self._done, self._crc), end
+        return self._crc
+
+
+@contextlib.contextmanager
+def open_verified(path: str | Path) -> Iterator[ChecksumReader]:
+    """Open a file for torch.load, to be read in the block; what was read holds when the block has ended.
+
+    Raises ValueError where the file is cut off or not as it was written, whatever the block raises; a whole one without a
+    checksum, older or not ours, passes.
+    """
+    with ChecksumReader(path) as file:
+        starts_zip = file.read(len(ZIP_START)) == ZIP_START
+        file.seek(max(0, file.end - ZIP_END_BYTES))
         tail = file.read()
+        file.seek(0)
         older = tail[-ZIP_END_BYTES:].startswith(ZIP_END) and tail.endswith(b"\0\0")  # a zip without a comment
         ours = ZIP_END in tail or CHECKSUM in tail  # one of the two may be what is damaged
-        file.seek(0)
-        if file.read(4) == ZIP_START and not ours:
+        if starts_zip and not ours:
             raise ValueError("cut off: its end is missing")
-        if ours and not older and tail[-CHECKSUM_BYTES:] != CHECKSUM + b"%08x" % crc32_of(file, length):
-            raise ValueError("damaged: it does not match its checksum")
+        try:
+            yield file
+        finally:
+            if ours and not older and tail[-CHECKSUM_BYTES:] != CHECKSUM + b"%08x" % file.crc32(file.end):
+                raise ValueError("damaged: it does not match its checksum")
 
 
-def crc32_of(file, length):
-    """CRC-32 of a file's first `length` bytes; leaves it behind them."""
-    file.seek(0)
-    value = 0
-    while length > 0:
-        block = file.read(min(length, 1 << 22))
-        if not block:
-            break
-        value, length = zlib.crc32(block, value), length - len(block)
+def crc32_of(file: BinaryIO, end: int, start: int = 0, value: int = 0) -> int:
+    """CRC-32 of a file's bytes up to `end`, where `value` is that of the first `start`; leaves it behind them."""
+    file.seek(start)
+    while start < end and (block := file.read(min(end - start, 1 << 22))):
+        value, start = zlib.crc32(block, value), start + len(block)
     return value
 
 

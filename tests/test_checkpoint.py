@@ -6,6 +6,7 @@ import functools
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -30,6 +32,7 @@ from test_main_lnc_luna16 import write_cases
 import utils
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.pretraining import BatchStream, epoch_order
+from dino3d.files import ChecksumReader
 from dino3d.finetune import fold_loop, statistics
 from dino3d.training import checkpoint
 from dino3d.training.checkpoint import (
@@ -93,6 +96,36 @@ def test_every_flipped_byte_is_noticed(tmp_path):
             load_checkpoint(path)
         path.write_bytes(whole)
     assert load_checkpoint(path)["step"] == 1
+
+
+def test_the_checksum_does_not_depend_on_the_order_of_reading(tmp_path):
+    """Whatever is read, before the checksum is asked for, and however often: it is of each byte once, in order."""
+    rng = random.Random(0)
+    for size in (0, 5, 14, 100, 300_000):
+        content, path = rng.randbytes(size), tmp_path / "content"
+        path.write_bytes(content)
+        for _ in range(20):
+            with ChecksumReader(path) as file:
+                assert file.end == max(0, size - 14)  # without our comment
+                for _ in range(rng.randrange(8)):
+                    start, buffer = rng.randint(0, size), bytearray(rng.randint(1, size + 10))
+                    file.seek(start)
+                    count = file.readinto(buffer)
+                    assert buffer[:count] == content[start:start + len(buffer)] and file.tell() == start + count
+                assert file.crc32(file.end) == zlib.crc32(content[:file.end])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux tells how many bytes were read")
+def test_a_checkpoint_is_read_once(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, {"config": {}, "model": {str(i): torch.randn(250_000) for i in range(20)}})
+
+    def bytes_read():
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+    load_checkpoint(path)  # what is imported at the first time is read too
+    before = bytes_read()
+    load_checkpoint(path)
+    assert bytes_read() - before < 1.1 * path.stat().st_size
 
 
 def test_files_without_a_checksum_load(tmp_path):
