@@ -14,13 +14,15 @@ Pre-Training for 3D Medical Image Analysis" (SPIE Medical Imaging 2024, doi 10.1
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from dino3d.bspline import SPANS, Lattice, sampling_grid, warp  # noqa: F401  they are imported from here too
 from dino3d.command_line import boolean_flag
@@ -30,7 +32,7 @@ MIN_IOU = 0.25   # of two global windows of a sample, before rotation and scale 
 MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see elastic_moves)
 
 
-def keyed_rng(seed, epoch, sample, view):
+def keyed_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.RandomState:
     """The random generator of one view (or, with view = PATCH_VIEW, of one sample) in one epoch.
 
     Equal keys give equal draws whatever process, worker or rank asks. All four are integers, view >= -1.
@@ -42,12 +44,12 @@ def keyed_rng(seed, epoch, sample, view):
 # ------------------------------------------------------------------------------- the augmentations: drawn and applied
 
 
-def draw_angles(rng, degrees):
+def draw_angles(rng: np.random.RandomState, degrees: float) -> np.ndarray:
     """(3,) radians about x, y and z."""
     return np.radians(rng.uniform(-degrees, degrees, 3))
 
 
-def rotation_matrix(angles):
+def rotation_matrix(angles: np.ndarray) -> np.ndarray:
     """(3, 3) rotation about x, then the turned y, then the turned z; angles in radians."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -56,28 +58,28 @@ def rotation_matrix(angles):
     return about_x @ about_y @ about_z
 
 
-def draw_factors(rng, amount):
+def draw_factors(rng: np.random.RandomState, amount: float) -> np.ndarray:
     """(3,) factors, one along each axis."""
     return rng.uniform(1 - amount, 1 + amount, 3)
 
 
-def draw_axis(rng, _):
+def draw_axis(rng: np.random.RandomState, _: int) -> int:
     return rng.randint(3)
 
 
-def mirror_matrix(axis):
+def mirror_matrix(axis: int) -> np.ndarray:
     """(3, 3) that mirrors one axis."""
     signs = np.ones(3)
     signs[axis] = -1
     return np.diag(signs)
 
 
-def draw_elastic(rng, most):
+def draw_elastic(rng: np.random.RandomState, most: float) -> tuple[float, int]:
     """(largest displacement, seed): a generator of their own, as the number of displacements depends on the lattice."""
     return rng.uniform(0, most), rng.randint(2 ** 31)
 
 
-def elastic_moves(drawn, lattice):
+def elastic_moves(drawn: tuple[float, int], lattice: tuple[int, ...]) -> np.ndarray:
     """(gx, gy, gz, 3) displacement of each control point in control point spacings. lattice: (gx, gy, gz).
 
     A cubic B-spline map is one-to-one, its Jacobian positive everywhere, if no control point moves by 1 / 2.479
@@ -87,12 +89,12 @@ def elastic_moves(drawn, lattice):
     return size * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
 
 
-def draw_sigma(rng, most):
+def draw_sigma(rng: np.random.RandomState, most: float) -> np.ndarray:
     """(3,) standard deviations in voxels."""
     return rng.uniform(0, most, 3)
 
 
-def gaussian_smooth(views, sigma):
+def gaussian_smooth(views: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian smoothing, integrated over each voxel, with the border repeated outwards.
 
     views: (N, C, X, Y, Z); sigma: (N, 3) standard deviations in voxels, 0: no smoothing along that axis.
@@ -113,7 +115,7 @@ def gaussian_smooth(views, sigma):
     return views
 
 
-def draw_curve(rng, points):
+def draw_curve(rng: np.random.RandomState, points: int) -> np.ndarray:
     """(points,) non-decreasing curve from 0 to 1, drawn as MONAI's `RandHistogramShift` draws it."""
     curve = np.linspace(0, 1, max(points, 2))
     for i in range(1, len(curve) - 1):
@@ -121,7 +123,7 @@ def draw_curve(rng, points):
     return curve
 
 
-def histogram_shift(views, curve):
+def histogram_shift(views: Tensor, curve: Tensor) -> Tensor:
     """Map each view's grey values through a piecewise linear curve with equally spaced knots.
 
     views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range.
@@ -159,13 +161,13 @@ class Augmentation:
     monai: name of its class in dino3d/monai_transforms.py; argument: what the strength is called there (None: fixed)
     """
     strength: float
-    limits: tuple
+    limits: tuple[float, float]
     unit: str
     on: bool
     help: str
     kind: str
-    draw: Callable
-    apply: Callable
+    draw: Callable[[np.random.RandomState, Any], Any]
+    apply: Callable[..., Any]
     monai: str
     argument: str | None
 
@@ -205,7 +207,7 @@ PAPER = {name: row.strength for name, row in AUGMENTATIONS.items()}
 AUGMENTATION_FLAGS = {f"use_{name}": name for name in AUGMENTATIONS}  # as argparse stores them
 
 
-def add_augmentation_flags(group):
+def add_augmentation_flags(group: Any) -> None:
     """--use_rotation and the others, to an argparse group."""
     for flag, name in AUGMENTATION_FLAGS.items():
         row = AUGMENTATIONS[name]
@@ -222,7 +224,7 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
     prob: probability of each augmentation, for each view on its own
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, row in AUGMENTATIONS.items():
             value, (low, high) = getattr(self, name), row.limits
             if not (value == 0 or low <= value <= high):
@@ -231,21 +233,22 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
             raise ValueError(f"prob = {self.prob}: must lie between 0 and 1")
 
     @property
-    def on(self):
+    def on(self) -> list[str]:
         """Names of the augmentations that are on."""
         return [name for name in AUGMENTATIONS if getattr(self, name)]
 
     @property
-    def has_elastic(self):
+    def has_elastic(self) -> bool:
         return any(AUGMENTATIONS[name].kind == "deformation" for name in self.on)
 
     @property
-    def sequence(self):
+    def sequence(self) -> list[str]:
         """Names for `draw_points` where many views come from one generator, so that a new row's draws would shift the next
         view's: the paper's six in any case, later rows only where they are on."""
         return [name for i, name in enumerate(AUGMENTATIONS) if i < 6 or name in self.on]
 
-    def draw(self, rng, lattice, names=AUGMENTATIONS):
+    def draw(self, rng: np.random.RandomState, lattice: tuple[int, ...],
+             names: Iterable[str] = AUGMENTATIONS) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """(matrix, moves, intensity) of one view: `Lattice.control` takes the first two.
 
         lattice: (gx, gy, gz) control points; names: whose draws are made, in the table's order
@@ -270,7 +273,7 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
         return matrix, displacements, intensity
 
 
-def paper_policy(names):
+def paper_policy(names: Iterable[str]) -> Policy:
     """The Policy that has the augmentations of these names on, as strong as in AUGMENTATIONS."""
     return Policy(**{name: PAPER[name] for name in names})
 
@@ -285,7 +288,7 @@ class ViewParameters(NamedTuple):
     intensity: N times {name: values}, the intensity augmentations that act on the view
     """
     control: np.ndarray
-    intensity: list
+    intensity: list[dict[str, Any]]
 
 
 class ViewBatch(NamedTuple):
@@ -295,10 +298,10 @@ class ViewBatch(NamedTuple):
     intensity: {name: (indices (n,), values (n, ...) float32)} of the views that each acts on, in the table's order.
                They are found on the CPU, so that the device works on those alone without the host waiting for it.
     """
-    control: torch.Tensor
-    intensity: dict
+    control: Tensor
+    intensity: dict[str, tuple[Tensor, Tensor]]
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "ViewBatch":
         move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
         return ViewBatch(move(self.control), {name: tuple(map(move, pair)) for name, pair in self.intensity.items()})
 
@@ -316,7 +319,8 @@ class MultiCropAugmentation:
                 both in voxels of a view
     """
 
-    def __init__(self, policy, global_size, local_size, local_number, spacing=None, min_iou=MIN_IOU):
+    def __init__(self, policy: Policy, global_size: Sequence[int], local_size: Sequence[int], local_number: int,
+                 spacing: ArrayLike | None = None, min_iou: float = MIN_IOU) -> None:
         self.policy, self.local_number, self.spacing = policy, local_number, spacing
         self.global_size, self.local_size = tuple(global_size), tuple(local_size)
         # Two windows of size n shifted by f n along every axis: IoU = (1 - f)^3 / (2 - (1 - f)^3)
@@ -326,7 +330,8 @@ class MultiCropAugmentation:
                          for size in (self.global_size, self.local_size)]
         self.patch_size = self._patch_size()
 
-    def draw(self, seed, epoch, sample, patch_shape=None, patch_spacing=None):
+    def draw(self, seed: int, epoch: int, sample: int, patch_shape: Sequence[int] | None = None,
+             patch_spacing: ArrayLike | None = None) -> list[ViewParameters | None]:
         """[global, local] ViewParameters of one sample; None where there are no local views.
 
         patch_shape: (3,) voxels of the patch that was read; default: patch_size
@@ -343,7 +348,8 @@ class MultiCropAugmentation:
             groups.append(ViewParameters(np.stack(control).astype(np.float32), list(intensity)))
         return groups
 
-    def _draw_view(self, rng, lattice, patch_shape, patch_spacing, names=AUGMENTATIONS):
+    def _draw_view(self, rng: np.random.RandomState, lattice: Lattice, patch_shape: Sequence[int],
+                   patch_spacing: ArrayLike | None, names: Iterable[str] = AUGMENTATIONS) -> tuple[np.ndarray, dict[str, Any]]:
         """(control, intensity) of one view. names: see `Policy.draw`."""
         size, core, patch_size = np.array(lattice.size), np.array(self.core), np.array(self.patch_size)
         # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
@@ -354,7 +360,7 @@ class MultiCropAugmentation:
         centre = (np.array(patch_shape) - 1) / 2 + shift * ours / theirs
         return lattice.control(matrix, centre, displacements, ours, theirs), intensity
 
-    def _patch_size(self, views=1200, points=9):
+    def _patch_size(self, views: int = 1200, points: int = 9) -> tuple[int, ...]:
         """Found by drawing: the smallest patch, its axes cut at one common quantile, that meets the 5 % and 1 %."""
         self.patch_size = self.core  # the draws below measure from its centre
         lattice, rng = self.lattices[0], np.random.RandomState(0)
@@ -380,7 +386,8 @@ class MultiCropAugmentation:
         # An even difference from the core keeps it in the middle, whole voxels from either side
         return tuple(int(c + 2 * max(0, math.ceil((2 * h + 1 - c) / 2))) for h, c in zip(half, self.core))
 
-    def render(self, patches, groups, clip_range):
+    def render(self, patches: Tensor, groups: Sequence[ViewBatch | None],
+               clip_range: tuple[float, float]) -> list[Tensor]:
         """The views of a batch: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)], first view of all samples first.
 
         patches: (B, X, Y, Z) int16 HU on any device
@@ -392,12 +399,12 @@ class MultiCropAugmentation:
             return [render_views(patches, lattice, group) for lattice, group in zip(self.lattices, groups) if group]
 
 
-def scale_intensity(volume, low, high):
+def scale_intensity(volume: Tensor, low: float, high: float) -> Tensor:
     """Hounsfield units to [0, 1]: low (HU) and below become 0, high and above 1. Any shape; the default float type."""
     return (volume.to(torch.get_default_dtype()) - low).div_(high - low).clamp_(0, 1)
 
 
-def render_views(patches, lattice, group):
+def render_views(patches: Tensor, lattice: Lattice, group: ViewBatch) -> Tensor:
     """(V B, 1, x, y, z) views: geometry, then intensities. patches: (B, 1, X, Y, Z); group: ViewBatch of V B views."""
     views = torch.cat([warp(patches, control.to(patches.dtype), lattice)
                        for control in group.control.split(len(patches))])  # (V B, 1, x, y, z)
@@ -406,7 +413,7 @@ def render_views(patches, lattice, group):
     return views
 
 
-def collate_views(samples):
+def collate_views(samples: Sequence[Sequence[ViewParameters | None]]) -> list[ViewBatch | None]:
     """[ViewBatch or None, ...], one per group, of what `MultiCropAugmentation.draw` gave for each sample."""
     groups = []
     for group in zip(*samples):

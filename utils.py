@@ -8,11 +8,15 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
+from torch import Tensor, nn
 
 from dino3d.command_line import UserError, exit_status, truncate_list
 from dino3d.files import open_verified
@@ -22,13 +26,13 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 # ------------------------------------------------------------------------------------------------- errors and flags
 
 
-def run_script(main):
+def run_script(main: Callable[[], None]) -> None:
     """Call main() and end in order: on an expected failure with one line and exit code 1, on a signal with 75.
 
     A thread of the process group that frees the last reference to a tensor needs the interpreter, and aborts the
     process if it finds it ending: so whatever refers to the group goes first, then the group with its threads.
     """
-    def main_together():
+    def main_together() -> None:
         main()
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still needs it
@@ -50,7 +54,7 @@ def run_script(main):
         sys.exit(code)
 
 
-def explain(error):
+def explain(error: Exception) -> str | None:
     """One line for what torch raises without a bug of ours; None for anything else."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory, lower --batch_size_per_gpu ({str(error).splitlines()[0]})"
@@ -61,14 +65,14 @@ def explain(error):
     return None
 
 
-def leave_group():
+def leave_group() -> None:
     """Destroy the process group, which joins its threads unless anything still refers to it."""
     if dist.is_initialized():
         gc.collect()  # of what main() made, DDP refers to it, and may be part of a cycle
         dist.destroy_process_group()
 
 
-def choose_precision(precision, use_fp16, device):
+def choose_precision(precision: str | None, use_fp16: bool | None, device: torch.device) -> tuple[str, list[str]]:
     """The precision to use on a device, and notices. precision, use_fp16: the flags, None where they are not given."""
     notices = []
     if use_fp16 is not None:
@@ -95,32 +99,32 @@ class Processes:
     device: torch.device = torch.device("cpu")
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def print(self, line):
+    def print(self, line: str) -> None:
         """Print a line, on the main process alone."""
         if self.is_main:
             print(line, flush=True)
 
-    def mean(self, tensor):
+    def mean(self, tensor: Tensor) -> Tensor:
         """Mean over all ranks, in place."""
         return self.sum(tensor).div_(self.world_size)
 
-    def sum(self, tensor):
+    def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def mean_async(self, tensor):
+    def mean_async(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Start to average over all ranks, in place; returns a function that gives the mean, without a GPU's host waiting."""
         if self.world_size == 1:
             return lambda: tensor
         work = dist.all_reduce(tensor, async_op=True)
         return lambda: work.wait() and tensor.div_(self.world_size)
 
-    def any_rank_async(self, flag):
+    def any_rank_async(self, flag: bool) -> Callable[[], bool]:
         """Start to ask whether `flag` is true on any rank; returns a function that waits for the answer.
 
         Until then neither a GPU nor its host waits: the answer may be fetched a step later.
@@ -136,7 +140,7 @@ class Processes:
         there.record()
         return lambda: there.synchronize() or count.item() > 0
 
-    def all_gather(self, value):
+    def all_gather(self, value: Any) -> list[Any]:
         """[value of rank 0, of rank 1, ...] on every rank; any value that pickle can store, of any size."""
         if self.world_size == 1:
             return [value]
@@ -144,7 +148,7 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def run_on_main(self, make):
+    def run_on_main(self, make: Callable[[], Any]) -> Any:
         """make() as rank 0 finds it, on every rank; what goes wrong there is a UserError on all of them."""
         result = [None, None]
         if self.is_main:
@@ -159,7 +163,7 @@ class Processes:
         return result[0]
 
 
-def distributed_init():
+def distributed_init() -> Processes:
     """Join the run that torchrun or srun started (NCCL on GPUs, gloo on CPUs), or be a single process."""
     env = os.environ
     by_srun = "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env
@@ -184,7 +188,7 @@ def distributed_init():
     return Processes(rank, world_size, local_rank, local_world_size, device)
 
 
-def choose_gpu(local_rank, local_world_size, visible, by_srun):
+def choose_gpu(local_rank: int, local_world_size: int, visible: int, by_srun: bool) -> int:
     """Index of the GPU of a process among those it sees; UserError where there is none for it."""
     if by_srun and visible == 1:  # srun --gpus-per-task=1 shows each process its own alone
         return 0
@@ -194,22 +198,22 @@ def choose_gpu(local_rank, local_world_size, visible, by_srun):
     return local_rank
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def is_worker_death(error):
+def is_worker_death(error: Exception) -> bool:
     """Whether a RuntimeError is how torch tells that a loader's reading process is gone: in next() or, from its handler of
     signals, anywhere in the main thread."""
     return "DataLoader worker" in str(error)
 
 
-def worker_death(error):
+def worker_death(error: Exception) -> str:
     return (f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower --num_workers or "
             "--batch_size_per_gpu")
 
 
-def seed_step(seed, step, rank):
+def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for what a model draws in one step (stochastic depth): a run that is resumed draws the same."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
@@ -217,7 +221,8 @@ def seed_step(seed, step, rank):
 # ------------------------------------------------------------------------------------------------------ optimisation
 
 
-def cosine_schedule(at, start, end, total, warmup=0.0, warmup_start=0.0):
+def cosine_schedule(at: float, start: float, end: float, total: float, warmup: float = 0.0,
+                    warmup_start: float = 0.0) -> float:
     """Linear from warmup_start to `start` while at < warmup, then half a cosine to `end` at `total`.
 
     at, total and warmup are in samples. Defined for every at >= 0 and any warmup, one longer than `total` included.
@@ -228,24 +233,24 @@ def cosine_schedule(at, start, end, total, warmup=0.0, warmup_start=0.0):
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 
 
-def linear_schedule(at, start, end, length):
+def linear_schedule(at: float, start: float, end: float, length: float) -> float:
     """Linear from start to `end` over `length` samples, then constant."""
     return end if at >= length else start + (end - start) * at / length
 
 
-def parameter_groups(model):
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two optimizer groups: with weight decay, and without it for biases, norms, pos_embed and cls_token."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [{"params": [p for name, p in named if decays(name, p)]},
             {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0}]
 
 
-def decays(name, parameter):
+def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay is for this parameter: not for biases, norms, pos_embed and cls_token."""
     return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token"))
 
 
-def make_optimizer(name, groups):
+def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW, SGD with momentum or LARS; learning rates are set at every step."""
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
@@ -261,15 +266,16 @@ class LARS(torch.optim.Optimizer):
     trust: the layer's step relative to its weights; None: plain SGD with momentum
     """
 
-    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float = 0.0, weight_decay: float = 0.0,
+                 momentum: float = 0.9, trust: float | None = 0.001) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
         skipped = getattr(self, "found_inf", None)  # see nonfinite.step_if_finite
 
-        def unless_skipped(new, old):
+        def unless_skipped(new: Tensor, old: Tensor) -> Tensor:
             return new if skipped is None else torch.where(skipped > 0, old, new)
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
@@ -289,7 +295,7 @@ class LARS(torch.optim.Optimizer):
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def load_file(path):
+def load_file(path: Path | str) -> Any:
     """What torch.save wrote, with nothing in it ever executed: tensors, numbers, dicts, and by name the
     argparse.Namespace and NumPy scalars of older checkpoints. Raises FileNotFoundError, ValueError; the latter also
     where the file carries a checksum that it does not match."""
@@ -309,7 +315,7 @@ def load_file(path):
         raise ValueError(f"{path}: can't be read as a checkpoint ({reason})") from error
 
 
-def load_pretrained_weights(model, path, checkpoint_key="teacher"):
+def load_pretrained_weights(model: nn.Module, path: Path | str, checkpoint_key: str = "teacher") -> None:
     """Load a state dict into `model`, whatever wrapper prefixes (module., backbone., ...) its names carry.
 
     path: a checkpoint that holds state dicts by key, or a plain state dict. Every tensor of the model must be there
@@ -319,12 +325,12 @@ def load_pretrained_weights(model, path, checkpoint_key="teacher"):
     fit_state_dict(model, find_state_dict(load_file(path), path, checkpoint_key), path)
 
 
-def find_state_dict(checkpoint, path, checkpoint_key):
+def find_state_dict(checkpoint: Any, path: Path | str, checkpoint_key: str) -> dict[str, Tensor]:
     """The state dict of that key in what `load_file` gave, or all of it if it is a plain one. Raises ValueError."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint's dict")
-    def is_state_dict(value):
-        return isinstance(value, dict) and value and all(
+    def is_state_dict(value: Any) -> bool:
+        return isinstance(value, dict) and bool(value) and all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
     if is_state_dict(checkpoint.get(checkpoint_key)):
         return checkpoint[checkpoint_key]
@@ -334,13 +340,13 @@ def find_state_dict(checkpoint, path, checkpoint_key):
     raise ValueError(f"{path}: has no '{checkpoint_key}', only {found}; name another with --checkpoint_key")
 
 
-def fit_state_dict(model, state, path):
+def fit_state_dict(model: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:
     """Load `state` into the model under the one prefix that brings it the most names; strict for the model's names."""
     wanted = model.state_dict()
     tail = next(iter(wanted))
     prefixes = {name[:-len(tail)] for name in state if name == tail or name.endswith("." + tail)} or {""}
 
-    def under(prefix):
+    def under(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
     found = max((modern_names(under(prefix), wanted) for prefix in sorted(prefixes)), key=lambda s: len(wanted.keys() & s))
     if problem := tensor_misfit(wanted, found):
@@ -348,12 +354,12 @@ def fit_state_dict(model, state, path):
     model.load_state_dict({name: found[name] for name in wanted})
 
 
-def tensor_misfit(wanted, found, others=False):
+def tensor_misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Any], others: bool = False) -> str:
     """Why the tensors `found` can't take the place of those `wanted`, {name: tensor}, in a few words, or "".
 
     others: whether tensors beyond those wanted are a reason too
     """
-    def shape(value):
+    def shape(value: Any) -> tuple[int, ...] | str:
         return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     missing = [name for name in wanted if name not in found]
     shapes = [f"{name} {shape(found[name])} instead of {shape(wanted[name])}" for name in wanted
@@ -363,7 +369,7 @@ def tensor_misfit(wanted, found, others=False):
         ("without ", missing), ("with ", shapes), ("with the unknown ", beyond)) if names)
 
 
-def modern_names(state, wanted):
+def modern_names(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of weight normalisation before torch's parametrizations: weight_g, weight_v."""
     renamed = {name.replace("weight_g", "parametrizations.weight.original0")
                    .replace("weight_v", "parametrizations.weight.original1"): name for name in state}
@@ -376,5 +382,5 @@ def modern_names(state, wanted):
 class Silent:
     """Takes any call and does nothing: the logger and the progress bar of the ranks that don't speak."""
 
-    def __getattr__(self, _):
+    def __getattr__(self, _: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None

@@ -40,7 +40,7 @@ def init_weights(module: nn.Module) -> None:
 class PatchEmbed(nn.Module):
     """Cut a volume into patches and project each linearly: (B, C, X, Y, Z) -> (B, N, D)."""
 
-    def __init__(self, patch_size: tuple[int, int, int], in_chans: int, embed_dim: int):
+    def __init__(self, patch_size: tuple[int, int, int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
         # PyTorch's default weights: their spread falls with the number of voxels in a patch, so that tokens start
         # on the same scale whatever the patch size (std 0.0196 for 12x12x6)
@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention (Dosovitskiy 2021, appendix A)."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU between, on each token by itself."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
@@ -100,7 +100,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block (Dosovitskiy 2021, equations 2 and 3)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
@@ -352,7 +352,7 @@ class DINOHead(nn.Module):
         num_layers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-    ):
+    ) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}; the head needs at least 1")
@@ -380,7 +380,7 @@ class DINOHead(nn.Module):
 class MultiCropWrapper(nn.Module):
     """Backbone and head over views of several sizes, all in one `forward` so that DDP sees every gradient."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module):
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

@@ -3,15 +3,19 @@
 ITK files read slice by slice, MONAI's transforms one after the other on every sample, MONAI's ViT, and DINO's step written
 out (Caron et al. 2021, algorithm 1) in eager PyTorch. Nothing here is used in training.
 """
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dino3d.data.volume import LPS
-from vision_transformer import DINOHead
+from vision_transformer import DINOHead, MultiCropWrapper, VisionTransformer
 
 PATCH = (121, 121, 61)  # voxels that earlier implementations read, and augmented ten times
 
@@ -19,13 +23,13 @@ PATCH = (121, 121, 61)  # voxels that earlier implementations read, and augmente
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def read_itk(path, start, size):
+def read_itk(path: Path | str, start: Iterable[int], size: Iterable[int]) -> np.ndarray:
     with h5py.File(path, "r") as file:
         x, y, z = (slice(int(a), int(a + n)) for a, n in zip(start, size))
         return file["ITKImage/0/VoxelData"][z, y, x].T
 
 
-def write_itk(path, volume, affine):
+def write_itk(path: Path | str, volume: np.ndarray, affine: np.ndarray) -> None:
     import SimpleITK
     affine = LPS @ affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -36,7 +40,7 @@ def write_itk(path, volume, affine):
     SimpleITK.WriteImage(image, path, useCompression=True)
 
 
-def convert_itk(folder, path):
+def convert_itk(folder: Path | str, path: Path | str) -> None:
     import SimpleITK
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
@@ -49,13 +53,13 @@ class Patches(Dataset):
     paths: of the samples; global_size, local_size: (3,) voxels of a view
     """
 
-    def __init__(self, paths, global_size, local_size):
+    def __init__(self, paths: Sequence[Path | str], global_size: Sequence[int], local_size: Sequence[int]) -> None:
         self.paths, self.sizes, self.transforms = paths, (global_size, local_size), None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> list[Tensor]:
         """[two global (1, x, y, z), eight local (1, x, y, z)] views."""
         if self.transforms is None:  # in each worker for itself: MONAI's transforms keep their random state
             self.transforms, self.rng = monai_transforms(*self.sizes, seed=index), np.random.RandomState(index)
@@ -68,13 +72,14 @@ class Patches(Dataset):
 # ------------------------------------------------------------------------------------------------------------- views
 
 
-def monai_transforms(global_size, local_size, seed):
+def monai_transforms(global_size: Sequence[int], local_size: Sequence[int],
+                     seed: int) -> tuple[Callable[[Tensor], Tensor], ...]:
     """[scaling, what a global view goes through, what a local view goes through]."""
     from math import radians
 
     from monai import transforms as monai
 
-    def chain(size, seed):
+    def chain(size: Sequence[int], seed: int) -> Any:
         return monai.Compose([
             monai.RandRotate(range_x=radians(30), range_y=radians(30), range_z=radians(30), prob=0.5),
             monai.RandAffine(scale_range=(0.25, 0.25, 0.25), prob=0.5),
@@ -89,7 +94,8 @@ def monai_transforms(global_size, local_size, seed):
     return scaling, chain(global_size, seed), chain(local_size, seed + 1)
 
 
-def monai_views(patch, scaling, global_view, local_view):
+def monai_views(patch: np.ndarray, scaling: Callable[[Tensor], Tensor], global_view: Callable[[Tensor], Tensor],
+                local_view: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Ten views of an (X, Y, Z) int16 patch, each augmented whole and then cropped."""
     scaled = scaling(torch.from_numpy(patch)[None])  # (1, X, Y, Z)
     return [global_view(scaled) for _ in range(2)] + [local_view(scaled) for _ in range(8)]
@@ -104,7 +110,7 @@ class ViT(nn.Module):
     encoder: the VisionTransformer whose sizes and weights it has
     """
 
-    def __init__(self, encoder):
+    def __init__(self, encoder: VisionTransformer) -> None:
         super().__init__()
         from monai.networks.nets import ViT as MonaiViT
         self.vit = MonaiViT(
@@ -118,7 +124,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(encoder.pos_embed.detach().clone())  # (1, 1 + N, D)
         del self.vit.patch_embedding.position_embeddings
 
-    def tokens(self, x):
+    def tokens(self, x: Tensor) -> Tensor:
         """Tokens that enter the first block, the class token first: (B, 1, X, Y, Z) -> (B, 1 + N, D)."""
         x = self.vit.patch_embedding.patch_embeddings(x)  # (B, D, x, y, z)
         positions = self.pos_embed
@@ -129,7 +135,7 @@ class ViT(nn.Module):
         x = torch.cat([self.vit.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
         return x + positions
 
-    def get_intermediate_layers(self, x, layers, norm):
+    def get_intermediate_layers(self, x: Tensor, layers: Sequence[int], norm: bool | str) -> list[Tensor]:
         """As VisionTransformer's, for a decoder, which asks for norm="last"."""
         grid = [n // p for n, p in zip(x.shape[2:], self.vit.patch_embedding.patch_embeddings.kernel_size)]
         x, maps = self.tokens(x), []
@@ -140,7 +146,7 @@ class ViT(nn.Module):
                 maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
         return maps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 1, X, Y, Z) -> class embedding (B, D)."""
         x = self.tokens(x)
         for block in self.vit.blocks:
@@ -148,7 +154,7 @@ class ViT(nn.Module):
         return self.vit.norm(x)[:, 0]
 
 
-def load_into_monai(theirs, ours):
+def load_into_monai(theirs: nn.Module, ours: VisionTransformer) -> None:
     """Give MONAI's ViT, made with a class token and qkv_bias, the weights of a VisionTransformer."""
     for module in theirs.modules():
         if isinstance(module, nn.LayerNorm):
@@ -176,18 +182,20 @@ def load_into_monai(theirs, ours):
 class Model(nn.Module):
     """MONAI's ViT and a DINO head with the weights of a MultiCropWrapper."""
 
-    def __init__(self, ours):
+    def __init__(self, ours: MultiCropWrapper) -> None:
         super().__init__()
         self.backbone = ViT(ours.backbone)
         last = ours.head.last_layer.parametrizations.weight.original1  # (out_dim, bottleneck_dim)
         self.head = DINOHead(ours.backbone.embed_dim, len(last), norm_last_layer=True)
         self.head.load_state_dict(ours.head.state_dict())
 
-    def forward(self, views):
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
         return self.head(torch.cat([self.backbone(view) for view in views]))
 
 
-def plain_step(student, teacher, optimizer, center, views, values, center_momentum=0.9, clip=3.0, dtype=torch.float32):
+def plain_step(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, center: Tensor,
+               views: Sequence[Tensor], values: Mapping[str, float], center_momentum: float = 0.9, clip: float = 3.0,
+               dtype: torch.dtype = torch.float32) -> tuple[float, Tensor]:
     """One step of DINO, plainly; returns the loss and the new centre.
 
     views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)]; center: (1, K); values: what main_dino.Schedules.at gives

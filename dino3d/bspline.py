@@ -2,9 +2,17 @@
 
 Axes: (X, Y, Z); positions are voxel indices in that order.
 """
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from augmentations import Policy
 
 SPANS = 4  # spline spans along a global view that is bent: longer ones bend it further, without folds
 
@@ -12,7 +20,7 @@ SPANS = 4  # spline spans along a global view that is bent: longer ones bend it 
 class Lattice:
     """The control points of the splines that carry views of `size` voxels: one every `spacing` voxels, per axis."""
 
-    def __init__(self, size, spacing):
+    def __init__(self, size: Sequence[int], spacing: ArrayLike) -> None:
         self.size = tuple(size)
         self.spacing = np.asarray(spacing, float)
         self.shape = tuple(int((n - 1) // h) + 4 for n, h in zip(self.size, self.spacing))
@@ -21,12 +29,13 @@ class Lattice:
         self._expansions = {}
 
     @classmethod
-    def for_views(cls, size, policy, reference=None):
+    def for_views(cls, size: Sequence[int], policy: "Policy", reference: Sequence[int] | None = None) -> "Lattice":
         """SPANS per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
         reference = np.asarray(reference if policy.has_elastic and reference is not None else size, float)
         return cls(size, reference / (SPANS if policy.has_elastic else 1))
 
-    def control(self, matrix, centre, displacements, view_spacing=1.0, patch_spacing=1.0):
+    def control(self, matrix: ArrayLike, centre: ArrayLike, displacements: np.ndarray,
+                view_spacing: float | np.ndarray = 1.0, patch_spacing: float | np.ndarray = 1.0) -> np.ndarray:
         """(gx, gy, gz, 3) patch positions of the control points.
 
         matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
@@ -36,13 +45,13 @@ class Lattice:
         offsets = self.points + displacements * self.spacing - (np.asarray(self.size) - 1) / 2
         return centre + (offsets * view_spacing) @ np.asarray(matrix).T / patch_spacing
 
-    def weights(self, axis, at=None):
+    def weights(self, axis: int, at: ArrayLike | None = None) -> np.ndarray:
         """(n, g) weight of each control point at the positions `at` (default: every voxel) along an axis."""
         t = np.arange(self.size[axis]) if at is None else np.asarray(at)
         t = np.abs(t[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
         return np.where(t < 1, 2 / 3 - t ** 2 + t ** 3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
 
-    def expansion(self, dtype, device):
+    def expansion(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """The weights of the three axes as tensors: (x, gx), (y, gy) and (gz 3, z 3), made once per type and device.
 
         The last keeps the three components of a position side by side, the layout that grid_sample reads.
@@ -54,7 +63,7 @@ class Lattice:
         return self._expansions[dtype, device]
 
 
-def sampling_grid(control, lattice):
+def sampling_grid(control: Tensor, lattice: Lattice) -> Tensor:
     """Expand control points to one patch position for every voxel of the view.
 
     control: (N, gx, gy, gz, 3) tensor; returns (N, x, y, z, 3).
@@ -67,7 +76,7 @@ def sampling_grid(control, lattice):
     return (grid.reshape(views * x * y, gz * 3) @ wz).reshape(views, x, y, z, 3)
 
 
-def warp(patch, control, lattice, mode="bilinear"):
+def warp(patch: Tensor, control: Tensor, lattice: Lattice, mode: str = "bilinear") -> Tensor:
     """Views of `patch`, each seen through its own control points; positions outside repeat the border.
 
     patch: (B, C, X, Y, Z); control: (B, gx, gy, gz, 3) in voxels; returns (B, C, x, y, z).

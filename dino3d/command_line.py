@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dino3d import __version__
 
@@ -22,7 +22,7 @@ class UserError(Exception):
     everywhere: all ranks raise it alike, so that one of them may tell it for all.
     """
 
-    def __init__(self, message, everywhere=False):
+    def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
 
@@ -34,17 +34,18 @@ class Preempted(Exception):
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-def process_rank():
+def process_rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
-def print_error(message, everywhere=False):
+def print_error(message: str, everywhere: bool = False) -> None:
     rank = process_rank()
     short = everywhere and rank > 0
     print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
 
 
-def exit_status(main, explain=lambda error: None):
+def exit_status(main: Callable[[], None],
+                explain: Callable[[Exception], str | None] = lambda error: None) -> tuple[int, bool]:
     """Call main() and tell why it ended early; returns the exit code, and whether all ranks end in the same way.
 
     explain: gives one line for an exception besides those of this module and of the disk, None for a bug, which is raised
@@ -74,7 +75,7 @@ def exit_status(main, explain=lambda error: None):
         return 1, False
 
 
-def end_workers():
+def end_workers() -> None:
     """Kill the loaders' reading processes that are left: they don't heed the signal with which Python would end them."""
     if threading.current_thread() is not threading.main_thread():
         return
@@ -85,7 +86,7 @@ def end_workers():
     signal.signal(signal.SIGCHLD, heeded)
 
 
-def end_process(message):
+def end_process(message: str) -> NoReturn:
     """Tell why and end this process at once, from any thread, waiting for nothing: its workers may be held in a read."""
     os.write(2, f"error: {message}\n".encode(errors="surrogateescape"))  # no lock, which the main thread may hold
     for worker in multiprocessing.active_children():
@@ -93,12 +94,12 @@ def end_process(message):
     os._exit(1)
 
 
-def available_cores():
+def available_cores() -> int:
     """CPU cores that this machine grants."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def git_revision():
+def git_revision() -> str:
     """The commit of this code, with + where files differ from it; "unknown" outside a checkout."""
     try:
         here = Path(__file__).resolve().parent
@@ -115,15 +116,15 @@ def git_revision():
 class HelpFormatter(argparse.HelpFormatter):
     """Defaults as they are typed, and short placeholders: N for a whole number, F for any other."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, "", argparse.SUPPRESS) or action.const is True and action.nargs == 0:
             return action.help
         return f"{action.help} (default: {format_values(action.default)})"
 
-    def _get_default_metavar_for_optional(self, action):
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return getattr(action.type, "metavar", "NAME")
 
-    def _metavar_formatter(self, action, default_metavar):
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
         if action.option_strings and action.metavar is None:  # otherwise {a,b,c} of choices, which the help text lists
             return lambda size: (default_metavar,) * size
         return super()._metavar_formatter(action, default_metavar)
@@ -132,14 +133,14 @@ class HelpFormatter(argparse.HelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with errors in one line that name what was probably meant. -h and --version: see `help_flags`."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, add_help=False, **kwargs)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         print_error(message if message.endswith("?") else f"{message} (see --help)", True)
         sys.exit(2)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
         for word in args:
             flag = word.partition("=")[0]
@@ -149,7 +150,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"unrecognized argument {flag}" + did_you_mean(flag, self._option_string_actions))
         return super().parse_known_args(args, namespace)
 
-    def _check_value(self, action, value):
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             names = [str(name) for name in action.choices]
             raise argparse.ArgumentError(
@@ -157,19 +158,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class PrintVersion(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
         print(f"dino3d {__version__} ({git_revision()})")
         parser.exit()
 
 
-def help_flags(group):
+def help_flags(group: Any) -> None:
     """-h and --version, in the place of a script's help where they belong."""
     group.add_argument("-h", "--help", action="help", help="show this text and exit")
     group.add_argument("--version", action=PrintVersion, nargs=0, default=argparse.SUPPRESS,
                        help="show the version and the git revision of this code and exit")
 
 
-def did_you_mean(word, names):
+def did_you_mean(word: str, names: Collection[str]) -> str:
     """": did you mean NAME?" for the nearest of the names, those first that begin with the word; "" where none is near."""
     longer = [name for name in names if name.startswith(word)]
     near = difflib.get_close_matches(word, longer or names, 1, 0 if longer else 0.6)
@@ -184,7 +186,7 @@ def format_values(value: Any) -> str:
     return " ".join(str(part) if isinstance(part, Integral) or not isinstance(part, Real) else f"{part:g}" for part in parts)
 
 
-def boolean(text):
+def boolean(text: str) -> bool:
     """argparse type: true/false, 1/0, on/off, yes/no."""
     values = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
     if text.lower() not in values:
@@ -192,9 +194,10 @@ def boolean(text):
     return values[text.lower()]
 
 
-def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+def number(kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf, above: float | None = None,
+           below: float | None = None) -> Callable[[str], float]:
     """argparse type: an int or float with low <= value <= high, above < value < below where those are given."""
-    def parse(text):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -211,12 +214,12 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     return parse
 
 
-def boolean_flag(group, name, default, text):
+def boolean_flag(group: Any, name: str, default: bool | None, text: str) -> None:
     """A flag that takes true or false, or stands alone for true."""
     group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
 
 
-def read_timeout_flag(group):
+def read_timeout_flag(group: Any) -> None:
     """--read_timeout."""
     group.add_argument("--read_timeout", default=600.0, type=number(float, 0), metavar="SECONDS",
                        help="longest that the reading of one file may take; then the run ends and names the file, "
@@ -224,9 +227,9 @@ def read_timeout_flag(group):
                             "limit. Not noticed with --num_workers 0")
 
 
-def architecture(known):
+def architecture(known: Collection[str]) -> Callable[[str], str]:
     """argparse type: one of the names in `known`."""
-    def parse(name):
+    def parse(name: str) -> str:
         if name in known:
             return name
         why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
@@ -234,16 +237,16 @@ def architecture(known):
     return parse
 
 
-def truncate_list(names, most=4):
+def truncate_list(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def ignored_flags(**flags):
+def ignored_flags(**flags: Any) -> list[str]:
     """Notices about flags of older scripts that are given but no longer needed."""
     return [f"--{name} is no longer needed and ignored" for name, value in flags.items() if value is not None]
 
 
-def make_output_dir(path):
+def make_output_dir(path: Path) -> None:
     """Make the folder of --output_dir, and see that it can be written to. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)

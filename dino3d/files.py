@@ -44,7 +44,7 @@ def write_json(path: str | Path, content: Any) -> None:
         part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path):
+def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text())
 
 
@@ -86,13 +86,13 @@ def read_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[i
         raise UserError(f"{path}: can't be read as a table ({error})") from error
 
 
-def append_json(path, record):
+def append_json(path: str | Path, record: Any) -> None:
     """One more line of JSON at the end of a file."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def read_log(path):
+def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a log.txt, oldest first; none where there is no file."""
     records = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).is_file() else ():
@@ -103,7 +103,7 @@ def read_log(path):
     return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
-def truncate_log(path, step):
+def truncate_log(path: str | Path, step: int) -> None:
     """Drop the records of a log.txt beyond a step: epochs that ended after the checkpoint that a run resumes from."""
     records = read_log(path)
     kept = [record for record in records if record["step"] <= step]
@@ -120,7 +120,7 @@ ZIP_END_BYTES, CHECKSUM_BYTES = 22, len(CHECKSUM) + 8
 SMALL_GAP = 1 << 16  # bytes; torch.load passes over headers and padding between tensors
 
 
-def add_checksum(file):
+def add_checksum(file: BinaryIO) -> None:
     """Write the CRC-32 of all that torch.save wrote to a file, open for reading too, into the zip's comment at its end.
 
     There torch.load and unzip pass over it, and the file needs no companion that could be left behind.
@@ -194,7 +194,7 @@ def crc32_of(file: BinaryIO, end: int, start: int = 0, value: int = 0) -> int:
 # -------------------------------------------------------------------------------------------- what a result depends on
 
 
-def versions():
+def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
     found = {"dino3d": __version__, "python": sys.version.split()[0]}
@@ -206,7 +206,7 @@ def versions():
     return found
 
 
-def write_config(path, arguments, processes, device, **more):
+def write_config(path: Path, arguments: dict[str, Any], processes: Any, device: str, **more: Any) -> None:
     """What a result depends on, for the reader of the folder, as JSON."""
     path.write_text(json.dumps({
         "arguments": arguments, "world_size": processes.world_size, "device": device,

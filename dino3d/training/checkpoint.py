@@ -10,10 +10,12 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -35,7 +37,7 @@ class Saving(NamedTuple):
     keep_last: int = 2
 
 
-def add_saving_flags(group, besides):
+def add_saving_flags(group: Any, besides: str) -> None:
     """The flags that a Saving is made of. besides: when the script saves anyway"""
     default = Saving()
     group.add_argument("--save_every_steps", default=default.every_steps, type=number(int, 0), metavar="N",
@@ -55,16 +57,16 @@ def add_saving_flags(group, besides):
 class Checkpoints:
     """A run's checkpoint, written in the background, and those before it. path: of the newest; saving: Saving"""
 
-    def __init__(self, path, saving):
+    def __init__(self, path: Path | str, saving: Saving) -> None:
         self.path, self.saving = Path(path), saving
         self._thread, self._writing, self._saved = ThreadPoolExecutor(1), None, time.monotonic()
 
-    def due(self, step):
+    def due(self, step: int) -> bool:
         """Whether to save after this step."""
         steps, minutes, _ = self.saving
         return bool(steps and step % steps == 0 or minutes and time.monotonic() - self._saved >= 60 * minutes)
 
-    def save(self, state, copy=None):
+    def save(self, state: dict[str, Any], copy: Path | None = None) -> None:
         """Save `state` as it is now; returns when it is copied to CPU memory. copy: a second name for this one, to stay.
 
         Raises UserError where the one before could not be written.
@@ -73,23 +75,23 @@ class Checkpoints:
         state, self._saved = to_cpu(state), time.monotonic()
         self._writing = self._thread.submit(self._write, state, copy)
 
-    def _write(self, state, copy):
+    def _write(self, state: dict[str, Any], copy: Path | None) -> None:
         save_checkpoint(self.path, state, self.saving.keep_last)
         if copy:
             keep_copy(self.path, copy)
 
-    def wait(self):
+    def wait(self) -> None:
         """Until what was saved is on disk. Raises UserError where it could not be written."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
 
-    def close(self):
+    def close(self) -> None:
         """End the writing thread, when what was saved is on disk or can't be written."""
         self._thread.shutdown()
 
 
-def to_cpu(state):
+def to_cpu(state: Any) -> Any:
     """A copy of a state in CPU memory: training goes on changing its tensors in place."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
@@ -100,7 +102,7 @@ def to_cpu(state):
     return state
 
 
-def save_checkpoint(path, state, keep_last=1):
+def save_checkpoint(path: Path | str, state: dict[str, Any], keep_last: int = 1) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) so that `path` is always a whole file.
 
     keep_last: how many to keep, this one included. Raises UserError where it can't be written, and then what was
@@ -124,14 +126,14 @@ def save_checkpoint(path, state, keep_last=1):
                         "what was saved before is unharmed") from error
 
 
-def remove(path):
+def remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:  # where nothing can be written, nothing is there to remove
         pass
 
 
-def rotate(path, keep_last):
+def rotate(path: Path, keep_last: int) -> None:
     """Give the newest checkpoint the name of the first earlier one as well, and each earlier one the next name."""
     earlier = list_backups(path)
     for old in earlier[max(keep_last - 1, 0):]:
@@ -146,14 +148,14 @@ def rotate(path, keep_last):
     keep_copy(path, names[0])
 
 
-def list_backups(path):
+def list_backups(path: Path) -> list[Path]:
     """Paths of the earlier checkpoints that are kept beside `path`, the latest first."""
     pattern = re.compile(re.escape(path.stem) + r"\.(\d+)" + re.escape(path.suffix))
     found = {int(match[1]): other for other in path.parent.iterdir() if (match := pattern.fullmatch(other.name))}
     return [found[k] for k in sorted(found)]
 
 
-def keep_copy(path, copy):
+def keep_copy(path: Path, copy: Path) -> None:
     """Keep the checkpoint `path` under a second name as well, without writing it again where links are possible."""
     part = copy.with_name(copy.name + ".part")
     remove(part)
@@ -168,7 +170,7 @@ def keep_copy(path, copy):
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-def load_checkpoint(path, must_match=None):
+def load_checkpoint(path: Path | str, must_match: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The state that `save_checkpoint` wrote, or None where there is no file.
 
     must_match: {name: value} that the state's config must agree with, where it has the name. Raises UserError.
@@ -181,7 +183,8 @@ def load_checkpoint(path, must_match=None):
         raise UserError(f"{error}; move it away to start anew or put back a whole one") from error
 
 
-def load_newest(path, must_match=None, parts=()):
+def load_newest(path: Path | str, must_match: Mapping[str, Any] | None = None,
+                parts: Collection[str] = ()) -> dict[str, Any] | None:
     """As `load_checkpoint`; where the file is damaged, the last whole one before it takes its place, with a warning.
 
     parts: names that a state must have, as `check` has them
@@ -207,11 +210,12 @@ def load_newest(path, must_match=None, parts=()):
     raise UserError(f"{problems[0]}{others}; move it away to start anew or put back a whole one")
 
 
-def load_on_all(path, processes, must_match=None, parts=()):
+def load_on_all(path: Path | str, processes: Processes, must_match: Mapping[str, Any] | None = None,
+                parts: Collection[str] = ()) -> dict[str, Any] | None:
     """The state of `load_newest` on every rank, or None. Raises UserError, also where a rank can't see the file."""
     mine = []
 
-    def look():
+    def look() -> bool:
         mine.append(load_newest(path, must_match, parts))
         return mine[0] is not None
     if not processes.run_on_main(look):
@@ -223,7 +227,8 @@ def load_on_all(path, processes, must_match=None, parts=()):
     return state
 
 
-def check_state(state, path, must_match=None, parts=()):
+def check_state(state: Any, path: Path | str, must_match: Mapping[str, Any] | None = None,
+                parts: Collection[str] = ()) -> dict[str, Any]:
     """`state`, if it is a checkpoint of the same run: has `parts`, and a config that agrees with `must_match`.
 
     Raises UserError.
@@ -239,7 +244,7 @@ def check_state(state, path, must_match=None, parts=()):
     return state
 
 
-def require_parts(state, names, path, everywhere=False):
+def require_parts(state: Any, names: Iterable[str], path: Path | str, everywhere: bool = False) -> None:
     """UserError where a checkpoint does not have what this script restores, as another script's has not."""
     missing = [repr(name) for name in names if not isinstance(state, dict) or name not in state]
     if missing:
@@ -247,7 +252,7 @@ def require_parts(state, names, path, everywhere=False):
         raise UserError(f"{path}: is {kind_of(state)}: it has no {truncate_list(missing)}; {INSTEAD}{key}", everywhere)
 
 
-def kind_of(state):
+def kind_of(state: Any) -> str:
     """In words, what wrote a checkpoint, as far as its parts tell."""
     parts = state.keys() if isinstance(state, dict) else set()
     config = state["config"] if "config" in parts and isinstance(state["config"], dict) else {}
@@ -259,7 +264,7 @@ def kind_of(state):
     return "no checkpoint of this script"
 
 
-def load_parts(parts, state, path):
+def load_parts(parts: Mapping[str, Any], state: Any, path: Path | str) -> None:
     """Load each of `parts`, {name: module, optimizer or gradient scaler}, from what the checkpoint has under its name.
 
     Raises UserError where one is missing or does not fit, on all ranks alike: they have the same file.
@@ -276,7 +281,7 @@ def load_parts(parts, state, path):
             raise UserError(f"{path}: its '{name}' does not fit this run: {problem}; {RESUME}", everywhere=True)
 
 
-def misfit(part, state):
+def misfit(part: Any, state: Any) -> str:
     """Why `state` can't be loaded into the part, in a few words, or "": torch's own fill a page, or come too late."""
     if not isinstance(state, dict):
         return f"it is a {type(state).__name__}, expected a dict"
@@ -288,7 +293,7 @@ def misfit(part, state):
     return f"without a number for {truncate_list(bad)}" if bad else ""
 
 
-def optimizer_misfit(optimizer, state):
+def optimizer_misfit(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str:
     missing = [name for name in ("param_groups", "state") if name not in state]
     if missing:
         return f"without {truncate_list(missing)}"
@@ -307,7 +312,7 @@ def optimizer_misfit(optimizer, state):
     return f"with {truncate_list(shapes)}" if shapes else ""
 
 
-def load_progress(kind, state, path):
+def load_progress(kind: type, state: Mapping[str, Any], path: Path | str) -> Any:
     """A `kind`, a dataclass that tells how far a run is, from what a checkpoint has of its fields. Raises UserError."""
     values = {field.name: state[field.name] for field in fields(kind) if field.name in state}
     for field in fields(kind):
@@ -317,7 +322,7 @@ def load_progress(kind, state, path):
     return kind(**values)
 
 
-def _format_flag(value):
+def _format_flag(value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return " ".join(text.split())[:100]
 
@@ -333,25 +338,26 @@ class StopSignal:
     marker: file that says in words that the run was ended so; removed when it is resumed
     """
 
-    def __init__(self, processes=Processes(), marker=None):
+    def __init__(self, processes: Processes = Processes(), marker: Path | None = None) -> None:
         self.processes, self.marker, self.received = processes, marker, ""
         self._at, self._before, self._answer = 0.0, {}, None
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignal":
         if self.processes.is_main:
             self.marker.unlink(missing_ok=True)
         self._before = {number: signal.signal(number, self._heed) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         if kind is None and self._answer:
             self._answer()  # the question after the last step: nothing is left under way
         if kind is Preempted and self.processes.is_main:
             self.marker.write_text(self._told(error))
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
-    def _heed(self, number, frame):
+    def _heed(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.received:
             self.received, self._at = signal.Signals(number).name, now
@@ -360,7 +366,7 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def should_stop(self):
+    def should_stop(self) -> bool:
         """Whether the run is to end here, the same on all ranks: all call this after every step.
 
         What the others say is looked at after the next step, so that no GPU waits for it.
@@ -372,20 +378,20 @@ class StopSignal:
         self._answer = self.processes.any_rank_async(bool(self.received))
         return False
 
-    def end(self, saved=lambda: None):
+    def end(self, saved: Callable[[], None] = lambda: None) -> NoReturn:
         """End the run on all ranks. saved: called on the main process first, returns when everything is on disk"""
         self.processes.run_on_main(saved)  # nobody leaves before: a launcher ends the others when one is gone
         raise Preempted(f"ended by {self.received or 'a signal to another process'}; everything is saved, the same command "
                         "resumes")
 
-    def _told(self, error):
+    def _told(self, error: BaseException | None) -> str:
         count = self.processes.world_size
         launched = f"with {count} processes, by torchrun or srun as before" if count > 1 else f"with {sys.executable}"
         return (f"This run was {error}. It is not finished. To resume, start the same command again ({launched}):\n\n"
                 f"    {shlex.join(sys.argv)}\n\nThis file is removed then.\n")
 
 
-def ignore_signals(_):
+def ignore_signals(_: int) -> None:
     """worker_init_fn of a DataLoader: a signal to all processes of a run is for the main ones to heed."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

@@ -1,19 +1,22 @@
 """The DataLoader's reading processes: how many, and the next of their batches."""
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from dino3d.command_line import UserError, available_cores
-from utils import is_worker_death, worker_death
+from utils import Processes, is_worker_death, worker_death
 
 READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
 
 
-def cores_per_process(processes):
+def cores_per_process(processes: Processes) -> int:
     """CPU cores that this process may use, its share of what the machine grants."""
     return max(1, available_cores() // processes.local_world_size)
 
 
-def reading_processes(wanted, processes, batch_bytes):
+def reading_processes(wanted: int | None, processes: Processes,
+                      batch_bytes: int) -> tuple[int, int | None, list[str]]:
     """(workers, batches that each has ready, notices) of a DataLoader, so that its batches fit into shared memory.
 
     wanted: workers, None: as many as there are cores for this process, at most 16; batch_bytes: of one batch
@@ -35,7 +38,7 @@ def reading_processes(wanted, processes, batch_bytes):
     return fits, 1 if fits else None, [told + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"]
 
 
-def next_batch(batches, note=lambda batch: None):
+def next_batch(batches: Iterator[Any], note: Callable[[Any], None] = lambda batch: None) -> Any:
     """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died.
 
     note: sees each batch before

@@ -5,15 +5,21 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 from tqdm import tqdm
 
+from augmentations import MultiCropAugmentation
 from dino3d.command_line import UserError
+from dino3d.data.pretraining import Batch
 from dino3d.files import append_json, read_log, read_table, write_table
 from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, scan_name, view_rows
-from utils import Silent
+from utils import Processes, Silent
 
 # A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):
 # healthy ones kept the entropy between 0.6 and 0.95 of ln(out_dim) with 6 to 20 prototypes winning; without a centre
@@ -26,7 +32,7 @@ PATIENCE = 3             # log entries in a row before a warning: a single one m
 ENOUGH_VIEWS = 32        # teacher outputs that an entry must rest on to count prototypes
 
 
-def collapse_warning(entropy, kl, winners, out_dim, views):
+def collapse_warning(entropy: float, kl: float, winners: int, out_dim: int, views: int) -> str | None:
     """What to tell the user about a teacher that has become useless, or None.
 
     entropy: mean entropy of the teacher's outputs in nats; kl: divergence of the student from it
@@ -43,12 +49,12 @@ def collapse_warning(entropy, kl, winners, out_dim, views):
     return None
 
 
-def air_share(views):
+def air_share(views: Sequence[Tensor]) -> Tensor:
     """() share of the views that hold no tissue. views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)]."""
     return torch.cat([(view.flatten(1).amax(1) < NO_TISSUE).float() for view in views]).mean()
 
 
-def effective_rank(features):
+def effective_rank(features: Tensor) -> Tensor:
     """exp of the entropy of the singular values' shares (Roy and Vetterli 2007). features: (B, D); 1 to min(B, D)."""
     features = features.float()
     shares = torch.linalg.svdvals(features - features.mean(0))
@@ -56,7 +62,7 @@ def effective_rank(features):
     return torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held at most: of the GPU's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -73,15 +79,15 @@ class BadFiles:
     path: of the CSV that lists those of all epochs; volumes: how many there are; most: how many of them may be bad
     """
 
-    def __init__(self, path, processes, volumes, most):
+    def __init__(self, path: Path, processes: Processes, volumes: int, most: int) -> None:
         self.path, self.processes, self.volumes, self.most = path, processes, volumes, most
         self.epoch, self.reasons, self._new = None, {}, {}  # {file: reason} of all ranks; of this one since they last met
 
-    def start_epoch(self, epoch):
+    def start_epoch(self, epoch: int | None) -> None:
         if epoch != self.epoch:
             self.epoch, self.reasons, self._new = epoch, {}, {}
 
-    def record(self, batch):
+    def record(self, batch: Batch) -> None:
         """Take note of what a pretraining.Batch met on this rank. Raises UserError where it met so many that it gave up."""
         self._new.update(batch.bad)
         if batch.fatal and len(self.reasons | self._new) > self.most:
@@ -89,7 +95,7 @@ class BadFiles:
             self.write()
             raise UserError(self._too_many())
 
-    def gather(self):
+    def gather(self) -> None:
         """Bring together what the ranks met. Raises UserError, on all of them, where that is too much."""
         new, self._new = {file: reason for file, reason in self._new.items() if file not in self.reasons}, {}
         if self.processes.sum(torch.tensor(float(len(new)), device=self.processes.device)) > 0:
@@ -100,22 +106,22 @@ class BadFiles:
                 self.write()
             raise UserError(self._too_many(), everywhere=True)
 
-    def _example(self):
+    def _example(self) -> str:
         file, reason = next(iter(self.reasons.items()))
         return f"such as {file}: {reason}; all of them are in {self.path}"
 
-    def _too_many(self):
+    def _too_many(self) -> str:
         bad = len(self.reasons)
         return (f"{bad} of {self.volumes} volumes ({bad / self.volumes:.0%}) are unreadable in epoch {self.epoch}, "
                 f"--max_bad_files allows {self.most}, {self._example()}. Repair or remove them, or raise --max_bad_files")
 
-    def report(self, print_line):
+    def report(self, print_line: Callable[[str], None]) -> None:
         """At an epoch's end: one line for the console, and all of them in the CSV."""
         if self.reasons:
             self.write()
             print_line(f"epoch {self.epoch}: {len(self.reasons)} unreadable files, whose place other samples took, {self._example()}")
 
-    def write(self):
+    def write(self) -> None:
         """Add what is new to the CSV; a file that was bad before keeps its row."""
         header, rows = ["path", "reason", "first_epoch"], {}
         if self.path.is_file():
@@ -135,7 +141,8 @@ class Monitor:
     volumes, max_bad: how many there are, and how many of them may be unreadable in an epoch
     """
 
-    def __init__(self, output_dir, processes, out_dim, log_every, total_steps, done_steps, global_batch, volumes, max_bad):
+    def __init__(self, output_dir: Path | str, processes: Processes, out_dim: int, log_every: int, total_steps: int,
+                 done_steps: int, global_batch: int, volumes: int, max_bad: int) -> None:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
@@ -150,21 +157,21 @@ class Monitor:
         self._reset_window()
         self.start_epoch(None)
 
-    def start_epoch(self, epoch):
+    def start_epoch(self, epoch: int | None) -> None:
         self.bad_files.start_epoch(epoch)
         self._epoch = []  # (steps, steps that were taken, {metric: mean}, seconds without data) of each entry
         self._epoch_began = time.perf_counter()
         self._epoch_wins = torch.zeros(self.out_dim, device=self.processes.device)
 
-    def _reset_window(self):
+    def _reset_window(self) -> None:
         self._sums = 0.0  # (names + 1,) of the metrics, in the order of the first step's, and of the steps taken
         self._wins = torch.zeros(self.out_dim, device=self.processes.device)
         self._steps, self._waited, self._began, self._views = 0, 0.0, time.perf_counter(), 0
 
-    def print(self, message):
+    def print(self, message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
-    def step(self, finite, metrics, winners, waited):
+    def step(self, finite: Tensor, metrics: Mapping[str, Tensor], winners: Tensor, waited: float) -> None:
         """Take note of one step; of one that was skipped, only that.
 
         taken: () bool; metrics: {name: ()} the same names in each step, "kl" and "teacher_entropy" among them
@@ -177,7 +184,7 @@ class Monitor:
         self._steps, self._waited, self._views = self._steps + 1, self._waited + waited, self._views + len(winners)
         self.bar.update()
 
-    def flush(self, step, schedules, center_norm, features):
+    def flush(self, step: int, schedules: Mapping[str, float], center_norm: Tensor, features: Tensor) -> None:
         """Fetch what was collected since the last entry and show it. Raises UserError for too many unreadable files.
 
         schedules: {name: value}; features: (B, D) embeddings of this rank's last global views
@@ -212,7 +219,7 @@ class Monitor:
                 self._watch(values, winners, views)
         self._reset_window()
 
-    def _watch(self, values, winners, views):
+    def _watch(self, values: Mapping[str, float], winners: int, views: int) -> None:
         warning = collapse_warning(values["teacher_entropy"], values["kl"], winners, self.out_dim, views)
         self._streak = self._streak + 1 if warning else 0
         kind = warning and warning.split("(")[0]
@@ -220,7 +227,7 @@ class Monitor:
             self._warned.add(kind)
             self.print(f"warning: {warning}")
 
-    def log_epoch(self, epoch, step, schedules):
+    def log_epoch(self, epoch: int, step: int, schedules: dict[str, float]) -> None:
         """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are done)."""
         seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, *_ in self._epoch)
         entries = [(finite, values) for _, finite, values, _ in self._epoch if finite]
@@ -243,13 +250,14 @@ class Monitor:
             } | schedules)
         self.writer.flush()
 
-    def picture(self, name, image, step):
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Save a uint8 picture as a PNG in the output folder and show it in TensorBoard."""
         from PIL import Image
         Image.fromarray(image).save(self.output_dir / f"{name}.png")
         self.writer.add_image(name, image, step, dataformats="HW")
 
-    def show_views(self, views, paths, spacings, step, most=4):
+    def show_views(self, views: Sequence[Tensor], paths: Sequence[Path | str], spacings: Sequence[ArrayLike], step: int,
+                   most: int = 4) -> None:
         """Picture of the current views: per sample two global ones (axial and coronal) and its local ones (axial).
 
         paths, spacings: of each sample's scan, (3,) mm per voxel of its views
@@ -258,7 +266,8 @@ class Monitor:
             rows, labels = view_rows(views, [scan_name(path) for path in paths], spacings, most)
             self.picture("views", montage(rows, labels, f"what the networks see at step {step}; {EVEN}"), step)
 
-    def show_augmentations(self, batch, crops, clip_range, step):
+    def show_augmentations(self, batch: Batch, crops: MultiCropAugmentation, clip_range: tuple[float, float],
+                           step: int) -> None:
         """Picture of each augmentation alone, four draws each, on that one of a pretraining.Batch's patches that varies most."""
         if self.processes.is_main:
             middles = [patch[tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(patch.shape, crops.global_size))]
@@ -270,12 +279,12 @@ class Monitor:
             labels = [f"{name}: four draws, axial and coronal" for name in examples]
             self.picture("augmentations", montage(rows, labels, f"{scan_name(batch.paths[shown])}; {EVEN}"), step)
 
-    def close(self):
+    def close(self) -> None:
         self.writer.close()
         self.bar.close()
 
 
-def summary(output_dir):
+def summary(output_dir: Path | str) -> str:
     """A few lines on how a run went and where its results are."""
     output_dir = Path(output_dir)
     records, lines = read_log(output_dir / "log.txt"), []

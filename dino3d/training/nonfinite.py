@@ -6,15 +6,19 @@ needn't wait for it; it is fetched every few steps only.
 """
 import json
 import math
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from dino3d.command_line import UserError, truncate_list
+from utils import Processes
 
 CHECK_EVERY = 10  # steps between looks at the counter; each look waits for the device
 
 
-def step_if_finite(optimizer, finite):
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """Step the optimizer if `taken`, a bool tensor () on its device; if not, weights and optimizer state stay as they are.
 
     The flag is handed over the way torch.amp.GradScaler does it: fused optimizers, and our LARS, read it on the device.
@@ -26,25 +30,25 @@ def step_if_finite(optimizer, finite):
 class NonFiniteSteps:
     """Counts the steps in a row that were not taken. most: how many of them end the run."""
 
-    def __init__(self, max_in_a_row, device):
+    def __init__(self, max_in_a_row: int, device: torch.device) -> None:
         self.max_in_a_row, self.every = max_in_a_row, min(max_in_a_row, CHECK_EVERY)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
-    def count(self, finite):
+    def count(self, finite: Tensor) -> None:
         """taken: of one more step, a bool tensor () on the device."""
         self._in_a_row = torch.where(finite, 0, self._in_a_row + 1)
 
-    def too_many(self, step):
+    def too_many(self, step: int) -> bool:
         """Whether the run has to end, the same on all ranks; looked at in some steps only."""
         return step % self.every == 0 and self._in_a_row.item() >= self.max_in_a_row
 
 
-def describe_sample(path, loss, **tensors):
+def describe_sample(path: Path | str, loss: float | Tensor, **tensors: Tensor) -> dict[str, Any]:
     """What to tell of one sample: its file, its own loss, and the grey values of what was made of the file."""
     return {"file": str(path), "loss": _finite(loss)} | {name: tensor_statistics(values) for name, values in tensors.items()}
 
 
-def tensor_statistics(values):
+def tensor_statistics(values: Tensor) -> dict[str, float | None]:
     """Lowest, highest and mean of a tensor's finite values (None where there is none), and the share of the others."""
     finite = values[values.isfinite()].double()
     low, high, mean = (finite.min(), finite.max(), finite.mean()) if len(finite) else (math.nan,) * 3
@@ -52,11 +56,12 @@ def tensor_statistics(values):
             "not_finite": 1 - len(finite) / values.numel()}
 
 
-def _finite(value):
+def _finite(value: float | Tensor) -> float | None:
     return float(value) if math.isfinite(value) else None  # JSON has no NaN
 
 
-def abort_run(folder, processes, step, max_in_a_row, samples):
+def abort_run(folder: Path, processes: Processes, step: int, max_in_a_row: int,
+              samples: list[dict[str, Any]]) -> NoReturn:
     """Write this rank's folder/skipped_batch_rank<r>.json, and raise UserError, on all ranks alike.
 
     samples: what `describe_sample` says of each sample of this rank's last batch

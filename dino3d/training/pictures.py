@@ -1,12 +1,17 @@
 """Planes of volumes as pictures, in millimetres and turned as radiologists see them, and many of them in one montage."""
 import collections
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from augmentations import (
     AUGMENTATIONS,
     Lattice,
+    MultiCropAugmentation,
     ViewParameters,
     collate_views,
     paper_policy,
@@ -20,7 +25,7 @@ NEARLY_AIR = 0.3    # share of tissue below which a tile shows too little
 EVEN = "drawn in millimetres; the patient's right on the left, anterior or superior on top"
 
 
-def radiological(plane):
+def radiological(plane: ArrayLike) -> np.ndarray:
     """(rows, columns) picture of a plane whose axes grow to the right and up: the patient's right is on the left.
 
     plane: (a, b) with a towards the patient's right (a coronal or axial plane), b towards anterior or superior.
@@ -28,7 +33,7 @@ def radiological(plane):
     return np.asarray(plane)[::-1, ::-1].T
 
 
-def plane(volume, axis, spacing, at=0.5):
+def plane(volume: np.ndarray, axis: int, spacing: ArrayLike, at: float = 0.5) -> np.ndarray:
     """Picture of a plane across an axis: 0 sagittal (anterior on the left), 1 coronal, 2 axial; its pixels are squares.
 
     volume: (X, Y, Z) grey values; spacing: (3,) mm per voxel, of which the smaller of the plane's two is a pixel's side
@@ -42,20 +47,21 @@ def plane(volume, axis, spacing, at=0.5):
     return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR))
 
 
-def planes(view, spacing):
+def planes(view: Tensor, spacing: ArrayLike) -> list[np.ndarray]:
     """[axial, coronal] pictures of the middle planes of a view (X, Y, Z); spacing: (3,) mm."""
     view = view.float().cpu().numpy()
     return [plane(view, 2, spacing), plane(view, 1, spacing)]
 
 
-def magnified(picture, rows):
+def magnified(picture: np.ndarray, rows: int) -> np.ndarray:
     """A picture brought to a height in pixels."""
     from PIL import Image
     columns = max(1, round(picture.shape[1] * rows / picture.shape[0]))
     return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR))
 
 
-def montage(rows, labels=None, title="", tile=SIDE, gap=2):
+def montage(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] | None = None, title: str = "",
+            tile: int = SIDE, gap: int = 2) -> np.ndarray:
     """uint8 (height, width) picture: rows of grey tiles in [0, 1], each row under its label, all under a title.
 
     The largest tile is magnified to about `tile` pixels where it is smaller, all by the same whole factor. The picture is
@@ -82,12 +88,13 @@ def montage(rows, labels=None, title="", tile=SIDE, gap=2):
     return np.asarray(canvas)
 
 
-def scan_name(path):
+def scan_name(path: Path | str) -> str:
     """The end of a file's path, which tells patients and series apart: <patient>/t<k>/<series>.hdf5."""
     return "/".join(str(path).split("/")[-3:])
 
 
-def view_rows(views, names, spacings, most):
+def view_rows(views: Sequence[Tensor], names: Sequence[str], spacings: Sequence[ArrayLike],
+              most: int) -> tuple[list[list[np.ndarray]], list[str]]:
     """(rows, labels) of tiles for `montage`: at most `most` samples, those of different scans first.
 
     views: [global (2 B, 1, ...), local (L B, 1, ...)]; names: (B,) of the scans; spacings: (B, 3) mm per voxel
@@ -110,7 +117,8 @@ def view_rows(views, names, spacings, most):
     return [rows[sample] for sample in shown], [label.format(names[sample]) for sample in shown]
 
 
-def example_views(patch, crops, clip_range, draws=4):
+def example_views(patch: Tensor, crops: MultiCropAugmentation, clip_range: tuple[float, float],
+                  draws: int = 4) -> dict[str, Tensor]:
     """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
 
     patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels,
