@@ -174,7 +174,7 @@ class Monitor:
     def step(self, finite: Tensor, metrics: Mapping[str, Tensor], winners: Tensor, waited: float) -> None:
         """Take note of one step; of one that was skipped, only that.
 
-        taken: () bool; metrics: {name: ()} the same names in each step, "kl" and "teacher_entropy" among them
+        finite: () bool; metrics: {name: ()} the same names in each step, "kl" and "teacher_entropy" among them
         winners: (2 B,) prototypes of the teacher's outputs; waited: seconds without data
         """
         self._names = self._names or tuple(metrics)

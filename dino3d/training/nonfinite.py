@@ -19,7 +19,7 @@ CHECK_EVERY = 10  # steps between looks at the counter; each look waits for the 
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Step the optimizer if `taken`, a bool tensor () on its device; if not, weights and optimizer state stay as they are.
+    """Step the optimizer if `finite`, a bool tensor () on its device; if not, weights and optimizer state stay as they are.
 
     The flag is handed over the way torch.amp.GradScaler does it: fused optimizers, and our LARS, read it on the device.
     """
@@ -28,14 +28,14 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 class NonFiniteSteps:
-    """Counts the steps in a row that were not taken. most: how many of them end the run."""
+    """Counts the steps in a row that were not finite. max_in_a_row: how many of them end the run."""
 
     def __init__(self, max_in_a_row: int, device: torch.device) -> None:
         self.max_in_a_row, self.every = max_in_a_row, min(max_in_a_row, CHECK_EVERY)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     def count(self, finite: Tensor) -> None:
-        """taken: of one more step, a bool tensor () on the device."""
+        """finite: of one more step, a bool tensor () on the device."""
         self._in_a_row = torch.where(finite, 0, self._in_a_row + 1)
 
     def too_many(self, step: int) -> bool:
