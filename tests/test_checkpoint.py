@@ -250,13 +250,13 @@ def test_parts_that_fit_are_loaded_and_others_named():
 
 
 def test_how_far_a_run_is_has_its_types():
-    done = fold_loop.Done(1, 2, 3, 4, {"loss": 0.5})
-    assert load_progress(fold_loop.Done, dataclasses.asdict(done) | {"more": 1}, "here.pth") == done
-    assert load_progress(fold_loop.Done, {"step": 3}, "here.pth") == fold_loop.Done(step=3)  # of an older version
+    done = fold_loop.FoldProgress(1, 2, 3, 4, {"loss": 0.5})
+    assert load_progress(fold_loop.FoldProgress, dataclasses.asdict(done) | {"more": 1}, "here.pth") == done
+    assert load_progress(fold_loop.FoldProgress, {"step": 3}, "here.pth") == fold_loop.FoldProgress(step=3)  # of an older version
     for wrong, says in (({"epoch": 1.5}, "its 'epoch' is a float, expected int"),
                         ({"trained": [1]}, r"its 'trained' is a list, expected dict \| None")):
         with pytest.raises(UserError, match=f"here.pth: {says}; resume with"):
-            load_progress(fold_loop.Done, wrong, "here.pth")
+            load_progress(fold_loop.FoldProgress, wrong, "here.pth")
 
 
 class Malicious:
@@ -718,3 +718,12 @@ def test_two_nodes_on_loopback(noise, undisturbed, tmp_path):
         outputs = [node.communicate(timeout=180) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert differing(tmp_path, undisturbed[2]) == []
+
+
+def test_values_that_differ_late_are_different(tmp_path):
+    """Of paths with one long beginning, too; a tuple is the list that it becomes in a checkpoint."""
+    long = "/".join(["folder"] * 30)
+    state = {"config": {"weights": f"{long}/one.pth", "size": [1, 2, 3]}}
+    assert checkpoint.check_state(state, tmp_path, {"weights": f"{long}/one.pth", "size": (1, 2, 3)}) is state
+    with pytest.raises(UserError, match="--weights"):
+        checkpoint.check_state(state, tmp_path, {"weights": f"{long}/two.pth"})

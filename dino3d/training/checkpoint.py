@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from dino3d.command_line import Preempted, UserError, end_workers, number, truncate_list
+from dino3d.command_line import Preempted, UserError, end_workers, format_values, number, truncate_list
 from dino3d.files import add_checksum
 from utils import Processes, is_worker_death, load_file, tensor_misfit
 
@@ -238,8 +238,8 @@ def check_state(state: Any, path: Path | str, must_match: Mapping[str, Any] | No
     if not isinstance(config, dict):
         raise UserError(f"{path}: its 'config' is a {type(config).__name__}, expected a dict; {INSTEAD}")
     for name, value in (must_match or {}).items():
-        if name in config and _format_flag(config[name]) != _format_flag(value):
-            raise UserError(f"{path}: is of a run with --{name} {_format_flag(config[name])}, not {_format_flag(value)}; "
+        if name in config and _as_list(config[name]) != _as_list(value):
+            raise UserError(f"{path}: is of a run with --{name} {_shown(config[name])}, not {_shown(value)}; "
                             "resume with the same or choose another --output_dir")
     return state
 
@@ -322,9 +322,14 @@ def load_progress(kind: type, state: Mapping[str, Any], path: Path | str) -> Any
     return kind(**values)
 
 
-def _format_flag(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return " ".join(text.split())[:100]
+def _as_list(value: Any) -> Any:
+    """A tuple as a list, which it is in a checkpoint."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    """A value of a config in a message, in one line and not too long."""
+    return " ".join(format_values(value).split())[:100]
 
 
 # -------------------------------------------------------------------------------------------------- being interrupted
