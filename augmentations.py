@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dino3d.bspline import SPANS, Lattice, sampling_grid, warp  # noqa: F401  they are imported from here too
+from dino3d.bspline import SPANS, Lattice, rotation_matrix, sampling_grid, warp  # noqa: F401  imported from here too
 from dino3d.command_line import boolean_flag
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
@@ -47,15 +47,6 @@ def keyed_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Random
 def draw_angles(rng: np.random.RandomState, degrees: float) -> np.ndarray:
     """(3,) radians about x, y and z."""
     return np.radians(rng.uniform(-degrees, degrees, 3))
-
-
-def rotation_matrix(angles: np.ndarray) -> np.ndarray:
-    """(3, 3) rotation about x, then the turned y, then the turned z; angles in radians."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return about_x @ about_y @ about_z
 
 
 def draw_factors(rng: np.random.RandomState, amount: float) -> np.ndarray:

@@ -86,3 +86,12 @@ def warp(patch: Tensor, control: Tensor, lattice: Lattice, mode: str = "bilinear
     x, y, z = (at * (2 / max(n - 1, 1)) - 1 for at, n in zip(control.unbind(-1), patch.shape[2:]))
     grid = sampling_grid(torch.stack([z, y, x], -1), lattice)
     return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)
+
+
+def rotation_matrix(angles: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation about x, then the turned y, then the turned z; angles in radians."""
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_x @ about_y @ about_z

@@ -32,14 +32,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.patheffects import withStroke
 
-from augmentations import (
-    PAPER,
-    MultiCropAugmentation,
-    Policy,
-    collate_views,
-    sampling_grid,
-    scale_intensity,
-)
+from augmentations import PAPER, MultiCropAugmentation, Policy, collate_views, sampling_grid, scale_intensity
 from dino3d.data.images import read_image, voxels_of
 from dino3d.data.resampling import resample
 from dino3d.data.volume import Volume

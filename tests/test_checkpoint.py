@@ -250,7 +250,7 @@ def test_parts_that_fit_are_loaded_and_others_named():
 
 
 def test_how_far_a_run_is_has_its_types():
-    done = fold_loop.FoldProgress(1, 2, 3, 4, {"loss": 0.5})
+    done = fold_loop.FoldProgress(epoch=1, position=2, step=3, cases=4, trained={"loss": 0.5})
     assert load_progress(fold_loop.FoldProgress, dataclasses.asdict(done) | {"more": 1}, "here.pth") == done
     assert load_progress(fold_loop.FoldProgress, {"step": 3}, "here.pth") == fold_loop.FoldProgress(step=3)  # of an older version
     for wrong, says in (({"epoch": 1.5}, "its 'epoch' is a float, expected int"),

@@ -24,8 +24,9 @@ from dino3d.finetune.crops import (
 )
 from dino3d.finetune.encoder import ENCODER, load_encoder
 from dino3d.finetune.fold_folders import fold_folders
-from dino3d.finetune.fold_loop import FoldProgress, TrainConfig, layer_groups, set_learning_rate
+from dino3d.finetune.fold_loop import FoldProgress, TrainConfig
 from dino3d.finetune.inference import gather_rows
+from dino3d.finetune.layer_decay import layer_groups, set_learning_rate
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.splits import (
     case_names,

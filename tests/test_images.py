@@ -27,7 +27,7 @@ from dino3d.data.images import LeftOut, read_image, read_raw
 from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, other_grid, read_pair
 from dino3d.data.pretraining import block_mean
 from dino3d.data.resampling import crop_at
-from dino3d.data.volume import VOLUME_SUFFIXES, stem, AIR, DataError, Volume, write_volume
+from dino3d.data.volume import AIR, VOLUME_SUFFIXES, DataError, Volume, stem, write_volume
 from dino3d.prepare.phantoms import chest_phantom
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -23,6 +23,7 @@ from dino3d.command_line import Preempted, UserError
 from dino3d.files import append_json, truncate_log
 from dino3d.finetune.crops import CropBatch, TrainingBatches, collate_crops
 from dino3d.finetune.fold_folders import is_finished, load_best, start_folder
+from dino3d.finetune.layer_decay import layer_groups, set_learning_rate
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.statistics import format_metric
 from dino3d.training.checkpoint import (
@@ -404,33 +405,6 @@ def restore_fold(state: FoldState, saved: dict, path: Path) -> None:
     state.best = saved["best"]
     state.runtime.processes.print(
         f"fold {state.fold.number}: resuming after step {state.progress.step}, epoch {state.progress.epoch}")
-
-
-# -------------------------------------------------------------------------------------------------------- optimisation
-
-
-def layer_groups(model: nn.Module, prefix: str, encoder: nn.Module, layer_decay: float, weight_decay: float) -> list[dict]:
-    """Optimizer groups with layer-wise learning rates (Clark et al. 2020, Bao et al. 2022): `scale` is that of --lr.
-
-    prefix: of the encoder's names in the model. Its `layer_of` tells the layer of each parameter; the head stands with
-    the encoder's last norm at the top, with scale 1. Frozen parameters are left out.
-    """
-    groups, top = {}, len(encoder.blocks) + 1
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = encoder.layer_of(name[len(prefix):]) if name.startswith(prefix) else top
-        decays = utils.decays(name, parameter)
-        group = groups.setdefault((layer, decays), {
-            "params": [], "scale": layer_decay ** (top - layer), "weight_decay": weight_decay if decays else 0.0})
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """rate: of the head; the layers below have `scale` of it."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
 
 
 def one_step_notice(longest: int, epochs: int, global_batch: int) -> list[str]:

@@ -27,6 +27,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the en
 # What to do where the checkpoint in the output folder can't be resumed from
 INSTEAD = "choose another --output_dir, or give it as --pretrained_weights"
 RESUME = "resume with the flags that it was made with (its config.json has them), or choose another --output_dir"
+ALONE = Processes()
 ONE_REQUEST = 1.0  # seconds in which a second signal is no second request: a launcher passes on what all have got already
 
 
@@ -343,7 +344,7 @@ class StopSignal:
     marker: file that says in words that the run was ended so; removed when it is resumed
     """
 
-    def __init__(self, processes: Processes = Processes(), marker: Path | None = None) -> None:
+    def __init__(self, processes: Processes = ALONE, marker: Path | None = None) -> None:
         self.processes, self.marker, self.received = processes, marker, ""
         self._at, self._before, self._answer = 0.0, {}, None
 
