@@ -11,6 +11,7 @@ The table AUGMENTATIONS has a row for each augmentation; flags, policies, pictur
 The six and their ranges are those of "Evaluating Task-Specific Augmentations in Self-Supervised
 Pre-Training for 3D Medical Image Analysis" (SPIE Medical Imaging 2024, doi 10.1117/12.3000850).
 """
+
 import functools
 import itertools
 import math
@@ -28,8 +29,8 @@ from dino3d.bspline import SPANS, Lattice, rotation_matrix, sampling_grid, warp 
 from dino3d.command_line import boolean_flag
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
-MIN_IOU = 0.25   # of two global windows of a sample, before rotation and scale (the paper's rule)
-MAX_BENT = 0.4   # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see elastic_moves)
+MIN_IOU = 0.25  # of two global windows of a sample, before rotation and scale (the paper's rule)
+MAX_BENT = 0.4  # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see elastic_moves)
 
 
 def keyed_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.RandomState:
@@ -67,7 +68,7 @@ def mirror_matrix(axis: int) -> np.ndarray:
 
 def draw_elastic(rng: np.random.RandomState, most: float) -> tuple[float, int]:
     """(largest displacement, seed): a generator of their own, as the number of displacements depends on the lattice."""
-    return rng.uniform(0, most), rng.randint(2 ** 31)
+    return rng.uniform(0, most), rng.randint(2**31)
 
 
 def elastic_moves(drawn: tuple[float, int], lattice: tuple[int, ...]) -> np.ndarray:
@@ -101,7 +102,7 @@ def gaussian_smooth(views: Tensor, sigma: Tensor) -> Tensor:
         if axis == 2:
             views = (views.reshape(shape[0], -1, n) @ weights.mT).reshape(shape)
         else:
-            columns = views.reshape(shape[0], math.prod(shape[1:2 + axis]), n, -1)  # (N, before, n, after the axis)
+            columns = views.reshape(shape[0], math.prod(shape[1 : 2 + axis]), n, -1)  # (N, before, n, after the axis)
             views = (weights[:, None] @ columns).reshape(shape)
     return views
 
@@ -129,7 +130,7 @@ def histogram_shift(views: Tensor, curve: Tensor) -> Tensor:
     bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)
     shifted = torch.addcmul(low + curve[:, :1] * (high - low), t, bends[:, :1])
     for k in range(1, knots - 1):
-        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k:k + 1])
+        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k : k + 1])
     return shifted.reshape(views_shape)
 
 
@@ -151,6 +152,7 @@ class Augmentation:
            intensity:   (N, C, X, Y, Z) views, (N, ...) float32 tensor of their values -> views, on any device
     monai: name of its class in dino3d/monai_transforms.py; argument: what the strength is called there (None: fixed)
     """
+
     strength: float
     limits: tuple[float, float]
     unit: str
@@ -167,31 +169,77 @@ class Augmentation:
 # the end: its draws then come after the others', and runs begun before it keep theirs.
 AUGMENTATIONS = {
     "rotation": Augmentation(
-        strength=30.0, limits=(0, 180), unit="degrees, about each axis, drawn from [-rotation, rotation]",
-        on=True, help="turn by up to 30 degrees about each axis",
-        kind="affine", draw=draw_angles, apply=rotation_matrix, monai="RandRotation", argument="degrees"),
+        strength=30.0,
+        limits=(0, 180),
+        unit="degrees, about each axis, drawn from [-rotation, rotation]",
+        on=True,
+        help="turn by up to 30 degrees about each axis",
+        kind="affine",
+        draw=draw_angles,
+        apply=rotation_matrix,
+        monai="RandRotation",
+        argument="degrees",
+    ),
     "scale": Augmentation(
-        strength=0.25, limits=(0, 0.99), unit="relative, along each axis; 0.25 draws from [0.75, 1.25], more than 1 "
-                                              "shows more of the patch",
-        on=True, help="scale by up to 25 % along each axis",
-        kind="affine", draw=draw_factors, apply=np.diag, monai="RandScale", argument="amount"),
+        strength=0.25,
+        limits=(0, 0.99),
+        unit="relative, along each axis; 0.25 draws from [0.75, 1.25], more than 1 shows more of the patch",
+        on=True,
+        help="scale by up to 25 % along each axis",
+        kind="affine",
+        draw=draw_factors,
+        apply=np.diag,
+        monai="RandScale",
+        argument="amount",
+    ),
     "flip": Augmentation(
-        strength=1, limits=(0, 1), unit="1 mirrors one axis, drawn at random",
-        on=True, help="mirror one axis, drawn at random",
-        kind="affine", draw=draw_axis, apply=mirror_matrix, monai="RandFlip", argument=None),
+        strength=1,
+        limits=(0, 1),
+        unit="1 mirrors one axis, drawn at random",
+        on=True,
+        help="mirror one axis, drawn at random",
+        kind="affine",
+        draw=draw_axis,
+        apply=mirror_matrix,
+        monai="RandFlip",
+        argument=None,
+    ),
     "elastic": Augmentation(
-        strength=MAX_BENT, limits=(0, MAX_BENT), unit="furthest that a control point moves along an axis, in control "
-                                                      "point spacings",
-        on=False, help="bend space, without folds",
-        kind="deformation", draw=draw_elastic, apply=elastic_moves, monai="RandElastic", argument="amount"),
+        strength=MAX_BENT,
+        limits=(0, MAX_BENT),
+        unit="furthest that a control point moves along an axis, in control point spacings",
+        on=False,
+        help="bend space, without folds",
+        kind="deformation",
+        draw=draw_elastic,
+        apply=elastic_moves,
+        monai="RandElastic",
+        argument="amount",
+    ),
     "gaussian": Augmentation(
-        strength=2.0, limits=(0, math.inf), unit="voxels, largest standard deviation along each axis",
-        on=False, help="smooth with a sigma of up to 2 voxels along each axis",
-        kind="intensity", draw=draw_sigma, apply=gaussian_smooth, monai="RandGaussianSmooth", argument="sigma"),
+        strength=2.0,
+        limits=(0, math.inf),
+        unit="voxels, largest standard deviation along each axis",
+        on=False,
+        help="smooth with a sigma of up to 2 voxels along each axis",
+        kind="intensity",
+        draw=draw_sigma,
+        apply=gaussian_smooth,
+        monai="RandGaussianSmooth",
+        argument="sigma",
+    ),
     "histogram": Augmentation(
-        strength=10, limits=(3, math.inf), unit="control points of the grey-value curve",
-        on=False, help="shift grey values by a curve with 10 control points",
-        kind="intensity", draw=draw_curve, apply=histogram_shift, monai="RandHistogramShift", argument="points"),
+        strength=10,
+        limits=(3, math.inf),
+        unit="control points of the grey-value curve",
+        on=False,
+        help="shift grey values by a curve with 10 control points",
+        kind="intensity",
+        draw=draw_curve,
+        apply=histogram_shift,
+        monai="RandHistogramShift",
+        argument="points",
+    ),
 }
 # What flags switch on: of the six, the strengths in the paper
 PAPER = {name: row.strength for name, row in AUGMENTATIONS.items()}
@@ -234,12 +282,13 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
 
     @property
     def sequence(self) -> list[str]:
-        """Names for `draw_points` where many views come from one generator, so that a new row's draws would shift the next
-        view's: the paper's six in any case, later rows only where they are on."""
+        """Names for `draw_points` where many views come from one generator, so that a new row's draws would shift the
+        next view's: the paper's six in any case, later rows only where they are on."""
         return [name for i, name in enumerate(AUGMENTATIONS) if i < 6 or name in self.on]
 
-    def draw(self, rng: np.random.RandomState, lattice: tuple[int, ...],
-             names: Iterable[str] = AUGMENTATIONS) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    def draw(
+        self, rng: np.random.RandomState, lattice: tuple[int, ...], names: Iterable[str] = AUGMENTATIONS
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """(matrix, moves, intensity) of one view: `Lattice.control` takes the first two.
 
         lattice: (gx, gy, gz) control points; names: whose draws are made, in the table's order
@@ -278,6 +327,7 @@ class ViewParameters(NamedTuple):
     control: (N, gx, gy, gz, 3) float32, the base-patch position in voxels at each control point of the view's spline
     intensity: N times {name: values}, the intensity augmentations that act on the view
     """
+
     control: np.ndarray
     intensity: list[dict[str, Any]]
 
@@ -289,6 +339,7 @@ class ViewBatch(NamedTuple):
     intensity: {name: (indices (n,), values (n, ...) float32)} of the views that each acts on, in the table's order.
                They are found on the CPU, so that the device works on those alone without the host waiting for it.
     """
+
     control: Tensor
     intensity: dict[str, tuple[Tensor, Tensor]]
 
@@ -310,19 +361,33 @@ class MultiCropAugmentation:
                 both in voxels of a view
     """
 
-    def __init__(self, policy: Policy, global_size: Sequence[int], local_size: Sequence[int], local_number: int,
-                 spacing: ArrayLike | None = None, min_iou: float = MIN_IOU) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        global_size: Sequence[int],
+        local_size: Sequence[int],
+        local_number: int,
+        spacing: ArrayLike | None = None,
+        min_iou: float = MIN_IOU,
+    ) -> None:
         self.policy, self.local_number, self.spacing = policy, local_number, spacing
         self.global_size, self.local_size = tuple(global_size), tuple(local_size)
         # Two windows of size n shifted by f n along every axis: IoU = (1 - f)^3 / (2 - (1 - f)^3)
         most = 1 - (2 * min_iou / (1 + min_iou)) ** (1 / 3)
         self.core = tuple(n + int(most * n) for n in self.global_size)
-        self.lattices = [Lattice.for_views(size, policy, self.global_size)
-                         for size in (self.global_size, self.local_size)]
+        self.lattices = [
+            Lattice.for_views(size, policy, self.global_size) for size in (self.global_size, self.local_size)
+        ]
         self.patch_size = self._patch_size()
 
-    def draw(self, seed: int, epoch: int, sample: int, patch_shape: Sequence[int] | None = None,
-             patch_spacing: ArrayLike | None = None) -> list[ViewParameters | None]:
+    def draw(
+        self,
+        seed: int,
+        epoch: int,
+        sample: int,
+        patch_shape: Sequence[int] | None = None,
+        patch_spacing: ArrayLike | None = None,
+    ) -> list[ViewParameters | None]:
         """[global, local] ViewParameters of one sample; None where there are no local views.
 
         patch_shape: (3,) voxels of the patch that was read; default: patch_size
@@ -339,8 +404,14 @@ class MultiCropAugmentation:
             groups.append(ViewParameters(np.stack(control).astype(np.float32), list(intensity)))
         return groups
 
-    def _draw_view(self, rng: np.random.RandomState, lattice: Lattice, patch_shape: Sequence[int],
-                   patch_spacing: ArrayLike | None, names: Iterable[str] = AUGMENTATIONS) -> tuple[np.ndarray, dict[str, Any]]:
+    def _draw_view(
+        self,
+        rng: np.random.RandomState,
+        lattice: Lattice,
+        patch_shape: Sequence[int],
+        patch_spacing: ArrayLike | None,
+        names: Iterable[str] = AUGMENTATIONS,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """(control, intensity) of one view. names: see `Policy.draw`."""
         size, core, patch_size = np.array(lattice.size), np.array(self.core), np.array(self.patch_size)
         # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
@@ -357,8 +428,9 @@ class MultiCropAugmentation:
         lattice, rng = self.lattices[0], np.random.RandomState(0)
         # Voxels, closer to each other towards the ends, where views spill first, and the share that each stands for
         at = [np.unique(np.rint((1 - np.cos(np.linspace(0, np.pi, points))) / 2 * (n - 1))) for n in lattice.size]
-        share = [np.diff(np.concatenate([[-0.5], (a[1:] + a[:-1]) / 2, [n - 0.5]])) / n
-                 for a, n in zip(at, lattice.size)]
+        share = [
+            np.diff(np.concatenate([[-0.5], (a[1:] + a[:-1]) / 2, [n - 0.5]])) / n for a, n in zip(at, lattice.size)
+        ]
         share = np.einsum("x,y,z->xyz", *share).ravel()
         wx, wy, wz = (lattice.weights(axis, at[axis]) for axis in range(3))
         names = self.policy.sequence
@@ -377,8 +449,9 @@ class MultiCropAugmentation:
         # An even difference from the core keeps it in the middle, whole voxels from either side
         return tuple(int(c + 2 * max(0, math.ceil((2 * h + 1 - c) / 2))) for h, c in zip(half, self.core))
 
-    def render(self, patches: Tensor, groups: Sequence[ViewBatch | None],
-               clip_range: tuple[float, float]) -> list[Tensor]:
+    def render(
+        self, patches: Tensor, groups: Sequence[ViewBatch | None], clip_range: tuple[float, float]
+    ) -> list[Tensor]:
         """The views of a batch: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)], first view of all samples first.
 
         patches: (B, X, Y, Z) int16 HU on any device
@@ -397,8 +470,9 @@ def scale_intensity(volume: Tensor, low: float, high: float) -> Tensor:
 
 def render_views(patches: Tensor, lattice: Lattice, group: ViewBatch) -> Tensor:
     """(V B, 1, x, y, z) views: geometry, then intensities. patches: (B, 1, X, Y, Z); group: ViewBatch of V B views."""
-    views = torch.cat([warp(patches, control.to(patches.dtype), lattice)
-                       for control in group.control.split(len(patches))])  # (V B, 1, x, y, z)
+    views = torch.cat(
+        [warp(patches, control.to(patches.dtype), lattice) for control in group.control.split(len(patches))]
+    )  # (V B, 1, x, y, z)
     for name, (indices, values) in group.intensity.items():
         views.index_copy_(0, indices, AUGMENTATIONS[name].apply(views[indices], values))
     return views

@@ -1,13 +1,13 @@
 """How fast the parts are, each against a baseline in the same run: what the README's speed table was made with.
 
-    python benchmark.py augment                  ten views of a sample on one core, against MONAI's transforms in a chain
-    python benchmark.py augment --device cuda    the same views on the GPU, the baseline still on one core
+    python benchmark.py augment                  ten views of a sample on one core, against MONAI's transforms in a
+    chain python benchmark.py augment --device cuda    the same views on the GPU, the baseline still on one core
     python benchmark.py read                     a random patch of a scan, against gzip ITK files, NIfTI and others
-    python benchmark.py convert                  a DICOM series into the layout, against SimpleITK reading and writing it
-    python benchmark.py data                     from the disk to a batch of views
+    python benchmark.py convert                  a DICOM series into the layout, against SimpleITK reading and writing
+    it python benchmark.py data                     from the disk to a batch of views
     python benchmark.py step                     a whole training step on ready views, time and memory
-    python benchmark.py train                    main_dino.py from the disk, against plain loader workers and a plain step
-    python benchmark.py infer                    a volume through a segmentation network, window by window
+    python benchmark.py train                    main_dino.py from the disk, against plain loader workers and a plain
+    step python benchmark.py infer                    a volume through a segmentation network, window by window
     python benchmark.py growth --output FILE     how a step's cost grows, as a picture
 
 Seconds are wall-clock. What it is compared with stands in dino3d/baselines.py. Baseline and ours take turns, so that a
@@ -16,6 +16,7 @@ last line on standard output is one JSON object.
 
 A further benchmark is a function that returns `comparison(...)`, and a sub-command with its flags.
 """
+
 import functools
 import json
 import multiprocessing
@@ -61,30 +62,43 @@ SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
 SCAN = Path(__file__).resolve().parent.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
 GLOBAL, LOCAL, LOCAL_NUMBER = (96, 96, 48), (24, 24, 12), 8  # voxels; two views are global
 POLICY = paper_policy(PAPER)
-CLIP_RANGE = (-1000, 1000)       # HU
-BATCH = {"cpu": 4, "cuda": 64}   # samples per call
-VALUES = {"lr": 0.0005, "weight_decay": 0.04, "momentum_teacher": 0.996, "teacher_temp": 0.04}  # of every step's schedules
+CLIP_RANGE = (-1000, 1000)  # HU
+BATCH = {"cpu": 4, "cuda": 64}  # samples per call
+VALUES = {
+    "lr": 0.0005,
+    "weight_decay": 0.04,
+    "momentum_teacher": 0.996,
+    "teacher_temp": 0.04,
+}  # of every step's schedules
 CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # relative difference that two ways to take a step may have in their first loss
 AUGMENTED = [f"--{flag}" for flag in AUGMENTATION_FLAGS]
 
 
 def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
-        prog="benchmark.py", usage="benchmark.py what [flags]",
-        description="Times a part of this repository against a baseline. The flags of each: benchmark.py what --help")
+        prog="benchmark.py",
+        usage="benchmark.py what [flags]",
+        description="Times a part of this repository against a baseline. The flags of each: benchmark.py what --help",
+    )
     commands = parser.add_subparsers(title="what to time", prog=parser.prog, dest="what", metavar="what", required=True)
     command_line.help_flags(parser.add_argument_group("help"))
 
-    def command(benchmark: Callable[..., dict[str, Any]], repeats: int, devices: list[str],
-                threads: list[int] | None = None) -> tuple[command_line.ArgumentParser, Any]:
+    def command(
+        benchmark: Callable[..., dict[str, Any]], repeats: int, devices: list[str], threads: list[int] | None = None
+    ) -> tuple[command_line.ArgumentParser, Any]:
         name, text = benchmark.__name__, benchmark.__doc__.splitlines()[0]
         sub = commands.add_parser(name, usage=f"{parser.prog} {name} [flags]", help=text, description=text)
         sub.set_defaults(benchmark=benchmark)
         timed, group = sub.add_argument_group("what is timed"), sub.add_argument_group("options")
-        group.add_argument("--device", default="cpu", choices=devices,
-                           help=f"where ours runs: {' or '.join(devices)}; views of the baseline are made on the CPU")
-        group.add_argument("--threads", default=1, type=number(int, 1), choices=threads,
-                           help="CPU threads, of the baseline as of ours")
+        group.add_argument(
+            "--device",
+            default="cpu",
+            choices=devices,
+            help=f"where ours runs: {' or '.join(devices)}; views of the baseline are made on the CPU",
+        )
+        group.add_argument(
+            "--threads", default=1, type=number(int, 1), choices=threads, help="CPU threads, of the baseline as of ours"
+        )
         group.add_argument("--repeats", default=repeats, type=number(int, 1), help="turns that each side takes")
         group.add_argument("--json", action="store_true", help="end with one line of JSON")
         command_line.help_flags(group)
@@ -92,32 +106,61 @@ def get_args_parser() -> command_line.ArgumentParser:
 
     xyz = ("X", "Y", "Z")
     sub, group = command(augment, 10, ["cpu", "cuda"])
-    group.add_argument("--samples", default=1, type=number(int, 1),
-                       help="samples of the baseline per repeat, beside two batches of ours; more even out what is "
-                            "drawn")
+    group.add_argument(
+        "--samples",
+        default=1,
+        type=number(int, 1),
+        help="samples of the baseline per repeat, beside two batches of ours; more even out what is drawn",
+    )
     sub, group = command(read, 7, ["cpu"], [1])
-    group.add_argument("--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened "
-                                                                       "for it")
-    group.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, max(baselines.PATCH)), metavar=xyz,
-                       help="voxels of the scan that patches are read from; the default is a usual chest CT's")
+    group.add_argument(
+        "--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened for it"
+    )
+    group.add_argument(
+        "--size",
+        default=SCAN_SIZE,
+        nargs=3,
+        type=number(int, max(baselines.PATCH)),
+        metavar=xyz,
+        help="voxels of the scan that patches are read from; the default is a usual chest CT's",
+    )
     sub, group = command(convert, 5, ["cpu"], [1])
-    group.add_argument("--size", default=SCAN_SIZE, nargs=3, type=number(int, 16), metavar=xyz,
-                       help="voxels of the scan, one DICOM file per z; the default is a usual chest CT's")
+    group.add_argument(
+        "--size",
+        default=SCAN_SIZE,
+        nargs=3,
+        type=number(int, 16),
+        metavar=xyz,
+        help="voxels of the scan, one DICOM file per z; the default is a usual chest CT's",
+    )
     sub, group = command(data, 7, ["cpu", "cuda"])
     group.add_argument("--samples", default=1, type=number(int, 1), help="samples of the baseline per repeat")
     model_flags(*command(step, 5, ["cpu", "cuda"]), 2, 64)
     sub, group = command(train, 1, ["cpu", "cuda"])
     model_flags(sub, group, 2, 64)
-    group.add_argument("--steps", default=None, type=number(int, 1),
-                       help="steps of each epoch; one per repeat and two more, of which the first is not counted; "
-                            "default: 6 on a CPU, 150 on a GPU")
-    group.add_argument("--workers", default=None, type=number(int, 0),
-                       help="data loading workers of ours; the baseline has as many as there are cores; default: "
-                            "main_dino.py's")
+    group.add_argument(
+        "--steps",
+        default=None,
+        type=number(int, 1),
+        help="steps of each epoch; one per repeat and two more, of which the first is not counted; "
+        "default: 6 on a CPU, 150 on a GPU",
+    )
+    group.add_argument(
+        "--workers",
+        default=None,
+        type=number(int, 0),
+        help="data loading workers of ours; the baseline has as many as there are cores; default: main_dino.py's",
+    )
     sub, group = command(infer, 3, ["cpu", "cuda"])
     network_flags(sub, group, 1, 8)
-    group.add_argument("--size", default=[192, 192, 96], nargs=3, type=number(int, 1), metavar=xyz,
-                       help="voxels of the volume, on the network's own grid")
+    group.add_argument(
+        "--size",
+        default=[192, 192, 96],
+        nargs=3,
+        type=number(int, 1),
+        metavar=xyz,
+        help="voxels of the volume, on the network's own grid",
+    )
     sub, group = command(growth, 3, ["cpu", "cuda"])
     model_flags(sub, group, 1, 32)
     group.add_argument("--output", default="growth.png", metavar="FILE", help="picture to write")
@@ -126,13 +169,25 @@ def get_args_parser() -> command_line.ArgumentParser:
 
 def network_flags(sub: command_line.ArgumentParser, group: Any, batch_cpu: int, batch_cuda: int) -> None:
     sub.set_defaults(batch={"cpu": batch_cpu, "cuda": batch_cuda})
-    group.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
-                       help="one of " + ", ".join(ARCHITECTURES))
-    group.add_argument("--batch_size", default=None, type=number(int, 1),
-                       help=f"samples (infer: windows) at a time; default: {batch_cpu} on a CPU, {batch_cuda} on a GPU")
-    group.add_argument("--precision", default=None, choices=("bf16", "fp32"),
-                       help="mixed precision of the matrix products, of the baseline as of ours: bf16 or fp32 (off); "
-                            "default: bf16 on GPUs, fp32 on CPUs")
+    group.add_argument(
+        "--arch",
+        default="vit_small",
+        type=command_line.architecture(ARCHITECTURES),
+        help="one of " + ", ".join(ARCHITECTURES),
+    )
+    group.add_argument(
+        "--batch_size",
+        default=None,
+        type=number(int, 1),
+        help=f"samples (infer: windows) at a time; default: {batch_cpu} on a CPU, {batch_cuda} on a GPU",
+    )
+    group.add_argument(
+        "--precision",
+        default=None,
+        choices=("bf16", "fp32"),
+        help="mixed precision of the matrix products, of the baseline as of ours: bf16 or fp32 (off); "
+        "default: bf16 on GPUs, fp32 on CPUs",
+    )
 
 
 def model_flags(sub: command_line.ArgumentParser, group: Any, batch_cpu: int, batch_cuda: int) -> None:
@@ -151,9 +206,14 @@ def main() -> None:
         default = args.pop("batch")[args["device"]]
         args["batch_size"] = args["batch_size"] or default
         args["precision"] = args["precision"] or ("bf16" if args["device"] == "cuda" else "fp32")
-    result = {"what": what, **benchmark(**args), "threads": threads, "device": args["device"],
-              "device_name": device_label(args["device"]),
-              "versions": {**versions(), "SimpleITK": version("SimpleITK")}}
+    result = {
+        "what": what,
+        **benchmark(**args),
+        "threads": threads,
+        "device": args["device"],
+        "device_name": device_label(args["device"]),
+        "versions": {**versions(), "SimpleITK": version("SimpleITK")},
+    }
     print_report(result)
     if as_json:
         print(json.dumps(result))
@@ -175,30 +235,44 @@ def augment(device: str, repeats: int, samples: int) -> dict[str, Any]:
     inner = [np.ascontiguousarray(cut(patch, centred, baselines.PATCH)) for patch in patches]
     transforms = baselines.monai_transforms(GLOBAL, LOCAL, seed=0)
     batches = 2 * samples  # of ours per repeat: with fewer its time is too short to measure well
-    preparing = []         # seconds of ours that fall to the loader's workers
+    preparing = []  # seconds of ours that fall to the loader's workers
 
     def plain(turn: int) -> None:
         for i in range(turn * samples, (turn + 1) * samples):
             baselines.monai_views(inner[i % len(inner)], *transforms)
 
     def ours(turn: int) -> None:
-        preparing.append(sum(our_views(patches, crops, (turn * batches + i) * len(patches), device)
-                             for i in range(batches)) / (batches * len(patches)))
+        preparing.append(
+            sum(our_views(patches, crops, (turn * batches + i) * len(patches), device) for i in range(batches))
+            / (batches * len(patches))
+        )
 
     times = take_turns({"baseline": (plain, samples), "ours": (ours, batches * len(patches))}, repeats)
     times["of which draw and collate"] = preparing[1:]  # without the warm-up
     return comparison(
-        20, "seconds per sample of ten views", times,
-        {"baseline": f"MONAI's transforms one after the other, {format_size(baselines.PATCH)} voxels per view, "
-                     "then the crop; CPU",
-         "ours": f"one resampling per view, at its own voxels, of {format_size(crops.patch_size)} voxels; {device}",
-         "of which draw and collate": "the loader's part, on the CPU wherever views are rendered"},
+        20,
+        "seconds per sample of ten views",
+        times,
+        {
+            "baseline": f"MONAI's transforms one after the other, {format_size(baselines.PATCH)} voxels per view, "
+            "then the crop; CPU",
+            "ours": f"one resampling per view, at its own voxels, of {format_size(crops.patch_size)} voxels; {device}",
+            "of which draw and collate": "the loader's part, on the CPU wherever views are rendered",
+        },
         sources(baselines.monai_transforms, baselines.monai_views),
-        {"data": origin, "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
-         "policy": vars(POLICY),
-         "baseline_patch": baselines.PATCH, "our_patch": crops.patch_size, "clip_range": CLIP_RANGE,
-         "batch_size": BATCH[device], "repeats": repeats, "baseline_samples_per_repeat": samples,
-         "our_samples_per_repeat": batches * len(patches)})
+        {
+            "data": origin,
+            "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+            "policy": vars(POLICY),
+            "baseline_patch": baselines.PATCH,
+            "our_patch": crops.patch_size,
+            "clip_range": CLIP_RANGE,
+            "batch_size": BATCH[device],
+            "repeats": repeats,
+            "baseline_samples_per_repeat": samples,
+            "our_samples_per_repeat": batches * len(patches),
+        },
+    )
 
 
 def our_views(patches: Sequence[np.ndarray], crops: MultiCropAugmentation, first: int, device: str) -> float:
@@ -218,13 +292,20 @@ def our_views(patches: Sequence[np.ndarray], crops: MultiCropAugmentation, first
 def read(device: str, repeats: int, reads: int, size: Sequence[int]) -> dict[str, Any]:
     """A random patch of a scan from a file that is opened for it: Blosc chunks against gzip slices, warm cache."""
     import nibabel
+
     volume, affine, origin = scan(size)
     starts = np.random.RandomState(0).randint(0, np.array(size) - baselines.PATCH + 1, (repeats + 1, reads, 3))
     larger = MultiCropAugmentation(POLICY, GLOBAL, LOCAL, LOCAL_NUMBER).patch_size
     margin = (np.array(larger) - baselines.PATCH) // 2
     with tempfile.TemporaryDirectory() as folder:
-        layouts = {"baseline": "itk.hdf5", "ours": "blosc.hdf5", "gzip": "gzip.hdf5", "none": "none.hdf5",
-                   "nii.gz": "scan.nii.gz", "nii": "scan.nii"}
+        layouts = {
+            "baseline": "itk.hdf5",
+            "ours": "blosc.hdf5",
+            "gzip": "gzip.hdf5",
+            "none": "none.hdf5",
+            "nii.gz": "scan.nii.gz",
+            "nii": "scan.nii",
+        }
         paths = {name: os.path.join(folder, file) for name, file in layouts.items()}
         baselines.write_itk(paths["baseline"], volume, affine)
         for name, compression in {"ours": "blosc", "gzip": "gzip", "none": "none"}.items():
@@ -241,25 +322,41 @@ def read(device: str, repeats: int, reads: int, size: Sequence[int]) -> dict[str
             def run(turn: int) -> None:
                 for start in starts[turn]:
                     takes[name](paths[name], start, baselines.PATCH)
+
             return run
 
         def reading_larger(turn: int) -> None:
             for start in starts[turn]:
                 read_volume(paths["ours"], start - margin, larger)
-        times = take_turns({**{name: (reading(name), reads) for name in paths}, "larger": (reading_larger, reads)}, repeats)
+
+        times = take_turns(
+            {**{name: (reading(name), reads) for name in paths}, "larger": (reading_larger, reads)}, repeats
+        )
         megabytes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
 
-    notes = {"baseline": "ITK HDF5 written by SimpleITK, gzip, chunks of one slice; h5py opens, slices, closes",
-             "ours": "ITK HDF5 written by write_volume, Blosc, chunks of 32 x 32 x 32; read by Volume",
-             "gzip": "the same with gzip; read by Volume", "none": "the same without compression; read by Volume",
-             "nii.gz": "written by nibabel; read by Volume", "nii": "written by nibabel; read by Volume",
-             "larger": f"as ours, the {format_size(larger)} voxels that all six augmentations on a view look at"}
-    result = comparison(20, f"seconds per patch of {format_size(baselines.PATCH)} voxels", times,
-                        {name: f"{megabytes[name]:5.1f} MB: {note}" if name in paths else note
-                         for name, note in notes.items()},
-                        sources(baselines.write_itk, baselines.read_itk),
-                        {"data": origin, "patch": baselines.PATCH, "repeats": repeats, "reads_per_repeat": reads,
-                         "megabytes": megabytes})
+    notes = {
+        "baseline": "ITK HDF5 written by SimpleITK, gzip, chunks of one slice; h5py opens, slices, closes",
+        "ours": "ITK HDF5 written by write_volume, Blosc, chunks of 32 x 32 x 32; read by Volume",
+        "gzip": "the same with gzip; read by Volume",
+        "none": "the same without compression; read by Volume",
+        "nii.gz": "written by nibabel; read by Volume",
+        "nii": "written by nibabel; read by Volume",
+        "larger": f"as ours, the {format_size(larger)} voxels that all six augmentations on a view look at",
+    }
+    result = comparison(
+        20,
+        f"seconds per patch of {format_size(baselines.PATCH)} voxels",
+        times,
+        {name: f"{megabytes[name]:5.1f} MB: {note}" if name in paths else note for name, note in notes.items()},
+        sources(baselines.write_itk, baselines.read_itk),
+        {
+            "data": origin,
+            "patch": baselines.PATCH,
+            "repeats": repeats,
+            "reads_per_repeat": reads,
+            "megabytes": megabytes,
+        },
+    )
     result["nifti_ratio"] = result["rows"]["nii.gz"]["seconds"] / result["ours"]
     return result
 
@@ -277,6 +374,7 @@ def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
     import SimpleITK
 
     from dino3d.prepare.nlst import Scan, ScanTask, convert_scans, place_scans, scan_headers
+
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     volume, affine, origin = scan(size)
     with tempfile.TemporaryDirectory() as folder:
@@ -293,20 +391,35 @@ def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
                     if write is None:
                         raise UserError(f"the series that was written for this benchmark is refused: {row['reason']}")
                     write(path)
+
             return run
-        times = take_turns({"baseline": (lambda turn: baselines.convert_itk(series, paths["baseline"]), 1),
-                            "ours": (prepared(paths["ours"], "blosc"), 1),
-                            **{kind: (prepared(paths[kind], kind), 1) for kind in ("gzip", "none")}}, repeats)
+
+        times = take_turns(
+            {
+                "baseline": (lambda turn: baselines.convert_itk(series, paths["baseline"]), 1),
+                "ours": (prepared(paths["ours"], "blosc"), 1),
+                **{kind: (prepared(paths[kind], kind), 1) for kind in ("gzip", "none")},
+            },
+            repeats,
+        )
         megabytes = {name: os.path.getsize(path) / 1e6 for name, path in paths.items()}
         for name in ("ours", "gzip", "none"):
             if not np.array_equal(read_volume(paths[name], (0, 0, 0), size), np.maximum(volume, -1024)):
                 raise UserError(f"{name}: other voxels than the scan's")
-    notes = {"baseline": "SimpleITK: the series read and written as .hdf5 with gzip",
-             "ours": "prepare_data.py nlst: headers read twice and checked, series read, RAS, quantiles, Blosc",
-             "gzip": "the same with --compression gzip", "none": "the same with --compression none"}
-    result = comparison(2, f"seconds per volume of {format_size(size)} voxels on one core", times,
-                        {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()}, sources(baselines.convert_itk),
-                        {"data": origin + ", written as DICOM", "repeats": repeats, "megabytes": megabytes})
+    notes = {
+        "baseline": "SimpleITK: the series read and written as .hdf5 with gzip",
+        "ours": "prepare_data.py nlst: headers read twice and checked, series read, RAS, quantiles, Blosc",
+        "gzip": "the same with --compression gzip",
+        "none": "the same with --compression none",
+    }
+    result = comparison(
+        2,
+        f"seconds per volume of {format_size(size)} voxels on one core",
+        times,
+        {name: f"{megabytes[name]:5.1f} MB: {note}" for name, note in notes.items()},
+        sources(baselines.convert_itk),
+        {"data": origin + ", written as DICOM", "repeats": repeats, "megabytes": megabytes},
+    )
     result["volumes_per_second_and_core"] = 1 / result["ours"]
     return result
 
@@ -315,6 +428,7 @@ def write_dicom(folder: str, volume: np.ndarray, affine: np.ndarray) -> None:
     """Write an (X, Y, Z) volume in RAS as a series of CT slices, axial and head first as scanners write them."""
     import pydicom
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
     os.makedirs(folder)
     volume, affine = volume[::-1, ::-1], affine @ np.diag([-1, -1, 1, 1])  # columns to the left, rows to the back
     lps = LPS @ affine
@@ -358,66 +472,107 @@ def data(device: str, repeats: int, samples: int) -> dict[str, Any]:
 
         def ours(turn: int) -> None:
             start = time.perf_counter()
-            opened = [sample for key in keys[turn] for sample in dataset.__getitems__([key])]  # a volume for each sample
+            opened = [
+                sample for key in keys[turn] for sample in dataset.__getitems__([key])
+            ]  # a volume for each sample
             batch = collate(opened)
             preparing.append((time.perf_counter() - start) / size)
             batch = batch.to(torch.device(device))
             crops.render(batch.patches, batch.groups, CLIP_RANGE)
             synchronise(device)
+
         times = take_turns({"baseline": (lambda turn: next(plainly), samples), "ours": (ours, size)}, repeats)
     times["of which read, draw and collate"] = preparing[1:]
     return comparison(
-        25, "seconds per sample of ten views, from the disk", times,
-        {"baseline": "gzip ITK files, MONAI's transforms one after the other in a DataLoader; CPU",
-         "ours": f"main_dino.py's way: Blosc files, parameters drawn beside, views rendered per batch; {device}",
-         "of which read, draw and collate": "the loader's part, on the CPU wherever views are rendered; its workers share it"},
+        25,
+        "seconds per sample of ten views, from the disk",
+        times,
+        {
+            "baseline": "gzip ITK files, MONAI's transforms one after the other in a DataLoader; CPU",
+            "ours": f"main_dino.py's way: Blosc files, parameters drawn beside, views rendered per batch; {device}",
+            "of which read, draw and collate": (
+                "the loader's part, on the CPU wherever views are rendered; its workers share it"
+            ),
+        },
         sources(baselines.Patches, baselines.read_itk, baselines.monai_transforms, baselines.monai_views),
-        {"data": origin, "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
-         "policy": vars(POLICY),
-         "baseline_patch": baselines.PATCH, "our_patch": crops.patch_size, "batch_size": size, "repeats": repeats,
-         "baseline_samples_per_repeat": samples})
+        {
+            "data": origin,
+            "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+            "policy": vars(POLICY),
+            "baseline_patch": baselines.PATCH,
+            "our_patch": crops.patch_size,
+            "batch_size": size,
+            "repeats": repeats,
+            "baseline_samples_per_repeat": samples,
+        },
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-def step(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str,
-         compile: bool) -> dict[str, Any]:
-    """A whole training step on ready views: teacher, student, loss, backward pass, clipping, AdamW, teacher's average."""
+def step(
+    device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str, compile: bool
+) -> dict[str, Any]:
+    """A whole training step on ready views: teacher, student, loss, backward pass, clipping, AdamW, teacher's
+    average."""
     settings = {"arch": arch, "out_dim": out_dim, "batch_size": batch_size, "device": device, "precision": precision}
     sides = {"baseline": baseline_step(**settings), "ours": our_step(**settings, compiled=compile)}
     first, ours = (float(take()) for take in sides.values())
     if not abs(ours - first) <= CLOSE[precision] * abs(first):
         raise UserError(f"the first losses differ: {first} of the baseline, {ours} of ours")
-    times = take_turns({name: (lambda turn, take=take: (take(), synchronise(device)), batch_size)
-                        for name, take in sides.items()}, repeats)
+    times = take_turns(
+        {name: (lambda turn, take=take: (take(), synchronise(device)), batch_size) for name, take in sides.items()},
+        repeats,
+    )
     del sides
-    memory = {"baseline": step_memory("baseline", settings),
-              "ours": step_memory("ours", settings | {"compiled": compile})}
+    memory = {
+        "baseline": step_memory("baseline", settings),
+        "ours": step_memory("ours", settings | {"compiled": compile}),
+    }
     flops = flops_per_sample(arch, out_dim)
     result = comparison(
-        1, "seconds per sample", times,
-        {"baseline": f"{memory['baseline']:5.2f} GiB: MONAI's ViT, eager, the step written out; {precision}",
-         "ours": f"{memory['ours']:5.2f} GiB: main_dino.train_step" + ", compiled" * compile + f"; {precision}"},
+        1,
+        "seconds per sample",
+        times,
+        {
+            "baseline": f"{memory['baseline']:5.2f} GiB: MONAI's ViT, eager, the step written out; {precision}",
+            "ours": f"{memory['ours']:5.2f} GiB: main_dino.train_step" + ", compiled" * compile + f"; {precision}",
+        },
         sources(baselines.plain_step, baselines.Model, baselines.ViT),
-        {"data": "random views", "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
-         "repeats": repeats, **settings,
-         "peak_memory_gib": memory, "gflop_per_sample": flops / 1e9})
+        {
+            "data": "random views",
+            "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+            "repeats": repeats,
+            **settings,
+            "peak_memory_gib": memory,
+            "gflop_per_sample": flops / 1e9,
+        },
+    )
     result["teraflops"] = flops / result["ours"] / 1e12
     return result
 
 
-def random_views(batch_size: int, device: str | torch.device, size: Sequence[int] = GLOBAL,
-                 local_number: int = LOCAL_NUMBER) -> list[Tensor]:
+def random_views(
+    batch_size: int, device: str | torch.device, size: Sequence[int] = GLOBAL, local_number: int = LOCAL_NUMBER
+) -> list[Tensor]:
     """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] of grey values in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     local = [n // 4 for n in size]
-    shapes = [(2 * batch_size, 1, *size), (local_number * batch_size, 1, *local)][:1 + bool(local_number)]
+    shapes = [(2 * batch_size, 1, *size), (local_number * batch_size, 1, *local)][: 1 + bool(local_number)]
     return [torch.rand(shape, generator=generator).to(device) for shape in shapes]
 
 
-def our_step(arch: str, out_dim: int, batch_size: int, device: str, precision: str, compiled: bool = False,
-             size: Sequence[int] = GLOBAL, local_number: int = LOCAL_NUMBER) -> Callable[[], Tensor]:
+def our_step(
+    arch: str,
+    out_dim: int,
+    batch_size: int,
+    device: str,
+    precision: str,
+    compiled: bool = False,
+    size: Sequence[int] = GLOBAL,
+    local_number: int = LOCAL_NUMBER,
+) -> Callable[[], Tensor]:
     """A function that takes a step of main_dino.py on random views and returns its loss, on the device."""
     torch.manual_seed(0)
     student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
@@ -427,11 +582,22 @@ def our_step(arch: str, out_dim: int, batch_size: int, device: str, precision: s
     for notice in main_dino.compile_blocks((student, teacher), device) if compiled else ():
         raise UserError(notice)
     run = main_dino.TrainState(
-        network=student, student=student, teacher=teacher, dino_loss=main_dino.DINOLoss(out_dim, 0.9).to(device),
+        network=student,
+        student=student,
+        teacher=teacher,
+        dino_loss=main_dino.DINOLoss(out_dim, 0.9).to(device),
         optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
-        scaler=torch.amp.GradScaler(device.type, enabled=False), schedules=None, crops=None, clip_range=None,
-        dtype=PRECISIONS[precision], clip_grad=3.0, global_batch=batch_size, seed=0,
-        processes=utils.Processes(device=device), nonfinite=NonFiniteSteps(20, device))
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        schedules=None,
+        crops=None,
+        clip_range=None,
+        dtype=PRECISIONS[precision],
+        clip_grad=3.0,
+        global_batch=batch_size,
+        seed=0,
+        processes=utils.Processes(device=device),
+        nonfinite=NonFiniteSteps(20, device),
+    )
     views = random_views(batch_size, device, size, local_number)
     return lambda: main_dino.train_step(run, [views], VALUES, frozen=False).metrics["loss"]
 
@@ -451,8 +617,11 @@ def plain_trainer(arch: str, out_dim: int, device: str, precision: str) -> Calla
 
     def take(views: list[Tensor]) -> float:
         nonlocal center
-        loss, center = baselines.plain_step(student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision])
+        loss, center = baselines.plain_step(
+            student, teacher, optimizer, center, views, VALUES, dtype=PRECISIONS[precision]
+        )
         return loss
+
     return take
 
 
@@ -475,7 +644,7 @@ def measured_memory(side: str, settings: dict[str, Any], threads: int | None = N
     before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory(device)
     take = {"baseline": baseline_step, "ours": our_step}[side](**settings)
     take(), take()
-    return (peak_memory(device) - before) / 2 ** 30
+    return (peak_memory(device) - before) / 2**30
 
 
 def flops_per_sample(arch: str, out_dim: int, size: Sequence[int] = GLOBAL, local_number: int = LOCAL_NUMBER) -> int:
@@ -483,7 +652,9 @@ def flops_per_sample(arch: str, out_dim: int, size: Sequence[int] = GLOBAL, loca
     with torch.device("meta"):
         student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
         loss = main_dino.DINOLoss(out_dim, 0.9)
-        views = [torch.empty(2, 1, *size), torch.empty(local_number, 1, *(n // 4 for n in size))][:1 + bool(local_number)]
+        views = [torch.empty(2, 1, *size), torch.empty(local_number, 1, *(n // 4 for n in size))][
+            : 1 + bool(local_number)
+        ]
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             teacher_logits = teacher(views[:1])
@@ -495,38 +666,92 @@ def flops_per_sample(arch: str, out_dim: int, size: Sequence[int] = GLOBAL, loca
 # ------------------------------------------------------------------------------------------------------------- train
 
 
-def train(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str, compile: bool,
-          steps: int | None, workers: int | None) -> dict[str, Any]:
+def train(
+    device: str,
+    repeats: int,
+    arch: str,
+    out_dim: int,
+    batch_size: int,
+    precision: str,
+    compile: bool,
+    steps: int | None,
+    workers: int | None,
+) -> dict[str, Any]:
     """main_dino.py from the disk, all six augmentations on, against plain loader workers and a plain step."""
     steps = steps or {"cpu": 6, "cuda": 150}[device]
     cores, rate = cores_per_process(utils.Processes()), matrix_rate(device, precision)
     volume, affine, origin = scan(SCAN_SIZE)
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--arch", arch, "--batch_size_per_gpu", batch_size, "--out_dim", out_dim, "--epochs", 2 + repeats,
-                 "--precision", precision, *AUGMENTED, *["--compile"] * compile,
-                 *(["--num_workers", workers] if workers is not None else [])]
+        flags = [
+            "--arch",
+            arch,
+            "--batch_size_per_gpu",
+            batch_size,
+            "--out_dim",
+            out_dim,
+            "--epochs",
+            2 + repeats,
+            "--precision",
+            precision,
+            *AUGMENTED,
+            *["--compile"] * compile,
+            *(["--num_workers", workers] if workers is not None else []),
+        ]
         write_copies(folder, volume, affine, steps * batch_size)
         records = our_training(folder, flags, device)
         baselines.write_itk(os.path.join(folder, "itk.h5"), volume, affine)
-        times = {"baseline": plain_training(os.path.join(folder, "itk.h5"), arch, out_dim, device, precision, cores, repeats),
-                 "ours": [1 / record["volumes_per_second"] for record in records]}
+        times = {
+            "baseline": plain_training(
+                os.path.join(folder, "itk.h5"), arch, out_dim, device, precision, cores, repeats
+            ),
+            "ours": [1 / record["volumes_per_second"] for record in records],
+        }
     waiting, memory = (max(record[name] for record in records) for name in ("waiting_for_data", "peak_memory_gib"))
     result = comparison(
-        25, "seconds per sample", times,
-        {"baseline": f"{cores} loader workers with MONAI's transforms, MONAI's ViT, the step written out; {precision}",
-         "ours": f"{waiting:.1%} of the time waiting for data, {memory:.1f} GiB; {precision}" + ", compiled" * compile},
-        sources(plain_training, baselines.Patches, baselines.monai_transforms, baselines.monai_views, baselines.plain_step, baselines.Model,
-                baselines.ViT),
-        {"data": origin, "arch": arch, "out_dim": out_dim, "batch_size": batch_size, "steps_per_epoch": steps,
-         "repeats": len(records), "cores": cores, "flags": " ".join(map(str, flags)),
-         "gflop_per_sample": flops_per_sample(arch, out_dim) / 1e9})
-    result |= {"samples_per_second": 1 / result["ours"], "waiting_for_data": waiting, "peak_memory_gib": memory,
-               "teraflops": flops_per_sample(arch, out_dim) / result["ours"] / 1e12, "matrix_product_teraflops": rate / 1e12}
+        25,
+        "seconds per sample",
+        times,
+        {
+            "baseline": (
+                f"{cores} loader workers with MONAI's transforms, MONAI's ViT, the step written out; {precision}"
+            ),
+            "ours": f"{waiting:.1%} of the time waiting for data, {memory:.1f} GiB; {precision}"
+            + ", compiled" * compile,
+        },
+        sources(
+            plain_training,
+            baselines.Patches,
+            baselines.monai_transforms,
+            baselines.monai_views,
+            baselines.plain_step,
+            baselines.Model,
+            baselines.ViT,
+        ),
+        {
+            "data": origin,
+            "arch": arch,
+            "out_dim": out_dim,
+            "batch_size": batch_size,
+            "steps_per_epoch": steps,
+            "repeats": len(records),
+            "cores": cores,
+            "flags": " ".join(map(str, flags)),
+            "gflop_per_sample": flops_per_sample(arch, out_dim) / 1e9,
+        },
+    )
+    result |= {
+        "samples_per_second": 1 / result["ours"],
+        "waiting_for_data": waiting,
+        "peak_memory_gib": memory,
+        "teraflops": flops_per_sample(arch, out_dim) / result["ours"] / 1e12,
+        "matrix_product_teraflops": rate / 1e12,
+    }
     return result
 
 
 def write_copies(folder: str, volume: np.ndarray, affine: np.ndarray, samples: int, copies: int = 16) -> None:
-    """Write list.txt with as many volumes as an epoch takes: a few files, each opened again for every one of its samples."""
+    """Write list.txt with as many volumes as an epoch takes: a few files, each opened again for every one of its
+    samples."""
     first = os.path.join(folder, "0.hdf5")
     write_volume(first, volume, affine)
     for i in range(1, copies):
@@ -535,25 +760,46 @@ def write_copies(folder: str, volume: np.ndarray, affine: np.ndarray, samples: i
 
 
 def our_training(folder: str, flags: Sequence[Any], device: str, processes: int = 1) -> list[dict[str, Any]]:
-    """The records in the log.txt of a run of main_dino.py, but that of the first epoch, in which all starts and warms up."""
-    launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    """The records in the log.txt of a run of main_dino.py, but that of the first epoch, in which all starts and warms
+    up."""
+    launch = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
     output = os.path.join(folder, f"run{processes}")
-    words = [*launch, Path(__file__).with_name("main_dino.py"), *flags, "--data_dir", folder,
-             "--data_list", os.path.join(folder, "list.txt"), "--output_dir", output]
+    words = [
+        *launch,
+        Path(__file__).with_name("main_dino.py"),
+        *flags,
+        "--data_dir",
+        folder,
+        "--data_list",
+        os.path.join(folder, "list.txt"),
+        "--output_dir",
+        output,
+    ]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if device == "cuda" else ""
-    ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=os.environ | {
-        "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": visible})
+    ended = subprocess.run(
+        list(map(str, words)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": visible},
+    )
     if ended.returncode:
         raise UserError(f"main_dino.py ended with {ended.returncode}: {ended.stderr.strip().splitlines()[-1]}")
     return read_log(os.path.join(output, "log.txt"))[1:]
 
 
-def plain_training(path: str, arch: str, out_dim: int, device: str, precision: str, workers: int,
-                   repeats: int) -> list[float]:
-    """[seconds per sample] of a loop over a DataLoader whose workers augment, in batches of two: more would take minutes."""
+def plain_training(
+    path: str, arch: str, out_dim: int, device: str, precision: str, workers: int, repeats: int
+) -> list[float]:
+    """[seconds per sample] of a loop over a DataLoader whose workers augment, in batches of two: more would take
+    minutes."""
     batch_size, batches = 2, workers * (repeats + 2)
-    loader = DataLoader(baselines.Patches([path] * batch_size * batches, GLOBAL, LOCAL), batch_size, num_workers=workers)
+    loader = DataLoader(
+        baselines.Patches([path] * batch_size * batches, GLOBAL, LOCAL), batch_size, num_workers=workers
+    )
     take, began = plain_trainer(arch, out_dim, device, precision), []
     for index, views in enumerate(loader):
         if index % workers == 0:
@@ -573,7 +819,7 @@ def matrix_rate(device: str, precision: str) -> float:
         a @ b
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(seconds)
+    return 2 * n**3 / min(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- infer
@@ -583,6 +829,7 @@ def infer(device: str, repeats: int, arch: str, batch_size: int, precision: str,
     """A volume through the UNETR decoder, window by window, against the same with MONAI's ViT as its encoder."""
     from dino3d.finetune.heads import Segmenter, UnetrDecoder
     from dino3d.finetune.sliding_window import Grid, Windows, segment
+
     torch.manual_seed(0)
     encoder = ARCHITECTURES[arch](img_size=GLOBAL)
     decoder = UnetrDecoder(encoder.embed_dim, len(encoder.blocks), encoder.patch_size, 2)
@@ -597,23 +844,38 @@ def infer(device: str, repeats: int, arch: str, batch_size: int, precision: str,
     def through(name: str) -> Callable[[int], None]:
         def run(turn: int) -> None:
             found[name] = segment([networks[name]], image, windows, CLIP_RANGE, device, autocast)
+
         return run
+
     times = take_turns({name: (through(name), volume.size / 1e6) for name in networks}, repeats)
     worst = (found["baseline"] - found["ours"]).abs().max().item()
     if not worst <= {"fp32": 1e-3, "bf16": 0.5}[precision]:
         raise UserError(f"the log-probabilities differ by up to {worst}")
     return comparison(
-        1, "seconds per million voxels", times,
+        1,
+        "seconds per million voxels",
+        times,
         {"baseline": f"MONAI's ViT as encoder; {precision}", "ours": f"main_lts_msd.py's way; {precision}"},
-        sources(baselines.ViT), {"data": origin, "arch": arch, "size": size, "window": GLOBAL, "overlap": windows.overlap,
-                                "batch_size": batch_size, "repeats": repeats, "largest_difference": worst})
+        sources(baselines.ViT),
+        {
+            "data": origin,
+            "arch": arch,
+            "size": size,
+            "window": GLOBAL,
+            "overlap": windows.overlap,
+            "batch_size": batch_size,
+            "repeats": repeats,
+            "largest_difference": worst,
+        },
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ growth
 
 
-def growth(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str, compile: bool,
-           output: str) -> dict[str, Any]:
+def growth(
+    device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str, compile: bool, output: str
+) -> dict[str, Any]:
     """How a step's time grows with batch, local views and input size, and a run's rate with processes."""
     if not Path(output).resolve().parent.is_dir():  # and not after minutes
         raise UserError(f"--output {output}: its folder does not exist; make it or choose another")
@@ -621,43 +883,88 @@ def growth(device: str, repeats: int, arch: str, out_dim: int, batch_size: int, 
     panels = {
         "samples per batch": [(n * batch_size, {"batch_size": n * batch_size}) for n in (1, 2, 4, 8)],
         "local views": [(n, {"batch_size": batch_size, "local_number": n}) for n in (0, 4, 8, 16)],
-        "input size (x of x, x, x / 2)": [(n, {"batch_size": batch_size, "size": (n, n, n // 2)}) for n in (48, 96, 144)]}
+        "input size (x of x, x, x / 2)": [
+            (n, {"batch_size": batch_size, "size": (n, n, n // 2)}) for n in (48, 96, 144)
+        ],
+    }
     rows = {}
-    our_step(**settings, batch_size=8 * batch_size)()  # a process that has never held as much is slower: its memory is new
+    our_step(
+        **settings, batch_size=8 * batch_size
+    )()  # a process that has never held as much is slower: its memory is new
     for panel, cases in panels.items():
         for at, changes in cases:
             take = our_step(**settings | changes)
-            times = take_turns({"": (lambda turn, take=take: (take(), synchronise(device)), changes["batch_size"])}, repeats)[""]
-            rows[f"{panel}: {at}"] = {"seconds": statistics.median(times), "spread": [min(times), max(times)], "note": ""}
+            times = take_turns(
+                {"": (lambda turn, take=take: (take(), synchronise(device)), changes["batch_size"])}, repeats
+            )[""]
+            rows[f"{panel}: {at}"] = {
+                "seconds": statistics.median(times),
+                "spread": [min(times), max(times)],
+                "note": "",
+            }
     panels["processes"] = [(n, None) for n in ((1, 2) if device == "cpu" else (1,))]
     with tempfile.TemporaryDirectory() as folder:
         volume, affine, origin = scan(SCAN_SIZE)
         for processes, _ in panels["processes"]:
             write_copies(folder, volume, affine, 6 * batch_size * processes)
-            flags = ["--arch", arch, "--batch_size_per_gpu", batch_size, "--out_dim", out_dim, "--epochs", 1 + repeats,
-                     "--precision", precision, *AUGMENTED, "--num_workers", 1 if device == "cpu" else 16]
+            flags = [
+                "--arch",
+                arch,
+                "--batch_size_per_gpu",
+                batch_size,
+                "--out_dim",
+                out_dim,
+                "--epochs",
+                1 + repeats,
+                "--precision",
+                precision,
+                *AUGMENTED,
+                "--num_workers",
+                1 if device == "cpu" else 16,
+            ]
             times = [1 / record["volumes_per_second"] for record in our_training(folder, flags, device, processes)]
-            rows[f"processes: {processes}"] = {"seconds": statistics.median(times), "spread": [min(times), max(times)],
-                                               "note": "main_dino.py from the disk"}
+            rows[f"processes: {processes}"] = {
+                "seconds": statistics.median(times),
+                "spread": [min(times), max(times)],
+                "note": "main_dino.py from the disk",
+            }
     student = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
     gradients = 4 * sum(p.numel() for p in student.parameters() if p.requires_grad)
     draw_growth(output, panels, rows, f"{arch}, out_dim {out_dim}, {precision}, {device_label(device)}")
-    return {"unit": "seconds per sample", "rows": rows, "parameters": {
-        "data": "random views; processes: " + origin, "repeats": repeats, "batch_size": batch_size, **settings,
-        "gradient_megabytes": gradients / 1e6, "picture": output}}
+    return {
+        "unit": "seconds per sample",
+        "rows": rows,
+        "parameters": {
+            "data": "random views; processes: " + origin,
+            "repeats": repeats,
+            "batch_size": batch_size,
+            **settings,
+            "gradient_megabytes": gradients / 1e6,
+            "picture": output,
+        },
+    }
 
 
-def draw_growth(path: Path | str, panels: dict[str, list[tuple[int, Any]]], rows: dict[str, dict[str, Any]],
-                title: str) -> None:
+def draw_growth(
+    path: Path | str, panels: dict[str, list[tuple[int, Any]]], rows: dict[str, dict[str, Any]], title: str
+) -> None:
     """One panel each: samples per second, measured."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
     for axis, (panel, cases) in zip(figure.subplots(1, len(panels)), panels.items()):
         at = [place for place, _ in cases]
         found = [rows[f"{panel}: {place}"] for place in at]
-        axis.errorbar(at, [1 / row["seconds"] for row in found], fmt="o-", capsize=3, yerr=[
-            [1 / row["seconds"] - 1 / row["spread"][1] for row in found],
-            [1 / row["spread"][0] - 1 / row["seconds"] for row in found]])
+        axis.errorbar(
+            at,
+            [1 / row["seconds"] for row in found],
+            fmt="o-",
+            capsize=3,
+            yerr=[
+                [1 / row["seconds"] - 1 / row["spread"][1] for row in found],
+                [1 / row["spread"][0] - 1 / row["seconds"] for row in found],
+            ],
+        )
         axis.set(xlabel=panel, ylabel="samples per second", xticks=at, ylim=(0, None))
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -673,12 +980,15 @@ def scan(size: Sequence[int]) -> tuple[np.ndarray, np.ndarray, str]:
     """
     if not SCAN.is_file():
         from dino3d.prepare.phantoms import chest_phantom
+
         origin = f"chest phantom of {format_size(size)} voxels (no {SCAN.name} here)"
         return *chest_phantom(0, size, (0.7, 0.7, 1.5)), origin
     with Volume(SCAN) as file:
         volume, affine = file.read(), file.affine
-    origin = (f"real CT {SCAN.name} of {format_size(volume.shape)} voxels, "
-              f"mirrored or cut at its far ends to {format_size(size)}")
+    origin = (
+        f"real CT {SCAN.name} of {format_size(volume.shape)} voxels, "
+        f"mirrored or cut at its far ends to {format_size(size)}"
+    )
     volume = np.pad(volume, [(0, max(0, n - old)) for n, old in zip(size, volume.shape)], "symmetric")
     return np.ascontiguousarray(cut(volume, (0, 0, 0), size)), affine, origin
 
@@ -697,7 +1007,8 @@ def cut(volume: np.ndarray, start: Iterable[int], size: Iterable[int]) -> np.nda
 
 
 def take_turns(tasks: dict[str, tuple[Callable[[int], Any], float]], repeats: int) -> dict[str, list[float]]:
-    """{name: [seconds per item, of each repeat]}: every task once to warm up, then all of them in turn, `repeats` times.
+    """{name: [seconds per item, of each repeat]}: every task once to warm up, then all of them in turn, `repeats`
+    times.
 
     tasks: {name: (function of the turn's number, items that it handles per call)}
     """
@@ -710,43 +1021,74 @@ def take_turns(tasks: dict[str, tuple[Callable[[int], Any], float]], repeats: in
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def comparison(goal: float, unit: str, times: dict[str, list[float]], notes: dict[str, str], baseline_code: str,
-               parameters: dict[str, Any]) -> dict[str, Any]:
+def comparison(
+    goal: float,
+    unit: str,
+    times: dict[str, list[float]],
+    notes: dict[str, str],
+    baseline_code: str,
+    parameters: dict[str, Any],
+) -> dict[str, Any]:
     """What a benchmark found, as it goes into the report and the JSON.
 
     goal: least ratio wanted; unit: of the times; times: {"baseline": [seconds, ...], "ours": [...], further rows ...}
     notes: {row: what was timed}; baseline_code: source text; parameters: a dict
     """
-    rows = {name: {"seconds": statistics.median(seconds), "spread": [min(seconds), max(seconds)], "note": notes.get(name, "")}
-            for name, seconds in times.items()}
+    rows = {
+        name: {
+            "seconds": statistics.median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "note": notes.get(name, ""),
+        }
+        for name, seconds in times.items()
+    }
     ratios = [baseline / ours for baseline, ours in zip(times["baseline"], times["ours"])]
-    return {"ratio": rows["baseline"]["seconds"] / rows["ours"]["seconds"], "goal": goal, "unit": unit,
-            "baseline": rows["baseline"]["seconds"], "ours": rows["ours"]["seconds"],
-            "spread": {"baseline": rows["baseline"]["spread"], "ours": rows["ours"]["spread"],
-                       "ratio": [min(ratios), max(ratios)]},
-            "rows": rows, "parameters": parameters, "baseline_code": baseline_code}
+    return {
+        "ratio": rows["baseline"]["seconds"] / rows["ours"]["seconds"],
+        "goal": goal,
+        "unit": unit,
+        "baseline": rows["baseline"]["seconds"],
+        "ours": rows["ours"]["seconds"],
+        "spread": {
+            "baseline": rows["baseline"]["spread"],
+            "ours": rows["ours"]["spread"],
+            "ratio": [min(ratios), max(ratios)],
+        },
+        "rows": rows,
+        "parameters": parameters,
+        "baseline_code": baseline_code,
+    }
 
 
 def print_report(result: dict[str, Any]) -> None:
     rows = result["rows"]
     width = max(map(len, rows))
-    print(f"{result['what']}: {result['unit']}; median (lowest to highest) of {result['parameters']['repeats']} repeats")
+    print(
+        f"{result['what']}: {result['unit']}; median (lowest to highest) of {result['parameters']['repeats']} repeats"
+    )
     for name, row in rows.items():
         low, high = row["spread"]
         print(f"  {name:{width}}  {row['seconds']:8.4f} ({low:.4f} to {high:.4f})  {row['note']}".rstrip())
     if "ratio" in result:
         low, high = result["spread"]["ratio"]
-        print(f"baseline / ours: {result['ratio']:.1f} ({low:.1f} to {high:.1f} within a repeat), goal {result['goal']}")
+        print(
+            f"baseline / ours: {result['ratio']:.1f} ({low:.1f} to {high:.1f} within a repeat), goal {result['goal']}"
+        )
     if "nifti_ratio" in result:
         print(f"nii.gz / ours: {result['nifti_ratio']:.1f}")
     if "volumes_per_second_and_core" in result:
         print(f"ours: {result['volumes_per_second_and_core']:.2f} volumes per second and core")
     if "teraflops" in result:
         rate = result.get("matrix_product_teraflops")
-        print(f"ours: {result['teraflops']:.3g} TFLOP/s" + (f" of {rate:.3g} in a large matrix product" if rate else ""))
+        print(
+            f"ours: {result['teraflops']:.3g} TFLOP/s" + (f" of {rate:.3g} in a large matrix product" if rate else "")
+        )
     if "samples_per_second" in result:
-        print(f"ours: {result['samples_per_second']:.4g} samples per second, {result['waiting_for_data']:.1%} of the time waiting "
-              f"for data, {result['peak_memory_gib']:.1f} GiB")
+        print(
+            f"ours: {result['samples_per_second']:.4g} samples per second, {result['waiting_for_data']:.1%} of "
+            "the time waiting "
+            f"for data, {result['peak_memory_gib']:.1f} GiB"
+        )
     print(f"device {result['device']}: {result['device_name']}; CPU threads: {result['threads']}")
     print("versions: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     print("parameters:")

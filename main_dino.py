@@ -10,6 +10,7 @@ The same --output_dir resumes where it stopped; SIGTERM or SIGUSR1 makes a run s
 there: checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies, config.json, log.txt
 (one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
 """
+
 import argparse
 import contextlib
 import functools
@@ -48,134 +49,289 @@ STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 
 def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
-        prog="main_dino.py", usage="main_dino.py --data_dir DIR --output_dir DIR [flags]",
-        description="DINO pre-training of a 3D ViT on CT volumes. Start the same command again to resume a run.")
+        prog="main_dino.py",
+        usage="main_dino.py --data_dir DIR --output_dir DIR [flags]",
+        description="DINO pre-training of a 3D ViT on CT volumes. Start the same command again to resume a run.",
+    )
     flag, xyz = command_line.boolean_flag, ("X", "Y", "Z")
 
     group = parser.add_argument_group("data and output")
-    group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
-                       help="folder with the CT volumes (.hdf5, .h5, .nii, .nii.gz) at any depth; required, unless "
-                            "there is a --data_list")
-    group.add_argument("--output_dir", default="output", metavar="DIR",
-                       help="folder for all results; a run whose checkpoint is there is resumed")
-    group.add_argument("--pretrained_weights", default="", metavar="FILE",
-                       help="checkpoint whose weights a new run starts from; a run of your own is resumed by its "
-                            "--output_dir instead; without it: random weights")
-    group.add_argument("--checkpoint_key", default="teacher",
-                       help="which state dict of --pretrained_weights to load: teacher or student")
-    group.add_argument("--data_list", default=None, metavar="FILE",
-                       help="text file with one volume's path per line, relative to --data_dir, instead of searching "
-                            "the folder")
-    group.add_argument("--patches_per_volume", default=1, type=number(int, 1),
-                       help="samples of each volume per epoch, read up to 8 at a time; raise it for slow storage or "
-                            "few volumes, and lower --epochs as much")
+    group.add_argument(
+        "--data_dir",
+        "--data_path",
+        default=None,
+        metavar="DIR",
+        help="folder with the CT volumes (.hdf5, .h5, .nii, .nii.gz) at any depth; required, unless "
+        "there is a --data_list",
+    )
+    group.add_argument(
+        "--output_dir",
+        default="output",
+        metavar="DIR",
+        help="folder for all results; a run whose checkpoint is there is resumed",
+    )
+    group.add_argument(
+        "--pretrained_weights",
+        default="",
+        metavar="FILE",
+        help="checkpoint whose weights a new run starts from; a run of your own is resumed by its "
+        "--output_dir instead; without it: random weights",
+    )
+    group.add_argument(
+        "--checkpoint_key",
+        default="teacher",
+        help="which state dict of --pretrained_weights to load: teacher or student",
+    )
+    group.add_argument(
+        "--data_list",
+        default=None,
+        metavar="FILE",
+        help="text file with one volume's path per line, relative to --data_dir, instead of searching the folder",
+    )
+    group.add_argument(
+        "--patches_per_volume",
+        default=1,
+        type=number(int, 1),
+        help="samples of each volume per epoch, read up to 8 at a time; raise it for slow storage or "
+        "few volumes, and lower --epochs as much",
+    )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES),
-                       help="one of " + ", ".join(ARCHITECTURES) + "; vit_tiny for CPUs, vit_small as in the paper")
-    group.add_argument("--patch_size", default=[12, 12, 6], nargs=3, type=number(int, 1), metavar=xyz,
-                       help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost")
-    group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
-                       help="stochastic depth: probability that the student's last block is skipped, less for those "
-                            "before it; 0 for small data and short runs")
-    flag(group, "--grad_checkpointing", False,
-         "activation (gradient) checkpointing: keep less of each block for the backward pass and compute it again "
-         "there; the same result with far less memory, about a third slower; for vit_large, vit_huge and small GPUs")
+    group.add_argument(
+        "--arch",
+        default="vit_small",
+        type=command_line.architecture(ARCHITECTURES),
+        help="one of " + ", ".join(ARCHITECTURES) + "; vit_tiny for CPUs, vit_small as in the paper",
+    )
+    group.add_argument(
+        "--patch_size",
+        default=[12, 12, 6],
+        nargs=3,
+        type=number(int, 1),
+        metavar=xyz,
+        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost",
+    )
+    group.add_argument(
+        "--drop_path_rate",
+        default=0.1,
+        type=number(float, 0, below=1),
+        help="stochastic depth: probability that the student's last block is skipped, less for those "
+        "before it; 0 for small data and short runs",
+    )
+    flag(
+        group,
+        "--grad_checkpointing",
+        False,
+        "activation (gradient) checkpointing: keep less of each block for the backward pass and compute it again "
+        "there; the same result with far less memory, about a third slower; for vit_large, vit_huge and small GPUs",
+    )
 
     group = parser.add_argument_group("DINO")
-    group.add_argument("--out_dim", default=65536, type=number(int, 2),
-                       help="prototypes, the outputs of the head; fewer (1024) for small data")
-    flag(group, "--norm_last_layer", True, "keep the prototypes at unit length; false trains slightly better, less stably")
-    group.add_argument("--momentum_teacher", default=0.996, type=number(float, 0, 1),
-                       help="momentum of the teacher's exponential moving average (EMA) at the start, rising to 1 "
-                            "over the run; 0.9995 for small batches")
-    group.add_argument("--warmup_teacher_temp", default=0.04, type=number(float, above=0),
-                       help="teacher's temperature at the start; lower it if the loss does not fall")
-    group.add_argument("--teacher_temp", default=0.04, type=number(float, above=0),
-                       help="teacher's temperature after its warm-up; above 0.07 the teacher may become uniform")
-    group.add_argument("--warmup_teacher_temp_epochs", default=0, type=number(float, 0),
-                       help="epochs over which the teacher's temperature goes from --warmup_teacher_temp to "
-                            "--teacher_temp")
-    group.add_argument("--center_momentum", default=0.9, type=number(float, 0, 1),
-                       help="momentum of the running mean of the teacher's outputs, the centre; lower it for a centre "
-                            "that follows faster")
-    group.add_argument("--freeze_last_layer", default=1, type=number(int, 0),
-                       help="epochs at the start in which the prototypes stay as they are; more if the loss does not "
-                            "fall")
+    group.add_argument(
+        "--out_dim",
+        default=65536,
+        type=number(int, 2),
+        help="prototypes, the outputs of the head; fewer (1024) for small data",
+    )
+    flag(
+        group,
+        "--norm_last_layer",
+        True,
+        "keep the prototypes at unit length; false trains slightly better, less stably",
+    )
+    group.add_argument(
+        "--momentum_teacher",
+        default=0.996,
+        type=number(float, 0, 1),
+        help="momentum of the teacher's exponential moving average (EMA) at the start, rising to 1 "
+        "over the run; 0.9995 for small batches",
+    )
+    group.add_argument(
+        "--warmup_teacher_temp",
+        default=0.04,
+        type=number(float, above=0),
+        help="teacher's temperature at the start; lower it if the loss does not fall",
+    )
+    group.add_argument(
+        "--teacher_temp",
+        default=0.04,
+        type=number(float, above=0),
+        help="teacher's temperature after its warm-up; above 0.07 the teacher may become uniform",
+    )
+    group.add_argument(
+        "--warmup_teacher_temp_epochs",
+        default=0,
+        type=number(float, 0),
+        help="epochs over which the teacher's temperature goes from --warmup_teacher_temp to --teacher_temp",
+    )
+    group.add_argument(
+        "--center_momentum",
+        default=0.9,
+        type=number(float, 0, 1),
+        help="momentum of the running mean of the teacher's outputs, the centre; lower it for a centre "
+        "that follows faster",
+    )
+    group.add_argument(
+        "--freeze_last_layer",
+        default=1,
+        type=number(int, 0),
+        help="epochs at the start in which the prototypes stay as they are; more if the loss does not fall",
+    )
     flag(group, "--use_bn_in_head", False, "batch normalisation in the head; several processes need GPUs for it")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the volumes")
-    group.add_argument("--batch_size_per_gpu", default=64, type=number(int, 1),
-                       help="samples (base patches) per process at a time; lower it when memory runs out")
-    group.add_argument("--accumulate_steps", default=1, type=number(int, 1),
-                       help="gradient accumulation: batches per process that make one step; raise it as much as "
-                            "--batch_size_per_gpu is lowered, and training stays the same")
-    group.add_argument("--lr", default=0.0005, type=number(float, 0),
-                       help="peak learning rate for a global batch of 256; scaled linearly with --batch_size_per_gpu x "
-                            "processes x --accumulate_steps")
-    group.add_argument("--warmup_epochs", default=10, type=number(float, 0),
-                       help="epochs over which the learning rate rises linearly to --lr; fewer for short runs")
+    group.add_argument(
+        "--batch_size_per_gpu",
+        default=64,
+        type=number(int, 1),
+        help="samples (base patches) per process at a time; lower it when memory runs out",
+    )
+    group.add_argument(
+        "--accumulate_steps",
+        default=1,
+        type=number(int, 1),
+        help="gradient accumulation: batches per process that make one step; raise it as much as "
+        "--batch_size_per_gpu is lowered, and training stays the same",
+    )
+    group.add_argument(
+        "--lr",
+        default=0.0005,
+        type=number(float, 0),
+        help="peak learning rate for a global batch of 256; scaled linearly with --batch_size_per_gpu x "
+        "processes x --accumulate_steps",
+    )
+    group.add_argument(
+        "--warmup_epochs",
+        default=10,
+        type=number(float, 0),
+        help="epochs over which the learning rate rises linearly to --lr; fewer for short runs",
+    )
     group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end of its cosine")
-    group.add_argument("--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start of its "
-                                                                                   "cosine")
-    group.add_argument("--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end of its "
-                                                                                      "cosine")
-    group.add_argument("--precision", default=None, choices=("bf16", "fp16", "fp32"),
-                       help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs "
-                            "that have it, else fp16; fp32 on CPUs")
-    flag(group, "--compile", False,
-         "fuse the transformer blocks' operations (torch.compile), at the cost of a minute at the start; needs a C++ "
-         "compiler, on GPUs Triton, and continues without where it does not work")
-    group.add_argument("--clip_grad", default=3.0, type=number(float, 0),
-                       help="gradient clipping: largest norm of each parameter tensor's gradient; 0: none")
-    group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"),
-                       help="adamw, sgd or lars; adamw for ViTs")
-    group.add_argument("--max_skipped_steps", default=20, type=number(int, 1),
-                       help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, "
-                            "before the run ends")
+    group.add_argument(
+        "--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start of its cosine"
+    )
+    group.add_argument(
+        "--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end of its cosine"
+    )
+    group.add_argument(
+        "--precision",
+        default=None,
+        choices=("bf16", "fp16", "fp32"),
+        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs "
+        "that have it, else fp16; fp32 on CPUs",
+    )
+    flag(
+        group,
+        "--compile",
+        False,
+        "fuse the transformer blocks' operations (torch.compile), at the cost of a minute at the start; needs a C++ "
+        "compiler, on GPUs Triton, and continues without where it does not work",
+    )
+    group.add_argument(
+        "--clip_grad",
+        default=3.0,
+        type=number(float, 0),
+        help="gradient clipping: largest norm of each parameter tensor's gradient; 0: none",
+    )
+    group.add_argument(
+        "--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="adamw, sgd or lars; adamw for ViTs"
+    )
+    group.add_argument(
+        "--max_skipped_steps",
+        default=20,
+        type=number(int, 1),
+        help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, "
+        "before the run ends",
+    )
 
     group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
-    group.add_argument("--input_size", default=[96, 96, 48], nargs=3, type=number(int, 1), metavar=xyz,
-                       help="voxels of a global view, a multiple of --patch_size; smaller for CPUs")
-    group.add_argument("--local_crops_number", default=8, type=number(int, 0),
-                       help="local views per sample; fewer are faster")
-    group.add_argument("--local_crops_scale", default=0.25, type=number(float, above=0, high=1),
-                       help="side of a local view relative to a global one; its voxels must be a multiple of "
-                            "--patch_size")
-    group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=xyz,
-                       help="mm per voxel that views are resampled to, for data of mixed spacings; angles and scales "
-                            "then act in mm; default: the volumes' own voxels, as in the paper")
-    group.add_argument("--clip_range", default=[-1000.0, 1000.0], nargs=2, type=number(float), metavar=("LOW", "HIGH"),
-                       help="window: Hounsfield units that become 0 and 1")
+    group.add_argument(
+        "--input_size",
+        default=[96, 96, 48],
+        nargs=3,
+        type=number(int, 1),
+        metavar=xyz,
+        help="voxels of a global view, a multiple of --patch_size; smaller for CPUs",
+    )
+    group.add_argument(
+        "--local_crops_number", default=8, type=number(int, 0), help="local views per sample; fewer are faster"
+    )
+    group.add_argument(
+        "--local_crops_scale",
+        default=0.25,
+        type=number(float, above=0, high=1),
+        help="side of a local view relative to a global one; its voxels must be a multiple of --patch_size",
+    )
+    group.add_argument(
+        "--spacing",
+        default=None,
+        nargs=3,
+        type=number(float, above=0),
+        metavar=xyz,
+        help="mm per voxel that views are resampled to, for data of mixed spacings; angles and scales "
+        "then act in mm; default: the volumes' own voxels, as in the paper",
+    )
+    group.add_argument(
+        "--clip_range",
+        default=[-1000.0, 1000.0],
+        nargs=2,
+        type=number(float),
+        metavar=("LOW", "HIGH"),
+        help="window: Hounsfield units that become 0 and 1",
+    )
     augmentations.add_augmentation_flags(group)
 
     group = parser.add_argument_group("run")
-    group.add_argument("--num_workers", default=None, type=number(int, 0),
-                       help="data loading workers per process; default: the cores that each process can have, at most "
-                            "16")
+    group.add_argument(
+        "--num_workers",
+        default=None,
+        type=number(int, 0),
+        help="data loading workers per process; default: the cores that each process can have, at most 16",
+    )
     checkpoint.add_saving_flags(group, besides="each epoch's end")
-    group.add_argument("--saveckp_freq", default=20, type=number(int, 0),
-                       help="epochs between numbered copies of the checkpoint, which stay; 0: none")
-    group.add_argument("--max_steps", default=None, type=number(int, 1),
-                       help="stop after this many steps in all, with a checkpoint to resume from; schedules still "
-                            "follow --epochs; default: run to the last epoch")
+    group.add_argument(
+        "--saveckp_freq",
+        default=20,
+        type=number(int, 0),
+        help="epochs between numbered copies of the checkpoint, which stay; 0: none",
+    )
+    group.add_argument(
+        "--max_steps",
+        default=None,
+        type=number(int, 1),
+        help="stop after this many steps in all, with a checkpoint to resume from; schedules still "
+        "follow --epochs; default: run to the last epoch",
+    )
     group.add_argument("--log_every", default=10, type=number(int, 1), help="steps between entries in TensorBoard")
-    group.add_argument("--seed", default=0, type=number(int, 0),
-                       help="seed of weights, order, crops and augmentations; the same seed gives the same run")
-    group.add_argument("--max_bad_files", default=0.1, type=number(float, 0, 1), metavar="SHARE",
-                       help="share of the volumes that may be unreadable in an epoch, rounded up to whole files, "
-                            "before the run ends; others take their place, see bad_files.csv. Raise it for data known to be damaged")
-    flag(group, "--strict_data", False, "end the run at the first unreadable file instead of taking another in its place")
+    group.add_argument(
+        "--seed",
+        default=0,
+        type=number(int, 0),
+        help="seed of weights, order, crops and augmentations; the same seed gives the same run",
+    )
+    group.add_argument(
+        "--max_bad_files",
+        default=0.1,
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help="share of the volumes that may be unreadable in an epoch, rounded up to whole files, "
+        "before the run ends; others take their place, see bad_files.csv. Raise it for data known to be damaged",
+    )
+    flag(
+        group, "--strict_data", False, "end the run at the first unreadable file instead of taking another in its place"
+    )
     command_line.read_timeout_flag(group)
     command_line.help_flags(group)
 
     group = parser.add_argument_group("older flags, accepted")
-    group.add_argument("--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL",
-                       help="replaced by --precision")
+    group.add_argument(
+        "--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL", help="replaced by --precision"
+    )
     group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) tells")
-    group.add_argument("--local_rank", "--local-rank", default=None, metavar="N",
-                       help="ignored: the launcher (torchrun, srun) tells")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) tells"
+    )
     return parser
 
 
@@ -184,8 +340,10 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
     args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
     for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
         if any(n % p for n, p in zip(size, args.patch_size)) and (size is args.input_size or args.local_crops_number):
-            parser.error(f"{flag}: a view of {format_values(size)} voxels is not a multiple of --patch_size "
-                         f"{format_values(args.patch_size)} along each axis")
+            parser.error(
+                f"{flag}: a view of {format_values(size)} voxels is not a multiple of --patch_size "
+                f"{format_values(args.patch_size)} along each axis"
+            )
     if args.clip_range[0] >= args.clip_range[1]:
         parser.error(f"--clip_range {format_values(args.clip_range)}: the first value must be below the second")
     if args.data_dir is None and args.data_list is None:
@@ -212,14 +370,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     global_batch = args.batch_size_per_gpu * processes.world_size * args.accumulate_steps
     steps_per_epoch = samples_per_epoch // global_batch
     if not steps_per_epoch:
-        raise UserError(f"{len(paths)} volumes with --patches_per_volume {args.patches_per_volume} make less than one "
-                        f"batch of {global_batch} ({args.batch_size_per_gpu} x {processes.world_size} processes x "
-                        f"{args.accumulate_steps} accumulated): lower --batch_size_per_gpu or --accumulate_steps, or raise "
-                        "--patches_per_volume", everywhere=True)
+        raise UserError(
+            f"{len(paths)} volumes with --patches_per_volume {args.patches_per_volume} make less than one "
+            f"batch of {global_batch} ({args.batch_size_per_gpu} x {processes.world_size} processes x "
+            f"{args.accumulate_steps} accumulated): lower --batch_size_per_gpu or --accumulate_steps, or raise "
+            "--patches_per_volume",
+            everywhere=True,
+        )
 
     # --------------------------------------------------------------------------------------------------------- model
     torch.manual_seed(args.seed)
-    build = functools.partial(build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head)
+    build = functools.partial(
+        build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head
+    )
     student, teacher = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing), build(0.0, True)
     if args.pretrained_weights:
         notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
@@ -235,18 +398,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.precision == "fp16")
     epoch_length = steps_per_epoch * global_batch  # samples; schedules are functions of samples seen
     schedules = Schedules(
-        total=args.epochs * epoch_length, lr=args.lr * global_batch / 256, min_lr=args.min_lr,
-        warmup=args.warmup_epochs * epoch_length, weight_decay=args.weight_decay,
-        weight_decay_end=args.weight_decay_end, momentum_teacher=args.momentum_teacher, teacher_temp=args.teacher_temp,
-        warmup_teacher_temp=args.warmup_teacher_temp, temp_warmup=args.warmup_teacher_temp_epochs * epoch_length)
+        total=args.epochs * epoch_length,
+        lr=args.lr * global_batch / 256,
+        min_lr=args.min_lr,
+        warmup=args.warmup_epochs * epoch_length,
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end,
+        momentum_teacher=args.momentum_teacher,
+        teacher_temp=args.teacher_temp,
+        warmup_teacher_temp=args.warmup_teacher_temp,
+        temp_warmup=args.warmup_teacher_temp_epochs * epoch_length,
+    )
 
     # ------------------------------------------------------------------------------------------------------ training
     state = TrainState(
-        network=network, student=student, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer, scaler=scaler,
-        schedules=schedules, crops=crops, clip_range=tuple(args.clip_range), dtype=utils.PRECISIONS[args.precision],
-        clip_grad=args.clip_grad, global_batch=global_batch, seed=args.seed, processes=processes,
-        accumulate_steps=args.accumulate_steps, nonfinite=NonFiniteSteps(args.max_skipped_steps, processes.device),
-        copy_stream=torch.cuda.Stream() if processes.device.type == "cuda" else None)
+        network=network,
+        student=student,
+        teacher=teacher,
+        dino_loss=dino_loss,
+        optimizer=optimizer,
+        scaler=scaler,
+        schedules=schedules,
+        crops=crops,
+        clip_range=tuple(args.clip_range),
+        dtype=utils.PRECISIONS[args.precision],
+        clip_grad=args.clip_grad,
+        global_batch=global_batch,
+        seed=args.seed,
+        processes=processes,
+        accumulate_steps=args.accumulate_steps,
+        nonfinite=NonFiniteSteps(args.max_skipped_steps, processes.device),
+        copy_stream=torch.cuda.Stream() if processes.device.type == "cuda" else None,
+    )
     progress = restore(state, output_dir, vars(args))
     progress.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into what is left
     last_step = progress.step + steps_left(samples_per_epoch, global_batch, args.epochs, progress)
@@ -254,26 +437,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     for notice in notices:
         processes.print(notice)
     if progress.epoch >= args.epochs or progress.step >= last_step:
-        processes.print(f"nothing to do, {progress.epoch} of {args.epochs} epochs are done ({progress.step} steps)\n"
-            f"{summary(output_dir)}")
+        processes.print(
+            f"nothing to do, {progress.epoch} of {args.epochs} epochs are done ({progress.step} steps)\n"
+            f"{summary(output_dir)}"
+        )
         return
     if processes.is_main:
-        write_config(output_dir / "config.json", vars(args), processes, utils.device_name(processes.device), volumes=len(paths))
+        write_config(
+            output_dir / "config.json", vars(args), processes, utils.device_name(processes.device), volumes=len(paths)
+        )
         truncate_log(output_dir / "log.txt", progress.step)
     processes.print(run_summary(args, processes, paths, crops, steps_per_epoch, global_batch, progress))
 
-    stream = BatchStream(len(paths), args.patches_per_volume, args.batch_size_per_gpu, processes.rank,
-                         processes.world_size, args.seed, progress.epoch, progress.position, args.epochs,
-                         args.accumulate_steps)
+    stream = BatchStream(
+        len(paths),
+        args.patches_per_volume,
+        args.batch_size_per_gpu,
+        processes.rank,
+        processes.world_size,
+        args.seed,
+        progress.epoch,
+        progress.position,
+        args.epochs,
+        args.accumulate_steps,
+    )
     workers, prefetch, loader_notices = reading_processes(
-        args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(crops.patch_size))
+        args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(crops.patch_size)
+    )
     for notice in loader_notices:
         processes.print(notice)
-    loader = DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers, prefetch_factor=prefetch,
-                        worker_init_fn=checkpoint.ignore_signals, pin_memory=processes.device.type == "cuda")
+    loader = DataLoader(
+        dataset,
+        batch_sampler=stream,
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        worker_init_fn=checkpoint.ignore_signals,
+        pin_memory=processes.device.type == "cuda",
+    )
     batches = with_read_timeout(loader, args.read_timeout, command_line.end_process)
-    monitor = Monitor(output_dir, processes, args.out_dim, args.log_every, last_step, progress.step, global_batch,
-                      len(paths), max_bad)
+    monitor = Monitor(
+        output_dir, processes, args.out_dim, args.log_every, last_step, progress.step, global_batch, len(paths), max_bad
+    )
     saving = checkpoint.Saving(args.save_every_steps, args.save_every_minutes, args.keep_last)
     checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()
     stop_signal = checkpoint.StopSignal(processes, output_dir / "preempted")
@@ -304,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 @dataclass
 class Progress:
     """How far a run is: epochs finished, samples of the current one, and steps and samples in all."""
+
     epoch: int = 0
     position: int = 0
     step: int = 0
@@ -321,6 +527,7 @@ class Progress:
 @dataclass(kw_only=True)
 class TrainState:
     """What a step needs. network: the student as it is called, inside DDP where there are several processes."""
+
     network: nn.Module
     student: MultiCropWrapper
     teacher: MultiCropWrapper
@@ -341,8 +548,13 @@ class TrainState:
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
         """{name: part} that a checkpoint holds: save and restore go by this alone. A part that is None is off."""
-        parts = {"student": self.student, "teacher": self.teacher, "optimizer": self.optimizer, "scaler": self.scaler,
-                 "dino_loss": self.dino_loss}
+        parts = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "dino_loss": self.dino_loss,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
     def render(self, batch: Batch) -> list[Tensor]:
@@ -358,7 +570,9 @@ class TrainState:
             current = torch.cuda.current_stream()
             current.wait_stream(self.copy_stream)
             for view in views:
-                view.record_stream(current)  # their memory is given to other views only when this stream is done with it
+                view.record_stream(
+                    current
+                )  # their memory is given to other views only when this stream is done with it
         return views
 
 
@@ -368,8 +582,15 @@ def steps_left(samples_per_epoch: int, global_batch: int, epochs: int, progress:
     return max(0, whole + (samples_per_epoch - progress.position) // global_batch)
 
 
-def train_one_epoch(state: TrainState, batches: Iterator[Batch], steps: int, progress: Progress, frozen: bool,
-                    monitor: Monitor, after_step: Callable[[], None]) -> None:
+def train_one_epoch(
+    state: TrainState,
+    batches: Iterator[Batch],
+    steps: int,
+    progress: Progress,
+    frozen: bool,
+    monitor: Monitor,
+    after_step: Callable[[], None],
+) -> None:
     """Take `steps` steps on what the iterator `batches` gives; `progress` counts them.
 
     frozen: prototypes stay as they are; after_step: called after every step but the last
@@ -392,8 +613,13 @@ def train_one_epoch(state: TrainState, batches: Iterator[Batch], steps: int, pro
         if progress.step % monitor.log_every == 0 or index == steps - 1:
             monitor.flush(progress.step, scheduled, state.dino_loss.center.norm(), step.features)
         if state.nonfinite.too_many(progress.step):
-            abort_run(monitor.output_dir, state.processes, progress.step, state.nonfinite.max_in_a_row,
-                    diagnose_batch(state, micro_batches, scheduled["teacher_temp"]))
+            abort_run(
+                monitor.output_dir,
+                state.processes,
+                progress.step,
+                state.nonfinite.max_in_a_row,
+                diagnose_batch(state, micro_batches, scheduled["teacher_temp"]),
+            )
         if index < steps - 1:
             after_step()
 
@@ -406,14 +632,16 @@ class Step(NamedTuple):
     winners: (2 B per micro-batch,) largest prototype of each teacher output
     features: (2 B, D) teacher's embeddings of the last micro-batch
     """
+
     finite: Tensor
     metrics: dict[str, Tensor]
     winners: Tensor
     features: Tensor
 
 
-def train_step(state: TrainState, micro_batches: Iterable[list[Tensor]], scheduled: dict[str, float],
-               frozen: bool) -> Step:
+def train_step(
+    state: TrainState, micro_batches: Iterable[list[Tensor]], scheduled: dict[str, float], frozen: bool
+) -> Step:
     """One step of DINO (Caron et al. 2021, algorithm 1), on the mean loss of the micro-batches.
 
     micro_batches: gives state.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
@@ -449,7 +677,8 @@ def train_step(state: TrainState, micro_batches: Iterable[list[Tensor]], schedul
         for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None
     norm = clip_gradients(state.student, state.clip_grad)
-    # NaN on one rank is NaN on all after DDP's all-reduce. In fp16 steps are skipped too while the loss's scale is sought
+    # NaN on one rank is NaN on all after DDP's all-reduce. In fp16 steps are skipped too while the loss's scale is
+    # sought
     finite = norm.isfinite()
     step_if_finite(state.optimizer, finite)
     state.scaler.update()
@@ -478,8 +707,9 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor,
-                teacher_temp: float) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """student_logits: (V B, K) of all V views; teacher_logits: (2 B, K) of the global ones, which come first.
 
         Returns {name: ()}: "loss", which is to be minimised, and what the monitor shows of it, the mean KL divergence
@@ -501,7 +731,8 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, mean: Tensor, finite: Tensor) -> None:
-        """Running mean of the teacher's logits (eq. 4), unless the step was skipped. mean: (1, K) over batch and ranks."""
+        """Running mean of the teacher's logits (eq. 4), unless the step was skipped. mean: (1, K) over batch and
+        ranks."""
         self.center.lerp_(torch.where(finite, mean, self.center), 1 - self.center_momentum)
 
 
@@ -520,7 +751,8 @@ class CrossEntropy(torch.autograd.Function):
     student's logits over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
 
     One view at a time, also in the gradient, (n softmax(s) - q) / temperature: all views' logits exist once, in the
-    precision in which the head gave them, and nothing but the (V, B) normalisers is kept beside them for the backward pass.
+    precision in which the head gave them, and nothing but the (V, B) normalisers is kept beside them for the backward
+    pass.
     """
 
     @staticmethod
@@ -553,7 +785,8 @@ class CrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float, finite: Tensor) -> None:
-    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless skipped."""
+    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless
+    skipped."""
     teacher_weights, student_weights = list(teacher.parameters()), list(student.parameters())
     weight = finite.to(student_weights[0].dtype) * (1 - momentum)  # 0 leaves the teacher as it is
     torch._foreach_lerp_(teacher_weights, student_weights, [weight] * len(teacher_weights))
@@ -574,6 +807,7 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
 @dataclass
 class Schedules:
     """Everything that changes along a run, as functions of the samples seen. total, warmup, temp_warmup: samples."""
+
     total: float
     lr: float
     min_lr: float
@@ -612,11 +846,19 @@ def diagnose_batch(state: TrainState, micro_batches: Sequence[Batch], teacher_te
         with torch.autocast(state.processes.device.type, state.dtype, enabled=state.dtype != torch.float32):
             teacher_logits, student_logits = state.teacher(views[:1]), state.student(views)  # (2 B, K), (V B, K)
         for i, path in enumerate(batch.paths):
+
             def of_sample(tensor: Tensor) -> Tensor:
                 return tensor.unflatten(0, (-1, len(batch.paths)))[:, i]
+
             losses, _ = state.dino_loss(of_sample(student_logits), of_sample(teacher_logits), teacher_temp)
-            samples.append(describe_sample(path, losses["loss"], patch=batch.patches[i],
-                                    views=torch.cat([of_sample(view).flatten() for view in views])))
+            samples.append(
+                describe_sample(
+                    path,
+                    losses["loss"],
+                    patch=batch.patches[i],
+                    views=torch.cat([of_sample(view).flatten() for view in views]),
+                )
+            )
     return samples
 
 
@@ -631,16 +873,28 @@ def find_data(folder: str | None, data_list: str | None, index: Path) -> list[st
         flag = "--data_list" if data_list else "--data_dir"
         raise UserError(f"{flag} {error}") from error
     if not paths:
-        raise UserError(f"--data_list {data_list}: names no file" if data_list else
-                        f"--data_dir {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})")
+        raise UserError(
+            f"--data_list {data_list}: names no file"
+            if data_list
+            else f"--data_dir {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})"
+        )
     return paths
 
 
-def build_model(arch: str, input_size: Sequence[int], patch_size: Sequence[int], out_dim: int, use_bn_in_head: bool,
-                drop_path_rate: float, norm_last_layer: bool, grad_checkpointing: bool = False) -> MultiCropWrapper:
+def build_model(
+    arch: str,
+    input_size: Sequence[int],
+    patch_size: Sequence[int],
+    out_dim: int,
+    use_bn_in_head: bool,
+    drop_path_rate: float,
+    norm_last_layer: bool,
+    grad_checkpointing: bool = False,
+) -> MultiCropWrapper:
     """A new student or teacher: backbone and DINO head."""
-    backbone = ARCHITECTURES[arch](img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate,
-                                   grad_checkpointing=grad_checkpointing)
+    backbone = ARCHITECTURES[arch](
+        img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate, grad_checkpointing=grad_checkpointing
+    )
     return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))
 
 
@@ -658,8 +912,13 @@ def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str
     return [f"starting from the backbone of {path}; the head is new, the file has none of this shape"]
 
 
-def wrap_ddp(student: MultiCropWrapper, teacher: MultiCropWrapper, use_bn_in_head: bool, accumulate_steps: int,
-             processes: utils.Processes) -> tuple[nn.Module, MultiCropWrapper]:
+def wrap_ddp(
+    student: MultiCropWrapper,
+    teacher: MultiCropWrapper,
+    use_bn_in_head: bool,
+    accumulate_steps: int,
+    processes: utils.Processes,
+) -> tuple[nn.Module, MultiCropWrapper]:
     """The student inside DDP, where there are several processes, and the teacher."""
     if processes.world_size == 1:
         return student, teacher
@@ -669,22 +928,27 @@ def wrap_ddp(student: MultiCropWrapper, teacher: MultiCropWrapper, use_bn_in_hea
         student.head, teacher.head = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head))
     devices = None if processes.device.type == "cpu" else [processes.device]
     # A static graph spares DDP to look for what each step uses; it can't be had with no_sync (pytorch issue 143580)
-    return DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True,
-                                   static_graph=accumulate_steps == 1), teacher
+    return DistributedDataParallel(
+        student, device_ids=devices, gradient_as_bucket_view=True, static_graph=accumulate_steps == 1
+    ), teacher
 
 
-def compile_blocks(models: Iterable[MultiCropWrapper], device: torch.device,
-                   backend: str | Callable = "inductor") -> list[str]:
+def compile_blocks(
+    models: Iterable[MultiCropWrapper], device: torch.device, backend: str | Callable = "inductor"
+) -> list[str]:
     """Let torch.compile fuse what happens between the matrix products of each block, in place; returns notices.
 
-    Block by block, since all have one code: it is compiled once per shape, in a minute and not many. backend: see torch.compile
+    Block by block, since all have one code: it is compiled once per shape, in a minute and not many. backend: see
+    torch.compile
     """
     trial = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
     try:
         torch.compile(trial, backend=backend)(torch.rand(2, 8, device=device)).sum().backward()
     except Exception as error:  # no compiler, no Triton, a GPU that it doesn't know: there are many ways
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return [f"--compile: torch.compile does not work here, continuing without ({lines[0][:200] if lines else error!r})"]
+        return [
+            f"--compile: torch.compile does not work here, continuing without ({lines[0][:200] if lines else error!r})"
+        ]
     for model in models:
         for block in model.backbone.blocks:
             block.compile(dynamic=False, backend=backend)  # two shapes, those of global and of local views
@@ -694,40 +958,68 @@ def compile_blocks(models: Iterable[MultiCropWrapper], device: torch.device,
 # --------------------------------------------------------------------------------------------- saving and resuming
 
 
-def save(state: TrainState, checkpoints: checkpoint.Checkpoints | utils.Silent, output_dir: Path,
-         config: dict[str, Any], progress: Progress, every: int) -> None:
+def save(
+    state: TrainState,
+    checkpoints: checkpoint.Checkpoints | utils.Silent,
+    output_dir: Path,
+    config: dict[str, Any],
+    progress: Progress,
+    every: int,
+) -> None:
     """Save the whole state, and keep a numbered copy each `every` epochs (0: never)."""
     numbered = every and progress.position == 0 and progress.epoch % every == 0
     states = {name: part.state_dict() for name, part in state.parts().items()}
-    checkpoints.save({**states, **asdict(progress), "config": config},
-                     output_dir / f"checkpoint{progress.epoch:04}.pth" if numbered else None)
+    checkpoints.save(
+        {**states, **asdict(progress), "config": config},
+        output_dir / f"checkpoint{progress.epoch:04}.pth" if numbered else None,
+    )
 
 
 def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Progress:
     """Go on from the checkpoint in the output folder, if there is one; returns how far it is."""
-    fixed = ("arch", "patch_size", "input_size", "spacing", "clip_range", "out_dim", "use_bn_in_head",
-             "norm_last_layer", "optimizer")
+    fixed = (
+        "arch",
+        "patch_size",
+        "input_size",
+        "spacing",
+        "clip_range",
+        "out_dim",
+        "use_bn_in_head",
+        "norm_last_layer",
+        "optimizer",
+    )
     path, parts = output_dir / "checkpoint.pth", state.parts()
-    saved = checkpoint.load_on_all(path, state.processes, must_match={name: config[name] for name in fixed},
-                                   parts=(*parts, *asdict(Progress())))
+    saved = checkpoint.load_on_all(
+        path, state.processes, must_match={name: config[name] for name in fixed}, parts=(*parts, *asdict(Progress()))
+    )
     if saved is None:
         return Progress()
     checkpoint.load_parts(parts, saved, path)
     return checkpoint.load_progress(Progress, saved, path)
 
 
-def run_summary(args: argparse.Namespace, processes: utils.Processes, paths: list[str], crops: MultiCropAugmentation,
-                steps_per_epoch: int, global_batch: int, progress: Progress) -> str:
+def run_summary(
+    args: argparse.Namespace,
+    processes: utils.Processes,
+    paths: list[str],
+    crops: MultiCropAugmentation,
+    steps_per_epoch: int,
+    global_batch: int,
+    progress: Progress,
+) -> str:
     """What is about to run, in a few lines."""
-    lines = [f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
-             f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
-             f"base patch {format_values(crops.patch_size)}, 2 global views {format_values(crops.global_size)}, "
-             f"{crops.local_number} local views {format_values(crops.local_size)}; "
-             + ", ".join(crops.policy.on) + " on"]
+    lines = [
+        f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
+        f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
+        f"base patch {format_values(crops.patch_size)}, 2 global views {format_values(crops.global_size)}, "
+        f"{crops.local_number} local views {format_values(crops.local_size)}; " + ", ".join(crops.policy.on) + " on",
+    ]
     nifti = sum(path.endswith((".nii", ".nii.gz")) for path in paths)
     if nifti:
-        lines.append(f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 80 times "
-                     "slower than reading a converted file (see docs/data.md)")
+        lines.append(
+            f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 80 times "
+            "slower than reading a converted file (see docs/data.md)"
+        )
     if progress.step:
         lines.append(f"resuming after step {progress.step}, epoch {progress.epoch}")
     return "\n".join(lines)

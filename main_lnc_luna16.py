@@ -10,6 +10,7 @@ The same --output_dir resumes where it stopped. What stands there: a folder per 
 best.pth, the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png,
 config.json, TensorBoard.
 """
+
 import argparse
 import functools
 import math
@@ -63,35 +64,77 @@ from dino3d.finetune.statistics import format_metric
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir
 # What must not change while a run is resumed fold by fold
-FIXED = (*ENCODER, "protocol", "pretrained_weights", "checkpoint_key", "drop_path_rate", "knn_k", "negatives",
-         "eval_negatives", "folds", "k_fold", "num_test", "lr", "layer_decay", "warmup_epochs", "min_lr",
-         "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
+FIXED = (
+    *ENCODER,
+    "protocol",
+    "pretrained_weights",
+    "checkpoint_key",
+    "drop_path_rate",
+    "knn_k",
+    "negatives",
+    "eval_negatives",
+    "folds",
+    "k_fold",
+    "num_test",
+    "lr",
+    "layer_decay",
+    "warmup_epochs",
+    "min_lr",
+    "weight_decay",
+    "optimizer",
+    "shift_range",
+    *AUGMENTATION_FLAGS,
+    "seed",
+)
 
 
 def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
         prog="main_lnc_luna16.py",
         usage="main_lnc_luna16.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
-              "       main_lnc_luna16.py --predict DIR --weights OUT --output_dir DIR",
-        description="Lung nodule classification, fold by fold. Start the same command again to resume a run.")
-    flags.data_flags(parser, LAYOUT, predict="folder with unlabelled crops at any depth; nothing is trained, "
-                                             "predictions.csv goes to --output_dir")
+        "       main_lnc_luna16.py --predict DIR --weights OUT --output_dir DIR",
+        description="Lung nodule classification, fold by fold. Start the same command again to resume a run.",
+    )
+    flags.data_flags(
+        parser,
+        LAYOUT,
+        predict="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes to --output_dir",
+    )
     group = parser.add_argument_group("classification")
-    group.add_argument("--protocol", default="finetune", choices=("finetune", "linear", "knn"),
-                       help="finetune: encoder and head are trained; linear: linear probe, the head alone is trained "
-                            "on the frozen encoder's features; knn: nothing is trained, cases are compared with the training cases")
-    group.add_argument("--negatives", default=1.0, type=number(float, 0),
-                       help="cases of label0 per case of the other labels that an epoch of training draws anew, "
-                            "without replacement; 0: all")
-    group.add_argument("--eval_negatives", default=0.0, type=number(float, 0),
-                       help="cases of label0 per case of the other labels in validation and test, drawn once; 0: all, "
-                            "which is what to report")
-    group.add_argument("--knn_k", default=None, type=number(int, 1),
-                       help="neighbours that vote with --protocol knn; default: the square root of the training "
-                            "cases, at most 20")
-    flags.add_finetune_flags(parser, batch_size=128, folds=("patients", "subsets"),
-                    spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then "
-                            "act in mm; default: the checkpoint's, if it has one")
+    group.add_argument(
+        "--protocol",
+        default="finetune",
+        choices=("finetune", "linear", "knn"),
+        help="finetune: encoder and head are trained; linear: linear probe, the head alone is trained "
+        "on the frozen encoder's features; knn: nothing is trained, cases are compared with the training cases",
+    )
+    group.add_argument(
+        "--negatives",
+        default=1.0,
+        type=number(float, 0),
+        help="cases of label0 per case of the other labels that an epoch of training draws anew, "
+        "without replacement; 0: all",
+    )
+    group.add_argument(
+        "--eval_negatives",
+        default=0.0,
+        type=number(float, 0),
+        help="cases of label0 per case of the other labels in validation and test, drawn once; 0: all, "
+        "which is what to report",
+    )
+    group.add_argument(
+        "--knn_k",
+        default=None,
+        type=number(int, 1),
+        help="neighbours that vote with --protocol knn; default: the square root of the training cases, at most 20",
+    )
+    flags.add_finetune_flags(
+        parser,
+        batch_size=128,
+        folds=("patients", "subsets"),
+        spacing="mm per voxel that the crops should have, for a warning where they differ; rotations then "
+        "act in mm; default: the checkpoint's, if it has one",
+    )
     return parser
 
 
@@ -109,8 +152,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_flags(parser, args)
     output_dir = Path(args.output_dir)
     runtime, args.precision, notices = start_runtime(
-        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
-        dist_url=args.dist_url, local_rank=args.local_rank)
+        output_dir,
+        args.precision,
+        args.use_fp16,
+        args.num_workers,
+        args.batch_size_per_gpu,
+        args.read_timeout,
+        dist_url=args.dist_url,
+        local_rank=args.local_rank,
+    )
     processes = runtime.processes
     if args.predict:
         predict(args.predict, args.weights, output_dir, runtime)
@@ -118,9 +168,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------------------------------------------------- data
     cases = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
-    splits, data = processes.run_on_main(lambda: make_splits(
-        output_dir / "splits.json", args.folds, args.k_fold, args.num_test, args.seed, cases.patients,
-        cases.labels.tolist(), cases.subsets, ("crop_size", "crop_spacing")))
+    splits, data = processes.run_on_main(
+        lambda: make_splits(
+            output_dir / "splits.json",
+            args.folds,
+            args.k_fold,
+            args.num_test,
+            args.seed,
+            cases.patients,
+            cases.labels.tolist(),
+            cases.subsets,
+            ("crop_size", "crop_spacing"),
+        )
+    )
     sides = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
     if "crop_size" not in data:
         check_training_sides(sides, cases)
@@ -129,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # --------------------------------------------------------------------------------------------------------- model
     args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER})
+    encoder = load_encoder(
+        args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER}
+    )
     vars(args).update(encoder.settings())
     notices += warnings_about(encoder, args.protocol, data)
     config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}
@@ -155,17 +217,32 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = draw_negatives(side.train, cases.labels, args.negatives, args.seed, 0)
             model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, len(drawn), args.knn_k)
             steps, finished = run_fold(
-                Fold(number, output_dir / str(number), *side), model.to(processes.device), train_config, config, runtime,
-                left, dataset=dataset, epoch_order=order, score=SCORE,
-                train_one_epoch=functools.partial(train_one_epoch, labels=cases.labels, augmentation=augmentation,
-                                                  clip_range=args.clip_range, class_weights=class_weights(drawn, cases)),
+                Fold(number, output_dir / str(number), *side),
+                model.to(processes.device),
+                train_config,
+                config,
+                runtime,
+                left,
+                dataset=dataset,
+                epoch_order=order,
+                score=SCORE,
+                train_one_epoch=functools.partial(
+                    train_one_epoch,
+                    labels=cases.labels,
+                    augmentation=augmentation,
+                    clip_range=args.clip_range,
+                    class_weights=class_weights(drawn, cases),
+                ),
                 validate=functools.partial(validate, cases=cases, clip_range=args.clip_range),
                 test=functools.partial(test_fold, cases=cases, clip_range=args.clip_range),
-                fit=functools.partial(fit_head, cases=cases, clip_range=args.clip_range, drawn=drawn))
+                fit=functools.partial(fit_head, cases=cases, clip_range=args.clip_range, drawn=drawn),
+            )
             left -= steps
             if not finished:
-                processes.print(f"stopped in fold {number} after {args.max_steps} steps; the same command without "
-                                "--max_steps resumes")
+                processes.print(
+                    f"stopped in fold {number} after {args.max_steps} steps; the same command without "
+                    "--max_steps resumes"
+                )
                 return
     if processes.is_main:
         print(summarise(output_dir, cases, len(splits), args.protocol, encoder))
@@ -174,8 +251,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(state: FoldState, batches: Iterator[CropBatch], labels: np.ndarray,
-                    augmentation: WindowAugmentation, clip_range: Sequence[float], class_weights: Tensor) -> None:
+def train_one_epoch(
+    state: FoldState,
+    batches: Iterator[CropBatch],
+    labels: np.ndarray,
+    augmentation: WindowAugmentation,
+    clip_range: Sequence[float],
+    class_weights: Tensor,
+) -> None:
     """Steps on augmented crops, with the cross-entropy of each weighted by its class.
 
     state: fold_loop.FoldState; batches: gives CropBatches on the CPU
@@ -199,6 +282,7 @@ def train_one_epoch(state: FoldState, batches: Iterator[CropBatch], labels: np.n
 
 class Cases(NamedTuple):
     """The data set, sorted by path. labels: (N,) int64; classes: how many there are; crop_size: (3,) voxels of all."""
+
     names: list[str]
     paths: list[str]
     labels: np.ndarray
@@ -220,8 +304,14 @@ def find_cases(folder: str, output_dir: Path) -> Cases:
         raise UserError(f"--data_dir {problems[0]}")
     names = case_names([crop.path for crop in crops], folder)
     labels = np.array([crop.label for crop in crops])
-    return Cases(names, [crop.path for crop in crops], labels, [crop.patient for crop in crops],
-                 [crop.subset for crop in crops], int(labels.max()) + 1)
+    return Cases(
+        names,
+        [crop.path for crop in crops],
+        labels,
+        [crop.patient for crop in crops],
+        [crop.subset for crop in crops],
+        int(labels.max()) + 1,
+    )
 
 
 def check_training_sides(sides: Sequence[Split], cases: Cases) -> None:
@@ -229,8 +319,11 @@ def check_training_sides(sides: Sequence[Split], cases: Cases) -> None:
     for fold, side in enumerate(sides):
         missing = sorted(set(range(cases.classes)) - set(cases.labels[side.train].tolist()))
         if missing:
-            raise UserError(f"fold {fold} has no patient with label{missing[0]} to train on: too few patients have "
-                            "such cases; lower --k_fold or --num_test, or add patients", everywhere=True)
+            raise UserError(
+                f"fold {fold} has no patient with label{missing[0]} to train on: too few patients have "
+                "such cases; lower --k_fold or --num_test, or add patients",
+                everywhere=True,
+            )
 
 
 def case_numbers(split: Split, cases: Cases, eval_negatives: float, seed: int) -> Split:
@@ -248,7 +341,7 @@ def draw_negatives(chosen: np.ndarray, labels: np.ndarray, ratio: float, seed: i
     if not ratio or not positive.any():
         return chosen
     negatives = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(chosen[~positive])
-    return np.sort(np.concatenate([chosen[positive], negatives[:max(1, round(ratio * positive.sum()))]]))
+    return np.sort(np.concatenate([chosen[positive], negatives[: max(1, round(ratio * positive.sum()))]]))
 
 
 def case_order(train: np.ndarray, labels: np.ndarray, negatives: float, seed: int, epoch: int) -> np.ndarray:
@@ -266,8 +359,9 @@ def class_weights(drawn: np.ndarray, cases: Cases) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def build_classifier(protocol: str, encoder: PretrainedEncoder, drop_path_rate: float, classes: int, known: int,
-                     knn_k: int | None) -> Classifier:
+def build_classifier(
+    protocol: str, encoder: PretrainedEncoder, drop_path_rate: float, classes: int, known: int, knn_k: int | None
+) -> Classifier:
     """The Classifier of a protocol. encoder: PretrainedEncoder; known: training cases that a k-NN head remembers."""
     model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
     if protocol == "knn":
@@ -304,8 +398,9 @@ def classify(model: Classifier, volumes: Tensor) -> Tensor:
     return model(volumes).double().softmax(-1)
 
 
-def probabilities_of(model: Classifier, numbers: np.ndarray, cases: Cases, clip_range: Sequence[float],
-                     runtime: Runtime) -> np.ndarray:
+def probabilities_of(
+    model: Classifier, numbers: np.ndarray, cases: Cases, clip_range: Sequence[float], runtime: Runtime
+) -> np.ndarray:
     """(N, classes) of the cases with these numbers."""
     dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
     return infer_windows(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime)
@@ -317,8 +412,10 @@ def validate(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> Val
     labels = cases.labels[state.fold.validation]
     chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
     loss = float(np.mean([-np.log(chosen[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
-    return Validation({"auc": area_under_roc(labels, probabilities), "loss": loss},
-                      {"threshold": choose_threshold(labels, probabilities)})
+    return Validation(
+        {"auc": area_under_roc(labels, probabilities), "loss": loss},
+        {"threshold": choose_threshold(labels, probabilities)},
+    )
 
 
 def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> None:
@@ -328,15 +425,25 @@ def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> No
     if not state.runtime.processes.is_main:
         return
     labels, patients = cases.labels[fold.test], [cases.patients[i] for i in fold.test]
-    record = {"fold": fold.number, "cases": len(labels), "patients": len(set(patients)), "best_epoch": best["epoch"],
-              "validation_auc": best["auc"], "validation_loss": best["loss"], "threshold": best["threshold"],
-              **evaluate_cases(labels, probabilities, patients, best["threshold"]), "notes": []}
+    record = {
+        "fold": fold.number,
+        "cases": len(labels),
+        "patients": len(set(patients)),
+        "best_epoch": best["epoch"],
+        "validation_auc": best["auc"],
+        "validation_loss": best["loss"],
+        "threshold": best["threshold"],
+        **evaluate_cases(labels, probabilities, patients, best["threshold"]),
+        "notes": [],
+    }
     if best["auc"] is None:
         record["notes"].append("validation cases are of one class: best epoch by loss, threshold 0.5")
     if record["auc"] is None:
         record["notes"].append("test cases lack a class: AUC and average precision are undefined")
-    rows = [[cases.names[i], cases.patients[i], fold.number, int(cases.labels[i]), *table_probabilities(row)]
-            for i, row in zip(fold.test, probabilities)]
+    rows = [
+        [cases.names[i], cases.patients[i], fold.number, int(cases.labels[i]), *table_probabilities(row)]
+        for i, row in zip(fold.test, probabilities)
+    ]
     write_table(fold.folder / "predictions.csv", table_header(cases.classes), rows)
     write_json(fold.folder / "metrics.json", record)
 
@@ -356,20 +463,25 @@ def predict(folder: str, weights: str, output_dir: Path, runtime: Runtime) -> No
         model, config, best = load_fold(where / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         model = model.to(processes.device).eval()
         dataset = EvaluationCrops(paths, config["input_size"])
-        total = total + infer_windows(functools.partial(classify, model), dataset, np.arange(len(paths)), config["clip_range"],
-                              runtime)
+        total = total + infer_windows(
+            functools.partial(classify, model), dataset, np.arange(len(paths)), config["clip_range"], runtime
+        )
         thresholds.append(best["threshold"])
     probabilities = total / len(folders)
     predicted = decide(probabilities, np.mean(thresholds))
     for line in spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
         processes.print(line)
     if processes.is_main:
-        rows = [[name, *table_probabilities(row), int(label)] for name, row, label in zip(names, probabilities, predicted)]
+        rows = [
+            [name, *table_probabilities(row), int(label)] for name, row, label in zip(names, probabilities, predicted)
+        ]
         write_table(output_dir / "predictions.csv", [*table_header(config["classes"], ["case"]), "predicted"], rows)
     counts = ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=config["classes"])))
     threshold = f" (threshold {np.mean(thresholds):.3f})" if config["classes"] == 2 else ""
-    processes.print(f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; {counts}{threshold}\n"
-                    f"predictions  {output_dir / 'predictions.csv'}")
+    processes.print(
+        f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; {counts}{threshold}\n"
+        f"predictions  {output_dir / 'predictions.csv'}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown
@@ -379,12 +491,17 @@ def warnings_about(encoder: PretrainedEncoder, protocol: str, data: dict[str, An
     """Lines about what works but may not be meant."""
     lines = []
     if encoder.state is None:
-        lines.append("training from scratch: no --pretrained_weights" if protocol == "finetune" else
-                     f"warning: no --pretrained_weights: --protocol {protocol} judges the features of a random encoder")
+        lines.append(
+            "training from scratch: no --pretrained_weights"
+            if protocol == "finetune"
+            else f"warning: no --pretrained_weights: --protocol {protocol} judges the features of a random encoder"
+        )
     lines += spacing_warning(data["crop_spacing"], encoder.spacing, "the crops have", "the encoder knows")
     if any(n < m for n, m in zip(data["crop_size"], encoder.input_size)):
-        lines.append(f"warning: the crops have {format_values(data['crop_size'])} voxels, less than the input's "
-                     f"{format_values(encoder.input_size)}: air is put around them")
+        lines.append(
+            f"warning: the crops have {format_values(data['crop_size'])} voxels, less than the input's "
+            f"{format_values(encoder.input_size)}: air is put around them"
+        )
     return lines
 
 
@@ -393,9 +510,12 @@ def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases
     counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
     test = "each subset tested once" if config["folds"] == "subsets" else f"test set of {len(sides[0].test)} cases"
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
-    return (f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
-            f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
-            f"{len(sides)} folds, {test}; crops {format_values(config['crop_size'])}, input {format_values(config['input_size'])}")
+    return (
+        f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
+        f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
+        f"{len(sides)} folds, {test}; crops {format_values(config['crop_size'])}, input "
+        f"{format_values(config['input_size'])}"
+    )
 
 
 def with_interval(record: dict[str, Any]) -> str:
@@ -406,12 +526,22 @@ def with_interval(record: dict[str, Any]) -> str:
 def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder: PretrainedEncoder) -> str:
     """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
     records, tables, means, deviations = collect_folds(
-        output_dir, folds, "predictions.csv", table_header(cases.classes), CASE_METRICS)
+        output_dir, folds, "predictions.csv", table_header(cases.classes), CASE_METRICS
+    )
     together = pool_predictions(tables, records, cases)
-    write_json(output_dir / "metrics.json", {
-        "protocol": protocol, "classes": cases.classes, "cases": len(cases.names), "patients": len(set(cases.patients)),
-        "folds": records, "mean": means, "sd": deviations, "all_folds": {
-            "cases": len(together.labels), **together.metrics}})
+    write_json(
+        output_dir / "metrics.json",
+        {
+            "protocol": protocol,
+            "classes": cases.classes,
+            "cases": len(cases.names),
+            "patients": len(set(cases.patients)),
+            "folds": records,
+            "mean": means,
+            "sd": deviations,
+            "all_folds": {"cases": len(together.labels), **together.metrics},
+        },
+    )
     draw_curves(output_dir / "curves.png", tables, cases.classes)
     wrong = draw_errors(output_dir / "errors.png", together, cases, encoder)
     row = "{:<9}  {:>5}  {:<24}  {:<17}  {:<8}  {:<11}  {}".format
@@ -419,17 +549,23 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
     for record in records:
         values = [format_metric(record[name]) for name in CASE_METRICS[1:]]
         lines.append(row(record["fold"], record["cases"], with_interval(record), *values))
-    values = [format_metric(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
-              for name in CASE_METRICS]
+    values = [
+        format_metric(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
+        for name in CASE_METRICS
+    ]
     lines.append(row("mean ± SD", "", *values))
     values = [format_metric(together.metrics[name]) for name in ("average_precision", "accuracy")]
     lines.append(row("all folds", len(together.labels), with_interval(together.metrics), *values, "", "").rstrip())
     lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]
-    lines += [f"metrics      {output_dir / 'metrics.json'}", f"predictions  {output_dir / 'predictions.csv'}",
-              f"curves       {output_dir / 'curves.png'}", f"errors       {output_dir / 'errors.png'}",
-              f"TensorBoard  tensorboard --logdir {output_dir}",
-              f"new crops    python main_lnc_luna16.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS"]
+    lines += [
+        f"metrics      {output_dir / 'metrics.json'}",
+        f"predictions  {output_dir / 'predictions.csv'}",
+        f"curves       {output_dir / 'curves.png'}",
+        f"errors       {output_dir / 'errors.png'}",
+        f"TensorBoard  tensorboard --logdir {output_dir}",
+        f"new crops    python main_lnc_luna16.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS",
+    ]
     return "\n".join(lines)
 
 

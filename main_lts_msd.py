@@ -10,6 +10,7 @@ The same --output_dir resumes where it stopped. What stands there: a folder per 
 best.pth, the best on validation; log.txt; masks and overlays of the test cases), splits.json, metrics.json, cases.csv,
 config.json, TensorBoard; cache, which is only needed while training goes on.
 """
+
 import argparse
 import collections
 import functools
@@ -56,46 +57,110 @@ AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
 LAYOUT = "images/<name>.nii.gz and labels/<name>.nii.gz"  # of --data_dir
 # What must not change while a run is resumed fold by fold
-FIXED = (*ENCODER, "pretrained_weights", "checkpoint_key", "drop_path_rate", "freeze_encoder", "decoder",
-         "patches_per_case", "foreground_share", *MASKS, "tolerance", "k_fold", "num_test", "lr", "layer_decay",
-         "warmup_epochs", "min_lr", "weight_decay", "optimizer", "shift_range", *AUGMENTATION_FLAGS, "seed")
+FIXED = (
+    *ENCODER,
+    "pretrained_weights",
+    "checkpoint_key",
+    "drop_path_rate",
+    "freeze_encoder",
+    "decoder",
+    "patches_per_case",
+    "foreground_share",
+    *MASKS,
+    "tolerance",
+    "k_fold",
+    "num_test",
+    "lr",
+    "layer_decay",
+    "warmup_epochs",
+    "min_lr",
+    "weight_decay",
+    "optimizer",
+    "shift_range",
+    *AUGMENTATION_FLAGS,
+    "seed",
+)
 
 
 def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
         prog="main_lts_msd.py",
         usage="main_lts_msd.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
-              "       main_lts_msd.py --predict DIR --weights OUT --output_dir DIR [flags]",
-        description="Lung tumour segmentation, fold by fold. Start the same command again to resume a run.")
-    flags.data_flags(parser, LAYOUT, predict="folder with CTs at any depth; nothing is trained, a mask of each goes to "
-                                             "--output_dir")
+        "       main_lts_msd.py --predict DIR --weights OUT --output_dir DIR [flags]",
+        description="Lung tumour segmentation, fold by fold. Start the same command again to resume a run.",
+    )
+    flags.data_flags(
+        parser, LAYOUT, predict="folder with CTs at any depth; nothing is trained, a mask of each goes to --output_dir"
+    )
     group = parser.add_argument_group("segmentation")
-    group.add_argument("--decoder", default="unetr", choices=tuple(DECODERS),
-                       help="unetr: convolutions from the tokens up to the image's resolution; linear: linear probe, "
-                            "one layer on the tokens, to judge frozen features (--freeze_encoder true)")
-    group.add_argument("--patches_per_case", default=16, type=number(int, 1),
-                       help="windows that an epoch of training takes from each case; raise it for few cases")
-    group.add_argument("--foreground_share", default=0.5, type=number(float, 0, 1),
-                       help="share of the training windows that have a labelled voxel, of a class drawn at random, in "
-                            "their middle half; the others lie anywhere")
-    group.add_argument("--overlap", default=None, type=number(float, 0, below=1),
-                       help="share of a window's side that it has in common with the next one in evaluation; 0.5 is "
-                            f"smoother and three times slower; default: {MASKS['overlap']}{AS_TRAINED}")
-    group.add_argument("--tolerance", default=2.0, type=number(float, 0), metavar="MM",
-                       help="mm within which surfaces agree, for the normalised surface Dice")
-    command_line.boolean_flag(group, "--largest_component", None,
-                              f"keep only the largest component of each class in final masks; default: false{AS_TRAINED}")
-    group.add_argument("--min_volume", default=None, type=number(float, 0), metavar="ML",
-                       help=f"millilitres below which a component is dropped from final masks; default: 0{AS_TRAINED}")
-    group.add_argument("--cache_dir", default=None, metavar="DIR",
-                       help="where training keeps the cases at its spacing, about 1.3 bytes per voxel; a local disk is "
-                            "fastest; default: cache in --output_dir")
-    group.add_argument("--cache_gb", default=200.0, type=number(float, 0), metavar="GB",
-                       help="most gigabytes that the cache may take; what is beyond is resampled anew for each "
-                            "window, in seconds")
-    flags.add_finetune_flags(parser, batch_size=8, folds=("patients",),
-                    spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has "
-                            "none, the median of all cases but the test set")
+    group.add_argument(
+        "--decoder",
+        default="unetr",
+        choices=tuple(DECODERS),
+        help="unetr: convolutions from the tokens up to the image's resolution; linear: linear probe, "
+        "one layer on the tokens, to judge frozen features (--freeze_encoder true)",
+    )
+    group.add_argument(
+        "--patches_per_case",
+        default=16,
+        type=number(int, 1),
+        help="windows that an epoch of training takes from each case; raise it for few cases",
+    )
+    group.add_argument(
+        "--foreground_share",
+        default=0.5,
+        type=number(float, 0, 1),
+        help="share of the training windows that have a labelled voxel, of a class drawn at random, in "
+        "their middle half; the others lie anywhere",
+    )
+    group.add_argument(
+        "--overlap",
+        default=None,
+        type=number(float, 0, below=1),
+        help="share of a window's side that it has in common with the next one in evaluation; 0.5 is "
+        f"smoother and three times slower; default: {MASKS['overlap']}{AS_TRAINED}",
+    )
+    group.add_argument(
+        "--tolerance",
+        default=2.0,
+        type=number(float, 0),
+        metavar="MM",
+        help="mm within which surfaces agree, for the normalised surface Dice",
+    )
+    command_line.boolean_flag(
+        group,
+        "--largest_component",
+        None,
+        f"keep only the largest component of each class in final masks; default: false{AS_TRAINED}",
+    )
+    group.add_argument(
+        "--min_volume",
+        default=None,
+        type=number(float, 0),
+        metavar="ML",
+        help=f"millilitres below which a component is dropped from final masks; default: 0{AS_TRAINED}",
+    )
+    group.add_argument(
+        "--cache_dir",
+        default=None,
+        metavar="DIR",
+        help="where training keeps the cases at its spacing, about 1.3 bytes per voxel; a local disk is "
+        "fastest; default: cache in --output_dir",
+    )
+    group.add_argument(
+        "--cache_gb",
+        default=200.0,
+        type=number(float, 0),
+        metavar="GB",
+        help="most gigabytes that the cache may take; what is beyond is resampled anew for each window, in seconds",
+    )
+    flags.add_finetune_flags(
+        parser,
+        batch_size=8,
+        folds=("patients",),
+        spacing="mm per voxel that cases are resampled to; default: the checkpoint's or, where it has "
+        "none, the median of all cases but the test set",
+    )
     return parser
 
 
@@ -105,8 +170,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.check_finetune_flags(parser, vars(args), LAYOUT)
     output_dir = Path(args.output_dir)
     runtime, args.precision, notices = start_runtime(
-        output_dir, args.precision, args.use_fp16, args.num_workers, args.batch_size_per_gpu, args.read_timeout,
-        dist_url=args.dist_url, local_rank=args.local_rank)
+        output_dir,
+        args.precision,
+        args.use_fp16,
+        args.num_workers,
+        args.batch_size_per_gpu,
+        args.read_timeout,
+        dist_url=args.dist_url,
+        local_rank=args.local_rank,
+    )
     processes = runtime.processes
     given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
     if args.predict:
@@ -117,14 +189,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---------------------------------------------------------------------------------------------------------- data
     pairs = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
     names = [pair.name for pair in pairs]
-    splits, data = processes.run_on_main(lambda: make_splits(
-        output_dir / "splits.json", "patients", args.k_fold, args.num_test, args.seed, names, [0] * len(names),
-        [""] * len(names), ("spacing", "classes")))
+    splits, data = processes.run_on_main(
+        lambda: make_splits(
+            output_dir / "splits.json",
+            "patients",
+            args.k_fold,
+            args.num_test,
+            args.seed,
+            names,
+            [0] * len(names),
+            [""] * len(names),
+            ("spacing", "classes"),
+        )
+    )
     sides = [Split(*(of_patients(side, names) for side in split)) for split in splits]
 
     # --------------------------------------------------------------------------------------------------------- model
     args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER})
+    encoder = load_encoder(
+        args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER}
+    )
     heads = read_headers([pair.image for pair in pairs], processes)
     if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
         trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})
@@ -132,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     vars(args).update(encoder.settings())
 
     # ------------------------------------------------------------------------------------------------ resampled cache
-    cache = ResampledCache(Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9)
+    cache = ResampledCache(
+        Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9
+    )
     found = cache.make(processes, runtime.workers)
     processes.run_on_main(lambda: check_labels(found, sides, args.data_dir))
     data |= {"spacing": args.spacing, "classes": 1 + max(max(one.classes) for one in found)}
@@ -144,8 +230,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, args.spacing)
     reach = MultiCropAugmentation(policy, args.input_size, args.input_size, 0, args.spacing, min_iou=1.0).patch_size
-    patches = CachedPatches(cache, args.patches_per_case, args.foreground_share, augmentation,
-                             tuple(n + 2 * s for n, s in zip(reach, args.shift_range)), args.seed)
+    patches = CachedPatches(
+        cache,
+        args.patches_per_case,
+        args.foreground_share,
+        augmentation,
+        tuple(n + 2 * s for n, s in zip(reach, args.shift_range)),
+        args.seed,
+    )
     train_config = TrainConfig.from_flags(vars(args))
     settings = inference_settings(vars(args), args.batch_size_per_gpu)
 
@@ -161,17 +253,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.manual_seed(args.seed)  # every fold starts from the same weights
             model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
             steps, finished = run_fold(
-                Fold(number, output_dir / str(number), *side), model.to(processes.device), train_config, config, runtime,
-                left, dataset=patches, score=SCORE,
+                Fold(number, output_dir / str(number), *side),
+                model.to(processes.device),
+                train_config,
+                config,
+                runtime,
+                left,
+                dataset=patches,
+                score=SCORE,
                 epoch_order=functools.partial(patch_order, side.train, args.patches_per_case, args.seed),
-                train_one_epoch=functools.partial(train_one_epoch, augmentation=augmentation, clip_range=args.clip_range),
+                train_one_epoch=functools.partial(
+                    train_one_epoch, augmentation=augmentation, clip_range=args.clip_range
+                ),
                 validate=functools.partial(validate, cases=cases, settings=settings),
                 test=functools.partial(test_fold, cases=cases, settings=settings),
-                show=functools.partial(show_test_cases, cases=cases, settings=settings))
+                show=functools.partial(show_test_cases, cases=cases, settings=settings),
+            )
             left -= steps
             if not finished:
-                processes.print(f"stopped in fold {number} after {args.max_steps} steps; the same command without "
-                                "--max_steps resumes")
+                processes.print(
+                    f"stopped in fold {number} after {args.max_steps} steps; the same command without "
+                    "--max_steps resumes"
+                )
                 return
     if processes.is_main:
         print(summarise(output_dir, cases, len(splits)))
@@ -180,14 +283,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train_one_epoch(state: FoldState, batches: Iterator[CropBatch], augmentation: WindowAugmentation,
-                    clip_range: Sequence[float]) -> None:
+def train_one_epoch(
+    state: FoldState, batches: Iterator[CropBatch], augmentation: WindowAugmentation, clip_range: Sequence[float]
+) -> None:
     """Steps on augmented patches, with soft Dice and cross-entropy.
 
     state: fold_loop.FoldState; batches: gives CropBatches with masks on the CPU; augmentation: WindowAugmentation
     """
     for batch in batches:
-        weights = batch.counted.to(state.device, torch.get_default_dtype(), non_blocking=True)  # (B,), 0: fills a share only
+        weights = batch.counted.to(
+            state.device, torch.get_default_dtype(), non_blocking=True
+        )  # (B,), 0: fills a share only
         batch = batch.to(state.device)
         volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
         labels = augmentation.render_masks(batch.masks, batch.group)  # (B, x, y, z)
@@ -203,12 +309,14 @@ def patch_order(train: np.ndarray, per_case: int, seed: int, epoch: int) -> np.n
 
 
 def dice_and_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) soft Dice loss (Milletari et al. 2016), mean of the foreground classes, plus cross-entropy, mean of the voxels.
+    """(B,) soft Dice loss (Milletari et al. 2016), mean of the foreground classes, plus cross-entropy, mean of the
+    voxels.
 
     logits: (B, classes, X, Y, Z); labels: (B, X, Y, Z) int64. Each patch on its own, so that a step's loss is the same
     however many processes share its patches.
     """
     from monai.losses import DiceLoss
+
     dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")
     overlap = dice(logits, labels[:, None]).flatten(1).mean(1)  # (B,)
     return overlap + F.cross_entropy(logits, labels, reduction="none").flatten(1).mean(1)
@@ -218,7 +326,9 @@ def dice_and_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Cases(NamedTuple):
-    """The data set, sorted by name. pairs: layouts.Pair of each; cache: ResampledCache; classes: with the background."""
+    """The data set, sorted by name. pairs: layouts.Pair of each; cache: ResampledCache; classes: with the
+    background."""
+
     names: list[str]
     pairs: list[Pair]
     cache: ResampledCache
@@ -226,7 +336,8 @@ class Cases(NamedTuple):
 
 
 def find_cases(folder: str, output_dir: Path) -> list[Pair]:
-    """[layouts.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's run."""
+    """[layouts.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's
+    run."""
     if (output_dir / "checkpoint.pth").exists():
         raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
     try:
@@ -249,20 +360,25 @@ def check_labels(found: Sequence[CaseInfo], sides: Sequence[Split], folder: str)
     if seen == [0]:
         raise UserError(f"--data_dir {folder}: has no labelled voxel in any case; are these the right labels?")
     if seen != list(range(len(seen))):
-        raise UserError(f"--data_dir {folder}: has the classes {', '.join(map(str, seen))}: expected 0 to {len(seen) - 1} "
-                        "without a gap")
+        raise UserError(
+            f"--data_dir {folder}: has the classes {', '.join(map(str, seen))}: expected 0 to {len(seen) - 1} "
+            "without a gap"
+        )
     for fold, side in enumerate(sides):
         missing = set(seen) - {value for i in side.train for value in found[i].classes}
         if missing:
-            raise UserError(f"fold {fold} has no case with class {min(missing)} to train on: too few cases have it; lower "
-                            "--k_fold or --num_test, or add cases")
+            raise UserError(
+                f"fold {fold} has no case with class {min(missing)} to train on: too few cases have it; lower "
+                "--k_fold or --num_test, or add cases"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def build_segmenter(encoder: PretrainedEncoder, drop_path_rate: float, decoder: str, classes: int,
-                    freeze_encoder: bool) -> Segmenter:
+def build_segmenter(
+    encoder: PretrainedEncoder, drop_path_rate: float, decoder: str, classes: int, freeze_encoder: bool
+) -> Segmenter:
     """The Segmenter. encoder: PretrainedEncoder; decoder: its name."""
     model = encoder.build(0.0 if freeze_encoder else drop_path_rate)
     head = DECODERS[decoder](model.embed_dim, len(model.blocks), model.patch_size, classes)
@@ -279,6 +395,7 @@ def segmenter_of(encoder: PretrainedEncoder, config: dict[str, Any], _: dict[str
 
 class InferenceSettings(NamedTuple):
     """How whole cases are segmented. tolerance: mm; final: function of a mask and its spacing that cleans it."""
+
     windows: Windows
     clip_range: Sequence[float]
     tolerance: float
@@ -287,17 +404,24 @@ class InferenceSettings(NamedTuple):
 
 def inference_settings(config: dict[str, Any], batch_size: int) -> InferenceSettings:
     """The InferenceSettings of a run's config. batch_size: windows at a time"""
-    final = functools.partial(mask_metrics.clean, largest_component=config["largest_component"],
-                              min_volume=config["min_volume"])
-    return InferenceSettings(Windows(tuple(config["input_size"]), config["overlap"], batch_size), config["clip_range"],
-                             config["tolerance"], final)
+    final = functools.partial(
+        mask_metrics.clean, largest_component=config["largest_component"], min_volume=config["min_volume"]
+    )
+    return InferenceSettings(
+        Windows(tuple(config["input_size"]), config["overlap"], batch_size),
+        config["clip_range"],
+        config["tolerance"],
+        final,
+    )
 
 
-def predict_log_probabilities(networks: Sequence[Segmenter], image: "sitk.Image", settings: InferenceSettings,
-                              runtime: Runtime) -> Tensor:
+def predict_log_probabilities(
+    networks: Sequence[Segmenter], image: "sitk.Image", settings: InferenceSettings, runtime: Runtime
+) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
-    return sliding_window.segment(networks, image, settings.windows, settings.clip_range, runtime.processes.device,
-                                  runtime.autocast)
+    return sliding_window.segment(
+        networks, image, settings.windows, settings.clip_range, runtime.processes.device, runtime.autocast
+    )
 
 
 def validate(state: FoldState, cases: Cases, settings: InferenceSettings) -> Validation:
@@ -306,7 +430,10 @@ def validate(state: FoldState, cases: Cases, settings: InferenceSettings) -> Val
 
     def one(case: int) -> np.ndarray:
         image, label = cases.cache.read(case)
-        return metrics_on_grid(predict_log_probabilities([network], image, settings, state.runtime), label, cases.classes)
+        return metrics_on_grid(
+            predict_log_probabilities([network], image, settings, state.runtime), label, cases.classes
+        )
+
     dice, loss = map_over_ranks(one, state.fold.validation, state.runtime).mean(0)
     return Validation({"dice": float(dice), "loss": float(loss)})
 
@@ -336,16 +463,29 @@ def test_fold(state: FoldState, cases: Cases, settings: InferenceSettings) -> No
     figures = map_over_ranks(one, fold.test, state.runtime)  # (N, classes - 1, figures)
     if not state.runtime.processes.is_main:
         return
-    rows = [[cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
-            for case, of_classes in zip(fold.test, figures) for k, row in enumerate(of_classes)]
+    rows = [
+        [cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
+        for case, of_classes in zip(fold.test, figures)
+        for k, row in enumerate(of_classes)
+    ]
     write_table(fold.folder / "cases.csv", COLUMNS, rows)
-    write_json(fold.folder / "metrics.json", {
-        "fold": fold.number, "cases": len(fold.test), "best_epoch": best["epoch"], "validation_dice": best["dice"],
-        "validation_loss": best["loss"], "tolerance_mm": settings.tolerance, **mean_metrics(rows)})
+    write_json(
+        fold.folder / "metrics.json",
+        {
+            "fold": fold.number,
+            "cases": len(fold.test),
+            "best_epoch": best["epoch"],
+            "validation_dice": best["dice"],
+            "validation_loss": best["loss"],
+            "tolerance_mm": settings.tolerance,
+            **mean_metrics(rows),
+        },
+    )
 
 
-def test_case(network: Segmenter, folder: Path, cases: Cases, settings: InferenceSettings, runtime: Runtime,
-              case: int) -> np.ndarray:
+def test_case(
+    network: Segmenter, folder: Path, cases: Cases, settings: InferenceSettings, runtime: Runtime, case: int
+) -> np.ndarray:
     """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
     pair, name = cases.pairs[case], file_name(cases.names[case])
     image, label = sliding_window.read_case(pair)
@@ -354,16 +494,26 @@ def test_case(network: Segmenter, folder: Path, cases: Cases, settings: Inferenc
     arrays, spacing = [voxels_of(one) for one in (image, predicted, label)], image.GetSpacing()
     figures = mask_metrics.evaluate_masks(*arrays[1:], spacing, cases.classes, settings.tolerance)
     title = f"{pair.name}: Dice " + ", ".join(f"{row['dice']:.3f}" for row in figures)
-    save_picture(folder / "overlays" / f"{name}.png",
-                 mask_pictures.overlay(*arrays, spacing, settings.clip_range, title))
+    save_picture(
+        folder / "overlays" / f"{name}.png", mask_pictures.overlay(*arrays, spacing, settings.clip_range, title)
+    )
     return np.array([[np.nan if row[figure] is None else row[figure] for figure in COLUMNS[3:]] for row in figures])
 
 
-def mask_of(networks: Sequence[Segmenter], image: "sitk.Image", own: Grid, spacing: Sequence[float],
-            settings: InferenceSettings, runtime: Runtime) -> "sitk.Image":
-    """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks know."""
+def mask_of(
+    networks: Sequence[Segmenter],
+    image: "sitk.Image",
+    own: Grid,
+    spacing: Sequence[float],
+    settings: InferenceSettings,
+    runtime: Runtime,
+) -> "sitk.Image":
+    """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks
+    know."""
     working = sliding_window.to_network_grid(image, spacing)
-    found = sliding_window.to_scan_grid(predict_log_probabilities(networks, working, settings, runtime), grid_of(working), own)
+    found = sliding_window.to_scan_grid(
+        predict_log_probabilities(networks, working, settings, runtime), grid_of(working), own
+    )
     voxels = voxels_of(found)
     cleaned = settings.final(voxels, own.spacing)
     return found if cleaned is voxels else own.image(cleaned)
@@ -376,6 +526,7 @@ def file_name(name: str) -> str:
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
     from PIL import Image
+
     Image.fromarray(picture).save(path)
 
 
@@ -399,8 +550,14 @@ def show_test_cases(state: FoldState, writer: Any, cases: Cases, settings: Infer
         except DataError as error:
             raise UserError(str(error)) from error
         log_probabilities = predict_log_probabilities([network], image, settings, state.runtime)
-        picture = mask_pictures.overlay(voxels_of(image), log_probabilities.argmax(0).numpy().astype(np.uint8), label,
-                                        image.GetSpacing(), settings.clip_range, cases.names[case])
+        picture = mask_pictures.overlay(
+            voxels_of(image),
+            log_probabilities.argmax(0).numpy().astype(np.uint8),
+            label,
+            image.GetSpacing(),
+            settings.clip_range,
+            cases.names[case],
+        )
         writer.add_image(f"test/{cases.names[case]}", picture, state.progress.step, dataformats="HWC")
 
 
@@ -419,19 +576,26 @@ def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], 
         model, config, _ = load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
         networks.append(model.to(processes.device).eval())
     settings = inference_settings(config | given, runtime.batch_size)
-    processes.print(f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, "
-                    f"{format_values(config['spacing'])} mm")
+    processes.print(
+        f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, "
+        f"{format_values(config['spacing'])} mm"
+    )
     rows = {}
     for at in range(processes.rank, len(names), processes.world_size):
         try:
-            rows[at] = predict_case(os.path.join(folder, names[at]), output_dir / mask_name(names[at]), networks, config,
-                                    settings, runtime)
+            rows[at] = predict_case(
+                os.path.join(folder, names[at]), output_dir / mask_name(names[at]), networks, config, settings, runtime
+            )
             print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml" for ml in rows[at]), flush=True)
         except DataError as error:
             rows[at] = str(error)
     rows = {at: row for part in processes.all_gather(rows) for at, row in part.items()}
-    good = [[without_suffix(names[at]), k + 1, ml] for at, row in sorted(rows.items()) if not isinstance(row, str)
-            for k, ml in enumerate(row)]
+    good = [
+        [without_suffix(names[at]), k + 1, ml]
+        for at, row in sorted(rows.items())
+        if not isinstance(row, str)
+        for k, ml in enumerate(row)
+    ]
     if processes.is_main:
         write_table(output_dir / "volumes.csv", ["case", "class", "volume_ml"], good)
     failed = [row for _, row in sorted(rows.items()) if isinstance(row, str)]
@@ -440,8 +604,14 @@ def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], 
         raise UserError(f"{len(failed)} of {len(names)} volumes have no mask, such as {failed[0]}", everywhere=True)
 
 
-def predict_case(path: str, target: Path, networks: Sequence[Segmenter], config: dict[str, Any],
-                 settings: InferenceSettings, runtime: Runtime) -> list[float]:
+def predict_case(
+    path: str,
+    target: Path,
+    networks: Sequence[Segmenter],
+    config: dict[str, Any],
+    settings: InferenceSettings,
+    runtime: Runtime,
+) -> list[float]:
     """Millilitres of each foreground class in a volume, after writing its mask. Raises DataError, UserError."""
     image, own = sliding_window.read_image_and_grid(path)
     predicted = mask_of(networks, image, own, config["spacing"], settings, runtime)
@@ -464,17 +634,21 @@ def mask_name(name: str) -> str:
 
 
 def find_new_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[str], list[Path]]:
-    """(names of volumes below the folder, fold folders) of a prediction. Raises UserError where a mask would replace a scan
-    or be taken for one."""
+    """(names of volumes below the folder, fold folders) of a prediction. Raises UserError where a mask would replace a
+    scan or be taken for one."""
     if Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(folder)):
-        raise UserError(f"--output_dir {output_dir}: lies in the --predict folder, where masks would replace CTs or be taken "
-                        "for them; choose another")
+        raise UserError(
+            f"--output_dir {output_dir}: lies in the --predict folder, where masks would replace CTs or be taken "
+            "for them; choose another"
+        )
     names, folders = find_new_cases(folder, weights, output_dir)
     targets = collections.Counter(mask_name(name) for name in names)
     known = {os.path.realpath(os.path.join(folder, name)) for name in names}
     lost = next((name for name in names if os.path.realpath(output_dir / mask_name(name)) in known), None)
     if lost:
-        raise UserError(f"--output_dir {output_dir}: the mask of {lost} would replace a CT of --predict; choose another")
+        raise UserError(
+            f"--output_dir {output_dir}: the mask of {lost} would replace a CT of --predict; choose another"
+        )
     twice = next((name for name in names if targets[mask_name(name)] > 1), None)
     if twice:
         raise UserError(f"--predict {folder}: two volumes would have the mask {mask_name(twice)}; rename one")
@@ -484,23 +658,31 @@ def find_new_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[st
 # ----------------------------------------------------------------------------------------------------- what is shown
 
 
-def warnings_about(encoder: PretrainedEncoder, args: argparse.Namespace, found: Sequence[CaseInfo],
-                   names: Sequence[str]) -> list[str]:
+def warnings_about(
+    encoder: PretrainedEncoder, args: argparse.Namespace, found: Sequence[CaseInfo], names: Sequence[str]
+) -> list[str]:
     """Lines about what works but may not be meant. found: resampled_cache.CaseInfo of each case."""
     lines = []
     if encoder.state is None:
-        lines.append("training from scratch: no --pretrained_weights" if not args.freeze_encoder else
-                     "warning: no --pretrained_weights: --freeze_encoder judges the features of a random encoder")
+        lines.append(
+            "training from scratch: no --pretrained_weights"
+            if not args.freeze_encoder
+            else "warning: no --pretrained_weights: --freeze_encoder judges the features of a random encoder"
+        )
     empty = [name for name, one in zip(names, found) if len(one.classes) == 1]
     if empty:
         lines.append(f"note: cases without a labelled voxel: {len(empty)}, such as {empty[0]}")
     small = [name for name, one in zip(names, found) if any(n < m for n, m in zip(one.shape, args.input_size))]
     if small:
-        lines.append(f"note: cases smaller than the window of {format_values(args.input_size)} voxels: {len(small)}, such as "
-                     f"{small[0]}; air is put around them")
+        lines.append(
+            f"note: cases smaller than the window of {format_values(args.input_size)} voxels: {len(small)}, such as "
+            f"{small[0]}; air is put around them"
+        )
     beyond = sum(not one.stored for one in found)
     if beyond:
-        lines.append(f"warning: cases beyond --cache_gb {args.cache_gb:g}: {beyond}; resampling them for every window is slow")
+        lines.append(
+            f"warning: cases beyond --cache_gb {args.cache_gb:g}: {beyond}; resampling them for every window is slow"
+        )
     return lines
 
 
@@ -508,10 +690,13 @@ def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases
     """What is about to run, in a few lines."""
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     frozen = ", frozen encoder" if config["freeze_encoder"] else ""
-    return (f"{config['arch']} with {config['decoder']} decoder{frozen} on {device}, {config['precision']}; "
-            f"{len(cases.names)} cases, {cases.classes} classes with the background\n"
-            f"{len(sides)} folds, test set of {len(sides[0].test)} cases; windows of {format_values(config['input_size'])} voxels "
-            f"of {format_values(config['spacing'])} mm")
+    return (
+        f"{config['arch']} with {config['decoder']} decoder{frozen} on {device}, {config['precision']}; "
+        f"{len(cases.names)} cases, {cases.classes} classes with the background\n"
+        f"{len(sides)} folds, test set of {len(sides[0].test)} cases; windows of "
+        f"{format_values(config['input_size'])} voxels "
+        f"of {format_values(config['spacing'])} mm"
+    )
 
 
 def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
@@ -519,30 +704,59 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
     records, tables, means, deviations = collect_folds(output_dir, folds, "cases.csv", COLUMNS, MASK_METRICS)
     rows = [list(row.values()) for table in tables for row in table]
     together = pool_cases(rows)
-    write_json(output_dir / "metrics.json", {
-        "classes": cases.classes, "cases": len(cases.names), "spacing": list(cases.cache.spacing), "folds": records,
-        "mean": means, "sd": deviations, "all_folds": together})
+    write_json(
+        output_dir / "metrics.json",
+        {
+            "classes": cases.classes,
+            "cases": len(cases.names),
+            "spacing": list(cases.cache.spacing),
+            "folds": records,
+            "mean": means,
+            "sd": deviations,
+            "all_folds": together,
+        },
+    )
     row = "{:<9}  {:>5}  {:<24}  {:<15}  {}".format
     lines = [row("fold", "cases", "Dice", "surface Dice", "95 % Hausdorff, mm")]
     for record in records:
         undefined = record["undefined_hausdorff95"]
-        lines.append(row(record["fold"], record["cases"], *(format_metric(record[name]) for name in MASK_METRICS))
-                     + (f" ({undefined} undefined)" if undefined else ""))
-    lines.append(row("mean ± SD", "", *(format_metric(means[name]) + (
-        f" ± {deviations[name]:.3f}" if deviations[name] is not None else "") for name in MASK_METRICS)))
+        lines.append(
+            row(record["fold"], record["cases"], *(format_metric(record[name]) for name in MASK_METRICS))
+            + (f" ({undefined} undefined)" if undefined else "")
+        )
+    lines.append(
+        row(
+            "mean ± SD",
+            "",
+            *(
+                format_metric(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
+                for name in MASK_METRICS
+            ),
+        )
+    )
     interval = together["dice_interval"]
-    lines.append(row("all folds", together["cases"], f"{together['dice']:.3f} ({interval[0]:.3f} to {interval[1]:.3f})",
-                     "", "").rstrip())
-    lines.append("all folds: each test case once, with the mean of its folds' Dice; in brackets the 95 % interval over cases")
-    lines += [f"metrics      {output_dir / 'metrics.json'}", f"cases        {output_dir / 'cases.csv'}",
-              f"overlays     {output_dir / '0' / 'overlays'} (label green, prediction red)",
-              f"masks        {output_dir / '0' / 'masks'}", f"TensorBoard  tensorboard --logdir {output_dir}",
-              f"new CTs      python main_lts_msd.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS"]
+    lines.append(
+        row(
+            "all folds", together["cases"], f"{together['dice']:.3f} ({interval[0]:.3f} to {interval[1]:.3f})", "", ""
+        ).rstrip()
+    )
+    lines.append(
+        "all folds: each test case once, with the mean of its folds' Dice; in brackets the 95 % interval over cases"
+    )
+    lines += [
+        f"metrics      {output_dir / 'metrics.json'}",
+        f"cases        {output_dir / 'cases.csv'}",
+        f"overlays     {output_dir / '0' / 'overlays'} (label green, prediction red)",
+        f"masks        {output_dir / '0' / 'masks'}",
+        f"TensorBoard  tensorboard --logdir {output_dir}",
+        f"new CTs      python main_lts_msd.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS",
+    ]
     return "\n".join(lines)
 
 
 def pool_cases(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """{"cases", "dice", "dice_interval"}: each case once, the mean of its folds' and classes' Dice; bootstrap over cases."""
+    """{"cases", "dice", "dice_interval"}: each case once, the mean of its folds' and classes' Dice; bootstrap over
+    cases."""
     values = collections.defaultdict(list)
     for row in rows:
         values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index("dice")]))

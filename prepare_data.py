@@ -6,9 +6,10 @@
     python prepare_data.py check  data/luna16                                what the training scripts would say of it
     python prepare_data.py demo   --output demo/data                         small data in all three layouts
 
-Everything is brought to RAS and int16 Hounsfield units. A run that was stopped in any way resumes where it was when it is
-started again. What became of every input stands in manifest.csv.
+Everything is brought to RAS and int16 Hounsfield units. A run that was stopped in any way resumes where it was when it
+is started again. What became of every input stands in manifest.csv.
 """
+
 import os
 import sys
 from collections.abc import Callable
@@ -27,10 +28,14 @@ from dino3d.prepare.nlst import nlst
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="prepare_data.py", usage="prepare_data.py command --input DIR --output DIR [flags]",
+        prog="prepare_data.py",
+        usage="prepare_data.py command --input DIR --output DIR [flags]",
         description="Bring data sets into the layouts that the training scripts read. Start the same command again to "
-                    "resume, or to take in what changed. The flags of a command: prepare_data.py command --help")
-    commands = parser.add_subparsers(title="commands", prog=parser.prog, dest="command", metavar="command", required=True)
+        "resume, or to take in what changed. The flags of a command: prepare_data.py command --help",
+    )
+    commands = parser.add_subparsers(
+        title="commands", prog=parser.prog, dest="command", metavar="command", required=True
+    )
     help_flags(parser.add_argument_group("help"))
     xyz = ("X", "Y", "Z")
 
@@ -41,75 +46,149 @@ def get_args_parser() -> ArgumentParser:
 
     def conversion(name: str, convert: Callable[..., None], summary: str, source: str) -> Any:
         required, options = command(name, convert, summary, "--input DIR --output DIR [flags]")
-        required.add_argument("--input", type=Path, required=True, metavar="DIR", help=source + "; nothing in it is changed")
-        required.add_argument("--output", type=Path, required=True, metavar="DIR",
-                              help="folder to write to; start again with the same one to resume or to take in what "
-                                   "changed")
+        required.add_argument(
+            "--input", type=Path, required=True, metavar="DIR", help=source + "; nothing in it is changed"
+        )
+        required.add_argument(
+            "--output",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="folder to write to; start again with the same one to resume or to take in what changed",
+        )
         return options
 
     def run_flags(options: Any) -> None:
-        options.add_argument("--workers", type=number(int, 1), default=available_cores(),
-                             help="processes, each with one volume in memory (0.3 to 1 GB); fewer when memory runs "
-                                  "out; the result is the same for any number")
+        options.add_argument(
+            "--workers",
+            type=number(int, 1),
+            default=available_cores(),
+            help="processes, each with one volume in memory (0.3 to 1 GB); fewer when memory runs "
+            "out; the result is the same for any number",
+        )
         help_flags(options)
 
-    options = conversion("nlst", nlst, "CT scans into <patient>/t<k>/<series>.hdf5, for pre-training",
-                         "folder with DICOM series, NIfTI, MetaImage, NRRD or HDF5 volumes at any depth")
-    options.add_argument("--one_per_study", action="store_true",
-                         help="keep one DICOM series of each study: that of the thinnest slices, then of the softest "
-                              "kernel, then of the most slices; the next one where it can't be used")
-    options.add_argument("--crop_to_body", type=number(float, 0), metavar="MM",
-                         help="cut away the air and table around the body, leaving this margin in mm; for scans of "
-                              "which much is air (not given: whole scans)")
-    options.add_argument("--min_slices", type=number(int, 1), default=16,
-                         help="series with fewer slices, such as scouts, are left out")
-    options.add_argument("--compression", choices=sorted(FILTERS), default="blosc",
-                         help="blosc: fastest to read here; gzip: for files that ITK opens too; none: largest")
+    options = conversion(
+        "nlst",
+        nlst,
+        "CT scans into <patient>/t<k>/<series>.hdf5, for pre-training",
+        "folder with DICOM series, NIfTI, MetaImage, NRRD or HDF5 volumes at any depth",
+    )
+    options.add_argument(
+        "--one_per_study",
+        action="store_true",
+        help="keep one DICOM series of each study: that of the thinnest slices, then of the softest "
+        "kernel, then of the most slices; the next one where it can't be used",
+    )
+    options.add_argument(
+        "--crop_to_body",
+        type=number(float, 0),
+        metavar="MM",
+        help="cut away the air and table around the body, leaving this margin in mm; for scans of "
+        "which much is air (not given: whole scans)",
+    )
+    options.add_argument(
+        "--min_slices", type=number(int, 1), default=16, help="series with fewer slices, such as scouts, are left out"
+    )
+    options.add_argument(
+        "--compression",
+        choices=sorted(FILTERS),
+        default="blosc",
+        help="blosc: fastest to read here; gzip: for files that ITK opens too; none: largest",
+    )
     run_flags(options)
 
-    options = conversion("luna16", luna16, "crops around nodules and others into subset*/label<k>/<patient>/<name>.nii.gz",
-                         "folder with subset*/<seriesuid>.mhd (other volumes named by series do too) and the tables")
-    options.add_argument("--size", type=number(int, 1), nargs=3, default=[96, 96, 48], metavar=xyz,
-                         help="voxels of a crop; larger than the ViT's input gives augmentations real tissue to turn "
-                              "into view")
-    options.add_argument("--spacing", type=number(float, 0), nargs=3, default=[0.7, 0.7, 1.4], metavar=xyz,
-                         help="mm per voxel of a crop; 0 0 0 keeps each scan's own voxels")
-    options.add_argument("--negatives_per_scan", type=number(int, 0),
-                         help="candidates of label 0 drawn from each scan (default: 20 of candidates*.csv, all of a "
-                              "--table); all others are taken")
+    options = conversion(
+        "luna16",
+        luna16,
+        "crops around nodules and others into subset*/label<k>/<patient>/<name>.nii.gz",
+        "folder with subset*/<seriesuid>.mhd (other volumes named by series do too) and the tables",
+    )
+    options.add_argument(
+        "--size",
+        type=number(int, 1),
+        nargs=3,
+        default=[96, 96, 48],
+        metavar=xyz,
+        help="voxels of a crop; larger than the ViT's input gives augmentations real tissue to turn into view",
+    )
+    options.add_argument(
+        "--spacing",
+        type=number(float, 0),
+        nargs=3,
+        default=[0.7, 0.7, 1.4],
+        metavar=xyz,
+        help="mm per voxel of a crop; 0 0 0 keeps each scan's own voxels",
+    )
+    options.add_argument(
+        "--negatives_per_scan",
+        type=number(int, 0),
+        help="candidates of label 0 drawn from each scan (default: 20 of candidates*.csv, all of a "
+        "--table); all others are taken",
+    )
     options.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draw of --negatives_per_scan")
-    options.add_argument("--table", type=Path, metavar="CSV",
-                         help="points of your own instead of candidates*.csv and annotations.csv: columns seriesuid, "
-                              "coordX, coordY, coordZ (LPS mm, as LUNA16) and the label")
-    options.add_argument("--label_column", default="class", metavar="NAME",
-                         help="column of --table with the label, a whole number from 0 on")
-    options.add_argument("--patients", type=Path, metavar="CSV",
-                         help="table with columns seriesuid and patient, where patients have several scans (default: "
-                              "the series stands for the patient)")
+    options.add_argument(
+        "--table",
+        type=Path,
+        metavar="CSV",
+        help="points of your own instead of candidates*.csv and annotations.csv: columns seriesuid, "
+        "coordX, coordY, coordZ (LPS mm, as LUNA16) and the label",
+    )
+    options.add_argument(
+        "--label_column",
+        default="class",
+        metavar="NAME",
+        help="column of --table with the label, a whole number from 0 on",
+    )
+    options.add_argument(
+        "--patients",
+        type=Path,
+        metavar="CSV",
+        help="table with columns seriesuid and patient, where patients have several scans (default: "
+        "the series stands for the patient)",
+    )
     run_flags(options)
 
-    options = conversion("msd", msd, "images and label masks into images/ and labels/, for segmentation",
-                         "a Medical Segmentation Decathlon task: imagesTr, labelsTr and dataset.json")
-    options.add_argument("--spacing", type=number(float, above=0), nargs=3, metavar=xyz,
-                         help="resample to these mm per voxel, labels to the nearest (not given: as it is)")
-    options.add_argument("--crop", choices=["none", "body", "label"], default="none",
-                         help="none: whole images; body: cut away the air around it; label: keep the labelled part, "
-                              "which a scan without label can't be brought to")
-    options.add_argument("--margin", type=number(float, 0), default=20, metavar="MM", help="mm that --crop leaves on "
-                                                                                           "all sides")
+    options = conversion(
+        "msd",
+        msd,
+        "images and label masks into images/ and labels/, for segmentation",
+        "a Medical Segmentation Decathlon task: imagesTr, labelsTr and dataset.json",
+    )
+    options.add_argument(
+        "--spacing",
+        type=number(float, above=0),
+        nargs=3,
+        metavar=xyz,
+        help="resample to these mm per voxel, labels to the nearest (not given: as it is)",
+    )
+    options.add_argument(
+        "--crop",
+        choices=["none", "body", "label"],
+        default="none",
+        help="none: whole images; body: cut away the air around it; label: keep the labelled part, "
+        "which a scan without label can't be brought to",
+    )
+    options.add_argument(
+        "--margin", type=number(float, 0), default=20, metavar="MM", help="mm that --crop leaves on all sides"
+    )
     run_flags(options)
 
-    required, options = command("check", check, "read a prepared folder and tell what the training scripts would refuse",
-                                "FOLDER [flags]")
+    required, options = command(
+        "check", check, "read a prepared folder and tell what the training scripts would refuse", "FOLDER [flags]"
+    )
     required.add_argument("folder", type=Path, metavar="FOLDER", help="a folder in one of the three layouts")
     run_flags(options)
 
-    required, options = command("demo", demo, "two public lung CTs and synthetic phantoms, in all three layouts",
-                                "--output DIR [flags]")
+    required, options = command(
+        "demo", demo, "two public lung CTs and synthetic phantoms, in all three layouts", "--output DIR [flags]"
+    )
     required.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
-    options.add_argument("--phantom", action="store_true",
-                         help="synthetic chest phantoms only, and fetch nothing; without it, only where the fetch "
-                              "fails")
+    options.add_argument(
+        "--phantom",
+        action="store_true",
+        help="synthetic chest phantoms only, and fetch nothing; without it, only where the fetch fails",
+    )
     help_flags(options)
     return parser
 
@@ -126,7 +205,9 @@ def main() -> None:
             what = "is the --input itself" if target == source else f"holds the --input {args['input']}"
             parser.error(f"--output {args['output']} {what}: give another folder")
         if not args["input"].is_dir():
-            raise UserError(f"--input {args['input']}: " + ("is no folder" if args["input"].exists() else "no such folder"))
+            raise UserError(
+                f"--input {args['input']}: " + ("is no folder" if args["input"].exists() else "no such folder")
+            )
     if command == "luna16":
         if any(args["spacing"]) and not all(args["spacing"]):
             parser.error(f"--spacing {format_size(args['spacing'])}: expected three lengths above 0, or 0 0 0")

@@ -1,4 +1,5 @@
 """What the scripts share: errors in one line, processes, seeds, schedules, parameter groups, weights, logs."""
+
 import argparse
 import dataclasses
 import gc
@@ -32,10 +33,12 @@ def run_script(main: Callable[[], None]) -> None:
     A thread of the process group that frees the last reference to a tensor needs the interpreter, and aborts the
     process if it finds it ending: so whatever refers to the group goes first, then the group with its threads.
     """
+
     def main_together() -> None:
         main()
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still needs it
+
     try:
         # When it returns, an exception is gone, and with it the frames that refer to the group
         code, together = exit_status(main_together, explain)
@@ -77,8 +80,10 @@ def choose_precision(precision: str | None, use_fp16: bool | None, device: torch
     notices = []
     if use_fp16 is not None:
         precision = precision or (None if use_fp16 else "fp32")
-        notices.append("--use_fp16 is now --precision: " + (
-            "mixed precision is the default on GPUs" if use_fp16 else "false stands for fp32"))
+        notices.append(
+            "--use_fp16 is now --precision: "
+            + ("mixed precision is the default on GPUs" if use_fp16 else "false stands for fp32")
+        )
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16", everywhere=True)
     if precision is None:
@@ -92,6 +97,7 @@ def choose_precision(precision: str | None, use_fp16: bool | None, device: torch
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """Who we are among the processes of a run: one per GPU, or any number on CPUs. A lone process is a world of one."""
+
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -118,7 +124,8 @@ class Processes:
         return tensor
 
     def mean_async(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Start to average over all ranks, in place; returns a function that gives the mean, without a GPU's host waiting."""
+        """Start to average over all ranks, in place; returns a function that gives the mean, without a GPU's host
+        waiting."""
         if self.world_size == 1:
             return lambda: tensor
         work = dist.all_reduce(tensor, async_op=True)
@@ -168,12 +175,19 @@ def distributed_init() -> Processes:
     env = os.environ
     by_srun = "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env
     if by_srun:
-        first = env.get("SLURM_LAUNCH_NODE_IPADDR") or subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
-            capture_output=True, text=True, check=True).stdout.split()[0]
+        first = (
+            env.get("SLURM_LAUNCH_NODE_IPADDR")
+            or subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
+            ).stdout.split()[0]
+        )
         tasks = env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")).split("(")[0].split(",")[0]
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"],
-                   LOCAL_WORLD_SIZE=tasks)
+        env.update(
+            RANK=env["SLURM_PROCID"],
+            WORLD_SIZE=env["SLURM_NTASKS"],
+            LOCAL_RANK=env["SLURM_LOCALID"],
+            LOCAL_WORLD_SIZE=tasks,
+        )
         env.setdefault("MASTER_ADDR", first)
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 40000))
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
@@ -183,8 +197,9 @@ def distributed_init() -> Processes:
         device = torch.device("cuda", choose_gpu(local_rank, local_world_size, torch.cuda.device_count(), by_srun))
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
     return Processes(rank, world_size, local_rank, local_world_size, device)
 
 
@@ -193,8 +208,10 @@ def choose_gpu(local_rank: int, local_world_size: int, visible: int, by_srun: bo
     if by_srun and visible == 1:  # srun --gpus-per-task=1 shows each process its own alone
         return 0
     if local_rank >= visible:
-        raise UserError(f"process {local_rank} of this machine finds no GPU of its own: {visible} GPU(s) for "
-                        f"{local_world_size} processes; start as many processes as there are GPUs")
+        raise UserError(
+            f"process {local_rank} of this machine finds no GPU of its own: {visible} GPU(s) for "
+            f"{local_world_size} processes; start as many processes as there are GPUs"
+        )
     return local_rank
 
 
@@ -203,14 +220,16 @@ def device_name(device: torch.device) -> str:
 
 
 def is_worker_death(error: Exception) -> bool:
-    """Whether a RuntimeError is how torch tells that a loader's reading process is gone: in next() or, from its handler of
-    signals, anywhere in the main thread."""
+    """Whether a RuntimeError is how torch tells that a loader's reading process is gone: in next() or, from its
+    handler of signals, anywhere in the main thread."""
     return "DataLoader worker" in str(error)
 
 
 def worker_death(error: Exception) -> str:
-    return (f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower --num_workers or "
-            "--batch_size_per_gpu")
+    return (
+        f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower --num_workers or "
+        "--batch_size_per_gpu"
+    )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -221,8 +240,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 # ------------------------------------------------------------------------------------------------------ optimisation
 
 
-def cosine_schedule(at: float, start: float, end: float, total: float, warmup: float = 0.0,
-                    warmup_start: float = 0.0) -> float:
+def cosine_schedule(
+    at: float, start: float, end: float, total: float, warmup: float = 0.0, warmup_start: float = 0.0
+) -> float:
     """Linear from warmup_start to `start` while at < warmup, then half a cosine to `end` at `total`.
 
     at, total and warmup are in samples. Defined for every at >= 0 and any warmup, one longer than `total` included.
@@ -241,8 +261,10 @@ def linear_schedule(at: float, start: float, end: float, length: float) -> float
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two optimizer groups: with weight decay, and without it for biases, norms, pos_embed and cls_token."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [{"params": [p for name, p in named if decays(name, p)]},
-            {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0}]
+    return [
+        {"params": [p for name, p in named if decays(name, p)]},
+        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+    ]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -266,8 +288,14 @@ class LARS(torch.optim.Optimizer):
     trust: the layer's step relative to its weights; None: plain SGD with momentum
     """
 
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float = 0.0, weight_decay: float = 0.0,
-                 momentum: float = 0.9, trust: float | None = 0.001) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float | None = 0.001,
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
     @torch.no_grad()
@@ -277,6 +305,7 @@ class LARS(torch.optim.Optimizer):
 
         def unless_skipped(new: Tensor, old: Tensor) -> Tensor:
             return new if skipped is None else torch.where(skipped > 0, old, new)
+
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 step = p.grad
@@ -301,11 +330,19 @@ def load_file(path: Path | str) -> Any:
     where the file carries a checksum that it does not match."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
-    allowed = [argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct,
-               *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?"))]
+    allowed = [
+        argparse.Namespace,
+        np.dtype,
+        np.ndarray,
+        np._core.multiarray.scalar,
+        np._core.multiarray._reconstruct,
+        *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
+    ]
     # NumPy moved its internals to _core in version 2: older files name them by the older module
-    allowed += [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-                (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
+    allowed += [
+        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    ]
     try:
         with open_verified(path) as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of a strange file, beside raising
@@ -329,9 +366,14 @@ def find_state_dict(checkpoint: Any, path: Path | str, checkpoint_key: str) -> d
     """The state dict of that key in what `load_file` gave, or all of it if it is a plain one. Raises ValueError."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint's dict")
+
     def is_state_dict(value: Any) -> bool:
-        return isinstance(value, dict) and bool(value) and all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+        return (
+            isinstance(value, dict)
+            and bool(value)
+            and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+        )
+
     if is_state_dict(checkpoint.get(checkpoint_key)):
         return checkpoint[checkpoint_key]
     if is_state_dict(checkpoint):
@@ -344,11 +386,14 @@ def fit_state_dict(model: nn.Module, state: dict[str, Tensor], path: Path | str)
     """Load `state` into the model under the one prefix that brings it the most names; strict for the model's names."""
     wanted = model.state_dict()
     tail = next(iter(wanted))
-    prefixes = {name[:-len(tail)] for name in state if name == tail or name.endswith("." + tail)} or {""}
+    prefixes = {name[: -len(tail)] for name in state if name == tail or name.endswith("." + tail)} or {""}
 
     def under(prefix: str) -> dict[str, Tensor]:
-        return {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
-    found = max((modern_names(under(prefix), wanted) for prefix in sorted(prefixes)), key=lambda s: len(wanted.keys() & s))
+        return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+    found = max(
+        (modern_names(under(prefix), wanted) for prefix in sorted(prefixes)), key=lambda s: len(wanted.keys() & s)
+    )
     if problem := tensor_misfit(wanted, found):
         raise ValueError(f"{path}: does not fit the model: {problem}")
     model.load_state_dict({name: found[name] for name in wanted})
@@ -359,20 +404,32 @@ def tensor_misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Any], others
 
     others: whether tensors beyond those wanted are a reason too
     """
+
     def shape(value: Any) -> tuple[int, ...] | str:
         return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
     missing = [name for name in wanted if name not in found]
-    shapes = [f"{name} {shape(found[name])} instead of {shape(wanted[name])}" for name in wanted
-              if name in found and shape(found[name]) != shape(wanted[name])]
+    shapes = [
+        f"{name} {shape(found[name])} instead of {shape(wanted[name])}"
+        for name in wanted
+        if name in found and shape(found[name]) != shape(wanted[name])
+    ]
     beyond = [str(name) for name in found if others and name not in wanted]
-    return "; ".join(word + truncate_list(names) for word, names in (
-        ("without ", missing), ("with ", shapes), ("with the unknown ", beyond)) if names)
+    return "; ".join(
+        word + truncate_list(names)
+        for word, names in (("without ", missing), ("with ", shapes), ("with the unknown ", beyond))
+        if names
+    )
 
 
 def modern_names(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names of weight normalisation before torch's parametrizations: weight_g, weight_v."""
-    renamed = {name.replace("weight_g", "parametrizations.weight.original0")
-                   .replace("weight_v", "parametrizations.weight.original1"): name for name in state}
+    renamed = {
+        name.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"
+        ): name
+        for name in state
+    }
     return {new if new in wanted else old: state[old] for new, old in renamed.items()}
 
 

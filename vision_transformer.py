@@ -229,7 +229,8 @@ class VisionTransformer(nn.Module):
         return x + self.interpolate_pos_embed(grid), grid
 
     def stochastic_depth(self, batch: int, device: torch.device) -> Sequence[Tensor | None]:
-        """What each block's residual branches are multiplied by, (depth, 2, B, 1, 1) (Huang 2016); in evaluation nothing.
+        """What each block's residual branches are multiplied by, (depth, 2, B, 1, 1) (Huang 2016); in evaluation
+        nothing.
 
         A branch is dropped for whole samples, at a rate that grows from 0 in the first block to `drop_path_rate` in the
         last; where it is kept it is scaled by 1 / (1 - rate), which keeps the expected value. Drawn at once and in
@@ -283,12 +284,14 @@ class VisionTransformer(nn.Module):
         indices = n if isinstance(n, Sequence) else range(depth - n, depth)
         ascending = all(a < b for a, b in pairwise(indices))
         if not (indices and ascending and 0 <= indices[0] and indices[-1] < depth):
-            raise ValueError(f"n is {n}; the model has {depth} blocks to take feature maps from: give a number of last "
-                             f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order")
+            raise ValueError(
+                f"n is {n}; the model has {depth} blocks to take feature maps from: give a number of last "
+                f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order"
+            )
         x, grid = self._embed(x)
         maps = []
         draws = self.stochastic_depth(len(x), x.device)
-        for i, (block, scales) in enumerate(zip(self.blocks[:indices[-1] + 1], draws)):
+        for i, (block, scales) in enumerate(zip(self.blocks[: indices[-1] + 1], draws)):
             x = self._run(block, x, None, scales)
             if i in indices:
                 tokens = self.norm(x) if norm is True or norm == "last" and i == depth - 1 else x  # (B, 1 + N, D)

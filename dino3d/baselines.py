@@ -1,8 +1,9 @@
 """The plain way to do what this repository does, for benchmark.py and the tests to compare with.
 
-ITK files read slice by slice, MONAI's transforms one after the other on every sample, MONAI's ViT, and DINO's step written
-out (Caron et al. 2021, algorithm 1) in eager PyTorch. Nothing here is used in training.
+ITK files read slice by slice, MONAI's transforms one after the other on every sample, MONAI's ViT, and DINO's step
+written out (Caron et al. 2021, algorithm 1) in eager PyTorch. Nothing here is used in training.
 """
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def read_itk(path: Path | str, start: Iterable[int], size: Iterable[int]) -> np.
 
 def write_itk(path: Path | str, volume: np.ndarray, affine: np.ndarray) -> None:
     import SimpleITK
+
     affine = LPS @ affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     image = SimpleITK.GetImageFromArray(volume.T)
@@ -42,6 +44,7 @@ def write_itk(path: Path | str, volume: np.ndarray, affine: np.ndarray) -> None:
 
 def convert_itk(folder: Path | str, path: Path | str) -> None:
     import SimpleITK
+
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
     SimpleITK.WriteImage(SimpleITK.DICOMOrient(reader.Execute(), "RAS"), path, useCompression=True)
@@ -72,30 +75,37 @@ class Patches(Dataset):
 # ------------------------------------------------------------------------------------------------------------- views
 
 
-def monai_transforms(global_size: Sequence[int], local_size: Sequence[int],
-                     seed: int) -> tuple[Callable[[Tensor], Tensor], ...]:
+def monai_transforms(
+    global_size: Sequence[int], local_size: Sequence[int], seed: int
+) -> tuple[Callable[[Tensor], Tensor], ...]:
     """[scaling, what a global view goes through, what a local view goes through]."""
     from math import radians
 
     from monai import transforms as monai
 
     def chain(size: Sequence[int], seed: int) -> Any:
-        return monai.Compose([
-            monai.RandRotate(range_x=radians(30), range_y=radians(30), range_z=radians(30), prob=0.5),
-            monai.RandAffine(scale_range=(0.25, 0.25, 0.25), prob=0.5),
-            monai.RandAxisFlip(prob=0.5),
-            monai.Rand3DElastic(sigma_range=(0, 7), magnitude_range=(0, 150), prob=0.5),
-            monai.RandGaussianSmooth(sigma_x=(0.01, 2), sigma_y=(0.01, 2), sigma_z=(0.01, 2), prob=0.5),
-            monai.RandHistogramShift(num_control_points=10, prob=0.5),
-            monai.RandSpatialCrop(size, random_size=False),
-        ]).set_random_state(seed)
+        return monai.Compose(
+            [
+                monai.RandRotate(range_x=radians(30), range_y=radians(30), range_z=radians(30), prob=0.5),
+                monai.RandAffine(scale_range=(0.25, 0.25, 0.25), prob=0.5),
+                monai.RandAxisFlip(prob=0.5),
+                monai.Rand3DElastic(sigma_range=(0, 7), magnitude_range=(0, 150), prob=0.5),
+                monai.RandGaussianSmooth(sigma_x=(0.01, 2), sigma_y=(0.01, 2), sigma_z=(0.01, 2), prob=0.5),
+                monai.RandHistogramShift(num_control_points=10, prob=0.5),
+                monai.RandSpatialCrop(size, random_size=False),
+            ]
+        ).set_random_state(seed)
 
     scaling = monai.ScaleIntensityRange(a_min=-1000, a_max=1000, b_min=0, b_max=1, clip=True)
     return scaling, chain(global_size, seed), chain(local_size, seed + 1)
 
 
-def monai_views(patch: np.ndarray, scaling: Callable[[Tensor], Tensor], global_view: Callable[[Tensor], Tensor],
-                local_view: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def monai_views(
+    patch: np.ndarray,
+    scaling: Callable[[Tensor], Tensor],
+    global_view: Callable[[Tensor], Tensor],
+    local_view: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
     """Ten views of an (X, Y, Z) int16 patch, each augmented whole and then cropped."""
     scaled = scaling(torch.from_numpy(patch)[None])  # (1, X, Y, Z)
     return [global_view(scaled) for _ in range(2)] + [local_view(scaled) for _ in range(8)]
@@ -113,10 +123,20 @@ class ViT(nn.Module):
     def __init__(self, encoder: VisionTransformer) -> None:
         super().__init__()
         from monai.networks.nets import ViT as MonaiViT
+
         self.vit = MonaiViT(
-            encoder.in_chans, encoder.img_size, encoder.patch_size, hidden_size=encoder.embed_dim,
-            mlp_dim=encoder.blocks[0].mlp.fc1.out_features, num_layers=len(encoder.blocks), num_heads=encoder.num_heads,
-            proj_type="conv", classification=True, qkv_bias=True, post_activation=None)
+            encoder.in_chans,
+            encoder.img_size,
+            encoder.patch_size,
+            hidden_size=encoder.embed_dim,
+            mlp_dim=encoder.blocks[0].mlp.fc1.out_features,
+            num_layers=len(encoder.blocks),
+            num_heads=encoder.num_heads,
+            proj_type="conv",
+            classification=True,
+            qkv_bias=True,
+            post_activation=None,
+        )
         self.grid, self.vit.classification_head = encoder.grid_size, nn.Identity()
         load_into_monai(self.vit, encoder)
         # The class token's position is one of its own, as the ViT has it
@@ -139,7 +159,7 @@ class ViT(nn.Module):
         """As VisionTransformer's, for a decoder, which asks for norm="last"."""
         grid = [n // p for n, p in zip(x.shape[2:], self.vit.patch_embedding.patch_embeddings.kernel_size)]
         x, maps = self.tokens(x), []
-        for i, block in enumerate(self.vit.blocks[:layers[-1] + 1]):
+        for i, block in enumerate(self.vit.blocks[: layers[-1] + 1]):
             x = block(x)
             if i in layers:
                 tokens = self.vit.norm(x) if norm == "last" and i == len(self.vit.blocks) - 1 else x
@@ -193,12 +213,21 @@ class Model(nn.Module):
         return self.head(torch.cat([self.backbone(view) for view in views]))
 
 
-def plain_step(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, center: Tensor,
-               views: Sequence[Tensor], values: Mapping[str, float], center_momentum: float = 0.9, clip: float = 3.0,
-               dtype: torch.dtype = torch.float32) -> tuple[float, Tensor]:
+def plain_step(
+    student: nn.Module,
+    teacher: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    center: Tensor,
+    views: Sequence[Tensor],
+    values: Mapping[str, float],
+    center_momentum: float = 0.9,
+    clip: float = 3.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[float, Tensor]:
     """One step of DINO, plainly; returns the loss and the new centre.
 
-    views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)]; center: (1, K); values: what main_dino.Schedules.at gives
+    views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)]; center: (1, K); values: what main_dino.Schedules.at
+    gives
     """
     batch = len(views[0]) // 2
     for group in optimizer.param_groups:

@@ -2,17 +2,15 @@
 
 Axes: (X, Y, Z); positions are voxel indices in that order.
 """
+
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from augmentations import Policy
 
 SPANS = 4  # spline spans along a global view that is bent: longer ones bend it further, without folds
 
@@ -29,13 +27,19 @@ class Lattice:
         self._expansions = {}
 
     @classmethod
-    def for_views(cls, size: Sequence[int], policy: "Policy", reference: Sequence[int] | None = None) -> "Lattice":
+    def for_views(cls, size: Sequence[int], policy: Any, reference: Sequence[int] | None = None) -> "Lattice":
         """SPANS per axis of `reference` (default: size) where a policy bends space; one where maps are affine."""
         reference = np.asarray(reference if policy.has_elastic and reference is not None else size, float)
         return cls(size, reference / (SPANS if policy.has_elastic else 1))
 
-    def control(self, matrix: ArrayLike, centre: ArrayLike, displacements: np.ndarray,
-                view_spacing: float | np.ndarray = 1.0, patch_spacing: float | np.ndarray = 1.0) -> np.ndarray:
+    def control(
+        self,
+        matrix: ArrayLike,
+        centre: ArrayLike,
+        displacements: np.ndarray,
+        view_spacing: float | np.ndarray = 1.0,
+        patch_spacing: float | np.ndarray = 1.0,
+    ) -> np.ndarray:
         """(gx, gy, gz, 3) patch positions of the control points.
 
         matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
@@ -49,7 +53,7 @@ class Lattice:
         """(n, g) weight of each control point at the positions `at` (default: every voxel) along an axis."""
         t = np.arange(self.size[axis]) if at is None else np.asarray(at)
         t = np.abs(t[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
-        return np.where(t < 1, 2 / 3 - t ** 2 + t ** 3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
+        return np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
 
     def expansion(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """The weights of the three axes as tensors: (x, gx), (y, gy) and (gz 3, z 3), made once per type and device.
@@ -58,8 +62,9 @@ class Lattice:
         """
         if (dtype, device) not in self._expansions:
             wx, wy, wz = (self.weights(axis) for axis in range(3))
-            self._expansions[dtype, device] = [torch.tensor(w, dtype=dtype, device=device)
-                                               for w in (wx, wy, np.kron(wz.T, np.eye(3)))]
+            self._expansions[dtype, device] = [
+                torch.tensor(w, dtype=dtype, device=device) for w in (wx, wy, np.kron(wz.T, np.eye(3)))
+            ]
         return self._expansions[dtype, device]
 
 
@@ -72,7 +77,7 @@ def sampling_grid(control: Tensor, lattice: Lattice) -> Tensor:
     x, y, z = lattice.size
     wx, wy, wz = lattice.expansion(control.dtype, control.device)
     grid = wx @ control.reshape(views, gx, gy * gz * 3)  # (N, x, gy gz 3)
-    grid = wy @ grid.reshape(views * x, gy, gz * 3)      # (N x, y, gz 3)
+    grid = wy @ grid.reshape(views * x, gy, gz * 3)  # (N x, y, gz 3)
     return (grid.reshape(views * x * y, gz * 3) @ wz).reshape(views, x, y, z, 3)
 
 

@@ -1,4 +1,5 @@
 """The command line: flags, and errors that end a process in one line. Imports no torch."""
+
 import argparse
 import difflib
 import math
@@ -44,11 +45,13 @@ def print_error(message: str, everywhere: bool = False) -> None:
     print(f"error: rank {rank} stops as rank 0 does" if short else f"error: {message}", file=sys.stderr, flush=True)
 
 
-def exit_status(main: Callable[[], None],
-                explain: Callable[[Exception], str | None] = lambda error: None) -> tuple[int, bool]:
+def exit_status(
+    main: Callable[[], None], explain: Callable[[Exception], str | None] = lambda error: None
+) -> tuple[int, bool]:
     """Call main() and tell why it ended early; returns the exit code, and whether all ranks end in the same way.
 
-    explain: gives one line for an exception besides those of this module and of the disk, None for a bug, which is raised
+    explain: gives one line for an exception besides those of this module and of the disk, None for a bug, which is
+    raised
     """
     try:
         try:
@@ -76,7 +79,8 @@ def exit_status(main: Callable[[], None],
 
 
 def end_workers() -> None:
-    """Kill the loaders' reading processes that are left: they don't heed the signal with which Python would end them."""
+    """Kill the loaders' reading processes that are left: they don't heed the signal with which Python would end
+    them."""
     if threading.current_thread() is not threading.main_thread():
         return
     heeded = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
@@ -87,7 +91,8 @@ def end_workers() -> None:
 
 
 def end_process(message: str) -> NoReturn:
-    """Tell why and end this process at once, from any thread, waiting for nothing: its workers may be held in a read."""
+    """Tell why and end this process at once, from any thread, waiting for nothing: its workers may be held in a
+    read."""
     os.write(2, f"error: {message}\n".encode(errors="surrogateescape"))  # no lock, which the main thread may hold
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -103,8 +108,12 @@ def git_revision() -> str:
     """The commit of this code, with + where files differ from it; "unknown" outside a checkout."""
     try:
         here = Path(__file__).resolve().parent
-        described = subprocess.run(["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-                                   capture_output=True, text=True, timeout=10)
+        described = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
         return described.stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
@@ -154,12 +163,18 @@ class ArgumentParser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             names = [str(name) for name in action.choices]
             raise argparse.ArgumentError(
-                action, f"{value}: choose one of {', '.join(names)}" + did_you_mean(str(value), names))
+                action, f"{value}: choose one of {', '.join(names)}" + did_you_mean(str(value), names)
+            )
 
 
 class PrintVersion(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         print(f"dino3d {__version__} ({git_revision()})")
         parser.exit()
 
@@ -167,12 +182,18 @@ class PrintVersion(argparse.Action):
 def help_flags(group: Any) -> None:
     """-h and --version, in the place of a script's help where they belong."""
     group.add_argument("-h", "--help", action="help", help="show this text and exit")
-    group.add_argument("--version", action=PrintVersion, nargs=0, default=argparse.SUPPRESS,
-                       help="show the version and the git revision of this code and exit")
+    group.add_argument(
+        "--version",
+        action=PrintVersion,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show the version and the git revision of this code and exit",
+    )
 
 
 def did_you_mean(word: str, names: Collection[str]) -> str:
-    """": did you mean NAME?" for the nearest of the names, those first that begin with the word; "" where none is near."""
+    """ ": did you mean NAME?" for the nearest of the names, those first that begin with the word; "" where none is
+    near."""
     longer = [name for name in names if name.startswith(word)]
     near = difflib.get_close_matches(word, longer or names, 1, 0 if longer else 0.6)
     return f": did you mean {near[0]}?" if near else ""
@@ -183,7 +204,9 @@ def format_values(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     parts = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-    return " ".join(str(part) if isinstance(part, Integral) or not isinstance(part, Real) else f"{part:g}" for part in parts)
+    return " ".join(
+        str(part) if isinstance(part, Integral) or not isinstance(part, Real) else f"{part:g}" for part in parts
+    )
 
 
 def boolean(text: str) -> bool:
@@ -194,22 +217,33 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def number(kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf, above: float | None = None,
-           below: float | None = None) -> Callable[[str], float]:
+def number(
+    kind: type[int] | type[float],
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], float]:
     """argparse type: an int or float with low <= value <= high, above < value < below where those are given."""
+
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not {'an integer' if kind is int else 'a number'}") from None
-        fits = (low <= value <= high and (above is None or value > above) and (below is None or value < below)
-                and math.isfinite(value))
+        fits = (
+            low <= value <= high
+            and (above is None or value > above)
+            and (below is None or value < below)
+            and math.isfinite(value)
+        )
         if not fits:
             bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
             bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
             expected = " and ".join(bounds) or "a finite number"
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
         return value
+
     parse.metavar = "N" if kind is int else "F"
     return parse
 
@@ -221,19 +255,26 @@ def boolean_flag(group: Any, name: str, default: bool | None, text: str) -> None
 
 def read_timeout_flag(group: Any) -> None:
     """--read_timeout."""
-    group.add_argument("--read_timeout", default=600.0, type=number(float, 0), metavar="SECONDS",
-                       help="longest that the reading of one file may take; then the run ends and names the file, "
-                            "where a network drive that hangs would stop it without a word. Raise it for tapes; 0: no "
-                            "limit. Not noticed with --num_workers 0")
+    group.add_argument(
+        "--read_timeout",
+        default=600.0,
+        type=number(float, 0),
+        metavar="SECONDS",
+        help="longest that the reading of one file may take; then the run ends and names the file, "
+        "where a network drive that hangs would stop it without a word. Raise it for tapes; 0: no "
+        "limit. Not noticed with --num_workers 0",
+    )
 
 
 def architecture(known: Collection[str]) -> Callable[[str], str]:
     """argparse type: one of the names in `known`."""
+
     def parse(name: str) -> str:
         if name in known:
             return name
         why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
         raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}" + did_you_mean(name, known))
+
     return parse
 
 
@@ -254,5 +295,6 @@ def make_output_dir(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output_dir {path}: can't be written to ({error.strerror or error}); "
-                        "choose another folder") from error
+        raise UserError(
+            f"--output_dir {path}: can't be written to ({error.strerror or error}); choose another folder"
+        ) from error

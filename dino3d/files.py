@@ -1,4 +1,6 @@
-"""Files that runs and conversions write: whole or not at all; JSON, tables, logs, checksums, what a result depends on."""
+"""Files that runs and conversions write: whole or not at all; JSON, tables, logs, checksums, what a result depends
+on."""
+
 import contextlib
 import csv
 import io
@@ -20,7 +22,8 @@ TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files may 
 def atomic_write(path: str | Path, folder: Path | None = None, sync: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to, which takes the place of `path` when the block has ended without an error.
 
-    So there is a whole file of this name at every moment, the old one or the new. Raises what the block and the disk raise.
+    So there is a whole file of this name at every moment, the old one or the new. Raises what the block and the disk
+    raise.
 
     folder: where the temporary file lies, on the same disk; default: beside `path`, hidden
     sync: wait until it is safely on disk
@@ -150,7 +153,7 @@ class ChecksumReader(io.BufferedReader):
         count = super().readinto(buffer)
         if start <= self._done < start + count:
             end = max(self._done, min(start + count, self.end))
-            self._crc = zlib.crc32(memoryview(buffer)[self._done - start:end - start], self._crc)
+            self._crc = zlib.crc32(memoryview(buffer)[self._done - start : end - start], self._crc)
             self._done = end
         return count
 
@@ -164,8 +167,8 @@ class ChecksumReader(io.BufferedReader):
 def open_verified(path: str | Path) -> Iterator[ChecksumReader]:
     """Open a file for torch.load, to be read in the block; what was read holds when the block has ended.
 
-    Raises ValueError where the file is cut off or not as it was written, whatever the block raises; a whole one without a
-    checksum, older or not ours, passes.
+    Raises ValueError where the file is cut off or not as it was written, whatever the block raises; a whole one
+    without a checksum, older or not ours, passes.
     """
     with ChecksumReader(path) as file:
         starts_zip = file.read(len(ZIP_START)) == ZIP_START
@@ -197,6 +200,7 @@ def crc32_of(file: BinaryIO, end: int, start: int = 0, value: int = 0) -> int:
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
+
     found = {"dino3d": __version__, "python": sys.version.split()[0]}
     for package in ("torch", "numpy", "h5py", "hdf5plugin", "nibabel", "monai", "scikit-learn"):
         try:
@@ -208,7 +212,17 @@ def versions() -> dict[str, str]:
 
 def write_config(path: Path, arguments: dict[str, Any], processes: Any, device: str, **more: Any) -> None:
     """What a result depends on, for the reader of the folder, as JSON."""
-    path.write_text(json.dumps({
-        "arguments": arguments, "world_size": processes.world_size, "device": device,
-        **more, "git_revision": git_revision(), "versions": versions(),
-    }, indent=2) + "\n")
+    path.write_text(
+        json.dumps(
+            {
+                "arguments": arguments,
+                "world_size": processes.world_size,
+                "device": device,
+                **more,
+                "git_revision": git_revision(),
+                "versions": versions(),
+            },
+            indent=2,
+        )
+        + "\n"
+    )

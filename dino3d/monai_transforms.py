@@ -8,6 +8,7 @@
 Each is augmentations.py on a batch of one volume, drawn by the same `Policy`. They stand apart because
 `import monai.transforms` takes seconds and 150 MB, which pre-training can do without.
 """
+
 from collections.abc import Sequence
 from inspect import Parameter, Signature
 from typing import Any
@@ -93,8 +94,9 @@ def transform_class(name: str, row: Augmentation) -> type:
     """The MONAI transform of one row: row.monai(<row.argument>=row.strength, prob=0.5)."""
     base = RandIntensity if row.kind == "intensity" else RandSpatial
     defaults = {"self": Parameter.empty} | ({row.argument: row.strength} if row.argument else {}) | {"prob": 0.5}
-    signature = Signature([Parameter(key, Parameter.POSITIONAL_OR_KEYWORD, default=default)
-                           for key, default in defaults.items()])
+    signature = Signature(
+        [Parameter(key, Parameter.POSITIONAL_OR_KEYWORD, default=default) for key, default in defaults.items()]
+    )
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
@@ -102,8 +104,15 @@ def transform_class(name: str, row: Augmentation) -> type:
         base.__init__(self, given.arguments["prob"], **{name: given.arguments.get(row.argument, row.strength)})
 
     __init__.__signature__ = signature
-    return type(row.monai, (base,), {"__init__": __init__, "__module__": __name__, "__doc__":
-                                     f"{row.help}; {row.argument or 'strength'}: {row.unit}"})
+    return type(
+        row.monai,
+        (base,),
+        {
+            "__init__": __init__,
+            "__module__": __name__,
+            "__doc__": f"{row.help}; {row.argument or 'strength'}: {row.unit}",
+        },
+    )
 
 
 globals().update({row.monai: transform_class(name, row) for name, row in AUGMENTATIONS.items()})

@@ -18,6 +18,7 @@
 In fold 0, the only one that is needed, lung2 is a training case: its scores are learnt by heart. With --masks, a folder
 of main_lts_msd.py --predict, its mask is drawn over the reference label; without it the label stands alone.
 """
+
 import argparse
 import csv
 import itertools
@@ -42,7 +43,7 @@ from dino3d.training.pictures import example_views, radiological
 
 BLUE, ORANGE, INK, RED, GREEN = "#1769c2", "#d95f02", "#222222", "#ff2a2a", "#2ee62e"
 EDGE = [withStroke(linewidth=3, foreground="#00000090")]
-WINDOW = (-1000, 400)           # HU that are black and white
+WINDOW = (-1000, 400)  # HU that are black and white
 PLACE, SEED = (56, 66, 32), 19  # middle of the base patch in voxels of 2 x 2 x 4 mm, and a draw that has contrast
 OTHERS = ((1, 2), (0, 2), (0, 1))  # the axes of a plane across each axis
 
@@ -54,8 +55,10 @@ def views_of(hu: np.ndarray, encoder: PretrainedEncoder) -> list[tuple[np.ndarra
     start = np.array(PLACE) - np.array(crops.patch_size) // 2
     patch = part_of(hu, start, crops.patch_size)
     groups = collate_views([crops.draw(SEED, 0, 0, patch.shape, encoder.spacing)])
-    return [(views[:, 0].numpy(), sampling_grid(group[0].control, lattice).numpy() + start)
-            for views, group, lattice in zip(crops.render(patch[None], groups, WINDOW), groups, crops.lattices)]
+    return [
+        (views[:, 0].numpy(), sampling_grid(group[0].control, lattice).numpy() + start)
+        for views, group, lattice in zip(crops.render(patch[None], groups, WINDOW), groups, crops.lattices)
+    ]
 
 
 def part_of(volume: np.ndarray, start: Iterable[int], size: Iterable[int]) -> torch.Tensor:
@@ -100,19 +103,31 @@ class Canvas:
         self.sheet.axis("off")
 
     def text(self, x: float, y: float, words: str, size: float = 15.5, **style: Any) -> None:
-        self.sheet.text(x, y, words, fontsize=size, linespacing=1.35,
-                        **{"color": INK, "va": "center_baseline"} | style)
+        self.sheet.text(x, y, words, fontsize=size, linespacing=1.35, **{"color": INK, "va": "center_baseline"} | style)
 
-    def tile(self, volume: np.ndarray, spacing: Sequence[float] | np.ndarray, axis: int, index: int | None, left: float,
-             top: float, width: float, frame: str | None = None, window: Sequence[float] = WINDOW,
-             square: bool = False) -> Axes:
+    def tile(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float] | np.ndarray,
+        axis: int,
+        index: int | None,
+        left: float,
+        top: float,
+        width: float,
+        frame: str | None = None,
+        window: Sequence[float] = WINDOW,
+        square: bool = False,
+    ) -> Axes:
         """Axes in mm with a plane of a volume (X, Y, Z) across an axis; a plane (a, b, 3) of colours has no index."""
         plane, mm = volume if index is None else volume.take(index, axis), np.array(spacing)[list(OTHERS[axis])]
         picture = np.dstack([radiological(channel) for channel in np.atleast_3d(plane).transpose(2, 0, 1)])
         w, h = np.array(plane.shape[:2]) * mm
         height = width if square else round(width * h / w)
-        axes = self.figure.add_axes([left / self.width, 1 - (top + height) / self.height, width / self.width,
-                                     height / self.height], xticks=[], yticks=[])
+        axes = self.figure.add_axes(
+            [left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height],
+            xticks=[],
+            yticks=[],
+        )
         axes.imshow(picture, "gray", interpolation="bilinear", vmin=window[0], vmax=window[1], extent=[0, w, 0, h])
         for side in axes.spines.values():
             side.set(visible=frame is not None, color=frame, linewidth=3)
@@ -122,14 +137,27 @@ class Canvas:
         self.sheet.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=22, lw=2.5, color=colour))
 
     def box(self, left: float, top: float, width: float, height: float, words: str, colour: str) -> None:
-        self.sheet.add_patch(FancyBboxPatch((left, top), width, height, boxstyle="round,pad=0,rounding_size=12",
-                                            facecolor="#f3f6fa", edgecolor=colour, linewidth=2.5))
+        self.sheet.add_patch(
+            FancyBboxPatch(
+                (left, top),
+                width,
+                height,
+                boxstyle="round,pad=0,rounding_size=12",
+                facecolor="#f3f6fa",
+                edgecolor=colour,
+                linewidth=2.5,
+            )
+        )
         self.text(left + width / 2, top + height / 2, words, ha="center")
 
 
 def label_tile(axes: Axes, mm: int = 0, name: str = "", sides: bool = False) -> None:
-    for x, y, words, ha in ((0.03, 0.5, "R" if sides else "", "left"), (0.97, 0.5, "L" if sides else "", "right"),
-                            (0.97, 0.04, name, "right"), (0.03, 0.075, f"{mm} mm" if mm else "", "left")):
+    for x, y, words, ha in (
+        (0.03, 0.5, "R" if sides else "", "left"),
+        (0.97, 0.5, "L" if sides else "", "right"),
+        (0.97, 0.04, name, "right"),
+        (0.03, 0.075, f"{mm} mm" if mm else "", "left"),
+    ):
         axes.text(x, y, words, transform=axes.transAxes, color="white", fontsize=14, ha=ha, path_effects=EDGE)
     limits = axes.get_xlim(), axes.get_ylim()
     low = 0.03 * limits[0][1]
@@ -137,8 +165,14 @@ def label_tile(axes: Axes, mm: int = 0, name: str = "", sides: bool = False) -> 
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
-def overview(hu: np.ndarray, encoder: PretrainedEncoder, scan: Volume, label: np.ndarray, predicted: np.ndarray | None,
-             scored: Sequence[tuple[Volume, bool, float]]) -> Canvas:
+def overview(
+    hu: np.ndarray,
+    encoder: PretrainedEncoder,
+    scan: Volume,
+    label: np.ndarray,
+    predicted: np.ndarray | None,
+    scored: Sequence[tuple[Volume, bool, float]],
+) -> Canvas:
     """The Canvas of overview.png.
 
     scan: Volume; label, predicted (or None): (X, Y, Z) bool; scored: [(crop Volume, truth, score)]
@@ -161,8 +195,17 @@ def overview(hu: np.ndarray, encoder: PretrainedEncoder, scan: Volume, label: np
     for ((images, _), colour), top, side, gap in zip(views, (92, 520), (175, 82), (10, 11)):
         for i, image in enumerate(images):
             for row, axis in enumerate((2, 1)):
-                axes = canvas.tile(image, spacing, axis, image.shape[axis] // 2, 440 + i * (side + gap),
-                                   top + row * (side + gap), side, colour, (0, 1))
+                axes = canvas.tile(
+                    image,
+                    spacing,
+                    axis,
+                    image.shape[axis] // 2,
+                    440 + i * (side + gap),
+                    top + row * (side + gap),
+                    side,
+                    colour,
+                    (0, 1),
+                )
                 if i == row == 0 and colour == BLUE:
                     label_tile(axes, 20)
     canvas.text(440, 72, "2 global: axial, coronal", color=BLUE, weight="bold")
@@ -170,16 +213,22 @@ def overview(hu: np.ndarray, encoder: PretrainedEncoder, scan: Volume, label: np
     canvas.text(440, 770, "rotation, scale, flip, elastic,\nGaussian smoothing, histogram\nshift, each at random")
     canvas.box(865, 130, 240, 100, "teacher\n3D ViT + head", BLUE)
     canvas.box(865, 520, 240, 100, "student\n3D ViT + head", INK)
-    for start, end, colour in (((808, 180), (865, 180), BLUE), ((808, 400), (865, 535), BLUE),
-                               ((808, 605), (865, 590), ORANGE), ((895, 520), (895, 230), INK),
-                               ((1075, 230), (1075, 520), BLUE), ((1105, 180), (1142, 180), BLUE)):
+    for start, end, colour in (
+        ((808, 180), (865, 180), BLUE),
+        ((808, 400), (865, 535), BLUE),
+        ((808, 605), (865, 590), ORANGE),
+        ((895, 520), (895, 230), INK),
+        ((1075, 230), (1075, 520), BLUE),
+        ((1105, 180), (1142, 180), BLUE),
+    ):
         canvas.arrow(start, end, colour)
     canvas.text(905, 375, "EMA of\nweights", 14)
     canvas.text(1065, 375, "targets", 14, color=BLUE, ha="right")
     canvas.text(865, 685, "loss: cross-entropy of\nstudent and teacher, each\nseeing another view", 14)
     canvas.text(1150, 72, "patch features (PCA as colour)", weight="bold")
-    planes = [features_of(encoder, hu, axis, int((index + 0.5) * own[axis] / spacing[axis]))
-              for axis, index in shown.items()]
+    planes = [
+        features_of(encoder, hu, axis, int((index + 0.5) * own[axis] / spacing[axis])) for axis, index in shown.items()
+    ]
     for colours, left, axis in zip(principal_colours(planes), (1150, 1370), shown):
         canvas.tile(colours, spacing, axis, None, left, 92, 210)
     canvas.text(1150, 334, "nodule score (reference)", weight="bold")
@@ -200,9 +249,15 @@ def overview(hu: np.ndarray, encoder: PretrainedEncoder, scan: Volume, label: np
         dice = 2 * (predicted & label).sum() / (predicted.sum() + label.sum())
         canvas.text(1150, 784, f"prediction, Dice {dice:.2f}", color="#d40000", weight="bold")
         canvas.text(1440, 784, "reference", color="#128a12", weight="bold")
-    canvas.text(20, 858, "A public CT and a small model after minutes on a CPU: what the code computes, not how good a "
-                "trained model is.\nThe features are still close to an untrained encoder's; the scores are of "
-                "training cases.", 13, va="center")
+    canvas.text(
+        20,
+        858,
+        "A public CT and a small model after minutes on a CPU: what the code computes, not how good a "
+        "trained model is.\nThe features are still close to an untrained encoder's; the scores are of "
+        "training cases.",
+        13,
+        va="center",
+    )
     return canvas
 
 
@@ -225,28 +280,41 @@ def augmentations(hu: np.ndarray, spacing: Sequence[float], size: tuple[int, int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw overview.png and augmentations.png from the demo's lung CT. The "
-                                                 "commands that make what is drawn stand at the top of this file.")
-    parser.add_argument("--data_dir", default="demo/data", metavar="DIR",
-                        help="--output of prepare_data.py demo (default: demo/data)")
-    parser.add_argument("--runs_dir", default="demo/overview", metavar="DIR",
-                        help="holds pretrain/checkpoint.pth, crops/ and scores/ (default: demo/overview)")
+    parser = argparse.ArgumentParser(
+        description="Draw overview.png and augmentations.png from the demo's lung CT. The "
+        "commands that make what is drawn stand at the top of this file."
+    )
+    parser.add_argument(
+        "--data_dir", default="demo/data", metavar="DIR", help="--output of prepare_data.py demo (default: demo/data)"
+    )
+    parser.add_argument(
+        "--runs_dir",
+        default="demo/overview",
+        metavar="DIR",
+        help="holds pretrain/checkpoint.pth, crops/ and scores/ (default: demo/overview)",
+    )
     parser.add_argument("--masks", metavar="DIR", help="masks of main_lts_msd.py --predict, to be drawn too")
     parser.add_argument("--output_dir", default="docs", metavar="DIR", help="where the pictures go (default: docs)")
     args = parser.parse_args()
     data, runs, out = Path(args.data_dir), Path(args.runs_dir), Path(args.output_dir)
     encoder, scan = load_encoder(str(runs / "pretrain" / "checkpoint.pth")), data / "msd" / "images" / "lung2.nii.gz"
     image = resample(read_image(str(scan)), encoder.spacing)  # keeps alive what voxels_of looks at
-    hu = voxels_of(image)                                     # (X, Y, Z)
-    masks = [Volume(str(folder / scan.name)).read_labels() > 0 if folder else None
-             for folder in (data / "msd" / "labels", args.masks and Path(args.masks))]
+    hu = voxels_of(image)  # (X, Y, Z)
+    masks = [
+        Volume(str(folder / scan.name)).read_labels() > 0 if folder else None
+        for folder in (data / "msd" / "labels", args.masks and Path(args.masks))
+    ]
     with open(runs / "scores" / "predictions.csv", newline="") as file:
         rows = {row["case"]: float(row["probability"]) for row in csv.DictReader(file) if "lung2" in row["case"]}
     names = sorted(rows, key=lambda name: (not name.startswith("label1"), name))[:4]  # the nodule, three others
-    scored = [(Volume(str(runs / "crops" / "subset0" / f"{name}.nii.gz")), name.startswith("label1"), rows[name])
-              for name in names]
-    for name, canvas in (("overview", overview(hu, encoder, Volume(str(scan)), *masks, scored)),
-                         ("augmentations", augmentations(hu, encoder.spacing))):
+    scored = [
+        (Volume(str(runs / "crops" / "subset0" / f"{name}.nii.gz")), name.startswith("label1"), rows[name])
+        for name in names
+    ]
+    for name, canvas in (
+        ("overview", overview(hu, encoder, Volume(str(scan)), *masks, scored)),
+        ("augmentations", augmentations(hu, encoder.spacing)),
+    ):
         canvas.figure.savefig(out / f"{name}.png", dpi=100)
 
 

@@ -1,4 +1,5 @@
 """Makes the modules of the repository root importable, and finds the real CT where it is at hand."""
+
 import signal
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def volumes(tmp_path_factory):
 
     from dino3d.data.volume import write_volume
     from dino3d.prepare.phantoms import chest_phantom
+
     folder = tmp_path_factory.mktemp("volumes")
     scan = ROOT.parent / "shared" / "data" / "ct" / "lungdx_a0001.nii.gz"
     if scan.is_file():
@@ -44,5 +46,5 @@ def volumes(tmp_path_factory):
         x, y = 40 + 90 * (i % 3), 20 + 60 * (i // 3)
         corner = affine @ [x, y, 12, 1]
         moved = np.column_stack([affine[:, :3], corner])
-        write_volume(folder / f"patient{i}" / "t0" / "scan.hdf5", volume[x:x + 80, y:y + 72, 12:52], moved)
+        write_volume(folder / f"patient{i}" / "t0" / "scan.hdf5", volume[x : x + 80, y : y + 72, 12:52], moved)
     return folder

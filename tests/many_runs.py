@@ -6,6 +6,7 @@
 
 Everything is imported once, and each process is a fork of that state: of a run, only the imports are spared.
 """
+
 import argparse
 import collections
 import os
@@ -24,12 +25,30 @@ import survive  # noqa: E402
 from survive import ROOT  # noqa: E402
 
 DATA = ["--num_workers", "0", "--warmup_epochs", "0", "--drop_path_rate", "0"]
-SMALL = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--k_fold", "2", "--num_test", "2", "--epochs", "3",
-         "--max_steps", "6", *DATA]
+SMALL = [
+    "--arch",
+    "vit_tiny",
+    "--input_size",
+    "24",
+    "24",
+    "12",
+    "--k_fold",
+    "2",
+    "--num_test",
+    "2",
+    "--epochs",
+    "3",
+    "--max_steps",
+    "6",
+    *DATA,
+]
 SCRIPTS = {  # the script that makes the model small, and flags for at least six steps
     "main_dino": ("run_small.py", [*survive.FLAGS, "--epochs", "3", *DATA]),
     "main_lnc_luna16": ("run_lnc.py", [*SMALL, "--batch_size_per_gpu", "1"]),
-    "main_lts_msd": ("run_lts.py", [*SMALL, "--batch_size_per_gpu", "2", "--patches_per_case", "6", "--overlap", "0.1"]),
+    "main_lts_msd": (
+        "run_lts.py",
+        [*SMALL, "--batch_size_per_gpu", "2", "--patches_per_case", "6", "--overlap", "0.1"],
+    ),
 }
 
 
@@ -39,8 +58,10 @@ def make_data(script, folder):
         return survive.make_volumes(folder)
     if script == "main_lnc_luna16":
         from test_main_lnc_luna16 import write_cases
+
         return write_cases(folder)
     from test_main_lts_msd import phantom, write_case
+
     for i in range(7):
         write_case(folder, f"lung_{i:03}", *phantom(i, (40, 36, 28)))
     return folder
@@ -66,7 +87,8 @@ def fork(script, flags, environment, log):
 
 
 def run(script, flags, folder):
-    """[exit codes of two ranks], negative for a signal, and what they said; -9 for those that are killed after 10 minutes."""
+    """[exit codes of two ranks], negative for a signal, and what they said; -9 for those that are killed after 10
+    minutes."""
     port = survive.free_port()
     logs = [folder / f"rank{rank}.txt" for rank in range(2)]
     ranks = [fork(ROOT / "tests" / script, flags, survive.environment(rank, 2, port), logs[rank]) for rank in range(2)]
@@ -98,6 +120,7 @@ def main():
     try:
         data = make_data(args.script, folder / "data")
         from torch.utils import tensorboard  # noqa: F401
+
         __import__(args.script)
         script, flags = SCRIPTS[args.script]
         for number in range(args.runs):
@@ -112,9 +135,11 @@ def main():
             for process in busy:
                 process.kill()
             shutil.rmtree(folder)
-    print(f"{args.script}: {sum(counts.values())} runs with {args.busy} busy processes beside them, "
-          f"{time.monotonic() - began:.0f} s; exit codes of the two ranks: "
-          + ", ".join(f"{list(codes)} {count} times" for codes, count in counts.items()))
+    print(
+        f"{args.script}: {sum(counts.values())} runs with {args.busy} busy processes beside them, "
+        f"{time.monotonic() - began:.0f} s; exit codes of the two ranks: "
+        + ", ".join(f"{list(codes)} {count} times" for codes, count in counts.items())
+    )
     sys.exit(counts.keys() != {(0, 0)})
 
 

@@ -1,4 +1,5 @@
 """Small inputs for prepare_data.py as scanners and archives deliver them, and the script called without processes."""
+
 import csv
 import functools
 import json
@@ -44,8 +45,18 @@ def write_image(path, image):
     return path
 
 
-def write_series(folder, series="1.2.3.1", patient="P1", study="1.2.3", date="20000102", n=18, thickness=2.0,
-                 kernel="B30f", edit=None, prefix=""):
+def write_series(
+    folder,
+    series="1.2.3.1",
+    patient="P1",
+    study="1.2.3",
+    date="20000102",
+    n=18,
+    thickness=2.0,
+    kernel="B30f",
+    edit=None,
+    prefix="",
+):
     """n CT slices of 16 x 12 pixels as DICOM files <prefix>00.dcm, <prefix>01.dcm, ..., 2 mm apart.
 
     Stored values are HU + 1000; a lung-like box lies in soft tissue. edit: called with each slice's Dataset and its
@@ -80,9 +91,11 @@ def write_series(folder, series="1.2.3.1", patient="P1", study="1.2.3", date="20
 
 def edited(**fields):
     """An `edit` of write_series that sets fields of every slice."""
+
     def edit(one, i):
         for name, value in fields.items():
             setattr(one, name, value)
+
     return edit
 
 
@@ -165,9 +178,11 @@ def call(capsys, *flags):
 
 def without_processes(monkeypatch):
     """Let the script do all work in this process, at once; what would go to another is pickled all the same."""
+
     def one_by_one(function, items, workers):
         for item in items:
             yield item, pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(item)))
+
     for module in (check, conversion, nlst):
         monkeypatch.setattr(module, "in_processes", one_by_one)
 
@@ -181,8 +196,11 @@ def run(capsys, monkeypatch):
 
 def contents(folder):
     """{relative path: bytes} of all files below a folder but for the machine's own notes of an unfinished run."""
-    return {os.path.relpath(path, folder): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and conversion.WORK not in path.parts}
+    return {
+        os.path.relpath(path, folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and conversion.WORK not in path.parts
+    }
 
 
 def times(folder):

@@ -3,6 +3,7 @@
 Many collectives are under way when it ends, of tensors that nothing else refers to, and the model is part of a cycle. A
 rank that gets so far writes "threads" and the names of the threads that it has left to standard error.
 """
+
 import sys
 from pathlib import Path
 
@@ -29,7 +30,11 @@ def main():
     if how == "together":
         raise command_line.UserError("the same on all ranks", everywhere=True)
     if how in ("alone", "bug", "interrupted") and not processes.is_main:
-        error = {"alone": command_line.UserError("of one rank"), "bug": ZeroDivisionError(), "interrupted": KeyboardInterrupt()}
+        error = {
+            "alone": command_line.UserError("of one rank"),
+            "bug": ZeroDivisionError(),
+            "interrupted": KeyboardInterrupt(),
+        }
         raise error[how]
     if how in ("alone", "bug", "interrupted"):
         processes.all_gather(0)  # where the others aren't

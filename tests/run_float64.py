@@ -1,4 +1,5 @@
 """main_dino.py in double precision, for tests that compare runs to the last digits: torchrun run_float64.py FLAGS."""
+
 import sys
 from pathlib import Path
 

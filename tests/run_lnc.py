@@ -3,6 +3,7 @@
 With DOUBLE=1 in the environment it computes in double precision, and every rank leaves its weights after training as
 weights<rank>.pth in the fold's folder.
 """
+
 import functools
 import os
 import sys

@@ -2,6 +2,7 @@
 
 With DOUBLE=1 in the environment it computes in double precision.
 """
+
 import functools
 import os
 import sys

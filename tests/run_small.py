@@ -1,8 +1,9 @@
 """main_dino.py with a model of 0.1 million weights, for tests that start several processes.
 
-FLOAT64=1: in double precision. PLANT="nan RANK FIRST LAST": from step FIRST to LAST the first sample of RANK's batches has
-NaN in a view; PLANT="nothing FIRST LAST": those steps do nothing.
+FLOAT64=1: in double precision. PLANT="nan RANK FIRST LAST": from step FIRST to LAST the first sample of RANK's batches
+has NaN in a view; PLANT="nothing FIRST LAST": those steps do nothing.
 """
+
 import functools
 import os
 import sys
@@ -38,8 +39,12 @@ def planted_step(run, micro_batches, scheduled, frozen):
     step += 1
     if kind == "nothing" and step in steps:
         names = ("loss", "kl", "teacher_entropy", "grad_norm", "air_views")
-        return main_dino.Step(finite=torch.tensor(False), metrics=dict.fromkeys(names, torch.tensor(0.0)),
-                              winners=torch.zeros(2, dtype=torch.int64), features=torch.zeros(2, 8))
+        return main_dino.Step(
+            finite=torch.tensor(False),
+            metrics=dict.fromkeys(names, torch.tensor(0.0)),
+            winners=torch.zeros(2, dtype=torch.int64),
+            features=torch.zeros(2, 8),
+        )
     return train_step(run, micro_batches, scheduled, frozen)
 
 

@@ -3,6 +3,7 @@
 PROGRESS=FILE in the environment: rank 0 writes there the step that it has just finished; SLOW_DISK=SECONDS: what a
 checkpoint takes to be safely on disk.
 """
+
 import functools
 import os
 import sys

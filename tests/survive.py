@@ -6,6 +6,7 @@ Each time the whole process group gets SIGKILL in the middle of training, at a r
 time, while a checkpoint is being written; then the same command is started again. Student, teacher, optimizer and
 centre must at last be those of an undisturbed run, bit for bit. Kills that did not hit training are not counted.
 """
+
 import argparse
 import os
 import random
@@ -22,9 +23,34 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--local_crops_scale", "0.5", "--local_crops_number", "2",
-         "--out_dim", "64", "--log_every", "2", "--warmup_epochs", "1", "--saveckp_freq", "0", "--batch_size_per_gpu", "2",
-         "--drop_path_rate", "0.3", "--save_every_steps", "2", "--num_workers", "1"]
+FLAGS = [
+    "--arch",
+    "vit_tiny",
+    "--input_size",
+    "24",
+    "24",
+    "12",
+    "--local_crops_scale",
+    "0.5",
+    "--local_crops_number",
+    "2",
+    "--out_dim",
+    "64",
+    "--log_every",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--saveckp_freq",
+    "0",
+    "--batch_size_per_gpu",
+    "2",
+    "--drop_path_rate",
+    "0.3",
+    "--save_every_steps",
+    "2",
+    "--num_workers",
+    "1",
+]
 
 
 def free_port():
@@ -35,9 +61,15 @@ def free_port():
 
 def environment(rank, processes, port):
     """What a launcher tells a process of a run on this machine."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1"}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def start(flags, progress, processes=2, script="run_survive.py"):
@@ -47,8 +79,16 @@ def start(flags, progress, processes=2, script="run_survive.py"):
     ranks, group = [], 0
     for rank in range(processes):
         told = os.environ | environment(rank, processes, port) | {"PROGRESS": str(progress)}
-        ranks.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / script), *map(str, flags)], env=told,
-                                      process_group=group, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / script), *map(str, flags)],
+                env=told,
+                process_group=group,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
         group = group or ranks[0].pid
     return ranks
 
@@ -62,7 +102,8 @@ def step_of(progress):
 
 
 def kill_at(ranks, progress, part, steps, aimed, rng, limit=180):
-    """Kill all ranks `steps` steps or more after the first that they take, and return the step; None if they end before.
+    """Kill all ranks `steps` steps or more after the first that they take, and return the step; None if they end
+    before.
 
     aimed: wait for the file `part` of a checkpoint that is being written
     """
@@ -106,7 +147,8 @@ def differences(one, two, name="state"):
 def survive(folder, data, kills, epochs, seed=0, say=print):
     """Kill a run `kills` times and compare it with an undisturbed one.
 
-    Returns [{"step", "last_step", "writing", "seconds"}] of each kill that hit training, and the differences at the end.
+    Returns [{"step", "last_step", "writing", "seconds"}] of each kill that hit training, and the differences at the
+    end.
     """
     rng, record = random.Random(seed), []
     progress, flags = folder / "progress", [*FLAGS, "--data_dir", data, "--epochs", epochs]
@@ -125,21 +167,34 @@ def survive(folder, data, kills, epochs, seed=0, say=print):
         if step is None:  # it ended first
             break
         if 0 < step < expected["step"]:
-            record.append({"step": step, "last_step": expected["step"], "writing": part.exists(),
-                           "seconds": round(time.monotonic() - began, 1)})
-            say(f"kill {len(record)}: after step {step} of {expected['step']}"
-                + (", a checkpoint was being written" if part.exists() else ""), flush=True)
+            record.append(
+                {
+                    "step": step,
+                    "last_step": expected["step"],
+                    "writing": part.exists(),
+                    "seconds": round(time.monotonic() - began, 1),
+                }
+            )
+            say(
+                f"kill {len(record)}: after step {step} of {expected['step']}"
+                + (", a checkpoint was being written" if part.exists() else ""),
+                flush=True,
+            )
     errors = [rank.communicate()[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), errors
     found = state_of(killed)
-    return record, [name for part in ("student", "teacher", "optimizer", "dino_loss", "step", "samples", "epoch")
-                    for name in differences(expected[part], found[part], part)]
+    return record, [
+        name
+        for part in ("student", "teacher", "optimizer", "dino_loss", "step", "samples", "epoch")
+        for name in differences(expected[part], found[part], part)
+    ]
 
 
 def make_volumes(folder, count=8):
     """Volumes of noise in the pre-training layout."""
     sys.path.insert(0, str(ROOT))
     from dino3d.data.volume import write_volume
+
     for i in range(count):
         voxels = np.random.default_rng(i).normal(-300, 400, (60, 56, 36)).astype(np.int16)
         write_volume(folder / f"patient{i}" / "t0" / "scan.hdf5", voxels, np.eye(4))
@@ -163,8 +218,11 @@ def main():
     finally:
         shutil.rmtree(folder)
     writing = sum(kill["writing"] for kill in record)
-    print(f"{len(record)} kills inside training, {writing} of them while a checkpoint was being written; different at the "
-          f"end: {', '.join(different[:5]) or 'nothing'}")
+    print(
+        f"{len(record)} kills inside training, {writing} of them while a checkpoint was being written; "
+        "different at the "
+        f"end: {', '.join(different[:5]) or 'nothing'}"
+    )
     sys.exit(bool(different) or len(record) < args.kills)
 
 

@@ -1,4 +1,5 @@
 """The augmentations against MONAI, SciPy and formulas written out: geometry, grey values, multi-crop, keyed draws."""
+
 import hashlib
 import itertools
 import pickle
@@ -95,14 +96,17 @@ def geometries(monkeypatch):
 
 @pytest.mark.parametrize("bent, points", [(MAX_BENT, 7), (0, 4)])
 @pytest.mark.parametrize("size", [(23, 17, 12), (12, 14, 9)])
-@pytest.mark.parametrize("degrees, factors", [
-    ((30, -30, 30), (0.75, 1.25, 0.75)),
-    ((-30, -30, -30), (1.25, 0.75, 1.25)),
-    ((30, 30, 30), (-1.25, 1, 1)),
-    ((30, -30, -30), (1.25, -0.75, 0.75)),
-    ((17, 0, -8), (1.1, 0.9, -1)),
-    ((0, 0, 0), (1, 1, 1)),
-])
+@pytest.mark.parametrize(
+    "degrees, factors",
+    [
+        ((30, -30, 30), (0.75, 1.25, 0.75)),
+        ((-30, -30, -30), (1.25, 0.75, 1.25)),
+        ((30, 30, 30), (-1.25, 1, 1)),
+        ((30, -30, -30), (1.25, -0.75, 0.75)),
+        ((17, 0, -8), (1.1, 0.9, -1)),
+        ((0, 0, 0), (1, 1, 1)),
+    ],
+)
 def test_affine_equals_monai(size, degrees, factors, bent, points):
     from monai.transforms import Affine, AffineGrid
 
@@ -117,8 +121,14 @@ def test_affine_equals_monai(size, degrees, factors, bent, points):
     grid, _ = AffineGrid(rotate_params=angles, scale_params=factors, dtype=np.float64)(spatial_size=size)
     positions = grid[:3].permute(1, 2, 3, 0) + torch.from_numpy(middle(image.shape[1:]))
     close(sampling_grid(control, lattice)[0], positions, 1e-4)
-    theirs = Affine(rotate_params=angles, scale_params=factors, spatial_size=size, padding_mode="border",
-                    dtype=np.float64, image_only=True)(image)
+    theirs = Affine(
+        rotate_params=angles,
+        scale_params=factors,
+        spatial_size=size,
+        padding_mode="border",
+        dtype=np.float64,
+        image_only=True,
+    )(image)
     close(warp(image[None], control, lattice)[0], theirs, 1e-4)
 
 
@@ -148,8 +158,18 @@ def test_the_ends_of_the_ranges_are_the_papers(end, sign, axis):
     np.testing.assert_allclose(matrix, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("wrong", [{"rotation": -1}, {"scale": 1.0}, {"flip": 2}, {"elastic": 0.41}, {"gaussian": -0.1},
-                                   {"histogram": 2}, {"prob": 1.1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rotation": -1},
+        {"scale": 1.0},
+        {"flip": 2},
+        {"elastic": 0.41},
+        {"gaussian": -0.1},
+        {"histogram": 2},
+        {"prob": 1.1},
+    ],
+)
 def test_policy_refuses_what_makes_no_sense(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
         Policy(**wrong)
@@ -172,8 +192,8 @@ def dense(values, lattice):
 
 
 LATTICES = [
-    Lattice.for_views((24, 15, 10), PAPER),                # fractional spacings
-    Lattice.for_views((11, 8, 5), PAPER, (24, 15, 10)),    # a local view
+    Lattice.for_views((24, 15, 10), PAPER),  # fractional spacings
+    Lattice.for_views((11, 8, 5), PAPER, (24, 15, 10)),  # a local view
     Lattice.for_views((24, 15, 10), Policy(rotation=30)),  # a single span
     Lattice((24, 15, 9), (4, 2.5, 1.5)),
 ]
@@ -236,7 +256,7 @@ def worst_moves(lattice, point, bound, rng, rounds=12):
     """
     gradient = []  # of each control point's weight at the point
     for along in range(3):
-        bases = [spline_basis(lattice, axis, point[axis:axis + 1], int(axis == along))[0] for axis in range(3)]
+        bases = [spline_basis(lattice, axis, point[axis : axis + 1], int(axis == along))[0] for axis in range(3)]
         gradient.append(np.einsum("i,j,k->ijk", *bases).ravel())
     gradient = np.array(gradient)  # (3, points)
     moves = rng.choice([-bound, bound], gradient.shape)
@@ -267,8 +287,10 @@ def test_elastic_never_folds():
 
     board = MAX_BENT * (-1.0) ** np.indices(lattice.shape).sum(0)
     extreme = [board[..., None] * signs for signs in itertools.product((1, -1), repeat=3)]
-    extreme += [MAX_BENT * (-1.0) ** np.indices(lattice.shape)[list(axes)].transpose(1, 2, 3, 0)
-                for axes in itertools.permutations(range(3))]
+    extreme += [
+        MAX_BENT * (-1.0) ** np.indices(lattice.shape)[list(axes)].transpose(1, 2, 3, 0)
+        for axes in itertools.permutations(range(3))
+    ]
     extreme += list(rng.choice([-MAX_BENT, MAX_BENT], (40, *lattice.shape, 3)))
     assert determinants(np.stack(extreme), lattice, at).min() > 0
     assert smallest_determinant(MAX_BENT) > 0
@@ -290,7 +312,7 @@ def erf_smooth(view, sigma):
     for axis, s in enumerate(sigma):
         if s > 0:
             offsets = np.arange(-20, 21)
-            kernel = (erf((offsets + 0.5) / (s * 2 ** 0.5)) - erf((offsets - 0.5) / (s * 2 ** 0.5))) / 2
+            kernel = (erf((offsets + 0.5) / (s * 2**0.5)) - erf((offsets - 0.5) / (s * 2**0.5))) / 2
             view = scipy.ndimage.correlate1d(view, kernel, axis, mode="nearest")
     return view
 
@@ -321,8 +343,11 @@ def test_gaussian_equals_monai_away_from_the_edges():
 
 
 def test_gaussian_keeps_a_constant():
-    close(gaussian_smooth(torch.full((len(SIGMAS), 1, 9, 6, 4), 0.7), torch.tensor(SIGMAS)),
-          torch.full((len(SIGMAS), 1, 9, 6, 4), 0.7), 1e-6)
+    close(
+        gaussian_smooth(torch.full((len(SIGMAS), 1, 9, 6, 4), 0.7), torch.tensor(SIGMAS)),
+        torch.full((len(SIGMAS), 1, 9, 6, 4), 0.7),
+        1e-6,
+    )
 
 
 # --- histogram shift ----------------------------------------------------------------------------------------------
@@ -414,6 +439,7 @@ each_transform = pytest.mark.parametrize("name", TRANSFORMS)
 
 def transform(name, prob=1.0):
     from dino3d import monai_transforms
+
     return getattr(monai_transforms, name)(**TRANSFORMS[name], prob=prob)
 
 
@@ -533,8 +559,13 @@ def test_rotation_and_scale_equal_monai(name):
             assert (factors.round(9) == 1).all() and 0.01 < np.abs(angles).max() <= np.radians(30)
         else:
             assert (angles == 0).all() and 0.01 < np.abs(factors - 1).max() <= 0.25
-        theirs = Affine(rotate_params=angles.tolist(), scale_params=factors.tolist(), padding_mode="border",
-                        dtype=np.float64, image_only=True)
+        theirs = Affine(
+            rotate_params=angles.tolist(),
+            scale_params=factors.tolist(),
+            padding_mode="border",
+            dtype=np.float64,
+            image_only=True,
+        )
         close(ours, theirs(volume), 1e-4)
 
 
@@ -585,8 +616,11 @@ def test_each_row_has_its_transform():
         arguments = {row.argument: row.strength} if row.argument else {}
         assert {key: p.default for key, p in signature(made).parameters.items()} == {**arguments, "prob": 0.5}
         assert made().policy == paper_policy([name])
-        assert made(*arguments.values(), 0.25).policy == made(**arguments, prob=0.25).policy == replace(
-            paper_policy([name]), prob=0.25)
+        assert (
+            made(*arguments.values(), 0.25).policy
+            == made(**arguments, prob=0.25).policy
+            == replace(paper_policy([name]), prob=0.25)
+        )
         with pytest.raises(TypeError):
             made(wrong=1)
         made = made(prob=1.0).set_random_state(seed=0)
@@ -611,10 +645,23 @@ def test_all_six_in_one_pipeline():
 
 def test_keyed_rng_tells_every_part_of_a_key():
     start = (5, 2, 9, 1)
-    keys = {start, (5, 2, 9, 0), (5, 2, 9, PATCH_VIEW), (5, 2, 9, 2), (5, 2, 8, 1), (5, 0, 9, 1), (0, 2, 9, 1),
-            (2, 5, 9, 1), (5, 9, 2, 1), (0, 0, 0, 0), (0, 0, 0, PATCH_VIEW), (5, 2, 0, PATCH_VIEW), (5, 2, 0, 0)}
-    assert len({keyed_rng(*key).randint(2 ** 62) for key in keys}) == len(keys)
-    assert keyed_rng(*start).randint(2 ** 62) == keyed_rng(*start).randint(2 ** 62)
+    keys = {
+        start,
+        (5, 2, 9, 0),
+        (5, 2, 9, PATCH_VIEW),
+        (5, 2, 9, 2),
+        (5, 2, 8, 1),
+        (5, 0, 9, 1),
+        (0, 2, 9, 1),
+        (2, 5, 9, 1),
+        (5, 9, 2, 1),
+        (0, 0, 0, 0),
+        (0, 0, 0, PATCH_VIEW),
+        (5, 2, 0, PATCH_VIEW),
+        (5, 2, 0, 0),
+    }
+    assert len({keyed_rng(*key).randint(2**62) for key in keys}) == len(keys)
+    assert keyed_rng(*start).randint(2**62) == keyed_rng(*start).randint(2**62)
 
 
 ALL = (30, 0.25, 1, 0.4, 2.0, 10)
@@ -648,8 +695,12 @@ print(*(digest((*ALL, 0.5), key) for key in KEYS[::-1]))
 def all_drawn(groups, points=10):
     """[(control, sigma, curve)] of each view, float32; no smoothing and a straight curve where nothing acts."""
     plain = {"gaussian": np.zeros(3), "histogram": np.linspace(0, 1, points)}
-    return [(control, *(np.float32(intensity.get(name, none)) for name, none in plain.items()))
-            for group in groups if group for control, intensity in zip(*group)]
+    return [
+        (control, *(np.float32(intensity.get(name, none)) for name, none in plain.items()))
+        for group in groups
+        if group
+        for control, intensity in zip(*group)
+    ]
 
 
 def digest(strengths, key):
@@ -669,16 +720,23 @@ def test_draws_are_the_same_in_any_order_and_process():
     for key in KEYS:
         np.random.seed(len(ours))
         ours.append(digest((*ALL, 0.5), key))
-    elsewhere = subprocess.run([sys.executable, "-c", ELSEWHERE, str(ROOT), str(Path(__file__).parent)],
-                               capture_output=True, text=True, check=True)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(ROOT), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert elsewhere.stdout.split() == ours[::-1] and len(set(ours)) == len(KEYS)
 
 
 @pytest.mark.parametrize("kind", ["affine", "deformation", "intensity"])
 def test_a_new_row_leaves_what_the_others_draw(kind, monkeypatch):
     """Off or on: matrices, moves, sigmas, curves and base patches of the six stay what they were."""
-    apply = {"affine": lambda values: np.eye(3), "deformation": lambda values, lattice: np.zeros((*lattice, 3)),
-             "intensity": lambda views, values: 1 - views}[kind]
+    apply = {
+        "affine": lambda values: np.eye(3),
+        "deformation": lambda values, lattice: np.zeros((*lattice, 3)),
+        "intensity": lambda views, values: 1 - views,
+    }[kind]
     row = Augmentation(1.0, (0, 1), "", False, "", kind, lambda rng, _: rng.uniform(0, 1, 7), apply, "RandNew", None)
     monkeypatch.setitem(AUGMENTATIONS, "new", row)
     monkeypatch.setattr(Policy, "new", 0, raising=False)
@@ -777,10 +835,18 @@ def test_each_augmentation_acts_on_half_of_the_views_on_its_own(few_views, geome
     rotations = matrices / factors[:, None] * np.where(mirrored[:, None], 1 - 2 * np.eye(3)[axis], 1)[:, None]
     angles = Rotation.from_matrix(rotations).as_euler("XYZ", degrees=True)
     straight = np.linspace(0, 1, 10)
-    acts = np.stack([np.abs(angles).max(1) > 1e-6, np.abs(factors - 1).max(1) > 1e-9, mirrored,
-                     np.abs(moves).max((1, 2, 3, 4)) > 0, sigma.max(1) > 0,
-                     np.abs(histogram - straight).max(1) > 1e-6], 1)  # (2000, 6)
-    assert (np.abs(acts.mean(0) - 0.5) < 4.5 * 0.5 / 2000 ** 0.5).all()
+    acts = np.stack(
+        [
+            np.abs(angles).max(1) > 1e-6,
+            np.abs(factors - 1).max(1) > 1e-9,
+            mirrored,
+            np.abs(moves).max((1, 2, 3, 4)) > 0,
+            sigma.max(1) > 0,
+            np.abs(histogram - straight).max(1) > 1e-6,
+        ],
+        1,
+    )  # (2000, 6)
+    assert (np.abs(acts.mean(0) - 0.5) < 4.5 * 0.5 / 2000**0.5).all()
     assert np.abs(np.corrcoef(acts.T) - np.eye(6)).max() < 0.1  # 4.5 / sqrt(2000)
     assert np.abs([np.corrcoef(a[0::2], a[1::2])[0, 1] for a in acts.T]).max() < 0.15  # the two views of a sample
 
@@ -798,14 +864,16 @@ def test_each_augmentation_acts_on_half_of_the_views_on_its_own(few_views, geome
 def windows(crops, samples, seed=0):
     """[(samples, views, 3)] first voxels of the unturned windows, from the middle of the patch, per group."""
     groups = [crops.draw(seed, 0, sample) for sample in range(samples)]
-    return [np.stack([draw[i].control[:, 1, 1, 1] for draw in groups]) - middle(crops.patch_size)
-            for i in range(2 if crops.local_number else 1)]
+    return [
+        np.stack([draw[i].control[:, 1, 1, 1] for draw in groups]) - middle(crops.patch_size)
+        for i in range(2 if crops.local_number else 1)
+    ]
 
 
 def test_core_of_the_default_crop_and_overlap_of_its_global_windows():
     crops = MultiCropAugmentation(Policy(), (96, 96, 48), (24, 24, 12), 0)
     assert crops.core == (121, 121, 60) and crops.patch_size == crops.core  # no view is turned: no margin
-    starts, = windows(crops, 2000)
+    (starts,) = windows(crops, 2000)
     shift = np.abs(starts[:, 0] - starts[:, 1])
     shared = np.prod(np.array(crops.global_size) - shift, 1)
     iou = shared / (2 * 96 * 96 * 48 - shared)
@@ -841,8 +909,10 @@ def shares_that_spill(crops, views, step):
     step: 1 looks at every voxel, 2 at the middle of every eight.
     """
     lattice, last = crops.lattices[0], np.array(crops.patch_size, np.float32) - 1
-    bases = [lattice.weights(axis, (np.arange(n // step) + 0.5) * step - 0.5).astype(np.float32)
-             for axis, n in enumerate(lattice.size)]
+    bases = [
+        lattice.weights(axis, (np.arange(n // step) + 0.5) * step - 0.5).astype(np.float32)
+        for axis, n in enumerate(lattice.size)
+    ]
     spilling = np.zeros(2)
     for start in range(0, views // 2, 20):
         controls = [crops.draw(99, 5, i, crops.patch_size, crops.spacing)[0].control for i in range(start, start + 20)]
@@ -854,16 +924,19 @@ def shares_that_spill(crops, views, step):
     return spilling / views
 
 
-@pytest.mark.parametrize("strengths, size, spacing, views, step", [
-    (STRENGTHS, (96, 96, 48), None, 160, 2),
-    (STRENGTHS, (24, 24, 16), (1.0, 1.5, 2.5), 600, 1),
-    ({**STRENGTHS, "prob": 1.0}, (20, 16, 12), (0.8, 1.0, 2.5), 600, 1),
-    ({"rotation": 30}, (28, 24, 14), None, 600, 1),
-    ({"scale": 0.25}, (30, 26, 18), None, 600, 1),
-    ({"elastic": MAX_BENT}, (24, 16, 20), None, 600, 1),
-    ({"flip": 1}, (12, 10, 9), None, 600, 1),
-    (STRENGTHS, (8, 6, 5), None, 1000, 1),
-])
+@pytest.mark.parametrize(
+    "strengths, size, spacing, views, step",
+    [
+        (STRENGTHS, (96, 96, 48), None, 160, 2),
+        (STRENGTHS, (24, 24, 16), (1.0, 1.5, 2.5), 600, 1),
+        ({**STRENGTHS, "prob": 1.0}, (20, 16, 12), (0.8, 1.0, 2.5), 600, 1),
+        ({"rotation": 30}, (28, 24, 14), None, 600, 1),
+        ({"scale": 0.25}, (30, 26, 18), None, 600, 1),
+        ({"elastic": MAX_BENT}, (24, 16, 20), None, 600, 1),
+        ({"flip": 1}, (12, 10, 9), None, 600, 1),
+        (STRENGTHS, (8, 6, 5), None, 1000, 1),
+    ],
+)
 def test_few_views_see_beyond_the_patch(strengths, size, spacing, views, step):
     crops = MultiCropAugmentation(Policy(**strengths), size, (1, 1, 1), 0, spacing)
     beyond, beyond_less = shares_that_spill(crops, views, step)
@@ -904,7 +977,7 @@ def test_every_combination_of_flags_renders(flags, few_views):
 def test_no_local_views(few_views):
     crops = MultiCropAugmentation(PAPER, (10, 8, 6), (6, 5, 3), 0)
     assert crops.draw(0, 0, 0)[1] is None
-    views, = batch_of(crops, torch.zeros(2, *crops.patch_size, dtype=torch.int16))
+    (views,) = batch_of(crops, torch.zeros(2, *crops.patch_size, dtype=torch.int16))
     assert views.shape == (4, 1, 10, 8, 6)
 
 
@@ -915,7 +988,7 @@ def test_a_batch_is_its_samples_one_by_one_first_views_first(default, tolerance,
     torch.set_default_dtype(default)
     try:
         together = batch_of(crops, patches)
-        alone = [batch_of(crops, patches[i:i + 1], samples=[i]) for i in range(4)]
+        alone = [batch_of(crops, patches[i : i + 1], samples=[i]) for i in range(4)]
     finally:
         torch.set_default_dtype(torch.float32)
     for group, number in enumerate((2, 3)):
@@ -933,7 +1006,7 @@ def test_smoothing_comes_after_the_geometry_and_grey_values_last(few_views):
     sigma, curves = (values.double().numpy() for indices, values in group.intensity.values() if len(indices) == 4)
     for view in range(4):
         patch = scale_intensity(patches[view % 2], *CLIP)[None, None]
-        plain = warp(patch, group.control[view:view + 1], crops.lattices[0])[0, 0]
+        plain = warp(patch, group.control[view : view + 1], crops.lattices[0])[0, 0]
         smooth = erf_smooth(plain.double().numpy(), sigma[view])
         low, high = smooth.min(), smooth.max()
         expected.append(np.interp(smooth, np.linspace(low, high, 10), low + curves[view] * (high - low)))
@@ -969,8 +1042,15 @@ def test_views_are_sampled_at_their_spacing(few_views):
 @pytest.mark.parametrize("strengths", [{"rotation": 30}, {"rotation": 30, "scale": 0.25}])
 def test_rotation_and_scale_act_in_millimetres(strengths, few_views):
     crops, seen = positions_mm(Policy(**strengths, prob=1.0))
-    steps = np.stack([np.diff(seen, axis=axis + 1)[:, :-1 if axis else None, :-1 if axis - 1 else None,
-                                                   :-1 if axis - 2 else None] for axis in range(3)], -1)
+    steps = np.stack(
+        [
+            np.diff(seen, axis=axis + 1)[
+                :, : -1 if axis else None, : -1 if axis - 1 else None, : -1 if axis - 2 else None
+            ]
+            for axis in range(3)
+        ],
+        -1,
+    )
     steps = steps / SPACING  # (views, x, y, z, 3, 3): columns are mm moved per mm along each axis of the view
     matrices = steps.mean((1, 2, 3))
     np.testing.assert_allclose(steps, np.broadcast_to(matrices[:, None, None, None], steps.shape), atol=1e-3)
@@ -991,7 +1071,7 @@ def test_a_turned_sphere_stays_a_sphere(degrees):
     """A Gaussian ball of 6 mm, sampled finely enough for linear interpolation to be off by a hundredth."""
     shape, size, centre = (70, 60, 40), (25, 21, 13), np.array([33.2, 30.4, 19.7])
     offsets = (index_grid(shape) - centre) * PATCH_SPACING
-    ball = torch.from_numpy(np.exp(-(offsets ** 2).sum(-1) / 72))[None, None]
+    ball = torch.from_numpy(np.exp(-(offsets**2).sum(-1) / 72))[None, None]
     lattice = Lattice.for_views(size, PAPER)
     matrix, still = rotation_matrix(np.radians(degrees)), np.zeros((*lattice.shape, 3))
     expected = np.exp(-(((index_grid(size) - middle(size)) * SPACING) ** 2).sum(-1) / 72)

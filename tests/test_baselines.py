@@ -1,4 +1,6 @@
-"""The fast step against the plain one of baseline.py: MONAI's ViT, eager, in single precision, the formulas written out."""
+"""The fast step against the plain one of baseline.py: MONAI's ViT, eager, in single precision, the formulas written
+out."""
+
 import functools
 
 import numpy as np
@@ -20,7 +22,9 @@ STEPS = 50
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3))
+    monkeypatch.setitem(
+        ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3)
+    )
     monkeypatch.setattr(main_dino, "DINOHead", functools.partial(main_dino.DINOHead, hidden_dim=64))
     monkeypatch.setattr(baselines, "DINOHead", functools.partial(baselines.DINOHead, hidden_dim=64))
 
@@ -34,24 +38,39 @@ def views_of(step, device):
     """Bright and dark boxes: noise alone would teach nothing."""
     generator = torch.Generator().manual_seed(step)
     shift = torch.rand(BATCH, 1, 1, 1, 1, generator=generator)
-    views = [0.7 * shift.repeat(count, 1, 1, 1, 1) + 0.3 * torch.rand(count * BATCH, 1, *size, generator=generator)
-             for count, size in ((2, SIZE), (LOCAL, PATCH))]
+    views = [
+        0.7 * shift.repeat(count, 1, 1, 1, 1) + 0.3 * torch.rand(count * BATCH, 1, *size, generator=generator)
+        for count, size in ((2, SIZE), (LOCAL, PATCH))
+    ]
     return [view.to(device) for view in views]
 
 
 def schedule(step):
-    return {"lr": 0.0003 * min(1, step / 10), "weight_decay": 0.04 + 0.002 * step, "momentum_teacher": 0.98 + 0.0003 * step,
-            "teacher_temp": 0.04 + 0.0002 * step}
+    return {
+        "lr": 0.0003 * min(1, step / 10),
+        "weight_decay": 0.04 + 0.002 * step,
+        "momentum_teacher": 0.98 + 0.0003 * step,
+        "teacher_temp": 0.04 + 0.0002 * step,
+    }
 
 
 def train_state(student, teacher, device, **others):
     """What main_dino.py's steps need; others: fields of it that are not the tests' usual ones."""
     usual = {"schedules": None, "crops": None, "clip_range": None, "dtype": torch.float32}
     return main_dino.TrainState(
-        network=student, student=student, teacher=teacher, dino_loss=main_dino.DINOLoss(OUT_DIM, 0.9).to(device),
+        network=student,
+        student=student,
+        teacher=teacher,
+        dino_loss=main_dino.DINOLoss(OUT_DIM, 0.9).to(device),
         optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
-        scaler=torch.amp.GradScaler(device.type, enabled=False), clip_grad=3.0, global_batch=BATCH, seed=0,
-        processes=utils.Processes(device=device), nonfinite=NonFiniteSteps(20, device), **usual | others)
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        clip_grad=3.0,
+        global_batch=BATCH,
+        seed=0,
+        processes=utils.Processes(device=device),
+        nonfinite=NonFiniteSteps(20, device),
+        **usual | others,
+    )
 
 
 def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False, micro_batches=1):
@@ -66,8 +85,10 @@ def our_losses(device, dtype=torch.float32, compiled=False, checkpointing=False,
     for step in range(STEPS):
         views = views_of(step, device)
         share = BATCH // micro_batches
-        parts = [[view.unflatten(0, (-1, BATCH))[:, i * share:][:, :share].flatten(0, 1) for view in views]
-                 for i in range(micro_batches)]
+        parts = [
+            [view.unflatten(0, (-1, BATCH))[:, i * share :][:, :share].flatten(0, 1) for view in views]
+            for i in range(micro_batches)
+        ]
         finite, metrics, *_ = main_dino.train_step(run, parts, schedule(step), frozen=False)
         assert finite
         losses.append(metrics["loss"])
@@ -85,23 +106,33 @@ def plain_losses(device):
     return torch.tensor(losses)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_fifty_steps_have_the_plain_ones_losses(tiny, device):
-    """From the same weights and views, with schedules that move, to 1e-4. In bf16 each loss is within 10 %, their mean within 2 %."""
+    """From the same weights and views, with schedules that move, to 1e-4. In bf16 each loss is within 10 %, their mean
+    within 2 %."""
     plain, (ours, _) = plain_losses(device), our_losses(device)
     assert plain.std() > 0.05, plain  # it is not one loss all the time
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
     low, _ = our_losses(device, torch.bfloat16)
-    assert (low / plain - 1).abs().max() < 0.1 and abs(low.mean() / plain.mean() - 1) < 0.02 and not torch.equal(low, ours)
+    assert (
+        (low / plain - 1).abs().max() < 0.1 and abs(low.mean() / plain.mean() - 1) < 0.02 and not torch.equal(low, ours)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("flag, tolerance", [({"checkpointing": True}, 0), ({"micro_batches": 2}, 1e-4)],
-                         ids=["grad_checkpointing", "accumulate_steps"])
+@pytest.mark.parametrize(
+    "flag, tolerance",
+    [({"checkpointing": True}, 0), ({"micro_batches": 2}, 1e-4)],
+    ids=["grad_checkpointing", "accumulate_steps"],
+)
 def test_flags_leave_the_losses_as_they_are(tiny, device, flag, tolerance):
     expected, _ = our_losses(device)
     ours, _ = our_losses(device, **flag)
@@ -112,20 +143,26 @@ def test_flags_leave_the_losses_as_they_are(tiny, device, flag, tolerance):
 def test_compiled_blocks_leave_the_losses_as_they_are(tiny, device, monkeypatch):
     """Of 50 steps of global views to 1e-4; a compiler has to be there."""
     monkeypatch.setattr("test_baselines.LOCAL", 0)
-    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=1, num_heads=3))
+    monkeypatch.setitem(
+        ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=1, num_heads=3)
+    )
     expected, _ = our_losses(device)
     torch.testing.assert_close(our_losses(device, compiled=True)[0], expected, rtol=1e-4, atol=0)
 
 
 def test_all_blocks_share_one_compiled_code():
-    """The student's for both shapes of views, with stochastic depth, and the teacher's, whatever the number of blocks."""
+    """The student's for both shapes of views, with stochastic depth, and the teacher's, whatever the number of
+    blocks."""
     torch._dynamo.reset()
-    student, teacher = (VisionTransformer(SIZE, embed_dim=24, depth=12, num_heads=3, drop_path_rate=rate) for rate in (0.1, 0))
+    student, teacher = (
+        VisionTransformer(SIZE, embed_dim=24, depth=12, num_heads=3, drop_path_rate=rate) for rate in (0.1, 0)
+    )
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
+
     wrapped = [torch.nn.ModuleDict({"backbone": model}) for model in (student, teacher)]
     for model in wrapped:
         model.backbone = model["backbone"]
@@ -143,8 +180,9 @@ def test_all_blocks_share_one_compiled_code():
 def test_without_a_compiler_it_goes_on(tiny):
     def broken(graph, inputs):
         raise RuntimeError("no compiler found\nand much more")
+
     model = build()
-    notice, = main_dino.compile_blocks((model, model), torch.device("cpu"), broken)
+    (notice,) = main_dino.compile_blocks((model, model), torch.device("cpu"), broken)
     assert notice.startswith("--compile: ") and "continuing without" in notice and "\n" not in notice
     assert main_dino.compile_blocks and model([torch.rand(2, 1, *SIZE)]).shape == (2, OUT_DIM)
 
@@ -157,12 +195,19 @@ def test_no_step_waits_for_the_gpu(tiny, compiled):
     device = torch.device("cuda")
     crops = MultiCropAugmentation(paper_policy(PAPER), SIZE, PATCH, LOCAL)
     samples = [Sample(np.full(crops.patch_size, i, np.int16), crops.draw(0, 0, i), []) for i in range(BATCH)]
-    batch, = DataLoader([samples], batch_size=None, collate_fn=collate, pin_memory=True)
+    (batch,) = DataLoader([samples], batch_size=None, collate_fn=collate, pin_memory=True)
     student, teacher = build().to(device), build().to(device).requires_grad_(False)
     if compiled:
         assert main_dino.compile_blocks((student, teacher), device) == []
-    run = train_state(student, teacher, device, crops=crops, clip_range=(-1000, 1000), dtype=torch.bfloat16,
-                      copy_stream=torch.cuda.Stream())
+    run = train_state(
+        student,
+        teacher,
+        device,
+        crops=crops,
+        clip_range=(-1000, 1000),
+        dtype=torch.bfloat16,
+        copy_stream=torch.cuda.Stream(),
+    )
     for step in range(3):
         if step == 2:
             torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,6 @@
-"""benchmark.py by its command line, with few repeats: the JSON's shape and sense. How fast anything is, is not tested."""
+"""benchmark.py by its command line, with few repeats: the JSON's shape and sense. How fast anything is, is not
+tested."""
+
 import ast
 import json
 import math
@@ -15,16 +17,36 @@ COMMANDS = {
     "data": ["--repeats", "1"],
     "step": ["--repeats", "1", "--arch", "vit_tiny", "--out_dim", "256", "--batch_size", "1"],
     "infer": ["--repeats", "1", "--arch", "vit_tiny", "--size", "24", "24", "12"],
-    "train": ["--repeats", "1", "--arch", "vit_tiny", "--out_dim", "256", "--batch_size", "1", "--steps", "2", "--workers", "1"],
+    "train": [
+        "--repeats",
+        "1",
+        "--arch",
+        "vit_tiny",
+        "--out_dim",
+        "256",
+        "--batch_size",
+        "1",
+        "--steps",
+        "2",
+        "--workers",
+        "1",
+    ],
 }
-BASELINES = {"augment": ["monai_transforms", "monai_views"], "read": ["write_itk", "read_itk"], "convert": ["convert_itk"],
-             "data": ["Patches", "read_itk", "monai_transforms", "monai_views"], "step": ["plain_step", "Model", "ViT"],
-             "infer": ["ViT"],
-             "train": ["plain_training", "Patches", "monai_transforms", "monai_views", "plain_step", "Model", "ViT"]}
+BASELINES = {
+    "augment": ["monai_transforms", "monai_views"],
+    "read": ["write_itk", "read_itk"],
+    "convert": ["convert_itk"],
+    "data": ["Patches", "read_itk", "monai_transforms", "monai_views"],
+    "step": ["plain_step", "Model", "ViT"],
+    "infer": ["ViT"],
+    "train": ["plain_training", "Patches", "monai_transforms", "monai_views", "plain_step", "Model", "ViT"],
+}
 
 
 def benchmark(*arguments):
-    return subprocess.run([sys.executable, ROOT / "benchmark.py", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmark.py", *arguments], capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
@@ -37,8 +59,19 @@ def test_last_line_is_the_result_as_json(run):
     what, process = run
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout.splitlines()[-1])
-    assert {"what", "ratio", "goal", "baseline", "ours", "spread", "threads", "device", "versions", "parameters",
-            "baseline_code"} <= result.keys()
+    assert {
+        "what",
+        "ratio",
+        "goal",
+        "baseline",
+        "ours",
+        "spread",
+        "threads",
+        "device",
+        "versions",
+        "parameters",
+        "baseline_code",
+    } <= result.keys()
     assert (result["what"], result["threads"], result["device"]) == (what, 1, "cpu")
     assert result["ratio"] == pytest.approx(result["baseline"] / result["ours"])
     figures = [result["ratio"], result["goal"], result["baseline"], result["ours"]]
@@ -68,39 +101,52 @@ def test_baseline_stands_in_the_report_as_it_ran(run):
     assert [node.name for node in ast.parse(result["baseline_code"]).body] == BASELINES[what]
     source = (ROOT / "benchmark.py").read_text() + (ROOT / "dino3d" / "baselines.py").read_text()
     assert all(part.strip() in source for part in result["baseline_code"].split("\n\n\n"))
-    report = process.stdout[:process.stdout.rindex("{\"what\"")]
+    report = process.stdout[: process.stdout.rindex('{"what"')]
     assert all(line.strip() in report for line in result["baseline_code"].splitlines())
     assert "CPU threads: 1" in report and all(name in report for name in result["parameters"])
 
 
 def test_a_step_of_vit_small_takes_226_gigaflop():
-    """The count of earlier work, every block's matrix products for every token, and ours without what nothing reads: in the
-    last block the class token alone goes on. Within 2 %: torch counts the attention's backward pass as 2.5 times its forward."""
+    """The count of earlier work, every block's matrix products for every token, and ours without what nothing reads:
+    in the last block the class token alone goes on. Within 2 %: torch counts the attention's backward pass as 2.5
+    times its forward."""
     import benchmark
+
     tokens, width, hidden, out_dim = 513, 384, 2048, 65536
-    per_view = 12 * tokens * (24 * width ** 2 + 4 * tokens * width) + 2 * 512 * width * 12 * 12 * 6
-    local = 12 * 5 * (24 * width ** 2 + 4 * 5 * width) + 2 * 4 * width * 12 * 12 * 6
-    head = 2 * (width * hidden + hidden ** 2 + hidden * 256 + 256 * out_dim)
-    whole = 2 * per_view + 3 * (2 * per_view + 8 * local) + 32 * head  # teacher; student, forward and twice that backward
+    per_view = 12 * tokens * (24 * width**2 + 4 * tokens * width) + 2 * 512 * width * 12 * 12 * 6
+    local = 12 * 5 * (24 * width**2 + 4 * 5 * width) + 2 * 4 * width * 12 * 12 * 6
+    head = 2 * (width * hidden + hidden**2 + hidden * 256 + 256 * out_dim)
+    whole = (
+        2 * per_view + 3 * (2 * per_view + 8 * local) + 32 * head
+    )  # teacher; student, forward and twice that backward
     assert whole == pytest.approx(226e9, rel=0.02)
-    spared = 512 * (18 * width ** 2 + 4 * 513 * width) * 2 * 4 + 4 * (18 * width ** 2 + 4 * 5 * width) * 8 * 3
+    spared = 512 * (18 * width**2 + 4 * 513 * width) * 2 * 4 + 4 * (18 * width**2 + 4 * 5 * width) * 8 * 3
     assert benchmark.flops_per_sample("vit_small", out_dim) == pytest.approx(whole - spared, rel=0.02)
 
 
 def test_growth_draws_a_picture(tmp_path, monkeypatch):
     """With the timing left out."""
     import benchmark
+
     panels = {"samples per batch": [(1, None), (2, None)], "processes": [(1, None)]}
-    rows = {f"{panel}: {at}": {"seconds": 1.0, "spread": [0.9, 1.2]} for panel, cases in panels.items() for at, _ in cases}
+    rows = {
+        f"{panel}: {at}": {"seconds": 1.0, "spread": [0.9, 1.2]} for panel, cases in panels.items() for at, _ in cases
+    }
     benchmark.draw_growth(tmp_path / "growth.png", panels, rows, "title")
     from PIL import Image
+
     assert Image.open(tmp_path / "growth.png").size[0] > 500
 
 
 def test_a_picture_that_has_no_folder_is_refused_before_anything_is_timed(tmp_path):
     process = benchmark("growth", "--arch", "vit_tiny", "--output", tmp_path / "none" / "growth.png")
-    line, = process.stderr.splitlines()
-    assert process.returncode == 1 and line.startswith("error: --output") and "does not exist" in line and not process.stdout
+    (line,) = process.stderr.splitlines()
+    assert (
+        process.returncode == 1
+        and line.startswith("error: --output")
+        and "does not exist" in line
+        and not process.stdout
+    )
 
 
 def test_without_json_only_the_report():
@@ -109,9 +155,16 @@ def test_without_json_only_the_report():
     assert "baseline / ours" in process.stdout and not process.stdout.splitlines()[-1].startswith("{")
 
 
-@pytest.mark.parametrize("arguments, named", [
-    ([], "what"), (["write"], "write"), (["read", "--repeats", "0"], "--repeats"), (["read", "--device", "cuda"], "cuda"),
-    (["read", "--size", "100", "200", "200"], "--size")])
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ([], "what"),
+        (["write"], "write"),
+        (["read", "--repeats", "0"], "--repeats"),
+        (["read", "--device", "cuda"], "cuda"),
+        (["read", "--size", "100", "200", "200"], "--size"),
+    ],
+)
 def test_wrong_arguments_end_in_one_line(arguments, named):
     process = benchmark(*arguments)
     lines = process.stderr.splitlines()

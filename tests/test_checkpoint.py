@@ -1,4 +1,5 @@
 """Checkpoints that are damaged, disks that are full, signals that end a run: nothing that was saved is lost."""
+
 import contextlib
 import dataclasses
 import errno
@@ -111,8 +112,8 @@ def test_the_checksum_does_not_depend_on_the_order_of_reading(tmp_path):
                     start, buffer = rng.randint(0, size), bytearray(rng.randint(1, size + 10))
                     file.seek(start)
                     count = file.readinto(buffer)
-                    assert buffer[:count] == content[start:start + len(buffer)] and file.tell() == start + count
-                assert file.crc32(file.end) == zlib.crc32(content[:file.end])
+                    assert buffer[:count] == content[start : start + len(buffer)] and file.tell() == start + count
+                assert file.crc32(file.end) == zlib.crc32(content[: file.end])
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux tells how many bytes were read")
@@ -122,6 +123,7 @@ def test_a_checkpoint_is_read_once(tmp_path):
 
     def bytes_read():
         return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
     load_checkpoint(path)  # what is imported at the first time is read too
     before = bytes_read()
     load_checkpoint(path)
@@ -138,7 +140,7 @@ def test_the_one_before_a_truncated_one_is_used(tmp_path, capsys, share):
     path = save_all(tmp_path, 1, 2, 3)
     whole = path.read_bytes()
     path.unlink()
-    path.write_bytes(whole[:round(share * len(whole)) or 0] if share < 1 else whole[:-1])
+    path.write_bytes(whole[: round(share * len(whole)) or 0] if share < 1 else whole[:-1])
     assert load_newest(path)["step"] == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"warning: {path}: can't be read") and "checkpoint.1.pth" in lines[0]
@@ -153,7 +155,7 @@ def test_the_one_before_a_truncated_one_is_used(tmp_path, capsys, share):
 def test_a_file_that_is_cut_off_is_said_to_be(tmp_path, share):
     path = save_all(tmp_path, 1)
     whole = path.read_bytes()
-    path.write_bytes(whole[:round(share * len(whole))])
+    path.write_bytes(whole[: round(share * len(whole))])
     with pytest.raises(UserError, match="checkpoint.pth: can't be read as a checkpoint .cut off: its end is missing"):
         load_checkpoint(path)
 
@@ -189,28 +191,36 @@ def test_a_fine_tunings_checkpoint_is_told_from_pre_trainings(volumes, tmp_path,
     assert code == 0, errors
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1, "--output_dir", out]
     out.mkdir()
-    for name, missing in (("checkpoint.pth", "'student', 'teacher', 'dino_loss', 'samples'; "),
-                          ("best.pth", "'student', 'teacher', 'optimizer', 'scaler' and 5 more; ")):
+    for name, missing in (
+        ("checkpoint.pth", "'student', 'teacher', 'dino_loss', 'samples'; "),
+        ("best.pth", "'student', 'teacher', 'optimizer', 'scaler' and 5 more; "),
+    ):
         shutil.copy(folds / "0" / name, out / "checkpoint.pth")
         code, _, errors = run_dino(capsys, *flags)
         assert code == 1 and errors == [
             f"error: {out / 'checkpoint.pth'}: is a checkpoint of fine-tuning (main_lnc_luna16.py): it has no {missing}"
-            "choose another --output_dir, or give it as --pretrained_weights with --checkpoint_key model"]
+            "choose another --output_dir, or give it as --pretrained_weights with --checkpoint_key model"
+        ]
     shutil.move(out / "checkpoint.pth", tmp_path / "weights.pth")
     weights = ["--pretrained_weights", tmp_path / "weights.pth", "--checkpoint_key", "model"]
     code, said, errors = run_dino(capsys, *flags, *weights)
     assert code == 0 and "starting from the backbone of" in said, errors
 
 
-@pytest.mark.parametrize("state, says", [
-    ({"student": {}, "teacher": {}, "args": None}, "a checkpoint of DINO pre-training"),
-    ({"student": {}, "teacher": {}, "config": {}}, "a checkpoint of DINO pre-training"),
-    ({"student": {}, "teacher": {}, "config": {"arch": "a"}}, "a checkpoint of DINO pre-training (main_dino.py)"),
-    ({"model": {}, "best": {}, "config": {"decoder": "a"}}, "a checkpoint of fine-tuning (main_lts_msd.py)"),
-    ({"model": {}, "best": {}, "config": {"protocol": "a"}}, "a checkpoint of fine-tuning (main_lnc_luna16.py)"),
-    ({"model": {}, "best": {}, "config": 3}, "a checkpoint of fine-tuning"), (None, "no checkpoint of this script"),
-    ({"model": {}, "config": {}}, "no checkpoint of this script"), (torch.ones(2), "no checkpoint of this script"),
-])
+@pytest.mark.parametrize(
+    "state, says",
+    [
+        ({"student": {}, "teacher": {}, "args": None}, "a checkpoint of DINO pre-training"),
+        ({"student": {}, "teacher": {}, "config": {}}, "a checkpoint of DINO pre-training"),
+        ({"student": {}, "teacher": {}, "config": {"arch": "a"}}, "a checkpoint of DINO pre-training (main_dino.py)"),
+        ({"model": {}, "best": {}, "config": {"decoder": "a"}}, "a checkpoint of fine-tuning (main_lts_msd.py)"),
+        ({"model": {}, "best": {}, "config": {"protocol": "a"}}, "a checkpoint of fine-tuning (main_lnc_luna16.py)"),
+        ({"model": {}, "best": {}, "config": 3}, "a checkpoint of fine-tuning"),
+        (None, "no checkpoint of this script"),
+        ({"model": {}, "config": {}}, "no checkpoint of this script"),
+        (torch.ones(2), "no checkpoint of this script"),
+    ],
+)
 def test_what_wrote_a_checkpoint(state, says):
     with pytest.raises(UserError) as error:
         require_parts(state, ("wanted", "other"), "here.pth")
@@ -219,6 +229,7 @@ def test_what_wrote_a_checkpoint(state, says):
 
 def test_parts_that_fit_are_loaded_and_others_named():
     """Modules, optimizers and gradient scalers; a scaler that was off leaves nothing to one that is on."""
+
     def parts(size=3, kind="adamw", scaling=True):
         model = torch.nn.Linear(size, 2)
         optimizer = utils.make_optimizer(kind, model.parameters())
@@ -228,6 +239,7 @@ def test_parts_that_fit_are_loaded_and_others_named():
 
     def states(parts):
         return {name: part.state_dict() for name, part in parts.items()}
+
     saved, new = states(parts()), parts()
     new["scaler"] = torch.amp.GradScaler("cpu")
     load_parts(new, saved, "here.pth")
@@ -252,9 +264,13 @@ def test_parts_that_fit_are_loaded_and_others_named():
 def test_how_far_a_run_is_has_its_types():
     done = fold_loop.FoldProgress(epoch=1, position=2, step=3, cases=4, trained={"loss": 0.5})
     assert load_progress(fold_loop.FoldProgress, dataclasses.asdict(done) | {"more": 1}, "here.pth") == done
-    assert load_progress(fold_loop.FoldProgress, {"step": 3}, "here.pth") == fold_loop.FoldProgress(step=3)  # of an older version
-    for wrong, says in (({"epoch": 1.5}, "its 'epoch' is a float, expected int"),
-                        ({"trained": [1]}, r"its 'trained' is a list, expected dict \| None")):
+    assert load_progress(fold_loop.FoldProgress, {"step": 3}, "here.pth") == fold_loop.FoldProgress(
+        step=3
+    )  # of an older version
+    for wrong, says in (
+        ({"epoch": 1.5}, "its 'epoch' is a float, expected int"),
+        ({"trained": [1]}, r"its 'trained' is a list, expected dict \| None"),
+    ):
         with pytest.raises(UserError, match=f"here.pth: {says}; resume with"):
             load_progress(fold_loop.FoldProgress, wrong, "here.pth")
 
@@ -281,8 +297,11 @@ def test_a_malicious_file_is_not_executed(tmp_path):
 
 
 def test_the_last_are_kept(tmp_path):
-    for keep_last, expected in ((1, {"checkpoint.pth": 4}), (2, {"checkpoint.pth": 4, "checkpoint.1.pth": 3}),
-                                (3, {"checkpoint.pth": 4, "checkpoint.1.pth": 3, "checkpoint.2.pth": 2})):
+    for keep_last, expected in (
+        (1, {"checkpoint.pth": 4}),
+        (2, {"checkpoint.pth": 4, "checkpoint.1.pth": 3}),
+        (3, {"checkpoint.pth": 4, "checkpoint.1.pth": 3, "checkpoint.2.pth": 2}),
+    ):
         folder = tmp_path / str(keep_last)
         folder.mkdir()
         (folder / "checkpoint0020.pth").write_bytes(save_all(tmp_path, 9).read_bytes())  # a numbered copy stays
@@ -296,8 +315,10 @@ def test_the_last_are_kept(tmp_path):
 def test_there_is_a_whole_one_at_every_moment(tmp_path, monkeypatch, links):
     """Cut off before each change of a name: the newest is whole, and a run that goes on keeps two different ones."""
     if not links:
+
         def no_link(*_):
             raise OSError(errno.EPERM, "Operation not permitted")
+
         monkeypatch.setattr(checkpoint.os, "link", no_link)
     replace, cut_off_at = os.replace, 0
 
@@ -308,6 +329,7 @@ def test_there_is_a_whole_one_at_every_moment(tmp_path, monkeypatch, links):
         if count == cut_off_at:
             raise KeyboardInterrupt
         replace(*names)
+
     for cut_off_at in range(1, 6):
         for path in tmp_path.iterdir():
             path.unlink()
@@ -368,6 +390,7 @@ def test_an_error_in_the_background_comes_with_the_next_save_or_the_end(tmp_path
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     checkpoints.save(state(2))
     with pytest.raises(UserError, match="can't be written .*No space left.*what was saved before is unharmed"):
@@ -378,8 +401,9 @@ def test_an_error_in_the_background_comes_with_the_next_save_or_the_end(tmp_path
 def test_when_it_is_time(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    off, steps, minutes = (Checkpoints(tmp_path / "checkpoint.pth", saving) for saving in (
-        Saving(0, 0), Saving(3, 0), Saving(0, 2)))
+    off, steps, minutes = (
+        Checkpoints(tmp_path / "checkpoint.pth", saving) for saving in (Saving(0, 0), Saving(3, 0), Saving(0, 2))
+    )
     assert [step for step in range(1, 8) if steps.due(step)] == [3, 6] and not minutes.due(1)
     now += 119
     assert not minutes.due(3)
@@ -418,7 +442,7 @@ def test_a_folder_that_can_no_longer_be_written(tmp_path):
     code = f"""
 import os, sys, tempfile
 sys.path.insert(0, {str(ROOT)!r})
-sys.path.insert(0, {str(ROOT / 'tests')!r})
+sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_checkpoint
 from dino3d.training import checkpoint
 from pathlib import Path
@@ -443,10 +467,13 @@ print(checkpoint.load_checkpoint(folder / "checkpoint.pth")["step"])
 
 
 def test_what_an_epoch_has_not_seen_is_seen_by_any_number_of_processes():
-    """From two processes with batches of 2, after three steps, to three with batches of 3: nothing twice, nothing left."""
+    """From two processes with batches of 2, after three steps, to three with batches of 3: nothing twice, nothing
+    left."""
+
     def keys(ranks, batch_size, position, steps):
         streams = [iter(BatchStream(10, 3, batch_size, rank, ranks, 0, 4, position, 5)) for rank in range(ranks)]
         return [key for _ in range(steps) for stream in streams for key in next(stream)]
+
     seen = keys(2, 2, 0, 3) + keys(3, 3, 12, 2)
     assert [sample for _, sample in seen] == epoch_order(10, 3, 0, 4).tolist() and {epoch for epoch, _ in seen} == {4}
 
@@ -473,15 +500,35 @@ def undisturbed(noise, tmp_path_factory):
 
 
 def flags_of(data, folder, processes):
-    return [*FLAGS, "--data_dir", str(data), "--output_dir", str(folder), "--epochs", "12", "--save_every_steps", "0",
-            "--batch_size_per_gpu", str(4 // processes), "--num_workers", "2"]
+    return [
+        *FLAGS,
+        "--data_dir",
+        str(data),
+        "--output_dir",
+        str(folder),
+        "--epochs",
+        "12",
+        "--save_every_steps",
+        "0",
+        "--batch_size_per_gpu",
+        str(4 // processes),
+        "--num_workers",
+        "2",
+    ]
 
 
 def started(command, folder, **environment):
     """A process in a group and session of its own; its family is known by the folder in their environment."""
-    return subprocess.Popen(list(map(str, command)), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "FAMILY": str(folder),
-                                                         "PROGRESS": str(folder / "progress")} | environment)
+    return subprocess.Popen(
+        list(map(str, command)),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "FAMILY": str(folder), "PROGRESS": str(folder / "progress")}
+        | environment,
+    )
 
 
 def family(folder, also=b""):
@@ -514,15 +561,21 @@ def seconds_until_all_gone(folder, limit=30):
 
 def differing(folder, expected):
     found = state_of(folder)
-    return [name for part in ("student", "teacher", "optimizer", "dino_loss", "step", "samples", "epoch")
-            for name in differences(expected[part], found[part], part)]
+    return [
+        name
+        for part in ("student", "teacher", "optimizer", "dino_loss", "step", "samples", "epoch")
+        for name in differences(expected[part], found[part], part)
+    ]
 
 
 SURVIVE = ROOT / "tests" / "run_survive.py"
 
 
-@pytest.mark.parametrize("number, whole_group", [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
-                         ids=["SIGTERM", "SIGTERM to all", "SIGUSR1 to all"])
+@pytest.mark.parametrize(
+    "number, whole_group",
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
+    ids=["SIGTERM", "SIGTERM to all", "SIGUSR1 to all"],
+)
 def test_a_signal_saves_and_ends(noise, undisturbed, tmp_path, number, whole_group):
     """Exit code 75, a checkpoint of that step and the marker; nobody is left; the same command ends as without it."""
     command = [sys.executable, SURVIVE, *flags_of(noise, tmp_path, 1)]
@@ -532,7 +585,9 @@ def test_a_signal_saves_and_ends(noise, undisturbed, tmp_path, number, whole_gro
     seconds = seconds_until_all_gone_after(process, tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 75 and seconds < 10, (process.returncode, seconds, errors)
-    last = [line for line in errors.replace("\r", "\n").splitlines() if "step/s" not in line and "s/step" not in line][-1]
+    last = [line for line in errors.replace("\r", "\n").splitlines() if "step/s" not in line and "s/step" not in line][
+        -1
+    ]
     assert last == f"ended by {number.name}; everything is saved, the same command resumes"
     assert "Traceback" not in errors and "error:" not in errors
     assert 5 <= state_of(tmp_path)["step"] < 24
@@ -551,8 +606,11 @@ def seconds_until_all_gone_after(process, folder):
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("number, handled", [(signal.SIGTERM, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGUSR1"])],
-                         ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "number, handled",
+    [(signal.SIGTERM, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGUSR1"])],
+    ids=["SIGTERM", "SIGUSR1"],
+)
 def test_a_signal_to_torchrun(noise, undisturbed, tmp_path, number, handled):
     command = [*TORCHRUN, *handled, "--nproc_per_node=2", SURVIVE, *flags_of(noise, tmp_path, 2)]
     process = started(command, tmp_path)
@@ -576,8 +634,19 @@ def test_torchrun_starts_a_killed_rank_again(noise, undisturbed, tmp_path):
     Without that variable torchrun keeps the store in which ranks find each other, and a rank that is quick finds where
     the others were before.
     """
-    process = started([*TORCHRUN, "--max-restarts=1", "--nproc_per_node=2", SURVIVE, *flags_of(noise, tmp_path, 2),
-                       "--save_every_steps", "1"], tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    process = started(
+        [
+            *TORCHRUN,
+            "--max-restarts=1",
+            "--nproc_per_node=2",
+            SURVIVE,
+            *flags_of(noise, tmp_path, 2),
+            "--save_every_steps",
+            "1",
+        ],
+        tmp_path,
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )
     wait_for_step(process, tmp_path, 6)
     for pid in family(tmp_path, b"RANK=1\0"):
         os.kill(pid, signal.SIGKILL)
@@ -634,7 +703,17 @@ def crops(tmp_path_factory):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_while_a_fold_is_trained(crops, tmp_path, processes):
     """To all processes of the group; the same command ends with the same probabilities as without."""
-    flags = [*TINY_FOLDS, "--data_dir", crops, "--epochs", "8", "--batch_size_per_gpu", 4 // processes, "--num_workers", 1]
+    flags = [
+        *TINY_FOLDS,
+        "--data_dir",
+        crops,
+        "--epochs",
+        "8",
+        "--batch_size_per_gpu",
+        4 // processes,
+        "--num_workers",
+        1,
+    ]
     launch = [*TORCHRUN, "--nproc_per_node=2"] if processes > 1 else [sys.executable]
     command = [*launch, ROOT / "tests" / "run_lnc.py", *flags, "--output_dir"]
     straight = started([*command, tmp_path / "straight"], tmp_path)
@@ -661,22 +740,46 @@ def test_a_signal_while_a_fold_is_trained(crops, tmp_path, processes):
 def test_a_signal_while_masks_are_evaluated(tmp_path, capsys, monkeypatch):
     """Segmentation ends after the case at hand, in a validation and in the test; masks and figures are as without."""
     import main_lts_msd
+
     monkeypatch.setattr(statistics, "BOOTSTRAP_ROUNDS", 50)
-    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=4, num_heads=3))
+    monkeypatch.setitem(
+        ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=48, depth=4, num_heads=3)
+    )
     for case in range(7):
         label = np.zeros((30, 28, 16), np.uint8)
-        label[8 + case:14 + case, 9:17, 4:10] = 1
+        label[8 + case : 14 + case, 9:17, 4:10] = 1
         hu = np.random.default_rng(case).normal(-800, 60, label.shape) + 850.0 * label
         for kind, voxels in (("images", hu.astype(np.int16)), ("labels", label)):
             (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / "data" / kind / f"case{case}.nii.gz")
-    flags = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--num_workers", "0", "--k_fold", "2", "--num_test", "3",
-             "--epochs", "2", "--patches_per_case", "2", "--batch_size_per_gpu", "4", "--data_dir", str(tmp_path / "data")]
+    flags = [
+        "--arch",
+        "vit_tiny",
+        "--input_size",
+        "24",
+        "24",
+        "12",
+        "--num_workers",
+        "0",
+        "--k_fold",
+        "2",
+        "--num_test",
+        "3",
+        "--epochs",
+        "2",
+        "--patches_per_case",
+        "2",
+        "--batch_size_per_gpu",
+        "4",
+        "--data_dir",
+        str(tmp_path / "data"),
+    ]
 
     def run(folder):
         with pytest.raises(SystemExit) as stop:
             utils.run_script(lambda: sys.exit(main_lts_msd.main([*flags, "--output_dir", str(tmp_path / folder)]) or 0))
         return stop.value.code
+
     segment, calls, signals = main_lts_msd.predict_log_probabilities, [], ()
 
     def signalled(*args):
@@ -684,6 +787,7 @@ def test_a_signal_while_masks_are_evaluated(tmp_path, capsys, monkeypatch):
         if len(calls) in signals:
             os.kill(os.getpid(), signal.SIGTERM)
         return segment(*args)
+
     monkeypatch.setattr(main_lts_msd, "predict_log_probabilities", signalled)
     assert run("straight") == 0
     total, signals = len(calls), (1, 9)  # of the first validation, and further on
@@ -706,8 +810,18 @@ def test_two_nodes_on_loopback(noise, undisturbed, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for attempt in range(2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                   f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_id={attempt}", SURVIVE, *flags_of(noise, tmp_path, 2)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{port}",
+            f"--rdzv_id={attempt}",
+            SURVIVE,
+            *flags_of(noise, tmp_path, 2),
+        ]
         nodes = [started(command, tmp_path) for _ in range(2)]
         if attempt == 0:
             wait_for_step(nodes[0], tmp_path, 4)

@@ -1,4 +1,5 @@
 """The command lines of all scripts: what --help opens with, --version, and what a mistyped name is answered."""
+
 import importlib
 import re
 import subprocess
@@ -38,9 +39,17 @@ def test_help_opens_with_data_and_output_and_ends_with_older_flags(script, monke
     assert groups[0].startswith("data") and groups[-2:] == ["run", "older flags, accepted"]
 
 
-@pytest.mark.parametrize("script, command", [
-    *((script, ()) for script in SCRIPTS), *(("prepare_data", (name,)) for name in ("nlst", "luna16", "msd", "check", "demo")),
-    *(("benchmark", (name,)) for name in ("augment", "read", "convert", "data", "step", "train", "infer", "growth"))])
+@pytest.mark.parametrize(
+    "script, command",
+    [
+        *((script, ()) for script in SCRIPTS),
+        *(("prepare_data", (name,)) for name in ("nlst", "luna16", "msd", "check", "demo")),
+        *(
+            ("benchmark", (name,))
+            for name in ("augment", "read", "convert", "data", "step", "train", "infer", "growth")
+        ),
+    ],
+)
 def test_help_has_short_placeholders_and_defaults_as_typed(script, command, monkeypatch, capsys):
     text = help_of(script, *command, monkeypatch=monkeypatch, capsys=capsys)
     assert "{" not in text and "default: [" not in text and "default: (" not in text
@@ -76,24 +85,29 @@ def test_version_and_revision(script, capsys):
 
 
 def test_the_command_line_loads_neither_torch_nor_utils():
-    code = ("import sys, dino3d.command_line; "
-            "print([name for name in ('torch', 'utils', 'numpy') if name in sys.modules])")
+    code = (
+        "import sys, dino3d.command_line; print([name for name in ('torch', 'utils', 'numpy') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 
 
-@pytest.mark.parametrize("script, arguments, typed, meant", [
-    ("main_dino", ["--batch_size", "8"], "--batch_size", "--batch_size_per_gpu"),
-    ("main_dino", ["--data-dir", "x"], "--data-dir", "--data_dir"),
-    ("main_dino", ["--data_dir", "x", "--epoch=3"], "--epoch", "--epochs"),
-    ("main_dino", ["--arch", "vit-small"], "vit-small", "vit_small"),
-    ("main_lnc_luna16", ["--protocol", "finetun"], "finetun", "finetune"),
-    ("main_lts_msd", ["--decoder", "unter"], "unter", "unetr"),
-    ("prepare_data", ["nlts"], "nlts", "nlst"),
-    ("prepare_data", ["nlst", "--inptu", "x"], "--inptu", "--input"),
-    ("prepare_data", ["msd", "--crop", "lable"], "lable", "label"),
-    ("benchmark", ["stp"], "stp", "step"),
-    ("benchmark", ["step", "--repeat", "1"], "--repeat", "--repeats")])
+@pytest.mark.parametrize(
+    "script, arguments, typed, meant",
+    [
+        ("main_dino", ["--batch_size", "8"], "--batch_size", "--batch_size_per_gpu"),
+        ("main_dino", ["--data-dir", "x"], "--data-dir", "--data_dir"),
+        ("main_dino", ["--data_dir", "x", "--epoch=3"], "--epoch", "--epochs"),
+        ("main_dino", ["--arch", "vit-small"], "vit-small", "vit_small"),
+        ("main_lnc_luna16", ["--protocol", "finetun"], "finetun", "finetune"),
+        ("main_lts_msd", ["--decoder", "unter"], "unter", "unetr"),
+        ("prepare_data", ["nlts"], "nlts", "nlst"),
+        ("prepare_data", ["nlst", "--inptu", "x"], "--inptu", "--input"),
+        ("prepare_data", ["msd", "--crop", "lable"], "lable", "label"),
+        ("benchmark", ["stp"], "stp", "step"),
+        ("benchmark", ["step", "--repeat", "1"], "--repeat", "--repeats"),
+    ],
+)
 def test_a_near_miss_is_named(script, arguments, typed, meant, capsys):
     with pytest.raises(SystemExit) as stop:
         parser_of(script).parse_args(arguments)
@@ -102,7 +116,9 @@ def test_a_near_miss_is_named(script, arguments, typed, meant, capsys):
     assert err.startswith("error: ") and typed in err and err.endswith(f": did you mean {meant}?\n")
 
 
-@pytest.mark.parametrize("script, arguments", [("main_dino", ["--xyzzy"]), ("prepare_data", ["xyzzy"]), ("main_dino", ["stray"])])
+@pytest.mark.parametrize(
+    "script, arguments", [("main_dino", ["--xyzzy"]), ("prepare_data", ["xyzzy"]), ("main_dino", ["stray"])]
+)
 def test_what_resembles_nothing_gets_no_suggestion(script, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         parser_of(script).parse_args(arguments)
@@ -121,7 +137,17 @@ def test_did_you_mean_takes_names_that_begin_so_first():
     assert did_you_mean("--pacth", ["--patch", "--batch_size_per_gpu"]) == ": did you mean --patch?"
 
 
-@pytest.mark.parametrize("value, text", [([96, 96, 48], "96 96 48"), (True, "true"), (1e-6, "1e-06"), (0.0005, "0.0005"),
-                                         (65536, "65536"), ([-1000.0, 1000.0], "-1000 1000"), ("output", "output")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ([96, 96, 48], "96 96 48"),
+        (True, "true"),
+        (1e-6, "1e-06"),
+        (0.0005, "0.0005"),
+        (65536, "65536"),
+        ([-1000.0, 1000.0], "-1000 1000"),
+        ("output", "output"),
+    ],
+)
 def test_defaults_as_typed(value, text):
     assert format_values(value) == text

@@ -1,4 +1,5 @@
 """conversion.py: killed anywhere and gone on with, the same for any number of workers, dying workers, full disks."""
+
 import contextlib
 import functools
 import json
@@ -50,8 +51,13 @@ WAIT = 120  # seconds until a process that hangs fails its test
 def start(folder, *flags):
     """prepare_data.py as users start it, in a session of its own; what it prints goes to files in the folder."""
     with open(folder / "out.txt", "w") as out, open(folder / "err.txt", "w") as err:
-        return subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *map(str, flags)], stdout=out, stderr=err,
-                                start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            [sys.executable, ROOT / "prepare_data.py", *map(str, flags)],
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
 
 def errors(folder):
@@ -85,6 +91,7 @@ def until(what, *arguments):
 
 class Case(NamedTuple):
     """A conversion and what an undisturbed run makes of it; folder: for what the runs print."""
+
     flags: list
     folder: Path
     reference: dict
@@ -138,7 +145,9 @@ def test_killed_at_ten_random_moments_and_started_again(cases, tmp_path):
             whole, pause = bool((i + seed) % 2), draw.uniform(0, 2.5 if i == 0 else 0.1)
             began = time.monotonic()
             process = case.start(output, workers=draw.choice([1, 2]))
-            until(lambda: process.poll() is not None or (output / conversion.WORK).exists() and files_in(output) >= least)
+            until(
+                lambda: process.poll() is not None or (output / conversion.WORK).exists() and files_in(output) >= least
+            )
             time.sleep(pause)
             running, unfinished = process.poll() is None, (output / conversion.WORK).is_dir()
             (os.killpg if whole else os.kill)(process.pid, signal.SIGKILL)
@@ -146,8 +155,15 @@ def test_killed_at_ten_random_moments_and_started_again(cases, tmp_path):
             killed = process.wait(WAIT) == -signal.SIGKILL
             outlived = until(lambda: not of_session(process.pid))
             unfinished &= (output / conversion.WORK).is_dir()  # the last that goes, at the end of a run
-            record.append((name, f"{moment:.2f} s", f"{files_in(output)} of {total} files",
-                           "all" if whole else "main alone", f"workers gone after {outlived:.2f} s"))
+            record.append(
+                (
+                    name,
+                    f"{moment:.2f} s",
+                    f"{files_in(output)} of {total} files",
+                    "all" if whole else "main alone",
+                    f"workers gone after {outlived:.2f} s",
+                )
+            )
             assert running and unfinished and killed, f"not inside the run: {record[-1]}"
             assert outlived < 10, record[-1]  # a second, where the machine has one to spare
             assert_whole(output, case.reference)
@@ -155,6 +171,7 @@ def test_killed_at_ten_random_moments_and_started_again(cases, tmp_path):
         assert errors(case.folder) == []
         assert contents(output) == case.reference
         assert not (output / conversion.WORK).exists()
+
     with ThreadPoolExecutor() as threads:
         ends = [threads.submit(chain, *what) for what in (("nlst", 0, 3), ("luna16", 1, 4), ("msd", 2, 3))]
         for end in ends:
@@ -179,6 +196,7 @@ def test_interrupted_and_terminated_in_one_line(cases, tmp_path, run):
         until(lambda: not of_session(process.pid))
         assert_whole(folder / "output", case.reference)
         return code, errors(folder)
+
     with ThreadPoolExecutor() as threads:
         at_start = threads.submit(end, signal.SIGINT, True, 1)
         at_work = threads.submit(end, signal.SIGINT, True, 3)
@@ -220,6 +238,7 @@ def killed_at(step, folder, function):
 
     Writing a file takes two: one before it is opened, one with half of something in it.
     """
+
     def child():
         left = step
 
@@ -237,8 +256,10 @@ def killed_at(step, folder, function):
                     os.write(os.open(path, arguments[2], 0o666), b'[{"half')
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1 + bool(writes)
+
         sys.addaudithook(watch)
         function()
+
     status = in_fork(child)
     assert status in (0, signal.SIGKILL)
     return status != 0
@@ -364,6 +385,7 @@ def test_only_what_changed_is_done_again(tmp_path, run):
         before = times(output)
         assert run(*flags).code == code
         return rewritten(output, before)
+
     os.utime(source / "p0" / "scan.nii.gz")
     assert redone() == {scans["p0"]}
     write_image(source / "p1" / "scan.nii.gz", scan(5))
@@ -416,11 +438,21 @@ def test_a_file_whose_input_is_left_out_now_is_removed(tmp_path, run):
     assert outcomes(tmp_path / "output")["dicom#1.2.3.1"][0] == "left out"
 
 
-@pytest.mark.parametrize("command, option", [
-    ("nlst", ["--min_slices", 17]), ("nlst", ["--one_per_study"]), ("nlst", ["--crop_to_body", 5]),
-    ("nlst", ["--compression", "gzip"]), ("luna16", ["--size", 8, 8, 8]), ("luna16", ["--seed", 1]),
-    ("luna16", ["--negatives_per_scan", 1]), ("msd", ["--crop", "label"]), ("msd", ["--margin", 3]),
-    ("msd", ["--spacing", 5, 5, 5])])
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        ("nlst", ["--min_slices", 17]),
+        ("nlst", ["--one_per_study"]),
+        ("nlst", ["--crop_to_body", 5]),
+        ("nlst", ["--compression", "gzip"]),
+        ("luna16", ["--size", 8, 8, 8]),
+        ("luna16", ["--seed", 1]),
+        ("luna16", ["--negatives_per_scan", 1]),
+        ("msd", ["--crop", "label"]),
+        ("msd", ["--margin", 3]),
+        ("msd", ["--spacing", 5, 5, 5]),
+    ],
+)
 def test_another_option_on_the_same_output_is_refused(command, option, tmp_path, run):
     flags = [*small_inputs(tmp_path)[command], "--output", tmp_path / "output"]
     run(*flags)
@@ -530,8 +562,17 @@ def die_of(bad, item):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("bad", [{}, {0: signal.SIGKILL}, {19: 0}, {3: signal.SIGKILL, 4: 0, 17: signal.SIGKILL},
-                                 {i: signal.SIGKILL for i in range(6)}], ids=len)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {0: signal.SIGKILL},
+        {19: 0},
+        {3: signal.SIGKILL, 4: 0, 17: signal.SIGKILL},
+        {i: signal.SIGKILL for i in range(6)},
+    ],
+    ids=len,
+)
 def test_a_worker_that_dies_takes_only_its_item_with_it(workers, bad, forked):
     found = list(in_processes(functools.partial(die_of, bad), range(20), workers))
     assert len(found) == 20
@@ -598,7 +639,11 @@ def test_whatever_a_job_does_the_others_are_done(tmp_path, forked, capsys):
     found = outcomes(tmp_path / "output")
     fine = ("written", "")
     assert {source: found[source] for source in found if source.startswith("fine")} == {
-        "fine.1": fine, "fine.2": fine, "fine too.1": fine, "fine too.2": fine}
+        "fine.1": fine,
+        "fine.2": fine,
+        "fine too.1": fine,
+        "fine too.2": fine,
+    }
     died = ("failed", "the process that read it died: it may need more memory than there is, or break a library")
     assert found["killed.1"] == found["killed.2"] == died
     assert found["left out.1"] == found["left out.2"] == ("left out", "not wanted: too small")
@@ -626,7 +671,11 @@ def test_a_new_process_that_dies_takes_only_its_own_job_with_it(tmp_path):
     """As it is for users: new processes, which import the job's module."""
     convert_odd_ones(tmp_path / "output", workers=1, hows=["fine", "killed"])
     assert {source: status for source, (status, _) in outcomes(tmp_path / "output").items()} == {
-        "fine.1": "written", "fine.2": "written", "killed.1": "failed", "killed.2": "failed"}
+        "fine.1": "written",
+        "fine.2": "written",
+        "killed.1": "failed",
+        "killed.2": "failed",
+    }
 
 
 # ------------------------------------------------------------------------------------------------ disks and permissions
@@ -662,8 +711,13 @@ def test_a_file_that_the_system_refuses(tmp_path, run):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, limits[1]))
     try:
-        assert_goes_on(flags, tmp_path / "output", contents(tmp_path / "reference"), run,
-                       lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+        assert_goes_on(
+            flags,
+            tmp_path / "output",
+            contents(tmp_path / "reference"),
+            run,
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -672,13 +726,21 @@ def test_a_full_disk(tmp_path, run):
     """A file system of 200 kB, on which in the end neither a volume nor a line of the journal fits."""
     flags, disk = graded_scans(tmp_path), tmp_path / "disk"
     disk.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0 or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=100k", "none", disk], capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", disk], capture_output=True).returncode
+    ):
         pytest.skip("can't mount a small file system here")
     try:
         assert run(*flags, "--output", tmp_path / "reference").code == 0
-        assert_goes_on(flags, disk / "output", contents(tmp_path / "reference"), run,
-                       lambda: subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True))
+        assert_goes_on(
+            flags,
+            disk / "output",
+            contents(tmp_path / "reference"),
+            run,
+            lambda: subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True),
+        )
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -723,6 +785,7 @@ def test_missing_permissions(what, run):
             os.setuid(65534)
             result = run(*flags, "--output", output)
             log.write_text(json.dumps([result.code, result.errors]))
+
         log = folder / "log"
         log.touch()
         log.chmod(0o666)
@@ -754,6 +817,7 @@ def test_a_journal_that_is_cut_anywhere(tmp_path, run):
         nonlocal journal
         journal = records.journal.read_bytes()
         raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversion.Records, "finish", interrupt)
         assert run(*flags, output).code == 130
@@ -771,12 +835,22 @@ def excel(text):
     return "\ufeff" + text.replace(",", ";")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda text: "", lambda text: "\n", lambda text: text[:len(text) // 2], lambda text: text[:-len(text) // 5], excel,
-    lambda text: text.replace("written", ""), lambda text: text.splitlines()[0], lambda text: "\0" * 50,
-    lambda text: text.replace(",written", ",,,,,,written"),
-    lambda text: "\n".join(line[:40] for line in text.splitlines()),
-    lambda text: text.replace("written", "1E+05")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: "\n",
+        lambda text: text[: len(text) // 2],
+        lambda text: text[: -len(text) // 5],
+        excel,
+        lambda text: text.replace("written", ""),
+        lambda text: text.splitlines()[0],
+        lambda text: "\0" * 50,
+        lambda text: text.replace(",written", ",,,,,,written"),
+        lambda text: "\n".join(line[:40] for line in text.splitlines()),
+        lambda text: text.replace("written", "1E+05"),
+    ],
+)
 def test_a_manifest_that_was_damaged(damage, tmp_path, run):
     flags = [*small_inputs(tmp_path)["msd"], "--output", tmp_path / "output"]
     run(*flags)

@@ -1,4 +1,6 @@
-"""The data room: volumes against SimpleITK and nibabel, partial reads, broken files, and the order and content of batches."""
+"""The data room: volumes against SimpleITK and nibabel, partial reads, broken files, and the order and content of
+batches."""
+
 import errno
 import functools
 import gc
@@ -37,8 +39,11 @@ from dino3d.data.volume import AIR, CHUNK, FILTERS, SUFFIXES, DataError, Volume,
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 PERMUTED = np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])
-SIGNED_PERMUTATIONS = [np.eye(3)[list(axes)] * signs
-                       for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
+SIGNED_PERMUTATIONS = [
+    np.eye(3)[list(axes)] * signs
+    for axes in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
 
 
 def rotation(degrees_x, degrees_z):
@@ -160,10 +165,20 @@ def test_nifti_reads_as_nibabel_reorients_it(directions, suffix, tmp_path, nothi
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-@pytest.mark.parametrize("dtype, slope, inter", [
-    ("u1", 4.0, -1024.0), ("<i2", 1.0, -1024.0), ("<i2", 0.37, 11.5), ("<i2", np.nan, np.nan), (">i2", 1.0, 0.0),
-    (">i2", 2.5, -7.0), ("<i4", 2.0, 0.0), ("<f4", 1.0, 0.0), ("<f8", 0.5, 0.25),
-])
+@pytest.mark.parametrize(
+    "dtype, slope, inter",
+    [
+        ("u1", 4.0, -1024.0),
+        ("<i2", 1.0, -1024.0),
+        ("<i2", 0.37, 11.5),
+        ("<i2", np.nan, np.nan),
+        (">i2", 1.0, 0.0),
+        (">i2", 2.5, -7.0),
+        ("<i4", 2.0, 0.0),
+        ("<f4", 1.0, 0.0),
+        ("<f8", 0.5, 0.25),
+    ],
+)
 def test_nifti_scaling_is_applied_and_rounded(dtype, slope, inter, suffix, tmp_path):
     stored = np.random.default_rng(0).uniform(0, 255, (7, 5, 6)).astype(dtype)
     header = nibabel.Nifti1Header(endianness=">" if dtype[0] == ">" else "<")
@@ -225,10 +240,15 @@ def test_layout_is_that_of_itk(compression, tmp_path):
     def layout(path):
         found = {}
         with h5py.File(path) as file:
-            file.visititems(lambda name, item: found.update({name: (
-                item.dtype, item.shape, is_string(item)) if isinstance(item, h5py.Dataset) else ()}))
-            fixed = {name: file[f"ITKImage/0/{name}"][()] for name in (
-                "Dimension", "Directions", "Origin", "Spacing", "VoxelType")}
+            file.visititems(
+                lambda name, item: found.update(
+                    {name: (item.dtype, item.shape, is_string(item)) if isinstance(item, h5py.Dataset) else ()}
+                )
+            )
+            fixed = {
+                name: file[f"ITKImage/0/{name}"][()]
+                for name in ("Dimension", "Directions", "Origin", "Spacing", "VoxelType")
+            }
         return found, fixed
 
     (found, fixed), (expected, expected_fixed) = layout(tmp_path / "ours.hdf5"), layout(tmp_path / "itk.hdf5")
@@ -259,8 +279,9 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("owner, name", [
-    (h5py, "File"), (h5py.Group, "create_dataset"), (Path, "write_bytes"), (os, "replace")])
+@pytest.mark.parametrize(
+    "owner, name", [(h5py, "File"), (h5py.Group, "create_dataset"), (Path, "write_bytes"), (os, "replace")]
+)
 @pytest.mark.parametrize("exists", [True, False])
 def test_failing_write_leaves_what_was_there(owner, name, exists, tmp_path, monkeypatch, nothing_left_open):
     path = tmp_path / "ct.hdf5"
@@ -311,17 +332,20 @@ def test_reader_sees_the_old_or_the_new_file(tmp_path, monkeypatch):
 SHEARED = np.eye(4) + 0.05 * np.eye(4, k=1)
 
 
-@pytest.mark.parametrize("volume, affine, reason", [
-    (np.zeros((3, 4, 5), np.float32), np.eye(4), "float32"),
-    (np.zeros((3, 4, 5), np.uint16), np.eye(4), "uint16"),
-    (np.zeros((3, 4), np.int16), np.eye(4), "2D"),
-    (np.zeros((3, 4, 5, 1), np.int16), np.eye(4), "4D"),
-    (np.zeros((3, 0, 5), np.int16), np.eye(4), re.escape("(3, 0, 5)")),
-    (np.zeros((3, 4, 5), np.int16), SHEARED, "orthogonal"),
-    (np.zeros((3, 4, 5), np.int16), np.diag([1.0, 0, 1, 1]), "without length"),
-    (np.zeros((3, 4, 5), np.int16), np.diag([1.0, np.nan, 1, 1]), "nan"),
-    (np.zeros((3, 4, 5), np.int16), np.full((4, 4), 1.0), "orthogonal"),
-])
+@pytest.mark.parametrize(
+    "volume, affine, reason",
+    [
+        (np.zeros((3, 4, 5), np.float32), np.eye(4), "float32"),
+        (np.zeros((3, 4, 5), np.uint16), np.eye(4), "uint16"),
+        (np.zeros((3, 4), np.int16), np.eye(4), "2D"),
+        (np.zeros((3, 4, 5, 1), np.int16), np.eye(4), "4D"),
+        (np.zeros((3, 0, 5), np.int16), np.eye(4), re.escape("(3, 0, 5)")),
+        (np.zeros((3, 4, 5), np.int16), SHEARED, "orthogonal"),
+        (np.zeros((3, 4, 5), np.int16), np.diag([1.0, 0, 1, 1]), "without length"),
+        (np.zeros((3, 4, 5), np.int16), np.diag([1.0, np.nan, 1, 1]), "nan"),
+        (np.zeros((3, 4, 5), np.int16), np.full((4, 4), 1.0), "orthogonal"),
+    ],
+)
 def test_unsuitable_arrays_and_affines_are_refused(volume, affine, reason, tmp_path):
     with pytest.raises(ValueError, match=reason) as error:
         write_volume(tmp_path / "ct.hdf5", volume, affine)
@@ -350,10 +374,12 @@ def test_parts_equal_slices_of_the_whole_in_all_48_orientations(suffix, tmp_path
             volume._take = lambda slices: taken.append(take(slices)) or taken[-1]
             boxes = [(rng.integers(-8, 14, 3), rng.integers(1, 14, 3)) for _ in range(6)]
             low = np.array([rng.integers(0, n - 1) for n in whole.shape])
-            boxes += [(low, np.array([rng.integers(1, n - a + 1) for n, a in zip(whole.shape, low)])),  # inside
-                      (np.array([-3, -3, -3]), np.array(whole.shape) + 6),                               # around
-                      (np.array([-9, 2, 2]), np.array([9, 2, 2])),                                       # beside
-                      (np.array([2, 2, whole.shape[2]]), np.array([3, 4, 5]))]
+            boxes += [
+                (low, np.array([rng.integers(1, n - a + 1) for n, a in zip(whole.shape, low)])),  # inside
+                (np.array([-3, -3, -3]), np.array(whole.shape) + 6),  # around
+                (np.array([-9, 2, 2]), np.array([9, 2, 2])),  # beside
+                (np.array([2, 2, whole.shape[2]]), np.array([3, 4, 5])),
+            ]
             for start, size in boxes:
                 taken.clear()
                 part = volume.read(start, size)
@@ -533,7 +559,7 @@ def test_lost_chunks_are_noticed_when_they_are_read(tmp_path, nothing_left_open)
         chunks = [file["ITKImage/0/VoxelData"].id.get_chunk_info(i) for i in range(12)]
     lost = max(chunks, key=lambda chunk: chunk.byte_offset)
     raw = bytearray(path.read_bytes())
-    raw[lost.byte_offset:lost.byte_offset + lost.size] = bytes(lost.size)
+    raw[lost.byte_offset : lost.byte_offset + lost.size] = bytes(lost.size)
     path.write_bytes(raw)
     z, y, x = lost.chunk_offset
     with Volume(path) as volume:
@@ -549,7 +575,7 @@ def test_lost_chunks_are_noticed_when_they_are_read(tmp_path, nothing_left_open)
             else:
                 np.testing.assert_array_equal(volume.read(start, (32, 32, 32)), padded_part(ras, start, (32, 32, 32)))
 
-    raw = raw[:lost.byte_offset]  # and with an end of file that agrees, as HDF5 otherwise refuses to open it
+    raw = raw[: lost.byte_offset]  # and with an end of file that agrees, as HDF5 otherwise refuses to open it
     assert raw[8] == 0  # superblock version 0: the address of the end is at byte 40
     raw[40:48] = len(raw).to_bytes(8, "little")
     path.write_bytes(raw)
@@ -565,7 +591,7 @@ def test_truncated_and_corrupt_nifti_is_refused(tmp_path, nothing_left_open):
         with pytest.raises(DataError, match="can't be read") as error:
             read_all(path)
         assert error.value.path == str(path)
-    for corrupt in (whole[1:], whole[:len(whole) // 2] + whole[len(whole) // 2 + 500:], bytes(len(whole))):
+    for corrupt in (whole[1:], whole[: len(whole) // 2] + whole[len(whole) // 2 + 500 :], bytes(len(whole))):
         path.write_bytes(corrupt)
         with pytest.raises(DataError) as error:
             read_all(path)
@@ -604,8 +630,19 @@ def touch(folder, *names):
 
 def test_volumes_are_found_sorted_and_hidden_ones_are_not(tmp_path):
     volumes = ["2/t0/b.hdf5", "10/t0/a.hdf5", "1/t2/a.hdf5", "1/t0/z.h5", "1/t0/a.nii", "1/t0/a.nii.gz", "top.hdf5"]
-    touch(tmp_path, *volumes, "1/t0/._a.nii", "1/t0/.a.hdf5", ".trash/t0/a.hdf5", "1/.cache/a.hdf5", "1/t0/a.txt",
-          "1/t0/a.gz", "1/t0/a.hdf5.123.part", "1/t0/hdf5", "readme.nii.txt")
+    touch(
+        tmp_path,
+        *volumes,
+        "1/t0/._a.nii",
+        "1/t0/.a.hdf5",
+        ".trash/t0/a.hdf5",
+        "1/.cache/a.hdf5",
+        "1/t0/a.txt",
+        "1/t0/a.gz",
+        "1/t0/a.hdf5.123.part",
+        "1/t0/hdf5",
+        "readme.nii.txt",
+    )
     (tmp_path / "1" / "folder.hdf5").mkdir()
     assert find_volumes(tmp_path) == find_volumes(str(tmp_path)) == sorted(volumes)
     assert all(name.endswith(SUFFIXES) for name in volumes)
@@ -626,8 +663,14 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
 
 def test_linked_folders_are_followed_once_and_loops_end(tmp_path):
     touch(tmp_path, "elsewhere/p3/c.hdf5", "data/p1/a.hdf5", "data/p2/b.hdf5")
-    for name, target in (("p3", "elsewhere/p3"), ("p3 again", "elsewhere/p3"), ("p1/loop", "data"),
-                         ("p2/loop", "data/p2"), ("nowhere", "nowhere"), ("itself", "data/itself")):
+    for name, target in (
+        ("p3", "elsewhere/p3"),
+        ("p3 again", "elsewhere/p3"),
+        ("p1/loop", "data"),
+        ("p2/loop", "data/p2"),
+        ("nowhere", "nowhere"),
+        ("itself", "data/itself"),
+    ):
         (tmp_path / "data" / name).symlink_to(tmp_path / target, target_is_directory=True)
     assert find_volumes(tmp_path / "data") == ["p1/a.hdf5", "p2/b.hdf5", "p3/c.hdf5"]
     (tmp_path / "linked data").symlink_to(tmp_path / "data", target_is_directory=True)
@@ -665,8 +708,11 @@ def test_index_is_written_once_and_used_from_then_on(tmp_path, monkeypatch):
     touch(folder, "p0/new.hdf5")
     assert list_volumes(folder, index) == expected
     index.unlink()
-    assert list_volumes(folder, index) == [os.path.join(folder, "p 1/a b.hdf5"), os.path.join(folder, "p0/new.hdf5"),
-                                           os.path.join(folder, "p2/b.hdf5")]
+    assert list_volumes(folder, index) == [
+        os.path.join(folder, "p 1/a b.hdf5"),
+        os.path.join(folder, "p0/new.hdf5"),
+        os.path.join(folder, "p2/b.hdf5"),
+    ]
     assert list_volumes(tmp_path / "other", index) == [os.path.join(tmp_path, "other/c.hdf5")]  # of another folder
     assert len(list_volumes(folder, index)) == 3
     index.unlink()
@@ -700,6 +746,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied", str(path))
         return listing(path)
+
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="closed: can't be listed .Permission denied"):
         find_volumes(tmp_path)
@@ -737,10 +784,23 @@ def test_patch_is_placed_anywhere_for_volumes_of_any_size():
 def test_all_positions_that_may_be_drawn_are():
     """Along one axis: the whole patch inside, unless less than half of the room for its core would be left to it."""
     rng = np.random.RandomState(0)
-    for shape, core, size in ((40, 10, 10), (40, 10, 14), (40, 10, 15), (20, 10, 16), (17, 10, 21), (11, 10, 20),
-                              (10, 10, 12), (7, 10, 12), (1, 10, 11), (8, 5, 30)):
-        drawn = {int(place_patch(rng, np.full(3, shape), np.full(3, core), np.full(3, size))[axis])
-                 for _ in range(400) for axis in range(3)}
+    for shape, core, size in (
+        (40, 10, 10),
+        (40, 10, 14),
+        (40, 10, 15),
+        (20, 10, 16),
+        (17, 10, 21),
+        (11, 10, 20),
+        (10, 10, 12),
+        (7, 10, 12),
+        (1, 10, 11),
+        (8, 5, 30),
+    ):
+        drawn = {
+            int(place_patch(rng, np.full(3, shape), np.full(3, core), np.full(3, size))[axis])
+            for _ in range(400)
+            for axis in range(3)
+        }
         assert drawn == set(range(min(drawn), max(drawn) + 1))
         if shape - size + 1 >= (shape - core + 1) / 2:
             assert drawn == set(range(shape - size + 1))
@@ -760,7 +820,7 @@ def test_real_crops_fit_volumes_of_every_size(tmp_path):
         write_volume(tmp_path / "ct.hdf5", noise((n, 9, 31)), np.eye(4), "none")
         dataset = PretrainingPatches([str(tmp_path / "ct.hdf5")], patches, seed=0)
         for epoch in range(3):
-            sample, = dataset.__getitems__([(epoch, 0)])
+            (sample,) = dataset.__getitems__([(epoch, 0)])
             assert sample.patch.shape == patches.patch_size and sample.patch.dtype == np.int16
     rng = np.random.RandomState(0)
     for n in range(1, 301):
@@ -776,8 +836,15 @@ def test_block_mean():
     assert block_mean(patch, (1, 1, 1)) is patch
     for factors in ((2, 3, 5), (4, 1, 1), (1, 9, 2), (8, 9, 10)):
         a, b, c = factors
-        expected = np.array([[[np.rint(patch[x:x + a, y:y + b, z:z + c].astype(np.float64).mean())
-                               for z in range(0, 10, c)] for y in range(0, 9, b)] for x in range(0, 8, a)])
+        expected = np.array(
+            [
+                [
+                    [np.rint(patch[x : x + a, y : y + b, z : z + c].astype(np.float64).mean()) for z in range(0, 10, c)]
+                    for y in range(0, 9, b)
+                ]
+                for x in range(0, 8, a)
+            ]
+        )
         averaged = block_mean(patch, np.array(factors))
         assert averaged.dtype == np.int16 and averaged.shape == expected.shape
         np.testing.assert_allclose(averaged, expected, atol=1 if np.prod(factors) > 30 else 0)
@@ -802,11 +869,14 @@ def along(axis, values):
     return np.reshape(values, [-1 if a == axis else 1 for a in range(3)])
 
 
-@pytest.mark.parametrize("spacing, volume_spacing, factors", [
-    ((2.0, 2.0, 4.0), (0.5, 0.5, 1.0), (4, 4, 4)),       # much finer: averaged first
-    ((2.0, 2.0, 4.0), (0.8, 1.6, 4.0), (2, 1, 1)),       # 2.5, 1.25 and 1 voxels of the volume for one of the view
-    ((2.0, 2.0, 4.0), (3.0, 1.25, 7.0), (1, 2, 1)),      # coarser
-])
+@pytest.mark.parametrize(
+    "spacing, volume_spacing, factors",
+    [
+        ((2.0, 2.0, 4.0), (0.5, 0.5, 1.0), (4, 4, 4)),  # much finer: averaged first
+        ((2.0, 2.0, 4.0), (0.8, 1.6, 4.0), (2, 1, 1)),  # 2.5, 1.25 and 1 voxels of the volume for one of the view
+        ((2.0, 2.0, 4.0), (3.0, 1.25, 7.0), (1, 2, 1)),  # coarser
+    ],
+)
 def test_views_show_millimetres(spacing, volume_spacing, factors, tmp_path, monkeypatch):
     """Three ramps, one along each axis, with the same draws: together they tell where in the patient a view lies."""
     views_spacing, finer = np.array(spacing), np.array(volume_spacing)
@@ -818,7 +888,7 @@ def test_views_show_millimetres(spacing, volume_spacing, factors, tmp_path, monk
     for axis in range(3):
         path = tmp_path / f"{axis}.hdf5"
         first = ramp(path, shape, volume_spacing, axis)
-        sample, = PretrainingPatches([str(path)], patches, seed=5).__getitems__([(2, 0)])
+        (sample,) = PretrainingPatches([str(path)], patches, seed=5).__getitems__([(2, 0)])
         start, size = reads[-1]
         assert (size % factors == 0).all() and sample.patch.shape == tuple(size // factors)
         assert (size * finer >= np.array(patches.patch_size) * views_spacing - 1e-6).all()  # as much as is needed
@@ -845,8 +915,8 @@ def test_views_show_millimetres(spacing, volume_spacing, factors, tmp_path, monk
 def test_averaging_removes_noise_that_subsampling_keeps(tmp_path):
     write_volume(tmp_path / "ct.hdf5", noise((120, 120, 90), -500, 500), np.diag([0.5, 0.5, 1.0, 1.0]), "none")
     dataset = PretrainingPatches([str(tmp_path / "ct.hdf5")], crops(spacing=(2.0, 2.0, 4.0)), seed=0)
-    sample, = dataset.__getitems__([(0, 0)])
-    assert sample.patch.std() < 1.2 * (1000 / 12 ** 0.5) / 4 ** 1.5
+    (sample,) = dataset.__getitems__([(0, 0)])
+    assert sample.patch.std() < 1.2 * (1000 / 12**0.5) / 4**1.5
 
 
 def test_views_do_not_depend_on_who_shares_the_batch(tmp_path):
@@ -876,7 +946,9 @@ def test_views_do_not_depend_on_who_shares_the_batch(tmp_path):
 # -------------------------------------------------------------------------------------------------- order and batches
 
 
-@pytest.mark.parametrize("volumes, per_volume", [(1, 1), (7, 1), (50, 3), (9, PATCHES_PER_READ), (11, PATCHES_PER_READ + 3), (5, 24), (1, 9)])
+@pytest.mark.parametrize(
+    "volumes, per_volume", [(1, 1), (7, 1), (50, 3), (9, PATCHES_PER_READ), (11, PATCHES_PER_READ + 3), (5, 24), (1, 9)]
+)
 def test_epoch_holds_every_sample_once_in_runs(volumes, per_volume):
     orders = {}
     for seed, epoch in itertools.product(range(2), range(3)):
@@ -902,20 +974,21 @@ def test_runs_are_shuffled_evenly():
     assert np.abs(counts - 500).max() < 6 * (3000 * 1 / 6 * 5 / 6) ** 0.5
 
 
-@pytest.mark.parametrize("batch, world, volumes, per_volume",
-                         [(3, 1, 10, 2), (2, 3, 17, 1), (4, 2, 5, 11), (5, 4, 3, 1)])
+@pytest.mark.parametrize(
+    "batch, world, volumes, per_volume", [(3, 1, 10, 2), (2, 3, 17, 1), (4, 2, 5, 11), (5, 4, 3, 1)]
+)
 def test_ranks_share_each_epoch(batch, world, volumes, per_volume):
     streams = [list(BatchStream(volumes, per_volume, batch, rank, world, 0, 0, 0, 3)) for rank in range(world)]
     steps = volumes * per_volume // (batch * world)
     assert [len(stream) for stream in streams] == [3 * steps] * world
     for epoch in range(3):
-        keys = [key for stream in streams for step in stream[epoch * steps:(epoch + 1) * steps] for key in step]
+        keys = [key for stream in streams for step in stream[epoch * steps : (epoch + 1) * steps] for key in step]
         assert len(set(keys)) == len(keys) == steps * batch * world  # none twice; only an incomplete batch is missing
         assert {at for at, _ in keys} <= {epoch} and {sample for _, sample in keys} <= set(range(volumes * per_volume))
         order = epoch_order(volumes, per_volume, 0, epoch).tolist()
         for step in range(steps):
             shared = [sample for stream in streams for _, sample in stream[epoch * steps + step]]
-            assert shared == order[step * batch * world:(step + 1) * batch * world]
+            assert shared == order[step * batch * world : (step + 1) * batch * world]
 
 
 def test_two_ranks_see_what_one_sees_with_twice_the_batch():
@@ -929,9 +1002,9 @@ def test_stream_goes_on_where_a_run_stopped():
     steps = 65 // 6
     for rank, epoch, step in itertools.product(range(2), range(4), range(steps + 1)):
         rest = list(BatchStream(13, 5, 3, rank, 2, 7, epoch, step * 6, 4))
-        assert rest == full[rank][epoch * steps + step:]
+        assert rest == full[rank][epoch * steps + step :]
     other = list(BatchStream(13, 5, 4, 0, 1, 7, 1, 18, 2))  # another batch size, from the middle of an epoch
-    assert [sample for step in other for _, sample in step] == epoch_order(13, 5, 7, 1)[18:18 + 44].tolist()
+    assert [sample for step in other for _, sample in step] == epoch_order(13, 5, 7, 1)[18 : 18 + 44].tolist()
     assert list(BatchStream(13, 5, 3, 0, 2, 7, 4, 0, 4)) == list(BatchStream(2, 1, 3, 0, 1, 7, 0, 0, 4)) == []
 
 
@@ -965,7 +1038,7 @@ def parts_of(group):
 
 def file_of(patch):
     """The number of the one file that a patch of `volumes` was taken from."""
-    number, = np.unique(patch[patch >= 0] % 12)
+    (number,) = np.unique(patch[patch >= 0] % 12)
     return number
 
 
@@ -995,12 +1068,12 @@ def test_patches_are_parts_of_their_volumes_and_vary(volumes):
     dataset = PretrainingPatches(volumes, crops(), 3, 3)
     seen = {}
     for key in itertools.product(range(2), range(36)):
-        sample, = dataset.__getitems__([key])
+        (sample,) = dataset.__getitems__([key])
         with Volume(volumes[key[1] // 3]) as volume:
             whole = volume.read()
         middle = np.array(sample.patch.shape) // 2
         where = np.argwhere(whole == sample.patch[tuple(middle)]) - middle  # 12 voxels share a value
-        found, = [start for start in where if (padded_part(whole, start, sample.patch.shape) == sample.patch).all()]
+        (found,) = [start for start in where if (padded_part(whole, start, sample.patch.shape) == sample.patch).all()]
         seen[key] = tuple(found)
     assert len(set(seen.values())) > 60
 
@@ -1107,7 +1180,7 @@ def test_another_sample_takes_an_unreadable_ones_place(how, volumes, tmp_path, m
             else:
                 np.testing.assert_array_equal(patch, expected)
         if any(sample // 3 == 4 for _, sample in step):
-            (path, reason), = batch.bad  # once, however many of its samples are in the batch
+            ((path, reason),) = batch.bad  # once, however many of its samples are in the batch
             assert path == paths[4] and re.search(BREAK[how][1], reason)
         else:
             assert batch.bad == []
@@ -1121,7 +1194,12 @@ def test_several_unreadable_files_in_a_row_and_at_the_end_of_the_list(volumes, t
     samples = dataset.__getitems__([(0, number) for number in (10, 5, 11, 0, 1)])
     assert [file_of(sample.patch) for sample in samples] == [2, 5, 2, 2, 2]
     assert [[paths.index(path) for path, _ in sample.bad] for sample in samples] == [
-        [10, 11, 0, 1], [], [11, 0, 1], [0, 1], [1]]
+        [10, 11, 0, 1],
+        [],
+        [11, 0, 1],
+        [0, 1],
+        [1],
+    ]
     assert [opened[paths[number]] for number in (0, 1, 10, 11)] == [1, 1, 1, 1]
     assert len(collate(samples).bad) == 4
     dataset.__getitems__([(0, number) for number in range(12)])
@@ -1133,8 +1211,9 @@ def test_a_file_is_tried_again_in_the_next_epoch(volumes, tmp_path):
     dataset = PretrainingPatches(paths, crops(), 3)
 
     def sample(epoch):
-        one, = dataset.__getitems__([(epoch, 4)])
+        (one,) = dataset.__getitems__([(epoch, 4)])
         return file_of(one.patch), [path for path, _ in one.bad]
+
     assert sample(0) == (5, [paths[4]])
     Path(paths[4]).write_bytes(Path(volumes[4]).read_bytes())
     assert sample(0) == (5, [paths[4]])  # no file is tried twice in an epoch
@@ -1172,8 +1251,13 @@ def test_a_read_that_hangs_is_named(volumes, tmp_path):
     os.unlink(paths[7])
     os.mkfifo(paths[7])
     release = Release(paths[7])
-    loader = DataLoader(PretrainingPatches(paths, crops(), 3), batch_sampler=[[(0, k), (0, k + 1)] for k in range(0, 12, 2)],
-                        collate_fn=collate, num_workers=2, worker_init_fn=functools.partial(count_start, started))
+    loader = DataLoader(
+        PretrainingPatches(paths, crops(), 3),
+        batch_sampler=[[(0, k), (0, k + 1)] for k in range(0, 12, 2)],
+        collate_fn=collate,
+        num_workers=2,
+        worker_init_fn=functools.partial(count_start, started),
+    )
     batches = list(with_read_timeout(loader, 1.0, release))
     assert len(batches) == 6 and started.tolist() == [1, 1]
     assert set(release.messages) == {release.messages[0]}
@@ -1189,8 +1273,12 @@ def test_slow_reading_is_no_hang(volumes, monkeypatch):
     """Every file takes long, none too long; nor does a worker that waits for work."""
     real = _open_hdf5
     monkeypatch.setattr(volume_module, "_open_hdf5", lambda *args: (time.sleep(0.4), real(*args))[1])
-    loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, k)] for k in range(6)],
-                        collate_fn=collate, num_workers=1)
+    loader = DataLoader(
+        PretrainingPatches(volumes, crops(), 3),
+        batch_sampler=[[(0, k)] for k in range(6)],
+        collate_fn=collate,
+        num_workers=1,
+    )
     messages = []
     batches = with_read_timeout(loader, 1.0, messages.append)
     assert len([next(batches) for _ in range(5)]) == 5
@@ -1201,8 +1289,9 @@ def test_slow_reading_is_no_hang(volumes, monkeypatch):
 @pytest.mark.parametrize("workers, seconds", [(0, 1.0), (1, 0.0)])
 def test_watching_can_be_switched_off(workers, seconds, volumes, monkeypatch):
     monkeypatch.setattr(read_watchdog, "ReadWatchdog", None)
-    loader = DataLoader(PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, 0)]], collate_fn=collate,
-                        num_workers=workers)
+    loader = DataLoader(
+        PretrainingPatches(volumes, crops(), 3), batch_sampler=[[(0, 0)]], collate_fn=collate, num_workers=workers
+    )
     assert len(list(with_read_timeout(loader, seconds, None))) == 1
 
 

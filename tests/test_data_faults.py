@@ -1,4 +1,5 @@
 """Files that vanish or break, storage that hangs and workers that die while main_dino.py trains."""
+
 import csv
 import os
 import re
@@ -44,8 +45,11 @@ def read_rows(path):
 
 def without_progress(text):
     lines = re.split(r"[\r\n]", text)
-    return [line[line.find("error: "):] if "error: " in line else line for line in lines
-            if line.strip() and ("error: " in line or "step/s" not in line and "s/step" not in line)]
+    return [
+        line[line.find("error: ") :] if "error: " in line else line
+        for line in lines
+        if line.strip() and ("error: " in line or "step/s" not in line and "s/step" not in line)
+    ]
 
 
 def living(marker):
@@ -83,6 +87,7 @@ def test_bad_files_are_listed_by_epoch_and_tried_again(copies, tmp_path, capsys,
         if bad_files.epoch == 1:
             broken.write_bytes(whole)
             vanishing.unlink()
+
     monkeypatch.setattr(BadFiles, "report", tell_and_change)
     out = tmp_path / "out"
     code, _, errors = run_main(capsys, *flags_of(copies, out, "--epochs", 2))
@@ -102,9 +107,14 @@ def test_bad_files_are_listed_by_epoch_and_tried_again(copies, tmp_path, capsys,
     assert read_log(out / "log.txt")[-1]["bad_files"] == 1 and read_rows(out / "bad_files.csv") == [header, *rows]
 
 
-@pytest.mark.parametrize("share, says", [
-    ("0.1", "2 of 8 volumes (25%) are unreadable in epoch 1, --max_bad_files allows 1"),
-    ("0", "1 of 8 volumes (12%) are unreadable in epoch 1, --max_bad_files allows 0"), ("0.25", None)])
+@pytest.mark.parametrize(
+    "share, says",
+    [
+        ("0.1", "2 of 8 volumes (25%) are unreadable in epoch 1, --max_bad_files allows 1"),
+        ("0", "1 of 8 volumes (12%) are unreadable in epoch 1, --max_bad_files allows 0"),
+        ("0.25", None),
+    ],
+)
 def test_too_many_bad_files_stop_the_run(share, says, copies, tmp_path, capsys):
     for path in copies[2], copies[6]:
         path.write_bytes(b"")
@@ -137,6 +147,7 @@ def test_ranks_count_each_bad_file_once(tmp_path):
         one = BadFiles(tmp_path / "bad.csv", processes, 30, most)
         one.start_epoch(4)
         return one
+
     bad = bad_files(3, ThreeRanks(world_size=3))
     bad.record(batch("", "a", "b"))
     bad.gather()
@@ -157,7 +168,9 @@ def test_ranks_count_each_bad_file_once(tmp_path):
 
 def test_all_ranks_stop_for_what_they_met_together(copies, tmp_path):
     """Each of two ranks meets one bad file: one too many, which neither knows by itself."""
-    streams = [[sample for step in BatchStream(8, 1, 2, rank, 2, 0, 0, 0, 1) for _, sample in step] for rank in range(2)]
+    streams = [
+        [sample for step in BatchStream(8, 1, 2, rank, 2, 0, 0, 0, 1) for _, sample in step] for rank in range(2)
+    ]
     first, second = next((a, b) for a in streams[0] for b in streams[1] if abs(a - b) not in (1, 7))
     for number in first, second:
         copies[number].write_bytes(b"")
@@ -166,10 +179,13 @@ def test_all_ranks_stop_for_what_they_met_together(copies, tmp_path):
     errors = [line for line in without_progress(result.stderr) if line.startswith("error: ")]
     assert sum("2 of 8 volumes (25%) are unreadable in epoch 1" in error for error in errors) == 1, errors
     assert sum("rank 1 stops as rank 0 does" in error for error in errors) == 1, errors
-    assert {row[0] for row in read_rows(tmp_path / "out" / "bad_files.csv")[1:]} == {str(copies[first]), str(copies[second])}
+    assert {row[0] for row in read_rows(tmp_path / "out" / "bad_files.csv")[1:]} == {
+        str(copies[first]),
+        str(copies[second]),
+    }
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"path,reason\n\"", b"x" * 200_000])
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b'path,reason\n"', b"x" * 200_000])
 def test_a_damaged_list_of_bad_files_is_written_anew(damage, tmp_path):
     (tmp_path / "bad.csv").write_bytes(damage)
     bad = BadFiles(tmp_path / "bad.csv", Processes(), 9, 9)
@@ -184,8 +200,14 @@ def test_a_damaged_list_of_bad_files_is_written_anew(damage, tmp_path):
 
 def start(copies, out, *more):
     words = [sys.executable, ROOT / "main_dino.py", *TINY, *flags_of(copies, out, *more)]
-    return subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        list(map(str, words)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_a_run_whose_storage_hangs_ends_and_names_the_file(copies, tmp_path):
@@ -194,8 +216,10 @@ def test_a_run_whose_storage_hangs_ends_and_names_the_file(copies, tmp_path):
     process = start(copies, tmp_path / "out", "--epochs", 50, "--num_workers", 2, "--read_timeout", 3)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    line, = [line for line in without_progress(errors) if line.startswith("error: ")]
-    assert re.match(rf"error: {re.escape(str(copies[4]))}: loader worker [01] has been reading it for 3 s: ", line), errors
+    (line,) = [line for line in without_progress(errors) if line.startswith("error: ")]
+    assert re.match(rf"error: {re.escape(str(copies[4]))}: loader worker [01] has been reading it for 3 s: ", line), (
+        errors
+    )
     assert "Traceback" not in errors and all_gone(str(tmp_path / "out"), 10)
 
 
@@ -206,10 +230,11 @@ def test_downstream_loaders_are_watched(tmp_path, monkeypatch):
     def end(message):
         messages.append(message)
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # lets the reader go on
+
     monkeypatch.setattr(command_line, "end_process", end)
     runtime = Runtime(Processes(), torch.float32, 1, 1, read_timeout=1.0)
     dataset = EvaluationCrops([str(pipe)], (4, 4, 4))
-    batch, = runtime.batches_of(DataLoader(dataset, 1, sampler=[0], collate_fn=collate_crops, num_workers=1))
+    (batch,) = runtime.batches_of(DataLoader(dataset, 1, sampler=[0], collate_fn=collate_crops, num_workers=1))
     assert messages[0].startswith(f"{pipe}: loader worker 0 has been reading it for 1 s") and str(pipe) in batch.fatal
     assert main_lnc_luna16.get_args_parser().parse_args([]).read_timeout == 600
     assert main_lts_msd.get_args_parser().parse_args([]).read_timeout == 600

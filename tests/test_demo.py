@@ -1,4 +1,5 @@
 """phantoms.py, fetch.py and the demo from the command line: fetching without running foreign code, the phantom."""
+
 import hashlib
 import io
 import os
@@ -47,8 +48,9 @@ def offline(monkeypatch, tmp_path):
 
 def run(*arguments):
     """Run prepare_data.py as a user does; returns exit code, standard output and standard error."""
-    process = subprocess.run([sys.executable, ROOT / "prepare_data.py", *map(str, arguments)],
-                             capture_output=True, text=True, timeout=120)
+    process = subprocess.run(
+        [sys.executable, ROOT / "prepare_data.py", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
     return process.returncode, process.stdout, process.stderr
 
 
@@ -73,7 +75,11 @@ def phantoms(tmp_path_factory):
 def test_phantoms_fill_all_layouts(phantoms):
     names = sorted(path.relative_to(phantoms).as_posix() for path in phantoms.rglob("*") if path.is_file())
     assert [name for name in names if name.startswith("pretrain")] == [
-        "pretrain/lung1/t0/phantom.hdf5", "pretrain/lung2/t0/phantom.hdf5", "pretrain/manifest.csv", "pretrain/prepare.json"]
+        "pretrain/lung1/t0/phantom.hdf5",
+        "pretrain/lung2/t0/phantom.hdf5",
+        "pretrain/manifest.csv",
+        "pretrain/prepare.json",
+    ]
     assert (phantoms / "SOURCE.txt").read_text().count("synthetic") == 2 + demo.PHANTOMS
     assert not list(phantoms.glob(".*"))
     expected, affine = phantoms_module.chest_phantom(0)
@@ -144,7 +150,8 @@ def test_a_half_made_folder_is_completed(phantoms, offline, tmp_path):
     assert (code, err) == (0, "")
     assert kept.stat().st_mtime_ns == 0
     assert {path.relative_to(output): content for path, (_, content) in state(output).items()} == {
-        path.relative_to(phantoms): content for path, (_, content) in state(phantoms).items()}
+        path.relative_to(phantoms): content for path, (_, content) in state(phantoms).items()
+    }
 
 
 @pytest.fixture
@@ -163,8 +170,11 @@ def test_without_a_network_the_phantoms_step_in(offline, tmp_path, small_phantom
 
 
 def test_a_missing_pip_is_no_obstacle(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(fetch.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
-        command, 1, "", f"{sys.executable}: No module named pip\n"))
+    monkeypatch.setattr(
+        fetch.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 1, "", f"{sys.executable}: No module named pip\n"),
+    )
     assert demo.fetch_demo(tmp_path, phantom=False, held=None) == demo.PHANTOM
     assert "No module named pip" in capsys.readouterr().err
 
@@ -252,11 +262,15 @@ def write_tar(path, members):
 def sdist(offline, tmp_path):
     """A source distribution that leaves a mark if anything of it runs: (sha256, mark)."""
     mark = tmp_path / "ran"
-    code = f"open({str(mark)!r}, 'w').close()\n" "from setuptools import setup\nsetup(name='trap', version='1.0')\n"
+    code = f"open({str(mark)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='trap', version='1.0')\n"
     code = code.encode()
-    members = {"trap-1.0/setup.py": code, "trap-1.0/setuptools.py": code, "trap-1.0/pathlib.py": code,
-               "trap-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: trap\nVersion: 1.0\n",
-               "trap-1.0/data/image.nrrd": b"voxels"}
+    members = {
+        "trap-1.0/setup.py": code,
+        "trap-1.0/setuptools.py": code,
+        "trap-1.0/pathlib.py": code,
+        "trap-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: trap\nVersion: 1.0\n",
+        "trap-1.0/data/image.nrrd": b"voxels",
+    }
     return write_tar(offline / "trap-1.0.tar.gz", members), mark
 
 
@@ -315,11 +329,15 @@ def test_only_regular_members_of_exactly_that_name_are_read(tmp_path):
         read_members(archive, ["a/image"])
 
 
-@pytest.mark.parametrize("text, line", [
-    ("", ""),
-    ("python: No module named pip\n", "python: No module named pip"),
-    ("WARNING: a\nERROR: b\n  ERROR: c: d\n[notice] e\n", "c: d"),
-    ("error: metadata-generation-failed\n\nhint: see above\n", "metadata-generation-failed")])
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("", ""),
+        ("python: No module named pip\n", "python: No module named pip"),
+        ("WARNING: a\nERROR: b\n  ERROR: c: d\n[notice] e\n", "c: d"),
+        ("error: metadata-generation-failed\n\nhint: see above\n", "metadata-generation-failed"),
+    ],
+)
 def test_last_error_line(text, line):
     assert last_error_line(text) == line
 
@@ -327,9 +345,15 @@ def test_last_error_line(text, line):
 # --------------------------------------------------------------------------------------------------------- phantom
 
 
-@pytest.mark.parametrize("seed, shape, spacing", [
-    (0, (320, 256, 96), (1, 1, 3)), (1, (320, 256, 96), (1, 1, 3)), (7, (96, 80, 48), (3, 3, 5)),
-    (3, (64, 64, 64), (1, 1, 1))])
+@pytest.mark.parametrize(
+    "seed, shape, spacing",
+    [
+        (0, (320, 256, 96), (1, 1, 3)),
+        (1, (320, 256, 96), (1, 1, 3)),
+        (7, (96, 80, 48), (3, 3, 5)),
+        (3, (64, 64, 64), (1, 1, 1)),
+    ],
+)
 def test_the_phantom_tells_left_from_right_front_from_back_and_up_from_down(seed, shape, spacing):
     hu, affine = phantoms_module.chest_phantom(seed, shape, spacing)
     assert hu.shape == shape and hu.dtype == np.int16
@@ -338,16 +362,16 @@ def test_the_phantom_tells_left_from_right_front_from_back_and_up_from_down(seed
     np.testing.assert_allclose(nibabel.affines.voxel_sizes(affine), spacing)
 
     x, y, z = shape
-    inside = hu[x // 6:-(x // 6), y // 4:-(y // 4)]  # without the air around the body
+    inside = hu[x // 6 : -(x // 6), y // 4 : -(y // 4)]  # without the air around the body
     lung = (inside > -900) & (inside < -750)
-    left, right = lung[:len(lung) // 2], lung[len(lung) // 2:]
+    left, right = lung[: len(lung) // 2], lung[len(lung) // 2 :]
     heart = slice(int(0.25 * z), int(0.45 * z))
     assert left[:, :, heart].sum() < 0.8 * right[:, :, heart].sum()  # the heart lies on the patient's left
-    midline = hu[int(0.45 * x):int(0.55 * x)].astype(float)
+    midline = hu[int(0.45 * x) : int(0.55 * x)].astype(float)
     bone = (midline > 250).sum((0, 2))
-    assert bone[:y // 2].sum() > 2 * bone[y // 2:].sum()  # the spine lies behind
+    assert bone[: y // 2].sum() > 2 * bone[y // 2 :].sum()  # the spine lies behind
     assert lung[:, :, 0].sum() < lung[:, :, z // 2].sum() > lung[:, :, -1].sum()
-    assert right[:, :, :z // 5].sum() < left[:, :, :z // 5].sum()  # the liver lifts the right dome
+    assert right[:, :, : z // 5].sum() < left[:, :, : z // 5].sum()  # the liver lifts the right dome
     assert 40 == pytest.approx(np.median(hu[(hu > -50) & (hu < 150)]), abs=10)
 
 

@@ -1,4 +1,5 @@
 """What the downstream scripts share: folds, crops, batches, learning rates and the bootstrap against formulas."""
+
 import argparse
 import itertools
 import json
@@ -71,6 +72,7 @@ def random_patients(seed, patients=40, classes=2, most=6):
 def test_divide_is_as_even_as_scikit_learns(seed):
     """Spread of the classes over folds, against StratifiedGroupKFold; each patient on one side; no side empty."""
     from sklearn.model_selection import StratifiedGroupKFold
+
     names, labels = random_patients(seed)
     patients, counts = count_by_patient(names, labels)
     sides = divide(counts, np.full(5, 0.2), np.random.default_rng(seed))
@@ -117,9 +119,10 @@ def test_default_test_set():
         assert default_num_test(cases) == wanted
 
 
-@pytest.mark.parametrize("patients, num_test, k_fold, says", [
-    (5, None, 5, "--k_fold 5"), (8, 7, 5, "--k_fold 5"), (8, 8, 2, "--num_test 8"), (2, None, 2, "2 patients"),
-])
+@pytest.mark.parametrize(
+    "patients, num_test, k_fold, says",
+    [(5, None, 5, "--k_fold 5"), (8, 7, 5, "--k_fold 5"), (8, 8, 2, "--num_test 8"), (2, None, 2, "2 patients")],
+)
 def test_too_few_patients(patients, num_test, k_fold, says):
     with pytest.raises(UserError, match=says):
         labels = [i % 2 for i in range(patients)]
@@ -143,9 +146,13 @@ def test_splits_are_read_back(tmp_path):
     splits, data = make(path, *flags)
     save_splits(path, splits, data | {"crop_size": [3, 3, 3], "crop_spacing": [1, 1, 1]})
     assert make(path, *flags)[0] == splits and make(path, *flags)[1]["crop_size"] == [3, 3, 3]
-    for other in (("subsets", *flags[1:]), ("patients", 4, *flags[2:]), (*flags[:3], 1, *flags[4:]),
-                  (*flags[:5], [*labels[:-1], 1 - labels[-1]], *flags[6:]),
-                  (*flags[:4], [name.replace("p", "q") for name in names], *flags[5:])):
+    for other in (
+        ("subsets", *flags[1:]),
+        ("patients", 4, *flags[2:]),
+        (*flags[:3], 1, *flags[4:]),
+        (*flags[:5], [*labels[:-1], 1 - labels[-1]], *flags[6:]),
+        (*flags[:4], [name.replace("p", "q") for name in names], *flags[5:]),
+    ):
         with pytest.raises(UserError, match="splits.json.*another --output_dir"):
             make(path, *other)
     path.write_text(path.read_text()[:100])
@@ -191,8 +198,9 @@ def drawn_window(augmentation, crop, seed=0, epoch=0, case=0):
     return augmentation.render(torch.from_numpy(crop)[None], group, (-1000, 600))[0, 0]
 
 
-@pytest.mark.parametrize("shape, size", [((20, 18, 11), (12, 12, 6)), ((12, 12, 6), (12, 12, 6)),
-                                         ((13, 14, 7), (12, 12, 6))])
+@pytest.mark.parametrize(
+    "shape, size", [((20, 18, 11), (12, 12, 6)), ((12, 12, 6), (12, 12, 6)), ((13, 14, 7), (12, 12, 6))]
+)
 def test_without_augmentations_training_sees_what_evaluation_sees(shape, size):
     crop = random_crop(shape)
     window = drawn_window(WindowAugmentation(Policy(), size, (0, 0, 0)), crop)
@@ -206,8 +214,11 @@ def test_shift_moves_the_centre_by_whole_voxels():
     full, seen = scale_intensity(torch.from_numpy(crop), -1000, 600), set()
     for case in range(60):
         window = drawn_window(augmentation, crop, case=case)
-        found = [(x, z) for x, z in itertools.product(range(-3, 4), range(-2, 3))
-                 if (full[4 + x:16 + x, 4:16, 3 + z:9 + z] - window).abs().max() < 1e-4]
+        found = [
+            (x, z)
+            for x, z in itertools.product(range(-3, 4), range(-2, 3))
+            if (full[4 + x : 16 + x, 4:16, 3 + z : 9 + z] - window).abs().max() < 1e-4
+        ]
         assert len(found) == 1
         seen.update(found)
     assert {x for x, _ in seen} == set(range(-3, 4)) and {z for _, z in seen} == set(range(-2, 3))
@@ -215,8 +226,7 @@ def test_shift_moves_the_centre_by_whole_voxels():
 
 def test_augmentations_depend_on_seed_epoch_and_case_alone():
     crop = random_crop((20, 20, 12))
-    augmentation = WindowAugmentation(paper_policy(PAPER),
-                                      (12, 12, 6), (2, 2, 2))
+    augmentation = WindowAugmentation(paper_policy(PAPER), (12, 12, 6), (2, 2, 2))
     windows = {key: drawn_window(augmentation, crop, *key) for key in itertools.product((0, 1), repeat=3)}
     for (a, first), (b, second) in itertools.combinations(windows.items(), 2):
         assert not torch.equal(first, second), (a, b)
@@ -239,13 +249,16 @@ def test_rotations_in_mm():
 
 def global_batches(cases, batch, world, position=0, epochs=2):
     """[counted cases of all ranks] for each step, and what each rank got."""
+
     def order_of(epoch):
         return np.random.default_rng(epoch).permutation(cases)
+
     ranks = [list(TrainingBatches(order_of, batch, rank, world, 0, position, epochs)) for rank in range(world)]
     assert len({len(steps) for steps in ranks}) == 1  # every rank takes every step
     assert all(len(share) >= 1 for steps in ranks for share in steps)
-    return [[(epoch, case) for share in step for epoch, case, counted in share if counted]
-            for step in zip(*ranks)], ranks
+    return [
+        [(epoch, case) for share in step for epoch, case, counted in share if counted] for step in zip(*ranks)
+    ], ranks
 
 
 @pytest.mark.parametrize("cases", [1, 7, 12, 13])
@@ -278,6 +291,7 @@ def test_each_case_has_one_row():
     class Two(Processes):
         def all_gather(self, value):
             return [value, other]
+
     other, runtime = ({3: np.array([3.0])}, False), Runtime(Two(), torch.float32, 1, 0)
     assert gather_rows(runtime, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
     for cases, mine in (([1, 3], {3: np.zeros(1)}), ([1, 3], {}), ([3], {1: np.zeros(1)})):
@@ -294,14 +308,23 @@ def test_each_case_has_one_row():
 
 def test_learning_rates_fall_from_layer_to_layer():
     from dino3d.finetune.heads import Classifier, LinearHead
-    model = Classifier(VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3),
-                       LinearHead(24, 2))
+
+    model = Classifier(
+        VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3), LinearHead(24, 2)
+    )
     groups = layer_groups(model, "encoder.", model.encoder, 0.5, 0.05)
     place = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(place) == len(list(model.parameters()))
-    expected = {"encoder.patch_embed": 0.5 ** 4, "encoder.cls_token": 0.5 ** 4, "encoder.pos_embed": 0.5 ** 4,
-                "encoder.blocks.0.": 0.5 ** 3, "encoder.blocks.1.": 0.25, "encoder.blocks.2.": 0.5, "encoder.norm": 1,
-                "head": 1}
+    expected = {
+        "encoder.patch_embed": 0.5**4,
+        "encoder.cls_token": 0.5**4,
+        "encoder.pos_embed": 0.5**4,
+        "encoder.blocks.0.": 0.5**3,
+        "encoder.blocks.1.": 0.25,
+        "encoder.blocks.2.": 0.5,
+        "encoder.norm": 1,
+        "head": 1,
+    }
     for name, parameter in model.named_parameters():
         group = place[id(parameter)]
         assert group["scale"] == next(scale for start, scale in expected.items() if name.startswith(start)), name
@@ -315,8 +338,18 @@ def test_learning_rates_fall_from_layer_to_layer():
 
 
 def test_learning_rate_over_a_fold():
-    config = TrainConfig(epochs=10, val_freq=1, optimizer="sgd", lr=1.0, min_lr=0.1, warmup_epochs=2, weight_decay=0,
-                         layer_decay=1, seed=0, max_skipped_steps=1)
+    config = TrainConfig(
+        epochs=10,
+        val_freq=1,
+        optimizer="sgd",
+        lr=1.0,
+        min_lr=0.1,
+        warmup_epochs=2,
+        weight_decay=0,
+        layer_decay=1,
+        seed=0,
+        max_skipped_steps=1,
+    )
     rates = [config.learning_rate(50, seen) for seen in (0, 50, 100, 300, 500)]
     assert rates == pytest.approx([0, 0.5, 1, 0.55, 0.1])
 
@@ -336,8 +369,11 @@ def test_bootstrap_draws_patients():
 
 
 def test_mean_and_deviation():
-    records = [{"auc": 0.5, "one": 1.0, "none": None}, {"auc": 0.7, "one": None, "none": None},
-               {"auc": 0.9, "one": None, "none": None}]
+    records = [
+        {"auc": 0.5, "one": 1.0, "none": None},
+        {"auc": 0.7, "one": None, "none": None},
+        {"auc": 0.9, "one": None, "none": None},
+    ]
     means, deviations = mean_and_deviation(records, ["auc", "one", "none"])
     assert means == {"auc": pytest.approx(0.7), "one": 1.0, "none": None}
     assert deviations == {"auc": pytest.approx(np.std([0.5, 0.7, 0.9], ddof=1)), "one": None, "none": None}
@@ -363,13 +399,19 @@ GIVEN = dict.fromkeys(ENCODER)
 def pretrained(tmp_path, monkeypatch):
     """A checkpoint of a small encoder with a config."""
     import functools
+
     small = functools.partial(VisionTransformer, embed_dim=24, depth=2, num_heads=3)
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", small)
     torch.manual_seed(0)
     model = ARCHITECTURES["vit_tiny"]((24, 24, 12), (12, 12, 6))
     state = {"backbone." + name: tensor for name, tensor in model.state_dict().items()}
-    config = {"arch": "vit_tiny", "patch_size": [12, 12, 6], "input_size": [24, 24, 12], "clip_range": [-1350.0, 150.0],
-              "spacing": [1.0, 1.0, 2.0]}
+    config = {
+        "arch": "vit_tiny",
+        "patch_size": [12, 12, 6],
+        "input_size": [24, 24, 12],
+        "clip_range": [-1350.0, 150.0],
+        "spacing": [1.0, 1.0, 2.0],
+    }
     torch.save({"teacher": state, "student": state, "config": config}, tmp_path / "model.pth")
     return tmp_path / "model.pth", config, model
 
@@ -387,21 +429,25 @@ def test_the_encoder_is_as_the_checkpoint_says(pretrained):
 
 def test_a_file_without_config_needs_flags(pretrained, tmp_path):
     path, config, model = pretrained
-    torch.save({"teacher": model.state_dict(), "args": argparse.Namespace(arch="vit_tiny", lr=1.0)},
-               tmp_path / "old.pth")
+    torch.save(
+        {"teacher": model.state_dict(), "args": argparse.Namespace(arch="vit_tiny", lr=1.0)}, tmp_path / "old.pth"
+    )
     with pytest.raises(UserError, match="pos_embed.*--arch vit_tiny"):  # of the default size
         load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN)
     encoder = load_encoder(str(tmp_path / "old.pth"), "teacher", GIVEN | {"input_size": [24, 24, 12]})
     assert encoder.arch == "vit_tiny" and encoder.clip_range == [-1000.0, 1000.0] and encoder.spacing is None
 
 
-@pytest.mark.parametrize("given, says", [
-    ({"arch": "vit_small"}, "--arch vit_small contradicts"),
-    ({"patch_size": [6, 6, 6]}, "--patch_size 6 6 6 contradicts"),
-    ({"input_size": [48, 48, 24]}, "--input_size 48 48 24 contradicts"),
-    ({"clip_range": [-1000.0, 1000.0]}, "--clip_range -1000 1000 contradicts"),
-    ({"spacing": [2.0, 2.0, 2.0]}, "--spacing 2 2 2 contradicts"),
-])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"arch": "vit_small"}, "--arch vit_small contradicts"),
+        ({"patch_size": [6, 6, 6]}, "--patch_size 6 6 6 contradicts"),
+        ({"input_size": [48, 48, 24]}, "--input_size 48 48 24 contradicts"),
+        ({"clip_range": [-1000.0, 1000.0]}, "--clip_range -1000 1000 contradicts"),
+        ({"spacing": [2.0, 2.0, 2.0]}, "--spacing 2 2 2 contradicts"),
+    ],
+)
 def test_contradictions(pretrained, given, says):
     with pytest.raises(UserError, match=says) as caught:
         load_encoder(str(pretrained[0]), "teacher", GIVEN | given)
@@ -411,9 +457,11 @@ def test_contradictions(pretrained, given, says):
 def test_weights_that_are_missing_or_broken(pretrained, tmp_path):
     path = pretrained[0]
     (tmp_path / "broken.pth").write_bytes(path.read_bytes()[:1000])
-    for name, key, says in ((tmp_path / "no.pth", "teacher", "no such file"),
-                            (tmp_path / "broken.pth", "teacher", "can't be read"),
-                            (path, "ema", "--checkpoint_key")):
+    for name, key, says in (
+        (tmp_path / "no.pth", "teacher", "no such file"),
+        (tmp_path / "broken.pth", "teacher", "can't be read"),
+        (path, "ema", "--checkpoint_key"),
+    ):
         with pytest.raises(UserError, match=says):
             load_encoder(str(name), key, GIVEN)
 
@@ -444,6 +492,7 @@ def test_batches_are_read_ahead_in_order_and_not_all_at_once(workers):
         def __getitem__(self, case):
             asked.append(case)
             return "broken" if case == 99 else (np.full((2, 2, 2), case, np.int16), case, True, None)
+
     cases, seen = [5, 3, 8, 1, 9, 2, 7, 4, 6, 0, 11], []
     for batch in read_ahead(Cases(), cases, 2, workers):
         assert (batch.crops == batch.cases[:, None, None, None]).all()
@@ -456,6 +505,7 @@ def test_batches_are_read_ahead_in_order_and_not_all_at_once(workers):
 
 def test_a_score_has_a_direction():
     from dino3d.finetune.fold_loop import Score
+
     high, low = Score("auc", "AUC"), Score("mm", "mm", higher_is_better=False)
     assert high.rank({"auc": 0.7, "loss": 1.0}) > high.rank({"auc": 0.6, "loss": 0.1})
     assert low.rank({"mm": 2.0, "loss": 1.0}) > low.rank({"mm": 3.0, "loss": 0.1})

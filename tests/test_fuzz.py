@@ -1,11 +1,13 @@
 """Malformed inputs of every kind through every reader: a normal result or a refusal in one line, and nothing else.
 
     FUZZ=2000 python -m pytest -s tests/test_fuzz.py    the long form; 220 inputs without it
-    python tests/test_fuzz.py FOLDER 17 1026            some inputs again, by their seeds; those with problems stay in FOLDER
+    python tests/test_fuzz.py FOLDER 17 1026            some inputs again, by their seeds; those with problems stay in
+    FOLDER
 
 A seed gives the kind of file and what is done to it. Inputs are read in another process with bounded memory, so that a
 crash or a hang is noticed, and known by its seed; a file that is not read as it should be stays where it was.
 """
+
 import csv
 import gzip
 import io
@@ -58,32 +60,132 @@ from dino3d.training import checkpoint  # noqa: E402
 INPUTS = int(os.environ.get("FUZZ", 220))
 # Seeds by which faults of ours were found that are mended. Another fuzzer would make other inputs of them. None
 # that ends the process of a library by itself is kept
-FOUND = [14, 87, 119, 134, 198, 255, 303, 597, 615, 645, 735, 998, 1026, 1118, 1265, 1456, 2037, 2253, 2443, 3351, 3653, 4142,
-         4622, 4647]
-SECONDS = 30        # that one input may take on a busy machine
-MEMORY = 1 << 30    # bytes of addresses that reading may take beyond those of the imports
-NUMBERS = [0, 1, -1, 2, 7, 100, 127, 128, 255, 256, 32767, -32768, 65535, 2**31 - 1, -2**31, 2**32, 2**63 - 1, 1e30, -1e30,
-           1e-30, 0.5, float("nan"), float("inf"), -float("inf")]
-VALUES = [None, True, -1, 0, 3.5, 10**30, float("nan"), "", "x", "x" * 5000, "\0", "../../x", "\n", "ü\ud800", [], [[]],
-          [None], {}, {"a": None}, [1, "a"], {"image": 5}]
+FOUND = [
+    14,
+    87,
+    119,
+    134,
+    198,
+    255,
+    303,
+    597,
+    615,
+    645,
+    735,
+    998,
+    1026,
+    1118,
+    1265,
+    1456,
+    2037,
+    2253,
+    2443,
+    3351,
+    3653,
+    4142,
+    4622,
+    4647,
+]
+SECONDS = 30  # that one input may take on a busy machine
+MEMORY = 1 << 30  # bytes of addresses that reading may take beyond those of the imports
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    7,
+    100,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    -32768,
+    65535,
+    2**31 - 1,
+    -(2**31),
+    2**32,
+    2**63 - 1,
+    1e30,
+    -1e30,
+    1e-30,
+    0.5,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    3.5,
+    10**30,
+    float("nan"),
+    "",
+    "x",
+    "x" * 5000,
+    "\0",
+    "../../x",
+    "\n",
+    "ü\ud800",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": None},
+    [1, "a"],
+    {"image": 5},
+]
 RNG = np.random.default_rng(0)
 SHAPE = (9, 8, 7)
 VOXELS = RNG.integers(-1000, 400, SHAPE).astype(np.int16)
 LABELS = (VOXELS > 0).astype(np.uint8)
 AFFINE = np.array([[0, -1.2, 0, 5], [0.8, 0, 0, -3], [0, 0, 2.5, 100], [0, 0, 0, 1.0]])
-SPLITS = {"data": {"folds": "patients", "k_fold": 2, "num_test": None, "seed": 0, "cases": [2, 2], "patients": 4, "window": 3},
-          "splits": [{"train": ["a"], "validation": ["b"], "test": ["c", "d"]},
-                     {"train": ["b"], "validation": ["a"], "test": ["c", "d"]}]}
-INDEX = {"name": "Lung", "labels": {"0": "background", "1": "cancer"},
-         "training": [{"image": f"./imagesTr/{i}.nii.gz", "label": f"./labelsTr/{i}.nii.gz"} for i in range(3)]}
-POINTS = [["seriesuid", "coordX", "coordY", "coordZ", "class"], ["1.2", "-1.5", "2", "3e1", "0"], ["1.2", "7", "8", "9", "1"],
-          ["1.3", "-10.25", "20", "30", "0"]]
-NODULES = [["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"], ["1.2", "7", "8", "9", "4.5"],
-           ["1.4", "1", "2", "3", "6"]]
-MANIFEST = [["source", "output", "status", "stamp", "bytes", "reason"], ["a", "a.nii.gz", "written", "0" * 16, "12", ""],
-            ["b", "", "left out", "1" * 16, "", "too few slices"]]
-CONFIG = {"arch": "vit_tiny", "patch_size": [8, 8, 8], "input_size": [16, 16, 16], "clip_range": [-1000.0, 1000.0],
-          "spacing": None, "epochs": 3}
+SPLITS = {
+    "data": {
+        "folds": "patients",
+        "k_fold": 2,
+        "num_test": None,
+        "seed": 0,
+        "cases": [2, 2],
+        "patients": 4,
+        "window": 3,
+    },
+    "splits": [
+        {"train": ["a"], "validation": ["b"], "test": ["c", "d"]},
+        {"train": ["b"], "validation": ["a"], "test": ["c", "d"]},
+    ],
+}
+INDEX = {
+    "name": "Lung",
+    "labels": {"0": "background", "1": "cancer"},
+    "training": [{"image": f"./imagesTr/{i}.nii.gz", "label": f"./labelsTr/{i}.nii.gz"} for i in range(3)],
+}
+POINTS = [
+    ["seriesuid", "coordX", "coordY", "coordZ", "class"],
+    ["1.2", "-1.5", "2", "3e1", "0"],
+    ["1.2", "7", "8", "9", "1"],
+    ["1.3", "-10.25", "20", "30", "0"],
+]
+NODULES = [
+    ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"],
+    ["1.2", "7", "8", "9", "4.5"],
+    ["1.4", "1", "2", "3", "6"],
+]
+MANIFEST = [
+    ["source", "output", "status", "stamp", "bytes", "reason"],
+    ["a", "a.nii.gz", "written", "0" * 16, "12", ""],
+    ["b", "", "left out", "1" * 16, "", "too few slices"],
+]
+CONFIG = {
+    "arch": "vit_tiny",
+    "patch_size": [8, 8, 8],
+    "input_size": [16, 16, 16],
+    "clip_range": [-1000.0, 1000.0],
+    "spacing": None,
+    "epochs": 3,
+}
 
 
 # ----------------------------------------------------------------------------------------------------- the sound files
@@ -99,9 +201,14 @@ def small_model():
 def small_state():
     encoder = PretrainedEncoder(**{name: CONFIG[name] for name in ENCODER}).build()
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": np.float64(0.1), "params": [0]}]}
-    return {"teacher": {"backbone." + name: value for name, value in encoder.state_dict().items()} | {
-                "0.weight": torch.ones(3, 4)},
-            "student": small_model().state_dict(), "optimizer": optimizer, "epoch": 3, "config": dict(CONFIG)}
+    return {
+        "teacher": {"backbone." + name: value for name, value in encoder.state_dict().items()}
+        | {"0.weight": torch.ones(3, 4)},
+        "student": small_model().state_dict(),
+        "optimizer": optimizer,
+        "epoch": 3,
+        "config": dict(CONFIG),
+    }
 
 
 def image(voxels=VOXELS):
@@ -130,6 +237,7 @@ def sound(kind, folder):
         sitk.WriteImage(image(), str(path), useCompression=True)
     elif kind == "dicom":
         from raw_inputs import write_series
+
         write_series(path.parent, n=4)
     elif kind in ("pth", "pth legacy"):
         torch.save(small_state(), path, _use_new_zipfile_serialization=kind == "pth")
@@ -140,8 +248,16 @@ def sound(kind, folder):
     elif kind == "log":
         path.write_text('{"epoch": 1, "step": 2, "kl": 0.5}\n{"epoch": 2, "step": 4, "kl": 0.25}\n')
     else:
-        path.write_bytes(text_of_table({"candidates": POINTS, "annotations": NODULES, "manifest": MANIFEST,
-                                        "patients": [["seriesuid", "patient"], ["1.2", "p"], ["1.3", "q"]]}[kind]))
+        path.write_bytes(
+            text_of_table(
+                {
+                    "candidates": POINTS,
+                    "annotations": NODULES,
+                    "manifest": MANIFEST,
+                    "patients": [["seriesuid", "patient"], ["1.2", "p"], ["1.3", "q"]],
+                }[kind]
+            )
+        )
         if kind == "annotations":
             (folder / "candidates.csv").write_bytes(text_of_table(POINTS))
     return path
@@ -162,12 +278,12 @@ def damaged(rng, content):
                 content[i] ^= rng.choice([1, 2, 128, 255, rng.randrange(1, 256)])
         elif how == "number":
             code = rng.choice("<h >h <i >i <q >q <f <d".split())
-            content[at:at + struct.calcsize(code)] = packed(code, rng.choice(NUMBERS))
+            content[at : at + struct.calcsize(code)] = packed(code, rng.choice(NUMBERS))
         elif how == "insert":
             block = rng.choice([b"\0", b"\xff", b"9", b" ", b"\n", rng.randbytes(7), bytes(content[:at][-40:]) or b"x"])
             content[at:at] = block * rng.choice([1, 1, 3, 100])
         elif how == "delete":
-            del content[at:at + rng.choice([1, 2, 16, 300])]
+            del content[at : at + rng.choice([1, 2, 16, 300])]
         else:
             del content[at:]
     return bytes(content)
@@ -182,8 +298,11 @@ def packed(code, value):
     return struct.pack(code, (value + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1))
 
 
-NIFTI_FIELDS = {"<i": [0], "<h": [*range(40, 56, 2), 70, 72, 252, 254], "<f": [*range(76, 108, 4), 108, 112, 116,
-                *range(256, 328, 4)]}
+NIFTI_FIELDS = {
+    "<i": [0],
+    "<h": [*range(40, 56, 2), 70, 72, 252, 254],
+    "<f": [*range(76, 108, 4), 108, 112, 116, *range(256, 328, 4)],
+}
 
 
 def damage_nifti(rng, content):
@@ -191,7 +310,9 @@ def damage_nifti(rng, content):
     for _ in range(rng.randint(1, 3)):
         code = rng.choice(["<h", "<h", "<h", "<f", "<f", "<i"])
         at = rng.choice(NIFTI_FIELDS[code])
-        content[at:at + struct.calcsize(code)] = packed(code, rng.choice([*NUMBERS, 4, 8, 16, 64, 128, 512, 768, 1536, 2048]))
+        content[at : at + struct.calcsize(code)] = packed(
+            code, rng.choice([*NUMBERS, 4, 8, 16, 64, 128, 512, 768, 1536, 2048])
+        )
     return bytes(content)
 
 
@@ -232,8 +353,14 @@ def damage_hdf5(rng, path):
             side = rng.choice([10**3, 10**5, 2**31, 2**40])
             group.create_dataset(name, shape=(side,) * old.ndim, dtype=old.dtype, chunks=(8,) * old.ndim)
         elif how == "link":
-            group[name] = rng.choice([h5py.SoftLink(f"/ITKImage/0/{name}"), h5py.SoftLink("/"),
-                                      h5py.ExternalLink("/dev/null", "/x"), h5py.ExternalLink(str(path), "/ITKImage")])
+            group[name] = rng.choice(
+                [
+                    h5py.SoftLink(f"/ITKImage/0/{name}"),
+                    h5py.SoftLink("/"),
+                    h5py.ExternalLink("/dev/null", "/x"),
+                    h5py.ExternalLink(str(path), "/ITKImage"),
+                ]
+            )
 
 
 # What ITK reads or answers with an error. There are other values by which it ends the process
@@ -242,16 +369,36 @@ HARMLESS = {b"NDims": [b"0", b"x", b"03"], b"ElementDataFile": [b"LIST", b"x", b
 
 def damage_lines(rng, content, separators=(b"=", b":")):
     """Another value in some lines of the text header of a MetaImage or NRRD file."""
-    end = content.find(b"\n\n") if content.startswith(b"NRRD") else content.find(b"\n", content.find(b"ElementDataFile"))
+    end = (
+        content.find(b"\n\n") if content.startswith(b"NRRD") else content.find(b"\n", content.find(b"ElementDataFile"))
+    )
     end = len(content) if end < 0 else end
     lines = content[:end].split(b"\n")
     for _ in range(rng.randint(1, 2)):
         i = rng.randrange(len(lines))
         key, separator, value = next((lines[i].partition(s) for s in separators if s in lines[i]), (lines[i], b"", b""))
         words = value.split() or [b""]
-        words[rng.randrange(len(words))] = rng.choice([
-            *(str(number).encode() for number in NUMBERS), b"", b"x", b"MET_DOUBLE", b"MET_OTHER", b"double", b"block",
-            b"bzip2", b"LIST", b"LOCAL", b"(1,2", b"(nan,0,0)", b"None", b"/dev/null", b"9" * 400, b"True", b"2 3 4 5 6 7 8 9"])
+        words[rng.randrange(len(words))] = rng.choice(
+            [
+                *(str(number).encode() for number in NUMBERS),
+                b"",
+                b"x",
+                b"MET_DOUBLE",
+                b"MET_OTHER",
+                b"double",
+                b"block",
+                b"bzip2",
+                b"LIST",
+                b"LOCAL",
+                b"(1,2",
+                b"(nan,0,0)",
+                b"None",
+                b"/dev/null",
+                b"9" * 400,
+                b"True",
+                b"2 3 4 5 6 7 8 9",
+            ]
+        )
         lines[i] = rng.choice([key + separator + b" " + b" ".join(words), key, b"", lines[i] + b"\n" + lines[i]])
         if key.strip() in HARMLESS:
             lines[i] = key + separator + b" " + rng.choice(HARMLESS[key.strip()])
@@ -260,6 +407,7 @@ def damage_lines(rng, content, separators=(b"=", b":")):
 
 def damage_dicom(rng, path):
     import pydicom
+
     one = pydicom.dcmread(path)
     for _ in range(rng.randint(1, 2)):
         element = rng.choice(list(one))
@@ -267,8 +415,11 @@ def damage_dicom(rng, path):
         if how == "gone":
             del one[element.tag]
             continue
-        value = {"text": rng.choice(["", "x", "\\", "9" * 70, "ü", "1\\2\\3\\4"]), "number": rng.choice(NUMBERS),
-                 "many": [1, 2, 3, 4]}[how]
+        value = {
+            "text": rng.choice(["", "x", "\\", "9" * 70, "ü", "1\\2\\3\\4"]),
+            "number": rng.choice(NUMBERS),
+            "many": [1, 2, 3, 4],
+        }[how]
         try:
             one.add_new(element.tag, element.VR, value)
             one.save_as(io.BytesIO())
@@ -308,17 +459,28 @@ def damage_table(rng, content):
     rows = [row.split(",") for row in content.decode().splitlines()]
     for _ in range(rng.randint(1, 3)):
         row = rng.choice(rows)
-        row[rng.randrange(len(row))] = rng.choice([*map(str, NUMBERS), "", "x", '"', '"a', "x" * 200_000, "\0", "\r", ",,",
-                                                   ";", "ü", "1e999", "../x"])
+        row[rng.randrange(len(row))] = rng.choice(
+            [*map(str, NUMBERS), "", "x", '"', '"a', "x" * 200_000, "\0", "\r", ",,", ";", "ü", "1e999", "../x"]
+        )
     return "\n".join(map(",".join, rows)).encode()
 
 
 def damage_weights(rng, path, legacy):
     state = torch.load(path, weights_only=False)
-    wrong = [*(value for value in VALUES if not isinstance(value, str) or "\ud800" not in value), torch.ones(2), torch.ones(0),
-             torch.full((3, 4), float("nan")), np.float64(3), torch.ones(3, 4).to_sparse(), torch.ones(3, 4, dtype=torch.int8)]
-    torch.save(rng.choice(wrong) if rng.random() < 0.1 else damage_tree(rng, state, wrong), path,
-               _use_new_zipfile_serialization=not legacy)
+    wrong = [
+        *(value for value in VALUES if not isinstance(value, str) or "\ud800" not in value),
+        torch.ones(2),
+        torch.ones(0),
+        torch.full((3, 4), float("nan")),
+        np.float64(3),
+        torch.ones(3, 4).to_sparse(),
+        torch.ones(3, 4, dtype=torch.int8),
+    ]
+    torch.save(
+        rng.choice(wrong) if rng.random() < 0.1 else damage_tree(rng, state, wrong),
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
 
 
 def damage_pickle(rng, content):
@@ -351,8 +513,13 @@ def damage(kind, rng, path):
     elif family == "nifti" and path.name.endswith(".gz"):
         path.write_bytes(gzip.compress(damage_nifti(rng, gzip.decompress(path.read_bytes())), 1))
     else:
-        change = {"nifti": damage_nifti, "header": damage_lines, "json": damage_json, "table": damage_table,
-                  "text": damage_table}[family]
+        change = {
+            "nifti": damage_nifti,
+            "header": damage_lines,
+            "json": damage_json,
+            "table": damage_table,
+            "text": damage_table,
+        }[family]
         path.write_bytes(change(rng, path.read_bytes()))
     return how
 
@@ -404,20 +571,40 @@ def mask(path):
     return images.to_classes(images.read_raw(str(path)), path)
 
 
-SCAN, MASK, RAW = ([(reader, DataError) for reader in readers] for readers in ((whole, part, ct), (labels, mask), (ct,)))
-WEIGHTS = [(utils.load_file, (ValueError, FileNotFoundError)), (weights, (ValueError, FileNotFoundError)), (saved, UserError),
-           (lambda path: load_encoder(path), UserError)]
+SCAN, MASK, RAW = (
+    [(reader, DataError) for reader in readers] for readers in ((whole, part, ct), (labels, mask), (ct,))
+)
+WEIGHTS = [
+    (utils.load_file, (ValueError, FileNotFoundError)),
+    (weights, (ValueError, FileNotFoundError)),
+    (saved, UserError),
+    (lambda path: load_encoder(path), UserError),
+]
 KINDS = {  # file, family, [(reader, what it may raise)]
-    "hdf5": ("scan.hdf5", "hdf5", SCAN), "hdf5 gzip": ("scan.hdf5", "hdf5", SCAN),
-    "hdf5 itk": ("scan.hdf5", "hdf5", SCAN), "hdf5 label": ("mask.h5", "hdf5", MASK),
-    "nifti": ("scan.nii", "nifti", SCAN), "nifti gz": ("scan.nii.gz", "nifti", SCAN),
+    "hdf5": ("scan.hdf5", "hdf5", SCAN),
+    "hdf5 gzip": ("scan.hdf5", "hdf5", SCAN),
+    "hdf5 itk": ("scan.hdf5", "hdf5", SCAN),
+    "hdf5 label": ("mask.h5", "hdf5", MASK),
+    "nifti": ("scan.nii", "nifti", SCAN),
+    "nifti gz": ("scan.nii.gz", "nifti", SCAN),
     "nifti label": ("mask.nii.gz", "nifti", MASK),
-    "mha": ("scan.mha", "header", RAW), "mha gz": ("scan.mha", "header", RAW), "mhd": ("scan.mhd", "header", RAW),
-    "mhd gz": ("scan.mhd", "header", RAW), "nrrd": ("scan.nrrd", "header", RAW), "nrrd gz": ("scan.nrrd", "header", RAW),
+    "mha": ("scan.mha", "header", RAW),
+    "mha gz": ("scan.mha", "header", RAW),
+    "mhd": ("scan.mhd", "header", RAW),
+    "mhd gz": ("scan.mhd", "header", RAW),
+    "nrrd": ("scan.nrrd", "header", RAW),
+    "nrrd gz": ("scan.nrrd", "header", RAW),
     "dicom": ("01.dcm", "dicom", [(lambda path: dicom.read_header(str(path)), DataError), (series, DataError)]),
-    "pth": ("weights.pth", "pth", WEIGHTS), "pth legacy": ("weights.pth", "pth", WEIGHTS),
-    "candidates": ("candidates.csv", "table", [(lambda path: luna16.read_points(path, "class"), UserError),
-                                               (lambda path: luna16.read_candidates(path.parent), UserError)]),
+    "pth": ("weights.pth", "pth", WEIGHTS),
+    "pth legacy": ("weights.pth", "pth", WEIGHTS),
+    "candidates": (
+        "candidates.csv",
+        "table",
+        [
+            (lambda path: luna16.read_points(path, "class"), UserError),
+            (lambda path: luna16.read_candidates(path.parent), UserError),
+        ],
+    ),
     "annotations": ("annotations.csv", "table", [(lambda path: luna16.read_candidates(path.parent), UserError)]),
     "patients": ("patients.csv", "table", [(luna16.read_patients, UserError)]),
     "manifest": ("manifest.csv", "table", [(lambda path: conversion.Records(path.parent).earlier, UserError)]),
@@ -456,6 +643,7 @@ def child(folder, seeds):
 
     import hdf5plugin  # noqa: F401
     import pydicom  # noqa: F401
+
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what readers print is no line of ours
     torch.set_num_threads(1)
@@ -472,19 +660,36 @@ def child(folder, seeds):
         here = Path(folder) / f"seed{seed}"
         print(json.dumps({"seed": seed}), file=lines)
         kind, how, outcomes, problems = read_damaged(seed, here)
-        print(json.dumps({"seed": seed, "kind": kind, "how": how, "outcomes": outcomes, "problems": problems,
-                          "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}), file=lines)
+        print(
+            json.dumps(
+                {
+                    "seed": seed,
+                    "kind": kind,
+                    "how": how,
+                    "outcomes": outcomes,
+                    "problems": problems,
+                    "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                }
+            ),
+            file=lines,
+        )
         if not problems:
             shutil.rmtree(here)
 
 
 def fuzz(seeds, folder):
-    """[result] of all seeds; one without "kind" where the process crashed or hung on it, with what it said in "problems"."""
+    """[result] of all seeds; one without "kind" where the process crashed or hung on it, with what it said in
+    "problems"."""
     results, left = [], list(seeds)
     while left:
         with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen([sys.executable, __file__, str(folder), *map(str, left)], stdout=subprocess.PIPE,
-                                       stderr=errors, bufsize=0, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen(
+                [sys.executable, __file__, str(folder), *map(str, left)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                bufsize=0,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
             started, why = None, ""
             with selectors.DefaultSelector() as selector:
                 selector.register(process.stdout, selectors.EVENT_READ)
@@ -510,7 +715,7 @@ def fuzz(seeds, folder):
             results.append({"seed": started, "problems": [why or f"ended with {code}: {text}"], "outcomes": []})
         elif code:
             raise RuntimeError(f"the reading process ended with {code} after seed {started}: {text}")
-        left = left[left.index(started) + 1:]
+        left = left[left.index(started) + 1 :]
     return results
 
 
@@ -518,10 +723,16 @@ def test_malformed_inputs_are_read_or_refused_in_one_line(tmp_path):
     seeds = [*range(INPUTS), *(seed for seed in FOUND if seed >= INPUTS)]
     began, results = time.monotonic(), fuzz(seeds, tmp_path)
     outcomes = Counter(outcome for result in results for outcome in result["outcomes"])
-    print(f"\n{len(results)} malformed files, {outcomes.total()} readings: {outcomes['refused']} refused, {outcomes['read']} "
-          f"read; at most {max(result.get('rss', 0) for result in results)} MB, {time.monotonic() - began:.0f} s")
-    wrong = [f"seed {result['seed']} ({result.get('kind')}, {result.get('how')}): {problem}" for result in results
-             for problem in result["problems"]]
+    print(
+        f"\n{len(results)} malformed files, {outcomes.total()} readings: {outcomes['refused']} refused, "
+        f"{outcomes['read']} "
+        f"read; at most {max(result.get('rss', 0) for result in results)} MB, {time.monotonic() - began:.0f} s"
+    )
+    wrong = [
+        f"seed {result['seed']} ({result.get('kind')}, {result.get('how')}): {problem}"
+        for result in results
+        for problem in result["problems"]
+    ]
     assert not wrong, f"files are in {tmp_path}\n" + "\n".join(wrong)
     assert [result["seed"] for result in results] == seeds and {result["kind"] for result in results} == set(KINDS)
     assert outcomes["refused"] > INPUTS / 2 and outcomes["read"] > INPUTS / 20  # damage that does some
@@ -529,8 +740,10 @@ def test_malformed_inputs_are_read_or_refused_in_one_line(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- MetaImage's headers
 
-# By some headers ITK ends the process, so images.require_sound_header lets it see one of few kinds. None of those is kept
-# here: ITK reads all headers below or answers with an error, and the strictness towards them is what keeps the others out.
+# By some headers ITK ends the process, so images.require_sound_header lets it see one of few kinds. None of those is
+# kept
+# here: ITK reads all headers below or answers with an error, and the strictness towards them is what keeps the others
+# out.
 HEADER = """ObjectType = Image
 NDims = 3
 BinaryData = True
@@ -590,9 +803,12 @@ def test_unsound_metaimage_headers_are_refused_before_itk(changes, wrong, suffix
 
 PACKED = {"CompressedData = False": "CompressedData = True\nCompressedDataSize = SIZE"}
 SOUND = {  # name: {part of HEADER: what stands there}; voxels are behind it, or in the file that it names
-    "plain": {}, "in a file": {"LOCAL": "a.raw"}, "compressed": PACKED,
+    "plain": {},
+    "in a file": {"LOCAL": "a.raw"},
+    "compressed": PACKED,
     "compressed in a file": PACKED | {"LOCAL": "a.zraw"},
-    "a name with blanks": {"LOCAL": "my scan.raw"}, "a name of other letters": {"LOCAL": "Müller.raw"},
+    "a name with blanks": {"LOCAL": "my scan.raw"},
+    "a name of other letters": {"LOCAL": "Müller.raw"},
     "colons": {"NDims =": "NDims :", "ElementDataFile =": "ElementDataFile :"},
     "no blanks": {"NDims = 3": "NDims=3", "ElementDataFile = ": "ElementDataFile="},
     "blanks": {"NDims = 3": " \tNDims\t =\t 3 \t", "ElementDataFile = ": " \tElementDataFile\t =\t "},
@@ -600,7 +816,8 @@ SOUND = {  # name: {part of HEADER: what stands there}; voxels are behind it, or
     "one frame": {"NDims = 3": "NDims = 4", "9 8 7": "9 8 7 1", "1 1 1": "1 1 1 1"},
     "twice": {"NDims = 3": "NDims = 3\nNDims = 3"},
     "comments": {"NDims": "Comment = 100% of ElementDataFile, NDims = x\n" * 9 + "NDims"},
-    "voxels like lines": {}, "voxels like lines, indented": {"ElementDataFile": " \tElementDataFile"},
+    "voxels like lines": {},
+    "voxels like lines, indented": {"ElementDataFile": " \tElementDataFile"},
 }
 
 
@@ -611,7 +828,7 @@ def test_sound_metaimage_headers_are_read_as_itk_reads_them(name, suffix, tmp_pa
     voxels = bytearray(VOXELS.tobytes(order="F"))
     if "like lines" in name:
         lines = b"\nNDims = x\nElementDataFile = a%%.raw\nNDims =\n"
-        voxels[100:100 + len(lines)] = lines
+        voxels[100 : 100 + len(lines)] = lines
     content = zlib.compress(voxels) if b"SIZE" in header else bytes(voxels)
     header = header.replace(b"SIZE", str(len(content)).encode())
     place = next((new.strip() for old, new in SOUND[name].items() if old.startswith("LOCAL")), None)

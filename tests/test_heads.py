@@ -1,4 +1,5 @@
 """Classifiers against formulas and scikit-learn; segmenters against MONAI's UNETR and formulas."""
+
 import math
 
 import numpy as np
@@ -21,8 +22,9 @@ from vision_transformer import VisionTransformer
 
 
 def small_encoder(drop_path_rate=0.0):
-    return VisionTransformer((24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3,
-                             drop_path_rate=drop_path_rate)
+    return VisionTransformer(
+        (24, 24, 12), (12, 12, 6), embed_dim=24, depth=3, num_heads=3, drop_path_rate=drop_path_rate
+    )
 
 
 def test_logits_are_the_heads_of_the_features():
@@ -71,6 +73,7 @@ def test_standardise_is_numpys():
 @pytest.mark.parametrize("k, classes", [(1, 2), (7, 2), (20, 3), (500, 3)])
 def test_nearest_neighbours_are_scikit_learns(k, classes):
     from sklearn.neighbors import KNeighborsClassifier
+
     rng = np.random.default_rng(0)
     known, labels, new = rng.normal(size=(50, 8)), np.arange(50) % classes, rng.normal(size=(9, 8))
     head = NearestNeighbours(8, classes, 50, k).double()
@@ -104,8 +107,16 @@ FACTORS = {
 }
 
 
-def segmenter(name, patch_size=(12, 12, 6), grid=(2, 2, 2), classes=2, depth=4, freeze_encoder=False, drop_path_rate=0.0,
-              **settings):
+def segmenter(
+    name,
+    patch_size=(12, 12, 6),
+    grid=(2, 2, 2),
+    classes=2,
+    depth=4,
+    freeze_encoder=False,
+    drop_path_rate=0.0,
+    **settings,
+):
     """Trained on volumes of `grid` patches; channels few enough for a CPU."""
     size = [g * p for g, p in zip(grid, patch_size)]
     encoder = VisionTransformer(size, patch_size, embed_dim=24, depth=depth, num_heads=3, drop_path_rate=drop_path_rate)
@@ -123,8 +134,8 @@ def volumes_of(model, count=2, grid=None, seed=0):
 def test_unetr_of_a_16_patch_is_monais():
     """Same weights, same logits.
 
-    MONAI's ViT has no class token in its UNETR: it is given one, and its features are left out. MONAI counts blocks from
-    0, so that its 3, 6 and 9 are each a block later than the paper's.
+    MONAI's ViT has no class token in its UNETR: it is given one, and its features are left out. MONAI counts blocks
+    from 0, so that its 3, 6 and 9 are each a block later than the paper's.
     """
     pytest.importorskip("einops", reason="MONAI's ViT needs einops, which MONAI doesn't install")
     from monai.networks.nets import UNETR
@@ -141,8 +152,17 @@ def test_unetr_of_a_16_patch_is_monais():
     theirs.proj_feat = lambda tokens: to_map(tokens[:, 1:])
 
     decoder = ours.decoder
-    parts = [theirs.encoder4, theirs.encoder3, theirs.encoder2, theirs.encoder1,
-             theirs.decoder5, theirs.decoder4, theirs.decoder3, theirs.decoder2, theirs.out]
+    parts = [
+        theirs.encoder4,
+        theirs.encoder3,
+        theirs.encoder2,
+        theirs.encoder1,
+        theirs.decoder5,
+        theirs.decoder4,
+        theirs.decoder3,
+        theirs.decoder2,
+        theirs.out,
+    ]
     for part, source in zip(parts, [*decoder.skips, *decoder.stages, decoder.head], strict=True):
         # By position: the names differ where MONAI keeps a skip's first step apart
         part.load_state_dict(dict(zip(part.state_dict(), source.state_dict().values(), strict=True)))
@@ -169,9 +189,17 @@ def test_logits_have_the_volumes_size(name, patch_size):
         assert logits.shape == (2, 3, *volumes.shape[2:]) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("depth, patch_size, layers", [
-    (12, (16, 16, 16), (2, 5, 8, 11)), (12, (12, 12, 6), (3, 7, 11)), (24, (16, 16, 16), (5, 11, 17, 23)),
-    (12, (5, 5, 5), (11,)), (5, (16, 16, 16), (0, 1, 2, 4)), (4, (16, 16, 8), (0, 1, 2, 3))])
+@pytest.mark.parametrize(
+    "depth, patch_size, layers",
+    [
+        (12, (16, 16, 16), (2, 5, 8, 11)),
+        (12, (12, 12, 6), (3, 7, 11)),
+        (24, (16, 16, 16), (5, 11, 17, 23)),
+        (12, (5, 5, 5), (11,)),
+        (5, (16, 16, 16), (0, 1, 2, 4)),
+        (4, (16, 16, 8), (0, 1, 2, 3)),
+    ],
+)
 def test_blocks_that_unetr_reads(depth, patch_size, layers):
     assert UnetrDecoder(24, depth, patch_size, 2, feature_size=2).layers == layers
     assert LinearDecoder(24, depth, patch_size, 2).layers == (depth - 1,)

@@ -1,5 +1,7 @@
-"""images.py and the converters' geometry: DICOM against the headers' formula and ITK's series reader, volume files against
-nibabel, crops and resampled images against functions of the place in the world, broken files, labels and crops."""
+"""images.py and the converters' geometry: DICOM against the headers' formula and ITK's series reader, volume files
+against nibabel, crops and resampled images against functions of the place in the world, broken files, labels and
+crops."""
+
 import gzip
 import itertools
 import locale
@@ -31,8 +33,11 @@ from dino3d.data.volume import AIR, VOLUME_SUFFIXES, DataError, Volume, stem, wr
 from dino3d.prepare.phantoms import chest_phantom
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-SIGNED_PERMUTATIONS = [np.eye(3)[list(axes)] * signs
-                       for axes in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)]
+SIGNED_PERMUTATIONS = [
+    np.eye(3)[list(axes)] * signs
+    for axes in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
 OBLIQUE = Rotation.from_euler("xyz", [11, -17, 23], degrees=True).as_matrix()
 SPACING, ORIGIN = (0.9, 0.7, 2.5), (-31.25, 47.5, -803.1)
 AXES = {  # LPS: columns are the unit vectors along a row, along a column and from slice to slice
@@ -103,7 +108,10 @@ def places(shape, affine):
     return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
 
 
-GRADIENT, OFFSET = np.array([23.0, -17.0, 11.0]), 50.0  # HU per RAS mm: a tenth of a voxel away is more than rounding hides
+GRADIENT, OFFSET = (
+    np.array([23.0, -17.0, 11.0]),
+    50.0,
+)  # HU per RAS mm: a tenth of a voxel away is more than rounding hides
 
 
 def linear_image(axes, shape=(31, 27, 19), spacing=SPACING, origin=(4.5, -7.25, 12.0)):
@@ -137,8 +145,17 @@ def silent(capfd):
 # ------------------------------------------------------------------------------------------------------- DICOM series
 
 
-def write_dicom(folder, stored, axes=np.eye(3), spacing=SPACING, origin=ORIGIN, names=None, signed=False,
-                syntax=ExplicitVRLittleEndian, **changes):
+def write_dicom(
+    folder,
+    stored,
+    axes=np.eye(3),
+    spacing=SPACING,
+    origin=ORIGIN,
+    names=None,
+    signed=False,
+    syntax=ExplicitVRLittleEndian,
+    **changes,
+):
     """Paths of CT slices with these stored values (columns, rows, slices).
 
     changes: tags of other values, or of functions of the slice's number; None leaves a tag out.
@@ -150,16 +167,31 @@ def write_dicom(folder, stored, axes=np.eye(3), spacing=SPACING, origin=ORIGIN, 
         meta.TransferSyntaxUID = syntax
         one.file_meta = meta
         fields = {
-            "SOPClassUID": dicom.CT_IMAGE, "SOPInstanceUID": f"1.2.3.4.{k + 1}", "StudyDate": "20000102",
-            "Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "PatientID": "patient",
-            "StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4", "SliceThickness": "2.5",
-            "ConvolutionKernel": "B30f", "Columns": stored.shape[0], "Rows": stored.shape[1],
+            "SOPClassUID": dicom.CT_IMAGE,
+            "SOPInstanceUID": f"1.2.3.4.{k + 1}",
+            "StudyDate": "20000102",
+            "Modality": "CT",
+            "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+            "PatientID": "patient",
+            "StudyInstanceUID": "1.2.3",
+            "SeriesInstanceUID": "1.2.3.4",
+            "SliceThickness": "2.5",
+            "ConvolutionKernel": "B30f",
+            "Columns": stored.shape[0],
+            "Rows": stored.shape[1],
             "PixelSpacing": [f"{spacing[1]}", f"{spacing[0]}"],
             "ImageOrientationPatient": [f"{value:.16f}"[:16] for value in (*axes[:, 0], *axes[:, 1])],
             "ImagePositionPatient": [f"{value:.12f}"[:16] for value in np.array(origin) + k * spacing[2] * axes[:, 2]],
-            "RescaleSlope": "1", "RescaleIntercept": "-1024", "SamplesPerPixel": 1,
-            "PhotometricInterpretation": "MONOCHROME2", "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15,
-            "PixelRepresentation": int(signed), **changes}
+            "RescaleSlope": "1",
+            "RescaleIntercept": "-1024",
+            "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2",
+            "BitsAllocated": 16,
+            "BitsStored": 16,
+            "HighBit": 15,
+            "PixelRepresentation": int(signed),
+            **changes,
+        }
         for name, value in fields.items():
             value = value(k) if callable(value) else value
             if value is not None:
@@ -203,27 +235,44 @@ def test_series_of_all_24_orientations_in_reversed_order(tmp_path):
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("slope, intercept, signed, low, high", [
-    (1, -1024, False, 0, 4096), (1, 0, True, -1024, 3072), (1, -1024, True, -3000, 32768), (1, -1024, False, 0, 65536),
-    (2, -1000, False, 0, 2000), (0.5, -1000.25, False, 0, 65536), (0.37, 11.5, True, -3000, 3000),
-    (1.0, 0.5, True, -900, 900), (-1, 50, True, -900, 900),
-    (lambda k: (1, 2, 0.25)[k % 3], lambda k: -1024 + 10 * k, False, 0, 4096),
-    (1, lambda k: -1024 * (k > 0), False, 0, 4096), (1, lambda k: -1024 + k, False, 0, 4096),
-    (lambda k: 1 + k % 2, -1024, False, 0, 4096),
-])
+@pytest.mark.parametrize(
+    "slope, intercept, signed, low, high",
+    [
+        (1, -1024, False, 0, 4096),
+        (1, 0, True, -1024, 3072),
+        (1, -1024, True, -3000, 32768),
+        (1, -1024, False, 0, 65536),
+        (2, -1000, False, 0, 2000),
+        (0.5, -1000.25, False, 0, 65536),
+        (0.37, 11.5, True, -3000, 3000),
+        (1.0, 0.5, True, -900, 900),
+        (-1, 50, True, -900, 900),
+        (lambda k: (1, 2, 0.25)[k % 3], lambda k: -1024 + 10 * k, False, 0, 4096),
+        (1, lambda k: -1024 * (k > 0), False, 0, 4096),
+        (1, lambda k: -1024 + k, False, 0, 4096),
+        (lambda k: 1 + k % 2, -1024, False, 0, 4096),
+    ],
+)
 def test_values_are_rescaled_slice_by_slice(slope, intercept, signed, low, high, tmp_path):
     stored = noise(low=low, high=high)
     stored[:2, 0, 0] = low, high - 1
     slopes, intercepts = ([value(k) if callable(value) else value for k in range(6)] for value in (slope, intercept))
-    paths = write_dicom(tmp_path, stored, signed=signed, RescaleSlope=lambda k: str(slopes[k]),
-                        RescaleIntercept=lambda k: str(intercepts[k]))
+    paths = write_dicom(
+        tmp_path,
+        stored,
+        signed=signed,
+        RescaleSlope=lambda k: str(slopes[k]),
+        RescaleIntercept=lambda k: str(intercepts[k]),
+    )
     expected = as_hu(stored * np.array(slopes) + np.array(intercepts))
     assert_is(read_dicom(paths), *canonical(expected, affine_to_ras(np.eye(3))))
 
 
 def test_values_without_rescale_are_hu(tmp_path):
     stored = noise(low=-1024, high=3000)
-    paths = write_dicom(tmp_path, stored, signed=True, RescaleSlope=None, RescaleIntercept=lambda k: None if k % 2 else "")
+    paths = write_dicom(
+        tmp_path, stored, signed=True, RescaleSlope=None, RescaleIntercept=lambda k: None if k % 2 else ""
+    )
     assert_is(read_dicom(paths), *canonical(stored.astype(np.int16), affine_to_ras(np.eye(3))))
 
 
@@ -244,7 +293,9 @@ def test_signed_and_unsigned_slices_in_one_series(tmp_path):
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, "JPEG", "JPEG2000"])
+@pytest.mark.parametrize(
+    "syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, "JPEG", "JPEG2000"]
+)
 def test_transfer_syntaxes(syntax, tmp_path, capfd):
     stored = noise((40, 32, 5))
     own = syntax if syntax in (ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian) else ExplicitVRLittleEndian
@@ -319,40 +370,80 @@ def test_files_without_preamble_are_dicom_by_their_suffix(tmp_path):
 
 
 def test_header_of_a_slice(tmp_path):
-    path, = write_dicom(tmp_path, noise((8, 5, 1)), OBLIQUE, ConvolutionKernel=["B30f", "3"], PatientID=" a patient ")
+    (path,) = write_dicom(tmp_path, noise((8, 5, 1)), OBLIQUE, ConvolutionKernel=["B30f", "3"], PatientID=" a patient ")
     found = read_header(path)
     assert found._replace(orientation=(), position=()) == Slice(
-        path, "a patient", "1.2.3", "20000102", "1.2.3.4", dicom.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1, (8, 5),
-        (0.7, 0.9), (), (), (1.0, -1024.0), 2.5, "B30f\\3")
+        path,
+        "a patient",
+        "1.2.3",
+        "20000102",
+        "1.2.3.4",
+        dicom.CT_IMAGE,
+        "CT",
+        "ORIGINAL\\PRIMARY\\AXIAL",
+        1,
+        1,
+        (8, 5),
+        (0.7, 0.9),
+        (),
+        (),
+        (1.0, -1024.0),
+        2.5,
+        "B30f\\3",
+    )
     np.testing.assert_allclose(found.orientation, [*OBLIQUE[:, 0], *OBLIQUE[:, 1]], atol=1e-12)
     np.testing.assert_allclose(found.position, ORIGIN, atol=1e-9)
 
 
 @pytest.mark.usefixtures("silent")
 def test_tags_that_are_missing_or_empty(tmp_path):
-    optional = ["PatientID", "StudyInstanceUID", "StudyDate", "SeriesInstanceUID", "Modality", "ImageType", "SamplesPerPixel",
-                "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept",
-                "SliceThickness", "ConvolutionKernel"]
+    optional = [
+        "PatientID",
+        "StudyInstanceUID",
+        "StudyDate",
+        "SeriesInstanceUID",
+        "Modality",
+        "ImageType",
+        "SamplesPerPixel",
+        "PixelSpacing",
+        "ImageOrientationPatient",
+        "ImagePositionPatient",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "SliceThickness",
+        "ConvolutionKernel",
+    ]
     for value in (None, ""):
         tags = optional if value is None else [tag for tag in optional if tag != "SamplesPerPixel"]
-        path, = write_dicom(tmp_path, noise((8, 5, 1)), **dict.fromkeys(tags, value))
+        (path,) = write_dicom(tmp_path, noise((8, 5, 1)), **dict.fromkeys(tags, value))
         found = read_header(path)
-        assert found == Slice(path, "", "", "", "", dicom.CT_IMAGE, "", "", 1, 1, (8, 5), (), (), (), (1.0, 0.0), 0.0, "")
+        assert found == Slice(
+            path, "", "", "", "", dicom.CT_IMAGE, "", "", 1, 1, (8, 5), (), (), (), (1.0, 0.0), 0.0, ""
+        )
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("old, new, field, value", [  # of the same length: the file stays one
-    (b"0.7\\0.9", b"abc\\def", "spacing", ()), (b"0.7\\0.9", b"0,7\\0,9", "spacing", ()),
-    (b"0.7\\0.9", b"nan\\0.9", "spacing", ()), (b"0.7\\0.9", b"0.70.9 ", "spacing", ()),
-    (b"0.7\\0.9", b"0.71234", "spacing", ()), (b"0.7\\0.9", b"1\\2\\3 4", "spacing", ()),
-    (b"0.7\\0.9", b" 0.7\\.9", "spacing", (0.7, 0.9)), (b"2.5 ", b"thin", "thickness", 0.0),
-    (b"2.5 ", b"inf ", "thickness", 0.0),
-    (b"B30f", b"\xff\xfe3f", "kernel", "ÿþ3f"), (b"1.2.3.4\0", b"1.2.3.a\0", "series", "1.2.3.a"),
-    (b"20000102", b"2000.1.2", "date", "2000.1.2"), (b"20000102", b"January ", "date", "January"),
-    (b"ORIGINAL", b"orig nal", "image_type", "orig nal\\PRIMARY\\AXIAL"),
-])
+@pytest.mark.parametrize(
+    "old, new, field, value",
+    [  # of the same length: the file stays one
+        (b"0.7\\0.9", b"abc\\def", "spacing", ()),
+        (b"0.7\\0.9", b"0,7\\0,9", "spacing", ()),
+        (b"0.7\\0.9", b"nan\\0.9", "spacing", ()),
+        (b"0.7\\0.9", b"0.70.9 ", "spacing", ()),
+        (b"0.7\\0.9", b"0.71234", "spacing", ()),
+        (b"0.7\\0.9", b"1\\2\\3 4", "spacing", ()),
+        (b"0.7\\0.9", b" 0.7\\.9", "spacing", (0.7, 0.9)),
+        (b"2.5 ", b"thin", "thickness", 0.0),
+        (b"2.5 ", b"inf ", "thickness", 0.0),
+        (b"B30f", b"\xff\xfe3f", "kernel", "ÿþ3f"),
+        (b"1.2.3.4\0", b"1.2.3.a\0", "series", "1.2.3.a"),
+        (b"20000102", b"2000.1.2", "date", "2000.1.2"),
+        (b"20000102", b"January ", "date", "January"),
+        (b"ORIGINAL", b"orig nal", "image_type", "orig nal\\PRIMARY\\AXIAL"),
+    ],
+)
 def test_odd_values_are_passed_over_in_silence(old, new, field, value, tmp_path):
-    path, = write_dicom(tmp_path, noise((8, 5, 1)))
+    (path,) = write_dicom(tmp_path, noise((8, 5, 1)))
     content = Path(path).read_bytes()
     Path(path).write_bytes(content.replace(old, new))
     assert Path(path).read_bytes() != content
@@ -360,10 +451,12 @@ def test_odd_values_are_passed_over_in_silence(old, new, field, value, tmp_path)
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("old, new", [(b"-1024", b"-10 4"), (b"-1024", b"-1\\24"), (b"-1024", b"--nan"), (b"-1024", b"-inf ")])
+@pytest.mark.parametrize(
+    "old, new", [(b"-1024", b"-10 4"), (b"-1024", b"-1\\24"), (b"-1024", b"--nan"), (b"-1024", b"-inf ")]
+)
 def test_an_odd_rescale_is_refused(old, new, tmp_path):
     """Taken for the usual one, it would give other HU."""
-    path, = write_dicom(tmp_path, noise((8, 5, 1)))
+    (path,) = write_dicom(tmp_path, noise((8, 5, 1)))
     Path(path).write_bytes(Path(path).read_bytes().replace(old, new))
     with pytest.raises(DataError, match="rescale slope is '1', its intercept '-"):
         read_header(path)
@@ -371,13 +464,19 @@ def test_an_odd_rescale_is_refused(old, new, tmp_path):
 
 @pytest.mark.usefixtures("silent")
 def test_files_that_are_no_dicom_or_cut_off_in_their_header(tmp_path):
-    source, = write_dicom(tmp_path, noise((8, 5, 1)))
+    (source,) = write_dicom(tmp_path, noise((8, 5, 1)))
     whole = Path(source).read_bytes()
     size = whole.index(b"\x28\x00\x11\x00US")  # Columns, by which a cut is told
     path = tmp_path / "broken.dcm"
-    made = {"empty": b"", "text": b"hello world\n" * 50, "short": b"hi", "page": b"<html>404 not found</html>",
-            "bytes": bytes(range(256)) * 40, "zeros": bytes(5000),
-            **{f"random {seed}": np.random.default_rng(seed).bytes(5000) for seed in range(20)}}
+    made = {
+        "empty": b"",
+        "text": b"hello world\n" * 50,
+        "short": b"hi",
+        "page": b"<html>404 not found</html>",
+        "bytes": bytes(range(256)) * 40,
+        "zeros": bytes(5000),
+        **{f"random {seed}": np.random.default_rng(seed).bytes(5000) for seed in range(20)},
+    }
     for name, content in made.items():
         path.write_bytes(content)
         with pytest.raises(DataError) as error:
@@ -396,7 +495,7 @@ def test_files_that_are_no_dicom_or_cut_off_in_their_header(tmp_path):
 
 
 def test_random_damage_to_a_header_is_silent(tmp_path, silent):
-    source, = write_dicom(tmp_path, noise((8, 5, 1)))
+    (source,) = write_dicom(tmp_path, noise((8, 5, 1)))
     whole, rng = Path(source).read_bytes(), np.random.default_rng(0)
     for _ in range(200):
         content = bytearray(whole)
@@ -426,8 +525,25 @@ def test_a_dicomdir_is_no_slice(tmp_path):
 def stack(n=20, step=2.5, axes=np.eye(3), decimals=9, **fields):
     """Headers of n even slices, positions rounded to so many decimals."""
     position = np.round(np.array(ORIGIN) + step * np.arange(n)[:, None] * axes[:, 2], decimals)
-    one = Slice("", "patient", "1.2.3", "20000102", "1.2.3.4", dicom.CT_IMAGE, "CT", "ORIGINAL\\PRIMARY\\AXIAL", 1, 1,
-                (512, 512), (0.7, 0.7), (*axes[:, 0], *axes[:, 1]), (), (1.0, -1024.0), 2.5, "B30f")
+    one = Slice(
+        "",
+        "patient",
+        "1.2.3",
+        "20000102",
+        "1.2.3.4",
+        dicom.CT_IMAGE,
+        "CT",
+        "ORIGINAL\\PRIMARY\\AXIAL",
+        1,
+        1,
+        (512, 512),
+        (0.7, 0.7),
+        (*axes[:, 0], *axes[:, 1]),
+        (),
+        (1.0, -1024.0),
+        2.5,
+        "B30f",
+    )
     return [one._replace(path=f"folder/{k:02d}.dcm", position=tuple(position[k]), **fields) for k in range(n)]
 
 
@@ -443,8 +559,10 @@ def moved(slices, which, by):
 
 def tilted(by):
     """Each slice moved by so many mm towards the back against the one below."""
-    return [one._replace(position=(one.position[0], one.position[1] + by * k, one.position[2]))
-            for k, one in enumerate(stack())]
+    return [
+        one._replace(position=(one.position[0], one.position[1] + by * k, one.position[2]))
+        for k, one in enumerate(stack())
+    ]
 
 
 LEFT_OUT = {  # name: (slices, reason)
@@ -464,12 +582,20 @@ LEFT_OUT = {  # name: (slices, reason)
     "no position": ([one._replace(position=()) for one in stack()], "no geometry"),
     "mostly scouts": (stack(3, modality="MR") + stack(4, image_type="LOCALIZER"), "a scout"),
     "mixed sizes": (edited(stack(), 7, size=(512, 511)), "mixed slices: sizes such as 512 x 511 and 512 x 512"),
-    "mixed spacings": (edited(stack(), 7, spacing=(0.7, 0.75)), "mixed slices: spacings such as 0.7 x 0.7 and 0.7 x 0.75"),
-    "mixed orientations": (stack(10) + stack(10, axes=AXES["coronal"]), "mixed slices: orientations such as 1 x 0 x 0 x 0"),
+    "mixed spacings": (
+        edited(stack(), 7, spacing=(0.7, 0.75)),
+        "mixed slices: spacings such as 0.7 x 0.7 and 0.7 x 0.75",
+    ),
+    "mixed orientations": (
+        stack(10) + stack(10, axes=AXES["coronal"]),
+        "mixed slices: orientations such as 1 x 0 x 0 x 0",
+    ),
     "too few": (stack(15), r"too few slices: 15, expected at least 16 \(--min_slices\)"),
     "too few with scouts": (stack(15) + stack(9, image_type="LOCALIZER"), "too few slices: 15"),
-    "doubled": (stack() + [stack()[4]._replace(path="other/again.dcm")],
-                "doubled slices: 1, such as 04.dcm and again.dcm at -793.1 mm"),
+    "doubled": (
+        stack() + [stack()[4]._replace(path="other/again.dcm")],
+        "doubled slices: 1, such as 04.dcm and again.dcm at -793.1 mm",
+    ),
     "all doubled": (stack() + stack(), "doubled slices: 20"),
     "all in one place": (stack(step=0), "doubled slices: 19"),
     "almost doubled": (moved(stack(), 9, 2.3), "doubled slices: 1, such as 09.dcm and 10.dcm"),
@@ -477,8 +603,11 @@ LEFT_OUT = {  # name: (slices, reason)
     "several missing": (stack(40)[:4] + stack(40)[5:8] + stack(40)[11:], "missing slices: 10 mm between 07.dcm and 11"),
     "thin and missing": (stack(step=0.5)[:8] + stack(step=0.5)[9:], "missing slices: 1 mm"),
     "uneven": (moved(stack(), 9, 0.4), "uneven spacing: 2.9 mm between 08.dcm and 09.dcm, 2.5 mm between most"),
-    "thick from the middle on": (stack(16) + [one._replace(position=(*one.position[:2], one.position[2] + 40)) for one in
-                                              stack(8, step=3.5)[1:]], "mm between .*, 2.5 mm between most"),
+    "thick from the middle on": (
+        stack(16)
+        + [one._replace(position=(*one.position[:2], one.position[2] + 40)) for one in stack(8, step=3.5)[1:]],
+        "mm between .*, 2.5 mm between most",
+    ),
     "tilted gantry": (tilted(0.2), "tilted gantry: the slices are shifted sideways by up to 3.8 mm"),
 }
 
@@ -494,21 +623,47 @@ def test_series_that_form_no_volume_are_left_out(slices, reason):
             assert error.value.path == "folder#series" and "\n" not in error.value.reason
 
 
-@pytest.mark.parametrize("slices", [
-    stack(), stack(axes=AXES["feet first"]), stack(axes=AXES["oblique"]), stack(axes=AXES["sagittal"]),
-    stack(decimals=2, step=2.503), stack(decimals=2, step=0.625, axes=OBLIQUE), stack(200, decimals=1, step=1.25),
-    stack(400, decimals=1, step=0.625), stack(100, decimals=1, step=3.27), stack(200, decimals=0, step=5.0),
-    edited(stack(), 4, orientation=(1, 1e-4, 0, -1e-4, 1, 0)),
-    [one._replace(orientation=(1, 0.0004999 + 2e-7 * (k % 2), 0, 0, 1, 0)) for k, one in enumerate(stack())],
-    edited(stack(spacing=(0.70315, 0.70315)), 4, spacing=(0.703151, 0.703149)),
-    tilted(0.01),
-], ids=["axial", "feet first", "oblique", "sagittal", "positions of 0.01 mm", "oblique of 0.01 mm", "1.25 mm slices in 0.1 mm",
-        "0.625 mm slices in 0.1 mm", "3.27 mm slices in 0.1 mm", "whole millimetres", "noise in an orientation",
-        "orientations beside a rounding", "spacings beside a rounding", "hardly tilted"])
+@pytest.mark.parametrize(
+    "slices",
+    [
+        stack(),
+        stack(axes=AXES["feet first"]),
+        stack(axes=AXES["oblique"]),
+        stack(axes=AXES["sagittal"]),
+        stack(decimals=2, step=2.503),
+        stack(decimals=2, step=0.625, axes=OBLIQUE),
+        stack(200, decimals=1, step=1.25),
+        stack(400, decimals=1, step=0.625),
+        stack(100, decimals=1, step=3.27),
+        stack(200, decimals=0, step=5.0),
+        edited(stack(), 4, orientation=(1, 1e-4, 0, -1e-4, 1, 0)),
+        [one._replace(orientation=(1, 0.0004999 + 2e-7 * (k % 2), 0, 0, 1, 0)) for k, one in enumerate(stack())],
+        edited(stack(spacing=(0.70315, 0.70315)), 4, spacing=(0.703151, 0.703149)),
+        tilted(0.01),
+    ],
+    ids=[
+        "axial",
+        "feet first",
+        "oblique",
+        "sagittal",
+        "positions of 0.01 mm",
+        "oblique of 0.01 mm",
+        "1.25 mm slices in 0.1 mm",
+        "0.625 mm slices in 0.1 mm",
+        "3.27 mm slices in 0.1 mm",
+        "whole millimetres",
+        "noise in an orientation",
+        "orientations beside a rounding",
+        "spacings beside a rounding",
+        "hardly tilted",
+    ],
+)
 def test_slices_that_form_a_volume_are_put_in_order(slices):
     order = np.random.default_rng(1).permutation(len(slices))
     assert sort_slices([slices[k] for k in order], 16, "series") == slices
-    scout = slices[3]._replace(path="scout.dcm", image_type="ORIGINAL\\PRIMARY\\LOCALIZER", size=(888, 733), position=())
+    scout = slices[3]._replace(
+        path="scout.dcm", image_type="ORIGINAL\\PRIMARY\\LOCALIZER", size=(888, 733), position=()
+    )
     capture = slices[3]._replace(path="capture.dcm", sop_class=dicom.SECONDARY_CAPTURE, spacing=())
     assert sort_slices([scout, *slices, capture], 16, "series") == slices
 
@@ -522,9 +677,14 @@ def test_one_slice_is_no_volume():
 
 
 def test_softer_kernels_come_first():
-    for names in (["B20f", "B30f", "B50f", "B70f"], ["SOFT", "STANDARD", "LUNG", "BONE", "BONEPLUS"],
-                  ["FC01", "FC51", "FC30", "FC81"], ["A", "B", "C", "D", "L"], ["Br36d\\3", "Br59d", "Qr69"],
-                  ["standard", "mine", "lung"]):
+    for names in (
+        ["B20f", "B30f", "B50f", "B70f"],
+        ["SOFT", "STANDARD", "LUNG", "BONE", "BONEPLUS"],
+        ["FC01", "FC51", "FC30", "FC81"],
+        ["A", "B", "C", "D", "L"],
+        ["Br36d\\3", "Br59d", "Qr69"],
+        ["standard", "mine", "lung"],
+    ):
         found = [dicom.sharpness(name) for name in names]
         assert found == sorted(found) and len(set(found)) == len(found), names
     assert dicom.sharpness("") == dicom.sharpness("unknown") == 50
@@ -538,7 +698,9 @@ def test_softer_kernels_come_first():
 def test_volume_files_of_all_48_orientations_and_oblique_ones(suffix, tmp_path):
     assert len({axes.tobytes() for axes in SIGNED_PERMUTATIONS}) == 48
     path = str(tmp_path / f"ct{suffix}")
-    for number, axes in enumerate([*SIGNED_PERMUTATIONS, OBLIQUE, *(OBLIQUE @ SIGNED_PERMUTATIONS[k] for k in (5, 22, 43))]):
+    for number, axes in enumerate(
+        [*SIGNED_PERMUTATIONS, OBLIQUE, *(OBLIQUE @ SIGNED_PERMUTATIONS[k] for k in (5, 22, 43))]
+    ):
         stored = noise((4, 3, 5), -3000, 3000, seed=number).astype(np.int16)
         sitk.WriteImage(itk_image(stored, axes), path, useCompression=number % 2 == 0)
         voxels, affine = canonical(as_hu(stored), affine_to_ras(axes))
@@ -551,16 +713,38 @@ def test_headers_written_by_hand(tmp_path):
     """What the formats' descriptions say of origin and directions, not what ITK writes."""
     stored = noise((4, 3, 5), -900, 3000).astype("<i2")
     (tmp_path / "ct.raw").write_bytes(stored.tobytes(order="F"))
-    header = ["ObjectType = Image", "NDims = 3", "BinaryData = True", "CompressedData = False", "Offset = 10 -20 30",
-              "TransformMatrix = 0 1 0 0 0 -1 1 0 0", "ElementSpacing = 0.5 0.7 2", "DimSize = 4 3 5",
-              "ElementType = MET_SHORT", "ElementDataFile = ct.raw"]  # a row of the matrix is an axis of the file, in LPS
+    header = [
+        "ObjectType = Image",
+        "NDims = 3",
+        "BinaryData = True",
+        "CompressedData = False",
+        "Offset = 10 -20 30",
+        "TransformMatrix = 0 1 0 0 0 -1 1 0 0",
+        "ElementSpacing = 0.5 0.7 2",
+        "DimSize = 4 3 5",
+        "ElementType = MET_SHORT",
+        "ElementDataFile = ct.raw",
+    ]  # a row of the matrix is an axis of the file, in LPS
     (tmp_path / "ct.mhd").write_text("\n".join(header) + "\n")
     axes = np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0]]).T
-    assert_is(read_image(str(tmp_path / "ct.mhd")), *canonical(stored, affine_to_ras(axes, (0.5, 0.7, 2), (10, -20, 30))))
+    assert_is(
+        read_image(str(tmp_path / "ct.mhd")), *canonical(stored, affine_to_ras(axes, (0.5, 0.7, 2), (10, -20, 30)))
+    )
 
     for space, to_ras in (("right-anterior-superior", np.eye(4)), ("left-posterior-superior", LPS), ("RAS", np.eye(4))):
-        lines = ["NRRD0004", "type: short", "dimension: 3", f"space: {space}", "sizes: 4 3 5", "endian: little",
-                 "encoding: raw", "space directions: (0,0.5,0) (0,0,-0.7) (2,0,0)", "space origin: (10,-20,30)", "", ""]
+        lines = [
+            "NRRD0004",
+            "type: short",
+            "dimension: 3",
+            f"space: {space}",
+            "sizes: 4 3 5",
+            "endian: little",
+            "encoding: raw",
+            "space directions: (0,0.5,0) (0,0,-0.7) (2,0,0)",
+            "space origin: (10,-20,30)",
+            "",
+            "",
+        ]
         (tmp_path / "ct.nrrd").write_bytes("\n".join(lines).encode() + stored.tobytes(order="F"))
         affine = to_ras @ np.array([[0, 0, 2, 10], [0.5, 0, 0, -20], [0, -0.7, 0, 30], [0, 0, 0, 1]])
         assert_is(read_image(str(tmp_path / "ct.nrrd")), *canonical(stored, affine))
@@ -606,7 +790,9 @@ def test_nifti_scaling_and_byte_order(suffix, endian, tmp_path):
         expected = as_hu(stored * np.float64(np.float32(np.nan_to_num(slope, nan=1))) + np.nan_to_num(inter))
         assert_is(read_image(str(path)), expected, np.eye(4))
         labels = contents(read_raw(str(path)))[0]  # in the file's own axes, its x from right to left
-        np.testing.assert_allclose(labels, stored * np.float32(np.nan_to_num(slope, nan=1)) + np.nan_to_num(inter), rtol=1e-5)
+        np.testing.assert_allclose(
+            labels, stored * np.float32(np.nan_to_num(slope, nan=1)) + np.nan_to_num(inter), rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
@@ -619,6 +805,7 @@ def test_one_frame_is_a_volume_and_several_are_none(suffix, tmp_path):
             nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(array.T), LPS), path)
         else:
             sitk.WriteImage(sitk.GetImageFromArray(array, isVector=False), path)
+
     write(stored[None])
     assert_is(read_image(path), *canonical(stored.T, LPS))
     write(stored[None, None])
@@ -679,7 +866,7 @@ def test_files_that_are_cut_off_are_refused(suffix, compressed, tmp_path):
     path = tmp_path / f"ct{suffix}"
     image = itk_image(smooth())
     sitk.WriteImage(image, str(path), compressed)
-    data, = [file for file in tmp_path.iterdir() if file != path] or [path]
+    (data,) = [file for file in tmp_path.iterdir() if file != path] or [path]
     whole = data.read_bytes()
     for length in sorted({0, 1, 10, 100, 352, 400, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 12}):
         data.write_bytes(whole[:length])
@@ -689,7 +876,7 @@ def test_files_that_are_cut_off_are_refused(suffix, compressed, tmp_path):
         assert "can't be read" in refusal(path)
     if suffix == ".mhd":
         path.write_text(re.sub("CompressedDataSize.*\n", "", path.read_text()))  # by which MetaIO notices
-        data.write_bytes(whole[:len(whole) // 2])
+        data.write_bytes(whole[: len(whole) // 2])
         assert "can't be read" in refusal(path)
         data.write_bytes(whole)
         assert_is(read_image(str(path)), *canonical(smooth().clip(AIR), affine_to_ras(np.eye(3))))
@@ -700,10 +887,10 @@ def test_files_that_are_cut_off_are_refused(suffix, compressed, tmp_path):
 def test_damage_inside_compressed_voxels_is_noticed(suffix, tmp_path):
     path = tmp_path / f"ct{suffix}"
     sitk.WriteImage(itk_image(smooth()), str(path), True)
-    data, = [file for file in tmp_path.iterdir() if file != path] or [path]
+    (data,) = [file for file in tmp_path.iterdir() if file != path] or [path]
     whole = data.read_bytes()
     for at, new in ((len(whole) // 2, bytes(40)), (len(whole) // 3, b"\xff"), (len(whole) - 3000, b"damage")):
-        data.write_bytes(whole[:at] + new + whole[at + len(new):])
+        data.write_bytes(whole[:at] + new + whole[at + len(new) :])
         assert "can't be read" in refusal(path)
 
 
@@ -759,7 +946,11 @@ REFUSED = {  # name: (file, how it is made, reason)
     "text hdf5": ("ct.hdf5", lambda path: path.write_text("<html>404</html>\n" * 99), "can't be read"),
     "not gzipped": ("ct.nii.gz", write_not_gzipped, "not a gzip"),
     "nan nifti": ("ct.nii", lambda path: nifti_with(path, with_(noise((4, 3, 5)), np.nan)), "NaN or infinite"),
-    "nan nifti.gz": ("ct.nii.gz", lambda path: nibabel.save(nibabel.Nifti1Image(with_(noise(), np.nan), LPS), path), "NaN"),
+    "nan nifti.gz": (
+        "ct.nii.gz",
+        lambda path: nibabel.save(nibabel.Nifti1Image(with_(noise(), np.nan), LPS), path),
+        "NaN",
+    ),
     "nan mha": ("ct.mha", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.nan)), path), "NaN or infinite"),
     "inf nrrd": ("ct.nrrd", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.inf)), path), "NaN or infinite"),
     "nan hdf5": ("ct.hdf5", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.nan)), path), "NaN or infinite"),
@@ -767,13 +958,21 @@ REFUSED = {  # name: (file, how it is made, reason)
     "RGB nrrd": ("ct.nrrd", write_rgb, "not a volume of HU: voxels of type vector of 8-bit"),
     "RGB mha": ("ct.mha", write_rgb, "not a volume of HU"),
     "RGB hdf5": ("ct.hdf5", write_rgb, "expected a 3D volume"),
-    "complex nifti": ("ct.nii", lambda path: nifti_with(path, noise().astype(np.complex64)), "volume of HU: .* complex64"),
+    "complex nifti": (
+        "ct.nii",
+        lambda path: nifti_with(path, noise().astype(np.complex64)),
+        "volume of HU: .* complex64",
+    ),
     "complex mha": ("ct.mha", write_complex, "not a volume of HU"),
     "complex nrrd": ("ct.nrrd", write_complex, "not a volume of HU: voxels of type complex"),
     "sheared mha": ("ct.mha", write_sheared, "not at right angles"),
     "sheared hdf5": ("ct.hdf5", write_sheared, "not at right angles"),
     "nan origin in nrrd": ("ct.nrrd", write_nan_origin, "can't be read"),
-    "sheared": ("ct.nii", lambda path: nifti_with(path, affine=SHEARED), "ITK only supports orthonormal direction cosines"),
+    "sheared": (
+        "ct.nii",
+        lambda path: nifti_with(path, affine=SHEARED),
+        "ITK only supports orthonormal direction cosines",
+    ),
     "nan affine": ("ct.nii", lambda path: nifti_with(path, srow_x=[np.nan, 0, 0, 0]), "no geometry"),
     "nan origin": ("ct.nii", lambda path: nifti_with(path, srow_x=[1, 0, 0, np.nan]), "no geometry"),
     "singular affine": ("ct.nii", lambda path: nifti_with(path, srow_x=[0, 1, 0, 0]), "can't be read|no geometry"),
@@ -811,10 +1010,12 @@ def test_files_are_closed_and_standard_error_is_back(tmp_path, capfd):
 
 
 def test_images_that_are_no_ct_of_a_thorax():
-    for voxels, kind, reason in ((np.full((4, 3, 5), -1000), DataError, r"constant: .* \(-1000\)"),
-                                 (np.full((4, 3, 5), 0), DataError, "constant"),
-                                 (noise((4, 3, 5), 0, 2), LeftOut, "not a thorax CT in HU: values from 0 to 1"),
-                                 (noise((4, 3, 5), -190, 900), LeftOut, "nothing as dark as lung")):
+    for voxels, kind, reason in (
+        (np.full((4, 3, 5), -1000), DataError, r"constant: .* \(-1000\)"),
+        (np.full((4, 3, 5), 0), DataError, "constant"),
+        (noise((4, 3, 5), 0, 2), LeftOut, "not a thorax CT in HU: values from 0 to 1"),
+        (noise((4, 3, 5), -190, 900), LeftOut, "nothing as dark as lung"),
+    ):
         with pytest.raises(kind, match=reason) as error:
             images.require_ct(images.to_hu(itk_image(voxels.astype(np.int16)), "x"), "scan")
         assert error.value.path == "scan" and type(error.value) is kind
@@ -832,11 +1033,17 @@ def test_masks_keep_their_classes(dtype):
         np.testing.assert_allclose(contents(image)[1], affine, atol=1e-9)
 
 
-@pytest.mark.parametrize("values, classes, reason", [
-    ([0, 1, 0.5], None, "unexpected label values: 0.5; expected whole numbers from 0 to 255"), ([-1, 0], None, "values: -1;"),
-    ([0, 300], None, "values: 300;"), ([0, np.nan], None, "values: nan;"),
-    ([0, 1, 2], [0, 1], "values: 2; expected only 0, 1"), ([5, 6, 7, 8, 9], [0], "values: 5, 6, 7;"),
-])
+@pytest.mark.parametrize(
+    "values, classes, reason",
+    [
+        ([0, 1, 0.5], None, "unexpected label values: 0.5; expected whole numbers from 0 to 255"),
+        ([-1, 0], None, "values: -1;"),
+        ([0, 300], None, "values: 300;"),
+        ([0, np.nan], None, "values: nan;"),
+        ([0, 1, 2], [0, 1], "values: 2; expected only 0, 1"),
+        ([5, 6, 7, 8, 9], [0], "values: 5, 6, 7;"),
+    ],
+)
 def test_masks_with_other_values_are_refused(values, classes, reason):
     with pytest.raises(DataError, match=reason):
         images.to_classes(itk_image(np.resize(np.array(values, np.float32), (4, 3, 5))), "mask", classes)
@@ -934,15 +1141,20 @@ def test_points_outside_are_refused():
 # ------------------------------------------------------------------------------------------------- resampling, boxes
 
 
-@pytest.mark.parametrize("spacing", [(0.5, 0.5, 1.0), (1.0, 1.0, 2.0), (1.8, 1.4, 5.0), (2.0, 3.0, 4.0), SPACING], ids=str)
+@pytest.mark.parametrize(
+    "spacing", [(0.5, 0.5, 1.0), (1.0, 1.0, 2.0), (1.8, 1.4, 5.0), (2.0, 3.0, 4.0), SPACING], ids=str
+)
 @pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
 def test_resampling_keeps_the_extent_and_every_place(axes, spacing):
     image, middle = linear_image(axes)
     found = resampling.resample(image, spacing)
     np.testing.assert_allclose(found.GetSpacing(), spacing, rtol=1e-9)
     np.testing.assert_allclose(found.GetDirection(), image.GetDirection(), atol=1e-9)
-    np.testing.assert_allclose(found.TransformContinuousIndexToPhysicalPoint([-0.5] * 3),
-                               image.TransformContinuousIndexToPhysicalPoint([-0.5] * 3), atol=1e-6)
+    np.testing.assert_allclose(
+        found.TransformContinuousIndexToPhysicalPoint([-0.5] * 3),
+        image.TransformContinuousIndexToPhysicalPoint([-0.5] * 3),
+        atol=1e-6,
+    )
     far = found.TransformContinuousIndexToPhysicalPoint([n - 0.5 for n in found.GetSize()])
     beyond = np.array(image.TransformPhysicalPointToContinuousIndex(far)) - np.array(image.GetSize()) + 0.5
     assert (np.abs(beyond) * image.GetSpacing() <= np.array(spacing) / 2 + 1e-6).all()
@@ -964,7 +1176,11 @@ def test_no_air_comes_in_at_the_far_end():
         image = images.make_image(np.full((n, 4, 5), 100, np.int16), np.diag([own, 1.0, 2.0, 1.0]))
         assert (contents(resampling.resample(image, (spacing, 1.0, 2.0)))[0] == 100).all(), (n, own, spacing)
         label = images.make_image(np.full((n, 4, 5), 3, np.uint8), np.diag([own, 1.0, 2.0, 1.0]))
-        assert (contents(resampling.resample(label, (spacing, 1.0, 2.0), is_label=True))[0] == 3).all(), (n, own, spacing)
+        assert (contents(resampling.resample(label, (spacing, 1.0, 2.0), is_label=True))[0] == 3).all(), (
+            n,
+            own,
+            spacing,
+        )
 
 
 @pytest.mark.parametrize("spacing", [(0.53, 0.47, 1.1), (1.17, 1.1, 2.9), (2.3, 1.9, 6.1)], ids=str)
@@ -1023,7 +1239,7 @@ def test_upright_images_are_resampled_as_ever():
         for kind, high in ((np.int16, 3000), (np.uint8, 5)):
             image = images.to_ras(itk_image(noise((9, 8, 7), 0, high).astype(kind), axes))
             for spacing in UPRIGHT_SPACINGS:
-                for is_label in (False, True)[kind == np.uint8:]:
+                for is_label in (False, True)[kind == np.uint8 :]:
                     one, other = (resampling.resample(image, spacing, is_label, upright) for upright in (False, True))
                     np.testing.assert_array_equal(contents(one)[0], contents(other)[0])
                     np.testing.assert_array_equal(contents(one)[1], contents(other)[1])
@@ -1056,17 +1272,23 @@ def test_boxes_around_labels():
             np.testing.assert_array_equal(first + size, high)
             part = resampling.crop_to_box(image, (first, size))
             voxels, affine = contents(part)
-            np.testing.assert_array_equal(voxels, contents(image)[0][tuple(slice(a, a + n) for a, n in zip(first, size))])
+            np.testing.assert_array_equal(
+                voxels, contents(image)[0][tuple(slice(a, a + n) for a, n in zip(first, size))]
+            )
             np.testing.assert_allclose(affine[:3, 3], (images.affine_of(image) @ [*first, 1])[:3], atol=1e-9)
             np.testing.assert_allclose(affine[:3, :3], images.affine_of(image)[:3, :3], atol=1e-9)
         first, size = resampling.mask_box(label > 7, image, 3)
         assert (first == 0).all() and (size == image.GetSize()).all()
 
 
-@pytest.mark.parametrize("shape, spacing", [
-    ((96, 80, 40), (3.3, 3.2, 7.0)), ((97, 83, 41), (3.3, 3.2, 7.0)), ((98, 81, 54), (3.2, 3.1, 5.3))])
+@pytest.mark.parametrize(
+    "shape, spacing",
+    [((96, 80, 40), (3.3, 3.2, 7.0)), ((97, 83, 41), (3.3, 3.2, 7.0)), ((98, 81, 54), (3.2, 3.1, 5.3))],
+)
 def test_the_box_around_the_body_holds_all_of_it(shape, spacing):
-    for seed, (before, behind) in enumerate([((5, 20, 3), (17, 11, 6)), ((0, 7, 0), (30, 2, 11)), ((23, 0, 9), (0, 21, 0))]):
+    for seed, (before, behind) in enumerate(
+        [((5, 20, 3), (17, 11, 6)), ((0, 7, 0), (30, 2, 11)), ((23, 0, 9), (0, 21, 0))]
+    ):
         scan, affine = chest_phantom(seed, shape, spacing)
         wide = np.pad(scan, list(zip(before, behind)), constant_values=-1000)
         if before[1] > 15:
@@ -1102,8 +1324,10 @@ def test_nifti_has_the_same_bytes_a_second_later_under_another_name(tmp_path):
 @pytest.mark.parametrize("axes", ALL_AXES.values(), ids=ALL_AXES)
 def test_nifti_is_read_back_by_others(axes, tmp_path):
     path = tmp_path / "ct.nii.gz"
-    for image in (images.to_hu(itk_image(noise(low=-1024, high=32768).astype(np.int16), axes), "image"),
-                  images.to_classes(itk_image(noise(high=256).astype(np.uint8), axes), "label")):
+    for image in (
+        images.to_hu(itk_image(noise(low=-1024, high=32768).astype(np.int16), axes), "image"),
+        images.to_classes(itk_image(noise(high=256).astype(np.uint8), axes), "label"),
+    ):
         images.save_nifti(path, image)
         voxels, affine = contents(image)
         read = nibabel.load(path)
@@ -1148,16 +1372,26 @@ def test_every_geometry_is_converted_for_pretraining(run, tmp_path):  # noqa: F8
         stored, affine = scan_of(axes, number)
         folder = tmp_path / "input" / "dicom" / f"{number}"
         order = np.random.default_rng(number).permutation(stored.shape[2])
-        write_dicom(folder, stored + np.int16(1024), axes, (2.0, 1.5, 2.5), (10.0 * number, -40.0, 300.0), signed=True,
-                    names=[f"{k:03d}" for k in order], PatientID=f"dicom{number}", StudyInstanceUID=f"1.2.{number}",
-                    SeriesInstanceUID=f"1.2.{number}.1")
+        write_dicom(
+            folder,
+            stored + np.int16(1024),
+            axes,
+            (2.0, 1.5, 2.5),
+            (10.0 * number, -40.0, 300.0),
+            signed=True,
+            names=[f"{k:03d}" for k in order],
+            PatientID=f"dicom{number}",
+            StudyInstanceUID=f"1.2.{number}",
+            SeriesInstanceUID=f"1.2.{number}.1",
+        )
         expected[f"dicom{number}"] = canonical(stored, affine)
     for number, (name, axes) in enumerate(ALL_AXES.items()):
         stored, affine = scan_of(axes, number)
         write_scan(tmp_path / "input" / f"file{number}" / f"scan{FORMATS[number % len(FORMATS)]}", stored, affine)
         expected[f"file{number}"] = canonical(stored, affine)
-    result = run("nlst", "--input", tmp_path / "input", "--output", tmp_path / "out", "--compression", "gzip",
-                 "--min_slices", 4)
+    result = run(
+        "nlst", "--input", tmp_path / "input", "--output", tmp_path / "out", "--compression", "gzip", "--min_slices", 4
+    )
     assert result.code == 0, result.errors
     rows = manifest(tmp_path / "out")
     assert len(rows) == len(expected)
@@ -1170,7 +1404,10 @@ def test_every_geometry_is_converted_for_pretraining(run, tmp_path):  # noqa: F8
         with Volume(tmp_path / "out" / row["output"]) as volume:
             np.testing.assert_array_equal(volume.read(), as_hu(voxels))
             np.testing.assert_allclose(volume.affine, affine, rtol=0, atol=1e-4)
-        assert row["shape"] == " x ".join(map(str, voxels.shape)) and (row["hu_min"], row["status"]) == ("-1024", "written")
+        assert row["shape"] == " x ".join(map(str, voxels.shape)) and (row["hu_min"], row["status"]) == (
+            "-1024",
+            "written",
+        )
     assert not expected
 
 
@@ -1196,8 +1433,19 @@ def test_nodules_lie_at_the_middle_of_their_crops(spacing, run, tmp_path):  # no
         points[f"1.2.{number}"] = LPS[:3, :3] @ point
         table += [",".join([f"1.2.{number}", *(f"{value:.6f}" for value in LPS[:3, :3] @ point), str(number % 2)])]
     (tmp_path / "input" / "candidates_V2.csv").write_text("\n".join(table) + "\n")
-    result = run("luna16", "--input", tmp_path / "input", "--output", tmp_path / "out", "--size", 20, 21, 22,
-                 "--spacing", *spacing)
+    result = run(
+        "luna16",
+        "--input",
+        tmp_path / "input",
+        "--output",
+        tmp_path / "out",
+        "--size",
+        20,
+        21,
+        22,
+        "--spacing",
+        *spacing,
+    )
     assert result.code == 0, result.errors
     rows = manifest(tmp_path / "out")
     assert len(rows) == len(points)
@@ -1222,7 +1470,9 @@ def test_images_and_labels_stay_on_each_other(run, tmp_path):  # noqa: F811
     expected = {}
     for number, axes in enumerate(ALL_AXES.values()):
         stored, affine = scan_of(axes, number)
-        label = (noise(stored.shape, 0, 20, number) == 0).astype(np.uint8) * noise(stored.shape, 1, 3, 99).astype(np.uint8)
+        label = (noise(stored.shape, 0, 20, number) == 0).astype(np.uint8) * noise(stored.shape, 1, 3, 99).astype(
+            np.uint8
+        )
         write_scan(tmp_path / "task" / "imagesTr" / f"case{number}.nii.gz", stored, affine)
         write_scan(tmp_path / "task" / "labelsTr" / f"case{number}.nii.gz", label, affine)
         expected[f"case{number}"] = canonical(as_hu(stored), affine), canonical(label, affine)
@@ -1242,9 +1492,16 @@ def test_images_and_labels_stay_on_each_other(run, tmp_path):  # noqa: F811
             np.testing.assert_allclose(found.affine, affine, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("flags", [
-    ("--spacing", 1.0, 1.0, 1.0), ("--crop", "label", "--margin", 6), ("--crop", "body", "--margin", 4),
-    ("--spacing", 3.0, 2.5, 4.0, "--crop", "label")], ids=lambda flags: " ".join(map(str, flags)))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--spacing", 1.0, 1.0, 1.0),
+        ("--crop", "label", "--margin", 6),
+        ("--crop", "body", "--margin", 4),
+        ("--spacing", 3.0, 2.5, 4.0, "--crop", "label"),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
 def test_resampled_and_cut_cases_keep_the_lesion_in_its_place(flags, run, tmp_path):  # noqa: F811
     lesions = {}
     for number, axes in enumerate(ALL_AXES.values()):
@@ -1254,7 +1511,9 @@ def test_resampled_and_cut_cases_keep_the_lesion_in_its_place(flags, run, tmp_pa
         distance = np.linalg.norm(places(shape, affine) - point, axis=-1)
         scan = np.clip(-1000 + 1000 * (11 - distance), -1000, 0).astype(np.int16)
         write_scan(tmp_path / "task" / "imagesTr" / f"case{number}.nii.gz", scan, affine)
-        write_scan(tmp_path / "task" / "labelsTr" / f"case{number}.nii.gz", 2 * (distance < 10).astype(np.uint8), affine)
+        write_scan(
+            tmp_path / "task" / "labelsTr" / f"case{number}.nii.gz", 2 * (distance < 10).astype(np.uint8), affine
+        )
         lesions[f"case{number}"] = point
     result = run("msd", "--input", tmp_path / "task", "--output", tmp_path / "out", *flags)
     assert result.code == 0, result.errors
@@ -1266,7 +1525,7 @@ def test_resampled_and_cut_cases_keep_the_lesion_in_its_place(flags, run, tmp_pa
         np.testing.assert_allclose(bright(image, affine), lesions[pair.name], atol=quarter)
         assert set(np.unique(label)) == {0, 2}
         volume = (label > 0).sum() * abs(np.linalg.det(affine[:3, :3]))
-        np.testing.assert_allclose(volume, 4 / 3 * np.pi * 10 ** 3, rtol=0.15)
+        np.testing.assert_allclose(volume, 4 / 3 * np.pi * 10**3, rtol=0.15)
         assert image[label > 0].min() > -1000 or "--spacing" in flags
         lesions.pop(pair.name)
     assert not lesions
@@ -1299,7 +1558,7 @@ def test_real_nodules_lie_in_their_crops(shared_data):
         series, *numbers = line.split(",")
         *point, diameter = map(float, numbers)
         if series not in read:
-            path, = (shared_data / "luna16").glob(f"subset*/{series}.mhd")
+            (path,) = (shared_data / "luna16").glob(f"subset*/{series}.mhd")
             read[series] = read_image(str(path)), sitk.ReadImage(path)
             voxels, affine = contents(read[series][1])
             assert_is(read[series][0], *canonical(as_hu(voxels), affine))
@@ -1325,8 +1584,10 @@ def test_real_masks_lie_on_dense_tissue(shared_data, run, tmp_path):  # noqa: F8
     (pair,), problems = find_pairs(tmp_path / "out")
     image, label, affine = read_pair(pair)
     for path, array in (("imagesTr", image), ("labelsTr", label)):
-        voxels, where = canonical(np.asarray(nibabel.load(task / path / "lung_001.nii.gz").dataobj),
-                                  nibabel.load(task / path / "lung_001.nii.gz").affine)
+        voxels, where = canonical(
+            np.asarray(nibabel.load(task / path / "lung_001.nii.gz").dataobj),
+            nibabel.load(task / path / "lung_001.nii.gz").affine,
+        )
         np.testing.assert_array_equal(array, as_hu(voxels))
         np.testing.assert_allclose(affine, where, rtol=0, atol=1e-3)
     assert not problems and image[label > 0].mean() > image[label == 0].mean() + 100
@@ -1349,23 +1610,49 @@ def told(problems, folder):
     return found
 
 
-GOOD_CROPS = ["subset0/label0/p1/a.nii.gz", "subset0/label0/p1/b.nii.gz", "subset0/label1/p2/a.nii.gz",
-              "subset1/label0/p3/a.nii", "subset1/label1/p4/a.hdf5", "subset10/1/p5/a.h5", "subset10/0/p6/a.nii.gz"]
+GOOD_CROPS = [
+    "subset0/label0/p1/a.nii.gz",
+    "subset0/label0/p1/b.nii.gz",
+    "subset0/label1/p2/a.nii.gz",
+    "subset1/label0/p3/a.nii",
+    "subset1/label1/p4/a.hdf5",
+    "subset10/1/p5/a.h5",
+    "subset10/0/p6/a.nii.gz",
+]
 
 
 def test_crops_are_found_with_label_patient_and_subset(tmp_path):
-    touch(tmp_path, *GOOD_CROPS, "manifest.csv", "other/label7/p/a.nii.gz", ".hidden/subset0/label1/p/a.nii.gz",
-          "subset0/notes.txt", "subset0/.DS_Store", "subset0/.cache/x.nii.gz", "subset1/label0/p3/._a.nii", "subset.txt",
-          "subset0/label1/p2/notes.txt")
+    touch(
+        tmp_path,
+        *GOOD_CROPS,
+        "manifest.csv",
+        "other/label7/p/a.nii.gz",
+        ".hidden/subset0/label1/p/a.nii.gz",
+        "subset0/notes.txt",
+        "subset0/.DS_Store",
+        "subset0/.cache/x.nii.gz",
+        "subset1/label0/p3/._a.nii",
+        "subset.txt",
+        "subset0/label1/p2/notes.txt",
+    )
     crops, problems = find_crops(tmp_path)
     assert problems == []
-    assert crops == [Crop(str(tmp_path / name), int(name.split("/")[1][-1]), name.split("/")[2], name.split("/")[0])
-                     for name in sorted(GOOD_CROPS)]
+    assert crops == [
+        Crop(str(tmp_path / name), int(name.split("/")[1][-1]), name.split("/")[2], name.split("/")[0])
+        for name in sorted(GOOD_CROPS)
+    ]
 
 
 def test_everything_that_is_wrong_with_crops_is_named(tmp_path):
-    touch(tmp_path, *GOOD_CROPS, "subset0/nodules/p9/a.nii.gz", "subset0/label1/alone.nii.gz",
-          "subset1/label1/p4/deeper/a.nii.gz", "subset1/alone.nii.gz", "subset0/label-1/p/a.nii.gz")
+    touch(
+        tmp_path,
+        *GOOD_CROPS,
+        "subset0/nodules/p9/a.nii.gz",
+        "subset0/label1/alone.nii.gz",
+        "subset1/label1/p4/deeper/a.nii.gz",
+        "subset1/alone.nii.gz",
+        "subset0/label-1/p/a.nii.gz",
+    )
     (tmp_path / "subset1" / "label2").mkdir()
     crops, problems = find_crops(tmp_path)
     assert [crop.path for crop in crops] == [str(tmp_path / name) for name in sorted(GOOD_CROPS)]
@@ -1375,17 +1662,34 @@ def test_everything_that_is_wrong_with_crops_is_named(tmp_path):
         "subset1/label2": "holds no crop: expected <patient>/<name>.nii.gz below it, or remove it",
         "subset0/label1/alone.nii.gz": "expected as subset*/label<k>/<patient>/<name>.nii.gz",
         "subset1/label1/p4/deeper/a.nii.gz": "expected as subset*/label<k>/<patient>/<name>.nii.gz",
-        "subset1/alone.nii.gz": "expected as subset*/label<k>/<patient>/<name>.nii.gz"}
+        "subset1/alone.nii.gz": "expected as subset*/label<k>/<patient>/<name>.nii.gz",
+    }
 
 
-@pytest.mark.parametrize("names, reason", [
-    ([], "holds no crops"), (["subset0/notes.txt"], "holds no crops"), (["p1/t0/a.hdf5"], "holds no crops"),
-    (["subset0/label0/p1/a.nii.gz", "subset1/label0/p2/a.nii.gz"], r"one class only \(label0\), expected at least two"),
-    (["subset0/label0/p1/a.nii.gz", "subset1/label2/p2/a.nii.gz"], "has the classes 0, 2: expected 0 to 1 without a gap"),
-    (["subset0/label1/p1/a.nii.gz", "subset1/label2/p2/a.nii.gz"], "has the classes 1, 2: expected 0 to 1 without a gap"),
-    (["subset0/label0/p1/a.nii.gz", "subset1/label1/p1/a.nii.gz", "subset1/label1/p2/a.nii.gz"],
-     "has patient p1 in subset0 and subset1: expected every patient in one subset"),
-])
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        ([], "holds no crops"),
+        (["subset0/notes.txt"], "holds no crops"),
+        (["p1/t0/a.hdf5"], "holds no crops"),
+        (
+            ["subset0/label0/p1/a.nii.gz", "subset1/label0/p2/a.nii.gz"],
+            r"one class only \(label0\), expected at least two",
+        ),
+        (
+            ["subset0/label0/p1/a.nii.gz", "subset1/label2/p2/a.nii.gz"],
+            "has the classes 0, 2: expected 0 to 1 without a gap",
+        ),
+        (
+            ["subset0/label1/p1/a.nii.gz", "subset1/label2/p2/a.nii.gz"],
+            "has the classes 1, 2: expected 0 to 1 without a gap",
+        ),
+        (
+            ["subset0/label0/p1/a.nii.gz", "subset1/label1/p1/a.nii.gz", "subset1/label1/p2/a.nii.gz"],
+            "has patient p1 in subset0 and subset1: expected every patient in one subset",
+        ),
+    ],
+)
 def test_crops_that_cannot_be_trained_on_together(names, reason, tmp_path):
     touch(tmp_path, *names)
     _, problems = find_crops(tmp_path)
@@ -1395,34 +1699,60 @@ def test_crops_that_cannot_be_trained_on_together(names, reason, tmp_path):
 
 def test_a_missing_folder_of_crops_or_pairs_is_named(tmp_path):
     touch(tmp_path, "file", "half/images/a.nii.gz")
-    for find, folder, wrong in ((find_crops, "gone", "gone"), (find_crops, "file", "file"),
-                                (find_pairs, "gone", "gone/images"), (find_pairs, "half", "half/labels")):
+    for find, folder, wrong in (
+        (find_crops, "gone", "gone"),
+        (find_crops, "file", "file"),
+        (find_pairs, "gone", "gone/images"),
+        (find_pairs, "half", "half/labels"),
+    ):
         with pytest.raises(DataError, match="no such folder|is a file, expected a folder") as error:
             find(tmp_path / folder)
         assert error.value.path == str(tmp_path / wrong)
 
 
 def test_pairs_are_found_by_name_whatever_the_suffix(tmp_path):
-    touch(tmp_path, "images/b.nii.gz", "labels/b.NII", "images/a.hdf5", "labels/a.nii.gz", "images/c.d.nii.gz",
-          "labels/c.d.nii.gz", "images/._a.nii.gz", "images/notes.txt", "manifest.csv")
+    touch(
+        tmp_path,
+        "images/b.nii.gz",
+        "labels/b.NII",
+        "images/a.hdf5",
+        "labels/a.nii.gz",
+        "images/c.d.nii.gz",
+        "labels/c.d.nii.gz",
+        "images/._a.nii.gz",
+        "images/notes.txt",
+        "manifest.csv",
+    )
     pairs, problems = find_pairs(tmp_path)
     assert problems == []
-    assert pairs == [Pair("a", str(tmp_path / "images/a.hdf5"), str(tmp_path / "labels/a.nii.gz")),
-                     Pair("b", str(tmp_path / "images/b.nii.gz"), str(tmp_path / "labels/b.NII")),
-                     Pair("c.d", str(tmp_path / "images/c.d.nii.gz"), str(tmp_path / "labels/c.d.nii.gz"))]
+    assert pairs == [
+        Pair("a", str(tmp_path / "images/a.hdf5"), str(tmp_path / "labels/a.nii.gz")),
+        Pair("b", str(tmp_path / "images/b.nii.gz"), str(tmp_path / "labels/b.NII")),
+        Pair("c.d", str(tmp_path / "images/c.d.nii.gz"), str(tmp_path / "labels/c.d.nii.gz")),
+    ]
     assert [stem(name) for name in ("x/a.nii.gz", "a.NII", "a.b.hdf5", "a.h5", "a")] == ["a", "a", "a.b", "a", "a"]
 
 
 def test_everything_that_is_wrong_with_pairs_is_named(tmp_path):
-    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "images/b.nii.gz", "labels/c.nii.gz", "images/a.nii",
-          "labels/deeper/a.nii.gz")
+    touch(
+        tmp_path,
+        "images/a.nii.gz",
+        "labels/a.nii.gz",
+        "images/b.nii.gz",
+        "labels/c.nii.gz",
+        "images/a.nii",
+        "labels/deeper/a.nii.gz",
+    )
     pairs, problems = find_pairs(tmp_path)
     found = told(problems, tmp_path)
     assert found == {
         "images/a.nii.gz": f"has the same name as {tmp_path / 'images/a.nii'}: expected one file of each name",
-        "labels/deeper/a.nii.gz": f"has the same name as {tmp_path / 'labels/a.nii.gz'}: expected one file of each name",
+        "labels/deeper/a.nii.gz": (
+            f"has the same name as {tmp_path / 'labels/a.nii.gz'}: expected one file of each name"
+        ),
         "images/b.nii.gz": "has no label of the same name in labels/",
-        "labels/c.nii.gz": "has no image of the same name in images/"}
+        "labels/c.nii.gz": "has no image of the same name in images/",
+    }
     assert [pair.name for pair in pairs] == ["a"]
     touch(tmp_path, "empty/images/x.txt", "empty/labels/x.txt")
     pairs, (problem,) = find_pairs(tmp_path / "empty")
@@ -1437,6 +1767,7 @@ def test_grids_are_the_same_to_a_tenth_of_a_voxel():
         other[:3, :3] = Rotation.from_euler("z", turn, degrees=True).as_matrix() @ affine[:3, :3] * scale
         other[:3, 3] += by
         return other_grid(shape, other, shape, affine)
+
     assert off() is None and off([0.06, 0, 0]) is None and off(turn=0.05) is None and off(scale=1 + 1e-4) is None
     noisy = affine.astype(np.float32) + np.float32(1e-5)
     assert other_grid(shape, noisy, shape, affine) is None
@@ -1445,8 +1776,9 @@ def test_grids_are_the_same_to_a_tenth_of_a_voxel():
     assert "up to 2.5 mm" in off([0, 0, -2.5])
     flipped = affine @ np.diag([-1, 1, 1, 1])
     assert "elsewhere" in other_grid(shape, flipped, shape, affine)
-    assert other_grid((40, 30, 21), affine, shape, affine) == ("has another shape than its image: 40 x 30 x 21, "
-                                                               "not 40 x 30 x 20")
+    assert other_grid((40, 30, 21), affine, shape, affine) == (
+        "has another shape than its image: 40 x 30 x 21, not 40 x 30 x 20"
+    )
 
 
 def save(path, voxels, affine=LPS):
@@ -1464,11 +1796,15 @@ def test_labels_of_any_number_type_are_read(dtype, tmp_path):
     np.testing.assert_array_equal(labels, stored[::-1, ::-1])
 
 
-@pytest.mark.parametrize("value, said", [
-    (0.5, "0.5"), (-1, "-1"), (300, "300"), (np.nan, "nan"), (np.inf, "inf"), (255.5, "255.5")])
+@pytest.mark.parametrize(
+    "value, said", [(0.5, "0.5"), (-1, "-1"), (300, "300"), (np.nan, "nan"), (np.inf, "inf"), (255.5, "255.5")]
+)
 def test_labels_that_are_no_classes_are_refused(value, said, tmp_path):
     path = save(tmp_path / "label.nii.gz", with_(noise(high=3), value))
-    with Volume(path) as volume, pytest.raises(DataError, match=f"has label values such as {said}, expected whole") as error:
+    with (
+        Volume(path) as volume,
+        pytest.raises(DataError, match=f"has label values such as {said}, expected whole") as error,
+    ):
         volume.read_labels()
     assert error.value.path == path
 
@@ -1490,14 +1826,20 @@ def test_a_pair_is_read_in_ras(tmp_path):
         np.testing.assert_array_equal(read_pair(Pair("a", tmp_path / "image.hdf5", pair.label))[0], voxels)
 
 
-@pytest.mark.parametrize("label, affine, reason", [
-    (noise((8, 5, 7)), LPS, "has another shape than its image: 8 x 5 x 7, not 8 x 5 x 6"),
-    (noise(), LPS @ np.diag([1, 1, 1.1, 1]), "lies elsewhere than its image: up to 0.5 mm"),
-    (with_(noise(high=3), 0.5), LPS, "has label values such as 0.5"),
-])
+@pytest.mark.parametrize(
+    "label, affine, reason",
+    [
+        (noise((8, 5, 7)), LPS, "has another shape than its image: 8 x 5 x 7, not 8 x 5 x 6"),
+        (noise(), LPS @ np.diag([1, 1, 1.1, 1]), "lies elsewhere than its image: up to 0.5 mm"),
+        (with_(noise(high=3), 0.5), LPS, "has label values such as 0.5"),
+    ],
+)
 def test_a_pair_that_does_not_fit_is_refused(label, affine, reason, tmp_path):
-    pair = Pair("a", save(tmp_path / "image.nii.gz", noise().astype(np.int16)),
-                save(tmp_path / "label.nii.gz", label.astype(np.float32) % 256, affine))
+    pair = Pair(
+        "a",
+        save(tmp_path / "image.nii.gz", noise().astype(np.int16)),
+        save(tmp_path / "label.nii.gz", label.astype(np.float32) % 256, affine),
+    )
     with pytest.raises(DataError, match=reason) as error:
         read_pair(pair)
     assert error.value.path == pair.label
@@ -1505,8 +1847,10 @@ def test_a_pair_that_does_not_fit_is_refused(label, affine, reason, tmp_path):
 
 def test_voxels_outlive_the_name_of_their_image():
     """An image that nothing but its voxels refers to, while memory of its size is asked for again and again."""
+
     def image(value):
         return images.make_image(np.full((64, 64, 64), value, np.int16), np.eye(4))
+
     voxels = images.voxels_of(image(7))
     others = [images.voxels_of(image(value)).copy() for value in range(20)]
     assert (voxels == 7).all() and not voxels.flags.writeable and len(others) == 20

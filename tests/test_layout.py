@@ -1,4 +1,5 @@
 """The house: which way imports go, how long modules are, that names stand once, and that converting loads no torch."""
+
 import ast
 import collections
 import os
@@ -33,12 +34,27 @@ def test_loads_neither_torch_nor_utils(name):
 def test_a_conversion_loads_no_torch(tmp_path):
     """Neither in prepare_data.py itself nor in its workers, as Python's own list of imports says."""
     import SimpleITK as sitk
+
     (tmp_path / "in").mkdir()
     for i in range(4):
         sitk.WriteImage(scan(i), str(tmp_path / "in" / f"scan{i}.nrrd"))
     done = subprocess.run(
-        [sys.executable, "prepare_data.py", "nlst", "--input", tmp_path / "in", "--output", tmp_path / "out", "--workers", "2"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
+        [
+            sys.executable,
+            "prepare_data.py",
+            "nlst",
+            "--input",
+            tmp_path / "in",
+            "--output",
+            tmp_path / "out",
+            "--workers",
+            "2",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+    )
     assert done.returncode == 0 and len(list(tmp_path.glob("out/*/t0/*.hdf5"))) == 4, done.stderr
     imported = [line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert imported.count("dino3d.data.images") >= 2  # the script's and at least one worker's
@@ -49,10 +65,23 @@ def test_a_conversion_loads_no_torch(tmp_path):
 
 
 LEVELS = {  # a module imports from lower levels, and from its own room
-    "utils": 0, "augmentations": 0, "vision_transformer": 0, "dino3d.command_line": 0, "dino3d.files": 0, "dino3d.bspline": 0,
-    "dino3d.data": 1, "dino3d.training": 1, "dino3d.monai_transforms": 1,
-    "dino3d.finetune": 2, "dino3d.prepare": 2, "dino3d.baselines": 2,
-    "main_dino": 3, "main_lnc_luna16": 3, "main_lts_msd": 3, "prepare_data": 3, "benchmark": 4,
+    "utils": 0,
+    "augmentations": 0,
+    "vision_transformer": 0,
+    "dino3d.command_line": 0,
+    "dino3d.files": 0,
+    "dino3d.bspline": 0,
+    "dino3d.data": 1,
+    "dino3d.training": 1,
+    "dino3d.monai_transforms": 1,
+    "dino3d.finetune": 2,
+    "dino3d.prepare": 2,
+    "dino3d.baselines": 2,
+    "main_dino": 3,
+    "main_lnc_luna16": 3,
+    "main_lts_msd": 3,
+    "prepare_data": 3,
+    "benchmark": 4,
 }
 
 
@@ -76,13 +105,18 @@ def imports():
 
 def test_imports_go_down():
     up = [(name, other) for name, others in imports().items() for other in others if level(other) > level(name)]
-    rooms = [(name, other) for name, others in imports().items() for other in others
-             if level(other) == level(name) > 0 and name.rpartition(".")[0] != other.rpartition(".")[0]]
+    rooms = [
+        (name, other)
+        for name, others in imports().items()
+        for other in others
+        if level(other) == level(name) > 0 and name.rpartition(".")[0] != other.rpartition(".")[0]
+    ]
     assert not up and not rooms
 
 
 def test_no_circle():
     import graphlib
+
     order = list(graphlib.TopologicalSorter(imports()).static_order())  # raises CycleError
     assert len(order) == len(modules())
 
@@ -90,7 +124,9 @@ def test_no_circle():
 def test_rooms_are_small():
     """Those of the scripts and of benchmark.py may be longer: they show a whole task in one file."""
     long = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
-    assert not {name: lines for name, lines in long.items() if lines >= 500 and not name.startswith(("main_", "benchmark"))}
+    assert not {
+        name: lines for name, lines in long.items() if lines >= 500 and not name.startswith(("main_", "benchmark"))
+    }
 
 
 def test_names_stand_once():
@@ -101,7 +137,10 @@ def test_names_stand_once():
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 homes[node.name].add(name)
             elif isinstance(node, ast.Assign):
-                homes |= {one.id: homes[one.id] | {name} for one in ast.walk(node) if isinstance(one, ast.Name)
-                          and isinstance(one.ctx, ast.Store)}
+                homes |= {
+                    one.id: homes[one.id] | {name}
+                    for one in ast.walk(node)
+                    if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+                }
     scripts = {"main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark"}
     assert not {name: where for name, where in homes.items() if len(where) > 1 and not where <= scripts}

@@ -1,4 +1,5 @@
 """The pre-training script: its arithmetic against formulas, and the script itself from its command line."""
+
 import functools
 import json
 import math
@@ -20,8 +21,28 @@ from dino3d.files import read_log, truncate_log
 from dino3d.training.monitor import Monitor, collapse_warning, effective_rank
 from vision_transformer import DINOHead, VisionTransformer
 
-TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--local_crops_scale", "0.5", "--local_crops_number", "2",
-        "--out_dim", "64", "--num_workers", "0", "--log_every", "2", "--warmup_epochs", "1", "--saveckp_freq", "0"]
+TINY = [
+    "--arch",
+    "vit_tiny",
+    "--input_size",
+    "24",
+    "24",
+    "12",
+    "--local_crops_scale",
+    "0.5",
+    "--local_crops_number",
+    "2",
+    "--out_dim",
+    "64",
+    "--num_workers",
+    "0",
+    "--log_every",
+    "2",
+    "--warmup_epochs",
+    "1",
+    "--saveckp_freq",
+    "0",
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -41,16 +62,25 @@ def run_main(capsys, *flags):
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
-    errors = [line for line in captured.err.replace("\r", "\n").splitlines()
-              if line.strip() and "step/s" not in line and "s/step" not in line]  # without the progress bar
+    errors = [
+        line
+        for line in captured.err.replace("\r", "\n").splitlines()
+        if line.strip() and "step/s" not in line and "s/step" not in line
+    ]  # without the progress bar
     return code, captured.out, errors
 
 
 def command(*flags, processes=0, script=ROOT / "main_dino.py", environment=None):
     """Run a script as users do, under torchrun with some processes or, with 0, by itself."""
     start = [*TORCHRUN, f"--nproc_per_node={processes}", str(script)] if processes else [sys.executable, str(script)]
-    return subprocess.run([*start, *TINY, *map(str, flags)], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}))
+    return subprocess.run(
+        [*start, *TINY, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+    )
 
 
 def traceback_through_our_code(text):
@@ -85,8 +115,11 @@ def test_loss_is_the_papers_formula():
     terms = [-(q[t] * p[v].log()).sum(-1).mean() for t in range(2) for v in range(views) if v != t]
     assert len(terms) == 2 * (views - 1)
     entropy = -(q * q.log()).sum(-1).mean()
-    for name, expected in {"loss": sum(terms) / len(terms), "kl": sum(terms) / len(terms) - entropy,
-                           "teacher_entropy": entropy}.items():
+    for name, expected in {
+        "loss": sum(terms) / len(terms),
+        "kl": sum(terms) / len(terms) - entropy,
+        "teacher_entropy": entropy,
+    }.items():
         torch.testing.assert_close(losses[name], expected)
     assert (winners == q.reshape(-1, out_dim).argmax(-1)).all()
 
@@ -105,8 +138,9 @@ def test_the_gradient_by_hand_is_the_reference_formulas(views):
     torch.manual_seed(0)
     first, second = (3 * torch.randn(2, 4, 16, dtype=torch.float64)).softmax(-1)
     student = torch.randn(views, 4, 16, dtype=torch.float64, requires_grad=True)
-    ours, reference = (loss(student, first, second) for loss in (
-        main_dino.CrossEntropy.apply, main_dino.reference_cross_entropy))
+    ours, reference = (
+        loss(student, first, second) for loss in (main_dino.CrossEntropy.apply, main_dino.reference_cross_entropy)
+    )
     torch.testing.assert_close(ours, reference)
     weights = torch.rand(4, dtype=torch.float64)  # each sample's gradient by itself
     torch.testing.assert_close(*(torch.autograd.grad((weights * loss).sum(), student)[0] for loss in (ours, reference)))
@@ -115,8 +149,10 @@ def test_the_gradient_by_hand_is_the_reference_formulas(views):
 def test_the_monitor_shows_whatever_it_is_given(tmp_path):
     """Means over the steps that were taken, in log.txt and TensorBoard, of a name that it has never heard of too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    monitor = Monitor(tmp_path, utils.Processes(), 16, log_every=2, total_steps=3, done_steps=0, global_batch=1,
-                      volumes=1, max_bad=0)
+
+    monitor = Monitor(
+        tmp_path, utils.Processes(), 16, log_every=2, total_steps=3, done_steps=0, global_batch=1, volumes=1, max_bad=0
+    )
     monitor.start_epoch(1)
     for step, (finite, value) in enumerate([(True, 2.0), (False, torch.nan), (True, 5.0)], 1):
         metrics = {name: torch.tensor(value) for name in ("loss", "kl", "teacher_entropy", "spread")}
@@ -126,7 +162,7 @@ def test_the_monitor_shows_whatever_it_is_given(tmp_path):
             monitor.flush(step, {}, torch.tensor(0.0), torch.rand(2, 8))
     monitor.log_epoch(1, 3, {})
     monitor.close()
-    record, = read_log(tmp_path / "log.txt")
+    (record,) = read_log(tmp_path / "log.txt")
     assert list(record)[:7] == ["epoch", "step", "loss", "kl", "teacher_entropy", "spread", "grad_norm"]
     assert record["spread"] == record["kl"] == 3.5 and record["kl_first_steps"] == 2 and record["skipped_steps"] == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -179,13 +215,38 @@ def test_warnings_follow_the_measured_limits():
 
 
 def test_ranks_and_workers_give_the_same_run(volumes, tmp_path):
-    """Two gloo ranks with b and one process with 2 b: same samples, losses to 1e-5 (fp32), weights to 1e-9 (float64)."""
-    flags = ["--data_dir", volumes, "--epochs", 4, "--drop_path_rate", 0, "--lr", 0.064, "--use_elastic", "--use_gaussian",
-             "--use_histogram", "--log_every", 1, "--freeze_last_layer", 1]  # 0.064 x 4 / 256 = 0.001
+    """Two gloo ranks with b and one process with 2 b: same samples, losses to 1e-5 (fp32), weights to 1e-9
+    (float64)."""
+    flags = [
+        "--data_dir",
+        volumes,
+        "--epochs",
+        4,
+        "--drop_path_rate",
+        0,
+        "--lr",
+        0.064,
+        "--use_elastic",
+        "--use_gaussian",
+        "--use_histogram",
+        "--log_every",
+        1,
+        "--freeze_last_layer",
+        1,
+    ]  # 0.064 x 4 / 256 = 0.001
     for precision, script in (("fp32", ROOT / "main_dino.py"), ("float64", ROOT / "tests" / "run_float64.py")):
         for processes, batch, workers in ((2, 2, 1), (0, 4, 0)):
-            done = command(*flags, "--batch_size_per_gpu", batch, "--output_dir", tmp_path / f"{precision}{processes}",
-                           "--num_workers", workers, processes=processes, script=script)
+            done = command(
+                *flags,
+                "--batch_size_per_gpu",
+                batch,
+                "--output_dir",
+                tmp_path / f"{precision}{processes}",
+                "--num_workers",
+                workers,
+                processes=processes,
+                script=script,
+            )
             assert done.returncode == 0, done.stderr
         logs = [read_log(tmp_path / f"{precision}{n}" / "log.txt") for n in (0, 2)]
         assert len(logs[0]) == 4 and logs[0][-1]["step"] == 8
@@ -203,8 +264,19 @@ def test_loader_workers_do_not_change_the_run(volumes, tmp_path, capsys):
     states = []
     for workers in (0, 1, 2):
         out = tmp_path / str(workers)
-        code, _, errors = run_main(capsys, "--data_dir", volumes, "--output_dir", out, "--epochs", 2,
-                                   "--batch_size_per_gpu", 4, "--num_workers", workers)
+        code, _, errors = run_main(
+            capsys,
+            "--data_dir",
+            volumes,
+            "--output_dir",
+            out,
+            "--epochs",
+            2,
+            "--batch_size_per_gpu",
+            4,
+            "--num_workers",
+            workers,
+        )
         assert code == 0 and not errors, errors
         states.append(checkpoint(out))
     for other in states[1:]:
@@ -212,7 +284,8 @@ def test_loader_workers_do_not_change_the_run(volumes, tmp_path, capsys):
 
 
 def test_a_run_goes_on_where_it_stopped(volumes, tmp_path, capsys):
-    """Stopped inside an epoch, and after one: the weights of the undisturbed run to the last bit, stochastic depth on."""
+    """Stopped inside an epoch, and after one: the weights of the undisturbed run to the last bit, stochastic depth
+    on."""
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 2, "--drop_path_rate", 0.3, "--epochs", 3]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert run_main(capsys, *flags, "--output_dir", straight)[0] == 0
@@ -235,15 +308,30 @@ def test_a_run_goes_on_where_it_stopped(volumes, tmp_path, capsys):
 def test_what_a_run_leaves(volumes, tmp_path, capsys):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    code, out, _ = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--epochs", 4,
-                            "--batch_size_per_gpu", 4, "--saveckp_freq", 2)
+
+    code, out, _ = run_main(
+        capsys,
+        "--data_dir",
+        volumes,
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        4,
+        "--batch_size_per_gpu",
+        4,
+        "--saveckp_freq",
+        2,
+    )
     assert code == 0
     state = checkpoint(tmp_path)
     assert {"student", "teacher", "optimizer", "dino_loss", "epoch", "step", "config"} <= state.keys()
     assert (state["epoch"], state["step"]) == (4, 8) and state["config"]["arch"] == "vit_tiny"
     assert state["config"]["input_size"] == [24, 24, 12] and state["config"]["patch_size"] == [12, 12, 6]
-    assert {name.split(".")[0] for name in state["student"]} == {name.split(".")[0] for name in state["teacher"]} == {
-        "backbone", "head"}
+    assert (
+        {name.split(".")[0] for name in state["student"]}
+        == {name.split(".")[0] for name in state["teacher"]}
+        == {"backbone", "head"}
+    )
     assert (tmp_path / "checkpoint0002.pth").is_file() and checkpoint(tmp_path, "checkpoint0002.pth")["epoch"] == 2
     records = read_log(tmp_path / "log.txt")
     assert [record["epoch"] for record in records] == [1, 2, 3, 4]
@@ -256,13 +344,23 @@ def test_what_a_run_leaves(volumes, tmp_path, capsys):
     for name in ("views.png", "augmentations.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 10
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"dino/teacher_entropy", "dino/kl", "dino/winning_prototypes", "dino/effective_rank", "dino/center_norm",
-            "dino/grad_norm", "dino/air_views", "schedule/lr", "speed/waiting_for_data"} <= set(events.Tags()["scalars"])
+    assert {
+        "dino/teacher_entropy",
+        "dino/kl",
+        "dino/winning_prototypes",
+        "dino/effective_rank",
+        "dino/center_norm",
+        "dino/grad_norm",
+        "dino/air_views",
+        "schedule/lr",
+        "speed/waiting_for_data",
+    } <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"views", "augmentations"}
     rates = [event.value for event in events.Scalars("schedule/lr")]  # entries at steps 2, 4, 6, 8: values of step - 1
     peak = 0.0005 * 4 / 256
     assert rates[0] == pytest.approx(peak / 2) and rates[1] == pytest.approx(
-        utils.cosine_schedule(12, peak, 1e-6, 32, 8))
+        utils.cosine_schedule(12, peak, 1e-6, 32, 8)
+    )
     for text in ("KL divergence", "prototypes win", "checkpoint.pth", "log.txt", "tensorboard --logdir"):
         assert text in out
 
@@ -290,20 +388,40 @@ def test_no_weight_decay_on_biases_norms_and_positions():
 
 @pytest.mark.parametrize("off", ["rotation", "scale", "flip"])
 def test_every_flag_can_be_switched_off(volumes, tmp_path, capsys, off):
-    code, out, _ = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 8,
-                            "--max_steps", 1, f"--use_{off}", "off")
+    code, out, _ = run_main(
+        capsys,
+        "--data_dir",
+        volumes,
+        "--output_dir",
+        tmp_path,
+        "--batch_size_per_gpu",
+        8,
+        "--max_steps",
+        1,
+        f"--use_{off}",
+        "off",
+    )
     assert code == 0 and off not in out.splitlines()[1]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--use_rotation", "0", "--use_scale", "false", "--use_flip", "no", "--local_crops_number", "0"],
-    ["--spacing", "1.5", "1.5", "4"], ["--optimizer", "lars"], ["--optimizer", "sgd"], ["--precision", "bf16"],
-    ["--use_bn_in_head", "true", "--norm_last_layer", "false", "--clip_grad", "0"], ["--patches_per_volume", "5"],
-    ["--warmup_epochs", "500", "--warmup_teacher_temp_epochs", "7"],
-], ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_rotation", "0", "--use_scale", "false", "--use_flip", "no", "--local_crops_number", "0"],
+        ["--spacing", "1.5", "1.5", "4"],
+        ["--optimizer", "lars"],
+        ["--optimizer", "sgd"],
+        ["--precision", "bf16"],
+        ["--use_bn_in_head", "true", "--norm_last_layer", "false", "--clip_grad", "0"],
+        ["--patches_per_volume", "5"],
+        ["--warmup_epochs", "500", "--warmup_teacher_temp_epochs", "7"],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_other_settings_run(volumes, tmp_path, capsys, flags):
-    code, _, errors = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 4,
-                               "--max_steps", 2, *flags)
+    code, _, errors = run_main(
+        capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 4, "--max_steps", 2, *flags
+    )
     assert code == 0 and not errors, errors
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path)["student"].values())
 
@@ -313,6 +431,7 @@ def test_nifti_works_with_a_word_on_its_cost(volumes, tmp_path, capsys):
     import nibabel
 
     from dino3d.data.volume import Volume
+
     data = tmp_path / "nifti"
     for path in sorted(volumes.rglob("*.hdf5")):
         target = data / path.relative_to(volumes).with_suffix(".nii.gz")
@@ -338,14 +457,30 @@ def test_a_run_goes_on_with_another_batch_and_number_of_processes(volumes, tmp_p
 
 
 def test_older_flags_are_accepted(volumes, tmp_path, capsys):
-    code, out, _ = run_main(capsys, "--data_path", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 8,
-                            "--max_steps", 1, "--use_fp16", "true", "--dist_url", "env://", "--local_rank", "0")
+    code, out, _ = run_main(
+        capsys,
+        "--data_path",
+        volumes,
+        "--output_dir",
+        tmp_path,
+        "--batch_size_per_gpu",
+        8,
+        "--max_steps",
+        1,
+        "--use_fp16",
+        "true",
+        "--dist_url",
+        "env://",
+        "--local_rank",
+        "0",
+    )
     assert code == 0
     assert all(sum(flag in line for line in out.splitlines()) == 1 for flag in ("dist_url", "local_rank", "use_fp16"))
 
 
 def test_one_unreadable_file_is_replaced(volumes, tmp_path, capsys):
     import shutil
+
     data = tmp_path / "data"
     shutil.copytree(volumes, data)
     bad = data / "patient3" / "t0" / "scan.hdf5"
@@ -365,6 +500,7 @@ def test_one_unreadable_file_is_replaced(volumes, tmp_path, capsys):
 def bad_volume(folder, kind):
     """Four files of one kind of bad input."""
     import SimpleITK as sitk
+
     rng = np.random.default_rng(0)
     good = rng.integers(-1000, 500, (40, 40, 30)).astype(np.int16)
     for i in range(4):
@@ -388,25 +524,44 @@ def bad_volume(folder, kind):
             sitk.WriteImage(sitk.GetImageFromArray(np.stack([good, good], -1), isVector=True), str(path))
 
 
-@pytest.mark.parametrize("kind, says", [
-    ("truncated", "can't be read"), ("no group", "no ITKImage/0"), ("nan", "NaN"), ("constant", "same value"),
-    ("2D", "expected a 3D"), ("4D", "expected a 3D"),
-])
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("truncated", "can't be read"),
+        ("no group", "no ITKImage/0"),
+        ("nan", "NaN"),
+        ("constant", "same value"),
+        ("2D", "expected a 3D"),
+        ("4D", "expected a 3D"),
+    ],
+)
 def test_all_files_bad(tmp_path, capsys, kind, says):
     bad_volume(tmp_path / "data", kind)
-    code, _, errors = run_main(capsys, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out",
-                               "--batch_size_per_gpu", 2)
+    code, _, errors = run_main(
+        capsys, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--batch_size_per_gpu", 2
+    )
     assert code == 1 and len(errors) == 1 and says in errors[0] and "scan.hdf5" in errors[0], errors
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--input_size", "25", "24", "12"], "--input_size"), (["--local_crops_scale", "0.3"], "--local_crops_scale"),
-    (["--clip_range", "1000", "-1000"], "--clip_range"), (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu"),
-    (["--arch", "vit_enormous"], "vit_enormous"), (["--arch", "resnet50"], "ResNets are not available yet"),
-    (["--lr", "nan"], "--lr"), (["--epochs", "ten"], "--epochs"), (["--use_flip", "perhaps"], "--use_flip"),
-    (["--drop_path_rate", "1"], "--drop_path_rate"), (["--spacing", "1", "0", "1"], "--spacing"), (["--no_such"], "--no_such"),
-    (["--patch_size", "0", "1", "1"], "--patch_size"), (["--seed", "-1"], "--seed"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--input_size", "25", "24", "12"], "--input_size"),
+        (["--local_crops_scale", "0.3"], "--local_crops_scale"),
+        (["--clip_range", "1000", "-1000"], "--clip_range"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu"),
+        (["--arch", "vit_enormous"], "vit_enormous"),
+        (["--arch", "resnet50"], "ResNets are not available yet"),
+        (["--lr", "nan"], "--lr"),
+        (["--epochs", "ten"], "--epochs"),
+        (["--use_flip", "perhaps"], "--use_flip"),
+        (["--drop_path_rate", "1"], "--drop_path_rate"),
+        (["--spacing", "1", "0", "1"], "--spacing"),
+        (["--no_such"], "--no_such"),
+        (["--patch_size", "0", "1", "1"], "--patch_size"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
 def test_flags_wrong_by_themselves(tmp_path, capsys, flags, says):
     code, _, errors = run_main(capsys, "--data_dir", tmp_path, "--output_dir", tmp_path / "out", *flags)
     assert code == 2 and len(errors) == 1 and says in errors[0], errors
@@ -430,7 +585,10 @@ def test_folders_and_sizes(volumes, tmp_path, capsys):
         (["--data_dir", volumes, "--output_dir", tmp_path / "file" / "below"], "--output_dir"),
         (["--data_dir", volumes, *out, "--batch_size_per_gpu", 9], "less than one batch"),
         (["--data_list", tmp_path / "no list", *out], "--data_list"),
-        (["--data_dir", volumes, *out, "--batch_size_per_gpu", 4, "--pretrained_weights", tmp_path / "no.pth"], "no.pth"),
+        (
+            ["--data_dir", volumes, *out, "--batch_size_per_gpu", 4, "--pretrained_weights", tmp_path / "no.pth"],
+            "no.pth",
+        ),
         (["--data_dir", volumes, *out, "--precision", "fp16"], "--precision fp16"),
     ):
         code, _, errors = run_main(capsys, *flags)
@@ -445,13 +603,14 @@ def test_checkpoints_that_do_not_fit(volumes, tmp_path, capsys):
     whole = path.read_bytes()
     code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "out", "--arch", "vit_small")
     assert code == 1 and len(errors) == 1 and "--arch vit_tiny" in errors[0] and path.read_bytes() == whole
-    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "new", "--pretrained_weights", path, "--arch",
-                               "vit_small")
+    code, _, errors = run_main(
+        capsys, *flags, "--output_dir", tmp_path / "new", "--pretrained_weights", path, "--arch", "vit_small"
+    )
     assert code == 1 and len(errors) == 1 and "cls_token (1, 1, 48) instead of (1, 1, 384)" in errors[0]
-    path.write_bytes(whole[:len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])
     code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "out")
     assert code == 1 and len(errors) == 1 and "can't be read as a checkpoint" in errors[0]
-    assert path.read_bytes() == whole[:len(whole) // 2]
+    assert path.read_bytes() == whole[: len(whole) // 2]
 
 
 def tampered(states):
@@ -538,12 +697,14 @@ def test_nan_stops_the_run_in_one_line(volumes, tmp_path, capsys, monkeypatch):
 
 def test_a_full_disk_leaves_the_last_checkpoint(volumes, tmp_path, capsys, monkeypatch):
     from dino3d.training import checkpoint as checkpoint_module
+
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--output_dir", tmp_path]
     assert run_main(capsys, *flags, "--epochs", 1)[0] == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(checkpoint_module.os, "fsync", full)
     code, _, errors = run_main(capsys, *flags, "--epochs", 2)
     assert code == 1 and len(errors) == 1 and "No space left" in errors[0]
@@ -569,12 +730,23 @@ def test_errors_under_torchrun(volumes, tmp_path):
 def test_one_rank_alone_that_fails_ends_the_run(volumes, tmp_path):
     """A file that only one rank meets: its line says why, the other doesn't hang, and nobody prints a traceback."""
     import shutil
+
     data = tmp_path / "data"
     shutil.copytree(volumes, data)
     bad = data / "patient3" / "t0" / "scan.hdf5"
     bad.write_bytes(bad.read_bytes()[:3000])
-    done = command("--data_dir", data, "--output_dir", tmp_path / "out", "--batch_size_per_gpu", 1, "--epochs", 3,
-                   "--strict_data", processes=2)
+    done = command(
+        "--data_dir",
+        data,
+        "--output_dir",
+        tmp_path / "out",
+        "--batch_size_per_gpu",
+        1,
+        "--epochs",
+        3,
+        "--strict_data",
+        processes=2,
+    )
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "error:" in line]
     assert done.returncode == 1 and sum(str(bad) in line for line in lines) == 1, done.stderr
     assert not traceback_through_our_code(done.stderr)
@@ -589,13 +761,35 @@ def test_plain_python_and_one_line_errors(tmp_path):
 
 def test_srun_environment(volumes, tmp_path):
     """Two tasks that find each other by what srun sets."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4711", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
-             "SLURM_NTASKS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
-    tasks = [subprocess.Popen(
-        [sys.executable, str(ROOT / "main_dino.py"), *TINY, "--data_dir", str(volumes), "--output_dir", str(tmp_path),
-         "--batch_size_per_gpu", "2", "--max_steps", "2"], env=os.environ | slurm | {
-            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)]
+    slurm = {
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    tasks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "main_dino.py"),
+                *TINY,
+                "--data_dir",
+                str(volumes),
+                "--output_dir",
+                str(tmp_path),
+                "--batch_size_per_gpu",
+                "2",
+                "--max_steps",
+                "2",
+            ],
+            env=os.environ | slurm | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     outputs = [task.communicate(timeout=120) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert json.loads((tmp_path / "config.json").read_text())["world_size"] == 2
@@ -605,8 +799,23 @@ def test_srun_environment(volumes, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_gpu_run(volumes, tmp_path, capsys, precision):
-    code, out, errors = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 4,
-                                 "--epochs", 3, "--precision", precision, "--use_elastic", "--use_gaussian",
-                                 "--use_histogram", "--num_workers", 2)
+    code, out, errors = run_main(
+        capsys,
+        "--data_dir",
+        volumes,
+        "--output_dir",
+        tmp_path,
+        "--batch_size_per_gpu",
+        4,
+        "--epochs",
+        3,
+        "--precision",
+        precision,
+        "--use_elastic",
+        "--use_gaussian",
+        "--use_histogram",
+        "--num_workers",
+        2,
+    )
     assert code == 0 and not errors
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path)["teacher"].values())

@@ -1,4 +1,5 @@
 """Lung nodule classification: its figures against scikit-learn, and the script itself from its command line."""
+
 import functools
 import json
 import os
@@ -25,8 +26,22 @@ from dino3d.finetune.encoder import PretrainedEncoder
 from main_lnc_luna16 import case_order, draw_negatives
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
-TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--num_workers", "0", "--batch_size_per_gpu", "6",
-        "--k_fold", "2", "--drop_path_rate", "0"]
+TINY = [
+    "--arch",
+    "vit_tiny",
+    "--input_size",
+    "24",
+    "24",
+    "12",
+    "--num_workers",
+    "0",
+    "--batch_size_per_gpu",
+    "6",
+    "--k_fold",
+    "2",
+    "--drop_path_rate",
+    "0",
+]
 SMALL = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
 
 
@@ -40,7 +55,7 @@ def smaller_model(monkeypatch):
 def write_cases(folder, patients=11, classes=2, subsets=4, shape=(28, 27, 14), name="label{}"):
     """Labelled crops: noise with a ball in the middle, larger for higher labels; some patients have two crops."""
     x, y, z = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in shape), indexing="ij")
-    distance = np.sqrt(x ** 2 + y ** 2 + (2 * z) ** 2)
+    distance = np.sqrt(x**2 + y**2 + (2 * z) ** 2)
     for patient in range(patients):
         rng = np.random.default_rng(patient)
         for crop in range(1 + (patient % 3 == 0)):
@@ -64,9 +79,13 @@ def weights(tmp_path):
     torch.manual_seed(3)
     model = ARCHITECTURES["vit_tiny"]((24, 24, 12), (12, 12, 6))
     state = {"backbone." + name: tensor for name, tensor in model.state_dict().items()}
-    config = {"arch": "vit_tiny", "patch_size": [12, 12, 6], "input_size": [24, 24, 12],
-              "clip_range": [-1000.0, 1000.0],
-              "spacing": None}
+    config = {
+        "arch": "vit_tiny",
+        "patch_size": [12, 12, 6],
+        "input_size": [24, 24, 12],
+        "clip_range": [-1000.0, 1000.0],
+        "spacing": None,
+    }
     torch.save({"teacher": state, "config": config}, tmp_path / "model.pth")
     return tmp_path / "model.pth"
 
@@ -85,14 +104,19 @@ def run_main(capsys, *flags, tiny=TINY):
 def command(*flags, processes=0, script=ROOT / "tests" / "run_lnc.py", double=""):
     """Run the script as users do, under torchrun with some processes or, with 0, by itself."""
     start = [*TORCHRUN, f"--nproc_per_node={processes}", str(script)] if processes else [sys.executable, str(script)]
-    return subprocess.run([*start, *TINY, *map(str, flags)], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "DOUBLE": double})
+    return subprocess.run(
+        [*start, *TINY, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DOUBLE": double},
+    )
 
 
 def predictions(folder):
     """{(case, fold): probability} of a predictions.csv."""
-    return {(row["case"], row.get("fold")): float(row["probability"])
-            for row in read_table(folder / "predictions.csv")}
+    return {(row["case"], row.get("fold")): float(row["probability"]) for row in read_table(folder / "predictions.csv")}
 
 
 def metrics(folder):
@@ -102,6 +126,7 @@ def metrics(folder):
 def check_metrics(folder):
     """metrics.json says what scikit-learn makes of predictions.csv, to 1e-6."""
     from sklearn.metrics import accuracy_score, average_precision_score, recall_score, roc_auc_score
+
     rows = read_table(folder / "predictions.csv")
     said = metrics(folder)
     for record in said["folds"]:
@@ -133,6 +158,7 @@ def some_predictions(classes, cases=60, seed=0):
 @pytest.mark.parametrize("classes", [2, 3, 4])
 def test_figures_are_scikit_learns(classes):
     from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, roc_auc_score
+
     labels, p, patients = some_predictions(classes)
     found = evaluate_cases(labels, p, patients, 0.4)
     predicted = (p[:, 1] >= 0.4).astype(int) if classes == 2 else p.argmax(1)
@@ -143,8 +169,10 @@ def test_figures_are_scikit_learns(classes):
     expected = {
         "auc": roc_auc_score(labels, p[:, 1]) if classes == 2 else roc_auc_score(labels, p, multi_class="ovr"),
         "average_precision": np.mean([average_precision_score(labels == k, p[:, k]) for k in chosen]),
-        "accuracy": accuracy_score(labels, predicted), "sensitivity": (hits / of_class)[chosen].mean(),
-        "specificity": specificity[chosen].mean()}
+        "accuracy": accuracy_score(labels, predicted),
+        "sensitivity": (hits / of_class)[chosen].mean(),
+        "specificity": specificity[chosen].mean(),
+    }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
     low, high = found["auc_interval"]
     assert low < found["auc"] < high
@@ -152,6 +180,7 @@ def test_figures_are_scikit_learns(classes):
 
 def test_weighted_auc_is_scikit_learns():
     from sklearn.metrics import roc_auc_score
+
     for seed in range(20):
         rng = np.random.default_rng(seed)
         labels, scores, weights = rng.random(40) < 0.4, rng.integers(8, size=40) / 8, rng.integers(3, size=40)
@@ -173,6 +202,7 @@ def test_threshold_is_the_best_of_all(seed):
 
     def youden(threshold):
         return (p[labels == 1, 1] >= threshold).mean() + (p[labels == 0, 1] < threshold).mean()
+
     assert youden(choose_threshold(labels, p)) == pytest.approx(max(map(youden, np.linspace(0, 1, 2001))), abs=1e-9)
     assert choose_threshold(np.ones(25, int), p) == 0.5 == choose_threshold(labels, np.full((25, 3), 1 / 3))
 
@@ -204,6 +234,7 @@ def test_loss_is_weighted_over_the_global_batch():
     class Two(utils.Processes):
         def sum(self, tensor):
             return class_weights[labels].sum() if tensor.ndim == 0 else tensor
+
     total = torch.zeros_like(expected)
     for share in (slice(0, 5), slice(5, 7)):
         optimizer, scaler = utils.make_optimizer("sgd", model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
@@ -232,25 +263,67 @@ def test_ranks_agree(crops, tmp_path, capsys, protocol):
 
 def test_metrics_with_three_ranks(crops, tmp_path):
     """Cases that three ranks can't share evenly, and a rank without a case: each case once."""
-    done = command("--data_dir", crops, "--output_dir", tmp_path, "--protocol", "knn", "--num_test", 5, processes=3,
-                   script=ROOT / "main_lnc_luna16.py")
+    done = command(
+        "--data_dir",
+        crops,
+        "--output_dir",
+        tmp_path,
+        "--protocol",
+        "knn",
+        "--num_test",
+        5,
+        processes=3,
+        script=ROOT / "main_lnc_luna16.py",
+    )
     assert done.returncode == 0, done.stderr
     assert check_metrics(tmp_path)["folds"][0]["cases"] % 3
     assert len(predictions(tmp_path)) == len(read_table(tmp_path / "predictions.csv"))
-    done = command("--predict", crops / "subset3", "--weights", tmp_path, "--output_dir", tmp_path / "new", processes=3,
-                   script=ROOT / "main_lnc_luna16.py")
+    done = command(
+        "--predict",
+        crops / "subset3",
+        "--weights",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "new",
+        processes=3,
+        script=ROOT / "main_lnc_luna16.py",
+    )
     assert done.returncode == 0, done.stderr
     assert len(predictions(tmp_path / "new")) == len(list((crops / "subset3").rglob("*.nii.gz")))
 
 
 def test_ranks_train_the_weights_of_one_process(crops, tmp_path):
-    """float64: the weights of all ranks are equal, and those of one process with the whole batch to 1e-9; the last smaller
-    batches of an epoch, which leave one of three ranks without a case, included."""
-    flags = ["--data_dir", crops, "--epochs", 2, "--num_test", 3, "--k_fold", 3, "--negatives", 0, "--use_elastic",
-             "--use_gaussian", "--use_histogram", "--shift_range", 1, 1, 1]
+    """float64: the weights of all ranks are equal, and those of one process with the whole batch to 1e-9; the last
+    smaller batches of an epoch, which leave one of three ranks without a case, included."""
+    flags = [
+        "--data_dir",
+        crops,
+        "--epochs",
+        2,
+        "--num_test",
+        3,
+        "--k_fold",
+        3,
+        "--negatives",
+        0,
+        "--use_elastic",
+        "--use_gaussian",
+        "--use_histogram",
+        "--shift_range",
+        1,
+        1,
+        1,
+    ]
     for processes, batch in ((0, 6), (2, 3), (3, 2)):
-        done = command(*flags, "--output_dir", tmp_path / str(processes), "--batch_size_per_gpu", batch,
-                       processes=processes, double="1")
+        done = command(
+            *flags,
+            "--output_dir",
+            tmp_path / str(processes),
+            "--batch_size_per_gpu",
+            batch,
+            processes=processes,
+            double="1",
+        )
         assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
     start = PretrainedEncoder("vit_tiny", [12, 12, 6], [24, 24, 12], [-1000.0, 1000.0], None).build().state_dict()
@@ -296,9 +369,26 @@ def test_only_training_data_is_augmented(crops, tmp_path, capsys, monkeypatch, p
                 stack = stack.f_back
             seen[stack.f_code.co_name == "case_losses"] += list(volumes[:, 0].detach().clone())
             return super().forward(volumes)
+
     monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(Watched, embed_dim=48, depth=2, num_heads=3))
-    code, _, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--protocol", protocol, "--epochs", 2,
-                          "--use_elastic", "--use_gaussian", "--use_histogram", "--shift_range", 2, 2, 1)
+    code, _, _ = run_main(
+        capsys,
+        "--data_dir",
+        crops,
+        "--output_dir",
+        tmp_path,
+        "--protocol",
+        protocol,
+        "--epochs",
+        2,
+        "--use_elastic",
+        "--use_gaussian",
+        "--use_histogram",
+        "--shift_range",
+        2,
+        2,
+        1,
+    )
     assert code == 0
     exact = []
     for path in sorted(crops.rglob("*.nii.gz")):
@@ -343,8 +433,11 @@ def test_a_run_goes_on_where_it_stopped(crops, tmp_path, capsys):
     assert code == 0 and [len(read_log(tmp_path / "broken" / fold / "log.txt")) for fold in "01"] == [3, 3]
 
 
-@pytest.mark.parametrize("saving", [["--save_every_steps", 2], ["--save_every_minutes", 1e-9], ["--save_every_minutes", 0]],
-                         ids=lambda saving: f"{saving[0]} {saving[1]}")
+@pytest.mark.parametrize(
+    "saving",
+    [["--save_every_steps", 2], ["--save_every_minutes", 1e-9], ["--save_every_minutes", 0]],
+    ids=lambda saving: f"{saving[0]} {saving[1]}",
+)
 def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, saving):
     """Cut off without a word in the middle of an epoch, with a checkpoint of some step before or none at all."""
     flags, saved = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, *saving], saving[1] != 0
@@ -356,6 +449,7 @@ def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, saving):
         if len(calls) == 6:
             raise KeyboardInterrupt
         return train_step(*args)
+
     monkeypatch.setattr(fold_loop, "weighted_step", killed)
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "killed")[0] == 130
     assert (tmp_path / "killed" / "0" / "checkpoint.pth").exists() == saved
@@ -366,8 +460,11 @@ def test_a_killed_run_goes_on(crops, tmp_path, capsys, monkeypatch, saving):
     assert len(read_log(tmp_path / "killed" / "0" / "log.txt")) == 3
 
 
-@pytest.mark.parametrize("where, call", [("weighted_step", 2), ("weighted_step", 11), ("classify", 2), ("classify", 9)],
-                         ids=["inside an epoch", "in a later one", "first validation", "later evaluation"])
+@pytest.mark.parametrize(
+    "where, call",
+    [("weighted_step", 2), ("weighted_step", 11), ("classify", 2), ("classify", 9)],
+    ids=["inside an epoch", "in a later one", "first validation", "later evaluation"],
+)
 def test_a_signal_ends_a_run_that_goes_on(crops, tmp_path, capsys, monkeypatch, where, call):
     """SIGTERM in training: after that step; in an evaluation: after that batch, and the evaluation is done again."""
     flags = ["--data_dir", crops, "--epochs", 3, "--batch_size_per_gpu", 2, "--num_test", 5, "--drop_path_rate", 0.3]
@@ -380,9 +477,14 @@ def test_a_signal_ends_a_run_that_goes_on(crops, tmp_path, capsys, monkeypatch, 
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*args)
+
     monkeypatch.setattr(module, where, signalled)
     code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "broken")
-    assert code == 75 and errors == ["ended by SIGTERM; everything is saved, the same command resumes"] and len(calls) == call
+    assert (
+        code == 75
+        and errors == ["ended by SIGTERM; everything is saved, the same command resumes"]
+        and len(calls) == call
+    )
     assert "SIGTERM" in (tmp_path / "broken" / "preempted").read_text()
     assert not (tmp_path / "broken" / "metrics.json").exists()
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "broken")
@@ -400,9 +502,12 @@ def test_a_process_that_is_killed(crops, tmp_path):
     """SIGKILL while a fold is training, as batch systems do it; the same command ends with the same probabilities."""
     flags = [*TINY, "--data_dir", str(crops), "--epochs", "12", "--batch_size_per_gpu", "2"]
     script, environment = str(ROOT / "tests" / "run_lnc.py"), os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, script, *flags, "--output_dir", str(tmp_path / "killed")],
-                               env=environment,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script, *flags, "--output_dir", str(tmp_path / "killed")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("fold 0 epoch 3/"):
             process.send_signal(signal.SIGKILL)
@@ -410,7 +515,7 @@ def test_a_process_that_is_killed(crops, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "0" / "metrics.json").exists()
     for out in ("killed", "straight"):
-        assert command(*flags[len(TINY):], "--output_dir", tmp_path / out).returncode == 0
+        assert command(*flags[len(TINY) :], "--output_dir", tmp_path / out).returncode == 0
     assert predictions(tmp_path / "straight") == predictions(tmp_path / "killed")
 
 
@@ -418,12 +523,15 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
     flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1]
     assert run_main(capsys, *flags)[0] == 0
     kept = (tmp_path / "out" / "config.json").read_bytes()
-    for more, says in ((["--protocol", "linear"], "--protocol finetune, not linear"),
-                       (["--lr", 0.1], "--lr 0.001, not 0.1"),
-                       (["--pretrained_weights", weights], "--pretrained_weights"),
-                       (["--k_fold", 3], "k_fold 2, now it is 3"), (["--seed", 1], "seed 0, now it is 1"),
-                       (["--arch", "vit_small"], "--arch vit_tiny, not vit_small"),
-                       (["--use_flip", "off"], "--use_flip True, not False")):
+    for more, says in (
+        (["--protocol", "linear"], "--protocol finetune, not linear"),
+        (["--lr", 0.1], "--lr 0.001, not 0.1"),
+        (["--pretrained_weights", weights], "--pretrained_weights"),
+        (["--k_fold", 3], "k_fold 2, now it is 3"),
+        (["--seed", 1], "seed 0, now it is 1"),
+        (["--arch", "vit_small"], "--arch vit_tiny, not vit_small"),
+        (["--use_flip", "off"], "--use_flip True, not False"),
+    ):
         code, _, errors = run_main(capsys, *flags, *more)
         assert code == 1 and len(errors) == 1 and says in errors[0] and "--output_dir" in errors[0], errors
     assert (tmp_path / "out" / "config.json").read_bytes() == kept
@@ -431,8 +539,18 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
 
 def test_loader_workers_change_nothing(crops, tmp_path, capsys):
     for workers in (0, 2):
-        code, _, errors = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / str(workers), "--epochs", 2,
-                                   "--num_workers", workers, "--use_elastic")
+        code, _, errors = run_main(
+            capsys,
+            "--data_dir",
+            crops,
+            "--output_dir",
+            tmp_path / str(workers),
+            "--epochs",
+            2,
+            "--num_workers",
+            workers,
+            "--use_elastic",
+        )
         assert code == 0 and not errors
     assert predictions(tmp_path / "0") == predictions(tmp_path / "2")
 
@@ -443,9 +561,22 @@ def test_loader_workers_change_nothing(crops, tmp_path, capsys):
 def test_what_a_run_leaves(crops, tmp_path, capsys, weights):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     out = tmp_path / "out"
-    code, said, errors = run_main(capsys, "--data_dir", crops, "--output_dir", out, "--pretrained_weights", weights,
-                                  "--epochs", 3, "--val_freq", 2, tiny=TINY[6:])  # the rest is the checkpoint's
+    code, said, errors = run_main(
+        capsys,
+        "--data_dir",
+        crops,
+        "--output_dir",
+        out,
+        "--pretrained_weights",
+        weights,
+        "--epochs",
+        3,
+        "--val_freq",
+        2,
+        tiny=TINY[6:],
+    )  # the rest is the checkpoint's
     assert code == 0 and not errors
     table = read_table(out / "predictions.csv")
     assert list(table[0]) == ["case", "patient", "fold", "label", "probability"]
@@ -474,25 +605,40 @@ def test_what_a_run_leaves(crops, tmp_path, capsys, weights):
     assert sum(line.startswith("fold 0 epoch") for line in lines) == 3
     for name in ("metrics.json", "predictions.csv", "curves.png", "errors.png"):
         assert any(line.endswith(str(out / name)) for line in lines)
-    assert any(line.startswith("mean ± SD") and f"{said_of['mean']['auc']:.3f} ± {said_of['sd']['auc']:.3f}" in line
-               for line in lines)
+    assert any(
+        line.startswith("mean ± SD") and f"{said_of['mean']['auc']:.3f} ± {said_of['sd']['auc']:.3f}" in line
+        for line in lines
+    )
 
 
 def test_all_folds_together_are_the_mean_model(crops, tmp_path, capsys):
     from sklearn.metrics import roc_auc_score
+
     assert run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 2, "--num_test", 6)[0] == 0
     rows = read_table(tmp_path / "predictions.csv")
     p, labels = {}, {}
     for row in rows:
         p.setdefault(row["case"], []).append(float(row["probability"]))
         labels[row["case"]] = int(row["label"])
-    assert metrics(tmp_path)["all_folds"]["auc"] == pytest.approx(roc_auc_score(
-        [labels[case] for case in p], [np.mean(values) for values in p.values()]))
+    assert metrics(tmp_path)["all_folds"]["auc"] == pytest.approx(
+        roc_auc_score([labels[case] for case in p], [np.mean(values) for values in p.values()])
+    )
 
 
 def test_prediction_repeats_the_test(crops, tmp_path, capsys):
     """A fold on its own test cases: the probabilities of its best epoch, not its last. All folds: their mean."""
-    flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 6, "--lr", 0.01, "--drop_path_rate", 0.3]
+    flags = [
+        "--data_dir",
+        crops,
+        "--output_dir",
+        tmp_path / "out",
+        "--epochs",
+        6,
+        "--lr",
+        0.01,
+        "--drop_path_rate",
+        0.3,
+    ]
     assert run_main(capsys, *flags)[0] == 0
     for record in metrics(tmp_path / "out")["folds"]:
         log = read_log(tmp_path / "out" / str(record["fold"]) / "log.txt")
@@ -505,8 +651,16 @@ def test_prediction_repeats_the_test(crops, tmp_path, capsys):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(crops / f"{case}.nii.gz", target)
     for weights, out in (("out/0", "one"), ("out", "all")):
-        code, said, errors = run_main(capsys, "--predict", tmp_path / "new", "--weights", tmp_path / weights,
-                                      "--output_dir", tmp_path / out, tiny=["--num_workers", "0"])
+        code, said, errors = run_main(
+            capsys,
+            "--predict",
+            tmp_path / "new",
+            "--weights",
+            tmp_path / weights,
+            "--output_dir",
+            tmp_path / out,
+            tiny=["--num_workers", "0"],
+        )
         assert code == 0 and not errors and str(tmp_path / out / "predictions.csv") in said
     one, mean = predictions(tmp_path / "one"), predictions(tmp_path / "all")
     assert {case for case, _ in one} == {case for case, _ in tested}
@@ -517,10 +671,15 @@ def test_prediction_repeats_the_test(crops, tmp_path, capsys):
 
 @pytest.mark.parametrize("protocol", ["linear", "knn"])
 def test_prediction_with_a_frozen_encoder(crops, tmp_path, capsys, protocol):
-    assert run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1, "--protocol",
-                    protocol)[0] == 0
-    code, _, _ = run_main(capsys, "--predict", crops, "--weights", tmp_path / "out" / "1", "--output_dir",
-                          tmp_path / "new")
+    assert (
+        run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1, "--protocol", protocol)[
+            0
+        ]
+        == 0
+    )
+    code, _, _ = run_main(
+        capsys, "--predict", crops, "--weights", tmp_path / "out" / "1", "--output_dir", tmp_path / "new"
+    )
     tested, new = predictions(tmp_path / "out"), predictions(tmp_path / "new")
     assert code == 0 and len(new) == 15
     assert all(new[case, None] == pytest.approx(p, abs=1e-6) for (case, fold), p in tested.items() if fold == "1")
@@ -530,21 +689,27 @@ def test_more_classes_and_bare_label_names(tmp_path, capsys):
     data = write_cases(tmp_path / "data", 18, classes=3, name="{}")
     for protocol in ("finetune", "knn"):
         out = tmp_path / protocol
-        code, _, errors = run_main(capsys, "--data_dir", data, "--output_dir", out, "--epochs", 2, "--protocol",
-                                   protocol)
+        code, _, errors = run_main(
+            capsys, "--data_dir", data, "--output_dir", out, "--epochs", 2, "--protocol", protocol
+        )
         assert code == 0 and not errors
         rows = read_table(out / "predictions.csv")
         p = np.array([[float(row[f"probability_{k}"]) for k in range(3)] for row in rows])
         assert list(rows[0])[4:] == ["probability_0", "probability_1", "probability_2"]
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-9)
         assert {row["label"] for row in rows} == {"0", "1", "2"} and (out / "curves.png").is_file()
-        assert run_main(capsys, "--predict", data / "subset0", "--weights", out, "--output_dir",
-                        tmp_path / f"new {protocol}")[0] == 0
+        assert (
+            run_main(
+                capsys, "--predict", data / "subset0", "--weights", out, "--output_dir", tmp_path / f"new {protocol}"
+            )[0]
+            == 0
+        )
 
 
 def test_rotating_subsets(crops, tmp_path, capsys):
-    code, out, errors = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 1, "--folds",
-                                 "subsets")
+    code, out, errors = run_main(
+        capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 1, "--folds", "subsets"
+    )
     assert code == 0 and not errors
     rows = read_table(tmp_path / "predictions.csv")
     assert len({row["case"] for row in rows}) == len(rows) == 15  # every case is tested once
@@ -555,8 +720,9 @@ def test_a_test_fold_of_one_class_is_no_crash(tmp_path, capsys):
     data = write_cases(tmp_path / "data", 8)
     for subset, patient in (("subset4", "q0"), ("subset4", "q1")):
         shutil.copytree(data / "subset0" / "label0" / "p00", data / subset / "label0" / patient)
-    code, out, errors = run_main(capsys, "--data_dir", data, "--output_dir", tmp_path / "out", "--epochs", 2, "--folds",
-                                 "subsets")
+    code, out, errors = run_main(
+        capsys, "--data_dir", data, "--output_dir", tmp_path / "out", "--epochs", 2, "--folds", "subsets"
+    )
     assert code == 0 and not errors
     said = metrics(tmp_path / "out")
     assert said["folds"][4]["auc"] is None and any("undefined" in note for note in said["folds"][4]["notes"])
@@ -566,20 +732,45 @@ def test_a_test_fold_of_one_class_is_no_crash(tmp_path, capsys):
 
 def test_fewer_negatives_in_evaluation_if_asked_for(crops, tmp_path, capsys):
     for out in ("a", "b"):
-        assert run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / out, "--epochs", 1, "--protocol", "knn",
-                        "--eval_negatives", 0.5, "--num_test", 6)[0] == 0
+        assert (
+            run_main(
+                capsys,
+                "--data_dir",
+                crops,
+                "--output_dir",
+                tmp_path / out,
+                "--epochs",
+                1,
+                "--protocol",
+                "knn",
+                "--eval_negatives",
+                0.5,
+                "--num_test",
+                6,
+            )[0]
+            == 0
+        )
     rows = read_table(tmp_path / "a" / "predictions.csv")
     labels = [row["label"] for row in rows if row["fold"] == "0"]
     assert labels.count("0") == max(1, round(labels.count("1") / 2))
     assert predictions(tmp_path / "a") == predictions(tmp_path / "b")
 
 
-@pytest.mark.parametrize("flags", [
-    ["--optimizer", "sgd", "--lr", "0.01"], ["--precision", "bf16"], ["--layer_decay", "1"], ["--negatives", "0"],
-    ["--use_rotation", "0", "--use_scale", "0", "--use_flip", "0"], ["--warmup_epochs", "500"],
-    ["--spacing", "0.7", "0.7", "1.4"],
-    ["--input_size", "36", "36", "18"], ["--protocol", "knn", "--knn_k", "3"],
-], ids=lambda flags: " ".join(flags[:2]))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "sgd", "--lr", "0.01"],
+        ["--precision", "bf16"],
+        ["--layer_decay", "1"],
+        ["--negatives", "0"],
+        ["--use_rotation", "0", "--use_scale", "0", "--use_flip", "0"],
+        ["--warmup_epochs", "500"],
+        ["--spacing", "0.7", "0.7", "1.4"],
+        ["--input_size", "36", "36", "18"],
+        ["--protocol", "knn", "--knn_k", "3"],
+    ],
+    ids=lambda flags: " ".join(flags[:2]),
+)
 def test_other_settings_run(crops, tmp_path, capsys, flags):
     code, out, errors = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 1, *flags)
     assert code == 0 and not errors, errors
@@ -590,34 +781,71 @@ def test_warnings(crops, tmp_path, capsys, weights):
     state = torch.load(weights)
     state["config"]["spacing"] = [0.7, 0.7, 2.5]
     torch.save(state, weights)
-    code, out, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "a", "--pretrained_weights",
-                            weights,
-                            "--protocol", "knn")
+    code, out, _ = run_main(
+        capsys,
+        "--data_dir",
+        crops,
+        "--output_dir",
+        tmp_path / "a",
+        "--pretrained_weights",
+        weights,
+        "--protocol",
+        "knn",
+    )
     assert code == 0 and "warning: the crops have a spacing of 0.7 0.7 1.4 mm, the encoder knows 0.7 0.7 2.5 mm" in out
     assert "random encoder" not in out
     code, out, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "b", "--protocol", "knn")
     assert code == 0 and "random encoder" in out and "spacing of" not in out
-    code, out, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "c", "--epochs", 1,
-                            "--batch_size_per_gpu", 4)
+    code, out, _ = run_main(
+        capsys, "--data_dir", crops, "--output_dir", tmp_path / "c", "--epochs", 1, "--batch_size_per_gpu", 4
+    )
     assert code == 0 and "training from scratch" in out and "warning:" not in out and "is one step" not in out
-    code, out, _ = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "d", "--epochs", 1,
-                            "--batch_size_per_gpu", 20)
+    code, out, _ = run_main(
+        capsys, "--data_dir", crops, "--output_dir", tmp_path / "d", "--epochs", 1, "--batch_size_per_gpu", 20
+    )
     assert code == 0 and "is one step: 1 epochs are 1 steps" in out
 
 
 def test_older_flags_are_accepted(crops, tmp_path, capsys):
-    code, out, _ = run_main(capsys, "--data_path", crops, "--output_dir", tmp_path, "--protocol", "knn", "--use_fp16",
-                            "true", "--dist_url", "env://", "--local_rank", "0")
+    code, out, _ = run_main(
+        capsys,
+        "--data_path",
+        crops,
+        "--output_dir",
+        tmp_path,
+        "--protocol",
+        "knn",
+        "--use_fp16",
+        "true",
+        "--dist_url",
+        "env://",
+        "--local_rank",
+        "0",
+    )
     assert code == 0
     assert all(sum(flag in line for line in out.splitlines()) == 1 for flag in ("dist_url", "local_rank", "use_fp16"))
 
 
 def test_nan_stops_the_run_in_one_line(crops, tmp_path, capsys):
-    flags = ["--data_dir", crops, "--epochs", 3, "--lr", 1e30, "--optimizer", "sgd", "--layer_decay", 1, "--warmup_epochs", 0]
+    flags = [
+        "--data_dir",
+        crops,
+        "--epochs",
+        3,
+        "--lr",
+        1e30,
+        "--optimizer",
+        "sgd",
+        "--layer_decay",
+        1,
+        "--warmup_epochs",
+        0,
+    ]
     code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "a")
     assert code == 1 and len(errors) == 1 and "diverged" in errors[0], errors
-    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "b", "--batch_size_per_gpu", 2,
-                               "--max_skipped_steps", 1)
+    code, _, errors = run_main(
+        capsys, *flags, "--output_dir", tmp_path / "b", "--batch_size_per_gpu", 2, "--max_skipped_steps", 1
+    )
     samples = json.loads((tmp_path / "b" / "0" / "skipped_batch_rank0.json").read_text())["samples"]
     assert code == 1 and len(errors) == 1 and all(sample["file"] in errors[0] for sample in samples), errors
     assert len(samples) == 2 and samples[0]["loss"] is None and samples[0]["crop"]["not_finite"] == 0
@@ -674,35 +902,54 @@ def lone_class(data):
     shutil.move(data / "subset0" / "label0" / "p00", data / "subset0" / "label2" / "p00")
 
 
-@pytest.mark.parametrize("spoil, flags, says", [
-    (one_class, [], "one class only (label0)"), (patient_twice, [], "patient p00 in subset0 and subset1"),
-    (empty_label, [], "subset9/label1: holds no crop"), (unreadable, [], "can't be read"),
-    (cut_off, [], "can't be read"),
-    (two_sizes, [], "crops of one size"), (strange_label, [], "benign: is no label folder"),
-    (too_few, ["--k_fold", "5"], "3 patients are too few"), (too_few, ["--folds", "subsets"], "at least 3 subsets"),
-    (nothing, [], "holds no crops"), (lone_class, [], "no patient with label2"),
-], ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    "spoil, flags, says",
+    [
+        (one_class, [], "one class only (label0)"),
+        (patient_twice, [], "patient p00 in subset0 and subset1"),
+        (empty_label, [], "subset9/label1: holds no crop"),
+        (unreadable, [], "can't be read"),
+        (cut_off, [], "can't be read"),
+        (two_sizes, [], "crops of one size"),
+        (strange_label, [], "benign: is no label folder"),
+        (too_few, ["--k_fold", "5"], "3 patients are too few"),
+        (too_few, ["--folds", "subsets"], "at least 3 subsets"),
+        (nothing, [], "holds no crops"),
+        (lone_class, [], "no patient with label2"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_bad_data(crops, tmp_path, capsys, spoil, flags, says):
     shutil.copytree(crops, tmp_path / "data")
     spoil(tmp_path / "data")
-    code, _, errors = run_main(capsys, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--epochs", 1,
-                               *flags)
+    code, _, errors = run_main(
+        capsys, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--epochs", 1, *flags
+    )
     assert code == 1 and len(errors) == 1 and says in errors[0], errors
     if not flags and spoil is not lone_class:
         assert str(tmp_path / "data") in errors[0]  # which file or folder
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--input_size", "25", "24", "12"], "--input_size"), (["--clip_range", "1000", "-1000"], "--clip_range"),
-    (["--k_fold", "1"], "--k_fold"), (["--num_test", "0"], "--num_test"), (["--protocol", "svm"], "--protocol"),
-    (["--folds", "random"], "--folds"), (["--arch", "resnet50"], "ResNets are not available yet"),
-    (["--lr", "nan"], "--lr"),
-    (["--layer_decay", "0"], "--layer_decay"), (["--negatives", "-1"], "--negatives"),
-    (["--shift_range", "1", "1"], "--shift_range"),
-    (["--freeze_encoder", "maybe"], "--freeze_encoder"), (["--predict", "DIR"], "--weights"),
-    (["--weights", "OUT"], "--predict"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--input_size", "25", "24", "12"], "--input_size"),
+        (["--clip_range", "1000", "-1000"], "--clip_range"),
+        (["--k_fold", "1"], "--k_fold"),
+        (["--num_test", "0"], "--num_test"),
+        (["--protocol", "svm"], "--protocol"),
+        (["--folds", "random"], "--folds"),
+        (["--arch", "resnet50"], "ResNets are not available yet"),
+        (["--lr", "nan"], "--lr"),
+        (["--layer_decay", "0"], "--layer_decay"),
+        (["--negatives", "-1"], "--negatives"),
+        (["--shift_range", "1", "1"], "--shift_range"),
+        (["--freeze_encoder", "maybe"], "--freeze_encoder"),
+        (["--predict", "DIR"], "--weights"),
+        (["--weights", "OUT"], "--predict"),
+    ],
+)
 def test_flags_wrong_by_themselves(tmp_path, capsys, flags, says):
     code, _, errors = run_main(capsys, "--data_dir", tmp_path, "--output_dir", tmp_path / "out", *flags)
     assert code == 2 and len(errors) == 1 and says in errors[0], errors
@@ -726,14 +973,17 @@ def test_folders_and_weights(crops, tmp_path, capsys, weights):
     for flags, says in (
         (["--data_dir", tmp_path / "nowhere", *out], "nowhere: no such folder"),
         ([*data, "--output_dir", tmp_path / "pretraining"], "holds a pre-training run"),
-        ([*data, *out, "--pretrained_weights", tmp_path / "no.pth"],
-         "--pretrained_weights " + str(tmp_path / "no.pth")),
+        (
+            [*data, *out, "--pretrained_weights", tmp_path / "no.pth"],
+            "--pretrained_weights " + str(tmp_path / "no.pth"),
+        ),
         ([*data, *out, "--pretrained_weights", tmp_path / "wide.pth"], "cls_token (1, 1, 96) instead of (1, 1, 48)"),
         ([*data, *out, "--pretrained_weights", weights, "--arch", "vit_small"], "--arch vit_small contradicts"),
         ([*data, *out, "--pretrained_weights", weights, "--checkpoint_key", "ema"], "--checkpoint_key"),
         ([*data, *out, "--precision", "fp16"], "--precision fp16"),
         ([*data, *out, "--num_test", 15], "--num_test 15"),
-        ([*new, tmp_path / "nowhere", *out], "--weights"), ([*new, tmp_path / "empty", *out], "no trained fold"),
+        ([*new, tmp_path / "nowhere", *out], "--weights"),
+        ([*new, tmp_path / "empty", *out], "no trained fold"),
         (["--predict", tmp_path / "empty", "--weights", tmp_path / "done", *out], "no volume found"),
         (["--predict", tmp_path / "nowhere", "--weights", tmp_path / "done", *out], "nowhere: no such folder"),
         ([*new, tmp_path / "done", "--output_dir", tmp_path / "done"], "holds a trained run"),
@@ -768,19 +1018,55 @@ def test_real_nodules(shared_data, tmp_path, capsys):
         path.parent.mkdir(parents=True)
         nibabel.save(nibabel.Nifti1Image(hu[i].T, np.diag([-1.0, -1.0, 1.0, 1.0])), path)
     for protocol in ("finetune", "linear", "knn"):
-        code, _, errors = run_main(capsys, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / protocol,
-                                   "--epochs", 1,
-                                   "--protocol", protocol, "--input_size", 48, 48, 48, "--batch_size_per_gpu", 16)
+        code, _, errors = run_main(
+            capsys,
+            "--data_dir",
+            tmp_path / "data",
+            "--output_dir",
+            tmp_path / protocol,
+            "--epochs",
+            1,
+            "--protocol",
+            protocol,
+            "--input_size",
+            48,
+            48,
+            48,
+            "--batch_size_per_gpu",
+            16,
+        )
         assert code == 0 and not errors
         check_metrics(tmp_path / protocol)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--precision", "fp16"], ["--precision", "fp32"],
-                                   ["--protocol", "linear"], ["--protocol", "knn"]], ids=lambda flags: flags[1])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "bf16"],
+        ["--precision", "fp16"],
+        ["--precision", "fp32"],
+        ["--protocol", "linear"],
+        ["--protocol", "knn"],
+    ],
+    ids=lambda flags: flags[1],
+)
 def test_gpu_run(crops, tmp_path, capsys, flags):
-    code, _, errors = run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path, "--epochs", 3, "--num_workers", 2,
-                               "--use_elastic", "--use_gaussian", "--use_histogram", *flags)
+    code, _, errors = run_main(
+        capsys,
+        "--data_dir",
+        crops,
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        3,
+        "--num_workers",
+        2,
+        "--use_elastic",
+        "--use_gaussian",
+        "--use_histogram",
+        *flags,
+    )
     assert code == 0 and not errors
     check_metrics(tmp_path)

@@ -1,4 +1,5 @@
 """Lung tumour segmentation from its command line: figures against scipy, masks in world space, and what goes wrong."""
+
 import contextlib
 import functools
 import io
@@ -32,8 +33,28 @@ from dino3d.finetune.splits import patient_splits
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 SIZE = (24, 24, 12)
-TINY = ["--arch", "vit_tiny", "--input_size", "24", "24", "12", "--num_workers", "0", "--batch_size_per_gpu", "4",
-        "--k_fold", "2", "--num_test", "2", "--drop_path_rate", "0", "--overlap", "0.3", "--warmup_epochs", "0"]
+TINY = [
+    "--arch",
+    "vit_tiny",
+    "--input_size",
+    "24",
+    "24",
+    "12",
+    "--num_workers",
+    "0",
+    "--batch_size_per_gpu",
+    "4",
+    "--k_fold",
+    "2",
+    "--num_test",
+    "2",
+    "--drop_path_rate",
+    "0",
+    "--overlap",
+    "0.3",
+    "--warmup_epochs",
+    "0",
+]
 PREDICT = ["--num_workers", "0", "--batch_size_per_gpu", "4"]
 SMALL = functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3)
 ORIENTATIONS = ("LPS", "RAS", "IRP", "SAL")  # that cases are stored in, one after the other
@@ -107,10 +128,17 @@ def cases(tmp_path_factory):
 def weights(tmp_path_factory):
     """A pre-training checkpoint of the small model, as main_dino.py leaves it."""
     torch.manual_seed(3)
-    teacher, student = ({f"{prefix}backbone.{name}": tensor for name, tensor in SMALL(SIZE, (12, 12, 6)).state_dict().items()}
-                        for prefix in ("", "module."))
-    config = {"arch": "vit_tiny", "patch_size": [12, 12, 6], "input_size": list(SIZE), "clip_range": [-900.0, 300.0],
-              "spacing": [2.5, 2.5, 3.5]}
+    teacher, student = (
+        {f"{prefix}backbone.{name}": tensor for name, tensor in SMALL(SIZE, (12, 12, 6)).state_dict().items()}
+        for prefix in ("", "module.")
+    )
+    config = {
+        "arch": "vit_tiny",
+        "patch_size": [12, 12, 6],
+        "input_size": list(SIZE),
+        "clip_range": [-900.0, 300.0],
+        "spacing": [2.5, 2.5, 3.5],
+    }
     path = tmp_path_factory.mktemp("weights") / "model.pth"
     torch.save({"teacher": teacher, "student": student, "config": config}, path)
     return path
@@ -132,14 +160,18 @@ def run_main(*flags, tiny=TINY):
 
 def command(*flags, processes, double="", tiny=TINY):
     """Run the script under torchrun with some processes."""
-    return subprocess.run([*TORCHRUN, f"--nproc_per_node={processes}", str(ROOT / "tests" / "run_lts.py"), *tiny,
-                           *map(str, flags)], capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "DOUBLE": double})
+    return subprocess.run(
+        [*TORCHRUN, f"--nproc_per_node={processes}", str(ROOT / "tests" / "run_lts.py"), *tiny, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DOUBLE": double},
+    )
 
 
 def predict(folder, weights, out, *more):
-    return run_main("--predict", folder, "--weights", weights, "--output_dir", out, *more,
-                    tiny=PREDICT)
+    return run_main("--predict", folder, "--weights", weights, "--output_dir", out, *more, tiny=PREDICT)
 
 
 def assert_one_error(found, says, code=1):
@@ -167,15 +199,34 @@ def models(folder, fold, name="checkpoint.pth"):
 
 class Trained:
     """A finished run that has learnt something; its last epoch is not the best. said: its standard output"""
+
     def __init__(self, folder, cases):
-        self.folder, self.flags = folder, ["--data_dir", cases, "--output_dir", folder, "--epochs", 5, "--patches_per_case",
-                                           8, "--lr", 0.01, "--tolerance", 2.5, "--val_freq", 2]
+        self.folder, self.flags = (
+            folder,
+            [
+                "--data_dir",
+                cases,
+                "--output_dir",
+                folder,
+                "--epochs",
+                5,
+                "--patches_per_case",
+                8,
+                "--lr",
+                0.01,
+                "--tolerance",
+                2.5,
+                "--val_freq",
+                2,
+            ],
+        )
         keep_best = fold_loop.keep_best
 
         def worse_at_the_end(state, score, validation):
             if state.progress.epoch == 5:
                 validation.metrics["dice"] /= 2
             keep_best(state, score, validation)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fold_loop, "keep_best", worse_at_the_end)
             self.code, self.said, self.errors = run_main(*self.flags)
@@ -201,6 +252,7 @@ def straight(cases, smaller_model, tmp_path_factory):
 def test_what_a_run_leaves(cases, trained):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     out = trained.folder
     assert trained.code == 0 and not trained.errors, trained.errors
     with open(out / "cases.csv") as file:
@@ -208,14 +260,24 @@ def test_what_a_run_leaves(cases, trained):
     names = {path.name[:-7] for path in (cases / "images").iterdir()}
     splits = json.loads((out / "splits.json").read_text())["splits"]
     assert len(splits) == 2 and sorted(case for split in splits for case in split["validation"]) == sorted(
-        names - set(splits[0]["test"]))
+        names - set(splits[0]["test"])
+    )
     rows = table(out)
     for fold, split in enumerate(splits):
         assert sorted(sum(split.values(), [])) == sorted(names)  # each on one side
-        assert [row["case"] for row in rows if row["fold"] == str(fold)] == sorted(split["test"]) and len(split["test"]) == 2
+        assert [row["case"] for row in rows if row["fold"] == str(fold)] == sorted(split["test"]) and len(
+            split["test"]
+        ) == 2
         folder = out / str(fold)
-        assert {path.name for path in folder.iterdir()} == {"masks", "overlays", "best.pth", "checkpoint.pth", "log.txt",
-                                                            "cases.csv", "metrics.json"}
+        assert {path.name for path in folder.iterdir()} == {
+            "masks",
+            "overlays",
+            "best.pth",
+            "checkpoint.pth",
+            "log.txt",
+            "cases.csv",
+            "metrics.json",
+        }
         assert {path.name for path in (folder / "masks").iterdir()} == {f"{case}.nii.gz" for case in split["test"]}
         assert {path.name for path in (folder / "overlays").iterdir()} == {f"{case}.png" for case in split["test"]}
         assert all(np.asarray(Image.open(path)).std() > 5 for path in (folder / "overlays").iterdir())
@@ -234,13 +296,17 @@ def test_what_a_run_leaves(cases, trained):
         assert all([image.step for image in events.Images(tag)] == steps for tag in events.Tags()["images"])
     said = metrics(out)
     assert said["classes"] == 2 and said["cases"] == 7 and "config.json" in os.listdir(out)
-    headers = [nibabel.as_closest_canonical(nibabel.load(cases / "images" / f"{name}.nii.gz")).header.get_zooms()
-               for name in names - set(splits[0]["test"])]
+    headers = [
+        nibabel.as_closest_canonical(nibabel.load(cases / "images" / f"{name}.nii.gz")).header.get_zooms()
+        for name in names - set(splits[0]["test"])
+    ]
     np.testing.assert_allclose(said["spacing"], np.median(headers, axis=0), atol=1e-4)  # of what is not tested
     lines = trained.said.splitlines()
     assert sum(line.startswith("fold 0 epoch") for line in lines) == 5
-    assert any(line.startswith("mean ± SD") and f"{said['mean']['dice']:.3f} ± {said['sd']['dice']:.3f}" in line
-               for line in lines)
+    assert any(
+        line.startswith("mean ± SD") and f"{said['mean']['dice']:.3f} ± {said['sd']['dice']:.3f}" in line
+        for line in lines
+    )
     for name in ("metrics.json", "cases.csv", "0/masks"):
         assert any(line.endswith(str(out / name)) for line in lines), name
 
@@ -257,8 +323,11 @@ def expected_figures(predicted, label, spacing, tolerance):
         return {"dice": 0.0, "surface_dice": 0.0, "hausdorff95_mm": None} | volumes
     points = [surface_points(mask, spacing) for mask in (predicted, label)]
     ways = [KDTree(b).query(a)[0] for a, b in (points, points[::-1])]
-    return {"dice": dice(predicted, label), "surface_dice": np.mean(np.concatenate(ways) <= tolerance),
-            "hausdorff95_mm": max(np.percentile(way, 95) for way in ways)} | volumes
+    return {
+        "dice": dice(predicted, label),
+        "surface_dice": np.mean(np.concatenate(ways) <= tolerance),
+        "hausdorff95_mm": max(np.percentile(way, 95) for way in ways),
+    } | volumes
 
 
 def test_figures_are_those_of_the_saved_masks(cases, trained):
@@ -307,11 +376,15 @@ def test_means_are_those_of_the_table(trained):
 
 def test_an_empty_prediction_is_counted(cases, tmp_path, monkeypatch):
     """Where a class is missed its Hausdorff distance is undefined: no number, counted, left out of the means."""
-    monkeypatch.setattr(main_lts_msd, "mask_of", lambda networks, image, own, *_: own.image(np.zeros(own.size, np.uint8)))
+    monkeypatch.setattr(
+        main_lts_msd, "mask_of", lambda networks, image, own, *_: own.image(np.zeros(own.size, np.uint8))
+    )
     found = run_main("--data_dir", cases, "--output_dir", tmp_path, "--epochs", 1, "--patches_per_case", 1)
     assert found[0] == 0 and not found[2], found
-    assert all((row["dice"], row["surface_dice"], row["hausdorff95_mm"], row["predicted_ml"]) == ("0.0", "0.0", "", "0.0")
-               for row in table(tmp_path))
+    assert all(
+        (row["dice"], row["surface_dice"], row["hausdorff95_mm"], row["predicted_ml"]) == ("0.0", "0.0", "", "0.0")
+        for row in table(tmp_path)
+    )
     assert check_means(tmp_path)["mean"] == {"dice": 0.0, "surface_dice": 0.0, "hausdorff95_mm": None}
     assert "2 undefined" in found[1]
 
@@ -322,8 +395,18 @@ def test_more_classes(tmp_path):
         voxels, mask, affine = phantom(i, (30, 28, 16), lesions=2)
         mask[15:] *= 2  # the lower corner's lesion is class 1
         write_case(tmp_path / "data", f"case{i}", np.where(mask == 2, voxels + 600, voxels), mask, affine)
-    found = run_main("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--epochs", 2, "--num_test", 1,
-                     "--patches_per_case", 4)
+    found = run_main(
+        "--data_dir",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "out",
+        "--epochs",
+        2,
+        "--num_test",
+        1,
+        "--patches_per_case",
+        4,
+    )
     assert found[0] == 0 and not found[2] and "3 classes with the background" in found[1], found
     rows = table(tmp_path / "out")
     assert [(row["fold"], row["class"]) for row in rows] == [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
@@ -341,8 +424,23 @@ def test_more_classes(tmp_path):
 
 def test_a_frozen_encoder_stays_as_it_was(cases, tmp_path, weights):
     """All of the model's settings come from the checkpoint; training leaves its bits, and the decoder moves."""
-    code, out, errors = run_main("--data_dir", cases, "--output_dir", tmp_path, "--pretrained_weights", weights, "--decoder",
-                                 "linear", "--freeze_encoder", "true", "--epochs", 2, "--patches_per_case", 3, tiny=TINY[6:])
+    code, out, errors = run_main(
+        "--data_dir",
+        cases,
+        "--output_dir",
+        tmp_path,
+        "--pretrained_weights",
+        weights,
+        "--decoder",
+        "linear",
+        "--freeze_encoder",
+        "true",
+        "--epochs",
+        2,
+        "--patches_per_case",
+        3,
+        tiny=TINY[6:],
+    )
     assert code == 0 and not errors, errors
     assert "linear decoder, frozen encoder" in out and "windows of 24 24 12 voxels of 2.5 2.5 3.5 mm" in out
     before = torch.load(weights)["teacher"]
@@ -369,16 +467,29 @@ def test_training_starts_from_the_checkpoint(cases, tmp_path, weights, key):
     before = {name.partition("backbone.")[2]: tensor for name, tensor in torch.load(weights)[key].items()}
     stays, moves = models(tmp_path / "stays", 0), models(tmp_path / "moves", 0)
     assert all(torch.equal(stays["encoder." + name], tensor) for name, tensor in before.items())
-    assert not any(torch.equal(moves["encoder." + name], tensor) for name, tensor in before.items()
-                   if not name.startswith(("cls_token", "norm")))
+    assert not any(
+        torch.equal(moves["encoder." + name], tensor)
+        for name, tensor in before.items()
+        if not name.startswith(("cls_token", "norm"))
+    )
 
 
-@pytest.mark.parametrize("flags", [
-    ["--arch", "vit_small"], ["--patch_size", "6", "6", "6"], ["--input_size", "36", "36", "18"],
-    ["--clip_range", "-1000", "1000"], ["--spacing", "2", "2", "3"]], ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--arch", "vit_small"],
+        ["--patch_size", "6", "6", "6"],
+        ["--input_size", "36", "36", "18"],
+        ["--clip_range", "-1000", "1000"],
+        ["--spacing", "2", "2", "3"],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_flags_that_contradict_the_checkpoint(cases, tmp_path, weights, flags):
-    assert_one_error(run_main("--data_dir", cases, "--output_dir", tmp_path, "--pretrained_weights", weights, *flags,
-                              tiny=TINY[6:]), f"{flags[0]} {' '.join(flags[1:])} contradicts --pretrained_weights")
+    assert_one_error(
+        run_main("--data_dir", cases, "--output_dir", tmp_path, "--pretrained_weights", weights, *flags, tiny=TINY[6:]),
+        f"{flags[0]} {' '.join(flags[1:])} contradicts --pretrained_weights",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -417,8 +528,16 @@ def test_ranks_predict_and_fail_alike(cases, trained, tmp_path):
     for i in range(3):
         save(tmp_path / "new" / f"scan{i}.nii.gz", *phantom(20 + i)[::2])
     (tmp_path / "new" / "broken.nii.gz").write_bytes(b"no image")
-    done = command("--predict", tmp_path / "new", "--weights", trained.folder, "--output_dir", tmp_path / "two", processes=2,
-                   tiny=PREDICT)
+    done = command(
+        "--predict",
+        tmp_path / "new",
+        "--weights",
+        trained.folder,
+        "--output_dir",
+        tmp_path / "two",
+        processes=2,
+        tiny=PREDICT,
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 1 and sum("broken.nii.gz" in line for line in lines) == 1 and len(lines) <= 2, done.stderr
     assert not traceback_through_our_code(done.stderr)
@@ -430,7 +549,9 @@ def test_ranks_predict_and_fail_alike(cases, trained, tmp_path):
     label_value(1, 0.5)(tmp_path / "data")
     done = command("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", processes=2)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 1 and sum("lung_001.nii.gz" in line for line in lines) == 1 and len(lines) <= 2, done.stderr
+    assert done.returncode == 1 and sum("lung_001.nii.gz" in line for line in lines) == 1 and len(lines) <= 2, (
+        done.stderr
+    )
     assert not traceback_through_our_code(done.stderr)
 
 
@@ -449,6 +570,7 @@ def regular(tmp_path_factory):
 
 class Seen:
     """What reaches the encoder and the loss. training, evaluation, labels: lists of (x, y, z) tensors"""
+
     def __init__(self, monkeypatch):
         self.training, self.evaluation, self.labels = [], [], []
         seen, loss = self, main_lts_msd.dice_and_cross_entropy
@@ -461,6 +583,7 @@ class Seen:
         def watched(logits, labels):
             self.labels += list(labels.clone())
             return loss(logits, labels)
+
         monkeypatch.setitem(ARCHITECTURES, "vit_tiny", functools.partial(Watched, embed_dim=48, depth=3, num_heads=3))
         monkeypatch.setattr(main_lts_msd, "dice_and_cross_entropy", watched)
 
@@ -489,8 +612,11 @@ def is_window(tensor, views):
     """Whether a tensor is one of the windows, to the last bit."""
     window = tensor.numpy()
     brightest = np.unravel_index(window.argmax(), SIZE)  # which few windows have in the same place
-    return any((view[tuple(start)] == window).all() for view in views
-               for start in np.argwhere(view[(..., *brightest)] == window[brightest]))
+    return any(
+        (view[tuple(start)] == window).all()
+        for view in views
+        for start in np.argwhere(view[(..., *brightest)] == window[brightest])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -500,8 +626,12 @@ def plain(regular, smaller_model, tmp_path_factory):
 
 def test_only_training_data_is_augmented(regular, tmp_path, plain):
     """What evaluation sees are windows of the volumes, to the last bit and each time the same; training sees others."""
-    seen = watched_run(regular, tmp_path, "--use_elastic", "--use_gaussian", "--use_histogram", "--shift_range", 2, 2, 1)
-    exact = windows_of(regular, "images", -1024, lambda volume: scale_intensity(torch.from_numpy(volume), -1000, 1000).numpy())
+    seen = watched_run(
+        regular, tmp_path, "--use_elastic", "--use_gaussian", "--use_histogram", "--shift_range", 2, 2, 1
+    )
+    exact = windows_of(
+        regular, "images", -1024, lambda volume: scale_intensity(torch.from_numpy(volume), -1000, 1000).numpy()
+    )
     assert len(seen.evaluation) > 40 and all(is_window(one, exact) for one in seen.evaluation)
     assert len(seen.training) == len(seen.labels) == 2 * 2 * 2 * 4 == len(plain.training)
     assert all((one - one.round()).abs().max() < 1e-4 and is_window(one.round(), exact) for one in plain.training)
@@ -517,8 +647,10 @@ def test_image_and_label_are_bent_alike(regular, tmp_path):
     wrong = labelled = turned = 0
     for image, label in zip(seen.training, seen.labels):
         image, label = image.numpy(), label.numpy() == 1
-        inner, outer = scipy.ndimage.binary_erosion(label, np.ones((3, 3, 3)), border_value=1), scipy.ndimage.binary_dilation(
-            label, np.ones((3, 3, 3)))
+        inner, outer = (
+            scipy.ndimage.binary_erosion(label, np.ones((3, 3, 3)), border_value=1),
+            scipy.ndimage.binary_dilation(label, np.ones((3, 3, 3))),
+        )
         assert (image[inner] > 0.5).all() and (image[~outer] < 0.5).all()
         wrong, labelled = wrong + ((image > 0.5) != label).sum(), labelled + label.sum()
         turned += ((image > 0.01) & (image < 0.99)).any()
@@ -590,6 +722,7 @@ def test_a_killed_run_goes_on(cases, tmp_path, straight, monkeypatch):
         if len(calls) == 4:
             raise KeyboardInterrupt
         return train_step(*args)
+
     monkeypatch.setattr(fold_loop, "weighted_step", killed)
     assert_one_error(run_main(*flags), "interrupted", 130)
     monkeypatch.setattr(fold_loop, "weighted_step", train_step)
@@ -602,7 +735,10 @@ def test_workers_and_the_cache_change_nothing(cases, tmp_path, straight):
     """Two loader workers, on copies that another run has made; no copies at all."""
     made = {path: path.stat().st_mtime_ns for path in (straight / "cache").glob("*/*")}
     assert len(made) == 7 * 4
-    for out, flags in (("workers", ["--num_workers", 2, "--cache_dir", straight / "cache"]), ("none", ["--cache_gb", 0])):
+    for out, flags in (
+        ("workers", ["--num_workers", 2, "--cache_dir", straight / "cache"]),
+        ("none", ["--cache_gb", 0]),
+    ):
         code, said, errors = run_main("--data_dir", cases, "--output_dir", tmp_path / out, *QUICK, *flags)
         assert code == 0 and not errors
         assert ("cases beyond --cache_gb 0: 7" in said) == (out == "none")
@@ -614,12 +750,18 @@ def test_workers_and_the_cache_change_nothing(cases, tmp_path, straight):
 def test_other_flags_are_no_way_to_go_on(cases, straight, weights, tmp_path):
     flags = ["--data_dir", cases, "--output_dir", straight, *QUICK]
     kept = (straight / "config.json").read_bytes()
-    for more, says in ((["--decoder", "linear"], "--decoder unetr, not linear"), (["--lr", 0.1], "--lr 0.001, not 0.1"),
-                       (["--freeze_encoder", "true"], "--freeze_encoder False, not True"),
-                       (["--patches_per_case", 4], "--patches_per_case 3, not 4"), (["--overlap", 0.5], "--overlap"),
-                       (["--foreground_share", 0.1], "--foreground_share"), (["--spacing", 3, 3, 3], "--spacing"),
-                       (["--k_fold", 3], "k_fold 2, now it is 3"), (["--seed", 1], "seed 0, now it is 1"),
-                       (["--use_flip", "off"], "--use_flip True, not False")):
+    for more, says in (
+        (["--decoder", "linear"], "--decoder unetr, not linear"),
+        (["--lr", 0.1], "--lr 0.001, not 0.1"),
+        (["--freeze_encoder", "true"], "--freeze_encoder False, not True"),
+        (["--patches_per_case", 4], "--patches_per_case 3, not 4"),
+        (["--overlap", 0.5], "--overlap"),
+        (["--foreground_share", 0.1], "--foreground_share"),
+        (["--spacing", 3, 3, 3], "--spacing"),
+        (["--k_fold", 3], "k_fold 2, now it is 3"),
+        (["--seed", 1], "seed 0, now it is 1"),
+        (["--use_flip", "off"], "--use_flip True, not False"),
+    ):
         assert_one_error(run_main(*flags, *more, "--cache_dir", tmp_path), (says, "--output_dir"))
     assert (straight / "config.json").read_bytes() == kept
 
@@ -632,8 +774,13 @@ def new_scans(tmp_path_factory):
     """One volume in many orientations and as HDF5, in folders below each other."""
     folder = tmp_path_factory.mktemp("new") / "scans"
     voxels, _, affine = phantom(40, lesions=2)
-    for name, axes in {"scan.nii.gz": "RAS", "a/scan.nii.gz": "LPS", "a/b/scan.nii": "SAL", "a/b/other.nii.gz": "IRP",
-                       "c/flipped.nii.gz": "LAS"}.items():
+    for name, axes in {
+        "scan.nii.gz": "RAS",
+        "a/scan.nii.gz": "LPS",
+        "a/b/scan.nii": "SAL",
+        "a/b/other.nii.gz": "IRP",
+        "c/flipped.nii.gz": "LAS",
+    }.items():
         save(folder / name, voxels, affine, axes)
     write_volume(folder / "hdf" / "scan.hdf5", voxels, affine)
     return folder
@@ -677,13 +824,15 @@ def test_prediction_repeats_the_test(cases, trained, tmp_path):
         code, out, errors = predict(tmp_path / "new", trained.folder / fold, tmp_path / fold)
         assert code == 0 and not errors and "mean of 1 fold," in out
         for case in tested:
-            one, two = (nibabel.load(folder / f"{case}.nii.gz")
-                        for folder in (tmp_path / fold, trained.folder / fold / "masks"))
+            one, two = (
+                nibabel.load(folder / f"{case}.nii.gz") for folder in (tmp_path / fold, trained.folder / fold / "masks")
+            )
             np.testing.assert_array_equal(one.dataobj, two.dataobj)
             np.testing.assert_array_equal(one.affine, two.affine)
         volumes = {row["case"]: float(row["volume_ml"]) for row in read_table(tmp_path / fold / "volumes.csv")}
-        assert volumes == pytest.approx({row["case"]: float(row["predicted_ml"]) for row in table(trained.folder)
-                                         if row["fold"] == fold}, rel=1e-5)
+        assert volumes == pytest.approx(
+            {row["case"]: float(row["predicted_ml"]) for row in table(trained.folder) if row["fold"] == fold}, rel=1e-5
+        )
 
 
 def test_folds_are_averaged(trained, tmp_path):
@@ -695,9 +844,16 @@ def test_folds_are_averaged(trained, tmp_path):
         assert predict(tmp_path / "new", trained.folder / where, tmp_path / out)[0] == 0
     masks = {out: in_ras(tmp_path / out / "scan.nii.gz")[0] for out in ("mean", "0", "1")}
     image = sliding_window.read_image_and_grid(str(tmp_path / "new" / "scan.nii.gz"))[0]
-    probabilities = [sliding_window.segment([network_of(trained.folder / fold / "best.pth")], image,
-                                          sliding_window.Windows(SIZE, 0.3, 4), config["clip_range"], "cpu").exp()
-                     for fold in "01"]
+    probabilities = [
+        sliding_window.segment(
+            [network_of(trained.folder / fold / "best.pth")],
+            image,
+            sliding_window.Windows(SIZE, 0.3, 4),
+            config["clip_range"],
+            "cpu",
+        ).exp()
+        for fold in "01"
+    ]
     assert all(((one[1] > 0.5).numpy() == masks[fold]).all() for one, fold in zip(probabilities, "01"))
     assert ((sum(probabilities) / 2)[1] > 0.5).numpy().tolist() == (masks["mean"] == 1).tolist()
     assert (masks["mean"] != masks["0"]).any() and (masks["mean"] != masks["1"]).any()
@@ -705,8 +861,12 @@ def test_folds_are_averaged(trained, tmp_path):
 
 def test_small_components_are_dropped(trained, new_scans, tmp_path):
     shutil.copytree(new_scans / "c", tmp_path / "new")
-    for out, flags in (("all", []), ("largest", ["--largest_component"]), ("some", ["--min_volume", 0.1]),
-                       ("none", ["--min_volume", 1000])):
+    for out, flags in (
+        ("all", []),
+        ("largest", ["--largest_component"]),
+        ("some", ["--min_volume", 0.1]),
+        ("none", ["--min_volume", 1000]),
+    ):
         assert predict(tmp_path / "new", trained.folder, tmp_path / out, *flags)[0] == 0
     found = {out: in_ras(tmp_path / out / "flipped.nii.gz")[0] for out in ("all", "largest", "some", "none")}
     affine = in_ras(tmp_path / "all" / "flipped.nii.gz")[1]
@@ -725,7 +885,7 @@ def test_a_volume_that_can_not_be_read(trained, new_scans, tmp_path):
     """The others are written, and the last line tells which one."""
     shutil.copytree(new_scans, tmp_path / "new")
     whole = (tmp_path / "new" / "a" / "scan.nii.gz").read_bytes()
-    (tmp_path / "new" / "a" / "scan.nii.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "new" / "a" / "scan.nii.gz").write_bytes(whole[: len(whole) // 2])
     found = predict(tmp_path / "new", trained.folder, tmp_path / "out")
     assert_one_error(found, ("1 of 6 volumes", str(tmp_path / "new" / "a" / "scan.nii.gz")))
     assert not (tmp_path / "out" / "a" / "scan.nii.gz").exists()
@@ -767,6 +927,7 @@ def millimetres(affine, shape):
 
 class Thresholding(torch.nn.Module):
     """Stands in for a network: a smooth function of each voxel's value."""
+
     def forward(self, volumes):
         logits = (volumes - 0.5) * 20
         return torch.cat([-logits, logits], 1)
@@ -774,9 +935,11 @@ class Thresholding(torch.nn.Module):
 
 def test_oblique_and_anisotropic_scans(tmp_path, monkeypatch):
     """One body on three grids: the masks are where it is, and where each other is, in the world."""
-    scans = {"axial": (np.eye(3), (1.5, 1.5, 1.5), (64, 60, 56)),
-             "oblique": (rotation(15, 2) @ rotation(-12, 0), (1.5, 1.5, 1.5), (64, 64, 60)),
-             "anisotropic": (np.diag([-1, -1, 1]), (0.9, 0.9, 2.5), (100, 96, 34))}
+    scans = {
+        "axial": (np.eye(3), (1.5, 1.5, 1.5), (64, 60, 56)),
+        "oblique": (rotation(15, 2) @ rotation(-12, 0), (1.5, 1.5, 1.5), (64, 64, 60)),
+        "anisotropic": (np.diag([-1, -1, 1]), (0.9, 0.9, 2.5), (100, 96, 34)),
+    }
     for name, (directions, spacing, shape) in scans.items():
         affine = grid(directions, spacing, shape)
         hu = np.rint(density(millimetres(affine, shape)) * 2000 - 1000).astype(np.int16)
@@ -784,8 +947,16 @@ def test_oblique_and_anisotropic_scans(tmp_path, monkeypatch):
         nibabel.save(nibabel.Nifti1Image(hu, affine), tmp_path / "new" / f"{name}.nii.gz")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.pth").touch()
-    config = {"input_size": list(SIZE), "clip_range": [-1000.0, 1000.0], "spacing": [1.5, 1.5, 2.0], "classes": 2,
-              "overlap": 0.25, "largest_component": False, "min_volume": 0.0, "tolerance": 2.0}
+    config = {
+        "input_size": list(SIZE),
+        "clip_range": [-1000.0, 1000.0],
+        "spacing": [1.5, 1.5, 2.0],
+        "classes": 2,
+        "overlap": 0.25,
+        "largest_component": False,
+        "min_volume": 0.0,
+        "tolerance": 2.0,
+    }
     monkeypatch.setattr(main_lts_msd, "load_fold", lambda *_: (Thresholding(), config, {}))
     code, _, errors = predict(tmp_path / "new", tmp_path / "run", tmp_path / "out", "--batch_size_per_gpu", 64)
     assert code == 0 and not errors, errors
@@ -810,10 +981,12 @@ def test_oblique_and_anisotropic_scans(tmp_path, monkeypatch):
 
 def edited(kind, number, change):
     """A function that changes the voxels of a case's file."""
+
     def spoil(data):
         path = data / kind / f"lung_{number:03}.nii.gz"
         image = nibabel.load(path)
         nibabel.save(nibabel.Nifti1Image(change(np.asarray(image.dataobj)), image.affine), path)
+
     return spoil
 
 
@@ -822,6 +995,7 @@ def label_value(number, value):
         voxels = voxels.astype(np.float32 if value != round(value) else np.int16)
         voxels[3, 4, 5] = value
         return voxels
+
     return edited("labels", number, change)
 
 
@@ -873,7 +1047,10 @@ NUMBER_3 = "lung_003.nii.gz"
 BAD_DATA = {
     "image without label": (no_label, ["images/" + NUMBER_3, "has no label"]),
     "label without image": (no_image, ["labels/" + NUMBER_3, "has no image"]),
-    "label of another shape": (edited("labels", 3, lambda voxels: voxels[:-1]), ["labels/" + NUMBER_3, "another shape"]),
+    "label of another shape": (
+        edited("labels", 3, lambda voxels: voxels[:-1]),
+        ["labels/" + NUMBER_3, "another shape"],
+    ),
     "label elsewhere": (label_elsewhere, ["labels/" + NUMBER_3, "1.5 mm"]),
     "label -1": (label_value(3, -1), ["labels/" + NUMBER_3, "-1", "0 to 255"]),
     "label 0.5": (label_value(3, 0.5), ["labels/" + NUMBER_3, "0.5", "0 to 255"]),
@@ -898,14 +1075,27 @@ def test_bad_data(cases, tmp_path, what):
     assert not (tmp_path / "out" / "splits.json").exists()
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--input_size", 25, 24, 12], "--input_size"), (["--overlap", 1], "--overlap"), (["--overlap", -0.1], "--overlap"),
-    (["--foreground_share", 2], "--foreground_share"), (["--spacing", 0, 0, 0], "--spacing"),
-    (["--predict", "DIR"], "--weights"), (["--weights", "OUT"], "--predict"), (["--k_fold", 1], "--k_fold"),
-    (["--decoder", "unet"], "--decoder"), (["--patches_per_case", 0], "--patches_per_case"),
-    (["--tolerance", -1], "--tolerance"), (["--cache_gb", -1], "--cache_gb"), (["--min_volume", "nan"], "--min_volume"),
-    (["--clip_range", 1000, -1000], "--clip_range"), (["--arch", "resnet50"], "--arch"),
-], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--input_size", 25, 24, 12], "--input_size"),
+        (["--overlap", 1], "--overlap"),
+        (["--overlap", -0.1], "--overlap"),
+        (["--foreground_share", 2], "--foreground_share"),
+        (["--spacing", 0, 0, 0], "--spacing"),
+        (["--predict", "DIR"], "--weights"),
+        (["--weights", "OUT"], "--predict"),
+        (["--k_fold", 1], "--k_fold"),
+        (["--decoder", "unet"], "--decoder"),
+        (["--patches_per_case", 0], "--patches_per_case"),
+        (["--tolerance", -1], "--tolerance"),
+        (["--cache_gb", -1], "--cache_gb"),
+        (["--min_volume", "nan"], "--min_volume"),
+        (["--clip_range", 1000, -1000], "--clip_range"),
+        (["--arch", "resnet50"], "--arch"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
 def test_flags_wrong_by_themselves(tmp_path, flags, says):
     assert_one_error(run_main("--data_dir", tmp_path, "--output_dir", tmp_path / "out", *flags), says, 2)
     assert not (tmp_path / "out").exists()
@@ -935,20 +1125,29 @@ def test_folders_and_weights(cases, trained, new_scans, tmp_path, weights):
         ([*data, "--output_dir", tmp_path / "file"], "--output_dir"),
         ([*data, *out, "--k_fold", 8], ("7 patients are too few", "--k_fold 8")),
         ([*data, *out, "--num_test", 7], "--num_test 7"),
-        ([*data, *out, "--pretrained_weights", tmp_path / "no.pth"], "--pretrained_weights " + str(tmp_path / "no.pth")),
+        (
+            [*data, *out, "--pretrained_weights", tmp_path / "no.pth"],
+            "--pretrained_weights " + str(tmp_path / "no.pth"),
+        ),
         ([*data, *out, "--pretrained_weights", tmp_path / "wide.pth"], "cls_token (1, 1, 96) instead of (1, 1, 48)"),
         ([*data, *out, "--pretrained_weights", weights, "--checkpoint_key", "ema"], "--checkpoint_key"),
         ([*data, *out, "--cache_dir", tmp_path / "file"], ("--cache_dir", str(tmp_path / "file"))),
         ([*data, *out, "--precision", "fp16"], "--precision fp16"),
-        ([*new, tmp_path / "nowhere"], "--weights"), ([*new, tmp_path / "empty"], "no trained fold"),
+        ([*new, tmp_path / "nowhere"], "--weights"),
+        ([*new, tmp_path / "empty"], "no trained fold"),
         ([*new, tmp_path / "classifier"], ("--weights", "is no checkpoint of main_lts_msd.py")),
         ([*new, tmp_path / "other"], ("--weights", "does not fit vit_small")),
         (["--predict", tmp_path / "empty", "--weights", trained.folder, *out], "no volume found"),
         (["--predict", tmp_path / "nowhere", "--weights", trained.folder, *out], "nowhere: no such folder"),
         (["--predict", tmp_path / "twice", "--weights", trained.folder, *out], "two volumes would have the mask"),
         (["--predict", new_scans, "--weights", trained.folder, "--output_dir", trained.folder], "holds a trained run"),
-        *((["--predict", new_scans, "--weights", trained.folder, "--output_dir", inside], "lies in the --predict folder")
-          for inside in (new_scans, new_scans / "masks")),
+        *(
+            (
+                ["--predict", new_scans, "--weights", trained.folder, "--output_dir", inside],
+                "lies in the --predict folder",
+            )
+            for inside in (new_scans, new_scans / "masks")
+        ),
     ):
         assert_one_error(run_main(*flags), says)
     assert not (tmp_path / "out" / "0").exists() and not (new_scans / "volumes.csv").exists()
@@ -973,21 +1172,32 @@ def test_odd_cases_that_work(cases, tmp_path):
     tests = [set(patient_splits(names, [0] * 7, 2, 2, seed)[0].test) for seed in range(100)]
     for seed in (tests.index(odd), next(seed for seed in range(100) if not tests[seed] & odd)):
         out = tmp_path / str(seed)
-        code, said, errors = run_main("--data_dir", tmp_path / "data", "--output_dir", out, "--epochs", 1,
-                                      "--patches_per_case", 2, "--seed", seed)
+        code, said, errors = run_main(
+            "--data_dir", tmp_path / "data", "--output_dir", out, "--epochs", 1, "--patches_per_case", 2, "--seed", seed
+        )
         assert code == 0 and not errors, errors
         notes = [line for line in said.splitlines() if line.startswith(("note:", "warning:"))]
-        assert len(notes) == 2 and "smaller than the window of 24 24 12 voxels" in notes[1] and "lung_000" in notes[1], notes
+        assert (
+            len(notes) == 2 and "smaller than the window of 24 24 12 voxels" in notes[1] and "lung_000" in notes[1]
+        ), notes
         assert "without a labelled voxel" in notes[0] and "lung_001" in notes[0]
         assert {row["case"] for row in table(out)} == tests[seed]
         for row in table(out):
-            assert nibabel.load(out / row["fold"] / "masks" / f"{row['case']}.nii.gz").shape == nibabel.load(
-                tmp_path / "data" / "images" / f"{row['case']}.nii.gz").shape
+            assert (
+                nibabel.load(out / row["fold"] / "masks" / f"{row['case']}.nii.gz").shape
+                == nibabel.load(tmp_path / "data" / "images" / f"{row['case']}.nii.gz").shape
+            )
             assert (float(row["volume_ml"]) == 0) == (row["case"] == "lung_001")
 
 
-@pytest.mark.parametrize("side, file", [("test", "data/images/{}.nii.gz"), ("test", "out/cache/*/{}*.label.hdf5"),
-                                        ("validation", "out/cache/*/{}*.image.hdf5")])
+@pytest.mark.parametrize(
+    "side, file",
+    [
+        ("test", "data/images/{}.nii.gz"),
+        ("test", "out/cache/*/{}*.label.hdf5"),
+        ("validation", "out/cache/*/{}*.image.hdf5"),
+    ],
+)
 def test_files_that_break_while_it_runs(cases, tmp_path, monkeypatch, side, file):
     """An image to test on, or a copy to show or to validate on, that can't be read any more: one line that names it."""
     shutil.copytree(cases, tmp_path / "data")
@@ -999,12 +1209,32 @@ def test_files_that_break_while_it_runs(cases, tmp_path, monkeypatch, side, file
             for path in tmp_path.glob(file.format(name)):
                 path.write_bytes(b"no image")
         return train_step(*args)
+
     monkeypatch.setattr(fold_loop, "weighted_step", spoiled)
-    found = run_main("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--epochs", 1, "--patches_per_case", 1)
+    found = run_main(
+        "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", "--epochs", 1, "--patches_per_case", 1
+    )
     assert_one_error(found, "can't be read")
     assert any(name in found[2][0] for name in names)
 
 
 def test_nan_stops_the_run_in_one_line(cases, tmp_path):
-    assert_one_error(run_main("--data_dir", cases, "--output_dir", tmp_path, "--epochs", 3, "--lr", 1e30, "--optimizer", "sgd",
-                              "--layer_decay", 1, "--patches_per_case", 2), "diverged")
+    assert_one_error(
+        run_main(
+            "--data_dir",
+            cases,
+            "--output_dir",
+            tmp_path,
+            "--epochs",
+            3,
+            "--lr",
+            1e30,
+            "--optimizer",
+            "sgd",
+            "--layer_decay",
+            1,
+            "--patches_per_case",
+            2,
+        ),
+        "diverged",
+    )

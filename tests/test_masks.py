@@ -1,4 +1,5 @@
 """Figures of masks against scipy and MONAI on whole volumes, cleaning against scipy, and where pictures show what."""
+
 import json
 import warnings
 
@@ -34,29 +35,37 @@ def surface_of(mask):
 def distances(predicted, label, spacing):
     """From each surface voxel to the nearest of the other mask: two arrays."""
     ours, theirs = surface_of(predicted), surface_of(label)
-    return (ndimage.distance_transform_edt(~theirs, sampling=spacing)[ours],
-            ndimage.distance_transform_edt(~ours, sampling=spacing)[theirs])
+    return (
+        ndimage.distance_transform_edt(~theirs, sampling=spacing)[ours],
+        ndimage.distance_transform_edt(~ours, sampling=spacing)[theirs],
+    )
 
 
 def expected(predicted, label, spacing, tolerance):
     """Dice, surface Dice and 95 % Hausdorff distance of two masks that aren't empty, by scipy."""
     there, back = distances(predicted, label, spacing)
     near = (there <= tolerance).sum() + (back <= tolerance).sum()
-    return {"dice": 2 * (predicted & label).sum() / (predicted.sum() + label.sum()),
-            "surface_dice": near / (len(there) + len(back)),
-            "hausdorff95_mm": max(np.percentile(there, 95), np.percentile(back, 95))}
+    return {
+        "dice": 2 * (predicted & label).sum() / (predicted.sum() + label.sum()),
+        "surface_dice": near / (len(there) + len(back)),
+        "hausdorff95_mm": max(np.percentile(there, 95), np.percentile(back, 95)),
+    }
 
 
 def by_monai(predicted, label, spacing, tolerance):
     """The same of whole volumes by MONAI."""
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+
     pair = [torch.from_numpy(mask)[None, None] for mask in (predicted, label)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an argument that MONAI itself still gives
-        return {"dice": compute_dice(*pair).item(),
-                "surface_dice": compute_surface_dice(*pair, [tolerance], True, spacing=spacing).item(),
-                "hausdorff95_mm": compute_hausdorff_distance(*pair, True, percentile=95, directed=False,
-                                                             spacing=spacing).item()}
+        return {
+            "dice": compute_dice(*pair).item(),
+            "surface_dice": compute_surface_dice(*pair, [tolerance], True, spacing=spacing).item(),
+            "hausdorff95_mm": compute_hausdorff_distance(
+                *pair, True, percentile=95, directed=False, spacing=spacing
+            ).item(),
+        }
 
 
 def values(found, like):
@@ -83,8 +92,15 @@ def test_figures_are_those_of_scipy_and_monai(seed, spacing):
     assert 0 < found[0]["surface_dice"] < 1 and found[0]["hausdorff95_mm"] > 0
 
 
-@pytest.mark.parametrize("where", [(slice(0, 4), slice(0, 5), slice(0, 3)), (slice(-4, None), slice(3, 9), slice(-3, None)),
-                                   (slice(None), slice(None), slice(None)), (slice(None), slice(6, 9), slice(4, 7))])
+@pytest.mark.parametrize(
+    "where",
+    [
+        (slice(0, 4), slice(0, 5), slice(0, 3)),
+        (slice(-4, None), slice(3, 9), slice(-3, None)),
+        (slice(None), slice(None), slice(None)),
+        (slice(None), slice(6, 9), slice(4, 7)),
+    ],
+)
 def test_a_mask_at_the_border_has_a_surface_there(where):
     """As on a volume with background all around it, which is what MONAI and scipy take for granted too."""
     shape, spacing = (14, 12, 10), (0.9, 1.1, 2.0)
@@ -111,12 +127,19 @@ def test_a_false_positive_far_away_counts():
 
 
 def test_figures_of_single_voxels():
-    """Three voxels along x and one along z apart: the distance between their centres, on either side of the tolerance."""
+    """Three voxels along x and one along z apart: the distance between their centres, on either side of the
+    tolerance."""
     label, predicted = np.zeros((2, 9, 9, 9), np.uint8)
     label[2, 4, 4] = predicted[5, 4, 5] = 1
     row = mask_metrics.evaluate_masks(predicted, label, (1.0, 1.0, 4.0), 2, 5.0)[0]
-    assert row == {"class": 1, "dice": 0.0, "surface_dice": 1.0, "hausdorff95_mm": 5.0, "volume_ml": 0.004,
-                   "predicted_ml": 0.004}
+    assert row == {
+        "class": 1,
+        "dice": 0.0,
+        "surface_dice": 1.0,
+        "hausdorff95_mm": 5.0,
+        "volume_ml": 0.004,
+        "predicted_ml": 0.004,
+    }
     assert mask_metrics.evaluate_masks(predicted, label, (1.0, 1.0, 4.0), 2, 4.9)[0]["surface_dice"] == 0
     row = mask_metrics.evaluate_masks(label, label, (1.0, 1.0, 4.0), 2, 0.0)[0]
     assert (row["dice"], row["surface_dice"], row["hausdorff95_mm"]) == (1, 1, 0)
@@ -127,7 +150,9 @@ def test_the_tolerance_includes_its_own_value():
     label, predicted = np.zeros((2, 9, 5, 5), np.uint8)
     label[2, 2, 2] = predicted[5, 2, 2] = 1
     for spacing, tolerance in ((0.7, 2.1), (1.1, 3.3), (np.float32(0.1), np.float64(0.3)), (0.1, 0.3)):
-        assert mask_metrics.evaluate_masks(predicted, label, (spacing, 1, 1), 2, tolerance)[0]["surface_dice"] == 1, spacing
+        assert mask_metrics.evaluate_masks(predicted, label, (spacing, 1, 1), 2, tolerance)[0]["surface_dice"] == 1, (
+            spacing
+        )
 
 
 def test_the_larger_of_both_directions_counts():
@@ -142,17 +167,22 @@ def test_the_larger_of_both_directions_counts():
 def test_empty_masks_follow_the_rule():
     empty, some = np.zeros((2, 8, 7, 6), np.uint8)
     some[2:4, 2:5, 3] = 1
-    rows = [mask_metrics.evaluate_masks(*pair, (1.0, 2.0, 5.0), 2, 2.0)[0] for pair in ((empty, empty), (some, empty), (empty, some))]
+    rows = [
+        mask_metrics.evaluate_masks(*pair, (1.0, 2.0, 5.0), 2, 2.0)[0]
+        for pair in ((empty, empty), (some, empty), (empty, some))
+    ]
     assert rows == [
         {"class": 1, "dice": 1, "surface_dice": 1, "hausdorff95_mm": 0, "volume_ml": 0, "predicted_ml": 0},
         {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0, "predicted_ml": 0.06},
-        {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0.06, "predicted_ml": 0}]
+        {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0.06, "predicted_ml": 0},
+    ]
     rows = mask_metrics.evaluate_masks(some, 2 * some, (1, 1, 1), 4, 2)  # each class on its own
     assert [row["dice"] for row in rows] == [0, 0, 1] and [row["hausdorff95_mm"] for row in rows] == [None, None, 0]
 
 
 def test_figures_take_views_and_give_plain_numbers():
-    """Read-only transposed arrays and the float32 spacing of a NIfTI header, as the readers give them; JSON takes the rest."""
+    """Read-only transposed arrays and the float32 spacing of a NIfTI header, as the readers give them; JSON takes the
+    rest."""
     label = blobs(0)
     predicted = moved(label, 0)
     views = [np.ascontiguousarray(mask.T).T for mask in (predicted, label)]
@@ -239,7 +269,10 @@ def tiles(picture, shape, spacing):
     found = {}
     for row, (name, (height, width)) in enumerate(wholes.items()):
         top = mask_pictures.HEADER + row * (mask_pictures.CAPTION + 360 + 2 * edge) + mask_pictures.CAPTION + edge
-        found[name] = [picture[top:top + height, edge:edge + width], picture[top:top + 360, second + edge:second + edge + 360]]
+        found[name] = [
+            picture[top : top + height, edge : edge + width],
+            picture[top : top + 360, second + edge : second + edge + 360],
+        ]
     assert picture.shape[0] == top + 360 + edge
     return found
 
@@ -255,20 +288,27 @@ def expected_box(shape, spacing, name, low, high):
     """Where a box of voxels is in the whole tile: both axes of a plane run against rows and columns."""
     a, b = AXES[name]
     scale = 360 / max(n * s for n, s in zip(shape, spacing))
-    return [(shape[b] - high[b]) * spacing[b] * scale, (shape[a] - high[a]) * spacing[a] * scale,
-            (shape[b] - low[b]) * spacing[b] * scale, (shape[a] - low[a]) * spacing[a] * scale]
+    return [
+        (shape[b] - high[b]) * spacing[b] * scale,
+        (shape[a] - high[a]) * spacing[a] * scale,
+        (shape[b] - low[b]) * spacing[b] * scale,
+        (shape[a] - low[a]) * spacing[a] * scale,
+    ]
 
 
 SHAPE, SPACING = (110, 90, 31), (1.5, 1.0, 5.0)
 LOW, HIGH = (70, 20, 18), (84, 36, 22)
 
 
-@pytest.mark.parametrize("shape, spacing, low, high", [
-    (SHAPE, SPACING, LOW, HIGH),
-    ((120, 100, 160), (1.0, 1.0, 1.0), (10, 70, 20), (30, 82, 60)),
-    ((80, 200, 90), (2.0, 0.5, 0.8), (0, 0, 0), (6, 20, 12)),         # at the border
-    ((80, 200, 90), (2.0, 0.5, 0.8), (74, 185, 80), (80, 200, 90)),
-])
+@pytest.mark.parametrize(
+    "shape, spacing, low, high",
+    [
+        (SHAPE, SPACING, LOW, HIGH),
+        ((120, 100, 160), (1.0, 1.0, 1.0), (10, 70, 20), (30, 82, 60)),
+        ((80, 200, 90), (2.0, 0.5, 0.8), (0, 0, 0), (6, 20, 12)),  # at the border
+        ((80, 200, 90), (2.0, 0.5, 0.8), (74, 185, 80), (80, 200, 90)),
+    ],
+)
 def test_outlines_and_ct_are_where_the_lesion_is(shape, spacing, low, high):
     """A bright box and its outlines in whole and zoom: no flip, no transposition, in mm."""
     label = box_mask(shape, low, high)
@@ -280,8 +320,8 @@ def test_outlines_and_ct_are_where_the_lesion_is(shape, spacing, low, high):
         assert box_of_colours(whole, GREEN) == pytest.approx(wanted, abs=1.6), name
         top, left, bottom, right = np.rint(wanted).astype(int)
         grey = whole[..., 0].astype(float)  # of the CT, where no line is
-        assert grey[top + 4:bottom - 4, left + 4:right - 4].min() > 150, name
-        grey[max(top - 4, 0):bottom + 4, max(left - 4, 0):right + 4] = 0
+        assert grey[top + 4 : bottom - 4, left + 4 : right - 4].min() > 150, name
+        grey[max(top - 4, 0) : bottom + 4, max(left - 4, 0) : right + 4] = 0
         assert np.quantile(grey, 0.9) < 30 and grey.max() <= 150, name  # but for the frame
 
         magnified = box_of_colours(zoom, GREEN)
@@ -290,12 +330,17 @@ def test_outlines_and_ct_are_where_the_lesion_is(shape, spacing, low, high):
         rows, columns = magnified[2] - magnified[0], magnified[3] - magnified[1]
         assert [rows, columns] == pytest.approx(sides, abs=3), name
         middle = [(x + y) // 2 for x, y in zip(magnified[:2], magnified[2:])]
-        assert zoom[middle[0] - 8:middle[0] + 8, magnified[1] + 6:middle[1] - 6].min() > 150, name
+        assert zoom[middle[0] - 8 : middle[0] + 8, magnified[1] + 6 : middle[1] - 6].min() > 150, name
 
 
-@pytest.mark.parametrize("step, where", [((-6, 0, 0), {"axial": (0, 1), "coronal": (0, 1)}),
-                                         ((0, 6, 0), {"axial": (-1, 0), "sagittal": (0, -1)}),
-                                         ((0, 0, 2), {"coronal": (-1, 0), "sagittal": (-1, 0)})])
+@pytest.mark.parametrize(
+    "step, where",
+    [
+        ((-6, 0, 0), {"axial": (0, 1), "coronal": (0, 1)}),
+        ((0, 6, 0), {"axial": (-1, 0), "sagittal": (0, -1)}),
+        ((0, 0, 2), {"coronal": (-1, 0), "sagittal": (-1, 0)}),
+    ],
+)
 def test_a_shifted_prediction_is_red_on_its_side(step, where):
     """To the patient's left: to the right; to anterior: up, and left in the sagittal plane; to superior: up."""
     label = box_mask(SHAPE, LOW, HIGH)
@@ -319,7 +364,9 @@ def test_pixels_are_square_in_mm():
     """A cube of 20 mm is a square in all planes, whatever the voxels; 20 of 60 mm make a third of a zoom."""
     spacing, shape = (0.5, 2.0, 5.0), (360, 95, 40)
     label = box_mask(shape, (100, 40, 10), (140, 50, 14))
-    for name, (whole, zoom) in tiles(mask_pictures.overlay(np.zeros(shape), label, label, spacing, CLIP, ""), shape, spacing).items():
+    for name, (whole, zoom) in tiles(
+        mask_pictures.overlay(np.zeros(shape), label, label, spacing, CLIP, ""), shape, spacing
+    ).items():
         for tile, side in ((whole, 20 * 360 / 200), (zoom, 120)):
             top, left, bottom, right = box_of_colours(tile, YELLOW)
             assert [bottom - top, right - left] == pytest.approx([side, side], abs=2), name
@@ -332,13 +379,17 @@ def test_planes_are_those_with_most_of_the_label(given):
     shape, spacing = (70, 80, 90), (1.0, 1.0, 1.0)
     label, predicted = box_mask(shape, (20, 30, 50), (40, 45, 60)), box_mask(shape, (50, 60, 10), (65, 70, 30))
     for mask, (x, y, z) in ((label, (37, 32, 58)), (predicted, (52, 68, 12))):  # a disc of its own along each axis
-        mask[x, y - 9:y + 9, z - 9:z + 9] = mask[x - 9:x + 9, y, z - 9:z + 9] = mask[x - 9:x + 9, y - 9:y + 9, z] = 1
+        mask[x, y - 9 : y + 9, z - 9 : z + 9] = mask[x - 9 : x + 9, y, z - 9 : z + 9] = mask[
+            x - 9 : x + 9, y - 9 : y + 9, z
+        ] = 1
     wanted = {"label": (37, 32, 58), "prediction": (52, 68, 12), "neither": (35, 40, 45)}[given]
     label[:] *= given == "label"
     predicted[:] *= given != "neither"
     for axis, name in enumerate(("sagittal", "coronal", "axial")):
         image = np.broadcast_to(np.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(3)]), shape)
-        whole = tiles(mask_pictures.overlay(image.astype(np.int16), predicted, label, spacing, (0, 102), ""), shape, spacing)[name][0]
+        whole = tiles(
+            mask_pictures.overlay(image.astype(np.int16), predicted, label, spacing, (0, 102), ""), shape, spacing
+        )[name][0]
         values, counts = np.unique(whole.reshape(-1, 3), axis=0, return_counts=True)
         assert values[counts.argmax()].tolist() == [int(wanted[axis] / 102 * 255)] * 3
 
@@ -347,16 +398,28 @@ def test_masks_that_are_empty_or_missing():
     image, empty = np.full(SHAPE, -300, np.int16), np.zeros(SHAPE, np.uint8)
     some = box_mask(SHAPE, LOW, HIGH)
     coloured = {}
-    for name, pair in {"neither": (empty, empty), "label": (empty, some), "prediction": (some, empty), "none": (some, None),
-                       "nothing": (empty, None)}.items():
+    for name, pair in {
+        "neither": (empty, empty),
+        "label": (empty, some),
+        "prediction": (some, empty),
+        "none": (some, None),
+        "nothing": (empty, None),
+    }.items():
         picture = mask_pictures.overlay(image, *pair, SPACING, CLIP, name)
         found = [tile for pair in tiles(picture, SHAPE, SPACING).values() for tile in pair]
-        coloured[name] = [[box_of_colours(tile, colour) is not None for tile in found] for colour in (GREEN, RED, YELLOW)]
-        assert (picture[:mask_pictures.HEADER] == GREEN).all(-1).any() == (pair[1] is not None)  # the legend
+        coloured[name] = [
+            [box_of_colours(tile, colour) is not None for tile in found] for colour in (GREEN, RED, YELLOW)
+        ]
+        assert (picture[: mask_pictures.HEADER] == GREEN).all(-1).any() == (pair[1] is not None)  # the legend
         assert (found[0][5, 5] == 127).all()  # -300 HU is in the middle of the clip range
     no, yes = [False] * 6, [True] * 6
-    assert coloured == {"neither": [no, no, no], "label": [yes, no, no], "prediction": [no, yes, no],
-                        "none": [no, yes, no], "nothing": [no, no, no]}
+    assert coloured == {
+        "neither": [no, no, no],
+        "label": [yes, no, no],
+        "prediction": [no, yes, no],
+        "none": [no, yes, no],
+        "nothing": [no, no, no],
+    }
 
 
 def test_all_classes_are_outlined():
@@ -367,21 +430,25 @@ def test_all_classes_are_outlined():
     top, left, bottom, right = box_of_colours(zoom, YELLOW)
     lines = (zoom[(top + bottom) // 2] == YELLOW).all(-1)
     assert np.flatnonzero(np.diff(lines.astype(int), prepend=0) == 1) == pytest.approx(
-        [left, (left + right) / 2 - 1, right - 2], abs=1.5)
+        [left, (left + right) / 2 - 1, right - 2], abs=1.5
+    )
 
 
 def test_a_lesion_of_one_voxel_is_seen():
     shape = (512, 400, 50)
     label = box_mask(shape, (300, 200, 20), (301, 201, 21))
-    for whole, zoom in tiles(mask_pictures.overlay(np.zeros(shape), label * 0, label, (0.6, 0.6, 5), CLIP, ""), shape,
-                             (0.6, 0.6, 5)).values():
+    for whole, zoom in tiles(
+        mask_pictures.overlay(np.zeros(shape), label * 0, label, (0.6, 0.6, 5), CLIP, ""), shape, (0.6, 0.6, 5)
+    ).values():
         assert box_of_colours(whole, GREEN) and box_of_colours(zoom, GREEN)
 
 
 def test_the_largest_part_is_magnified():
     """Two lesions far from each other: the zoom is on the larger one and not between them, the frame as well."""
     label = box_mask(SHAPE, (10, 10, 20), (14, 14, 22)) | box_mask(SHAPE, LOW, HIGH)
-    for name, (whole, zoom) in tiles(mask_pictures.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING).items():
+    for name, (whole, zoom) in tiles(
+        mask_pictures.overlay(np.zeros(SHAPE), label, label, SPACING, CLIP, ""), SHAPE, SPACING
+    ).items():
         top, left, bottom, right = box_of_colours(zoom, YELLOW)
         assert (bottom - top) * (right - left) > 5000, name
         scale = 360 / (SHAPE[0] * SPACING[0])
@@ -392,9 +459,13 @@ def test_the_largest_part_is_magnified():
 
 def test_volumes_of_any_proportion():
     """Smaller than a zoom, a single slice, a long thin one; a large lesion; and a title wider than the planes."""
-    for shape, spacing in (((20, 16, 12), (1, 1, 1)), ((64, 50, 1), (1, 1, 5)), ((3, 4, 300), (1, 1, 1.5)),
-                           ((1, 1, 1), (1, 1, 1))):
+    for shape, spacing in (
+        ((20, 16, 12), (1, 1, 1)),
+        ((64, 50, 1), (1, 1, 5)),
+        ((3, 4, 300), (1, 1, 1.5)),
+        ((1, 1, 1), (1, 1, 1)),
+    ):
         for mask in (np.zeros(shape, np.uint8), np.ones(shape, np.uint8)):
             picture = mask_pictures.overlay(np.zeros(shape, np.int16), mask, mask, spacing, CLIP, "x" * 300)
             assert picture.shape[1] > 1000 and picture.shape[2] == 3
-            assert (picture[mask_pictures.HEADER:] == YELLOW).all(-1).any() == mask.any()
+            assert (picture[mask_pictures.HEADER :] == YELLOW).all(-1).any() == mask.any()

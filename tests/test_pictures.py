@@ -1,4 +1,5 @@
 """Pictures of scans: in millimetres, the right way round, with names, and without tiles that show nothing."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ def sphere(radius_mm=24, size_mm=70, spacing=SPACING):
     """(X, Y, Z) a ball in the middle, in voxels of `spacing`."""
     shape = np.rint(size_mm / spacing).astype(int)
     grids = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing)), indexing="ij")
-    return (sum(grid ** 2 for grid in grids) < radius_mm ** 2).astype(np.float32)
+    return (sum(grid**2 for grid in grids) < radius_mm**2).astype(np.float32)
 
 
 def extent(picture):
@@ -37,7 +38,9 @@ def test_a_ball_of_flat_voxels_is_drawn_round(axis):
 def test_equal_voxels_are_drawn_as_they_are():
     volume = np.random.RandomState(0).rand(5, 6, 7).astype(np.float32)
     for axis in range(3):
-        np.testing.assert_array_equal(plane(volume, axis, (2, 2, 2)), radiological(volume.take(volume.shape[axis] // 2, axis)))
+        np.testing.assert_array_equal(
+            plane(volume, axis, (2, 2, 2)), radiological(volume.take(volume.shape[axis] // 2, axis))
+        )
 
 
 def test_sides_are_where_radiologists_expect_them():
@@ -55,8 +58,10 @@ def rows_of(views, names, spacing=(1, 1, 1), most=4):
 def some_views(tissue, local=2):
     """[global, local] views of a batch, grey where `tissue` says so, black elsewhere."""
     grey = torch.tensor([0.5 if here else 0.0 for here in tissue])
-    return [grey.repeat(2)[:, None, None, None, None].expand(-1, 1, 8, 8, 4),
-            grey.repeat(local)[:, None, None, None, None].expand(-1, 1, 4, 4, 2)]
+    return [
+        grey.repeat(2)[:, None, None, None, None].expand(-1, 1, 8, 8, 4),
+        grey.repeat(local)[:, None, None, None, None].expand(-1, 1, 4, 4, 2),
+    ]
 
 
 def test_black_samples_are_left_out_while_there_are_others():
@@ -91,6 +96,7 @@ def test_planes_are_axial_and_coronal():
 
 def test_a_montage_is_as_wide_as_its_text():
     from PIL import ImageFont
+
     font, text = ImageFont.load_default(13), "a patient with a long name/t0/" + "1.2.840." * 8
     tile = np.ones((8, 8), np.float32)
     canvas = montage([[tile]], [text], "a title", tile=8)
@@ -102,7 +108,7 @@ def test_a_montage_is_as_wide_as_its_text():
 
 def test_a_montage_shows_its_tiles_the_right_way_up():
     grows = np.zeros((4, 6))  # grows to the right and up
-    grows[3, 5] = 1           # the patient's right, anterior: left and up in a radiological picture
+    grows[3, 5] = 1  # the patient's right, anterior: left and up in a radiological picture
     picture = radiological(grows)
     assert picture.shape == (6, 4) and picture[0, 0] == 1
     canvas = montage([[picture, 1 - picture], [picture]], ["1", "2"], tile=12)

@@ -1,4 +1,5 @@
 """prepare_data.py: what nlst, luna16 and msd make of good and of bad input, and what check says of the result."""
+
 import json
 import os
 import shutil
@@ -50,8 +51,11 @@ def assert_outcomes(output, expected):
     found = outcomes(output)
     assert found.keys() == expected.keys()
     assert all(reason for status, reason in expected.values() if status != "written")
-    assert not {source: found[source] for source, (status, reason) in expected.items()
-                if found[source][0] != status or not found[source][1].startswith(reason)}
+    assert not {
+        source: found[source]
+        for source, (status, reason) in expected.items()
+        if found[source][0] != status or not found[source][1].startswith(reason)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- nlst
@@ -73,9 +77,19 @@ def test_a_series_becomes_a_volume(tmp_path, run):
         assert voxels[tuple(index.astype(int))] == stored - 1024
     row = manifest(tmp_path / "output")["a#1.2.3.1"]
     assert {name: row[name] for name in row if name not in ("stamp", "bytes", "hu_p1", "hu_p50", "hu_p99")} == {
-        "source": "a#1.2.3.1", "output": "P1/t0/1.2.3.1.hdf5", "patient": "P1", "study_date": "20000102",
-        "slice_thickness": "2", "kernel": "B30f", "shape": "16 x 12 x 18", "spacing": "1.25 x 1.5 x 2",
-        "hu_min": "-874", "hu_max": "16", "status": "written", "reason": ""}
+        "source": "a#1.2.3.1",
+        "output": "P1/t0/1.2.3.1.hdf5",
+        "patient": "P1",
+        "study_date": "20000102",
+        "slice_thickness": "2",
+        "kernel": "B30f",
+        "shape": "16 x 12 x 18",
+        "spacing": "1.25 x 1.5 x 2",
+        "hu_min": "-874",
+        "hu_max": "16",
+        "status": "written",
+        "reason": "",
+    }
     assert int(row["bytes"]) == (tmp_path / "output" / row["output"]).stat().st_size
     assert -874 <= float(row["hu_p1"]) <= float(row["hu_p50"]) <= float(row["hu_p99"]) <= 16
 
@@ -107,13 +121,17 @@ def test_the_voxels_of_a_header_are_watched_too(tmp_path, run):
     assert (read(tmp_path / "output" / "p" / "t0" / "a.hdf5")[0] == before + 1).all()
 
 
-@pytest.mark.parametrize("sources, places", [
-    (["scan.nii.gz"], ["scan/t0/scan"]),
-    (["p1/scan.nii.gz", "p2/scan.mha"], ["p1/t0/scan", "p2/t0/scan"]),
-    (["p1/a.nii.gz", "p1/b.nii.gz"], ["p1_a/t0/a", "p1_b/t0/b"]),
-    (["p1/t2/ct.nii.gz", "p1/T3/x/y.mha"], ["p1/t2/ct", "p1/t3/x_y"]),
-    (["nlst/p1/t0/a.hdf5", "nlst/p1/t1/a.hdf5"], ["nlst_p1/t0/a", "nlst_p1/t1/a"]),
-    (["t0/ct.nii"], ["ct/t0/ct"])])
+@pytest.mark.parametrize(
+    "sources, places",
+    [
+        (["scan.nii.gz"], ["scan/t0/scan"]),
+        (["p1/scan.nii.gz", "p2/scan.mha"], ["p1/t0/scan", "p2/t0/scan"]),
+        (["p1/a.nii.gz", "p1/b.nii.gz"], ["p1_a/t0/a", "p1_b/t0/b"]),
+        (["p1/t2/ct.nii.gz", "p1/T3/x/y.mha"], ["p1/t2/ct", "p1/t3/x_y"]),
+        (["nlst/p1/t0/a.hdf5", "nlst/p1/t1/a.hdf5"], ["nlst_p1/t0/a", "nlst_p1/t1/a"]),
+        (["t0/ct.nii"], ["ct/t0/ct"]),
+    ],
+)
 def test_where_volume_files_go(sources, places):
     found = nlst.place_scans([nlst.Scan(source, []) for source in sources])
     assert [found[source] for source in sources] == [place + ".hdf5" for place in places]
@@ -129,8 +147,13 @@ def test_two_volumes_never_go_to_one_place():
 
 def test_visits_are_counted_by_date(tmp_path, run):
     """Two studies of one date are one visit; those without a date follow, each a visit, in the order of their paths."""
-    studies = {"late": ("20010203", "9.1"), "early": ("19990101", "9.2"), "early_too": ("19990101", "9.3"),
-               "b_undated": ("", "9.0"), "a_undated": ("", "9.9")}
+    studies = {
+        "late": ("20010203", "9.1"),
+        "early": ("19990101", "9.2"),
+        "early_too": ("19990101", "9.3"),
+        "b_undated": ("", "9.0"),
+        "a_undated": ("", "9.9"),
+    }
     for i, (folder, (date, study)) in enumerate(studies.items()):
         write_series(tmp_path / "input" / folder, series=f"1.{i}", study=study, date=date)
     write_series(tmp_path / "input" / "other", series="1.9", patient="P2", study="9.4", date="20050101")
@@ -138,15 +161,22 @@ def test_visits_are_counted_by_date(tmp_path, run):
     write_series(tmp_path / "input" / "nobody2", series="1.11", patient="", study="9.6", date="20060101")
     assert run("nlst", "--input", tmp_path / "input", "--output", tmp_path / "output").code == 0
     assert {source.split("#")[0]: row["output"] for source, row in manifest(tmp_path / "output").items()} == {
-        "early": "P1/t0/1.1.hdf5", "early_too": "P1/t0/1.2.hdf5", "late": "P1/t1/1.0.hdf5",
-        "a_undated": "P1/t2/1.4.hdf5", "b_undated": "P1/t3/1.3.hdf5", "other": "P2/t0/1.9.hdf5",
-        "nobody1": "9.5/t0/1.10.hdf5", "nobody2": "9.6/t0/1.11.hdf5"}
+        "early": "P1/t0/1.1.hdf5",
+        "early_too": "P1/t0/1.2.hdf5",
+        "late": "P1/t1/1.0.hdf5",
+        "a_undated": "P1/t2/1.4.hdf5",
+        "b_undated": "P1/t3/1.3.hdf5",
+        "other": "P2/t0/1.9.hdf5",
+        "nobody1": "9.5/t0/1.10.hdf5",
+        "nobody2": "9.6/t0/1.11.hdf5",
+    }
 
 
 def study_of_six(folder):
     """Series of one study in one folder, best first: by thickness, kernel, number of slices, name."""
-    for i, (thickness, kernel, n) in enumerate([(1, "B30f", 20), (1, "B30f", 18), (1, "B31f", 30), (1, "B70f", 20),
-                                                (2.5, "B10f", 40), (None, "B10f", 40)]):
+    for i, (thickness, kernel, n) in enumerate(
+        [(1, "B30f", 20), (1, "B30f", 18), (1, "B31f", 30), (1, "B70f", 20), (2.5, "B10f", 40), (None, "B10f", 40)]
+    ):
         write_series(folder, series=f"1.2.{i}", thickness=thickness, kernel=kernel, n=n, prefix=f"{9 - i}_")
 
 
@@ -161,7 +191,11 @@ def test_one_series_of_each_study_the_next_where_the_best_is_broken(broken, tmp_
     flags = ["nlst", "--input", tmp_path / "input", "--one_per_study", "--output"]
     assert run(*flags, tmp_path / "output").code == 0
     assert written(tmp_path / "output") == [
-        f"P1/t0/1.2.{broken}.hdf5", "P1/t0/1.3.hdf5", "P2/t0/1.4.hdf5", "v/t0/volume.hdf5"]
+        f"P1/t0/1.2.{broken}.hdf5",
+        "P1/t0/1.3.hdf5",
+        "P2/t0/1.4.hdf5",
+        "v/t0/volume.hdf5",
+    ]
     found = outcomes(tmp_path / "output")
     for i in range(6):
         status, reason = found[f".#1.2.{i}"]
@@ -180,9 +214,34 @@ def test_without_the_flag_all_series_of_a_study_stay(tmp_path, run):
     assert written(tmp_path / "output") == [f"P1/t0/1.2.{i}.hdf5" for i in range(6)]
 
 
-NAMES = ["../../x", "..", ".", "/abs", "/", ".hidden", "a/b", "a_b", "a\\b", "a b", "x" * 300, "x" * 299 + "y",
-         "Müller", "肺" * 100, "manifest.csv", "prepare.json", ".prepare", "c:\\d", "~", "$HOME", "a\nb", "a\0b", "-rf",
-         "t0", "é", "CON"]
+NAMES = [
+    "../../x",
+    "..",
+    ".",
+    "/abs",
+    "/",
+    ".hidden",
+    "a/b",
+    "a_b",
+    "a\\b",
+    "a b",
+    "x" * 300,
+    "x" * 299 + "y",
+    "Müller",
+    "肺" * 100,
+    "manifest.csv",
+    "prepare.json",
+    ".prepare",
+    "c:\\d",
+    "~",
+    "$HOME",
+    "a\nb",
+    "a\0b",
+    "-rf",
+    "t0",
+    "é",
+    "CON",
+]
 
 
 def test_names_lead_nowhere_else(tmp_path, run):
@@ -221,8 +280,12 @@ def bad_scans(folder):
     write_image(folder / "good_volume" / "a.nii.gz", scan())
     write_series(folder / "two", series="1.1", patient="P2", prefix="a")  # two in one folder
     write_series(folder / "two", series="1.2", patient="P2", study="1.9", date="20010101", prefix="b")
-    expected = {"good#1.2.3.1": ("written", ""), "good_volume/a.nii.gz": ("written", ""),
-                "two#1.1": ("written", ""), "two#1.2": ("written", "")}
+    expected = {
+        "good#1.2.3.1": ("written", ""),
+        "good_volume/a.nii.gz": ("written", ""),
+        "two#1.1": ("written", ""),
+        "two#1.2": ("written", ""),
+    }
 
     def placed(at):  # (y, z) of a slice
         return lambda one, i: setattr(one, "ImagePositionPatient", [0, *at(i)])
@@ -235,6 +298,7 @@ def bad_scans(folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
         expected[name] = (status, reason)
+
     series("missing", "missing slices: 4 mm between 06.dcm and 08.dcm", edit=lambda one, i: i != 7)
     series("doubled", "doubled slices: 1, such as", edit=placed(lambda i: (0, 2 * max(i, 1))))
     series("uneven", "uneven spacing", edit=placed(lambda i: (0, 2 * i + 0.7 * (i > 8))))
@@ -264,6 +328,7 @@ def bad_scans(folder):
     def volume(name, voxels, reason, status="failed", affine=np.eye(4)):
         write_nifti(folder / name, voxels, affine)
         expected[name] = (status, reason)
+
     noise = np.random.default_rng(0).integers(-1000, 400, (20, 20, 20)).astype(np.float32)
     nan = noise.copy()
     nan[3, 4, 5] = np.nan
@@ -296,7 +361,11 @@ def test_bad_scans_stop_nothing(tmp_path, run):
     assert result.errors[0].endswith(f"the others are in {tmp_path / 'output' / 'manifest.csv'}")
     assert_outcomes(tmp_path / "output", expected)
     assert written(tmp_path / "output") == [
-        "P1/t0/1.2.3.1.hdf5", "P2/t0/1.1.hdf5", "P2/t1/1.2.hdf5", "good_volume/t0/a.hdf5"]
+        "P1/t0/1.2.3.1.hdf5",
+        "P2/t0/1.1.hdf5",
+        "P2/t1/1.2.hdf5",
+        "good_volume/t0/a.hdf5",
+    ]
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in regular}
     stayed = times(tmp_path / "output")
     again = run("nlst", "--input", tmp_path / "input", "--output", tmp_path / "output")
@@ -311,7 +380,7 @@ def test_names_that_are_no_text(tmp_path, run):
     write_image(tmp_path / "input" / "b.hdf5", scan(1))
     try:
         os.rename(os.path.join(folder, b"b.hdf5"), os.path.join(folder, b"\xff\xfe.hdf5"))
-        for name in (b"two\nlines.nii.gz", b"a,\"b;.nii.gz", b"=1+1.nii.gz"):
+        for name in (b"two\nlines.nii.gz", b'a,"b;.nii.gz', b"=1+1.nii.gz"):
             shutil.copy(os.path.join(folder, b"a.nii.gz"), os.path.join(folder, name))
         (tmp_path / "input" / "\udcff.dcm").touch()
     except OSError:
@@ -337,6 +406,7 @@ def test_the_manifest_does_not_depend_on_the_language_of_the_system(tmp_path, ru
 
     def latin(path, mode="r", *arguments, encoding=None, **options):
         return opening(path, mode, *arguments, encoding=encoding or (None if "b" in mode else "latin-1"), **options)
+
     monkeypatch.setattr("builtins.open", latin)
     assert run(*flags).code == 0
     before = times(tmp_path / "output")
@@ -371,7 +441,7 @@ def test_a_folder_without_scans(tmp_path, run):
 
 def test_real_dicom_as_simpleitk_reads_it(shared_data, tmp_path, run):
     assert run("nlst", "--input", shared_data / "dicom", "--output", tmp_path / "output").code == 0
-    row, = manifest(tmp_path / "output").values()
+    (row,) = manifest(tmp_path / "output").values()
     found, affine = read(tmp_path / "output" / row["output"])
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(shared_data / "dicom" / "lungdx_a0002" / "t0")))
@@ -386,16 +456,30 @@ def test_real_dicom_as_simpleitk_reads_it(shared_data, tmp_path, run):
 
 def crops_of(output):
     """{(series, table:line): row} of the written crops."""
-    return {tuple(source.split("/")[-1].split(".mhd#")): row for source, row in manifest(output).items()
-            if row["status"] == "written"}
+    return {
+        tuple(source.split("/")[-1].split(".mhd#")): row
+        for source, row in manifest(output).items()
+        if row["status"] == "written"
+    }
 
 
 @pytest.mark.parametrize("spacing", [(8.0, 8.0, 14.0), (5.0, 6.0, 7.0), (0.0, 0.0, 0.0)])
 def test_crops_lie_around_their_points(spacing, tmp_path, run):
     """Centre, spacing, affine and voxels of each crop, against an interpolation of the scan by its own affine."""
     write_luna16(tmp_path / "input", {"1.2.1": "subset0", "1.2.2": "subset3"})
-    result = run("luna16", "--input", tmp_path / "input", "--output", tmp_path / "output", "--size", 12, 11, 6,
-                 "--spacing", *spacing)
+    result = run(
+        "luna16",
+        "--input",
+        tmp_path / "input",
+        "--output",
+        tmp_path / "output",
+        "--size",
+        12,
+        11,
+        6,
+        "--spacing",
+        *spacing,
+    )
     assert (result.code, result.errors) == (0, [])
     crops, problems = find_crops(tmp_path / "output")
     assert not problems and len(crops) == len(written(tmp_path / "output"))
@@ -436,6 +520,7 @@ def test_all_positives_and_some_negatives(tmp_path, run):
             positives = [row for (its, _), row in rows.items() if its == series and row["label"] == "1"]
             assert len(positives) == len(centres(seed)) * (source / subsets[series] / f"{series}.mhd").exists()
         return {key for key, row in rows.items() if row["label"] == "0"}
+
     five = chosen("five", "--negatives_per_scan", 5)
     assert sorted(series for series, _ in five) == ["1.2.1"] * 5 + ["1.2.2"] * 5 + ["1.2.3"] * 5
     assert five == chosen("again", "--negatives_per_scan", 5)
@@ -455,8 +540,13 @@ def test_a_scan_of_which_no_point_is_drawn_has_its_row(tmp_path, run):
     write_table(source / "candidates_V2.csv", [*POINTS, "class"], rows)
     flags = ["luna16", "--input", source, "--output", tmp_path / "output", "--negatives_per_scan", 0, "--size", 8, 8, 8]
     assert run(*flags).code == 0
-    assert_outcomes(tmp_path / "output", {"subset0/1.2.1.mhd#candidates_V2:2": ("written", ""),
-                                          "subset0/1.2.2.mhd": ("left out", "no points: all 2 are of label 0")})
+    assert_outcomes(
+        tmp_path / "output",
+        {
+            "subset0/1.2.1.mhd#candidates_V2:2": ("written", ""),
+            "subset0/1.2.2.mhd": ("left out", "no points: all 2 are of label 0"),
+        },
+    )
     before = times(tmp_path / "output")
     assert run(*flags).code == 0 and times(tmp_path / "output") == before
 
@@ -475,7 +565,10 @@ def test_annotations_without_a_candidate_are_added(tmp_path, run):
     assert (added["label"], added["diameter_mm"]) == ("1", "9.5")
     assert len(rows) == len(others) + 2
     assert {line: row["diameter_mm"] for (_, line), row in rows.items()} == {
-        "annotations:2": "9.5", "candidates_V2:2": "", **{f"candidates_V2:{3 + i}": "9.5" for i in range(len(others))}}
+        "annotations:2": "9.5",
+        "candidates_V2:2": "",
+        **{f"candidates_V2:{3 + i}": "9.5" for i in range(len(others))},
+    }
 
 
 def test_tables_are_found_and_missed(tmp_path, run):
@@ -529,7 +622,9 @@ def test_patients_with_several_scans_stay_in_one_subset(tmp_path, run):
     assert run(*flags, tmp_path / "output").code == 1
     rows = manifest(tmp_path / "output")
     assert (rows["subset2/1.2.4.mhd"]["status"], rows["subset2/1.2.4.mhd"]["reason"]) == (
-        "failed", f"no patient: {table} does not name this series")
+        "failed",
+        f"no patient: {table} does not name this series",
+    )
     found = {row["output"].split("/")[0]: row["output"].split("/")[2] for row in rows.values() if row["output"]}
     bob = safe_name("../../Bob", "")
     assert found == {"subset3": bob, "subset1": "Ann"} and len(written(tmp_path / "output")) == 6
@@ -555,31 +650,61 @@ def test_a_table_of_ones_own(separator, encoding, tmp_path, run):
     rows += [("../../evil", 0, 0, 0, 1, ""), ("", 0, 0, 0, 1, "")]
     table = write_table(tmp_path / "my table.csv", [*POINTS, "malignancy", "note"], rows, separator, encoding)
     before = set(times(tmp_path))
-    result = run("luna16", "--input", source, "--output", tmp_path / "output", "--table", table,
-                 "--label_column", "malignancy", "--size", 8, 8, 8)
+    result = run(
+        "luna16",
+        "--input",
+        source,
+        "--output",
+        tmp_path / "output",
+        "--table",
+        table,
+        "--label_column",
+        "malignancy",
+        "--size",
+        8,
+        8,
+        8,
+    )
     name = safe_name("my table", "")
     at = f"subset0/1.2.1.mhd#{name}:"
-    assert_outcomes(tmp_path / "output", {
-        **{f"{at}{2 + i}": ("written", "") for i in range(7)},
-        **{f"{at}{9 + i}": ("failed", f"not a label: malignancy is '{label}', expected a whole number from 0 to 999")
-           for i, label in enumerate(labels[7:])},
-        **{f"{at}{17 + i}": ("failed", "not a point: ") for i in range(4)},
-        **{f"{at}{21 + i}": ("failed", "outside the scan: ") for i in range(2)},
-        "../../evil": ("left out", "no scan of this series below --input: 1 points"),
-        "": ("left out", "no scan of this series below --input: 1 points")})
+    assert_outcomes(
+        tmp_path / "output",
+        {
+            **{f"{at}{2 + i}": ("written", "") for i in range(7)},
+            **{
+                f"{at}{9 + i}": (
+                    "failed",
+                    f"not a label: malignancy is '{label}', expected a whole number from 0 to 999",
+                )
+                for i, label in enumerate(labels[7:])
+            },
+            **{f"{at}{17 + i}": ("failed", "not a point: ") for i in range(4)},
+            **{f"{at}{21 + i}": ("failed", "outside the scan: ") for i in range(2)},
+            "../../evil": ("left out", "no scan of this series below --input: 1 points"),
+            "": ("left out", "no scan of this series below --input: 1 points"),
+        },
+    )
     assert result.code == 1 and len(result.errors) == 1
     assert result.errors[0].startswith("error: 14 inputs failed, such as ")
-    assert written(tmp_path / "output") == [f"subset0/label{label}/1.2.1/{name}_{line:06d}.nii.gz" for label, line in (
-        (0, 2), (1, 3), (2, 4), (2, 7), (3, 5), (3, 8), (4, 6))]
+    assert written(tmp_path / "output") == [
+        f"subset0/label{label}/1.2.1/{name}_{line:06d}.nii.gz"
+        for label, line in ((0, 2), (1, 3), (2, 4), (2, 7), (3, 5), (3, 8), (4, 6))
+    ]
     assert {name for name in times(tmp_path) if not name.startswith("output")} == before
 
 
-@pytest.mark.parametrize("content, reason", [
-    (b"", "has no column seriesuid, only nothing"),
-    (b"seriesuid,coordX,coordY,class\n", "has no column coordZ, only seriesuid"),
-    (b"seriesuid,coordX,coordY,coordZ,Class\n1,2,3,4,5\n", "has no column class, only "),
-    (b"\xff\xfes\0e\0", "can't be read as a table"), (b"caf\xe9,seriesuid\n", "can't be read as a table"),
-    (b"PK\x03\x04\x14\0\x06\0\x08\0\0\0", "has no column seriesuid"), (None, "No such file or directory")])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "has no column seriesuid, only nothing"),
+        (b"seriesuid,coordX,coordY,class\n", "has no column coordZ, only seriesuid"),
+        (b"seriesuid,coordX,coordY,coordZ,Class\n1,2,3,4,5\n", "has no column class, only "),
+        (b"\xff\xfes\0e\0", "can't be read as a table"),
+        (b"caf\xe9,seriesuid\n", "can't be read as a table"),
+        (b"PK\x03\x04\x14\0\x06\0\x08\0\0\0", "has no column seriesuid"),
+        (None, "No such file or directory"),
+    ],
+)
 def test_a_table_that_is_none_is_named(content, reason, tmp_path, run):
     source = write_luna16(tmp_path / "input", {"1.2.1": "subset0"})
     if content is not None:
@@ -595,7 +720,7 @@ def test_scans_that_cannot_be_cropped_stop_nothing(tmp_path, run):
     (source / "subset1" / "1.2.1.raw").unlink()
     (source / "subset2" / "1.2.2.mhd").write_bytes(b"")
     write_image(source / "subset3" / "1.2.3.nii.gz", scan(3))  # and so two of this series
-    write_image(source / "subset4" / "1.2.9.mhd", scan(4))     # which the table does not know
+    write_image(source / "subset4" / "1.2.9.mhd", scan(4))  # which the table does not know
     lines = (source / "candidates_V2.csv").read_text().splitlines()
     (source / "candidates_V2.csv").write_text("\n".join(lines + ["1.2.5,9000,0,0,1", "1.2.77,0,0,0,1"]))
     before = times(source)
@@ -604,13 +729,18 @@ def test_scans_that_cannot_be_cropped_stop_nothing(tmp_path, run):
 
     def at(i, suffix=".mhd"):
         return [f"subset{i}/1.2.{i}{suffix}#candidates_V2:{2 * i + 2 + k}" for k in range(2)]
-    assert_outcomes(tmp_path / "output", {
-        **dict.fromkeys([*at(0), *at(4), *at(5)], ("written", "")),
-        **dict.fromkeys([*at(1), *at(2)], ("failed", "can't be read")),
-        "subset3/1.2.3.mhd": ("failed", "two scans of one series: subset3/1.2.3.mhd and subset3/1.2.3.nii.gz"),
-        "subset4/1.2.9.mhd": ("left out", "no points: the table names none in this scan"),
-        "subset5/1.2.5.mhd#candidates_V2:14": ("failed", "outside the scan: 9000 x 0 x 0 mm (LPS)"),
-        "1.2.77": ("left out", "no scan of this series below --input: 1 points")})
+
+    assert_outcomes(
+        tmp_path / "output",
+        {
+            **dict.fromkeys([*at(0), *at(4), *at(5)], ("written", "")),
+            **dict.fromkeys([*at(1), *at(2)], ("failed", "can't be read")),
+            "subset3/1.2.3.mhd": ("failed", "two scans of one series: subset3/1.2.3.mhd and subset3/1.2.3.nii.gz"),
+            "subset4/1.2.9.mhd": ("left out", "no points: the table names none in this scan"),
+            "subset5/1.2.5.mhd#candidates_V2:14": ("failed", "outside the scan: 9000 x 0 x 0 mm (LPS)"),
+            "1.2.77": ("left out", "no scan of this series below --input: 1 points"),
+        },
+    )
     assert len(written(tmp_path / "output")) == 6 and times(source) == before
 
 
@@ -633,8 +763,26 @@ def test_subset_folders_with_odd_names(tmp_path, run):
 def test_real_nodules_stand_in_the_middle_of_their_crops(shared_data, tmp_path, run):
     """LUNA16's own files: nodules are denser than lung at the centre; nothing to refuse."""
     source = shared_data / "luna16"
-    assert run("luna16", "--input", source, "--output", tmp_path / "output", "--negatives_per_scan", 5,
-               "--size", 33, 33, 17, "--spacing", 1, 1, 2).code == 0
+    assert (
+        run(
+            "luna16",
+            "--input",
+            source,
+            "--output",
+            tmp_path / "output",
+            "--negatives_per_scan",
+            5,
+            "--size",
+            33,
+            33,
+            17,
+            "--spacing",
+            1,
+            1,
+            2,
+        ).code
+        == 0
+    )
     rows = crops_of(tmp_path / "output").values()
     assert sorted(row["label"] for row in rows) == ["0"] * 10 + ["1"] * 4
     for row in rows:
@@ -658,7 +806,8 @@ def test_cases_keep_their_names_and_voxels(tmp_path, run):
     result = run("msd", "--input", tmp_path / "input", "--output", tmp_path / "output")
     assert (result.code, result.errors) == (0, [])
     assert written(tmp_path / "output") == [
-        f"{kind}/lung_00{i}.nii.gz" for kind in ("images", "labels") for i in (1, 2)]
+        f"{kind}/lung_00{i}.nii.gz" for kind in ("images", "labels") for i in (1, 2)
+    ]
     assert contents(tmp_path / "input") == before
     pairs, problems = find_pairs(tmp_path / "output")
     assert not problems
@@ -693,7 +842,8 @@ def bad_cases(folder):
         "minus": (volume, -label.astype(np.int16), affine, ("failed", "unexpected label values: -1")),
         "nan": (nan, label, affine, ("failed", "has voxels that are NaN")),
         "nan_label": (volume, nan_label, affine, ("failed", "unexpected label values: nan")),
-        "time": (np.stack([volume] * 2, 3), label, affine, ("failed", "not a volume: 4D"))}
+        "time": (np.stack([volume] * 2, 3), label, affine, ("failed", "not a volume: 4D")),
+    }
     expected = {}
     for name, (image, its_label, its_affine, outcome) in cases.items():
         write_nifti(folder / "imagesTr" / f"{name}.nii.gz", image, affine)
@@ -701,7 +851,7 @@ def bad_cases(folder):
         expected |= dict.fromkeys([f"imagesTr/{name}.nii.gz", f"labelsTr/{name}.nii.gz"], outcome)
     expected["labelsTr/empty.nii.gz"] = ("written", "note: no voxel is labelled")
     whole = (folder / "imagesTr" / "good.nii.gz").read_bytes()
-    for name, content in (("cut", whole[:len(whole) // 2]), ("zero", b""), ("text", b"text")):
+    for name, content in (("cut", whole[: len(whole) // 2]), ("zero", b""), ("text", b"text")):
         shutil.copy(folder / "labelsTr" / "good.nii.gz", folder / "labelsTr" / f"{name}.nii.gz")
         (folder / "imagesTr" / f"{name}.nii.gz").write_bytes(content)
         expected |= dict.fromkeys([f"imagesTr/{name}.nii.gz", f"labelsTr/{name}.nii.gz"], ("failed", "can't be read"))
@@ -722,8 +872,9 @@ def test_bad_cases_stop_nothing(tmp_path, run):
     assert result.code == 1 and len(result.errors) == 1
     assert result.errors[0].startswith(f"error: {failed} inputs failed, such as ")
     assert_outcomes(tmp_path / "output", expected)
-    assert written(tmp_path / "output") == [f"{kind}/{name}.nii.gz" for kind in ("images", "labels")
-                                            for name in ("empty", "float", "good")]
+    assert written(tmp_path / "output") == [
+        f"{kind}/{name}.nii.gz" for kind in ("images", "labels") for name in ("empty", "float", "good")
+    ]
     assert times(tmp_path / "input") == before
     assert run("check", tmp_path / "output").code == 0
 
@@ -736,7 +887,7 @@ def test_a_label_stored_in_another_orientation_is_on_the_same_grid(tmp_path, run
     flipped = np.ascontiguousarray((nodules > 0)[::-1]).astype(np.uint8)
     write_nifti(tmp_path / "input" / "labelsTr" / "a.nii.gz", flipped, affine @ flip)
     assert run("msd", "--input", tmp_path / "input", "--output", tmp_path / "output").code == 0
-    pair, = find_pairs(tmp_path / "output")[0]
+    (pair,) = find_pairs(tmp_path / "output")[0]
     np.testing.assert_array_equal(read_pair(pair)[1], nodules > 0)
 
 
@@ -759,20 +910,43 @@ def test_no_case_is_lost_for_its_name(tmp_path, run):
     shutil.copy(source / "labelsTr" / "b.nii.gz", source / "more" / "b_label.nii.gz")
     shutil.copy(source / "imagesTr" / "b.nii.gz", source / "imagesTr" / "b.nii")
     cases = [("imagesTr/a_0000", "labelsTr/a"), ("imagesTr/b", "labelsTr/b"), ("more/b", "more/b_label")]
-    (source / "dataset.json").write_text(json.dumps({"labels": {"0": "", "1": ""}, "training": [
-        {"image": f"{image}.nii.gz", "label": f"{label}.nii.gz"} for image, label in cases]}))
+    (source / "dataset.json").write_text(
+        json.dumps(
+            {
+                "labels": {"0": "", "1": ""},
+                "training": [{"image": f"{image}.nii.gz", "label": f"{label}.nii.gz"} for image, label in cases],
+            }
+        )
+    )
     assert run("msd", "--input", source, "--output", tmp_path / "output").code == 1
-    assert_outcomes(tmp_path / "output", {
-        **{f"{path}.nii.gz": ("written", "") for case in [*cases, ("imagesTr/c", "labelsTr/c")] for path in case},
-        "imagesTr/b.nii": ("failed", "no label: for this image")})
+    assert_outcomes(
+        tmp_path / "output",
+        {
+            **{f"{path}.nii.gz": ("written", "") for case in [*cases, ("imagesTr/c", "labelsTr/c")] for path in case},
+            "imagesTr/b.nii": ("failed", "no label: for this image"),
+        },
+    )
     assert len(written(tmp_path / "output")) == 8 and not find_pairs(tmp_path / "output")[1]
 
 
-@pytest.mark.parametrize("content", [
-    "", "{", "[]", "7", "null", "{}", '{"labels": {"0": "a"}}', '{"labels": 5, "training": []}',
-    '{"labels": {"zero": "a"}, "training": []}', '{"labels": {"0": "a"}, "training": ["a"]}',
-    '{"labels": {"0": "a"}, "training": [{"image": "a"}]}',
-    '{"labels": {"0": "a"}, "training": [{"image": 1, "label": 2}]}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        "null",
+        "{}",
+        '{"labels": {"0": "a"}}',
+        '{"labels": 5, "training": []}',
+        '{"labels": {"zero": "a"}, "training": []}',
+        '{"labels": {"0": "a"}, "training": ["a"]}',
+        '{"labels": {"0": "a"}, "training": [{"image": "a"}]}',
+        '{"labels": {"0": "a"}, "training": [{"image": 1, "label": 2}]}',
+        "\udcff",
+    ],
+)
 def test_a_broken_index_is_named(content, tmp_path, run):
     source = write_decathlon(tmp_path / "input", ["a"])
     (source / "dataset.json").write_text(content, errors="surrogateescape")
@@ -802,8 +976,9 @@ def test_an_index_that_names_files_elsewhere(tmp_path, run):
     before = set(times(tmp_path))
     assert run("msd", "--input", source, "--output", tmp_path / "output").code == 1
     assert {name for name in times(tmp_path) if not name.startswith("output")} == before
-    assert written(tmp_path / "output") == [f"{kind}/{name}.nii.gz" for kind in ("images", "labels")
-                                            for name in ("a", "b", safe_name(".", "case"))]
+    assert written(tmp_path / "output") == [
+        f"{kind}/{name}.nii.gz" for kind in ("images", "labels") for name in ("a", "b", safe_name(".", "case"))
+    ]
 
 
 def test_resampled_cases(tmp_path, run):
@@ -828,8 +1003,10 @@ def test_cropped_cases(crop, tmp_path, run):
     for name, its_label in (("a", label), ("b", label * 0)):
         write_nifti(tmp_path / "input" / "imagesTr" / f"{name}.nii.gz", air, affine)
         write_nifti(tmp_path / "input" / "labelsTr" / f"{name}.nii.gz", its_label, affine)
-    assert run("msd", "--input", tmp_path / "input", "--output", tmp_path / "output", "--crop", crop,
-               "--margin", 16).code == 0
+    assert (
+        run("msd", "--input", tmp_path / "input", "--output", tmp_path / "output", "--crop", crop, "--margin", 16).code
+        == 0
+    )
     labelled, unlabelled = find_pairs(tmp_path / "output")[0]
     image, its_label, its_affine = read_pair(labelled)
     start = np.linalg.solve(affine, its_affine[:, 3])[:3].round(4).astype(int)
@@ -878,12 +1055,24 @@ def layouts(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("layout, told", [
-    ("pretrain", ["pre-training layout: 3 volumes of 3 patients",
-                  "voxels, x                       20        21        22"]),
-    ("crops", ["classification layout: 6 crops of 3 patients", "subset1                          1         1         1",
-               "all                              3         3         3"]),
-    ("cases", ["segmentation layout: 3 cases", "class 1: in 3 cases"])])
+@pytest.mark.parametrize(
+    "layout, told",
+    [
+        (
+            "pretrain",
+            ["pre-training layout: 3 volumes of 3 patients", "voxels, x                       20        21        22"],
+        ),
+        (
+            "crops",
+            [
+                "classification layout: 6 crops of 3 patients",
+                "subset1                          1         1         1",
+                "all                              3         3         3",
+            ],
+        ),
+        ("cases", ["segmentation layout: 3 cases", "class 1: in 3 cases"]),
+    ],
+)
 def test_nothing_is_said_against_clean_folders(layout, told, layouts, run):
     before = times(layouts)
     result = run("check", layouts / layout)
@@ -901,9 +1090,11 @@ def move(source, target):
 
 def spoil_crop(content):
     """Writes an array, or bytes, over one crop."""
+
     def spoil(folder):
         path = folder / "subset1/label0/p1/0.nii.gz"
         path.write_bytes(content) if isinstance(content, bytes) else write_nifti(path, content, np.eye(4))
+
     return spoil
 
 
@@ -917,50 +1108,105 @@ def label_folders(folder, label):
 
 CROP = "subset1/label0/p1/0.nii.gz: "
 PROBLEMS = {
-    "patient in two subsets": ("crops", lambda f: shutil.copytree(f / "subset1/label0/p1", f / "subset0/label0/p1"),
-                               "has patient p1 in subset0 and subset1"),
-    "one class": ("crops", lambda f: [shutil.rmtree(path) for path in label_folders(f, 1)],
-                  "has crops of one class only (label0)"),
-    "a gap in the classes": ("crops", lambda f: [move(path, path.with_name("label2")) for path in label_folders(f, 1)],
-                             "has the classes 0, 2"),
+    "patient in two subsets": (
+        "crops",
+        lambda f: shutil.copytree(f / "subset1/label0/p1", f / "subset0/label0/p1"),
+        "has patient p1 in subset0 and subset1",
+    ),
+    "one class": (
+        "crops",
+        lambda f: [shutil.rmtree(path) for path in label_folders(f, 1)],
+        "has crops of one class only (label0)",
+    ),
+    "a gap in the classes": (
+        "crops",
+        lambda f: [move(path, path.with_name("label2")) for path in label_folders(f, 1)],
+        "has the classes 0, 2",
+    ),
     "empty label folder": ("crops", lambda f: (f / "subset0/label3").mkdir(), "subset0/label3: holds no crop"),
-    "no label folder": ("crops", lambda f: move(f / "subset0/label1", f / "subset0/nodules"),
-                        "subset0/nodules: is no label folder"),
-    "no crops": ("crops", lambda f: [shutil.rmtree(path) for k in range(2) for path in label_folders(f, k)],
-                 "holds no crops"),
-    "crop without patient": ("crops", lambda f: move(f / "subset0/label0/p0/0.nii.gz", f / "subset0/label0/0.nii.gz"),
-                             "subset0/label0/0.nii.gz: expected as subset*/label<k>/<patient>"),
+    "no label folder": (
+        "crops",
+        lambda f: move(f / "subset0/label1", f / "subset0/nodules"),
+        "subset0/nodules: is no label folder",
+    ),
+    "no crops": (
+        "crops",
+        lambda f: [shutil.rmtree(path) for k in range(2) for path in label_folders(f, k)],
+        "holds no crops",
+    ),
+    "crop without patient": (
+        "crops",
+        lambda f: move(f / "subset0/label0/p0/0.nii.gz", f / "subset0/label0/0.nii.gz"),
+        "subset0/label0/0.nii.gz: expected as subset*/label<k>/<patient>",
+    ),
     "unreadable crop": ("crops", spoil_crop(b""), CROP + "can't be read"),
     "crop with NaN": ("crops", spoil_crop(noise() * np.float32(np.nan)), CROP + "has voxels that are NaN"),
     "constant crop": ("crops", spoil_crop(noise() * 0), CROP + "has the same value in all voxels (0)"),
-    "crops of two sizes": ("crops", spoil_crop(noise(0, (8, 8, 9))),
-                           CROP + "has 8 x 8 x 9 voxels, most crops have 8 x 8 x 8"),
-    "image without label": ("cases", lambda f: (f / "labels/p1.nii.gz").unlink(),
-                            "images/p1.nii.gz: has no label of the same name"),
-    "label without image": ("cases", lambda f: (f / "images/p1.nii.gz").unlink(),
-                            "labels/p1.nii.gz: has no image of the same name"),
-    "label values": ("cases", spoil_case("labels", noise() / np.float32(1000)),
-                     "labels/p1.nii.gz: has label values such as -"),
-    "label of another shape": ("cases", spoil_case("labels", noise(0, (8, 8, 7))),
-                               "labels/p1.nii.gz: has another shape than its image: 8 x 8 x 7, not 8 x 8 x 8"),
-    "label elsewhere": ("cases", spoil_case("labels", (noise() > 0).astype(np.uint8), spacing=2.0),
-                        "labels/p1.nii.gz: lies elsewhere than its image"),
-    "nothing labelled": ("cases", lambda f: [write_nifti(path, (noise() * 0).astype(np.uint8), np.eye(4))
-                                             for path in sorted((f / "labels").glob("*"))],
-                         "cases: has no labelled voxel in any case"),
-    "constant image": ("cases", spoil_case("images", noise() * 0 - 5),
-                       "images/p1.nii.gz: has the same value in all voxels (-5)"),
+    "crops of two sizes": (
+        "crops",
+        spoil_crop(noise(0, (8, 8, 9))),
+        CROP + "has 8 x 8 x 9 voxels, most crops have 8 x 8 x 8",
+    ),
+    "image without label": (
+        "cases",
+        lambda f: (f / "labels/p1.nii.gz").unlink(),
+        "images/p1.nii.gz: has no label of the same name",
+    ),
+    "label without image": (
+        "cases",
+        lambda f: (f / "images/p1.nii.gz").unlink(),
+        "labels/p1.nii.gz: has no image of the same name",
+    ),
+    "label values": (
+        "cases",
+        spoil_case("labels", noise() / np.float32(1000)),
+        "labels/p1.nii.gz: has label values such as -",
+    ),
+    "label of another shape": (
+        "cases",
+        spoil_case("labels", noise(0, (8, 8, 7))),
+        "labels/p1.nii.gz: has another shape than its image: 8 x 8 x 7, not 8 x 8 x 8",
+    ),
+    "label elsewhere": (
+        "cases",
+        spoil_case("labels", (noise() > 0).astype(np.uint8), spacing=2.0),
+        "labels/p1.nii.gz: lies elsewhere than its image",
+    ),
+    "nothing labelled": (
+        "cases",
+        lambda f: [
+            write_nifti(path, (noise() * 0).astype(np.uint8), np.eye(4)) for path in sorted((f / "labels").glob("*"))
+        ],
+        "cases: has no labelled voxel in any case",
+    ),
+    "constant image": (
+        "cases",
+        spoil_case("images", noise() * 0 - 5),
+        "images/p1.nii.gz: has the same value in all voxels (-5)",
+    ),
     "no labels at all": ("cases", lambda f: shutil.rmtree(f / "labels"), "cases/labels: no such folder"),
     "no images at all": ("cases", lambda f: shutil.rmtree(f / "images"), "cases/images: no such folder"),
     "no cases": ("cases", lambda f: [path.unlink() for path in f.glob("*/*")], "holds no cases"),
-    "cut volume": ("pretrain", lambda f: (f / "p1/t0/a.hdf5").write_bytes((f / "p1/t0/a.hdf5").read_bytes()[:3000]),
-                   "p1/t0/a.hdf5: can't be read"),
-    "constant volume": ("pretrain", lambda f: write_volume(f / "p1/t0/a.hdf5", noise() * 0, np.eye(4)),
-                        "p1/t0/a.hdf5: has the same value in all voxels (0)"),
-    "4D volume": ("pretrain", lambda f: write_nifti(f / "p3/t0/a.nii", np.stack([noise()] * 2, 3), np.eye(4)),
-                  "p3/t0/a.nii: is a 4D image"),
-    "no layout": ("pretrain", lambda f: [path.unlink() for path in f.rglob("*.hdf5")],
-                  "holds none of the three layouts"),
+    "cut volume": (
+        "pretrain",
+        lambda f: (f / "p1/t0/a.hdf5").write_bytes((f / "p1/t0/a.hdf5").read_bytes()[:3000]),
+        "p1/t0/a.hdf5: can't be read",
+    ),
+    "constant volume": (
+        "pretrain",
+        lambda f: write_volume(f / "p1/t0/a.hdf5", noise() * 0, np.eye(4)),
+        "p1/t0/a.hdf5: has the same value in all voxels (0)",
+    ),
+    "4D volume": (
+        "pretrain",
+        lambda f: write_nifti(f / "p3/t0/a.nii", np.stack([noise()] * 2, 3), np.eye(4)),
+        "p3/t0/a.nii: is a 4D image",
+    ),
+    "no layout": (
+        "pretrain",
+        lambda f: [path.unlink() for path in f.rglob("*.hdf5")],
+        "holds none of the three layouts",
+    ),
 }
 
 
@@ -996,15 +1242,30 @@ def test_check_of_no_folder(tmp_path, run):
 IN_OUT = ["--input", "in", "--output", "out"]
 
 
-@pytest.mark.parametrize("flags", [
-    ["nlst"], ["nlst", "--input", "in"], ["nlst", *IN_OUT, "--min_slices", "0"], ["nlst", *IN_OUT, "--workers", "0"],
-    ["nlst", *IN_OUT, "--compression", "zip"], ["nlst", *IN_OUT, "--crop_to_body", "-1"],
-    ["nlst", *IN_OUT, "--min", "3"],
-    ["luna16", *IN_OUT, "--size", "0", "1", "1"], ["luna16", *IN_OUT, "--spacing", "0", "1", "1"],
-    ["luna16", *IN_OUT, "--spacing", "1", "1"], ["luna16", *IN_OUT, "--label_column", "x"],
-    ["luna16", *IN_OUT, "--negatives_per_scan", "-1"], ["msd", *IN_OUT, "--spacing", "0", "0", "0"],
-    ["msd", *IN_OUT, "--crop", "lung"], ["msd", *IN_OUT, "--margin", "nan"], ["check"],
-    ["check", "in", "--workers", "two"], ["nls"], []])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["nlst"],
+        ["nlst", "--input", "in"],
+        ["nlst", *IN_OUT, "--min_slices", "0"],
+        ["nlst", *IN_OUT, "--workers", "0"],
+        ["nlst", *IN_OUT, "--compression", "zip"],
+        ["nlst", *IN_OUT, "--crop_to_body", "-1"],
+        ["nlst", *IN_OUT, "--min", "3"],
+        ["luna16", *IN_OUT, "--size", "0", "1", "1"],
+        ["luna16", *IN_OUT, "--spacing", "0", "1", "1"],
+        ["luna16", *IN_OUT, "--spacing", "1", "1"],
+        ["luna16", *IN_OUT, "--label_column", "x"],
+        ["luna16", *IN_OUT, "--negatives_per_scan", "-1"],
+        ["msd", *IN_OUT, "--spacing", "0", "0", "0"],
+        ["msd", *IN_OUT, "--crop", "lung"],
+        ["msd", *IN_OUT, "--margin", "nan"],
+        ["check"],
+        ["check", "in", "--workers", "two"],
+        ["nls"],
+        [],
+    ],
+)
 def test_a_wrong_flag_exits_with_2_and_one_line(flags, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()

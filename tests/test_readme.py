@@ -1,4 +1,6 @@
-"""What README.md and docs/ tell people to type is right: every command is parsed by the real parser, every snippet runs."""
+"""What README.md and docs/ tell people to type is right: every command is parsed by the real parser, every snippet
+runs."""
+
 import importlib
 import inspect
 import re
@@ -10,23 +12,34 @@ import pytest
 import torch
 from conftest import ROOT
 
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
 SCRIPTS = ("main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INLINE = re.compile(r"`([^`\n]+)`")
 LAUNCHERS = ("python", "torchrun", "srun")
 OTHERS = ("git", "cd", "source", "tensorboard")  # programs whose arguments nobody here can check
 # Flags of other programs: torchrun, srun, Docker, tests/survive.py
-OTHERS_FLAGS = {"--nproc_per_node", "--max-restarts", "--signals-to-handle", "--shutdown-timeout", "--shm-size", "--kills",
-                "--help", "--version"}
+OTHERS_FLAGS = {
+    "--nproc_per_node",
+    "--max-restarts",
+    "--signals-to-handle",
+    "--shutdown-timeout",
+    "--shm-size",
+    "--kills",
+    "--help",
+    "--version",
+}
 
 BLOCKS = [(page, *block) for page, text in PAGES.items() for block in BLOCK.findall(text)]
 PROSE = {page: BLOCK.sub("", text) for page, text in PAGES.items()}
 
 
 def command_lines():
-    """(page, command): the lines of blocks without a language, those of shell scripts that start one of our scripts, and
-    what stands between backticks and begins with a program."""
+    """(page, command): the lines of blocks without a language, those of shell scripts that start one of our scripts,
+    and what stands between backticks and begins with a program."""
     for page, language, block in BLOCKS:
         lines = [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
         if language == "bash":
@@ -34,8 +47,11 @@ def command_lines():
         if language in ("", "bash"):
             yield from ((page, line) for line in lines)
     for page, text in PROSE.items():
-        yield from ((page, code) for code in INLINE.findall(text)
-                    if re.match(rf"([A-Z_]+=\S+ )*({'|'.join(LAUNCHERS)}|make|pip|source) \S+", code))
+        yield from (
+            (page, code)
+            for code in INLINE.findall(text)
+            if re.match(rf"([A-Z_]+=\S+ )*({'|'.join(LAUNCHERS)}|make|pip|source) \S+", code)
+        )
 
 
 @pytest.mark.parametrize("page, line", sorted(set(command_lines())))
@@ -54,7 +70,7 @@ def test_command_is_understood(page, line):
     elif words[0] in LAUNCHERS:
         script = next((word for word in words if word.endswith(".py")), None)
         assert script and (ROOT / script).is_file(), f"no script in: {line}"
-        understand(Path(script).stem, words[words.index(script) + 1:], whole="..." not in line)
+        understand(Path(script).stem, words[words.index(script) + 1 :], whole="..." not in line)
     else:
         assert words[0] in OTHERS
 
@@ -75,8 +91,15 @@ def understand(script, flags, whole):
 
 def test_there_are_commands():
     found = list(command_lines())
-    for page in ("README.md", "docs/data.md", "docs/pretraining.md", "docs/classification.md", "docs/segmentation.md",
-                 "docs/resuming.md", "docs/performance.md"):
+    for page in (
+        "README.md",
+        "docs/data.md",
+        "docs/pretraining.md",
+        "docs/classification.md",
+        "docs/segmentation.md",
+        "docs/resuming.md",
+        "docs/performance.md",
+    ):
         assert sum(at == page and ".py" in line for at, line in found) > 2, page
     assert {language for _, language, _ in BLOCKS} == {"", "bash", "python", "text", "bibtex"}
 
@@ -87,7 +110,9 @@ def test_every_flag_exists():
         parsers = [importlib.import_module(script).get_args_parser()]
         for parser in parsers:
             known.update(parser._option_string_actions)
-            parsers += [sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
+            parsers += [
+                sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()
+            ]
     for page, text in PROSE.items():
         for code in INLINE.findall(text):
             unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known
@@ -102,7 +127,9 @@ def test_files_that_are_named_exist():
 
 
 def test_modules_are_all_named():
-    modules = {path.relative_to(ROOT).as_posix() for pattern in ("*.py", "dino3d/**/*.py") for path in ROOT.glob(pattern)}
+    modules = {
+        path.relative_to(ROOT).as_posix() for pattern in ("*.py", "dino3d/**/*.py") for path in ROOT.glob(pattern)
+    }
     modules = {module for module in modules if not module.endswith("__init__.py")}
     named = re.findall(r"^\| `([\w/]+\.py)` \|", PAGES["docs/development.md"], re.M)
     assert sorted(named) == sorted(modules)
@@ -130,11 +157,16 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_in_the_index():
-    assert all(f"]({Path(page).name})" in PAGES["docs/README.md"] for page in PAGES if page.startswith("docs/")
-               if page != "docs/README.md")
+    assert all(
+        f"]({Path(page).name})" in PAGES["docs/README.md"]
+        for page in PAGES
+        if page.startswith("docs/")
+        if page != "docs/README.md"
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- snippets
+# --------------------------------------------------------------------------------------------------------------
+# snippets
 
 SNIPPETS = ("get_last_selfattention", "LogisticRegression", "write_volume", "RandElastic")  # a word of each, see below
 
@@ -151,7 +183,9 @@ def test_every_snippet_is_run():
 
 
 def test_old_imports_have_a_new_home():
-    lines = re.findall(r"^\| `from \w+ import ([^`]+)` \| `(from dino3d[^`]+ import ([^`]+))` \|$", PAGES["docs/development.md"], re.M)
+    lines = re.findall(
+        r"^\| `from \w+ import ([^`]+)` \| `(from dino3d[^`]+ import ([^`]+))` \|$", PAGES["docs/development.md"], re.M
+    )
     assert len(lines) > 8
     for old, new, names in lines:
         exec(new, {})
@@ -160,6 +194,7 @@ def test_old_imports_have_a_new_home():
 
 def test_encoder_snippet(tmp_path):
     from vision_transformer import vit_small
+
     state = {"backbone." + name: tensor for name, tensor in vit_small().state_dict().items()}
     torch.save({"teacher": state, "config": {}}, tmp_path / "checkpoint.pth")
     names = {}
@@ -173,6 +208,7 @@ def test_features_snippet(tmp_path):
     from test_main_lnc_luna16 import write_cases
 
     from vision_transformer import ARCHITECTURES
+
     write_cases(tmp_path / "data", 4)
     config = {"arch": "vit_tiny", "patch_size": [12, 12, 6], "input_size": [24, 24, 12], "clip_range": [-1350.0, 150.0]}
     model = ARCHITECTURES["vit_tiny"]((24, 24, 12), (12, 12, 6))
@@ -188,9 +224,12 @@ def test_conversion_snippet(tmp_path):
     import nibabel
 
     from dino3d.data.volume import Volume
+
     voxels = np.random.default_rng(0).integers(-1000, 1000, (20, 18, 16)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-1.0, -1, 2, 1])), tmp_path / "scan.nii.gz")
-    code = snippet("write_volume").replace("scan.nii.gz", str(tmp_path / "scan.nii.gz")).replace('"data/', f'"{tmp_path}/')
+    code = (
+        snippet("write_volume").replace("scan.nii.gz", str(tmp_path / "scan.nii.gz")).replace('"data/', f'"{tmp_path}/')
+    )
     exec(code, {})
     with Volume(tmp_path / "patient1" / "t0" / "scan.hdf5") as volume:
         assert (volume.read() == voxels[::-1, ::-1]).all()

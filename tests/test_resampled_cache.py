@@ -1,4 +1,6 @@
-"""resampled_cache.py: copies on disk against the cases resampled in memory, what is made again, patches and where they lie."""
+"""resampled_cache.py: copies on disk against the cases resampled in memory, what is made again, patches and where they
+lie."""
+
 import functools
 import json
 import os
@@ -23,10 +25,12 @@ SPACING = (2.0, 1.5, 3.0)
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Three cases of different sizes, spacings and orientations; the second has no labelled voxel, the third two classes."""
+    """Three cases of different sizes, spacings and orientations; the second has no labelled voxel, the third two
+    classes."""
     rng = np.random.default_rng(0)
-    for number, (shape, axes) in enumerate([((30, 28, 20), [2, 1.5, 3]), ((24, 30, 22), [-1.8, 2, 2.5]),
-                                            ((26, 25, 24), [2, -2, 2])]):
+    for number, (shape, axes) in enumerate(
+        [((30, 28, 20), [2, 1.5, 3]), ((24, 30, 22), [-1.8, 2, 2.5]), ((26, 25, 24), [2, -2, 2])]
+    ):
         voxels = rng.integers(-1000, 400, shape).astype(np.int16)
         label = np.zeros(shape, np.uint8)
         if number != 1:
@@ -48,8 +52,10 @@ def copies_of(pairs, folder, most_bytes=1e9, spacing=SPACING):
 
 
 def expected(pair):
-    image, label = (sliding_window.to_network_grid(one, SPACING, is_label) for one, is_label in
-                    zip(sliding_window.read_case(pair), (False, True)))
+    image, label = (
+        sliding_window.to_network_grid(one, SPACING, is_label)
+        for one, is_label in zip(sliding_window.read_case(pair), (False, True))
+    )
     return images.voxels_of(image).copy(), images.voxels_of(label).copy(), images.affine_of(image)
 
 
@@ -74,14 +80,18 @@ def test_copies_are_the_cases_on_the_working_grid(pairs, tmp_path, most_bytes):
         for _ in range(10):
             start, size = rng.integers(-15, 20, 3), rng.integers(3, 20, 3)
             for part, whole in zip(reader.read(start, size), padded):
-                np.testing.assert_array_equal(part, whole[tuple(slice(a + 20, a + 20 + n) for a, n in zip(start, size))])
+                np.testing.assert_array_equal(
+                    part, whole[tuple(slice(a + 20, a + 20 + n) for a, n in zip(start, size))]
+                )
 
 
 def test_places_are_labelled_voxels_of_every_class(monkeypatch):
     mask = np.zeros((9, 8, 7), np.uint8)
     mask[1:3, 2:6, 3:5], mask[6, 6, 6] = 1, 3
     places = resampled_cache.sample_foreground(mask)
-    assert sorted(map(tuple, places.tolist())) == sorted((*index, mask[tuple(index)]) for index in np.argwhere(mask).tolist())
+    assert sorted(map(tuple, places.tolist())) == sorted(
+        (*index, mask[tuple(index)]) for index in np.argwhere(mask).tolist()
+    )
     monkeypatch.setattr(resampled_cache, "FOREGROUND", 5)
     places = resampled_cache.sample_foreground(mask)
     assert len(places) == 6 and (mask[tuple(places[:, :3].T)] == places[:, 3]).all()
@@ -91,8 +101,11 @@ def test_places_are_labelled_voxels_of_every_class(monkeypatch):
 
 def test_a_rerun_makes_only_what_changed(pairs, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(resampled_cache, "make_entry", lambda copy, make=resampled_cache.make_entry: (made.append(copy.pair.name),
-                                                                                                   make(copy))[1])
+    monkeypatch.setattr(
+        resampled_cache,
+        "make_entry",
+        lambda copy, make=resampled_cache.make_entry: (made.append(copy.pair.name), make(copy))[1],
+    )
     first = copies_of(pairs, tmp_path / "cache").make(Processes(), 0)
     assert made == ["case0", "case1", "case2"]
     assert copies_of(pairs, tmp_path / "cache").make(Processes(), 0) == first and len(made) == 3
@@ -127,6 +140,7 @@ def test_what_can_not_be_used_or_written(pairs, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(resampled_cache, "write_volume", full)
     with pytest.raises(UserError, match="No space left on device.*make room or choose another --cache_dir"):
         copies_of(pairs[:2], tmp_path / "full").make(Processes(), 0)
@@ -135,6 +149,7 @@ def test_what_can_not_be_used_or_written(pairs, tmp_path, monkeypatch):
 
 def test_ranks_share_the_work(pairs, tmp_path):
     """Each rank makes its cases; what all found is put together."""
+
     class Rank(Processes):
         def all_gather(self, mine):
             shared.append(mine)
@@ -142,11 +157,16 @@ def test_ranks_share_the_work(pairs, tmp_path):
 
         def run_on_main(self, function):
             return function()
+
     shared = []
     with pytest.raises(KeyError):  # rank 0 alone has not seen rank 1's case
         copies_of(pairs, tmp_path).make(Rank(rank=0, world_size=2), 0)
     found = copies_of(pairs, tmp_path).make(Rank(rank=1, world_size=2), 0)
-    assert [sorted(part) for part in shared] == [[0, 2], [1]] and [one.classes for one in found] == [[0, 1], [0], [0, 1, 2]]
+    assert [sorted(part) for part in shared] == [[0, 2], [1]] and [one.classes for one in found] == [
+        [0, 1],
+        [0],
+        [0, 1, 2],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- patches
@@ -212,6 +232,7 @@ def test_windows_of_a_case_without_label_lie_inside_it(pairs, tmp_path):
 
 def test_one_loader_worker_or_several(pairs, tmp_path):
     from torch.utils.data import DataLoader
+
     patches = patches_of(pairs, tmp_path, Policy(rotation=30, elastic=0.3, histogram=10))
     order = functools.partial(np.arange, 12)
     batches = []

@@ -1,4 +1,6 @@
-"""Nothing that is read is ever executed: no module can unpickle, and a hostile checkpoint is refused wherever one is read."""
+"""Nothing that is read is ever executed: no module can unpickle, and a hostile checkpoint is refused wherever one is
+read."""
+
 import ast
 import contextlib
 import io
@@ -25,8 +27,15 @@ from vision_transformer import vit_tiny
 
 UNPICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 RUNS = {"eval", "exec", "compile", "__import__"}
-LOADS = {"torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "pandas.read_pickle", "pd.read_pickle",
-         "os.system", "os.popen"}
+LOADS = {
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.package.PackageImporter",
+    "pandas.read_pickle",
+    "pd.read_pickle",
+    "os.system",
+    "os.popen",
+}
 
 
 def unsafe_calls(source):
@@ -37,38 +46,79 @@ def unsafe_calls(source):
             found += [(node.lineno, name.name) for name in node.names if name.name.split(".")[0] in UNPICKLES]
         elif isinstance(node, ast.ImportFrom):
             module = (node.module or "").split(".")[0]
-            found += [(node.lineno, f"{module}.{name.name}") for name in node.names
-                      if module in UNPICKLES or module in ("torch", "numpy") and name.name == "load"]
+            found += [
+                (node.lineno, f"{module}.{name.name}")
+                for name in node.names
+                if module in UNPICKLES or module in ("torch", "numpy") and name.name == "load"
+            ]
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             given = {word.arg: word.value for word in node.keywords}
 
             def is_given(flag, value):
                 return isinstance(given.get(flag), ast.Constant) and given[flag].value is value
-            wrong = (name in RUNS or name in LOADS or name == "torch.load" and not is_given("weights_only", True)
-                     or name in ("np.load", "numpy.load") and "allow_pickle" in given and not is_given("allow_pickle", False)
-                     or None in given and name in ("torch.load", "np.load", "numpy.load") or is_given("shell", True))
+
+            wrong = (
+                name in RUNS
+                or name in LOADS
+                or name == "torch.load"
+                and not is_given("weights_only", True)
+                or name in ("np.load", "numpy.load")
+                and "allow_pickle" in given
+                and not is_given("allow_pickle", False)
+                or None in given
+                and name in ("torch.load", "np.load", "numpy.load")
+                or is_given("shell", True)
+            )
             found += [(node.lineno, name)] * wrong
     return found
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("dino3d/**/*.py")]),
-                         ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("*.py"), *ROOT.glob("dino3d/**/*.py")]), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_no_module_can_execute_what_it_reads(path):
     assert unsafe_calls(path.read_text()) == []
 
 
-@pytest.mark.parametrize("source", [
-    "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "torch.load(p, **more)",
-    "np.load(p, allow_pickle=True)", "np.load(p, allow_pickle=flag)", "np.load(p, **more)", "import pickle", "import yaml",
-    "from marshal import loads", "from torch import load", "import os, dill", "eval(text)", "exec(text)", "os.system(text)",
-    "subprocess.run(text, shell=True)", "torch.jit.load(p)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "torch.load(p, weights_only=flag)",
+        "torch.load(p, **more)",
+        "np.load(p, allow_pickle=True)",
+        "np.load(p, allow_pickle=flag)",
+        "np.load(p, **more)",
+        "import pickle",
+        "import yaml",
+        "from marshal import loads",
+        "from torch import load",
+        "import os, dill",
+        "eval(text)",
+        "exec(text)",
+        "os.system(text)",
+        "subprocess.run(text, shell=True)",
+        "torch.jit.load(p)",
+    ],
+)
 def test_the_search_finds(source):
     assert unsafe_calls(source)
 
 
-@pytest.mark.parametrize("source", ["torch.load(p, weights_only=True)", "np.load(p)", "np.load(p, allow_pickle=False)",
-                                    "model.eval()", "json.loads(text)", "re.compile(text)", "subprocess.run(words)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(p, weights_only=True)",
+        "np.load(p)",
+        "np.load(p, allow_pickle=False)",
+        "model.eval()",
+        "json.loads(text)",
+        "re.compile(text)",
+        "subprocess.run(words)",
+    ],
+)
 def test_the_search_leaves_alone(source):
     assert unsafe_calls(source) == []
 
@@ -83,16 +133,30 @@ class Hostile:
         self.trace, self.function = str(trace), function
 
     def __reduce__(self):
-        return {"exec": (exec, (f"open({self.trace!r}, 'w')",)), "open": (open, (self.trace, "w")),
-                "system": (os.system, (f"touch '{self.trace}'",))}[self.function]
+        return {
+            "exec": (exec, (f"open({self.trace!r}, 'w')",)),
+            "open": (open, (self.trace, "w")),
+            "system": (os.system, (f"touch '{self.trace}'",)),
+        }[self.function]
 
 
 def write_hostile(path, trace, form):
     """A checkpoint of main_dino.py or of the downstream scripts but for one thing in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    config = {"arch": "vit_tiny", "patch_size": [8, 8, 8], "input_size": [16, 16, 16], "clip_range": [-1000.0, 1000.0],
-              "spacing": None, "protocol": "linear", "decoder": "linear"}
-    state = {"teacher": vit_tiny(img_size=(16, 16, 16), patch_size=(8, 8, 8)).state_dict(), "epoch": 1, "config": config}
+    config = {
+        "arch": "vit_tiny",
+        "patch_size": [8, 8, 8],
+        "input_size": [16, 16, 16],
+        "clip_range": [-1000.0, 1000.0],
+        "spacing": None,
+        "protocol": "linear",
+        "decoder": "linear",
+    }
+    state = {
+        "teacher": vit_tiny(img_size=(16, 16, 16), patch_size=(8, 8, 8)).state_dict(),
+        "epoch": 1,
+        "config": config,
+    }
     if form == "plain pickle":
         path.write_bytes(pickle.dumps(state | {"x": Hostile(trace, "system")}))
     elif form == "legacy":
@@ -134,13 +198,18 @@ def test_hostile_files_would_make_the_trace(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_hostile_checkpoints_are_refused(form, tmp_path, trace, recwarn):
     path = write_hostile(tmp_path / "out" / "0" / "best.pth", trace, form)
-    for read, kind in ((utils.load_file, ValueError),
-                       (lambda path: utils.load_pretrained_weights(vit_tiny(), path), ValueError),
-                       (checkpoint.load_checkpoint, command_line.UserError), (load_encoder, command_line.UserError),
-                       (lambda path: load_fold(path, None, "a script", "protocol"), command_line.UserError)):
+    for read, kind in (
+        (utils.load_file, ValueError),
+        (lambda path: utils.load_pretrained_weights(vit_tiny(), path), ValueError),
+        (checkpoint.load_checkpoint, command_line.UserError),
+        (load_encoder, command_line.UserError),
+        (lambda path: load_fold(path, None, "a script", "protocol"), command_line.UserError),
+    ):
         with pytest.raises(kind, match="best.pth: can't be read as a checkpoint"):
             read(path)
-    assert not [one for one in recwarn if one.category is UserWarning]  # torch's own words would stand beside the one line
+    assert not [
+        one for one in recwarn if one.category is UserWarning
+    ]  # torch's own words would stand beside the one line
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +227,19 @@ def labelled(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["plain pickle", "in the config"])
-@pytest.mark.parametrize("script, flags", [
-    ("main_dino", "--data_dir VOLUMES --pretrained_weights FILE"), ("main_dino", "--data_dir VOLUMES --output_dir RUN"),
-    ("main_lnc_luna16", "--data_dir LNC --pretrained_weights FILE"), ("main_lnc_luna16", "--data_dir LNC --output_dir RUN"),
-    ("main_lnc_luna16", "--predict LNC --weights RUN"), ("main_lts_msd", "--data_dir LTS --pretrained_weights FILE"),
-    ("main_lts_msd", "--data_dir LTS --output_dir RUN"), ("main_lts_msd", "--predict LTS/images --weights RUN")])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("main_dino", "--data_dir VOLUMES --pretrained_weights FILE"),
+        ("main_dino", "--data_dir VOLUMES --output_dir RUN"),
+        ("main_lnc_luna16", "--data_dir LNC --pretrained_weights FILE"),
+        ("main_lnc_luna16", "--data_dir LNC --output_dir RUN"),
+        ("main_lnc_luna16", "--predict LNC --weights RUN"),
+        ("main_lts_msd", "--data_dir LTS --pretrained_weights FILE"),
+        ("main_lts_msd", "--data_dir LTS --output_dir RUN"),
+        ("main_lts_msd", "--predict LTS/images --weights RUN"),
+    ],
+)
 def test_scripts_refuse_hostile_checkpoints(script, flags, form, volumes, labelled, tmp_path, trace, capsys):
     names = ["checkpoint.pth"] if script == "main_dino" else ["0/checkpoint.pth", "0/best.pth"]
     files = [write_hostile(tmp_path / "run" / name, trace, form) for name in names]

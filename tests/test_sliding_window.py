@@ -1,5 +1,6 @@
-"""sliding_window.py: functions of the place in the world on grids that lie in every way, windows against a loop in float64,
-masks against nibabel, SimpleITK and scipy, and real lesions there and back."""
+"""sliding_window.py: functions of the place in the world on grids that lie in every way, windows against a loop in
+float64, masks against nibabel, SimpleITK and scipy, and real lesions there and back."""
+
 import itertools
 import os
 
@@ -104,8 +105,10 @@ def test_a_generated_lesion_comes_back():
 
 def test_real_lesions_come_back(shared_data):
     task = shared_data / "msd" / "Task06_Lung"
-    pairs = [Pair(path.name, str(path), str(task / "labelsTr" / path.name))
-             for path in sorted((task / "imagesTr").glob("*.nii.gz"))]
+    pairs = [
+        Pair(path.name, str(path), str(task / "labelsTr" / path.name))
+        for path in sorted((task / "imagesTr").glob("*.nii.gz"))
+    ]
     spacing = np.median([nibabel.load(pair.image).header.get_zooms() for pair in pairs], axis=0)
     assert len(pairs) == 4
     for pair in pairs:
@@ -184,8 +187,9 @@ def test_masks_on_every_grid_lie_where_the_classes_are(name, tmp_path):
         np.testing.assert_array_equal(np.asarray(saved.dataobj), images.voxels_of(mask))
         assert itk.GetSize() == file.GetSize() and itk.GetPixelID() == sitk.sitkUInt8
         for corner in itertools.product(*((0, n - 1) for n in shape)):
-            np.testing.assert_allclose(itk.TransformIndexToPhysicalPoint(corner), file.TransformIndexToPhysicalPoint(corner),
-                                       atol=1e-3)
+            np.testing.assert_allclose(
+                itk.TransformIndexToPhysicalPoint(corner), file.TransformIndexToPhysicalPoint(corner), atol=1e-3
+            )
     assert sorted(os.listdir(tmp_path)) == ["mask.nii.gz", "scan.mha", "scan.nii.gz", "scan.nrrd"]
 
 
@@ -214,8 +218,12 @@ def test_classes_are_those_of_the_interpolated_maps(name, classes, monkeypatch):
     maps[0, :, :12] += 20  # a part where all blocks are of one class
     found = contents(to_scan_grid(maps, grid_of(working), Grid(shape, own, tuple(origin), tuple(np.ravel(axes)))))[0]
     index = places(shape, np.linalg.inv(images.affine_of(working)) @ affine)
-    at = np.stack([scipy.ndimage.map_coordinates(one.astype(float), np.moveaxis(index, -1, 0), order=1, mode="nearest")
-                   for one in maps])
+    at = np.stack(
+        [
+            scipy.ndimage.map_coordinates(one.astype(float), np.moveaxis(index, -1, 0), order=1, mode="nearest")
+            for one in maps
+        ]
+    )
     first, second = np.sort(at, axis=0)[[-1, -2]]
     clear = first - second > 1e-4
     assert clear.mean() > 0.99 and len(np.unique(found)) == classes
@@ -239,7 +247,9 @@ def test_beyond_the_working_grid_is_background(name, monkeypatch):
 
 def test_maps_of_a_grid_flipped_or_permuted_are_not_interpolated():
     rng = np.random.default_rng(0)
-    maps = (rng.normal(size=(3, 6, 7, 5)) * 10 ** rng.uniform(-12, 12, (6, 7, 5))).astype(np.float32)  # rounding would show
+    maps = (rng.normal(size=(3, 6, 7, 5)) * 10 ** rng.uniform(-12, 12, (6, 7, 5))).astype(
+        np.float32
+    )  # rounding would show
     maps[1, :3] = maps[0, :3]  # of equal ones the first
     working = itk_image(np.zeros(maps.shape[1:], np.uint8), OBLIQUE)
     for flip in itertools.product((False, True), repeat=3):
@@ -255,7 +265,9 @@ def test_a_grid_beside_the_working_grid_is_not_taken_for_it():
     maps = np.random.default_rng(0).normal(size=(3, 6, 7, 5)).astype(np.float32)
     working = Grid((6, 7, 5), (0.9, 0.7, 2.5), (3.0, 4.0, 5.0), tuple(np.ravel(OBLIQUE)))
     for axis in range(3):
-        own = working.part(np.eye(3, dtype=int)[axis], np.add(working.size, np.eye(3, dtype=int)[axis]))  # a voxel further
+        own = working.part(
+            np.eye(3, dtype=int)[axis], np.add(working.size, np.eye(3, dtype=int)[axis])
+        )  # a voxel further
         found = np.moveaxis(contents(to_scan_grid(maps, working, own))[0], axis, 0)
         expected = np.moveaxis(maps.argmax(0), axis, 0)
         np.testing.assert_array_equal(found, [*expected[1:], expected[-1]])
@@ -271,10 +283,12 @@ def per_voxel(windows):
 
 def by_position(windows):
     """(B, 2, ...) logits that also depend on the place in the window."""
-    x, y, z = (torch.linspace(-1, 1, n).reshape([-1 if i == axis else 1 for i in range(3)])
-               for axis, n in enumerate(windows.shape[2:]))
-    ramp = x + 2 * y ** 2 - 0.5 * z * x
-    return torch.cat([3 * windows + ramp, windows ** 2 - ramp], 1)
+    x, y, z = (
+        torch.linspace(-1, 1, n).reshape([-1 if i == axis else 1 for i in range(3)])
+        for axis, n in enumerate(windows.shape[2:])
+    )
+    ramp = x + 2 * y**2 - 0.5 * z * x
+    return torch.cat([3 * windows + ramp, windows**2 - ramp], 1)
 
 
 def scan(shape, seed=0):
@@ -295,7 +309,9 @@ def test_windows_of_a_network_that_sees_voxels_alone(shape, overlap):
     image = scan(shape)
     expected = per_voxel(scaled(image, *CLIP)[None, None]).log_softmax(1)[0]
     for batch_size, on_cpu in ((1, None), (3, True), (64, False)):
-        found = segment([per_voxel], image, Windows((12, 10, 8), overlap, batch_size), CLIP, "cpu", stitch_on_cpu=on_cpu)
+        found = segment(
+            [per_voxel], image, Windows((12, 10, 8), overlap, batch_size), CLIP, "cpu", stitch_on_cpu=on_cpu
+        )
         assert found.dtype == torch.float32 and found.device.type == "cpu" and found.shape == (3, *shape)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-5)
 
@@ -342,8 +358,11 @@ def test_networks_run_in_the_given_context_without_gradients():
     def network(windows):
         seen.append((torch.is_grad_enabled(), tuple(windows.shape), windows.dtype))
         return layer(windows)
+
     image = scan((15, 11, 9))
-    found = segment([network], image, Windows((8, 8, 8), 0.5, 2), CLIP, "cpu", lambda: torch.autocast("cpu", torch.bfloat16))
+    found = segment(
+        [network], image, Windows((8, 8, 8), 0.5, 2), CLIP, "cpu", lambda: torch.autocast("cpu", torch.bfloat16)
+    )
     assert {(grad, shape[1:], dtype) for grad, shape, dtype in seen} == {(False, (1, 8, 8, 8), torch.float32)}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = layer(scaled(image, *CLIP)[None, None].float())
@@ -411,15 +430,34 @@ def test_a_nifti_scans_header_is_kept(suffix, endian, qform, sform, tmp_path):
     stored = noise(high=3).astype(np.uint8)
     save_mask(tmp_path / "mask.nii.gz", grid.image(stored), path)
     scan, mask = nibabel.load(path), nibabel.load(tmp_path / "mask.nii.gz")
-    for field in ("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
-                  "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units", "dim", "descrip"):
+    for field in (
+        "qform_code",
+        "sform_code",
+        "quatern_b",
+        "quatern_c",
+        "quatern_d",
+        "qoffset_x",
+        "qoffset_y",
+        "qoffset_z",
+        "srow_x",
+        "srow_y",
+        "srow_z",
+        "pixdim",
+        "xyzt_units",
+        "dim",
+        "descrip",
+    ):
         np.testing.assert_array_equal(mask.header[field], scan.header[field], err_msg=field)
     np.testing.assert_array_equal(mask.affine, scan.affine)
     assert mask.get_data_dtype() == np.uint8 and mask.header["cal_max"] == 0 and not mask.header.extensions
     np.testing.assert_array_equal(mask.get_fdata(), stored)
     itk, same = sitk.ReadImage(tmp_path / "mask.nii.gz"), sitk.ReadImage(path)
     assert (itk.GetSize(), itk.GetOrigin(), itk.GetDirection(), itk.GetSpacing()) == (
-        same.GetSize(), same.GetOrigin(), same.GetDirection(), same.GetSpacing())
+        same.GetSize(),
+        same.GetOrigin(),
+        same.GetDirection(),
+        same.GetSpacing(),
+    )
 
 
 def test_masks_of_hdf5_scans_lie_on_them_in_ras(tmp_path):
@@ -446,6 +484,7 @@ def test_a_mask_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypat
         assert os.path.dirname(path) == str(tmp_path) and os.path.basename(path).startswith(".")
         save(image, path)
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(nibabel, "save", no_space)
     for like in ("scan.nii.gz", "scan.mha"):
         with pytest.raises(OSError, match="No space"):
@@ -470,7 +509,13 @@ GOOD = noise(low=-900, high=900).astype(np.int16), LPS
 BAD_CASES = {  # name: (image, its affine, label, its affine, whose fault, reason)
     "4D": (noise((4, 3, 5, 2)).astype(np.int16), LPS, noise((4, 3, 5), high=2), LPS, "image", "is a 4D image"),
     "NaN": (with_(GOOD[0], np.nan), LPS, noise(high=2), LPS, "image", "NaN or infinite"),
-    "label of another shape": (*GOOD, noise((8, 5, 7), high=2), LPS, "label", "another shape than its image: 8 x 5 x 7"),
+    "label of another shape": (
+        *GOOD,
+        noise((8, 5, 7), high=2),
+        LPS,
+        "label",
+        "another shape than its image: 8 x 5 x 7",
+    ),
     "label elsewhere": (*GOOD, noise(high=2), LPS @ np.diag([1, 1, 1.2, 1]), "label", "lies elsewhere than its image"),
     "label of no classes": (*GOOD, with_(noise(high=2), 0.5), LPS, "label", "label values such as 0.5"),
     "sheared": (GOOD[0], SHEARED, noise(high=2), SHEARED, "image", "no geometry: its axes are not at right angles"),
@@ -488,11 +533,15 @@ def test_unusable_cases_are_named_with_the_reason(image, affine, label, label_af
     assert error.value.path == getattr(pair, whose) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("voxels, affine, reason", [
-    (noise((4, 3, 5, 2)).astype(np.int16), LPS, "not a volume: 4D"),
-    (with_(GOOD[0], np.nan), LPS, "NaN or infinite"),
-    (GOOD[0], SHEARED, "can't be read|no geometry"),
-], ids=["4D", "NaN", "sheared"])
+@pytest.mark.parametrize(
+    "voxels, affine, reason",
+    [
+        (noise((4, 3, 5, 2)).astype(np.int16), LPS, "not a volume: 4D"),
+        (with_(GOOD[0], np.nan), LPS, "NaN or infinite"),
+        (GOOD[0], SHEARED, "can't be read|no geometry"),
+    ],
+    ids=["4D", "NaN", "sheared"],
+)
 def test_unusable_scans_are_named_with_the_reason(voxels, affine, reason, tmp_path):
     path = tmp_path / "scan.nii"
     nibabel.save(nibabel.Nifti1Image(voxels, affine), path)

@@ -1,4 +1,5 @@
 """Steps that are skipped, steps of several micro-batches, and activation checkpointing."""
+
 import json
 import time
 
@@ -57,16 +58,30 @@ def test_an_optimizer_skips_a_step(name):
 
 def make_run(scaler=None, use_bn_in_head=False):
     torch.manual_seed(0)
-    student, teacher = (main_dino.build_model("vit_tiny", (24, 24, 12), (12, 12, 6), 16, use_bn_in_head, 0.0, True)
-                        for _ in range(2))
+    student, teacher = (
+        main_dino.build_model("vit_tiny", (24, 24, 12), (12, 12, 6), 16, use_bn_in_head, 0.0, True) for _ in range(2)
+    )
     teacher.requires_grad_(False)
     loss = main_dino.DINOLoss(16, 0.9)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     optimizer = utils.make_optimizer("adamw", utils.parameter_groups(student))
     return main_dino.TrainState(
-        network=student, student=student, teacher=teacher, dino_loss=loss, optimizer=optimizer, scaler=scaler,
-        schedules=None, crops=None, clip_range=None, dtype=torch.float32, clip_grad=3.0, global_batch=4, seed=0,
-        processes=utils.Processes(), nonfinite=NonFiniteSteps(20, torch.device("cpu")))
+        network=student,
+        student=student,
+        teacher=teacher,
+        dino_loss=loss,
+        optimizer=optimizer,
+        scaler=scaler,
+        schedules=None,
+        crops=None,
+        clip_range=None,
+        dtype=torch.float32,
+        clip_grad=3.0,
+        global_batch=4,
+        seed=0,
+        processes=utils.Processes(),
+        nonfinite=NonFiniteSteps(20, torch.device("cpu")),
+    )
 
 
 def test_a_part_that_is_off_is_neither_saved_nor_asked_for():
@@ -136,20 +151,27 @@ def test_an_overflow_in_fp16_is_the_same_thing():
 def test_a_nan_batch_on_one_rank_is_skipped_by_both(volumes, tmp_path):
     """Step 3 of six, NaN on rank 1 alone: all that is saved equals a run whose third step did nothing."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     flags = ["--data_dir", volumes, "--epochs", 3, "--batch_size_per_gpu", 2, "--drop_path_rate", 0.2, "--lr", 0.05]
     for name, plant in (("nan", "nan 1 3 3"), ("nothing", "nothing 3 3")):
         done = command(*flags, "--output_dir", tmp_path / name, processes=2, script=SMALL, environment={"PLANT": plant})
         assert done.returncode == 0, done.stderr
         if name == "nan":
-            assert sum("were skipped and changed nothing" in line for line in done.stderr.splitlines()) == 1, done.stderr
+            assert sum("were skipped and changed nothing" in line for line in done.stderr.splitlines()) == 1, (
+                done.stderr
+            )
             assert "1 steps were skipped" in done.stdout
-    one, two = (parts(checkpoint(tmp_path / name), "student", "teacher", "dino_loss", "optimizer")
-                for name in ("nan", "nothing"))
+    one, two = (
+        parts(checkpoint(tmp_path / name), "student", "teacher", "dino_loss", "optimizer")
+        for name in ("nan", "nothing")
+    )
     assert same(one, two)[0] and all(value.isfinite().all() for value in one.values())
     assert any("exp_avg" in name for name in one) and one["/dino_loss/center"].any()
     records = read_log(tmp_path / "nan" / "log.txt")
     assert [record["skipped_steps"] for record in records] == [0, 1, 0]
-    others = read_log(tmp_path / "nothing" / "log.txt")  # one step was taken in each second epoch: means are of that one
+    others = read_log(
+        tmp_path / "nothing" / "log.txt"
+    )  # one step was taken in each second epoch: means are of that one
     for mine, theirs in zip(records, others):
         for metric in ("loss", "kl", "grad_norm"):
             assert mine[metric] == pytest.approx(theirs[metric], abs=1e-6)
@@ -159,8 +181,23 @@ def test_a_nan_batch_on_one_rank_is_skipped_by_both(volumes, tmp_path):
 
 def test_nan_for_good_ends_both_ranks_and_names_the_file(volumes, tmp_path):
     began = time.monotonic()
-    done = command("--data_dir", volumes, "--output_dir", tmp_path, "--epochs", 500, "--batch_size_per_gpu", 2, "--log_every",
-                   1000, "--max_skipped_steps", 12, processes=2, script=SMALL, environment={"PLANT": "nan 1 3 100000"})
+    done = command(
+        "--data_dir",
+        volumes,
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        500,
+        "--batch_size_per_gpu",
+        2,
+        "--log_every",
+        1000,
+        "--max_skipped_steps",
+        12,
+        processes=2,
+        script=SMALL,
+        environment={"PLANT": "nan 1 3 100000"},
+    )
     assert done.returncode == 1 and time.monotonic() - began < 60
     dumps = [json.loads((tmp_path / f"skipped_batch_rank{rank}.json").read_text()) for rank in range(2)]
     assert dumps[0]["step"] == dumps[1]["step"] == 20  # the first look, each ten steps, that finds twelve
@@ -170,15 +207,27 @@ def test_nan_for_good_ends_both_ranks_and_names_the_file(volumes, tmp_path):
     assert good["loss"] > 0 and good["views"]["not_finite"] == 0 and good["patch"]["min"] < good["patch"]["max"]
     errors = done.stderr.split("error: ")[1:]  # either may follow the progress bar in its line
     assert len([line for line in errors if line.startswith("rank 1 stops as rank 0 does")]) == 1, done.stderr
-    told, = [line.splitlines()[0] for line in errors if line.startswith("at least 12 steps in a row")]
+    (told,) = [line.splitlines()[0] for line in errors if line.startswith("at least 12 steps in a row")]
     assert bad["file"] in told and good["file"] not in told and not any(s["file"] in told for s in dumps[0]["samples"])
     assert (tmp_path / "checkpoint.pth").is_file() and not traceback_through_our_code(done.stderr)
-    assert all(value.isfinite().all() for value in parts(checkpoint(tmp_path), "student", "teacher", "dino_loss").values())
+    assert all(
+        value.isfinite().all() for value in parts(checkpoint(tmp_path), "student", "teacher", "dino_loss").values()
+    )
 
 
 def test_a_whole_epoch_of_skipped_steps_is_told(volumes, tmp_path):
-    done = command("--data_dir", volumes, "--output_dir", tmp_path, "--epochs", 2, "--batch_size_per_gpu", 4, script=SMALL,
-                   environment={"PLANT": "nan 0 3 4"})
+    done = command(
+        "--data_dir",
+        volumes,
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        2,
+        "--batch_size_per_gpu",
+        4,
+        script=SMALL,
+        environment={"PLANT": "nan 0 3 4"},
+    )
     assert done.returncode == 0 and "2 steps were skipped" in done.stdout, done.stderr
     first, last = read_log(tmp_path / "log.txt")
     assert first["skipped_steps"] == 0 and last["skipped_steps"] == 2 and last["loss"] is None and first["loss"] > 0
@@ -197,7 +246,12 @@ def test_statistics_leave_out_what_is_not_finite():
     values = torch.tensor([1.0, torch.nan, 3.0, torch.inf])
     assert tensor_statistics(values) == {"min": 1, "max": 3, "mean": 2, "not_finite": 0.5}
     assert tensor_statistics(values[1:2]) == {"min": None, "max": None, "mean": None, "not_finite": 1}
-    assert tensor_statistics(torch.tensor([-5, 5], dtype=torch.int16)) == {"min": -5, "max": 5, "mean": 0, "not_finite": 0}
+    assert tensor_statistics(torch.tensor([-5, 5], dtype=torch.int16)) == {
+        "min": -5,
+        "max": 5,
+        "mean": 0,
+        "not_finite": 0,
+    }
 
 
 def test_fine_tuning_skips_a_step_too():
@@ -207,7 +261,9 @@ def test_fine_tuning_skips_a_step_too():
     weighted_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
     before = {name: value.clone() for name, value in flat([model.state_dict(), optimizer.state_dict()]).items()}
     volumes[1] = torch.nan
-    finite, sums = weighted_step(model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes())
+    finite, sums = weighted_step(
+        model, optimizer, scaler, model(volumes).square().flatten(), weights, utils.Processes()
+    )
     assert not finite and sums.tolist() == [0, 0, 1]
     assert same(before, flat([model.state_dict(), optimizer.state_dict()]))[0]
 
@@ -219,8 +275,9 @@ def test_the_host_waits_for_no_tensor_in_a_step(tmp_path, enabled):
     run = make_run(torch.amp.GradScaler("cpu", enabled=enabled), use_bn_in_head=True)
     model, views = torch.nn.Linear(4, 1), [torch.rand(8, 1, 24, 24, 12)]
     optimizer = utils.make_optimizer("adamw", model.parameters())
-    monitor = Monitor(tmp_path, utils.Processes(), 16, log_every=9, total_steps=9, done_steps=0, global_batch=4,
-                      volumes=1, max_bad=0)
+    monitor = Monitor(
+        tmp_path, utils.Processes(), 16, log_every=9, total_steps=9, done_steps=0, global_batch=4, volumes=1, max_bad=0
+    )
     main_dino.train_step(run, [views], VALUES, False)
     losses, weights = model(torch.rand(3, 4)).square().flatten(), torch.ones(3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -245,19 +302,33 @@ def test_micro_batches_hold_the_samples_of_the_whole_batch():
         streams = [list(BatchStream(13, 5, batch, rank, ranks, 7, 0, 12, 3, accumulate)) for rank in range(ranks)]
         assert all(len(part) == batch for stream in streams for part in stream)
         for i, samples in enumerate(whole):
-            mine = [key for stream in streams for part in stream[i * accumulate:(i + 1) * accumulate] for key in part]
+            mine = [key for stream in streams for part in stream[i * accumulate : (i + 1) * accumulate] for key in part]
             assert mine == samples
         assert all(len(stream) == len(whole) * accumulate for stream in streams)
 
 
 def test_accumulating_equals_one_large_batch(volumes, tmp_path, capsys):
     """Losses to 1e-5 in fp32; weights, teacher and centre to 1e-9 in float64, on one rank and on two."""
-    flags = ["--data_dir", volumes, "--epochs", 4, "--drop_path_rate", 0, "--lr", 0.032, "--log_every", 1, "--clip_grad", 0.3]
+    flags = [
+        "--data_dir",
+        volumes,
+        "--epochs",
+        4,
+        "--drop_path_rate",
+        0,
+        "--lr",
+        0.032,
+        "--log_every",
+        1,
+        "--clip_grad",
+        0.3,
+    ]
     layouts = {"whole": (0, 8, 1), "four": (0, 2, 4), "ranks": (2, 2, 2)}  # processes, batch, accumulated
     for name, (processes, batch, accumulate) in layouts.items():
         flags_of = [*flags, "--batch_size_per_gpu", batch, "--accumulate_steps", accumulate]
-        done = command(*flags_of, "--output_dir", tmp_path / name, processes=processes, script=SMALL,
-                       environment={"FLOAT64": "1"})
+        done = command(
+            *flags_of, "--output_dir", tmp_path / name, processes=processes, script=SMALL, environment={"FLOAT64": "1"}
+        )
         assert done.returncode == 0, done.stderr
         if not processes:
             assert run_main(capsys, *flags_of, "--output_dir", tmp_path / f"{name}32")[0] == 0
@@ -278,18 +349,32 @@ def test_accumulating_equals_one_large_batch(volumes, tmp_path, capsys):
 
 
 def test_a_run_goes_on_between_accumulated_steps(volumes, tmp_path, capsys):
-    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 2, "--accumulate_steps", 2, "--epochs", 3, "--drop_path_rate", 0.3]
+    flags = [
+        "--data_dir",
+        volumes,
+        "--batch_size_per_gpu",
+        2,
+        "--accumulate_steps",
+        2,
+        "--epochs",
+        3,
+        "--drop_path_rate",
+        0.3,
+    ]
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "straight")[0] == 0
     for stop in (["--max_steps", 3], []):
         assert run_main(capsys, *flags, "--output_dir", tmp_path / "broken", *stop)[0] == 0
-    one, two = (parts(checkpoint(tmp_path / name), "student", "teacher", "dino_loss", "optimizer", "samples")
-                for name in ("straight", "broken"))
+    one, two = (
+        parts(checkpoint(tmp_path / name), "student", "teacher", "dino_loss", "optimizer", "samples")
+        for name in ("straight", "broken")
+    )
     assert same(one, two)[0]
 
 
 def test_too_large_an_accumulated_batch(volumes, tmp_path, capsys):
-    code, _, errors = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 3,
-                               "--accumulate_steps", 3)
+    code, _, errors = run_main(
+        capsys, "--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 3, "--accumulate_steps", 3
+    )
     assert code == 1 and len(errors) == 1 and "--accumulate_steps" in errors[0] and "one batch of 9" in errors[0]
 
 
@@ -301,7 +386,9 @@ def test_checkpointing_changes_no_bit():
     results = []
     for on in (False, True):
         torch.manual_seed(0)
-        model = VisionTransformer((24, 24, 12), embed_dim=48, depth=3, num_heads=3, drop_path_rate=0.6, grad_checkpointing=on)
+        model = VisionTransformer(
+            (24, 24, 12), embed_dim=48, depth=3, num_heads=3, drop_path_rate=0.6, grad_checkpointing=on
+        )
         calls = []
         model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
         volumes, outputs = torch.rand(6, 1, 24, 24, 12), []
@@ -323,8 +410,24 @@ def test_checkpointing_changes_no_bit():
 def test_a_run_with_checkpointing_is_the_same_run(volumes, tmp_path, capsys, processes):
     states = []
     for on in ("false", "true"):
-        flags = ["--data_dir", volumes, "--output_dir", tmp_path / on, "--batch_size_per_gpu", 2, "--accumulate_steps", 2,
-                 "--epochs", 2, "--drop_path_rate", 0.5, "--lr", 0.05, "--grad_checkpointing", on]
+        flags = [
+            "--data_dir",
+            volumes,
+            "--output_dir",
+            tmp_path / on,
+            "--batch_size_per_gpu",
+            2,
+            "--accumulate_steps",
+            2,
+            "--epochs",
+            2,
+            "--drop_path_rate",
+            0.5,
+            "--lr",
+            0.05,
+            "--grad_checkpointing",
+            on,
+        ]
         if processes:
             done = command(*flags, processes=processes, script=SMALL)
             assert done.returncode == 0, done.stderr
@@ -337,8 +440,17 @@ def test_a_run_with_checkpointing_is_the_same_run(volumes, tmp_path, capsys, pro
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("flags", [["--accumulate_steps", "0"], ["--accumulate_steps", "1.5"], ["--max_skipped_steps", "0"],
-                                   ["--max_skipped_steps", "-1"], ["--grad_checkpointing", "perhaps"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--accumulate_steps", "0"],
+        ["--accumulate_steps", "1.5"],
+        ["--max_skipped_steps", "0"],
+        ["--max_skipped_steps", "-1"],
+        ["--grad_checkpointing", "perhaps"],
+    ],
+    ids=" ".join,
+)
 def test_flags_wrong_by_themselves(tmp_path, capsys, flags):
     code, _, errors = run_main(capsys, "--data_dir", tmp_path, "--output_dir", tmp_path / "out", *flags)
     assert code == 2 and len(errors) == 1 and flags[0] in errors[0] and not (tmp_path / "out").exists()

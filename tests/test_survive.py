@@ -1,5 +1,6 @@
-"""A run of two processes that is killed and killed again ends as one that nobody disturbed; `python tests/survive.py` is
-the long form."""
+"""A run of two processes that is killed and killed again ends as one that nobody disturbed; `python tests/survive.py`
+is the long form."""
+
 import torch
 from survive import differences, make_volumes, survive
 

@@ -1,4 +1,5 @@
 """Weights, schedules and the small things that the scripts share."""
+
 import argparse
 import math
 import zipfile
@@ -26,13 +27,17 @@ def older_checkpoint(tmp_path_factory):
         name = name.replace("parametrizations.weight.original0", "weight_g")
         state[name.replace("parametrizations.weight.original1", "weight_v")] = torch.randn_like(tensor)
     path = tmp_path_factory.mktemp("older") / "checkpoint.pth"
-    torch.save({
-        "student": {f"module.{name}": tensor for name, tensor in state.items()},
-        "teacher": {name: tensor + 1 for name, tensor in state.items()},
-        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.0005), "weight_decay": np.float32(0.04)}]},
-        "epoch": 100, "args": argparse.Namespace(arch="vit_small", lr=np.float64(0.1), sizes=np.arange(3)),
-        "dino_loss": {"center": torch.zeros(1, 512)},
-    }, path)
+    torch.save(
+        {
+            "student": {f"module.{name}": tensor for name, tensor in state.items()},
+            "teacher": {name: tensor + 1 for name, tensor in state.items()},
+            "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(0.0005), "weight_decay": np.float32(0.04)}]},
+            "epoch": 100,
+            "args": argparse.Namespace(arch="vit_small", lr=np.float64(0.1), sizes=np.arange(3)),
+            "dino_loss": {"center": torch.zeros(1, 512)},
+        },
+        path,
+    )
     return path, state
 
 
@@ -49,7 +54,8 @@ def test_older_checkpoint_loads_with_every_tensor_in_place(older_checkpoint, key
     utils.load_pretrained_weights(whole, path, key)
     for name, tensor in whole.head.state_dict().items():
         older = name.replace("parametrizations.weight.original0", "weight_g").replace(
-            "parametrizations.weight.original1", "weight_v")
+            "parametrizations.weight.original1", "weight_v"
+        )
         assert torch.equal(tensor, state["head." + older] + shift), name
 
 
@@ -107,6 +113,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     class Malicious:
         def __reduce__(self):
             return (exec, (f"open({str(tmp_path / 'executed')!r}, 'w')",))
+
     torch.save({"teacher": Malicious()}, tmp_path / "malicious.pth")
     with pytest.raises(ValueError, match="can't be read as a checkpoint"):
         utils.load_pretrained_weights(vit_tiny(), tmp_path / "malicious.pth")
@@ -147,7 +154,9 @@ def test_cosine_schedule_is_defined_everywhere(total, warmup):
 
 
 def test_linear_schedule():
-    assert [utils.linear_schedule(at, 0.04, 0.07, 3) for at in range(5)] == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
+    assert [utils.linear_schedule(at, 0.04, 0.07, 3) for at in range(5)] == pytest.approx(
+        [0.04, 0.05, 0.06, 0.07, 0.07]
+    )
     assert utils.linear_schedule(0, 0.04, 0.07, 0) == 0.07
 
 
@@ -170,14 +179,17 @@ def test_lars_takes_the_papers_step():
 # --------------------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("ON", True), ("1", True), ("false", False), ("0", False),
-                                         ("off", False)])
+@pytest.mark.parametrize(
+    "text, value", [("true", True), ("ON", True), ("1", True), ("false", False), ("0", False), ("off", False)]
+)
 def test_booleans(text, value):
     assert command_line.boolean(text) is value
 
 
-@pytest.mark.parametrize("kind, low, text", [(int, 1, "0"), (int, 1, "1.5"), (float, 0, "inf"), (float, 0, "nan"),
-                                             (float, 0, "-1"), (float, 0, "x")])
+@pytest.mark.parametrize(
+    "kind, low, text",
+    [(int, 1, "0"), (int, 1, "1.5"), (float, 0, "inf"), (float, 0, "nan"), (float, 0, "-1"), (float, 0, "x")],
+)
 def test_numbers_out_of_range(kind, low, text):
     with pytest.raises(argparse.ArgumentTypeError):
         command_line.number(kind, low)(text)
@@ -194,20 +206,24 @@ def test_seeds_of_steps_differ_by_rank_and_step():
 
 def test_gpu_of_a_process():
     assert utils.choose_gpu(3, 4, 4, False) == 3
-    assert utils.choose_gpu(3, 4, 1, True) == 0   # srun --gpus-per-task=1
+    assert utils.choose_gpu(3, 4, 1, True) == 0  # srun --gpus-per-task=1
     assert utils.choose_gpu(3, 4, 8, True) == 3
     with pytest.raises(command_line.UserError, match="1 GPU.s. for 4 processes"):
         utils.choose_gpu(3, 4, 1, False)
 
 
-@pytest.mark.parametrize("error, says", [
-    (OSError(28, "No space left on device", "log.txt"), "No space left on device: 'log.txt'"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --batch_size_per_gpu"),
-    (command_line.UserError("plain"), "error: plain"),
-])
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(28, "No space left on device", "log.txt"), "No space left on device: 'log.txt'"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower --batch_size_per_gpu"),
+        (command_line.UserError("plain"), "error: plain"),
+    ],
+)
 def test_failures_end_in_one_line(capsys, error, says):
     def main():
         raise error
+
     with pytest.raises(SystemExit) as stop:
         utils.run_script(main)
     lines = capsys.readouterr().err.splitlines()
@@ -217,18 +233,32 @@ def test_failures_end_in_one_line(capsys, error, says):
 # ------------------------------------------------------------------------------------------------------ shared memory
 
 
-@pytest.mark.parametrize("wanted, free_batches, expected, says", [
-    (None, 100, (4, 2), None), (None, 10, (4, 2), None), (None, 6, (4, 1), None),
-    (None, 3.9, (3, 1), "room for 3 batches of 10 MiB per process, fewer than the 8 of 4 reading processes: 3 instead"),
-    (None, 0.5, (0, None), "0 instead"), (6, 100, (6, 2), None), (6, 4, (6, 1), "lower --num_workers"), (0, 0, (0, None), None)])
+@pytest.mark.parametrize(
+    "wanted, free_batches, expected, says",
+    [
+        (None, 100, (4, 2), None),
+        (None, 10, (4, 2), None),
+        (None, 6, (4, 1), None),
+        (
+            None,
+            3.9,
+            (3, 1),
+            "room for 3 batches of 10 MiB per process, fewer than the 8 of 4 reading processes: 3 instead",
+        ),
+        (None, 0.5, (0, None), "0 instead"),
+        (6, 100, (6, 2), None),
+        (6, 4, (6, 1), "lower --num_workers"),
+        (0, 0, (0, None), None),
+    ],
+)
 def test_reading_processes_fit_into_shared_memory(monkeypatch, wanted, free_batches, expected, says):
     """Of four cores, and two processes that share it."""
     processes = utils.Processes(local_world_size=2)
     monkeypatch.setattr(loading, "cores_per_process", lambda _: 4)
     monkeypatch.setattr(loading.os.path, "isdir", lambda path: path == "/dev/shm")
-    usage = type("Usage", (), {"free": 2 * free_batches * 10 * 2 ** 20 / 0.8 + 1})
+    usage = type("Usage", (), {"free": 2 * free_batches * 10 * 2**20 / 0.8 + 1})
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
-    workers, ready, notices = reading_processes(wanted, processes, 10 * 2 ** 20)
+    workers, ready, notices = reading_processes(wanted, processes, 10 * 2**20)
     assert (workers, ready) == expected
     assert len(notices) == bool(says) and (not says or says in notices[0])
     loader = torch.utils.data.DataLoader([1], num_workers=workers, prefetch_factor=ready)  # takes both

@@ -3,6 +3,7 @@
 SimpleITK reads the voxels. pydicom reads the headers by which slices are told apart and checked: 4 kB of a file, where
 SimpleITK reads all of it, more than twice.
 """
+
 import collections
 import os
 import re
@@ -25,6 +26,7 @@ DICOMDIR = "1.2.840.10008.1.3.10"
 
 class Slice(NamedTuple):
     """What the header of a DICOM file says; empty strings and None where it says nothing. Lengths in mm, LPS."""
+
     path: str
     patient: str
     study: str
@@ -33,13 +35,13 @@ class Slice(NamedTuple):
     sop_class: str
     modality: str
     image_type: str
-    samples: int                    # values per pixel
+    samples: int  # values per pixel
     frames: int
-    size: tuple[int, int]           # (columns, rows)
-    spacing: tuple[float, ...]      # (between rows, between columns)
+    size: tuple[int, int]  # (columns, rows)
+    spacing: tuple[float, ...]  # (between rows, between columns)
     orientation: tuple[float, ...]  # (6,) unit vectors along a row and along a column
-    position: tuple[float, ...]     # (3,) centre of the first pixel
-    rescale: tuple[float, ...]      # (slope, intercept)
+    position: tuple[float, ...]  # (3,) centre of the first pixel
+    rescale: tuple[float, ...]  # (slope, intercept)
     thickness: float
     kernel: str
 
@@ -55,9 +57,27 @@ def is_dicom(path: str) -> bool:
 def read_header(path: str) -> Slice | None:
     """The Slice that a DICOM file is; None for a DICOMDIR. Raises DataError."""
     import pydicom
-    tags = ["SOPClassUID", "PatientID", "StudyInstanceUID", "StudyDate", "SeriesInstanceUID", "Modality", "ImageType",
-            "SamplesPerPixel", "NumberOfFrames", "Columns", "Rows", "PixelSpacing", "ImageOrientationPatient",
-            "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "SliceThickness", "ConvolutionKernel"]
+
+    tags = [
+        "SOPClassUID",
+        "PatientID",
+        "StudyInstanceUID",
+        "StudyDate",
+        "SeriesInstanceUID",
+        "Modality",
+        "ImageType",
+        "SamplesPerPixel",
+        "NumberOfFrames",
+        "Columns",
+        "Rows",
+        "PixelSpacing",
+        "ImageOrientationPatient",
+        "ImagePositionPatient",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "SliceThickness",
+        "ConvolutionKernel",
+    ]
     try:
         if os.path.getsize(path) == 0:
             raise DataError(path, "can't be read: the file is empty")
@@ -88,6 +108,7 @@ def _slice_of(header: Any, path: str) -> Slice | None:
         except ValueError:
             return ()
         return values if len(values) == count and np.isfinite(values).all() else ()
+
     kind, columns, rows = text("SOPClassUID"), header.get("Columns"), header.get("Rows")
     if kind == DICOMDIR:
         return None
@@ -98,11 +119,24 @@ def _slice_of(header: Any, path: str) -> Slice | None:
     if len(rescale) < 2:
         raise DataError(path, f"can't be read: its rescale slope is {slope!r:.40}, its intercept {intercept!r:.40}")
     return Slice(
-        path, text("PatientID"), text("StudyInstanceUID"), text("StudyDate"), text("SeriesInstanceUID"), kind,
-        text("Modality"), text("ImageType"), int(header.get("SamplesPerPixel") or 1), int(header.get("NumberOfFrames") or 1),
-        (int(columns or 0), int(rows or 0)), numbers(text("PixelSpacing"), 2), numbers(text("ImageOrientationPatient"), 6),
-        numbers(text("ImagePositionPatient"), 3), rescale, (numbers(text("SliceThickness"), 1) or (0.0,))[0],
-        text("ConvolutionKernel"))
+        path,
+        text("PatientID"),
+        text("StudyInstanceUID"),
+        text("StudyDate"),
+        text("SeriesInstanceUID"),
+        kind,
+        text("Modality"),
+        text("ImageType"),
+        int(header.get("SamplesPerPixel") or 1),
+        int(header.get("NumberOfFrames") or 1),
+        (int(columns or 0), int(rows or 0)),
+        numbers(text("PixelSpacing"), 2),
+        numbers(text("ImageOrientationPatient"), 6),
+        numbers(text("ImagePositionPatient"), 3),
+        rescale,
+        (numbers(text("SliceThickness"), 1) or (0.0,))[0],
+        text("ConvolutionKernel"),
+    )
 
 
 def sort_slices(slices: Sequence[Slice], min_slices: int, source: str) -> list[Slice]:
@@ -118,7 +152,9 @@ def sort_slices(slices: Sequence[Slice], min_slices: int, source: str) -> list[S
     for what, tolerance in (("size", 0), ("spacing", 1e-4), ("orientation", 1e-3)):
         values = sorted({getattr(one, what) for one in kept})
         if (np.ptp(values, axis=0) > tolerance).any():
-            raise LeftOut(source, f"mixed slices: {what}s such as {format_size(values[0])} and {format_size(values[-1])}")
+            raise LeftOut(
+                source, f"mixed slices: {what}s such as {format_size(values[0])} and {format_size(values[-1])}"
+            )
     if len(kept) < max(min_slices, 2):
         raise LeftOut(source, f"too few slices: {len(kept)}, expected at least {max(min_slices, 2)} (--min_slices)")
     orientation = np.array(kept[0].orientation)
@@ -132,18 +168,26 @@ def sort_slices(slices: Sequence[Slice], min_slices: int, source: str) -> list[S
     doubled = np.flatnonzero(gaps < max(0.1 * usual, 0.01))
     if len(doubled):
         first, second = kept[doubled[0]], kept[doubled[0] + 1]
-        raise LeftOut(source, f"doubled slices: {len(doubled)}, such as {os.path.basename(first.path)} and "
-                              f"{os.path.basename(second.path)} at {heights[doubled[0]]:g} mm")
+        raise LeftOut(
+            source,
+            f"doubled slices: {len(doubled)}, such as {os.path.basename(first.path)} and "
+            f"{os.path.basename(second.path)} at {heights[doubled[0]]:g} mm",
+        )
     uneven = np.flatnonzero(np.abs(gaps - usual) > 0.05 * usual + 0.1)  # some scanners write tenths of a millimetre
     if len(uneven):
         widest = int(uneven[np.argmax(gaps[uneven])])
         what = "missing slices" if gaps[widest] > 1.5 * usual else "uneven spacing"
-        raise LeftOut(source, f"{what}: {gaps[widest]:.4g} mm between {os.path.basename(kept[widest].path)} and "
-                              f"{os.path.basename(kept[widest + 1].path)}, {usual:.4g} mm between most")
+        raise LeftOut(
+            source,
+            f"{what}: {gaps[widest]:.4g} mm between {os.path.basename(kept[widest].path)} and "
+            f"{os.path.basename(kept[widest + 1].path)}, {usual:.4g} mm between most",
+        )
     sideways = positions - positions[0] - np.outer(heights - heights[0], normal)
     shift = float(np.linalg.norm(sideways, axis=1).max())
     if shift > 0.5 * min(kept[0].spacing):
-        raise LeftOut(source, f"tilted gantry: the slices are shifted sideways by up to {shift:.3g} mm against each other")
+        raise LeftOut(
+            source, f"tilted gantry: the slices are shifted sideways by up to {shift:.3g} mm against each other"
+        )
     return kept
 
 
@@ -175,8 +219,25 @@ def sharpness(kernel: str) -> int:
     Siemens and newer Canon kernels carry it in their number (B30f, Br59d), older Toshiba ones in a scale of their own
     (FC01 to FC18 body, FC50 to FC59 lung, FC80 and more bone); the rest go by name. 50 where a name says nothing.
     """
-    named = {"SOFT": 20, "STANDARD": 30, "STND": 30, "CHST": 35, "DETAIL": 50, "LUNG": 60, "BONE": 70, "EDGE": 80,
-             "BONEPLUS": 75, "A": 20, "B": 30, "C": 40, "D": 50, "L": 60, "YA": 40, "YB": 50, "YC": 60}
+    named = {
+        "SOFT": 20,
+        "STANDARD": 30,
+        "STND": 30,
+        "CHST": 35,
+        "DETAIL": 50,
+        "LUNG": 60,
+        "BONE": 70,
+        "EDGE": 80,
+        "BONEPLUS": 75,
+        "A": 20,
+        "B": 30,
+        "C": 40,
+        "D": 50,
+        "L": 60,
+        "YA": 40,
+        "YB": 50,
+        "YC": 60,
+    }
     name = kernel.upper().split("\\")[0].strip()
     if name in named:
         return named[name]

@@ -3,6 +3,7 @@
 An image is a SimpleITK.Image of int16 Hounsfield units whose indices grow towards the patient's right, anterior and
 superior side, as nearly as its axes allow.
 """
+
 import os
 import re
 import zlib
@@ -41,7 +42,9 @@ def read_raw(path: str) -> sitk.Image:
         try:
             with Volume(path) as volume:
                 voxels = volume.read_values()
-                native = np.float32 if voxels.dtype == np.float16 else voxels.dtype.newbyteorder("=")  # all that ITK takes
+                native = (
+                    np.float32 if voxels.dtype == np.float16 else voxels.dtype.newbyteorder("=")
+                )  # all that ITK takes
                 return _call(lambda: make_image(voxels.astype(native), volume.affine), path)
         except DataError as error:
             raise DataError(path, _one_line(error.reason, path)) from error
@@ -64,7 +67,8 @@ def read_raw(path: str) -> sitk.Image:
 def _read_nifti(reader: sitk.ImageFileReader, path: str) -> sitk.Image:
     """ITK's geometry and nibabel's voxels: ITK takes NaN for 0 and, where a file is cut off, whatever its memory held.
 
-    Where the header says of neither form of its affine that it counts, nibabel's, by which volume.py reads the file too.
+    Where the header says of neither form of its affine that it counts, nibabel's, by which volume.py reads the file
+    too.
     """
     import nibabel
 
@@ -73,6 +77,7 @@ def _read_nifti(reader: sitk.ImageFileReader, path: str) -> sitk.Image:
         nifti = nibabel.load(path)
         told = nifti.header["qform_code"] or nifti.header["sform_code"]
         return nifti.affine, np.asanyarray(nifti.dataobj), told
+
     affine, voxels, told = _call(read, path)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:  # ITK makes something up
         raise DataError(path, "no geometry: its spacings and directions span no volume")
@@ -92,6 +97,7 @@ def _read_nifti(reader: sitk.ImageFileReader, path: str) -> sitk.Image:
         image.SetOrigin(reader.GetOrigin()[:3])
         image.SetDirection(np.reshape(reader.GetDirection(), [reader.GetDimension()] * 2)[:3, :3].ravel().tolist())
         return image
+
     return _call(placed, path)
 
 
@@ -105,8 +111,11 @@ def require_sound_header(path: Path | str) -> None:
         header = file.read(1 << 16)
     for name, sound in (("NDims", rb"[1-9]"), ("ElementDataFile", rb"[^%\0]+")):
         # Up to the end of a line with ElementDataFile, behind which voxels may follow
-        found = re.findall(rb"^[ \t]*%b[ \t]*[=:]?[ \t]*(.*?)[ \t\r]*$" % name.encode(), re.match(
-            rb".*?(?:^[ \t]*ElementDataFile.*?$|\Z)", header, re.S | re.M)[0], re.M)
+        found = re.findall(
+            rb"^[ \t]*%b[ \t]*[=:]?[ \t]*(.*?)[ \t\r]*$" % name.encode(),
+            re.match(rb".*?(?:^[ \t]*ElementDataFile.*?$|\Z)", header, re.S | re.M)[0],
+            re.M,
+        )
         wrong = [value for value in found if not re.fullmatch(sound, value)]
         if wrong or not found:
             value = repr(wrong[0].decode(errors="replace"))[:60] if wrong else "missing"
@@ -116,8 +125,11 @@ def require_sound_header(path: Path | str) -> None:
     compressed = re.search(rb"^[ \t]*CompressedData[ \t]*[=:]?[ \t]*[Tt1]", head, re.M)
     if local and compressed and not re.search(rb"^[ \t]*CompressedDataSize[ \t]*[=:]?[ \t]*[1-9]", head, re.M):
         # ITK then says nothing and gives voxels that are not the file's
-        raise DataError(path, "can't be read: its voxels are compressed and CompressedDataSize in its header is missing; "
-                              "write it again with the program that made it, or without compression")
+        raise DataError(
+            path,
+            "can't be read: its voxels are compressed and CompressedDataSize in its header is missing; "
+            "write it again with the program that made it, or without compression",
+        )
 
 
 def _require_whole(path: Path | str, size: int) -> None:
@@ -127,7 +139,9 @@ def _require_whole(path: Path | str, size: int) -> None:
     """
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    header = re.match(rb"(?!\x1f\x8b).*?(^ElementDataFile *=.*?\n|\n\r?\n|\Z)|", start, re.S | re.M)[0]  # none in a .nii.gz
+    header = re.match(rb"(?!\x1f\x8b).*?(^ElementDataFile *=.*?\n|\n\r?\n|\Z)|", start, re.S | re.M)[
+        0
+    ]  # none in a .nii.gz
     if header and not re.search(rb"^CompressedData *= *True|^encoding: *gz", header, re.M | re.I):
         return
     apart = re.search(rb"^(?:ElementDataFile *=|data ?file:) *(?!LOCAL\s)(\S.*?)\s*$", header, re.M | re.I)
@@ -235,7 +249,8 @@ def affine_of(image: sitk.Image) -> np.ndarray:
 
 
 def require_ct(image: sitk.Image, source: str) -> None:
-    """Raise DataError for an image of one value, LeftOut for one without air or lung: a mask, an MR, unscaled values."""
+    """Raise DataError for an image of one value, LeftOut for one without air or lung: a mask, an MR, unscaled
+    values."""
     extremes = sitk.MinimumMaximumImageFilter()
     extremes.Execute(image)
     low, high = extremes.GetMinimum(), extremes.GetMaximum()
@@ -246,8 +261,10 @@ def require_ct(image: sitk.Image, source: str) -> None:
 
 
 def save_nifti(path: Path | str, image: sitk.Image) -> None:
-    """Write an image as compressed NIfTI in scanner coordinates; the same image gives the same bytes. Raises OSError."""
+    """Write an image as compressed NIfTI in scanner coordinates; the same image gives the same bytes. Raises
+    OSError."""
     import nibabel
+
     affine = affine_of(image)
     nifti = nibabel.Nifti1Image(np.asfortranarray(voxels_of(image)), affine)
     nifti.set_qform(affine, 1)

@@ -1,4 +1,5 @@
 """What is found below a folder: volumes at any depth, labelled crops, and images with their labels."""
+
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ from dino3d.files import atomic_write
 def walk_files(folder: Path | str, fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
     """(subfolder, names of its files) below a folder, sorted; hidden files and folders are left out.
 
-    Links to folders are followed, each real folder once. fail: called with the OSError of a folder that can't be listed.
+    Links to folders are followed, each real folder once. fail: called with the OSError of a folder that can't be
+    listed.
     """
     seen = set()
     for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
@@ -38,8 +40,13 @@ def find_volumes(folder: Path | str) -> list[str]:
 
     def fail(error: OSError) -> NoReturn:
         raise DataError(error.filename, f"can't be listed ({error.strerror})") from error
-    return sorted(os.path.relpath(os.path.join(here, name), folder) for here, names in walk_files(folder, fail)
-                  for name in names if name.lower().endswith(SUFFIXES))
+
+    return sorted(
+        os.path.relpath(os.path.join(here, name), folder)
+        for here, names in walk_files(folder, fail)
+        for name in names
+        if name.lower().endswith(SUFFIXES)
+    )
 
 
 def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[str]:
@@ -80,6 +87,7 @@ def list_volumes(folder: Path | str, index: Path | str) -> list[str]:
 
 class Crop(NamedTuple):
     """A labelled crop: file, class, whose it is, and the subset folder that it lies in."""
+
     path: str
     label: int
     patient: str
@@ -88,6 +96,7 @@ class Crop(NamedTuple):
 
 class Pair(NamedTuple):
     """A case for segmentation: its name, and the files of its image and of its label."""
+
     name: str
     image: str
     label: str
@@ -110,7 +119,9 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
             if _class_of(label) is None:
                 problems.append(DataError(path, "is no label folder: expected label0, label1, ... or 0, 1, ..."))
             elif not any(name.startswith(os.path.join(subset, label) + os.sep) for name in names):
-                problems.append(DataError(path, "holds no crop: expected <patient>/<name>.nii.gz below it, or remove it"))
+                problems.append(
+                    DataError(path, "holds no crop: expected <patient>/<name>.nii.gz below it, or remove it")
+                )
     for name in names:
         parts = name.split(os.sep)
         if not parts[0].startswith("subset"):
@@ -118,7 +129,9 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
         if len(parts) == 4 and _class_of(parts[1]) is not None:
             crops.append(Crop(os.path.join(folder, name), _class_of(parts[1]), parts[2], parts[0]))
         elif len(parts) < 3 or _class_of(parts[1]) is not None:
-            problems.append(DataError(os.path.join(folder, name), "expected as subset*/label<k>/<patient>/<name>.nii.gz"))
+            problems.append(
+                DataError(os.path.join(folder, name), "expected as subset*/label<k>/<patient>/<name>.nii.gz")
+            )
     if not crops:
         problems.append(DataError(folder, "holds no crops: expected subset*/label0|label1/<patient>/<name>.nii.gz"))
         return crops, problems
@@ -126,13 +139,22 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
     if len(classes) == 1:
         problems.append(DataError(folder, f"has crops of one class only (label{classes[0]}), expected at least two"))
     elif classes != list(range(len(classes))):
-        problems.append(DataError(folder, f"has the classes {', '.join(map(str, classes))}: expected 0 to {len(classes) - 1}"
-                                          " without a gap"))
+        problems.append(
+            DataError(
+                folder,
+                f"has the classes {', '.join(map(str, classes))}: expected 0 to {len(classes) - 1} without a gap",
+            )
+        )
     subsets = {}
     for crop in crops:
         subsets.setdefault(crop.patient, set()).add(crop.subset)
-    problems += [DataError(folder, f"has patient {patient} in {' and '.join(sorted(where))}: expected every patient in "
-                                   "one subset") for patient, where in sorted(subsets.items()) if len(where) > 1]
+    problems += [
+        DataError(
+            folder, f"has patient {patient} in {' and '.join(sorted(where))}: expected every patient in one subset"
+        )
+        for patient, where in sorted(subsets.items())
+        if len(where) > 1
+    ]
     return crops, problems
 
 
@@ -156,8 +178,12 @@ def find_pairs(folder: Path | str) -> tuple[list[Pair], list[DataError]]:
             if first != path:
                 problems.append(DataError(path, f"has the same name as {first}: expected one file of each name"))
     images, labels = files["images"], files["labels"]
-    problems += [DataError(images[name], "has no label of the same name in labels/") for name in sorted(images.keys() - labels)]
-    problems += [DataError(labels[name], "has no image of the same name in images/") for name in sorted(labels.keys() - images)]
+    problems += [
+        DataError(images[name], "has no label of the same name in labels/") for name in sorted(images.keys() - labels)
+    ]
+    problems += [
+        DataError(labels[name], "has no image of the same name in images/") for name in sorted(labels.keys() - images)
+    ]
     pairs = [Pair(name, images[name], labels[name]) for name in sorted(images.keys() & labels)]
     if not pairs and not problems:
         problems.append(DataError(folder, "holds no cases: expected images/<name>.nii.gz and labels/<name>.nii.gz"))
@@ -179,7 +205,9 @@ def other_grid(
 ) -> str | None:
     """Why a label does not lie on its image's grid; None if it does, to a tenth of a voxel at every corner."""
     if tuple(shape) != tuple(image_shape):
-        return f"has another shape than its image: {' x '.join(map(str, shape))}, not {' x '.join(map(str, image_shape))}"
+        return (
+            f"has another shape than its image: {' x '.join(map(str, shape))}, not {' x '.join(map(str, image_shape))}"
+        )
     corners = np.stack(np.meshgrid(*([0, n - 1] for n in shape), [1], indexing="ij")).reshape(4, -1)  # (4, 8)
     apart = np.linalg.norm(((affine - image_affine) @ corners)[:3], axis=0).max()
     if not apart <= 0.1 * np.linalg.norm(image_affine[:3, :3], axis=0).min():

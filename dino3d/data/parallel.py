@@ -1,4 +1,5 @@
 """Many files through worker processes."""
+
 import collections
 import itertools
 import os
@@ -67,6 +68,7 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], item: Any
 def _start_worker() -> None:
     """One thread per worker, and none outlives the process that started it, however that one ends."""
     import SimpleITK
+
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends these
@@ -74,11 +76,13 @@ def _start_worker() -> None:
     def follow() -> None:
         connection.wait([parent_process().sentinel])
         os._exit(1)
+
     threading.Thread(target=follow, daemon=True).start()
 
 
 def progress(total: int, unit: str) -> "tqdm":
     """A progress bar with rate and remaining time on standard error, seldom renewed where that is a log file."""
     from tqdm import tqdm
+
     pause = 1 if sys.stderr.isatty() else 30  # seconds; what ends before shows no bar
     return tqdm(total=total, unit=unit, delay=pause, mininterval=pause, dynamic_ncols=True, smoothing=0.05)

@@ -1,4 +1,5 @@
 """The random patches that pre-training reads, and their order."""
+
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,12 +10,13 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from augmentations import PATCH_VIEW, MultiCropAugmentation, ViewBatch, ViewParameters, collate_views, keyed_rng
 from dino3d.data.volume import DataError, Volume
 
-PATCHES_PER_READ = 8      # patches of one volume that follow each other in an epoch, read with one opening of its file
+PATCHES_PER_READ = 8  # patches of one volume that follow each other in an epoch, read with one opening of its file
 
 
 class Sample(NamedTuple):
-    """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met on
-    the way, as (path, reason); spacing: (3,) mm per voxel of the patch."""
+    """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met
+    on the way, as (path, reason); spacing: (3,) mm per voxel of the patch."""
+
     patch: np.ndarray
     views: list[ViewParameters | None]
     bad: list[tuple[str, str]]
@@ -24,6 +26,7 @@ class Sample(NamedTuple):
 
 class Failure(NamedTuple):
     """Why there are no samples, in one line, and all (path, reason) that a worker has met in the epoch."""
+
     reason: str
     bad: list[tuple[str, str]]
 
@@ -31,6 +34,7 @@ class Failure(NamedTuple):
 class Batch(NamedTuple):
     """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
     paths, spacings: the file of each patch, and its (3,) mm per voxel."""
+
     patches: torch.Tensor
     groups: list[ViewBatch | None]
     bad: list[tuple[str, str]]
@@ -40,8 +44,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on a device."""
-        return self._replace(patches=self.patches.to(device, non_blocking=True),
-                             groups=[group and group.to(device) for group in self.groups])
+        return self._replace(
+            patches=self.patches.to(device, non_blocking=True),
+            groups=[group and group.to(device) for group in self.groups],
+        )
 
 
 class PretrainingPatches(Dataset):
@@ -65,7 +71,10 @@ class PretrainingPatches(Dataset):
         self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
         self.patches_per_volume, self.strict = patches_per_volume, strict
         self.max_bad = len(paths) if max_bad is None else max_bad
-        self._epoch, self._bad = None, {}  # path -> reason; this worker's memory, so that no file is tried twice in an epoch
+        self._epoch, self._bad = (
+            None,
+            {},
+        )  # path -> reason; this worker's memory, so that no file is tried twice in an epoch
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
         """The samples of a batch; neighbours from one volume share one opening of its file."""
@@ -94,10 +103,14 @@ class PretrainingPatches(Dataset):
                         if self.strict:
                             raise
                         if len(self._bad) > self.max_bad:
-                            raise DataError(f"{len(self._bad)} of {len(self.paths)} files",
-                                            f"can't be used, such as {path}: {error.reason}") from error
+                            raise DataError(
+                                f"{len(self._bad)} of {len(self.paths)} files",
+                                f"can't be used, such as {path}: {error.reason}",
+                            ) from error
                 else:
-                    raise DataError(f"{len(self.paths)} files", f"not one can be used, such as {bad[0][0]}: {bad[0][1]}")
+                    raise DataError(
+                        f"{len(self.paths)} files", f"not one can be used, such as {bad[0][0]}: {bad[0][1]}"
+                    )
         except DataError as error:  # an exception would reach the main process as a traceback's text
             return [Failure(str(error), list(self._bad.items()))]
         finally:
@@ -108,14 +121,18 @@ class PretrainingPatches(Dataset):
     def _draw(
         self, volume: Volume, epoch: int, sample: int
     ) -> tuple[np.ndarray, list[ViewParameters | None], tuple[float, ...]]:
-        """(patch, views, its mm per voxel) of one sample: where spacing is given, a much finer volume is averaged first."""
+        """(patch, views, its mm per voxel) of one sample: where spacing is given, a much finer volume is averaged
+        first."""
         crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
         spacing = np.array(volume.spacing)
         stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # volume voxels per view's
-        # Spacings in files are rounded: - 1e-3 below keeps a view's voxels on the file's where both are meant to be equal
+        # Spacings in files are rounded: - 1e-3 below keeps a view's voxels on the file's where both are meant to be
+        # equal
         factors = np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
         size = np.ceil(np.array(crops.patch_size) * stretch / factors - 1e-3).astype(int) * factors
-        start = place_patch(rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int), size)
+        start = place_patch(
+            rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int), size
+        )
         patch = volume.read(start, size)
         low, high = np.clip(-start, 0, size), np.clip(volume.shape - start, 0, size)
         inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
@@ -125,9 +142,7 @@ class PretrainingPatches(Dataset):
         return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing), tuple(spacing.tolist())
 
 
-def place_patch(
-    rng: np.random.RandomState, shape: np.ndarray, core: np.ndarray, size: np.ndarray
-) -> np.ndarray:
+def place_patch(rng: np.random.RandomState, shape: np.ndarray, core: np.ndarray, size: np.ndarray) -> np.ndarray:
     """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`.
 
     The margin around the core stays inside too, so that turned views don't look beyond the volume, unless that left
@@ -157,8 +172,8 @@ def is_flat(voxels: np.ndarray) -> np.bool_:
 def collate(samples: list[Sample] | list[Failure]) -> Batch:
     """A Batch of Samples. Patches of different sizes are padded at their far ends by repeating the border.
 
-    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch. In memory x is the
-    fastest axis, as in files; a loader's worker writes straight into memory that it shares with the main process.
+    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch. In memory x is
+    the fastest axis, as in files; a loader's worker writes straight into memory that it shares with the main process.
     """
     if isinstance(samples[0], Failure):
         return Batch(torch.empty(0), [], samples[0].bad, samples[0].reason)
@@ -169,12 +184,18 @@ def collate(samples: list[Sample] | list[Failure]) -> Batch:
     for slot, sample in zip(patches.numpy(), samples):
         x, y, z = sample.patch.shape
         slot[:x, :y, :z] = sample.patch
-        slot[x:] = slot[x - 1:x]
-        slot[:, y:] = slot[:, y - 1:y]
-        slot[:, :, z:] = slot[:, :, z - 1:z]
+        slot[x:] = slot[x - 1 : x]
+        slot[:, y:] = slot[:, y - 1 : y]
+        slot[:, :, z:] = slot[:, :, z - 1 : z]
     bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
-    return Batch(patches, collate_views([sample.views for sample in samples]), bad, "",
-                 tuple(sample.path for sample in samples), tuple(sample.spacing for sample in samples))
+    return Batch(
+        patches,
+        collate_views([sample.views for sample in samples]),
+        bad,
+        "",
+        tuple(sample.path for sample in samples),
+        tuple(sample.spacing for sample in samples),
+    )
 
 
 def epoch_order(volumes: int, patches_per_volume: int, seed: int, epoch: int) -> np.ndarray:
@@ -228,7 +249,7 @@ class BatchStream(Sampler):
             share = self.batch_size * self.accumulate_steps
             step = share * self.world_size
             for at in range(position, len(order) - step + 1, step):
-                mine = order[at + self.rank * share:][:share]
+                mine = order[at + self.rank * share :][:share]
                 for batch in mine.reshape(self.accumulate_steps, self.batch_size):
                     yield [(epoch, int(sample)) for sample in batch]
             position = 0

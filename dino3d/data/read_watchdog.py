@@ -1,4 +1,5 @@
 """Storage that hangs: a file that a loader's worker has been reading for too long ends the run, naming the file."""
+
 import contextlib
 import multiprocessing
 import os
@@ -21,7 +22,8 @@ def reading(path: Path | str) -> contextlib.AbstractContextManager:
 class ReadWatchdog:
     """Notices a file that is being read for too long: loader workers note what they are at, and a thread looks on.
 
-    workers: of the loader; a process that reads itself can't be looked after, as HDF5 lets no other thread run meanwhile
+    workers: of the loader; a process that reads itself can't be looked after, as HDF5 lets no other thread run
+    meanwhile
     seconds: that an opening or a read may take
     end: called from that thread with what to tell. It has to end the process without waiting for the workers: not even
     SIGKILL reaches one that the system holds in a read.
@@ -31,11 +33,7 @@ class ReadWatchdog:
     LONGEST = 1000  # bytes that are kept of a path, the last ones
 
     def __init__(
-        self,
-        workers: int,
-        seconds: float,
-        end: Callable[[str], None],
-        at_start: Callable[[int], None] | None = None,
+        self, workers: int, seconds: float, end: Callable[[str], None], at_start: Callable[[int], None] | None = None
     ) -> None:
         self.seconds, self.end, self.at_start = seconds, end, at_start
         # Shared with the workers, as long as they are this process's children
@@ -48,13 +46,14 @@ class ReadWatchdog:
 
         @contextlib.contextmanager
         def noting(path: Path | str) -> Iterator[None]:
-            name = os.fsencode(path)[-self.LONGEST:]
-            self.paths[worker * self.LONGEST:(worker + 1) * self.LONGEST] = name.ljust(self.LONGEST, b"\0")
+            name = os.fsencode(path)[-self.LONGEST :]
+            self.paths[worker * self.LONGEST : (worker + 1) * self.LONGEST] = name.ljust(self.LONGEST, b"\0")
             self.counts[worker] += 1
             try:
                 yield
             finally:
                 self.counts[worker] += 1
+
         _reading = noting
         if self.at_start:
             self.at_start(worker)
@@ -77,14 +76,18 @@ class ReadWatchdog:
             same = [times + 1 if new == old and new % 2 else 0 for times, new, old in zip(same, now, before)]
             worker, before = same.index(max(same)), now
             if same[worker] * pause >= self.seconds:
-                name = self.paths[worker * self.LONGEST:(worker + 1) * self.LONGEST]
+                name = self.paths[worker * self.LONGEST : (worker + 1) * self.LONGEST]
                 path = os.fsdecode(name.rstrip(b"\0"))
-                self.end(f"{path}: loader worker {worker} has been reading it for {self.seconds:g} s: the storage hangs. See "
-                         "to it and start again, which resumes, or raise --read_timeout (0: wait without end)")
+                self.end(
+                    f"{path}: loader worker {worker} has been reading it for {self.seconds:g} s: the storage "
+                    "hangs. See "
+                    "to it and start again, which resumes, or raise --read_timeout (0: wait without end)"
+                )
 
 
 def with_read_timeout(loader: "DataLoader", seconds: float, end: Callable[[str], None]) -> Iterator[Any]:
-    """An iterator over a DataLoader's batches, which calls end(message) where one file is read for `seconds` (0: never)."""
+    """An iterator over a DataLoader's batches, which calls end(message) where one file is read for `seconds` (0:
+    never)."""
     if not loader.num_workers or not seconds:
         return iter(loader)
     watch = ReadWatchdog(loader.num_workers, seconds, end, loader.worker_init_fn)
@@ -94,4 +97,5 @@ def with_read_timeout(loader: "DataLoader", seconds: float, end: Callable[[str],
     def give() -> Iterator[Any]:
         with watch.running():
             yield from batches
+
     return give()

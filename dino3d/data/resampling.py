@@ -1,4 +1,5 @@
 """Images cut, and resampled to another spacing or around a point."""
+
 import itertools
 from collections.abc import Sequence
 
@@ -25,8 +26,11 @@ def crop_at(
     """
     index = np.array(image.TransformPhysicalPointToContinuousIndex([float(p) for p in point]))
     if not ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all():
-        raise DataError(source, f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1))} of "
-                                f"{format_size(image.GetSize())} (RAS)")
+        raise DataError(
+            source,
+            f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1))} of "
+            f"{format_size(image.GetSize())} (RAS)",
+        )
     own = np.array(image.GetSpacing())
     if spacing is None:
         start = np.rint(index - (np.array(size) - 1) / 2)
@@ -70,7 +74,8 @@ def is_upright(image: sitk.Image) -> bool:
 
 
 def _box_along(image: sitk.Image, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(3,) low corner and (3,) extent in mm of the box along `axes` around an image, and (3,) its voxels' distance along them.
+    """(3,) low corner and (3,) extent in mm of the box along `axes` around an image, and (3,) its voxels' distance
+    along them.
 
     That is the longest step that passes no voxel over, however flat the voxels are and however they lie.
     """
@@ -95,7 +100,8 @@ def _sample(
     extend: bool = False,
     axes: np.ndarray | None = None,
 ) -> sitk.Image:
-    """An image on a grid along its axes or others, `start` in its continuous voxel indices; linearly, in float, or nearest.
+    """An image on a grid along its axes or others, `start` in its continuous voxel indices; linearly, in float, or
+    nearest.
 
     Outside is air, or 0 in a mask; with `extend` the nearest voxel, for a last voxel that reaches a little beyond.
     """
@@ -103,8 +109,18 @@ def _sample(
     outside = AIR if image.GetPixelID() == sitk.sitkInt16 else 0
     origin = image.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
     how, kind = (sitk.sitkLinear, sitk.sitkFloat32) if linear else (sitk.sitkNearestNeighbor, image.GetPixelID())
-    return sitk.Resample(image, [int(n) for n in size], sitk.Transform(), how, origin, [float(s) for s in spacing],
-                         axes.ravel().tolist(), outside, kind, extend)
+    return sitk.Resample(
+        image,
+        [int(n) for n in size],
+        sitk.Transform(),
+        how,
+        origin,
+        [float(s) for s in spacing],
+        axes.ravel().tolist(),
+        outside,
+        kind,
+        extend,
+    )
 
 
 def _mean(image: sitk.Image, factors: np.ndarray) -> sitk.Image:
@@ -121,7 +137,8 @@ def body_box(image: sitk.Image, margin: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mask_box(mask: sitk.Image, image: sitk.Image, margin: float) -> tuple[np.ndarray, np.ndarray]:
-    """(3,) first voxel and (3,) size in `image` of the non-zero part of a mask of the same extent, with `margin` mm or more.
+    """(3,) first voxel and (3,) size in `image` of the non-zero part of a mask of the same extent, with `margin` mm or
+    more.
 
     Without any such part: all of the image.
     """

@@ -4,6 +4,7 @@ Volumes are (X, Y, Z) arrays of int16 Hounsfield units in RAS: indices grow towa
 superior side. Affines are 4 x 4, from voxel indices to RAS millimetres. Files may lie in any orientation: what is
 read from them is flipped and its axes swapped (never interpolated) to the nearest RAS axes.
 """
+
 import contextlib
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from dino3d.files import atomic_write
 AIR = -1024  # HU; what lies outside a volume, and the floor for padding values of -2000 to -3024
 SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")  # what Volume reads
 VOLUME_SUFFIXES = (*SUFFIXES, ".mhd", ".mha", ".nrrd", ".nhdr")  # what images.py reads
-CHUNK = 32   # voxels per side of a chunk: a random crop then touches few bytes besides its own
+CHUNK = 32  # voxels per side of a chunk: a random crop then touches few bytes besides its own
 FILTERS = {
     "blosc": lambda: hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.BITSHUFFLE),
     "gzip": lambda: {"compression": "gzip", "compression_opts": 4},
@@ -60,6 +61,7 @@ class Volume:
 
     def _orient(self, shape: tuple[int, ...], affine: np.ndarray) -> None:
         from nibabel.orientations import inv_ornt_aff, io_orientation
+
         if len(shape) != 3:
             raise DataError(self.path, f"is a {len(shape)}D image of shape {tuple(shape)}, expected a 3D volume")
         if min(shape) < 1:
@@ -92,12 +94,16 @@ class Volume:
         found = np.unique(voxels)
         if not ((found >= 0) & (found <= 255) & (found == np.floor(found))).all():
             wrong = [f"{value:g}" for value in found if not (0 <= value <= 255 and value == np.floor(value))][:3]
-            raise DataError(self.path, f"has label values such as {', '.join(wrong)}, expected whole numbers from 0 to 255")
+            raise DataError(
+                self.path, f"has label values such as {', '.join(wrong)}, expected whole numbers from 0 to 255"
+            )
         return voxels.astype(np.uint8)
 
     def _read_inside(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         voxels = to_int16(self._take_oriented(low, high), self.path)
-        ours = type(voxels) is np.ndarray and voxels.flags.writeable and min(voxels.strides) > 0  # no file, and not flipped
+        ours = (
+            type(voxels) is np.ndarray and voxels.flags.writeable and min(voxels.strides) > 0
+        )  # no file, and not flipped
         return np.maximum(voxels, AIR, out=voxels if ours else None)
 
     def _take_oriented(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -115,8 +121,10 @@ class Volume:
     def is_constant(self) -> bool:
         """True if all voxels are equal: such a file holds no image. Reads until it sees a second value."""
         first = self.read(size=(1, 1, 1)).item()
-        return all((self.read((0, 0, z), (*self.shape[:2], min(CHUNK, self.shape[2] - z))) == first).all()
-                   for z in range(0, self.shape[2], CHUNK))
+        return all(
+            (self.read((0, 0, z), (*self.shape[:2], min(CHUNK, self.shape[2] - z))) == first).all()
+            for z in range(0, self.shape[2], CHUNK)
+        )
 
     def close(self) -> None:
         self._closing.close()
@@ -132,7 +140,7 @@ def stem(path: str | Path) -> str:
     """Name of a volume's file without folders and suffix: scan for a/scan.nii.gz."""
     name = os.path.basename(path)
     longest_first = sorted(VOLUME_SUFFIXES, key=len, reverse=True)
-    return next((name[:-len(suffix)] for suffix in longest_first if name.lower().endswith(suffix)), name)
+    return next((name[: -len(suffix)] for suffix in longest_first if name.lower().endswith(suffix)), name)
 
 
 def padded(
@@ -174,8 +182,11 @@ def _open_hdf5(
         raise DataError(path, f"has no ITKImage/0/{missing[0]}: not an ITK HDF5 image")
     voxels, spacing, origin, directions = (image[name] for name in names)
     if voxels.ndim != 3 or spacing.shape != (3,) or origin.shape != (3,) or directions.shape != (3, 3):
-        raise DataError(path, f"has {spacing.size} spacings and voxels of shape {voxels.shape} (z, y, x), expected a 3D "
-                              "volume with one value per voxel")
+        raise DataError(
+            path,
+            f"has {spacing.size} spacings and voxels of shape {voxels.shape} (z, y, x), expected a 3D "
+            "volume with one value per voxel",
+        )
     affine = np.eye(4)
     affine[:3, :3] = directions[()].T * spacing[()]  # the rows of Directions are the axis vectors
     affine[:3, 3] = origin[()]
@@ -186,6 +197,7 @@ def _open_nifti(
     path: Path | str, closing: contextlib.ExitStack
 ) -> tuple[tuple[int, ...], np.ndarray, Callable[..., np.ndarray]]:
     import nibabel
+
     image = nibabel.load(path)
     return image.shape, image.affine, lambda slices: np.asanyarray(image.dataobj[slices])
 
@@ -238,8 +250,9 @@ def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compr
         image["Directions"], image["Origin"], image["Spacing"] = directions, lps[:3, 3], spacing
         image["VoxelType"] = ["SHORT"]
         image.create_group("MetaData")
-        image.create_dataset("VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape),
-                             **FILTERS[compression]())
+        image.create_dataset(
+            "VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape), **FILTERS[compression]()
+        )
         file.flush()
         with atomic_write(path) as part:
             part.write_bytes(file.id.get_file_image())

@@ -1,4 +1,5 @@
 """What is measured of classified cases: AUC, average precision, sensitivity, specificity, and their tables."""
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ from dino3d.finetune.statistics import bootstrap_interval
 CASE_METRICS = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
 
 
-def evaluate_cases(labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str],
-                   threshold: float) -> dict[str, float | list[float] | None]:
+def evaluate_cases(
+    labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str], threshold: float
+) -> dict[str, float | list[float] | None]:
     """{name: value} of CASE_METRICS, and the 95 % interval of the AUC by bootstrap over patients.
 
     labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
@@ -21,11 +23,14 @@ def evaluate_cases(labels: np.ndarray, probabilities: np.ndarray, patients: Sequ
     hits = [(predicted[labels == k] == k) for k in classes]
     rejections = [(predicted[labels != k] != k) for k in classes]
     interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
-    return {"auc": area_under_roc(labels, probabilities), "auc_interval": interval,
-            "average_precision": average_precision(labels, probabilities),
-            "accuracy": float((predicted == labels).mean()),
-            "sensitivity": float(np.mean([h.mean() for h in hits])) if all(map(len, hits)) else None,
-            "specificity": float(np.mean([r.mean() for r in rejections])) if all(map(len, rejections)) else None}
+    return {
+        "auc": area_under_roc(labels, probabilities),
+        "auc_interval": interval,
+        "average_precision": average_precision(labels, probabilities),
+        "accuracy": float((predicted == labels).mean()),
+        "sensitivity": float(np.mean([h.mean() for h in hits])) if all(map(len, hits)) else None,
+        "specificity": float(np.mean([r.mean() for r in rejections])) if all(map(len, rejections)) else None,
+    }
 
 
 def decide(probabilities: np.ndarray, threshold: float) -> np.ndarray:
@@ -35,8 +40,9 @@ def decide(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     return probabilities.argmax(1)
 
 
-def one_vs_rest(score: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray,
-                weights: np.ndarray | None) -> float | None:
+def one_vs_rest(
+    score: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None
+) -> float | None:
     """Mean over the classes of such a score (with two: label 1's); None where a class has no case or all."""
     classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
     counts = np.ones(len(labels)) if weights is None else weights
@@ -68,6 +74,7 @@ def pairs_in_order(positive: np.ndarray, scores: np.ndarray, sample_weight: np.n
 def average_precision(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
     """Area under the precision-recall curve, as scikit-learn's average_precision_score."""
     from sklearn.metrics import average_precision_score
+
     return one_vs_rest(average_precision_score, labels, probabilities, weights)
 
 
@@ -103,6 +110,7 @@ class PooledPredictions(NamedTuple):
     numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
     confidence: (N,) distance of the probability from the threshold; with more classes, from the right label's
     """
+
     numbers: list[int]
     labels: np.ndarray
     probabilities: np.ndarray
@@ -111,8 +119,9 @@ class PooledPredictions(NamedTuple):
     metrics: dict[str, float | list[float] | None]
 
 
-def pool_predictions(tables: Sequence[list[dict[str, str]]], records: Sequence[dict[str, Any]],
-                     cases: Any) -> PooledPredictions:
+def pool_predictions(
+    tables: Sequence[list[dict[str, str]]], records: Sequence[dict[str, Any]], cases: Any
+) -> PooledPredictions:
     """Together, of the folds' tables: the mean of all models on a fixed test set; of one where subsets rotate."""
     place = {name: i for i, name in enumerate(cases.names)}
     rows = {}
@@ -129,6 +138,16 @@ def pool_predictions(tables: Sequence[list[dict[str, str]]], records: Sequence[d
         confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
     patients = [cases.patients[i] for i in numbers]
     interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
-    return PooledPredictions(numbers, labels, probabilities, predicted != labels, confidence, {
-        "auc": area_under_roc(labels, probabilities), "auc_interval": interval,
-        "average_precision": average_precision(labels, probabilities), "accuracy": float((predicted == labels).mean())})
+    return PooledPredictions(
+        numbers,
+        labels,
+        probabilities,
+        predicted != labels,
+        confidence,
+        {
+            "auc": area_under_roc(labels, probabilities),
+            "auc_interval": interval,
+            "average_precision": average_precision(labels, probabilities),
+            "accuracy": float((predicted == labels).mean()),
+        },
+    )

@@ -1,4 +1,5 @@
 """What is drawn of classified cases: ROC and precision-recall curves, and the most confident errors."""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def draw_curves(path: Path | str, tables: Sequence[list[dict[str, str]]], classe
     """PNG with the ROC and precision-recall curves of each fold; with more than two classes one per class and fold."""
     from matplotlib.figure import Figure
     from sklearn.metrics import precision_recall_curve, roc_curve
+
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     roc, precision = figure.subplots(1, 2)
     for fold, table in enumerate(tables):
@@ -51,6 +53,7 @@ def draw_curves(path: Path | str, tables: Sequence[list[dict[str, str]]], classe
 def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encoder: PretrainedEncoder) -> int:
     """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are."""
     from PIL import Image
+
     wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])
     rows, labels = [], []
     for i in wrong[:SHOWN_ERRORS]:
@@ -58,8 +61,10 @@ def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encod
         crop, spacing = read_crop(file, encoder.input_size), spacing_of(file)
         window = torch.from_numpy(centre_window(crop, np.array(encoder.input_size)))
         window = scale_intensity(window, *encoder.clip_range).numpy()
-        rows.append([plane(window, 2, spacing, 0.5 + step / 12) for step in (-3, -2, -1, 0, 1, 2, 3)]
-                    + [plane(window, 1, spacing), plane(window, 0, spacing)])
+        rows.append(
+            [plane(window, 2, spacing, 0.5 + step / 12) for step in (-3, -2, -1, 0, 1, 2, 3)]
+            + [plane(window, 1, spacing), plane(window, 0, spacing)]
+        )
         p = together.probabilities[i]
         said = f"p(label1) = {p[1]:.3f}" if cases.classes == 2 else f"most probable label{p.argmax()}, {p.max():.3f}"
         labels.append(f"label{together.labels[i]}, {said}: {cases.names[together.numbers[i]]}")

@@ -3,6 +3,7 @@
 Everything random is a function of --seed, the epoch and the case, so that neither the number of loader workers nor the
 number of processes nor an interruption changes what a case is trained on.
 """
+
 import collections
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,23 +28,25 @@ from dino3d.command_line import UserError, format_values
 from dino3d.data.volume import DataError, Volume
 from utils import Processes
 
-SAME_SPACING = 0.05        # relative difference up to which two spacings are taken for the same
-READ_AHEAD = 2             # batches
+SAME_SPACING = 0.05  # relative difference up to which two spacings are taken for the same
+READ_AHEAD = 2  # batches
 
 
 def read_headers(paths: Sequence[str], processes: Processes) -> list["Header"]:
     """[Header] of volumes, the same on every rank. Raises UserError, on all ranks, for one that can't be read."""
+
     def look(path: str) -> Header | str:
         try:
             with Volume(path) as volume:
                 return Header(volume.shape, volume.spacing)
         except DataError as error:
             return str(error)
+
     with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
-        mine = list(pool.map(look, paths[processes.rank::processes.world_size]))
+        mine = list(pool.map(look, paths[processes.rank :: processes.world_size]))
     heads = [None] * len(paths)
     for rank, part in enumerate(processes.all_gather(mine)):
-        heads[rank::processes.world_size] = part
+        heads[rank :: processes.world_size] = part
     for head in heads:
         if isinstance(head, str):
             raise UserError(head, everywhere=True)
@@ -52,6 +55,7 @@ def read_headers(paths: Sequence[str], processes: Processes) -> list["Header"]:
 
 class Header(NamedTuple):
     """shape: (3,) voxels; spacing: (3,) mm; both along the axes of RAS."""
+
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
 
@@ -70,7 +74,10 @@ def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], 
 
 def size_problem(path: str, size: Sequence[int], first_path: str, first_size: Sequence[int]) -> str:
     """What to tell of a crop that has another size than the first."""
-    return f"{path}: has {format_values(size)} voxels, but {first_path} has {format_values(first_size)}: expected crops of one size"
+    return (
+        f"{path}: has {format_values(size)} voxels, but {first_path} has {format_values(first_size)}: "
+        "expected crops of one size"
+    )
 
 
 def spacing_of(path: str) -> tuple[float, ...]:
@@ -90,8 +97,9 @@ def spacing_warning(ours: Sequence[float], theirs: Sequence[float] | None, whose
     return [f"warning: {whose} a spacing of {ours} mm, {against} {theirs} mm: the encoder sees things at another size"]
 
 
-def read_crop(path: str, size: Sequence[int] | np.ndarray,
-              expected: tuple[str, Sequence[int]] | None = None) -> np.ndarray:
+def read_crop(
+    path: str, size: Sequence[int] | np.ndarray, expected: tuple[str, Sequence[int]] | None = None
+) -> np.ndarray:
     """(x, y, z) int16 HU around the crop's centre: at least `size` voxels, padded with air, and all that lies beyond.
 
     expected: (first path, its size), which the crop must share. Raises DataError.
@@ -117,8 +125,9 @@ class WindowAugmentation:
     spacing: (3,) mm per voxel, for rotations in mm; None: in voxels, as in the paper
     """
 
-    def __init__(self, policy: Policy, size: Sequence[int], shift_range: Sequence[int],
-                 spacing: Sequence[float] | None = None):
+    def __init__(
+        self, policy: Policy, size: Sequence[int], shift_range: Sequence[int], spacing: Sequence[float] | None = None
+    ):
         self.policy, self.size, self.shift_range = policy, np.array(size), np.array(shift_range)
         self.spacing = 1.0 if spacing is None else np.array(spacing)
         self.lattice = Lattice.for_views(size, policy)
@@ -145,8 +154,9 @@ class WindowAugmentation:
 
 
 class CropBatch(NamedTuple):
-    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; masks: (B, X, Y, Z) uint8 classes, for
-    tasks that have them; fatal: why nothing came."""
+    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; masks: (B, X, Y, Z) uint8 classes,
+    for tasks that have them; fatal: why nothing came."""
+
     crops: torch.Tensor
     cases: torch.Tensor
     counted: torch.Tensor
@@ -211,7 +221,7 @@ def read_ahead(dataset: Dataset, cases: Sequence[int], batch_size: int, workers:
     with ThreadPoolExecutor(max(1, workers)) as pool:
         waiting = collections.deque()
         for at in range(0, len(cases), batch_size):
-            waiting.append([pool.submit(dataset.__getitem__, case) for case in cases[at:at + batch_size]])
+            waiting.append([pool.submit(dataset.__getitem__, case) for case in cases[at : at + batch_size]])
             if len(waiting) > READ_AHEAD:
                 yield collate_crops([sample.result() for sample in waiting.popleft()])
         for samples in waiting:
@@ -229,8 +239,16 @@ class TrainingBatches(Sampler):
     epoch, position: where to start, in epochs and in cases of that epoch; epochs: where to end
     """
 
-    def __init__(self, order_of: Callable[[int], np.ndarray], batch_size: int, rank: int, world_size: int, epoch: int,
-                 position: int, epochs: int):
+    def __init__(
+        self,
+        order_of: Callable[[int], np.ndarray],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        epoch: int,
+        position: int,
+        epochs: int,
+    ):
         self.order_of, self.rank, self.world_size = order_of, rank, world_size
         self.global_batch, self.start, self.epochs = batch_size * world_size, (epoch, position), epochs
 
@@ -239,7 +257,7 @@ class TrainingBatches(Sampler):
         for epoch in range(first, self.epochs):
             order = self.order_of(epoch)
             for at in range(position, len(order), self.global_batch):
-                batch = order[at:at + self.global_batch]
+                batch = order[at : at + self.global_batch]
                 mine = np.array_split(batch, self.world_size)[self.rank]
                 yield [(epoch, int(case), True) for case in mine] or [(epoch, int(batch[0]), False)]
             position = 0

@@ -1,4 +1,5 @@
 """The pre-trained encoder: what to build it with, from a checkpoint and flags."""
+
 import argparse
 from typing import Any, NamedTuple
 
@@ -7,12 +8,18 @@ from dino3d.command_line import UserError, format_values
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 # Where neither a flag nor the checkpoint's config says
-ENCODER = {"arch": "vit_small", "patch_size": [12, 12, 6], "input_size": [96, 96, 48], "clip_range": [-1000.0, 1000.0],
-           "spacing": None}
+ENCODER = {
+    "arch": "vit_small",
+    "patch_size": [12, 12, 6],
+    "input_size": [96, 96, 48],
+    "clip_range": [-1000.0, 1000.0],
+    "spacing": None,
+}
 
 
 class PretrainedEncoder(NamedTuple):
     """A pre-trained encoder: what to build it with, and its weights (None: from scratch)."""
+
     arch: str
     patch_size: list[int]
     input_size: list[int]
@@ -22,8 +29,9 @@ class PretrainedEncoder(NamedTuple):
 
     def build(self, drop_path_rate: float = 0.0) -> VisionTransformer:
         """A new VisionTransformer with these weights, or random ones."""
-        encoder = ARCHITECTURES[self.arch](img_size=self.input_size, patch_size=self.patch_size,
-                                           drop_path_rate=drop_path_rate)
+        encoder = ARCHITECTURES[self.arch](
+            img_size=self.input_size, patch_size=self.patch_size, drop_path_rate=drop_path_rate
+        )
         if self.state is not None:
             encoder.load_state_dict(self.state)
         return encoder
@@ -52,14 +60,19 @@ def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, An
         trained = config.get(name)
         trained = list(trained) if isinstance(trained, tuple) else trained
         if None not in (trained, given[name]) and trained != given[name]:
-            raise UserError(f"--{name} {format_values(given[name])} contradicts --pretrained_weights {path}, which has "
-                            f"{format_values(trained)}: leave --{name} out", everywhere=True)
+            raise UserError(
+                f"--{name} {format_values(given[name])} contradicts --pretrained_weights {path}, which has "
+                f"{format_values(trained)}: leave --{name} out",
+                everywhere=True,
+            )
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
     if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
         source = f"--pretrained_weights {path}: " if path else ""
-        raise UserError(f"{source}an input of {format_values(chosen['input_size'])} voxels is not a multiple of the patch size "
-                        f"{format_values(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
-                        everywhere=True)
+        raise UserError(
+            f"{source}an input of {format_values(chosen['input_size'])} voxels is not a multiple of the patch size "
+            f"{format_values(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
+            everywhere=True,
+        )
     encoder = PretrainedEncoder(**chosen)
     if not path:
         return encoder
@@ -76,20 +89,29 @@ def encoder_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     config = next((checkpoint[name] for name in ("config", "args") if checkpoint.get(name) is not None), {})
     config = vars(config) if isinstance(config, argparse.Namespace) else config
     if not isinstance(config, dict):
-        raise UserError(f"--pretrained_weights {path}: its config is a {type(config).__name__}, expected a dict",
-                        everywhere=True)
+        raise UserError(
+            f"--pretrained_weights {path}: its config is a {type(config).__name__}, expected a dict", everywhere=True
+        )
 
     def numbers(value: Any, count: int, low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> bool:
-        return isinstance(value, (list, tuple)) and len(value) == count and all(
-            type(number) in kinds and low <= number <= high for number in value)
-    sound = {"arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
-             "patch_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
-             "input_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
-             "clip_range": lambda value: numbers(value, 2, -1e6, 1e6) and value[0] < value[1],
-             "spacing": lambda value: numbers(value, 3, 1e-6, 1e6)}
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == count
+            and all(type(number) in kinds and low <= number <= high for number in value)
+        )
+
+    sound = {
+        "arch": lambda value: isinstance(value, str) and value in ARCHITECTURES,
+        "patch_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
+        "input_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
+        "clip_range": lambda value: numbers(value, 2, -1e6, 1e6) and value[0] < value[1],
+        "spacing": lambda value: numbers(value, 3, 1e-6, 1e6),
+    }
     for name, fits in sound.items():
         if config.get(name) is not None and not fits(config[name]):
             found = " ".join(repr(config[name]).split())[:100]
-            raise UserError(f"--pretrained_weights {path}: its config has {name} {found}, which no encoder here can have",
-                            everywhere=True)
+            raise UserError(
+                f"--pretrained_weights {path}: its config has {name} {found}, which no encoder here can have",
+                everywhere=True,
+            )
     return config

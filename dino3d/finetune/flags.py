@@ -1,4 +1,5 @@
 """The flags that both fine-tuning scripts share."""
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,101 +16,210 @@ XYZ = ("X", "Y", "Z")
 
 
 def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str) -> None:
-    """The first group of both downstream scripts: data, output, weights. layout: of --data_dir; predict: help of --predict."""
+    """The first group of both downstream scripts: data, output, weights. layout: of --data_dir; predict: help of
+    --predict."""
     group = parser.add_argument_group("data, output and weights")
-    group.add_argument("--data_dir", "--data_path", default=None, metavar="DIR",
-                       help=f"folder with the labelled data, {layout}; required for training")
-    group.add_argument("--output_dir", default="output", metavar="DIR",
-                       help="folder for all results; a run whose checkpoints are there is resumed")
-    group.add_argument("--pretrained_weights", default="", metavar="FILE",
-                       help="checkpoint.pth of main_dino.py or of older DINO code, whose encoder is fine-tuned; "
-                            "without it: from scratch")
-    group.add_argument("--checkpoint_key", default="teacher",
-                       help="which state dict of --pretrained_weights to load: teacher or student")
+    group.add_argument(
+        "--data_dir",
+        "--data_path",
+        default=None,
+        metavar="DIR",
+        help=f"folder with the labelled data, {layout}; required for training",
+    )
+    group.add_argument(
+        "--output_dir",
+        default="output",
+        metavar="DIR",
+        help="folder for all results; a run whose checkpoints are there is resumed",
+    )
+    group.add_argument(
+        "--pretrained_weights",
+        default="",
+        metavar="FILE",
+        help="checkpoint.pth of main_dino.py or of older DINO code, whose encoder is fine-tuned; "
+        "without it: from scratch",
+    )
+    group.add_argument(
+        "--checkpoint_key",
+        default="teacher",
+        help="which state dict of --pretrained_weights to load: teacher or student",
+    )
     group.add_argument("--predict", default=None, metavar="DIR", help=predict)
-    group.add_argument("--weights", default=None, metavar="OUT",
-                       help="--output_dir of a trained run, for --predict: the mean of its folds' models; OUT/0: one "
-                            "fold alone")
+    group.add_argument(
+        "--weights",
+        default=None,
+        metavar="OUT",
+        help="--output_dir of a trained run, for --predict: the mean of its folds' models; OUT/0: one fold alone",
+    )
 
 
-def add_finetune_flags(parser: command_line.ArgumentParser, batch_size: int, folds: Sequence[str],
-                       spacing: str) -> None:
+def add_finetune_flags(
+    parser: command_line.ArgumentParser, batch_size: int, folds: Sequence[str], spacing: str
+) -> None:
     """The flags of both downstream scripts after `data_flags` and their own.
 
     batch_size: default per process; folds: choices of --folds; spacing: help of --spacing
     """
     group = parser.add_argument_group("model (default: as in the config of --pretrained_weights)")
-    group.add_argument("--arch", default=None, type=command_line.architecture(ARCHITECTURES),
-                       help=f"one of {', '.join(ARCHITECTURES)}; without weights {ENCODER['arch']}")
-    group.add_argument("--patch_size", default=None, nargs=3, type=number(int, 1), metavar=XYZ,
-                       help=f"voxels per token; without weights {format_values(ENCODER['patch_size'])}")
-    group.add_argument("--input_size", default=None, nargs=3, type=number(int, 1), metavar=XYZ,
-                       help=f"voxels that the encoder sees at a time; without weights {format_values(ENCODER['input_size'])}")
-    group.add_argument("--clip_range", default=None, nargs=2, type=number(float), metavar=("LOW", "HIGH"),
-                       help=f"window: Hounsfield units that become 0 and 1; without weights {format_values(ENCODER['clip_range'])}")
+    group.add_argument(
+        "--arch",
+        default=None,
+        type=command_line.architecture(ARCHITECTURES),
+        help=f"one of {', '.join(ARCHITECTURES)}; without weights {ENCODER['arch']}",
+    )
+    group.add_argument(
+        "--patch_size",
+        default=None,
+        nargs=3,
+        type=number(int, 1),
+        metavar=XYZ,
+        help=f"voxels per token; without weights {format_values(ENCODER['patch_size'])}",
+    )
+    group.add_argument(
+        "--input_size",
+        default=None,
+        nargs=3,
+        type=number(int, 1),
+        metavar=XYZ,
+        help=f"voxels that the encoder sees at a time; without weights {format_values(ENCODER['input_size'])}",
+    )
+    group.add_argument(
+        "--clip_range",
+        default=None,
+        nargs=2,
+        type=number(float),
+        metavar=("LOW", "HIGH"),
+        help=f"window: Hounsfield units that become 0 and 1; without weights {format_values(ENCODER['clip_range'])}",
+    )
     group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=XYZ, help=spacing)
-    group.add_argument("--drop_path_rate", default=0.1, type=number(float, 0, below=1),
-                       help="stochastic depth: probability that the encoder's last block is skipped in training, less for those "
-                            "before it; 0 for small data and short runs")
+    group.add_argument(
+        "--drop_path_rate",
+        default=0.1,
+        type=number(float, 0, below=1),
+        help="stochastic depth: probability that the encoder's last block is skipped in training, less for those "
+        "before it; 0 for small data and short runs",
+    )
     command_line.boolean_flag(group, "--freeze_encoder", False, "leave the encoder as it is and train the head alone")
 
     group = parser.add_argument_group("folds (by patient)")
     if len(folds) > 1:
-        group.add_argument("--folds", default="patients", choices=folds,
-                           help="patients: a fixed test set and --k_fold folds of the rest; subsets: each subset* folder "
-                                "is tested once, the next one validates")
-    group.add_argument("--k_fold", default=5, type=number(int, 2),
-                       help="folds of what is not in the test set; each validates once")
-    group.add_argument("--num_test", default=None, type=number(int, 1),
-                       help=f"cases of the fixed test set, as near as whole patients allow; default: {NUM_TEST}, or a "
-                            "fifth of the cases where that is less than a tenth or more than a third of them")
+        group.add_argument(
+            "--folds",
+            default="patients",
+            choices=folds,
+            help="patients: a fixed test set and --k_fold folds of the rest; subsets: each subset* folder "
+            "is tested once, the next one validates",
+        )
+    group.add_argument(
+        "--k_fold", default=5, type=number(int, 2), help="folds of what is not in the test set; each validates once"
+    )
+    group.add_argument(
+        "--num_test",
+        default=None,
+        type=number(int, 1),
+        help=f"cases of the fixed test set, as near as whole patients allow; default: {NUM_TEST}, or a "
+        "fifth of the cases where that is less than a tenth or more than a third of them",
+    )
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the training cases, in each fold")
-    group.add_argument("--batch_size_per_gpu", default=batch_size, type=number(int, 1),
-                       help="samples per process and step; lower it when memory runs out")
-    group.add_argument("--lr", default=0.001, type=number(float, 0),
-                       help="peak learning rate of the head, not scaled with the batch; the encoder's layers have "
-                            "less, see --layer_decay. For --optimizer sgd take 0.01 and more")
-    group.add_argument("--layer_decay", default=0.75, type=number(float, above=0, high=1),
-                       help="learning rate of each layer relative to the one above it; 1: all layers alike")
-    group.add_argument("--warmup_epochs", default=5, type=number(float, 0),
-                       help="epochs over which the learning rate rises linearly to --lr; fewer for short runs")
+    group.add_argument(
+        "--epochs", default=100, type=number(int, 1), help="passes over the training cases, in each fold"
+    )
+    group.add_argument(
+        "--batch_size_per_gpu",
+        default=batch_size,
+        type=number(int, 1),
+        help="samples per process and step; lower it when memory runs out",
+    )
+    group.add_argument(
+        "--lr",
+        default=0.001,
+        type=number(float, 0),
+        help="peak learning rate of the head, not scaled with the batch; the encoder's layers have "
+        "less, see --layer_decay. For --optimizer sgd take 0.01 and more",
+    )
+    group.add_argument(
+        "--layer_decay",
+        default=0.75,
+        type=number(float, above=0, high=1),
+        help="learning rate of each layer relative to the one above it; 1: all layers alike",
+    )
+    group.add_argument(
+        "--warmup_epochs",
+        default=5,
+        type=number(float, 0),
+        help="epochs over which the learning rate rises linearly to --lr; fewer for short runs",
+    )
     group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end of its cosine")
-    group.add_argument("--weight_decay", default=0.05, type=number(float, 0),
-                       help="weight decay of all but biases and norms; raise it against overfitting")
-    group.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"), help="adamw or sgd; sgd as in the paper")
-    group.add_argument("--precision", default=None, choices=tuple(utils.PRECISIONS),
-                       help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs that have "
-                            "it, else fp16; fp32 on CPUs")
-    group.add_argument("--val_freq", default=1, type=number(int, 1),
-                       help="epochs between validations; raise it where they take long")
-    group.add_argument("--max_skipped_steps", default=20, type=number(int, 1),
-                       help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, before the "
-                            "run ends")
+    group.add_argument(
+        "--weight_decay",
+        default=0.05,
+        type=number(float, 0),
+        help="weight decay of all but biases and norms; raise it against overfitting",
+    )
+    group.add_argument(
+        "--optimizer", default="adamw", choices=("adamw", "sgd"), help="adamw or sgd; sgd as in the paper"
+    )
+    group.add_argument(
+        "--precision",
+        default=None,
+        choices=tuple(utils.PRECISIONS),
+        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs that have "
+        "it, else fp16; fp32 on CPUs",
+    )
+    group.add_argument(
+        "--val_freq", default=1, type=number(int, 1), help="epochs between validations; raise it where they take long"
+    )
+    group.add_argument(
+        "--max_skipped_steps",
+        default=20,
+        type=number(int, 1),
+        help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, before the "
+        "run ends",
+    )
 
     group = parser.add_argument_group("augmentations (of training data alone; each with probability 0.5)")
-    group.add_argument("--shift_range", default=[0, 0, 0], nargs=3, type=number(int, 0), metavar=XYZ,
-                       help="most voxels by which the window's centre is moved, always drawn")
+    group.add_argument(
+        "--shift_range",
+        default=[0, 0, 0],
+        nargs=3,
+        type=number(int, 0),
+        metavar=XYZ,
+        help="most voxels by which the window's centre is moved, always drawn",
+    )
     augmentations.add_augmentation_flags(group)
 
     group = parser.add_argument_group("run")
-    group.add_argument("--num_workers", default=None, type=number(int, 0),
-                       help="data loading workers per process; default: the cores that each process can have, at most 16")
+    group.add_argument(
+        "--num_workers",
+        default=None,
+        type=number(int, 0),
+        help="data loading workers per process; default: the cores that each process can have, at most 16",
+    )
     checkpoint.add_saving_flags(group, besides="each fold's end")
-    group.add_argument("--max_steps", default=None, type=number(int, 1),
-                       help="stop after this many steps of this call, with a checkpoint to resume from; default: run to the end")
-    group.add_argument("--seed", default=0, type=number(int, 0),
-                       help="seed of folds, weights, order and augmentations; the same seed gives the same run")
+    group.add_argument(
+        "--max_steps",
+        default=None,
+        type=number(int, 1),
+        help="stop after this many steps of this call, with a checkpoint to resume from; default: run to the end",
+    )
+    group.add_argument(
+        "--seed",
+        default=0,
+        type=number(int, 0),
+        help="seed of folds, weights, order and augmentations; the same seed gives the same run",
+    )
     command_line.read_timeout_flag(group)
     command_line.help_flags(group)
 
     group = parser.add_argument_group("older flags, accepted")
-    group.add_argument("--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL",
-                       help="replaced by --precision")
+    group.add_argument(
+        "--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL", help="replaced by --precision"
+    )
     group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) tells")
-    group.add_argument("--local_rank", "--local-rank", default=None, metavar="N",
-                       help="ignored: the launcher (torchrun, srun) tells")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) tells"
+    )
 
 
 def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str, Any], layout: str) -> None:
@@ -123,4 +233,7 @@ def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str
         parser.error(f"--clip_range {format_values(given['clip_range'])}: the first value must be below the second")
     size, patch = (given[name] or (None if pretrained else ENCODER[name]) for name in ("input_size", "patch_size"))
     if size and patch and any(n % p for n, p in zip(size, patch)):
-        parser.error(f"--input_size {format_values(size)} is not a multiple of --patch_size {format_values(patch)} along each axis")
+        parser.error(
+            f"--input_size {format_values(size)} is not a multiple of --patch_size {format_values(patch)} along "
+            "each axis"
+        )

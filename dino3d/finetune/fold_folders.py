@@ -1,4 +1,5 @@
 """A fold's folder: its checkpoints, its best epoch, and whether it is finished."""
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,24 @@ def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
     def there() -> None:  # rank 0 may just have written it
         if not path.is_file():
             raise UserError(f"{path}: is missing; remove its folder to train this fold again")
+
     processes.run_on_main(there)
     state = load_checkpoint(path)
     model.load_state_dict(state["model"])
     return state["best"]
 
 
-def start_run(output_dir: Path, config: dict, fixed: Sequence[str], splits: list[Split], data: dict,
-              processes: Processes, cases: int) -> None:
-    """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is of a
-    run in which one of the `fixed` names of the config had another value."""
+def start_run(
+    output_dir: Path,
+    config: dict,
+    fixed: Sequence[str],
+    splits: list[Split],
+    data: dict,
+    processes: Processes,
+    cases: int,
+) -> None:
+    """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is
+    of a run in which one of the `fixed` names of the config had another value."""
     must_match = {name: config[name] for name in fixed}
     processes.run_on_main(lambda: load_newest(output_dir / "0" / "checkpoint.pth", must_match) and None)
     if processes.is_main:
@@ -45,18 +54,22 @@ def fold_folders(path: Path | str, name: str) -> list[Path]:
         raise UserError(f"--weights {path}: no such folder; expected the --output_dir of a trained run or a fold in it")
     if (path / name).is_file():
         return [path]
-    found = sorted((folder for folder in path.iterdir() if folder.name.isdigit() and (folder / name).is_file()),
-                   key=lambda folder: int(folder.name))
+    found = sorted(
+        (folder for folder in path.iterdir() if folder.name.isdigit() and (folder / name).is_file()),
+        key=lambda folder: int(folder.name),
+    )
     if not found:
         raise UserError(f"--weights {path}: holds no trained fold (looked for {name} there and in 0, 1, ...)")
     return found
 
 
-def load_fold(path: Path, build: Callable[[PretrainedEncoder, dict, dict], nn.Module], script: str,
-              known_by: str) -> tuple[nn.Module, dict, dict]:
+def load_fold(
+    path: Path, build: Callable[[PretrainedEncoder, dict, dict], nn.Module], script: str, known_by: str
+) -> tuple[nn.Module, dict, dict]:
     """(model, its config, what was known of its best epoch) of a fold's best.pth. Raises UserError.
 
-    build: gives the model of (PretrainedEncoder, config, state dict); known_by: name in the config of `script`'s runs alone
+    build: gives the model of (PretrainedEncoder, config, state dict); known_by: name in the config of `script`'s runs
+    alone
     """
     state = load_checkpoint(path)
     config = state["config"]
@@ -83,10 +96,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def collect_folds(
-    output_dir: Path, folds: int, table: str, header: Sequence[str], names: Sequence[str],
+    output_dir: Path, folds: int, table: str, header: Sequence[str], names: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[list[dict[str, str]]], dict[str, float | None], dict[str, float | None]]:
-    """Write the folds' tables as one; returns (metrics.json of each fold, its table's rows, {name: mean}, {name: standard
-    deviation}). names: of the metrics to average"""
+    """Write the folds' tables as one; returns (metrics.json of each fold, its table's rows, {name: mean}, {name:
+    standard deviation}). names: of the metrics to average"""
     records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
     tables = [read_table(output_dir / str(fold) / table) for fold in range(folds)]
     write_table(output_dir / table, header, [list(row.values()) for rows in tables for row in rows])

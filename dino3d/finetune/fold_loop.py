@@ -1,8 +1,9 @@
 """Fold by fold: train, validate and test, from where a run stopped.
 
-A script brings its own training loop; `run_fold` calls it for every epoch, keeps the best one by the script's score, and
-tests that. Everything that decides what a step does is a function of --seed, the epoch and the step.
+A script brings its own training loop; `run_fold` calls it for every epoch, keeps the best one by the script's score,
+and tests that. Everything that decides what a step does is a function of --seed, the epoch and the step.
 """
+
 import contextlib
 import math
 import time
@@ -42,6 +43,7 @@ from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How every fold is trained; the names are those of the flags. saving: when checkpoints are written"""
+
     epochs: int
     val_freq: int
     optimizer: str
@@ -63,12 +65,14 @@ class TrainConfig:
 
     def learning_rate(self, epoch_length: int, seen: int) -> float:
         """Of the head after `seen` cases: linear warm-up, then half a cosine. epoch_length: cases"""
-        return utils.cosine_schedule(seen, self.lr, self.min_lr, self.epochs * epoch_length,
-                                     self.warmup_epochs * epoch_length)
+        return utils.cosine_schedule(
+            seen, self.lr, self.min_lr, self.epochs * epoch_length, self.warmup_epochs * epoch_length
+        )
 
 
 class Fold(NamedTuple):
     """One fold: its number, its folder, and the case numbers of its three sides."""
+
     number: int
     folder: Path
     train: np.ndarray
@@ -81,6 +85,7 @@ class Score(NamedTuple):
 
     name: of the metric; title: as it is printed
     """
+
     name: str
     title: str
     higher_is_better: bool = True
@@ -95,6 +100,7 @@ class Score(NamedTuple):
 class Validation(NamedTuple):
     """What a validation found. metrics: {name: value or None}, the score's and "loss" among them; more: what else to
     remember of this epoch, should it be the best."""
+
     metrics: dict[str, float | None]
     more: dict[str, Any] = {}
 
@@ -105,6 +111,7 @@ class FoldProgress:
 
     trained: the record of the epoch just finished, as long as it is not validated
     """
+
     epoch: int = 0
     position: int = 0
     step: int = 0
@@ -127,6 +134,7 @@ class FoldState:
     best: what is known of the best epoch: its metrics, "epoch", "last" (the metrics of the last one), and more
     checkpoints: on the main process alone
     """
+
     fold: Fold
     config: TrainConfig
     run_config: dict
@@ -141,9 +149,9 @@ class FoldState:
     progress: FoldProgress = field(default_factory=FoldProgress)
     best: dict | None = None
     checkpoints: Checkpoints | utils.Silent = field(default_factory=utils.Silent)
-    _batch: CropBatch | None = None     # of the step at hand
-    _sums: Tensor | None = None         # weighted losses, weights and skipped steps of this epoch, on the device
-    _waited: float = 0.0                # seconds of this epoch without data
+    _batch: CropBatch | None = None  # of the step at hand
+    _sums: Tensor | None = None  # weighted losses, weights and skipped steps of this epoch, on the device
+    _waited: float = 0.0  # seconds of this epoch without data
 
     @property
     def device(self) -> torch.device:
@@ -183,8 +191,10 @@ class FoldState:
         self.nonfinite.count(finite)
         if self.nonfinite.too_many(self.progress.step):
             batch = self._batch
-            samples = [describe_sample(self.dataset.path_of(sample), loss, crop=crop)
-                       for sample, loss, crop in zip(batch.cases.tolist(), losses.tolist(), batch.crops)]
+            samples = [
+                describe_sample(self.dataset.path_of(sample), loss, crop=crop)
+                for sample, loss, crop in zip(batch.cases.tolist(), losses.tolist(), batch.crops)
+            ]
             abort_run(self.fold.folder, processes, self.progress.step, self.nonfinite.max_in_a_row, samples)
 
 
@@ -220,7 +230,9 @@ def run_fold(
     Returns the steps taken, and whether the fold is finished.
     """
     processes, path = runtime.processes, fold.folder / "checkpoint.pth"
-    saved = load_on_all(path, processes, parts=("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases"))
+    saved = load_on_all(
+        path, processes, parts=("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases")
+    )
     if saved and saved["epoch"] >= train_config.epochs and is_finished(fold.folder):
         processes.print(f"fold {fold.number}: done before")
         return 0, True
@@ -229,10 +241,18 @@ def run_fold(
     processes.run_on_main(lambda: start_folder(fold.folder))
     groups = layer_groups(model, "encoder.", model.encoder, train_config.layer_decay, train_config.weight_decay)
     state = FoldState(
-        fold=fold, config=train_config, run_config=run_config, runtime=runtime, dataset=dataset, model=model, network=model,
+        fold=fold,
+        config=train_config,
+        run_config=run_config,
+        runtime=runtime,
+        dataset=dataset,
+        model=model,
+        network=model,
         optimizer=utils.make_optimizer(train_config.optimizer, groups) if groups else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=runtime.dtype == torch.float16),
-        nonfinite=NonFiniteSteps(train_config.max_skipped_steps, processes.device), epoch_length=len(epoch_order(0)))
+        nonfinite=NonFiniteSteps(train_config.max_skipped_steps, processes.device),
+        epoch_length=len(epoch_order(0)),
+    )
     if saved:
         restore_fold(state, saved, path)
     else:
@@ -271,14 +291,29 @@ def train_fold(
     processes, last_step = runtime.processes, progress.step + max_steps
     if progress.epoch >= config.epochs and not progress.trained:
         return
-    order = TrainingBatches(epoch_order, runtime.batch_size, processes.rank, processes.world_size, progress.epoch,
-                            progress.position, config.epochs)
-    batches = runtime.batches_of(DataLoader(
-        state.dataset, batch_sampler=order, collate_fn=collate_crops, num_workers=runtime.workers,
-        worker_init_fn=ignore_signals, pin_memory=processes.device.type == "cuda"))
+    order = TrainingBatches(
+        epoch_order,
+        runtime.batch_size,
+        processes.rank,
+        processes.world_size,
+        progress.epoch,
+        progress.position,
+        config.epochs,
+    )
+    batches = runtime.batches_of(
+        DataLoader(
+            state.dataset,
+            batch_sampler=order,
+            collate_fn=collate_crops,
+            num_workers=runtime.workers,
+            worker_init_fn=ignore_signals,
+            pin_memory=processes.device.type == "cuda",
+        )
+    )
     writer = utils.Silent()
     if processes.is_main:
         from torch.utils.tensorboard import SummaryWriter
+
         truncate_log(fold.folder / "log.txt", progress.step)
         writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=progress.step)
     while progress.trained or progress.epoch < config.epochs and progress.step < last_step:
@@ -310,8 +345,14 @@ def train_fold(
     writer.close()
 
 
-def weighted_step(network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, losses: Tensor,
-               weights: Tensor, processes: utils.Processes) -> tuple[Tensor, Tensor]:
+def weighted_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    losses: Tensor,
+    weights: Tensor,
+    processes: utils.Processes,
+) -> tuple[Tensor, Tensor]:
     """One step on the weighted mean of losses over the global batch; losses, weights: (B,).
 
     Returns () bool, False if the loss or a gradient was not finite: then nothing has changed; and (3,) this rank's sums
@@ -338,12 +379,18 @@ def finish_epoch(state: FoldState) -> None:
     skipped = round(skipped / processes.world_size)
     ended = progress.position == 0
     if skipped:
-        processes.print(f"fold {state.fold.number}: {skipped} steps of epoch {progress.epoch + (not ended)} were skipped and "
-                        "changed nothing: their loss or gradient was not finite")
+        processes.print(
+            f"fold {state.fold.number}: {skipped} steps of epoch {progress.epoch + (not ended)} were skipped and "
+            "changed nothing: their loss or gradient was not finite"
+        )
     if ended:
         progress.trained = {
-            "epoch": progress.epoch, "step": progress.step, "loss": loss / weight if weight else None,
-            "skipped_steps": skipped, "lr": state.config.learning_rate(state.epoch_length, progress.cases)}
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "loss": loss / weight if weight else None,
+            "skipped_steps": skipped,
+            "lr": state.config.learning_rate(state.epoch_length, progress.cases),
+        }
 
 
 def keep_best(state: FoldState, score: Score, validation: Validation) -> None:
@@ -351,15 +398,20 @@ def keep_best(state: FoldState, score: Score, validation: Validation) -> None:
     not finite."""
     metrics, best = validation.metrics, state.best
     if not math.isfinite(metrics["loss"]):
-        raise UserError(f"fold {state.fold.number}: training has diverged (the loss on validation is {metrics['loss']}); "
-                        "what was saved before is unharmed. Lower --lr or take --precision fp32", everywhere=True)
+        raise UserError(
+            f"fold {state.fold.number}: training has diverged (the loss on validation is {metrics['loss']}); "
+            "what was saved before is unharmed. Lower --lr or take --precision fp32",
+            everywhere=True,
+        )
     if best and score.rank(best) >= score.rank(metrics):
         state.best = best | {"last": metrics}
         return
     state.best = metrics | {"epoch": state.progress.epoch, "last": metrics} | validation.more
     if state.runtime.processes.is_main:
-        save_checkpoint(state.fold.folder / "best.pth",
-                        {"model": state.model.state_dict(), "best": state.best, "config": state.run_config})
+        save_checkpoint(
+            state.fold.folder / "best.pth",
+            {"model": state.model.state_dict(), "best": state.best, "config": state.run_config},
+        )
 
 
 def report_epoch(state: FoldState, score: Score, record: dict, writer: Any) -> None:
@@ -372,10 +424,15 @@ def report_epoch(state: FoldState, score: Score, record: dict, writer: Any) -> N
         if name not in ("epoch", "step") and value is not None:
             writer.add_scalar(name, value, record["step"])
     writer.flush()
-    line = f"fold {state.fold.number} epoch {record['epoch']}/{state.config.epochs}: loss {format_metric(record['loss'], 4)}"
+    line = (
+        f"fold {state.fold.number} epoch {record['epoch']}/{state.config.epochs}: loss "
+        f"{format_metric(record['loss'], 4)}"
+    )
     if "validation_loss" in record:
-        line += (f", validation {score.title} {format_metric(record['validation_' + score.name])}, loss "
-                 f"{record['validation_loss']:.4f} (best: {format_metric(best[score.name])} in epoch {best['epoch']})")
+        line += (
+            f", validation {score.title} {format_metric(record['validation_' + score.name])}, loss "
+            f"{record['validation_loss']:.4f} (best: {format_metric(best[score.name])} in epoch {best['epoch']})"
+        )
     print(f"{line}, {record['seconds']:.1f} s")
 
 
@@ -385,8 +442,9 @@ def report_epoch(state: FoldState, score: Score, record: dict, writer: Any) -> N
 def save_fold(state: FoldState) -> None:
     """Save the fold's whole state."""
     parts = {name: part.state_dict() for name, part in state.parts().items()}
-    state.checkpoints.save({"optimizer": {}} | parts | asdict(state.progress) | {
-        "best": state.best, "config": state.run_config})
+    state.checkpoints.save(
+        {"optimizer": {}} | parts | asdict(state.progress) | {"best": state.best, "config": state.run_config}
+    )
 
 
 def save_if_due(state: FoldState) -> None:
@@ -404,12 +462,15 @@ def restore_fold(state: FoldState, saved: dict, path: Path) -> None:
     state.progress = load_progress(FoldProgress, saved, path)
     state.best = saved["best"]
     state.runtime.processes.print(
-        f"fold {state.fold.number}: resuming after step {state.progress.step}, epoch {state.progress.epoch}")
+        f"fold {state.fold.number}: resuming after step {state.progress.step}, epoch {state.progress.epoch}"
+    )
 
 
 def one_step_notice(longest: int, epochs: int, global_batch: int) -> list[str]:
     """[] or [one line] where an epoch, of `longest` samples at most, is a single step, of which few epochs make few."""
     if longest > global_batch or not epochs:
         return []
-    return [f"an epoch of {longest} samples is one step: {epochs} epochs are {epochs} steps; for more of them lower "
-            "--batch_size_per_gpu"]
+    return [
+        f"an epoch of {longest} samples is one step: {epochs} epochs are {epochs} steps; for more of them lower "
+        "--batch_size_per_gpu"
+    ]

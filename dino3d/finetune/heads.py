@@ -3,6 +3,7 @@
 Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]. A classifier reads the encoder's class embedding (B, D),
 a segmenter its feature maps (B, D, x, y, z), one entry per patch.
 """
+
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 
@@ -128,7 +129,8 @@ class Segmenter(OnEncoder):
     """Encoder and decoder: (B, 1, X, Y, Z) -> logits (B, classes, X, Y, Z), in float32 at least.
 
     encoder: a `vision_transformer.Encoder`; volumes are of any size that is a multiple of its patch
-    decoder: one of `DECODERS`. Its `layers` are the indices of the blocks it reads, ascending, the encoder's last at the
+    decoder: one of `DECODERS`. Its `layers` are the indices of the blocks it reads, ascending, the encoder's last at
+    the
         end; called with the volumes and those blocks' maps, it gives the logits
     freeze_encoder: the encoder stays as it is, to the last bit, and always in evaluation mode
     """
@@ -169,10 +171,10 @@ def upsampling_factors(patch_size: Sequence[int]) -> list[tuple[int, int, int]]:
 class UnetrDecoder(nn.Module):
     """UNETR's decoder for a patch of any size (Hatamizadeh et al. 2022, arXiv 2103.10504, figure 2).
 
-    One stage per step of `upsampling_factors`: upsample, join a skip of the same size, two convolutions with a residual.
-    Skips come from blocks at even distances, brought to their stage's size by steps of their own, and at full resolution
-    from the volume. For a patch of 16^3 and 12 blocks it is MONAI's UNETR, but for the blocks that skips come from: 3, 6
-    and 9 as in the paper, where MONAI takes 4, 7 and 10.
+    One stage per step of `upsampling_factors`: upsample, join a skip of the same size, two convolutions with a
+    residual. Skips come from blocks at even distances, brought to their stage's size by steps of their own, and at full
+    resolution from the volume. For a patch of 16^3 and 12 blocks it is MONAI's UNETR, but for the blocks that skips
+    come from: 3, 6 and 9 as in the paper, where MONAI takes 4, 7 and 10.
 
     embed_dim, depth, patch_size: the encoder's, which needs a block for every stage (ValueError otherwise)
     feature_size: channels at full resolution; they double with every stage below
@@ -193,21 +195,25 @@ class UnetrDecoder(nn.Module):
         factors = upsampling_factors(patch_size)
         stages = len(factors)
         if depth < stages:
-            raise ValueError(f"depth is {depth}; a patch of {tuple(patch_size)} voxels makes {stages} stages, each of "
-                             "which needs a block of the encoder")
+            raise ValueError(
+                f"depth is {depth}; a patch of {tuple(patch_size)} voxels makes {stages} stages, each of "
+                "which needs a block of the encoder"
+            )
         self.layers = tuple(depth * (stage + 1) // stages - 1 for stage in range(stages))
         channels = [feature_size * 2**stage for stage in reversed(range(stages))]  # that each stage puts out
 
         self.skips = nn.ModuleList()
         for stage in range(stages - 1):
             steps = [upsampling(embed_dim, channels[stage], factors[0])]
-            for factor in factors[1:stage + 1]:
+            for factor in factors[1 : stage + 1]:
                 steps.append(upsampling(channels[stage], channels[stage], factor))
                 steps.append(convolutions(channels[stage], channels[stage]))
             self.skips.append(nn.Sequential(*steps))
         self.skips.append(convolutions(1, feature_size))
-        self.stages = nn.ModuleList(UnetrUpBlock(3, *widths, 3, factor, "instance", res_block=True)
-                                    for widths, factor in zip(pairwise([embed_dim, *channels]), factors))
+        self.stages = nn.ModuleList(
+            UnetrUpBlock(3, *widths, 3, factor, "instance", res_block=True)
+            for widths, factor in zip(pairwise([embed_dim, *channels]), factors)
+        )
         self.head = UnetOutBlock(3, feature_size, classes)
 
     def forward(self, volumes: Tensor, maps: Sequence[Tensor]) -> Tensor:

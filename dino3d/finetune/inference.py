@@ -1,4 +1,5 @@
 """Cases through a trained model: shared by the ranks, each case once, its row on every rank."""
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,15 +18,16 @@ from dino3d.finetune.runtime import Runtime
 from dino3d.training.loading import next_batch
 
 
-def map_over_ranks(work: Callable[[int], np.ndarray], cases: Sequence[int] | np.ndarray,
-                   runtime: Runtime) -> np.ndarray:
+def map_over_ranks(
+    work: Callable[[int], np.ndarray], cases: Sequence[int] | np.ndarray, runtime: Runtime
+) -> np.ndarray:
     """(N, ...) what `work` gives for each case, in the order of `cases`, on every rank; each case on one of them.
 
     cases: (N,) numbers, each once. Raises UserError for a case that can't be used; Preempted, on all ranks.
     """
     processes, rows = runtime.processes, {}
     try:
-        for case in cases[processes.rank::processes.world_size]:
+        for case in cases[processes.rank :: processes.world_size]:
             if runtime.stop_signal.received:
                 break
             rows[int(case)] = work(int(case))
@@ -34,14 +36,19 @@ def map_over_ranks(work: Callable[[int], np.ndarray], cases: Sequence[int] | np.
     return gather_rows(runtime, [int(case) for case in cases], rows)
 
 
-def infer_windows(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: Sequence[int] | np.ndarray,
-                  clip_range: Sequence[float], runtime: Runtime) -> np.ndarray:
+def infer_windows(
+    forward: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    cases: Sequence[int] | np.ndarray,
+    clip_range: Sequence[float],
+    runtime: Runtime,
+) -> np.ndarray:
     """(N, ...) float64 what `forward` makes of each case's centre window, in the order of `cases`, on every rank.
 
     forward: gives (B, ...) of volumes (B, 1, X, Y, Z); dataset: EvaluationCrops; cases: (N,) numbers, each once
     """
     processes = runtime.processes
-    mine = [int(case) for case in cases[processes.rank::processes.world_size]]  # no rank repeats a case to fill up
+    mine = [int(case) for case in cases[processes.rank :: processes.world_size]]  # no rank repeats a case to fill up
     batches, rows = read_ahead(dataset, mine, runtime.batch_size, runtime.workers), {}
     while len(rows) < len(mine) and not runtime.stop_signal.received:
         batch = next_batch(batches)
@@ -54,7 +61,8 @@ def infer_windows(forward: Callable[[Tensor], Tensor], dataset: Dataset, cases: 
 def gather_rows(runtime: Runtime, cases: Sequence[int], mine: dict[int, np.ndarray]) -> np.ndarray:
     """(N, ...) one row per case, in the order of `cases`, of the rows that the ranks have for their shares.
 
-    cases: (N,) case numbers, each once; mine: {case: row} of this rank, which leaves the rest out when it is interrupted.
+    cases: (N,) case numbers, each once; mine: {case: row} of this rank, which leaves the rest out when it is
+    interrupted.
     Raises Preempted, on all ranks, where one did so; RuntimeError unless every case has exactly one row.
     """
     rows, interrupted = {}, False

@@ -1,4 +1,5 @@
 """Layer-wise learning rates: the lower a layer of the encoder, the less it is changed."""
+
 import torch
 from torch import nn
 
@@ -6,7 +7,9 @@ import utils
 from vision_transformer import Encoder
 
 
-def layer_groups(model: nn.Module, prefix: str, encoder: Encoder, layer_decay: float, weight_decay: float) -> list[dict]:
+def layer_groups(
+    model: nn.Module, prefix: str, encoder: Encoder, layer_decay: float, weight_decay: float
+) -> list[dict]:
     """Optimizer groups with layer-wise learning rates (Clark et al. 2020, Bao et al. 2022): `scale` is that of --lr.
 
     prefix: of the encoder's names in the model. Its `layer_of` tells the layer of each parameter; the head stands with
@@ -16,10 +19,12 @@ def layer_groups(model: nn.Module, prefix: str, encoder: Encoder, layer_decay: f
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = encoder.layer_of(name[len(prefix):]) if name.startswith(prefix) else top
+        layer = encoder.layer_of(name[len(prefix) :]) if name.startswith(prefix) else top
         decays = utils.decays(name, parameter)
-        group = groups.setdefault((layer, decays), {
-            "params": [], "scale": layer_decay ** (top - layer), "weight_decay": weight_decay if decays else 0.0})
+        group = groups.setdefault(
+            (layer, decays),
+            {"params": [], "scale": layer_decay ** (top - layer), "weight_decay": weight_decay if decays else 0.0},
+        )
         group["params"].append(parameter)
     return list(groups.values())
 

@@ -1,8 +1,10 @@
 """What is measured and cleaned of a mask: overlap, surface distances, components.
 
-Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm. What lies outside a volume is
+Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm. What lies outside a volume
+is
 background: where a mask touches the volume's border, its voxels there are surface.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -10,8 +12,9 @@ import numpy as np
 import SimpleITK as sitk
 
 
-def evaluate_masks(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float], classes: int,
-                   tolerance: float) -> list[dict[str, float | None]]:
+def evaluate_masks(
+    predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float], classes: int, tolerance: float
+) -> list[dict[str, float | None]]:
     """What a predicted mask is worth: a list with a dict for each foreground class, 1 to classes - 1.
 
     predicted, label: (X, Y, Z) uint8; spacing: (3,) mm; tolerance: mm
@@ -22,16 +25,17 @@ def evaluate_masks(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[f
                      2111.05408; MONAI's default)
     hausdorff95_mm   the larger of the two directed 95th percentiles of the distances between the surfaces
     volume_ml, predicted_ml    of the label and of the prediction
-    Where both are empty, dice and surface_dice are 1 and hausdorff95_mm is 0. Where one of them is, dice and surface_dice
-    are 0 and hausdorff95_mm is None: undefined, to be counted and left out of means.
+    Where both are empty, dice and surface_dice are 1 and hausdorff95_mm is 0. Where one of them is, dice and
+    surface_dice are 0 and hausdorff95_mm is None: undefined, to be counted and left out of means.
     """
     box = bounding_box(predicted | label)
     predicted, label = predicted[box], label[box]
     return [{"class": c} | _evaluate_class(predicted == c, label == c, spacing, tolerance) for c in range(1, classes)]
 
 
-def _evaluate_class(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float],
-                    tolerance: float) -> dict[str, float | None]:
+def _evaluate_class(
+    predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float], tolerance: float
+) -> dict[str, float | None]:
     sizes = [int(np.count_nonzero(mask)) for mask in (label, predicted)]
     voxel = math.prod(float(s) for s in spacing) / 1000  # ml
     volumes = {"volume_ml": sizes[0] * voxel, "predicted_ml": sizes[1] * voxel}
@@ -40,16 +44,20 @@ def _evaluate_class(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[
         return {"dice": same, "surface_dice": same, "hausdorff95_mm": 0.0 if same else None} | volumes
     distances = _surface_distances(predicted, label, spacing)
     near = sum(int(np.count_nonzero(d <= float(tolerance))) for d in distances)
-    return {"dice": 2 * int(np.count_nonzero(predicted & label)) / sum(sizes),
-            "surface_dice": near / sum(map(len, distances)),
-            "hausdorff95_mm": max(float(np.percentile(d, 95)) for d in distances)} | volumes
+    return {
+        "dice": 2 * int(np.count_nonzero(predicted & label)) / sum(sizes),
+        "surface_dice": near / sum(map(len, distances)),
+        "hausdorff95_mm": max(float(np.percentile(d, 95)) for d in distances),
+    } | volumes
 
 
 def _surface_distances(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float]) -> list[np.ndarray]:
-    """[(N,), (M,)] float32 mm from each surface voxel of one mask to the nearest of the other, and back. Neither is empty."""
+    """[(N,), (M,)] float32 mm from each surface voxel of one mask to the nearest of the other, and back. Neither is
+    empty."""
     # MONAI's surface Dice and Hausdorff distance are made of these. Each would search for the nearest on its own, and
     # its percentile fails beyond 16 million voxels: the speckle of an untrained model has more.
     from monai.metrics import get_mask_edges, get_surface_distance
+
     box = bounding_box(predicted | label)
     surfaces, mm = get_mask_edges(predicted[box], label[box]), [float(s) for s in spacing]
     return [get_surface_distance(*pair, spacing=mm) for pair in (surfaces, surfaces[::-1])]
@@ -66,7 +74,8 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 
 
 def clean(mask: np.ndarray, spacing: Sequence[float], largest_component: bool, min_volume: float) -> np.ndarray:
-    """A mask without the small components of each class, which are likely false: the mask itself where nothing is asked.
+    """A mask without the small components of each class, which are likely false: the mask itself where nothing is
+    asked.
 
     mask: (X, Y, Z) uint8, stays as it is; spacing: (3,) mm
     largest_component: keep only the largest component of each class; voxels that share a corner are connected

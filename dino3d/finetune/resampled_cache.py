@@ -4,6 +4,7 @@ seconds that unpacking and resampling a whole CT take, and memory holds no more 
 A copy is two HDF5 files as data.py writes them (the CT; its mask, whose classes stand in for HU), places of labelled
 voxels (foreground.npy) and, written last, what it was made of (json).
 """
+
 import contextlib
 import json
 import os
@@ -29,13 +30,15 @@ from utils import Processes
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-CACHE_FORMAT = 1         # raise it when the same case gives another copy
-BYTES_PER_VOXEL = 1.3        # on disk, per voxel
+CACHE_FORMAT = 1  # raise it when the same case gives another copy
+BYTES_PER_VOXEL = 1.3  # on disk, per voxel
 FOREGROUND = 5000  # places of labelled voxels of each class that are kept
 
 
 class CaseInfo(NamedTuple):
-    """What a case is. classes: that its label holds, sorted; shape: (3,) voxels on the working grid; stored: as a copy"""
+    """What a case is. classes: that its label holds, sorted; shape: (3,) voxels on the working grid; stored: as a
+    copy"""
+
     classes: list[int]
     shape: list[int]
     stored: bool
@@ -43,6 +46,7 @@ class CaseInfo(NamedTuple):
 
 class CacheEntry(NamedTuple):
     """A copy to make, for a worker: of what, the files' path without suffix, and whether to write them."""
+
     pair: Pair
     spacing: tuple[float, ...]
     path: Path
@@ -57,8 +61,9 @@ class ResampledCache:
     most_bytes: that the copies may take; cases beyond are read and resampled whenever they are asked for
     """
 
-    def __init__(self, folder: Path, pairs: Sequence[Pair], heads: Sequence[Header], spacing: Sequence[float],
-                 most_bytes: float):
+    def __init__(
+        self, folder: Path, pairs: Sequence[Pair], heads: Sequence[Header], spacing: Sequence[float], most_bytes: float
+    ):
         self.folder = folder / "x".join(f"{s:g}" for s in spacing)
         self.pairs, self.spacing = pairs, tuple(spacing)
         voxels = [np.prod(np.array(head.shape) * head.spacing) / np.prod(spacing) for head in heads]
@@ -74,10 +79,15 @@ class ResampledCache:
         found = {i: self._found(i) for i in mine}
         todo = {self._copy(i): i for i in mine if found[i] is None}
         with progress(len(todo), "case") as bar:
-            made = in_processes(make_entry, todo, workers) if workers > 1 and len(todo) > 1 else (
-                (copy, make_entry(copy)) for copy in todo)
+            made = (
+                in_processes(make_entry, todo, workers)
+                if workers > 1 and len(todo) > 1
+                else ((copy, make_entry(copy)) for copy in todo)
+            )
             for copy, result in made:
-                found[todo[copy]] = result or f"{copy.pair.image}: the process that read it died: it may need more memory"
+                found[todo[copy]] = (
+                    result or f"{copy.pair.image}: the process that read it died: it may need more memory"
+                )
                 bar.update()
         found = {i: one for part in processes.all_gather(found) for i, one in part.items()}
         for i in range(len(self.pairs)):
@@ -94,8 +104,8 @@ class ResampledCache:
             return images.make_image(image.read(), image.affine), label.read().astype(np.uint8)
 
     def read_window(self, case: int, size: Sequence[int]) -> "tuple[sitk.Image, np.ndarray]":
-        """(SimpleITK.Image, (x, y, z) uint8 classes) of a window of `size` voxels around the middle of what is labelled, or
-        of the case. Raises DataError."""
+        """(SimpleITK.Image, (x, y, z) uint8 classes) of a window of `size` voxels around the middle of what is
+        labelled, or of the case. Raises DataError."""
         reader = self.reader(case)
         centre = np.median(reader.foreground[:, :3], axis=0) if len(reader.foreground) else np.array(reader.shape) / 2
         crop, mask = reader.read(np.rint(centre - np.array(size) / 2).astype(int), size)
@@ -126,7 +136,13 @@ class ResampledCache:
 
     def _stamp(self, case: int) -> tuple[int | str, ...]:
         pair = self.pairs[case]
-        return (CACHE_FORMAT, os.path.abspath(pair.image), *file_state(pair.image), os.path.abspath(pair.label), *file_state(pair.label))
+        return (
+            CACHE_FORMAT,
+            os.path.abspath(pair.image),
+            *file_state(pair.image),
+            os.path.abspath(pair.label),
+            *file_state(pair.label),
+        )
 
     def _found(self, case: int) -> CaseInfo | None:
         """CaseInfo of a copy that an earlier run has made of the same files; None without one."""
@@ -177,7 +193,8 @@ def make_entry(copy: CacheEntry) -> CaseInfo | str:
 
 
 def sample_foreground(mask: np.ndarray) -> np.ndarray:
-    """(n, 4) int16 index and class of labelled voxels, at most FOREGROUND of each class, drawn the same way each time."""
+    """(n, 4) int16 index and class of labelled voxels, at most FOREGROUND of each class, drawn the same way each
+    time."""
     places = []
     for k in np.unique(mask):
         if k:
@@ -195,12 +212,14 @@ class StoredReader:
         try:
             self.foreground = np.load(f"{base}.foreground.npy")
         except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"{base}.foreground.npy", f"can't be read ({error}); remove it to have it made again") from error
+            raise DataError(
+                f"{base}.foreground.npy", f"can't be read ({error}); remove it to have it made again"
+            ) from error
         with open_entry(image_path) as (image,):
             self.shape = image.shape
 
     def read(
-        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray,
+        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """((x, y, z) int16 HU, (x, y, z) uint8 classes) from voxel `start` on; air and background outside."""
         with open_entry(self.image_path, self.label_path) as (image, label):
@@ -215,10 +234,12 @@ class MemoryReader:
         self.shape, self.foreground = self.voxels[0].shape, sample_foreground(self.voxels[1])
 
     def read(
-        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray,
+        self, start: Sequence[int] | np.ndarray, size: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        crop, mask = (padded(lambda low, high, voxels=voxels: voxels[tuple(map(slice, low, high))], self.shape, start, size)
-                      for voxels in self.voxels)
+        crop, mask = (
+            padded(lambda low, high, voxels=voxels: voxels[tuple(map(slice, low, high))], self.shape, start, size)
+            for voxels in self.voxels
+        )
         return crop, np.maximum(mask, 0).astype(np.uint8)
 
 
@@ -229,8 +250,15 @@ class CachedPatches(Dataset):
     augmentation: crops.WindowAugmentation; size: (3,) voxels that are read: its window, and what a turned one reaches
     """
 
-    def __init__(self, cache: ResampledCache, per_case: int, foreground_share: float, augmentation: WindowAugmentation,
-                 size: Sequence[int], seed: int):
+    def __init__(
+        self,
+        cache: ResampledCache,
+        per_case: int,
+        foreground_share: float,
+        augmentation: WindowAugmentation,
+        size: Sequence[int],
+        seed: int,
+    ):
         self.cache, self.per_case, self.foreground_share = cache, per_case, foreground_share
         self.augmentation, self.size, self.seed = augmentation, np.array(size), seed
         self._readers = {}  # of this worker: those of stored copies are small, of the others there is one
@@ -239,7 +267,7 @@ class CachedPatches(Dataset):
         return self.cache.pairs[patch // self.per_case].image
 
     def __getitem__(
-        self, key: tuple[int, int, bool],
+        self, key: tuple[int, int, bool]
     ) -> tuple[np.ndarray, int, bool, list[ViewParameters], np.ndarray] | str:
         epoch, patch, counted = key
         try:

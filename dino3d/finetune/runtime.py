@@ -1,4 +1,5 @@
 """How a process of a fine-tuning run computes: processes, precision, batches, reading workers, signals, time limits."""
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ class Runtime(NamedTuple):
     batch_size: per process; workers: reading processes; dtype: of the matrix products
     read_timeout: seconds that a worker may take to read a file; 0: any time
     """
+
     processes: utils.Processes
     dtype: torch.dtype
     batch_size: int
@@ -34,8 +36,15 @@ class Runtime(NamedTuple):
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def start_runtime(output_dir: Path, precision: str | None, use_fp16: bool | None, num_workers: int | None, batch_size: int,
-                  read_timeout: float, **ignored: str | None) -> tuple[Runtime, str, list[str]]:
+def start_runtime(
+    output_dir: Path,
+    precision: str | None,
+    use_fp16: bool | None,
+    num_workers: int | None,
+    batch_size: int,
+    read_timeout: float,
+    **ignored: str | None,
+) -> tuple[Runtime, str, list[str]]:
     """(Runtime, name of its precision, notices), after joining the other processes and making the output folder.
 
     precision, num_workers: None for what suits the machine; ignored: flags that have no effect any more

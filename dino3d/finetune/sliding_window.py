@@ -1,12 +1,14 @@
-"""Whole CTs through a segmentation network: to the grid that it works on, in windows over it, and back to the scan's own.
+"""Whole CTs through a segmentation network: to the grid that it works on, in windows over it, and back to the scan's
+own.
 
-A scan of any size, orientation and spacing is brought to a working grid: upright, so that its axes are the world's right,
-anterior and superior whatever those of the file are, at the spacing that the network knows. The network sees it window
-by window. Log-probabilities, and not the classes, are then interpolated back to the voxels of the file, since borders
-between classes would become steps otherwise.
+A scan of any size, orientation and spacing is brought to a working grid: upright, so that its axes are the world's
+right, anterior and superior whatever those of the file are, at the spacing that the network knows. The network sees it
+window by window. Log-probabilities, and not the classes, are then interpolated back to the voxels of the file, since
+borders between classes would become steps otherwise.
 
 Images are as in images.py. Volumes of log-probabilities are (classes, X, Y, Z) float32 on the CPU, finite.
 """
+
 import contextlib
 import itertools
 import math
@@ -25,7 +27,7 @@ from dino3d.data.layouts import Pair, read_pair
 from dino3d.data.volume import AIR
 from dino3d.files import atomic_write
 
-BLOCK = 64     # voxels per side of what is interpolated at once
+BLOCK = 64  # voxels per side of what is interpolated at once
 MARGIN = 1.25  # of a device's memory: what stitching takes beside the volumes that are counted
 
 
@@ -35,6 +37,7 @@ class Grid(NamedTuple):
     size: (3,) voxels; spacing: (3,) mm; origin: (3,) mm LPS of the first voxel's centre
     direction: (9,) rows of a matrix, whose columns are the unit vectors of the axes in LPS
     """
+
     size: tuple[int, ...]
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
@@ -67,7 +70,8 @@ def grid_of(image: sitk.Image) -> Grid:
     return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
 
-# --------------------------------------------------------------------------------------------------- reading, to the grid
+# --------------------------------------------------------------------------------------------------- reading, to the
+# grid
 
 
 def read_case(pair: Pair) -> tuple[sitk.Image, sitk.Image]:
@@ -101,7 +105,8 @@ def to_network_grid(image: sitk.Image, spacing: Sequence[float], is_label: bool 
     return resampling.resample(image, spacing, is_label, upright=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ in windows
+# ------------------------------------------------------------------------------------------------------------ in
+# windows
 
 
 class Windows(NamedTuple):
@@ -110,6 +115,7 @@ class Windows(NamedTuple):
     size: (3,) voxels; overlap: share of a window's side that it has in common with the next one, at least 0 and below 1
     batch_size: windows per forward pass
     """
+
     size: tuple[int, ...]
     overlap: float = 0.5
     batch_size: int = 1
@@ -128,13 +134,16 @@ def segment(
 
     networks: several, such as those of all folds, are averaged; each gives logits (B, classes, x, y, z) of windows
         (B, 1, x, y, z) with HU scaled to [0, 1], is on `device` and in evaluation mode
-    windows: Windows, whose logits are weighted by a Gaussian around their middle; a smaller image is surrounded with air
+    windows: Windows, whose logits are weighted by a Gaussian around their middle; a smaller image is surrounded with
+    air
     clip_range: (low, high) HU that become 0 and 1; autocast: gives the context that the networks run in
     stitch_on_cpu: whether the windows are put together there; None: if the device's memory is too small for that
     """
     voxels = torch.from_numpy(np.ascontiguousarray(images.voxels_of(image), np.float32))[None, None]  # (1, 1, X, Y, Z)
     device = torch.device(device)
-    return mean_of(_stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu) for network in networks)
+    return mean_of(
+        _stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu) for network in networks
+    )
 
 
 def _stitched(
@@ -160,8 +169,17 @@ def _stitched(
         place = torch.device("cpu") if stitch_on_cpu else device
         # HU, scaled window by window: what surrounds a small image is then air whatever the clip range is
         logits = sliding_window_inference(
-            voxels.to(place), windows.size, windows.batch_size, logits_of, overlap=windows.overlap, mode="gaussian",
-            padding_mode="constant", cval=float(AIR), sw_device=device, device=place)[0]  # (classes, X, Y, Z)
+            voxels.to(place),
+            windows.size,
+            windows.batch_size,
+            logits_of,
+            overlap=windows.overlap,
+            mode="gaussian",
+            padding_mode="constant",
+            cval=float(AIR),
+            sw_device=device,
+            device=place,
+        )[0]  # (classes, X, Y, Z)
         total = logits[0].clone()  # log_softmax would need all of the logits a second time
         for one in logits[1:]:
             torch.logaddexp(total, one, out=total)
@@ -189,14 +207,16 @@ def mean_of(log_probabilities: Iterable[Tensor]) -> Tensor:
     return total.sub_(math.log(count))
 
 
-# ---------------------------------------------------------------------------------------------------- to the scan's voxels
+# ---------------------------------------------------------------------------------------------------- to the scan's
+# voxels
 
 
 def to_scan_grid(log_probabilities: Tensor | np.ndarray, working: Grid, own: Grid) -> sitk.Image:
     """A SimpleITK.Image of uint8 classes on the scan's own Grid.
 
     log_probabilities: (classes, X, Y, Z) on the Grid `working`; linearly interpolated, then the most probable class.
-    The same voxels, merely flipped or permuted, are taken as they are. Background where `working` ends more than a voxel
+    The same voxels, merely flipped or permuted, are taken as they are. Background where `working` ends more than a
+    voxel
     before: half of one is what rounding to whole voxels may leave out.
     """
     maps = np.asarray(log_probabilities)
@@ -212,8 +232,9 @@ def to_scan_grid(log_probabilities: Tensor | np.ndarray, working: Grid, own: Gri
     return own.image(mask)
 
 
-def _flips_and_axes(to_index: np.ndarray, working: Sequence[int],
-                    own: Sequence[int]) -> tuple[np.ndarray, tuple[slice, ...]] | None:
+def _flips_and_axes(
+    to_index: np.ndarray, working: Sequence[int], own: Sequence[int]
+) -> tuple[np.ndarray, tuple[slice, ...]] | None:
     """(axes, slices) that make an array of shape `working` one of shape `own` with voxels at the same places, or None.
 
     to_index: (4, 4) from own to working voxel indices
@@ -236,7 +257,8 @@ def _corners(low: Sequence[int], high: Sequence[int] | np.ndarray) -> np.ndarray
 
 
 def _most_probable(maps: Iterable[np.ndarray]) -> np.ndarray:
-    """uint8 number of the map with the highest value at each voxel, the first of several; two maps are kept at a time."""
+    """uint8 number of the map with the highest value at each voxel, the first of several; two maps are kept at a
+    time."""
     maps = iter(maps)
     best = np.array(next(maps))
     classes = np.zeros(best.shape, np.uint8)
@@ -270,8 +292,18 @@ def _block_of(maps: np.ndarray, working: Grid, block: Grid, to_index: np.ndarray
 
 def _interpolated(image: sitk.Image, grid: Grid) -> np.ndarray:
     """(X, Y, Z) float32 values of an image at the voxels of a Grid, those of the nearest voxel beyond it."""
-    found = sitk.Resample(image, grid.size, sitk.Transform(), sitk.sitkLinear, grid.origin, grid.spacing, grid.direction,
-                          0.0, sitk.sitkFloat32, True)
+    found = sitk.Resample(
+        image,
+        grid.size,
+        sitk.Transform(),
+        sitk.sitkLinear,
+        grid.origin,
+        grid.spacing,
+        grid.direction,
+        0.0,
+        sitk.sitkFloat32,
+        True,
+    )
     return sitk.GetArrayFromImage(found).transpose(2, 1, 0)
 
 
@@ -279,8 +311,8 @@ def save_mask(path: Path | str, mask: sitk.Image, like: Path | str) -> None:
     """Write a mask as NIfTI that lies on its scan in every viewer. Raises OSError.
 
     path: ends in .nii.gz or .nii; mask: SimpleITK.Image of uint8 on the scan's voxels, in whatever order of the axes
-    like: the scan's file, whose order and header are kept if it is NIfTI (both forms of its affine, their codes, units);
-    otherwise the mask's own Grid is written
+    like: the scan's file, whose order and header are kept if it is NIfTI (both forms of its affine, their codes,
+    units); otherwise the mask's own Grid is written
     """
     with atomic_write(path) as part:
         if str(like).lower().endswith((".nii", ".nii.gz")):
@@ -292,6 +324,7 @@ def save_mask(path: Path | str, mask: sitk.Image, like: Path | str) -> None:
 def _save_like(path: Path, mask: sitk.Image, like: Path | str) -> None:
     import nibabel
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
     try:
         scan = nibabel.load(like)
     except Exception as error:  # nibabel raises many kinds

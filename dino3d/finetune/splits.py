@@ -3,6 +3,7 @@
 Cases are numbered by their place in the sorted list of the data set; a case's name is its path below --data_dir without
 suffix.
 """
+
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from dino3d.command_line import UserError
 from dino3d.data.volume import SUFFIXES
 from dino3d.files import write_json
 
-NUM_TEST = 37              # cases of the paper's test set
+NUM_TEST = 37  # cases of the paper's test set
 
 
 def case_names(paths: Iterable[str], folder: str) -> list[str]:
@@ -23,7 +24,7 @@ def case_names(paths: Iterable[str], folder: str) -> list[str]:
     names = {}
     for path in paths:
         name = os.path.relpath(path, folder)
-        name = next(name[:-len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)).replace(os.sep, "/")
+        name = next(name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)).replace(os.sep, "/")
         if name in names:
             raise UserError(f"{path}: has the same name as {names[name]}, expected one file of each name")
         names[name] = path
@@ -32,6 +33,7 @@ def case_names(paths: Iterable[str], folder: str) -> list[str]:
 
 class Split(NamedTuple):
     """Patients of one fold's three sides."""
+
     train: list[str] | np.ndarray
     validation: list[str] | np.ndarray
     test: list[str] | np.ndarray
@@ -57,7 +59,7 @@ def divide(counts: np.ndarray, shares: Sequence[float] | np.ndarray, rng: np.ran
     missing = shares[:, None] * parts.sum(0)  # (S, C + 1)
     sides = np.empty(len(counts), int)
     for patient in order:
-        worse = ((missing - parts[patient]) ** 2 - missing ** 2).sum(1)
+        worse = ((missing - parts[patient]) ** 2 - missing**2).sum(1)
         sides[patient] = worse.round(12).argmin()  # equal but for rounding: the first
         missing[sides[patient]] -= parts[patient]
     for side in range(len(shares)):
@@ -68,16 +70,20 @@ def divide(counts: np.ndarray, shares: Sequence[float] | np.ndarray, rng: np.ran
     return sides
 
 
-def patient_splits(patients: Sequence[str], labels: Sequence[int], num_test: int | None, k_fold: int,
-                   seed: int) -> list[Split]:
+def patient_splits(
+    patients: Sequence[str], labels: Sequence[int], num_test: int | None, k_fold: int, seed: int
+) -> list[Split]:
     """[Split] of k folds: one fixed test set, and each fold validates on its part of the other patients.
 
     patients, labels: of each case; num_test: cases, None: `default_num_test`. Raises UserError.
     """
     names, counts = count_by_patient(patients, labels)
     if len(names) < k_fold + 1:
-        raise UserError(f"{len(names)} patients are too few for a test set and --k_fold {k_fold}, expected at least "
-                        f"{k_fold + 1}: lower --k_fold (2 or more) or add patients", everywhere=True)
+        raise UserError(
+            f"{len(names)} patients are too few for a test set and --k_fold {k_fold}, expected at least "
+            f"{k_fold + 1}: lower --k_fold (2 or more) or add patients",
+            everywhere=True,
+        )
     wanted = default_num_test(len(labels)) if num_test is None else num_test
     if wanted >= len(labels):
         raise UserError(f"--num_test {wanted}: there are only {len(labels)} cases; lower it", everywhere=True)
@@ -86,11 +92,20 @@ def patient_splits(patients: Sequence[str], labels: Sequence[int], num_test: int
     tested = divide(counts, (share, 1 - share), rng) == 0
     rest = np.flatnonzero(~tested)
     if len(rest) < k_fold:
-        raise UserError(f"{len(rest)} patients besides the {tested.sum()} of the test set are too few for --k_fold "
-                        f"{k_fold}: lower --k_fold or --num_test", everywhere=True)
+        raise UserError(
+            f"{len(rest)} patients besides the {tested.sum()} of the test set are too few for --k_fold "
+            f"{k_fold}: lower --k_fold or --num_test",
+            everywhere=True,
+        )
     folds = divide(counts[rest], np.full(k_fold, 1 / k_fold), rng)
-    return [Split([names[i] for i in rest[folds != fold]], [names[i] for i in rest[folds == fold]],
-                  [names[i] for i in np.flatnonzero(tested)]) for fold in range(k_fold)]
+    return [
+        Split(
+            [names[i] for i in rest[folds != fold]],
+            [names[i] for i in rest[folds == fold]],
+            [names[i] for i in np.flatnonzero(tested)],
+        )
+        for fold in range(k_fold)
+    ]
 
 
 def subset_splits(patients: Sequence[str], subsets: Sequence[str]) -> list[Split]:
@@ -100,8 +115,11 @@ def subset_splits(patients: Sequence[str], subsets: Sequence[str]) -> list[Split
         members.setdefault(subset, set()).add(patient)
     names = sorted(members, key=lambda name: (len(name), name))  # subset10 after subset9
     if len(names) < 3:
-        raise UserError("--folds subsets needs at least 3 subsets (test, validation, training), found "
-                        f"{', '.join(names)}; take --folds patients", everywhere=True)
+        raise UserError(
+            "--folds subsets needs at least 3 subsets (test, validation, training), found "
+            f"{', '.join(names)}; take --folds patients",
+            everywhere=True,
+        )
     splits = []
     for test, name in enumerate(names):
         validation = names[(test + 1) % len(names)]
@@ -135,12 +153,21 @@ def make_splits(
     patients, labels, subsets: of each case; known: names that a splits.json has in its data besides
     Raises UserError, also where splits.json is of other flags or patients.
     """
-    described = {"folds": folds, "k_fold": k_fold, "num_test": num_test, "seed": seed,
-                 "cases": np.bincount(labels).tolist(), "patients": len(set(patients))}
+    described = {
+        "folds": folds,
+        "k_fold": k_fold,
+        "num_test": num_test,
+        "seed": seed,
+        "cases": np.bincount(labels).tolist(),
+        "patients": len(set(patients)),
+    }
     saved = load_splits(path, described, known)
     if saved is None:
-        splits = (subset_splits(patients, subsets) if folds == "subsets" else
-                  patient_splits(patients, labels, num_test, k_fold, seed))
+        splits = (
+            subset_splits(patients, subsets)
+            if folds == "subsets"
+            else patient_splits(patients, labels, num_test, k_fold, seed)
+        )
         return splits, described
     if any({patient for side in split for patient in side} != set(patients) for split in saved[0]):
         raise UserError(f"{path}: names other patients than --data_dir holds; choose another --output_dir")
@@ -153,19 +180,27 @@ def of_patients(chosen: Iterable[str], patients: Sequence[str]) -> np.ndarray:
     return np.array([i for i, patient in enumerate(patients) if patient in chosen], int)
 
 
-def load_splits(path: Path, described: dict[str, Any],
-                known: Sequence[str]) -> tuple[list[Split], dict[str, Any]] | None:
+def load_splits(
+    path: Path, described: dict[str, Any], known: Sequence[str]
+) -> tuple[list[Split], dict[str, Any]] | None:
     """(splits, data) of a splits.json, or None where there is no file.
 
-    described: {name: value} of what they depend on; raises UserError where the file says otherwise, or lacks a `known` name.
+    described: {name: value} of what they depend on; raises UserError where the file says otherwise, or lacks a `known`
+    name.
     """
     if not os.path.exists(path):
         return None
     try:
         saved = json.loads(Path(path).read_text())
-        splits, data = [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]], dict(saved["data"])
-        if not splits or not all(isinstance(side, list) and all(isinstance(patient, str) for patient in side)
-                                 for split in splits for side in split):
+        splits, data = (
+            [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]],
+            dict(saved["data"]),
+        )
+        if not splits or not all(
+            isinstance(side, list) and all(isinstance(patient, str) for patient in side)
+            for split in splits
+            for side in split
+        ):
             raise ValueError("its splits are no lists of patients")
         missing = [name for name in known if name not in data]
         if missing:
@@ -175,8 +210,10 @@ def load_splits(path: Path, described: dict[str, Any],
     for name, value in described.items():
         if data.get(name) != value:
             found = " ".join(str(data.get(name)).split())[:100]
-            raise UserError(f"{path}: is of a run with {name} {found}, now it is {value}; resume with the same data and flags "
-                            "or choose another --output_dir")
+            raise UserError(
+                f"{path}: is of a run with {name} {found}, now it is {value}; resume with the same data and flags "
+                "or choose another --output_dir"
+            )
     return splits, data
 
 

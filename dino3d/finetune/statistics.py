@@ -1,4 +1,5 @@
 """What is told of several cases and folds: intervals by bootstrap, means and deviations."""
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 BOOTSTRAP_ROUNDS = 1000
 
 
-def bootstrap_interval(metric: Callable[[np.ndarray], float | None], patients: Sequence[str],
-                       seed: int = 0) -> list[float] | None:
+def bootstrap_interval(
+    metric: Callable[[np.ndarray], float | None], patients: Sequence[str], seed: int = 0
+) -> list[float] | None:
     """[low, high], the 95 % percentile interval of a metric when patients are drawn with replacement.
 
     metric: gives a number, or None where it is undefined, of (N,) weights of the cases: how often each was drawn
@@ -24,8 +26,9 @@ def bootstrap_interval(metric: Callable[[np.ndarray], float | None], patients: S
     return np.percentile(values, [2.5, 97.5]).tolist() if values else None
 
 
-def mean_and_deviation(records: Sequence[dict[str, Any]],
-                       names: Sequence[str]) -> tuple[dict[str, float | None], dict[str, float | None]]:
+def mean_and_deviation(
+    records: Sequence[dict[str, Any]], names: Sequence[str]
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """{name: mean}, {name: standard deviation (n - 1)} over the records that have a value; None where too few have."""
     means, deviations = {}, {}
     for name in names:

@@ -1,4 +1,5 @@
 """prepare_data.py check: what a prepared folder holds, and what the training scripts would refuse of it."""
+
 import collections
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from dino3d.prepare.inputs import QUANTILES
 
 class CheckedFile(NamedTuple):
     """What check reads of a volume, or the reason why it can't be used; classes: voxels of each in a case's label."""
+
     path: str
     problem: str = ""
     size: tuple[int, ...] = ()
@@ -39,19 +41,28 @@ def check(folder: Path, workers: int) -> None:
     elif any(path.is_dir() and path.name.startswith("subset") for path in folder.iterdir()):
         crops, problems = find_crops(folder)
         seen = check_files(check_volume, [crop.path for crop in crops], workers)
-        print(f"classification layout: {len(crops)} crops of {len({crop.patient for crop in crops})} patients in {folder}")
+        print(
+            f"classification layout: {len(crops)} crops of {len({crop.patient for crop in crops})} patients in {folder}"
+        )
         print_balance(crops)
         sizes = collections.Counter(one.size for one in seen if one.size)
         for size, _ in sizes.most_common()[1:]:
             other = next(one for one in seen if one.size == size)
-            problems.append(DataError(other.path, f"has {format_size(size)} voxels, most crops have {format_size(sizes.most_common(1)[0][0])}"))
+            problems.append(
+                DataError(
+                    other.path,
+                    f"has {format_size(size)} voxels, most crops have {format_size(sizes.most_common(1)[0][0])}",
+                )
+            )
     else:
         paths = [str(folder / name) for name in find_volumes(folder)]
         seen, problems = check_files(check_volume, paths, workers), []
         patients = {path.relative_to(folder).parts[0] for path in map(Path, paths)}
         print(f"pre-training layout: {len(paths)} volumes of {len(patients)} patients in {folder}")
         if not paths:
-            problems.append(DataError(folder, "holds none of the three layouts: no subset*, no images and labels, no volumes"))
+            problems.append(
+                DataError(folder, "holds none of the three layouts: no subset*, no images and labels, no volumes")
+            )
     print_ranges(seen)
     problems += [DataError(one.path, one.problem) for one in seen if one.problem]
     for problem in problems:
@@ -88,7 +99,8 @@ def check_pair(pair: Pair) -> CheckedFile:
         return CheckedFile(error.path, error.reason)
     values, counts = np.unique(label, return_counts=True)
     return check_voxels(pair.image, image, np.linalg.norm(affine[:3, :3], axis=0))._replace(
-        classes={int(value): int(count) for value, count in zip(values, counts) if value})
+        classes={int(value): int(count) for value, count in zip(values, counts) if value}
+    )
 
 
 def check_voxels(path: str, voxels: np.ndarray, spacing: Sequence[float] | np.ndarray) -> CheckedFile:
@@ -106,11 +118,17 @@ def print_ranges(seen: Sequence[CheckedFile]) -> None:
     if not good:
         return
     print(f"{'':24}{'least':>10}{'median':>10}{'greatest':>10}")
-    for title, name, axes in (("voxels", "size", "xyz"), ("mm per voxel", "spacing", "xyz"),
-                              ("HU", "hu", ("least", "1 %", "median", "99 %", "greatest"))):
+    for title, name, axes in (
+        ("voxels", "size", "xyz"),
+        ("mm per voxel", "spacing", "xyz"),
+        ("HU", "hu", ("least", "1 %", "median", "99 %", "greatest")),
+    ):
         for i, axis in enumerate(axes):
             values = np.array([getattr(one, name)[i] for one in good])
-            print(f"{title + ', ' + axis:24}" + "".join(f"{value:10.5g}" for value in (values.min(), np.median(values), values.max())))
+            print(
+                f"{title + ', ' + axis:24}"
+                + "".join(f"{value:10.5g}" for value in (values.min(), np.median(values), values.max()))
+            )
 
 
 def print_balance(crops: Sequence[Crop]) -> None:
@@ -120,7 +138,9 @@ def print_balance(crops: Sequence[Crop]) -> None:
     for subset in [*sorted({crop.subset for crop in crops}), "all"]:
         here = [crop for crop in crops if subset in (crop.subset, "all")]
         counts = collections.Counter(crop.label for crop in here)
-        print(f"{subset:24}{len({crop.patient for crop in here}):10}" + "".join(f"{counts[label]:10}" for label in labels))
+        print(
+            f"{subset:24}{len({crop.patient for crop in here}):10}" + "".join(f"{counts[label]:10}" for label in labels)
+        )
 
 
 def print_labels(seen: Sequence[CheckedFile]) -> None:

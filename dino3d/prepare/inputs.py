@@ -1,4 +1,6 @@
-"""What the sub-commands of prepare_data.py share: input files, safe names, tables, and what the manifest says of an image."""
+"""What the sub-commands of prepare_data.py share: input files, safe names, tables, and what the manifest says of an
+image."""
+
 import os
 import re
 import unicodedata
@@ -23,6 +25,7 @@ IMAGE_COLUMNS = ["shape", "spacing", "hu_min", *QUANTILES, "hu_max", "bytes", "s
 
 class File(NamedTuple):
     """A file of the input: path relative to it, and what changes when the file does."""
+
     path: str
     size: int
     time: int
@@ -69,5 +72,10 @@ def image_statistics(image: "sitk.Image") -> dict[str, Any]:
     """What the manifest says of an image: shape, spacing in mm, quantiles of HU (of every fourth voxel)."""
     voxels = images.voxels_of(image)
     sample = np.percentile(voxels[::2, ::2], list(QUANTILES.values()))
-    return {"shape": format_size(image.GetSize()), "spacing": format_size(np.round(image.GetSpacing(), 4)), "hu_min": voxels.min(),
-            **{name: f"{value:g}" for name, value in zip(QUANTILES, sample)}, "hu_max": voxels.max()}
+    return {
+        "shape": format_size(image.GetSize()),
+        "spacing": format_size(np.round(image.GetSpacing(), 4)),
+        "hu_min": voxels.min(),
+        **{name: f"{value:g}" for name, value in zip(QUANTILES, sample)},
+        "hu_max": voxels.max(),
+    }

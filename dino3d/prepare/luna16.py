@@ -1,4 +1,6 @@
-"""prepare_data.py luna16: crops around the points of LUNA16's tables, or of one's own, into the classification layout."""
+"""prepare_data.py luna16: crops around the points of LUNA16's tables, or of one's own, into the classification
+layout."""
+
 import collections
 import os
 import zlib
@@ -27,12 +29,14 @@ from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, imag
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
-MAX_LABELS = 1000            # more classes than anyone has; what is beyond is no label
+MAX_LABELS = 1000  # more classes than anyone has; what is beyond is no label
 VOLUME_OF_SERIES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd")
 
 
 class Point(NamedTuple):
-    """A row of a table: its line there, LPS mm, its label, a nodule's diameter in mm or "", and what is wrong with it."""
+    """A row of a table: its line there, LPS mm, its label, a nodule's diameter in mm or "", and what is wrong with
+    it."""
+
     table: str
     line: int
     position: tuple[float, ...]
@@ -43,6 +47,7 @@ class Point(NamedTuple):
 
 class CropTask(NamedTuple):
     """A scan and the Points to crop around, with their outputs' paths; or why there are none (status, reason)."""
+
     source: str
     files: list[File]
     patient: str
@@ -67,8 +72,14 @@ def luna16(
     """Crops around the points of LUNA16's tables, or of one's own, into the classification layout."""
     if negatives_per_scan is None and table is None:
         negatives_per_scan = NEGATIVES_PER_SCAN
-    recipe = {"command": "luna16", "size": size, "spacing": spacing, "negatives_per_scan": negatives_per_scan, "seed": seed,
-              "label_column": label_column}
+    recipe = {
+        "command": "luna16",
+        "size": size,
+        "spacing": spacing,
+        "negatives_per_scan": negatives_per_scan,
+        "seed": seed,
+        "label_column": label_column,
+    }
     with open_output(output, recipe) as records:
         points = read_points(table, label_column) if table else read_candidates(input)
         scans = scans_of_series(input, output)
@@ -83,12 +94,20 @@ def luna16(
                 continue
             # All scans of a patient go where the first of them lies: folds by subset must not share patients
             subset = subset_of_patient.setdefault(patient, subset_of(of_series[0]) or "subset0")
-            outputs = [f"{subset}/label{point.label}/{safe_name(patient, 'unknown')}/{point.table}_{point.line:06d}.nii.gz"
-                       for point in chosen]
+            outputs = [
+                f"{subset}/label{point.label}/{safe_name(patient, 'unknown')}/{point.table}_{point.line:06d}.nii.gz"
+                for point in chosen
+            ]
             files = [file_at(input, of_series[0]), *companions(input, of_series[0])]
             tasks.append(CropTask(of_series[0], files, patient, chosen, outputs))
-        jobs = [Job(tuple(f"{task.source}{point_id(point)}" for point in task.points) or (task.source,), fingerprint(task),
-                    (str(input), size, spacing if any(spacing) else None, task)) for task in tasks]
+        jobs = [
+            Job(
+                tuple(f"{task.source}{point_id(point)}" for point in task.points) or (task.source,),
+                fingerprint(task),
+                (str(input), size, spacing if any(spacing) else None, task),
+            )
+            for task in tasks
+        ]
         outcome = convert_all(convert_crops, jobs, records, LUNA16_COLUMNS, workers, "scan")
     report_outcome(outcome)
 
@@ -126,8 +145,10 @@ def draw_points(points: Sequence[Point], negatives: int | None, seed: int, serie
     if negatives is not None and len(zeros) > negatives:
         rng = np.random.default_rng([seed, zlib.crc32(series.encode(errors="surrogateescape"))])
         zeros = [zeros[i] for i in rng.choice(len(zeros), negatives, replace=False)]
-    return sorted([point for point in points if point.label != 0 or point.problem] + zeros,
-                  key=lambda point: (point.table, point.line))
+    return sorted(
+        [point for point in points if point.label != 0 or point.problem] + zeros,
+        key=lambda point: (point.table, point.line),
+    )
 
 
 def scans_of_series(folder: Path, output: Path) -> dict[str, list[str]]:
@@ -139,6 +160,7 @@ def scans_of_series(folder: Path, output: Path) -> dict[str, list[str]]:
 
     def fail(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: can't be listed ({error.strerror})") from error
+
     for here, names in walk_files(folder, fail):
         if Path(output).resolve() in (Path(here).resolve(), *Path(here).resolve().parents):
             continue
@@ -166,8 +188,10 @@ def read_points(path: Path | str, label_column: str) -> dict[str, list[Point]]:
                 raise ValueError
             label = int(value)
         except ValueError:
-            problem = (f"not a label: {label_column} is '{row[label_column][:50]}', expected a whole number from 0 to "
-                       f"{MAX_LABELS - 1}")
+            problem = (
+                f"not a label: {label_column} is '{row[label_column][:50]}', expected a whole number from 0 to "
+                f"{MAX_LABELS - 1}"
+            )
         points[row["seriesuid"]].append(Point(name, line, position, label, problem=problem))
     return dict(points)
 
@@ -175,16 +199,23 @@ def read_points(path: Path | str, label_column: str) -> dict[str, list[Point]]:
 def read_candidates(folder: Path) -> dict[str, list[Point]]:
     """{series: [Points]} of LUNA16: its candidates, with the diameter of the nodule that one lies in, and those nodules
     of annotations.csv in which none lies, as positives too."""
+
     def find(*names: str) -> Path | None:
         places = [path for name in names for path in (folder / name, *sorted(folder.glob(f"*/{name}")))]
         return next((path for path in places if path.is_file()), None)
+
     candidates, annotations = find("candidates_V2.csv", "candidates.csv"), find("annotations.csv")
     if candidates is None:
-        raise UserError(f"--input {folder}: has neither candidates_V2.csv nor candidates.csv; put LUNA16's table there, or "
-                        "give a --table of your own")
+        raise UserError(
+            f"--input {folder}: has neither candidates_V2.csv nor candidates.csv; put LUNA16's table there, or "
+            "give a --table of your own"
+        )
     points = read_points(candidates, "class")
     if annotations is None:
-        print(f"note: no annotations.csv in {folder}: nodules that no candidate lies in are not added, diameters not known")
+        print(
+            f"note: no annotations.csv in {folder}: nodules that no candidate lies in are not added, diameters "
+            "not known"
+        )
         return points
     nodules = collections.defaultdict(list)
     for line, row in read_rows(annotations, ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]):
@@ -193,13 +224,19 @@ def read_candidates(folder: Path) -> dict[str, list[Point]]:
             if not np.isfinite(numbers).all():
                 raise ValueError
         except ValueError:
-            raise UserError(f"{annotations}: line {line} has no numbers in coordX, coordY, coordZ and diameter_mm") from None
+            raise UserError(
+                f"{annotations}: line {line} has no numbers in coordX, coordY, coordZ and diameter_mm"
+            ) from None
         nodules[row["seriesuid"]].append(Point("annotations", line, tuple(numbers[:3]), 1, f"{numbers[3]:g}"))
     for series, found in nodules.items():
         positives = [i for i, point in enumerate(points.get(series, [])) if point.label == 1 and not point.problem]
         for nodule in found:
-            inside = [i for i in positives if np.linalg.norm(np.subtract(points[series][i].position, nodule.position))
-                      <= float(nodule.diameter) / 2]
+            inside = [
+                i
+                for i in positives
+                if np.linalg.norm(np.subtract(points[series][i].position, nodule.position))
+                <= float(nodule.diameter) / 2
+            ]
             for i in inside:
                 points[series][i] = points[series][i]._replace(diameter=nodule.diameter)
             if not inside:
@@ -212,8 +249,10 @@ def read_patients(path: Path | str) -> dict[str, str]:
     patients = {}
     for line, row in read_rows(path, ["seriesuid", "patient"]):
         if patients.setdefault(row["seriesuid"], row["patient"]) != row["patient"]:
-            raise UserError(f"{path}: line {line} names patient {row['patient']} for series {row['seriesuid']}, an earlier "
-                            f"one {patients[row['seriesuid']]}; correct it")
+            raise UserError(
+                f"{path}: line {line} names patient {row['patient']} for series {row['seriesuid']}, an earlier "
+                f"one {patients[row['seriesuid']]}; correct it"
+            )
     return patients
 
 
@@ -221,12 +260,19 @@ def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTa
     """Outputs of a CropTask: a crop for each point, or the reason why not."""
     folder, size, spacing, task = task
     if task.status:
-        yield Output({"source": task.source, "patient": task.patient, "status": task.status, "reason": task.reason}, None)
+        yield Output(
+            {"source": task.source, "patient": task.patient, "status": task.status, "reason": task.reason}, None
+        )
         return
     image = images.read_image(input_path(folder, task.source))
     for point, output in zip(task.points, task.outputs):
-        row = {"source": task.source + point_id(point), "patient": task.patient, "diameter_mm": point.diameter,
-               "label": "" if point.label is None else point.label, **dict(zip("xyz", point.position))}
+        row = {
+            "source": task.source + point_id(point),
+            "patient": task.patient,
+            "diameter_mm": point.diameter,
+            "label": "" if point.label is None else point.label,
+            **dict(zip("xyz", point.position)),
+        }
         try:
             if point.problem:
                 raise DataError(row["source"], point.problem)
@@ -234,4 +280,6 @@ def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTa
         except DataError as error:
             yield Output({**row, "status": FAILED, "reason": error.reason}, None)
             continue
-        yield Output({**row, "output": output, **image_statistics(crop)}, lambda path, crop=crop: images.save_nifti(path, crop))
+        yield Output(
+            {**row, "output": output, **image_statistics(crop)}, lambda path, crop=crop: images.save_nifti(path, crop)
+        )

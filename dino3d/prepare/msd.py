@@ -1,4 +1,5 @@
 """prepare_data.py msd: images and masks of a Decathlon task into the segmentation layout."""
+
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,9 @@ MSD_COLUMNS = ["source", "output", "labels", "millilitres", *IMAGE_COLUMNS]
 
 
 class PairTask(NamedTuple):
-    """An image and its label, relative to the input ("" for one that is missing), and the classes that the label may have."""
+    """An image and its label, relative to the input ("" for one that is missing), and the classes that the label may
+    have."""
+
     name: str
     files: list[File]
     image: str
@@ -27,16 +30,22 @@ class PairTask(NamedTuple):
     classes: list[int] | None
 
 
-def msd(
-    input: Path, output: Path, workers: int, spacing: Sequence[float] | None, crop: str, margin: float
-) -> None:
+def msd(input: Path, output: Path, workers: int, spacing: Sequence[float] | None, crop: str, margin: float) -> None:
     """Images and masks of a Decathlon task into the segmentation layout."""
     with open_output(output, {"command": "msd", "spacing": spacing, "crop": crop, "margin": margin}) as records:
         pairs, classes = decathlon(input)
-        tasks = [PairTask(name, [file_at(input, path) for path in (image, label) if path], image, label, classes)
-                 for name, image, label in pairs]
-        jobs = [Job(tuple(path for path in (task.image, task.label) if path), fingerprint(task),
-                    (str(input), spacing, crop, margin, task)) for task in tasks]
+        tasks = [
+            PairTask(name, [file_at(input, path) for path in (image, label) if path], image, label, classes)
+            for name, image, label in pairs
+        ]
+        jobs = [
+            Job(
+                tuple(path for path in (task.image, task.label) if path),
+                fingerprint(task),
+                (str(input), spacing, crop, margin, task),
+            )
+            for task in tasks
+        ]
         outcome = convert_all(convert_pair, jobs, records, MSD_COLUMNS, workers, "case")
     report_outcome(outcome)
 
@@ -52,17 +61,24 @@ def decathlon(folder: Path) -> tuple[list[tuple[str, str, str]], list[int] | Non
         try:
             content = json.loads(index.read_text(encoding="utf-8-sig"))
             classes = sorted(int(value) for value in content["labels"])
-            listed = [(os.path.normpath(case["image"]), os.path.normpath(case["label"])) for case in content["training"]]
+            listed = [
+                (os.path.normpath(case["image"]), os.path.normpath(case["label"])) for case in content["training"]
+            ]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{index}: can't be read as a Decathlon's dataset.json ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"{index}: can't be read as a Decathlon's dataset.json ({type(error).__name__}: {error})"
+            ) from error
     elif not (folder / "imagesTr").is_dir() or not (folder / "labelsTr").is_dir():
-        raise UserError(f"--input {folder}: has no dataset.json and no imagesTr and labelsTr; give the folder that holds them")
+        raise UserError(
+            f"--input {folder}: has no dataset.json and no imagesTr and labelsTr; give the folder that holds them"
+        )
     else:
         print(f"note: no dataset.json in {folder}: images and labels are paired by name, any class is taken")
     images_by_name, labels_by_name = {}, {}
 
     def name_of(path: str, taken: Mapping[str, str]) -> str:  # a second one of a name goes by its path
         return path if stem(path) in taken else stem(path)
+
     for image, label in listed:
         name = name_of(image, images_by_name)
         images_by_name[name], labels_by_name[name] = image, label
@@ -81,7 +97,9 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
     """Outputs of a PairTask: the image and its label, both or neither."""
     folder, spacing, crop, margin, task = task
     if not task.image or not task.label:
-        raise DataError(task.image or task.label, "no label: for this image" if task.image else "no image: for this label")
+        raise DataError(
+            task.image or task.label, "no label: for this image" if task.image else "no image: for this label"
+        )
     image, label = (images.to_ras(images.read_raw(input_path(folder, path))) for path in (task.image, task.label))
     reason = other_grid(label.GetSize(), images.affine_of(label), image.GetSize(), images.affine_of(image))
     if reason:
@@ -95,12 +113,22 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
     name = safe_name(task.name, "case") + ".nii.gz"
     voxels, (classes, counts) = np.prod(label.GetSpacing()), np.unique(images.voxels_of(label), return_counts=True)
     volumes = [f"{count * voxels / 1000:.3g}" for value, count in zip(classes, counts) if value]
-    yield Output({"source": task.image, "output": f"images/{name}", **image_statistics(image)},
-                 lambda path: images.save_nifti(path, image))
-    yield Output({"source": task.label, "output": f"labels/{name}", "shape": format_size(label.GetSize()), "labels": format_list(classes),
-                  "spacing": format_size(np.round(label.GetSpacing(), 4)), "millilitres": format_list(volumes),
-                  "reason": "" if volumes else "note: no voxel is labelled"},
-                 lambda path: images.save_nifti(path, label))
+    yield Output(
+        {"source": task.image, "output": f"images/{name}", **image_statistics(image)},
+        lambda path: images.save_nifti(path, image),
+    )
+    yield Output(
+        {
+            "source": task.label,
+            "output": f"labels/{name}",
+            "shape": format_size(label.GetSize()),
+            "labels": format_list(classes),
+            "spacing": format_size(np.round(label.GetSpacing(), 4)),
+            "millilitres": format_list(volumes),
+            "reason": "" if volumes else "note: no voxel is labelled",
+        },
+        lambda path: images.save_nifti(path, label),
+    )
 
 
 def format_list(values: Iterable[Any]) -> str:

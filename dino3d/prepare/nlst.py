@@ -1,4 +1,5 @@
 """prepare_data.py nlst: every CT series and volume below a folder into the pre-training layout."""
+
 import collections
 import os
 import re
@@ -36,7 +37,9 @@ NLST_COLUMNS = ["source", "output", "patient", "study_date", "slice_thickness", 
 
 
 class Scan(NamedTuple):
-    """A series or a volume file: what the manifest calls it, its Files, a DICOM header or None, and what is wrong with it."""
+    """A series or a volume file: what the manifest calls it, its Files, a DICOM header or None, and what is wrong with
+    it."""
+
     source: str
     files: list[File]
     header: dicom.Slice | None = None
@@ -45,6 +48,7 @@ class Scan(NamedTuple):
 
 class ScanTask(NamedTuple):
     """Scans to be converted, or of which the first that can be used is (one_of_them), with the outputs' paths."""
+
     input: str
     scans: list[Scan]
     outputs: list[str]
@@ -65,9 +69,14 @@ def nlst(input: Path, output: Path, workers: int, one_per_study: bool, **options
         for scan in sorted(scans, key=series_preference):
             study = one_per_study and scan.header and scan.header.study  # which badly anonymised patients may share
             groups[(patient_of(scan.header), study) if study else scan.source].append(scan)
-        tasks = [ScanTask(str(input), group, [places[scan.source] for scan in group], len(group) > 1, **options)
-                 for group in groups.values()]
-        jobs = [Job(tuple(scan.source for scan in task.scans), fingerprint(task.scans, task.outputs), task) for task in tasks]
+        tasks = [
+            ScanTask(str(input), group, [places[scan.source] for scan in group], len(group) > 1, **options)
+            for group in groups.values()
+        ]
+        jobs = [
+            Job(tuple(scan.source for scan in task.scans), fingerprint(task.scans, task.outputs), task)
+            for task in tasks
+        ]
         outcome = convert_all(convert_scans, jobs, records, NLST_COLUMNS, workers, "scan")
     report_outcome(outcome)
 
@@ -79,10 +88,11 @@ def find_scans(folder: Path, output: Path, workers: int) -> tuple[list[Scan], in
     def fail(error: OSError) -> None:
         where = os.path.relpath(error.filename, folder)
         problems.append(Scan(where, [], problem=f"can't be listed: {error.strerror}"))
+
     for here, files in walk_files(folder, fail):
         if Path(output).resolve() not in (Path(here).resolve(), *Path(here).resolve().parents):
             names += [os.path.normpath(os.path.join(os.path.relpath(here, folder), name)) for name in files]
-    tasks = [(str(folder), names[at:at + HEADERS_PER_TASK]) for at in range(0, len(names), HEADERS_PER_TASK)]
+    tasks = [(str(folder), names[at : at + HEADERS_PER_TASK]) for at in range(0, len(names), HEADERS_PER_TASK)]
     series, scans, others = collections.defaultdict(list), problems, 0
     with progress(len(names), "header") as bar:
         for (_, chunk), result in in_processes(scan_headers, tasks, workers):
@@ -101,6 +111,7 @@ def find_scans(folder: Path, output: Path, workers: int) -> tuple[list[Scan], in
 
 class ScannedHeaders(NamedTuple):
     """series: [(UID, header of the first file, Files)]; scans: volumes and what can't be read; others: how many."""
+
     series: list[tuple[str, dicom.Slice, list[File]]]
     scans: list[Scan]
     others: int
@@ -133,16 +144,19 @@ def scan_headers(task: tuple[str, list[str]]) -> ScannedHeaders:
 def series_preference(scan: Scan) -> tuple[float, int, int, str]:
     """Sort key of --one_per_study: thinnest slices, softest kernel, most slices, then by name."""
     header = scan.header
-    return (header.thickness or np.inf, dicom.sharpness(header.kernel), -len(scan.files), scan.source) if header else (
-        np.inf, 0, 0, scan.source)
+    return (
+        (header.thickness or np.inf, dicom.sharpness(header.kernel), -len(scan.files), scan.source)
+        if header
+        else (np.inf, 0, 0, scan.source)
+    )
 
 
 def place_scans(scans: Sequence[Scan]) -> dict[str, str]:
     """{source: relative path of its output}, `<patient>/t<k>/<series>.hdf5`.
 
-    DICOM: k counts the dates of a patient's studies; studies without a date follow, each with its own k, in the order of
-    their paths. Volume files: t<k> is a folder of that name on their path, or t0; the patient is what stands before it
-    or, without it, the folder that holds no other volume, or the file's own name.
+    DICOM: k counts the dates of a patient's studies; studies without a date follow, each with its own k, in the order
+    of their paths. Volume files: t<k> is a folder of that name on their path, or t0; the patient is what stands before
+    it or, without it, the folder that holds no other volume, or the file's own name.
     """
     studies = collections.defaultdict(dict)  # patient -> {study or its date: sort key}
     for scan in (scan for scan in scans if scan.header):
@@ -163,14 +177,19 @@ def place_scans(scans: Sequence[Scan]) -> dict[str, str]:
             at = next((i for i, folder in enumerate(folders) if re.fullmatch(r"t\d+", folder, re.I)), None)
             name = stem(name)
             if at is not None:
-                patient, visit, name = folders[:at] or [name], folders[at].lower(), "_".join([*folders[at + 1:], name])
+                patient, visit, name = folders[:at] or [name], folders[at].lower(), "_".join([*folders[at + 1 :], name])
             else:
-                patient, visit = (folders if folders and beside[os.path.dirname(scan.source)] == 1 else [*folders, name]), "t0"
+                patient, visit = (
+                    (folders if folders and beside[os.path.dirname(scan.source)] == 1 else [*folders, name]),
+                    "t0",
+                )
             parts = [safe_name("_".join(patient), "unknown"), visit, safe_name(name, "scan")]
         places[scan.source] = "/".join(parts) + ".hdf5"
     taken = collections.Counter(places.values())
-    return {source: place if taken[place] == 1 else f"{place[:-5]}-{zlib.crc32(os.fsencode(source)):08x}.hdf5"
-            for source, place in places.items()}
+    return {
+        source: place if taken[place] == 1 else f"{place[:-5]}-{zlib.crc32(os.fsencode(source)):08x}.hdf5"
+        for source, place in places.items()
+    }
 
 
 def patient_of(header: dicom.Slice) -> str:
@@ -184,8 +203,12 @@ def convert_scans(task: ScanTask) -> Iterator[Output]:
     for scan, output in zip(task.scans, task.outputs):
         row = {"source": scan.source}
         if scan.header:
-            row |= {"patient": scan.header.patient, "study_date": scan.header.date, "kernel": scan.header.kernel,
-                    "slice_thickness": f"{scan.header.thickness:g}"}
+            row |= {
+                "patient": scan.header.patient,
+                "study_date": scan.header.date,
+                "kernel": scan.header.kernel,
+                "slice_thickness": f"{scan.header.thickness:g}",
+            }
         if kept:
             yield Output({**row, "reason": f"another series of the study is preferred: {kept}"}, None)
             continue
@@ -200,8 +223,10 @@ def convert_scans(task: ScanTask) -> Iterator[Output]:
         if scan.header and folder != scan.header.patient:
             row["reason"] = f"the patient's name is no folder's: {scan.header.patient!r} stands as {folder}"
         voxels, affine = images.voxels_of(image), images.affine_of(image)
-        yield Output({**row, "output": output, **image_statistics(image)},
-                     lambda path, voxels=voxels, affine=affine: write_volume(path, voxels, affine, task.compression))
+        yield Output(
+            {**row, "output": output, **image_statistics(image)},
+            lambda path, voxels=voxels, affine=affine: write_volume(path, voxels, affine, task.compression),
+        )
 
 
 def read_scan(task: ScanTask, scan: Scan) -> "sitk.Image":
@@ -215,8 +240,9 @@ def read_scan(task: ScanTask, scan: Scan) -> "sitk.Image":
     else:
         image = images.read_image(paths[0])
         if image.GetSize()[2] < task.min_slices:
-            raise LeftOut(scan.source, f"too few slices: {image.GetSize()[2]}, expected at least {task.min_slices} "
-                                       "(--min_slices)")
+            raise LeftOut(
+                scan.source, f"too few slices: {image.GetSize()[2]}, expected at least {task.min_slices} (--min_slices)"
+            )
     images.require_ct(image, scan.source)
     if task.crop_to_body is not None:
         image = resampling.crop_to_box(image, resampling.body_box(image, task.crop_to_body))

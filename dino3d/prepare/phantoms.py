@@ -1,4 +1,5 @@
 """Synthetic chest phantoms."""
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,8 +37,9 @@ def labelled_phantom(
     extent = np.array(shape) * spacing  # mm
     scale = (extent / (320, 256, 288)).min()  # of everything given in mm below
     # x from left to right, y from back to front, z from feet to head, each from -1 to 1
-    x, y, z = np.meshgrid(*((2 * np.arange(n, dtype=np.float32) + 1) / n - 1 for n in shape),
-                          indexing="ij", sparse=True)
+    x, y, z = np.meshgrid(
+        *((2 * np.arange(n, dtype=np.float32) + 1) / n - 1 for n in shape), indexing="ij", sparse=True
+    )
     hu = np.full(shape, -1000, dtype=np.float32)
 
     def paint(mask: np.ndarray, value: float) -> None:
@@ -50,7 +52,7 @@ def labelled_phantom(
     # Trunk: fat, muscle; the table below it is a shallow trough
     size = rng.uniform(0.93, 1.0)
     trunk = ellipse((0, 0.1), (0.9 * size, 0.72 * size))
-    table = -0.70 + 0.06 * x ** 2
+    table = -0.70 + 0.06 * x**2
     paint((y < table) & (y > table - 0.07) & (abs(x) < 0.8), -150)
     paint(trunk < 1, -100)
     paint(trunk < 0.9, 40)
@@ -75,8 +77,8 @@ def labelled_phantom(
         if (first >= last).any():
             return
         a, b, c = (((np.arange(first[k], last[k]) + 0.5) * spacing[k] - position[k]) / radii[k] for k in range(3))
-        inside = (a ** 2)[:, None, None] + (b ** 2)[:, None] + c ** 2 <= 1
-        mask[first[0]:last[0], first[1]:last[1], first[2]:last[2]] |= inside
+        inside = (a**2)[:, None, None] + (b**2)[:, None] + c**2 <= 1
+        mask[first[0] : last[0], first[1] : last[1], first[2] : last[2]] |= inside
 
     def grow(position: np.ndarray, heading: np.ndarray, radius: float, length: float, forks: int) -> None:
         """Grow a branch that wanders and tapers, then the branches it forks into."""

@@ -3,6 +3,7 @@
 A checkpoint is one file that torch.load opens. It grows beside the old one and replaces it when it is safely on disk,
 so that there is a whole one at every moment; the last few are kept; a checksum tells a damaged one.
 """
+
 import os
 import re
 import shlex
@@ -28,11 +29,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the en
 INSTEAD = "choose another --output_dir, or give it as --pretrained_weights"
 RESUME = "resume with the flags that it was made with (its config.json has them), or choose another --output_dir"
 ALONE = Processes()
-ONE_REQUEST = 1.0  # seconds in which a second signal is no second request: a launcher passes on what all have got already
+ONE_REQUEST = (
+    1.0  # seconds in which a second signal is no second request: a launcher passes on what all have got already
+)
 
 
 class Saving(NamedTuple):
     """When checkpoints are written, and how many are kept. every_steps, every_minutes: 0: never for that reason"""
+
     every_steps: int = 0
     every_minutes: float = 10.0
     keep_last: int = 2
@@ -41,15 +45,29 @@ class Saving(NamedTuple):
 def add_saving_flags(group: Any, besides: str) -> None:
     """The flags that a Saving is made of. besides: when the script saves anyway"""
     default = Saving()
-    group.add_argument("--save_every_steps", default=default.every_steps, type=number(int, 0), metavar="N",
-                       help=f"steps between checkpoints, besides {besides}; 0: not by steps")
-    group.add_argument("--save_every_minutes", default=default.every_minutes, type=number(float, 0), metavar="MINUTES",
-                       help="minutes between checkpoints, which a run loses at most that is killed without a warning; 0: not "
-                            "by time")
-    group.add_argument("--keep_last", default=default.keep_last, type=number(int, 1), metavar="N",
-                       help="how many checkpoints to keep: the newest (checkpoint.pth) and those before it (checkpoint.1.pth, "
-                            "...), from which a run is resumed where the newest is damaged; 1 for small disks: while one is "
-                            "written there is one more")
+    group.add_argument(
+        "--save_every_steps",
+        default=default.every_steps,
+        type=number(int, 0),
+        metavar="N",
+        help=f"steps between checkpoints, besides {besides}; 0: not by steps",
+    )
+    group.add_argument(
+        "--save_every_minutes",
+        default=default.every_minutes,
+        type=number(float, 0),
+        metavar="MINUTES",
+        help="minutes between checkpoints, which a run loses at most that is killed without a warning; 0: not by time",
+    )
+    group.add_argument(
+        "--keep_last",
+        default=default.keep_last,
+        type=number(int, 1),
+        metavar="N",
+        help="how many checkpoints to keep: the newest (checkpoint.pth) and those before it (checkpoint.1.pth, "
+        "...), from which a run is resumed where the newest is damaged; 1 for small disks: while one is "
+        "written there is one more",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ saving
@@ -68,7 +86,8 @@ class Checkpoints:
         return bool(steps and step % steps == 0 or minutes and time.monotonic() - self._saved >= 60 * minutes)
 
     def save(self, state: dict[str, Any], copy: Path | None = None) -> None:
-        """Save `state` as it is now; returns when it is copied to CPU memory. copy: a second name for this one, to stay.
+        """Save `state` as it is now; returns when it is copied to CPU memory. copy: a second name for this one, to
+        stay.
 
         Raises UserError where the one before could not be written.
         """
@@ -123,8 +142,9 @@ def save_checkpoint(path: Path | str, state: dict[str, Any], keep_last: int = 1)
         remove(part)
         if is_worker_death(error):  # raised wherever the main thread happens to be
             raise
-        raise UserError(f"{path}: the checkpoint can't be written ({str(error).splitlines()[0]}); "
-                        "what was saved before is unharmed") from error
+        raise UserError(
+            f"{path}: the checkpoint can't be written ({str(error).splitlines()[0]}); what was saved before is unharmed"
+        ) from error
 
 
 def remove(path: Path) -> None:
@@ -137,9 +157,9 @@ def remove(path: Path) -> None:
 def rotate(path: Path, keep_last: int) -> None:
     """Give the newest checkpoint the name of the first earlier one as well, and each earlier one the next name."""
     earlier = list_backups(path)
-    for old in earlier[max(keep_last - 1, 0):]:
+    for old in earlier[max(keep_last - 1, 0) :]:
         old.unlink()
-    earlier = earlier[:max(keep_last - 1, 0)]
+    earlier = earlier[: max(keep_last - 1, 0)]
     # a run that was killed between the two names' changes has both of one file
     if keep_last == 1 or not path.exists() or (earlier and os.path.samefile(path, earlier[0])):
         return
@@ -184,8 +204,9 @@ def load_checkpoint(path: Path | str, must_match: Mapping[str, Any] | None = Non
         raise UserError(f"{error}; move it away to start anew or put back a whole one") from error
 
 
-def load_newest(path: Path | str, must_match: Mapping[str, Any] | None = None,
-                parts: Collection[str] = ()) -> dict[str, Any] | None:
+def load_newest(
+    path: Path | str, must_match: Mapping[str, Any] | None = None, parts: Collection[str] = ()
+) -> dict[str, Any] | None:
     """As `load_checkpoint`; where the file is damaged, the last whole one before it takes its place, with a warning.
 
     parts: names that a state must have, as `check` has them
@@ -204,32 +225,42 @@ def load_newest(path: Path | str, must_match: Mapping[str, Any] | None = None,
             damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
             keep_copy(path, damaged)
             keep_copy(candidate, path)
-            print(f"warning: {problems[0]}; resuming from the one before, {candidate.name}, and keeping the damaged one as "
-                  f"{damaged.name}", file=sys.stderr, flush=True)
+            print(
+                f"warning: {problems[0]}; resuming from the one before, {candidate.name}, and keeping the "
+                "damaged one as "
+                f"{damaged.name}",
+                file=sys.stderr,
+                flush=True,
+            )
         return state
     others = f"; so is every earlier one ({len(problems) - 1})" if len(problems) > 1 else ""
     raise UserError(f"{problems[0]}{others}; move it away to start anew or put back a whole one")
 
 
-def load_on_all(path: Path | str, processes: Processes, must_match: Mapping[str, Any] | None = None,
-                parts: Collection[str] = ()) -> dict[str, Any] | None:
+def load_on_all(
+    path: Path | str, processes: Processes, must_match: Mapping[str, Any] | None = None, parts: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The state of `load_newest` on every rank, or None. Raises UserError, also where a rank can't see the file."""
     mine = []
 
     def look() -> bool:
         mine.append(load_newest(path, must_match, parts))
         return mine[0] is not None
+
     if not processes.run_on_main(look):
         return None
     state = mine[0] if mine else load_checkpoint(path)
     if state is None:
-        raise UserError(f"{path}: can't be seen by process {processes.rank}, though process 0 can: --output_dir must lie "
-                        "where all machines of a run see it")
+        raise UserError(
+            f"{path}: can't be seen by process {processes.rank}, though process 0 can: --output_dir must lie "
+            "where all machines of a run see it"
+        )
     return state
 
 
-def check_state(state: Any, path: Path | str, must_match: Mapping[str, Any] | None = None,
-                parts: Collection[str] = ()) -> dict[str, Any]:
+def check_state(
+    state: Any, path: Path | str, must_match: Mapping[str, Any] | None = None, parts: Collection[str] = ()
+) -> dict[str, Any]:
     """`state`, if it is a checkpoint of the same run: has `parts`, and a config that agrees with `must_match`.
 
     Raises UserError.
@@ -240,8 +271,10 @@ def check_state(state: Any, path: Path | str, must_match: Mapping[str, Any] | No
         raise UserError(f"{path}: its 'config' is a {type(config).__name__}, expected a dict; {INSTEAD}")
     for name, value in (must_match or {}).items():
         if name in config and _as_list(config[name]) != _as_list(value):
-            raise UserError(f"{path}: is of a run with --{name} {_shown(config[name])}, not {_shown(value)}; "
-                            "resume with the same or choose another --output_dir")
+            raise UserError(
+                f"{path}: is of a run with --{name} {_shown(config[name])}, not {_shown(value)}; "
+                "resume with the same or choose another --output_dir"
+            )
     return state
 
 
@@ -301,15 +334,21 @@ def optimizer_misfit(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
     groups, own = state["param_groups"], optimizer.param_groups
     sizes, wanted = ([str(len(group["params"])) for group in some] for some in (groups, own))
     if sizes != wanted:
-        return f"{len(groups)} groups of {truncate_list(sizes)} parameters instead of {len(own)} of {truncate_list(wanted)}"
+        return (
+            f"{len(groups)} groups of {truncate_list(sizes)} parameters instead of {len(own)} of "
+            f"{truncate_list(wanted)}"
+        )
     # PyTorch adds settings that groups of its older versions do not have, but not these, which tell optimizers apart
     settings = [name for name in ("betas", "momentum") if name in own[0] and name not in groups[0]]
     if settings:
         return f"without {truncate_list(settings)}: of another --optimizer"
     parameters, indices = ([one for group in some for one in group["params"]] for some in (own, groups))
-    shapes = [f"{name} {tuple(value.shape)} of parameter {index} instead of {tuple(parameter.shape)}"
-              for parameter, index in zip(parameters, indices) for name, value in state["state"].get(index, {}).items()
-              if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape]
+    shapes = [
+        f"{name} {tuple(value.shape)} of parameter {index} instead of {tuple(parameter.shape)}"
+        for parameter, index in zip(parameters, indices)
+        for name, value in state["state"].get(index, {}).items()
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape
+    ]
     return f"with {truncate_list(shapes)}" if shapes else ""
 
 
@@ -318,8 +357,11 @@ def load_progress(kind: type, state: Mapping[str, Any], path: Path | str) -> Any
     values = {field.name: state[field.name] for field in fields(kind) if field.name in state}
     for field in fields(kind):
         if field.name in values and not isinstance(values[field.name], field.type):
-            raise UserError(f"{path}: its '{field.name}' is a {type(values[field.name]).__name__}, expected "
-                            f"{getattr(field.type, '__name__', field.type)}; {RESUME}", everywhere=True)
+            raise UserError(
+                f"{path}: its '{field.name}' is a {type(values[field.name]).__name__}, expected "
+                f"{getattr(field.type, '__name__', field.type)}; {RESUME}",
+                everywhere=True,
+            )
     return kind(**values)
 
 
@@ -354,8 +396,9 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._heed) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if kind is None and self._answer:
             self._answer()  # the question after the last step: nothing is left under way
         if kind is Preempted and self.processes.is_main:
@@ -387,14 +430,17 @@ class StopSignal:
     def end(self, saved: Callable[[], None] = lambda: None) -> NoReturn:
         """End the run on all ranks. saved: called on the main process first, returns when everything is on disk"""
         self.processes.run_on_main(saved)  # nobody leaves before: a launcher ends the others when one is gone
-        raise Preempted(f"ended by {self.received or 'a signal to another process'}; everything is saved, the same command "
-                        "resumes")
+        raise Preempted(
+            f"ended by {self.received or 'a signal to another process'}; everything is saved, the same command resumes"
+        )
 
     def _told(self, error: BaseException | None) -> str:
         count = self.processes.world_size
         launched = f"with {count} processes, by torchrun or srun as before" if count > 1 else f"with {sys.executable}"
-        return (f"This run was {error}. It is not finished. To resume, start the same command again ({launched}):\n\n"
-                f"    {shlex.join(sys.argv)}\n\nThis file is removed then.\n")
+        return (
+            f"This run was {error}. It is not finished. To resume, start the same command again ({launched}):\n\n"
+            f"    {shlex.join(sys.argv)}\n\nThis file is removed then.\n"
+        )
 
 
 def ignore_signals(_: int) -> None:

@@ -1,4 +1,5 @@
 """The DataLoader's reading processes: how many, and the next of their batches."""
+
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,8 +16,7 @@ def cores_per_process(processes: Processes) -> int:
     return max(1, available_cores() // processes.local_world_size)
 
 
-def reading_processes(wanted: int | None, processes: Processes,
-                      batch_bytes: int) -> tuple[int, int | None, list[str]]:
+def reading_processes(wanted: int | None, processes: Processes, batch_bytes: int) -> tuple[int, int | None, list[str]]:
     """(workers, batches that each has ready, notices) of a DataLoader, so that its batches fit into shared memory.
 
     wanted: workers, None: as many as there are cores for this process, at most 16; batch_bytes: of one batch
@@ -29,13 +29,19 @@ def reading_processes(wanted: int | None, processes: Processes,
     fits = int(room // batch_bytes)  # batches
     if fits >= workers * READY_BATCHES:
         return workers, READY_BATCHES, []
-    told = (f"/dev/shm has room for {fits} batches of {batch_bytes / 2 ** 20:.0f} MiB per process, fewer than the "
-            f"{workers * READY_BATCHES} of {workers} reading processes: ")
+    told = (
+        f"/dev/shm has room for {fits} batches of {batch_bytes / 2**20:.0f} MiB per process, fewer than the "
+        f"{workers * READY_BATCHES} of {workers} reading processes: "
+    )
     if fits >= workers:
         return workers, 1, []
     if wanted is not None:
         return workers, 1, [told + "if a reading process dies of a bus error, lower --num_workers or enlarge it"]
-    return fits, 1 if fits else None, [told + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"]
+    return (
+        fits,
+        1 if fits else None,
+        [told + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"],
+    )
 
 
 def next_batch(batches: Iterator[Any], note: Callable[[Any], None] = lambda batch: None) -> Any:

@@ -1,4 +1,6 @@
-"""What a pre-training run says of itself: progress bar, log.txt, TensorBoard, pictures, and a word when it collapses."""
+"""What a pre-training run says of itself: progress bar, log.txt, TensorBoard, pictures, and a word when it
+collapses."""
+
 import contextlib
 import math
 import re
@@ -28,8 +30,8 @@ from utils import Processes, Silent
 # step 20 and ended at 1.00 and 0.0004, with 9 to 35 winning: their number alone does not tell a uniform teacher.
 UNIFORM_ENTROPY, UNIFORM_KL = 0.97, 0.05
 CONSTANT_ENTROPY, CONSTANT_WINNERS = 0.1, 2
-PATIENCE = 3             # log entries in a row before a warning: a single one may be chance
-ENOUGH_VIEWS = 32        # teacher outputs that an entry must rest on to count prototypes
+PATIENCE = 3  # log entries in a row before a warning: a single one may be chance
+ENOUGH_VIEWS = 32  # teacher outputs that an entry must rest on to count prototypes
 
 
 def collapse_warning(entropy: float, kl: float, winners: int, out_dim: int, views: int) -> str | None:
@@ -40,12 +42,16 @@ def collapse_warning(entropy: float, kl: float, winners: int, out_dim: int, view
     """
     share = entropy / math.log(out_dim)
     if share > UNIFORM_ENTROPY and kl < UNIFORM_KL:
-        return (f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
-                "Lower --teacher_temp and --warmup_teacher_temp (0.04), or raise --lr")
+        return (
+            f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
+            "Lower --teacher_temp and --warmup_teacher_temp (0.04), or raise --lr"
+        )
     if share < CONSTANT_ENTROPY or (winners <= CONSTANT_WINNERS and views >= ENOUGH_VIEWS):
-        return (f"the teacher answers nearly the same to every view (entropy {share:.2f} of ln(out_dim), {winners} "
-                "prototypes winning): it has collapsed. Lower --lr, use --norm_last_layer true and a "
-                "--center_momentum of 0.9, raise --warmup_teacher_temp, or lower --out_dim for small data")
+        return (
+            f"the teacher answers nearly the same to every view (entropy {share:.2f} of ln(out_dim), {winners} "
+            "prototypes winning): it has collapsed. Lower --lr, use --norm_last_layer true and a "
+            "--center_momentum of 0.9, raise --warmup_teacher_temp, or lower --out_dim for small data"
+        )
     return None
 
 
@@ -81,14 +87,19 @@ class BadFiles:
 
     def __init__(self, path: Path, processes: Processes, volumes: int, most: int) -> None:
         self.path, self.processes, self.volumes, self.most = path, processes, volumes, most
-        self.epoch, self.reasons, self._new = None, {}, {}  # {file: reason} of all ranks; of this one since they last met
+        self.epoch, self.reasons, self._new = (
+            None,
+            {},
+            {},
+        )  # {file: reason} of all ranks; of this one since they last met
 
     def start_epoch(self, epoch: int | None) -> None:
         if epoch != self.epoch:
             self.epoch, self.reasons, self._new = epoch, {}, {}
 
     def record(self, batch: Batch) -> None:
-        """Take note of what a pretraining.Batch met on this rank. Raises UserError where it met so many that it gave up."""
+        """Take note of what a pretraining.Batch met on this rank. Raises UserError where it met so many that it gave
+        up."""
         self._new.update(batch.bad)
         if batch.fatal and len(self.reasons | self._new) > self.most:
             self.reasons |= self._new
@@ -112,22 +123,30 @@ class BadFiles:
 
     def _too_many(self) -> str:
         bad = len(self.reasons)
-        return (f"{bad} of {self.volumes} volumes ({bad / self.volumes:.0%}) are unreadable in epoch {self.epoch}, "
-                f"--max_bad_files allows {self.most}, {self._example()}. Repair or remove them, or raise --max_bad_files")
+        return (
+            f"{bad} of {self.volumes} volumes ({bad / self.volumes:.0%}) are unreadable in epoch {self.epoch}, "
+            f"--max_bad_files allows {self.most}, {self._example()}. Repair or remove them, or raise --max_bad_files"
+        )
 
     def report(self, print_line: Callable[[str], None]) -> None:
         """At an epoch's end: one line for the console, and all of them in the CSV."""
         if self.reasons:
             self.write()
-            print_line(f"epoch {self.epoch}: {len(self.reasons)} unreadable files, whose place other samples took, {self._example()}")
+            print_line(
+                f"epoch {self.epoch}: {len(self.reasons)} unreadable files, whose place other samples took, "
+                f"{self._example()}"
+            )
 
     def write(self) -> None:
         """Add what is new to the CSV; a file that was bad before keeps its row."""
         header, rows = ["path", "reason", "first_epoch"], {}
         if self.path.is_file():
             with contextlib.suppress(UserError):  # no table any more
-                rows = {row["path"]: list(row.values()) for row in read_table(self.path)
-                        if list(row) == header and None not in row.values()}
+                rows = {
+                    row["path"]: list(row.values())
+                    for row in read_table(self.path)
+                    if list(row) == header and None not in row.values()
+                }
         for file, reason in self.reasons.items():
             rows.setdefault(file, [file, reason, self.epoch])
         write_table(self.path, header, rows.values())
@@ -141,8 +160,18 @@ class Monitor:
     volumes, max_bad: how many there are, and how many of them may be unreadable in an epoch
     """
 
-    def __init__(self, output_dir: Path | str, processes: Processes, out_dim: int, log_every: int, total_steps: int,
-                 done_steps: int, global_batch: int, volumes: int, max_bad: int) -> None:
+    def __init__(
+        self,
+        output_dir: Path | str,
+        processes: Processes,
+        out_dim: int,
+        log_every: int,
+        total_steps: int,
+        done_steps: int,
+        global_batch: int,
+        volumes: int,
+        max_bad: int,
+    ) -> None:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
@@ -150,10 +179,17 @@ class Monitor:
         self.writer, self.bar = Silent(), Silent()
         if processes.is_main:
             from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(self.output_dir / "tensorboard", purge_step=done_steps)
             # In a file or a batch job's log one line a minute is enough
-            self.bar = tqdm(total=total_steps, initial=done_steps, unit="step", dynamic_ncols=True, file=sys.stderr,
-                            mininterval=0.5 if sys.stderr.isatty() else 60)
+            self.bar = tqdm(
+                total=total_steps,
+                initial=done_steps,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+                mininterval=0.5 if sys.stderr.isatty() else 60,
+            )
         self._reset_window()
         self.start_epoch(None)
 
@@ -191,7 +227,10 @@ class Monitor:
         """
         self.bad_files.gather()
         *sums, finite = self.processes.mean(self._sums).tolist()
-        finite, values = round(finite), {name: value / finite for name, value in zip(self._names, sums)} if finite else {}
+        finite, values = (
+            round(finite),
+            {name: value / finite for name, value in zip(self._names, sums)} if finite else {},
+        )
         wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size * finite // self._steps
         seconds, winners = time.perf_counter() - self._began, int((wins > 0).sum())
         rate, waiting = self._steps * self.global_batch / seconds, self._waited / seconds
@@ -200,21 +239,29 @@ class Monitor:
         if self.processes.is_main:
             shown = {"dino/" + name: value for name, value in values.items()}
             if finite:
-                shown |= {"dino/teacher_entropy_share": values["teacher_entropy"] / math.log(self.out_dim),
-                          "dino/winning_prototypes": winners}
+                shown |= {
+                    "dino/teacher_entropy_share": values["teacher_entropy"] / math.log(self.out_dim),
+                    "dino/winning_prototypes": winners,
+                }
             if features.isfinite().all():
                 shown["dino/effective_rank"] = effective_rank(features).item()
             shown |= {
-                "dino/center_norm": center_norm.item(), "dino/skipped_steps": self._steps - finite,
-                "speed/volumes_per_second": rate, "speed/waiting_for_data": waiting,
+                "dino/center_norm": center_norm.item(),
+                "dino/skipped_steps": self._steps - finite,
+                "speed/volumes_per_second": rate,
+                "speed/waiting_for_data": waiting,
             } | {"schedule/" + name: value for name, value in schedules.items()}
             for name, value in shown.items():
                 self.writer.add_scalar(name, value, step)
-            self.bar.set_postfix_str(f"KL {values.get('kl', math.nan):.3f}, {rate:.1f} volumes/s, "
-                                     f"{waiting:.0%} waiting for data", refresh=False)
+            self.bar.set_postfix_str(
+                f"KL {values.get('kl', math.nan):.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data",
+                refresh=False,
+            )
             if finite < self._steps:
-                self.print(f"{self._steps - finite} of the {self._steps} steps up to step {step} were skipped and changed "
-                         "nothing: their loss or gradient was not finite")
+                self.print(
+                    f"{self._steps - finite} of the {self._steps} steps up to step {step} were skipped and changed "
+                    "nothing: their loss or gradient was not finite"
+                )
             if finite:
                 self._watch(values, winners, views)
         self._reset_window()
@@ -228,36 +275,56 @@ class Monitor:
             self.print(f"warning: {warning}")
 
     def log_epoch(self, epoch: int, step: int, schedules: dict[str, float]) -> None:
-        """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are done)."""
+        """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are
+        done)."""
         seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, *_ in self._epoch)
         entries = [(finite, values) for _, finite, values, _ in self._epoch if finite]
         finite = sum(count for count, _ in entries)
-        means = {name: sum(count * values[name] for count, values in entries) / finite if finite else None
-                 for name in self._names}
+        means = {
+            name: sum(count * values[name] for count, values in entries) / finite if finite else None
+            for name in self._names
+        }
         if self.processes.is_main:
             self.bad_files.report(self.print)
             if finite:
-                tqdm.write(f"epoch {epoch}, step {step}/{self.bar.total}: KL divergence {means['kl']:.3f}, teacher entropy "
-                           f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), {seconds:.1f} s")
-            append_json(self.output_dir / "log.txt", {"epoch": epoch, "step": step} | means | {
-                "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if finite else None,
-                "winning_prototypes": int((self._epoch_wins > 0).sum()),
-                "kl_first_steps": entries[0][1]["kl"] if finite else None, "skipped_steps": steps - finite,
-                "seconds": round(seconds, 2), "volumes_per_second": round(steps * self.global_batch / seconds, 2),
-                "waiting_for_data": round(sum(waited for *_, waited in self._epoch) / seconds, 4),
-                "peak_memory_gib": round(peak_memory(self.processes.device) / 2 ** 30, 2),
-                "bad_files": len(self.bad_files.reasons),
-            } | schedules)
+                tqdm.write(
+                    f"epoch {epoch}, step {step}/{self.bar.total}: KL divergence {means['kl']:.3f}, teacher entropy "
+                    f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), {seconds:.1f} s"
+                )
+            append_json(
+                self.output_dir / "log.txt",
+                {"epoch": epoch, "step": step}
+                | means
+                | {
+                    "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if finite else None,
+                    "winning_prototypes": int((self._epoch_wins > 0).sum()),
+                    "kl_first_steps": entries[0][1]["kl"] if finite else None,
+                    "skipped_steps": steps - finite,
+                    "seconds": round(seconds, 2),
+                    "volumes_per_second": round(steps * self.global_batch / seconds, 2),
+                    "waiting_for_data": round(sum(waited for *_, waited in self._epoch) / seconds, 4),
+                    "peak_memory_gib": round(peak_memory(self.processes.device) / 2**30, 2),
+                    "bad_files": len(self.bad_files.reasons),
+                }
+                | schedules,
+            )
         self.writer.flush()
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Save a uint8 picture as a PNG in the output folder and show it in TensorBoard."""
         from PIL import Image
+
         Image.fromarray(image).save(self.output_dir / f"{name}.png")
         self.writer.add_image(name, image, step, dataformats="HW")
 
-    def show_views(self, views: Sequence[Tensor], paths: Sequence[Path | str], spacings: Sequence[ArrayLike], step: int,
-                   most: int = 4) -> None:
+    def show_views(
+        self,
+        views: Sequence[Tensor],
+        paths: Sequence[Path | str],
+        spacings: Sequence[ArrayLike],
+        step: int,
+        most: int = 4,
+    ) -> None:
         """Picture of the current views: per sample two global ones (axial and coronal) and its local ones (axial).
 
         paths, spacings: of each sample's scan, (3,) mm per voxel of its views
@@ -266,16 +333,22 @@ class Monitor:
             rows, labels = view_rows(views, [scan_name(path) for path in paths], spacings, most)
             self.picture("views", montage(rows, labels, f"what the networks see at step {step}; {EVEN}"), step)
 
-    def show_augmentations(self, batch: Batch, crops: MultiCropAugmentation, clip_range: tuple[float, float],
-                           step: int) -> None:
-        """Picture of each augmentation alone, four draws each, on that one of a pretraining.Batch's patches that varies most."""
+    def show_augmentations(
+        self, batch: Batch, crops: MultiCropAugmentation, clip_range: tuple[float, float], step: int
+    ) -> None:
+        """Picture of each augmentation alone, four draws each, on that one of a pretraining.Batch's patches that
+        varies most."""
         if self.processes.is_main:
-            middles = [patch[tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(patch.shape, crops.global_size))]
-                       for patch in batch.patches[:16]]
+            middles = [
+                patch[tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(patch.shape, crops.global_size))]
+                for patch in batch.patches[:16]
+            ]
             shown = max(range(len(middles)), key=lambda i: middles[i].float().clamp(*clip_range).std().item())
             examples = example_views(batch.patches[shown].to(self.processes.device), crops, clip_range)
-            rows = [[tile for view in views for tile in planes(view[0], batch.spacings[shown])]
-                    for views in examples.values()]
+            rows = [
+                [tile for view in views for tile in planes(view[0], batch.spacings[shown])]
+                for views in examples.values()
+            ]
             labels = [f"{name}: four draws, axial and coronal" for name in examples]
             self.picture("augmentations", montage(rows, labels, f"{scan_name(batch.paths[shown])}; {EVEN}"), step)
 
@@ -292,12 +365,17 @@ def summary(output_dir: Path | str) -> str:
     records = [record for record in records if record["kl"] is not None]  # None: all steps of the epoch were skipped
     if records:
         first, last = records[0], records[-1]
-        lines.append(f"epoch {last['epoch']}, step {last['step']}: KL divergence {first['kl_first_steps']:.3f} in the "
-                     f"first steps, {last['kl']:.3f} over the last epoch; teacher entropy "
-                     f"{last['teacher_entropy_share']:.2f} of ln(out_dim); {last['winning_prototypes']} prototypes win")
+        lines.append(
+            f"epoch {last['epoch']}, step {last['step']}: KL divergence {first['kl_first_steps']:.3f} in the "
+            f"first steps, {last['kl']:.3f} over the last epoch; teacher entropy "
+            f"{last['teacher_entropy_share']:.2f} of ln(out_dim); {last['winning_prototypes']} prototypes win"
+        )
     if skipped:
         lines.append(f"{skipped} steps were skipped, see skipped_steps in log.txt")
-    lines += [f"checkpoint   {output_dir / 'checkpoint.pth'}", f"log          {output_dir / 'log.txt'}",
-              f"pictures     {output_dir / 'views.png'}, {output_dir / 'augmentations.png'}",
-              f"TensorBoard  tensorboard --logdir {output_dir}"]
+    lines += [
+        f"checkpoint   {output_dir / 'checkpoint.pth'}",
+        f"log          {output_dir / 'log.txt'}",
+        f"pictures     {output_dir / 'views.png'}, {output_dir / 'augmentations.png'}",
+        f"TensorBoard  tensorboard --logdir {output_dir}",
+    ]
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""Planes of volumes as pictures, in millimetres and turned as radiologists see them, and many of them in one montage."""
+"""Planes of volumes as pictures, in millimetres and turned as radiologists see them, and many of them in one
+montage."""
+
 import collections
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +21,9 @@ from augmentations import (
     scale_intensity,
 )
 
-SIDE = 144          # pixels of a montage's largest tile, at least
-NO_TISSUE = 0.05    # grey value below which a voxel is taken for air (-900 HU in the default clip range)
-NEARLY_AIR = 0.3    # share of tissue below which a tile shows too little
+SIDE = 144  # pixels of a montage's largest tile, at least
+NO_TISSUE = 0.05  # grey value below which a voxel is taken for air (-900 HU in the default clip range)
+NEARLY_AIR = 0.3  # share of tissue below which a tile shows too little
 EVEN = "drawn in millimetres; the patient's right on the left, anterior or superior on top"
 
 
@@ -40,6 +42,7 @@ def plane(volume: np.ndarray, axis: int, spacing: ArrayLike, at: float = 0.5) ->
     at: where the plane lies along the axis, 0 to 1
     """
     from PIL import Image
+
     index = min(int(at * volume.shape[axis]), volume.shape[axis] - 1)
     picture = radiological(volume.take(index, axis)).astype(np.float32)
     mm = np.delete(np.asarray(spacing, float), axis)[::-1]  # (2,) of a row, of a column
@@ -56,18 +59,25 @@ def planes(view: Tensor, spacing: ArrayLike) -> list[np.ndarray]:
 def magnified(picture: np.ndarray, rows: int) -> np.ndarray:
     """A picture brought to a height in pixels."""
     from PIL import Image
+
     columns = max(1, round(picture.shape[1] * rows / picture.shape[0]))
     return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR))
 
 
-def montage(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] | None = None, title: str = "",
-            tile: int = SIDE, gap: int = 2) -> np.ndarray:
+def montage(
+    rows: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str] | None = None,
+    title: str = "",
+    tile: int = SIDE,
+    gap: int = 2,
+) -> np.ndarray:
     """uint8 (height, width) picture: rows of grey tiles in [0, 1], each row under its label, all under a title.
 
-    The largest tile is magnified to about `tile` pixels where it is smaller, all by the same whole factor. The picture is
-    as wide as its widest row or line of text.
+    The largest tile is magnified to about `tile` pixels where it is smaller, all by the same whole factor. The picture
+    is as wide as its widest row or line of text.
     """
     from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.load_default(13)
     zoom = max(1, round(tile / max(max(image.shape) for row in rows for image in row)))
     strip, top = 18 if labels else 0, 20 if title else 0  # heights of a label, of the title
@@ -93,8 +103,9 @@ def scan_name(path: Path | str) -> str:
     return "/".join(str(path).split("/")[-3:])
 
 
-def view_rows(views: Sequence[Tensor], names: Sequence[str], spacings: Sequence[ArrayLike],
-              most: int) -> tuple[list[list[np.ndarray]], list[str]]:
+def view_rows(
+    views: Sequence[Tensor], names: Sequence[str], spacings: Sequence[ArrayLike], most: int
+) -> tuple[list[list[np.ndarray]], list[str]]:
     """(rows, labels) of tiles for `montage`: at most `most` samples, those of different scans first.
 
     views: [global (2 B, 1, ...), local (L B, 1, ...)]; names: (B,) of the scans; spacings: (B, 3) mm per voxel
@@ -102,9 +113,9 @@ def view_rows(views: Sequence[Tensor], names: Sequence[str], spacings: Sequence[
     """
     rows = []
     for sample, spacing in enumerate(spacings):
-        row = [tile for view in views[0][sample::len(names)] for tile in planes(view[0], spacing)]
+        row = [tile for view in views[0][sample :: len(names)] for tile in planes(view[0], spacing)]
         for local in views[1:]:
-            row += [magnified(planes(view[0], spacing)[0], row[0].shape[0]) for view in local[sample::len(names)]]
+            row += [magnified(planes(view[0], spacing)[0], row[0].shape[0]) for view in local[sample :: len(names)]]
         rows.append(row)
     tissue = [min(np.mean(tile > NO_TISSUE) for tile in row) for row in rows]
     shown = [sample for sample, share in enumerate(tissue) if share > NEARLY_AIR] or [int(np.argmax(tissue))]
@@ -117,8 +128,9 @@ def view_rows(views: Sequence[Tensor], names: Sequence[str], spacings: Sequence[
     return [rows[sample] for sample in shown], [label.format(names[sample]) for sample in shown]
 
 
-def example_views(patch: Tensor, crops: MultiCropAugmentation, clip_range: tuple[float, float],
-                  draws: int = 4) -> dict[str, Tensor]:
+def example_views(
+    patch: Tensor, crops: MultiCropAugmentation, clip_range: tuple[float, float], draws: int = 4
+) -> dict[str, Tensor]:
     """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
 
     patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels,
@@ -132,9 +144,11 @@ def example_views(patch: Tensor, crops: MultiCropAugmentation, clip_range: tuple
     for name in (None, *AUGMENTATIONS):
         policy = replace(paper_policy([name] if name else []), prob=1.0)
         lattice, rng = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0)
-        matrices, displacements, intensity = zip(*(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws)))
+        matrices, displacements, intensity = zip(
+            *(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws))
+        )
         control = np.stack([lattice.control(matrix, centre, move) for matrix, move in zip(matrices, displacements)])
-        group, = collate_views([[ViewParameters(control, list(intensity))]])
+        (group,) = collate_views([[ViewParameters(control, list(intensity))]])
         on = name is None or name in crops.policy.on
         examples[(name or "plain") + ("" if on else " (off)")] = render_views(patches, lattice, group.to(patch.device))
     return examples
