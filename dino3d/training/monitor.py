@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from augmentations import MultiCropAugmentation
 from dino3d.command_line import UserError
-from dino3d.data.pretraining import Batch
 from dino3d.files import append_json, read_log, read_table, write_table
 from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, scan_name, view_rows
 from utils import Processes, Silent
@@ -97,7 +96,7 @@ class BadFiles:
         if epoch != self.epoch:
             self.epoch, self.reasons, self._new = epoch, {}, {}
 
-    def record(self, batch: Batch) -> None:
+    def record(self, batch: Any) -> None:
         """Take note of what a pretraining.Batch met on this rank. Raises UserError where it met so many that it gave
         up."""
         self._new.update(batch.bad)
@@ -334,7 +333,7 @@ class Monitor:
             self.picture("views", montage(rows, labels, f"what the networks see at step {step}; {EVEN}"), step)
 
     def show_augmentations(
-        self, batch: Batch, crops: MultiCropAugmentation, clip_range: tuple[float, float], step: int
+        self, batch: Any, crops: MultiCropAugmentation, clip_range: tuple[float, float], step: int
     ) -> None:
         """Picture of each augmentation alone, four draws each, on that one of a pretraining.Batch's patches that
         varies most."""
