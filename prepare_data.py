@@ -219,8 +219,5 @@ def main() -> None:
         raise UserError(str(error)) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------- demo
-
-
 if __name__ == "__main__":
     sys.exit(exit_status(main)[0])

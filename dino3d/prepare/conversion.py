@@ -97,7 +97,7 @@ def _lock(file: TextIO, output: Path) -> None:
 
 def _same_recipe(path: Path, recipe: dict[str, Any]) -> None:
     """Write down what the folder is made with; where files stand in it, that must be what they were made with."""
-    work, text = path.parent / WORK, json.dumps(recipe, indent=1) + "\n"
+    work, text = path.parent / WORK, json.dumps(recipe, indent=1, sort_keys=True) + "\n"
     stands = sorted(name for name in os.listdir(path.parent) if not name.startswith(".") and name != RECIPE)
     if stands and not path.exists():
         raise UserError(f"{path.parent}: holds {stands[0]}, which no earlier run made; give a new or empty --output")
