@@ -1,13 +1,13 @@
 """How fast the parts are, each against a baseline in the same run: what the README's speed table was made with.
 
-    python benchmark.py augment                  ten views of a sample on one core, against MONAI's transforms in a
-    chain python benchmark.py augment --device cuda    the same views on the GPU, the baseline still on one core
+    python benchmark.py augment                  ten views of a sample on one core, against MONAI's transforms
+    python benchmark.py augment --device cuda    the same views on the GPU, the baseline still on one core
     python benchmark.py read                     a random patch of a scan, against gzip ITK files, NIfTI and others
-    python benchmark.py convert                  a DICOM series into the layout, against SimpleITK reading and writing
-    it python benchmark.py data                     from the disk to a batch of views
+    python benchmark.py convert                  a DICOM series into the layout, against SimpleITK
+    python benchmark.py data                     from the disk to a batch of views
     python benchmark.py step                     a whole training step on ready views, time and memory
-    python benchmark.py train                    main_dino.py from the disk, against plain loader workers and a plain
-    step python benchmark.py infer                    a volume through a segmentation network, window by window
+    python benchmark.py train                    main_dino.py from the disk, against a plain loader and step
+    python benchmark.py infer                    a volume through a segmentation network, window by window
     python benchmark.py growth --output FILE     how a step's cost grows, as a picture
 
 Seconds are wall-clock. What it is compared with stands in dino3d/baselines.py. Baseline and ours take turns, so that a
@@ -110,7 +110,7 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--samples",
         default=1,
         type=number(int, 1),
-        help="samples of the baseline per repeat, beside two batches of ours; more even out what is drawn",
+        help="samples of the baseline per repeat, besides two batches of ours; more even out what is drawn",
     )
     sub, group = command(read, 7, ["cpu"], [1])
     group.add_argument(
@@ -472,9 +472,8 @@ def data(device: str, repeats: int, samples: int) -> dict[str, Any]:
 
         def ours(turn: int) -> None:
             start = time.perf_counter()
-            opened = [
-                sample for key in keys[turn] for sample in dataset.__getitems__([key])
-            ]  # a volume for each sample
+            # A volume opened for each sample
+            opened = [sample for key in keys[turn] for sample in dataset.__getitems__([key])]
             batch = collate(opened)
             preparing.append((time.perf_counter() - start) / size)
             batch = batch.to(torch.device(device))

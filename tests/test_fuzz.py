@@ -1,8 +1,7 @@
 """Malformed inputs of every kind through every reader: a normal result or a refusal in one line, and nothing else.
 
     FUZZ=2000 python -m pytest -s tests/test_fuzz.py    the long form; 220 inputs without it
-    python tests/test_fuzz.py FOLDER 17 1026            some inputs again, by their seeds; those with problems stay in
-    FOLDER
+    python tests/test_fuzz.py FOLDER 17 1026            some inputs again, by their seeds; those with problems stay
 
 A seed gives the kind of file and what is done to it. Inputs are read in another process with bounded memory, so that a
 crash or a hang is noticed, and known by its seed; a file that is not read as it should be stays where it was.
@@ -741,9 +740,8 @@ def test_malformed_inputs_are_read_or_refused_in_one_line(tmp_path):
 # ------------------------------------------------------------------------------------------------- MetaImage's headers
 
 # By some headers ITK ends the process, so images.require_sound_header lets it see one of few kinds. None of those is
-# kept
-# here: ITK reads all headers below or answers with an error, and the strictness towards them is what keeps the others
-# out.
+# kept here: ITK reads all headers below or answers with an error, and the strictness towards them is what keeps the
+# others out.
 HEADER = """ObjectType = Image
 NDims = 3
 BinaryData = True

@@ -165,8 +165,7 @@ def test_every_page_is_in_the_index():
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
-# snippets
+# ----------------------------------------------------------------------------------------------------------- snippets
 
 SNIPPETS = ("get_last_selfattention", "LogisticRegression", "write_volume", "RandElastic")  # a word of each, see below
 

@@ -42,9 +42,8 @@ def read_raw(path: str) -> sitk.Image:
         try:
             with Volume(path) as volume:
                 voxels = volume.read_values()
-                native = (
-                    np.float32 if voxels.dtype == np.float16 else voxels.dtype.newbyteorder("=")
-                )  # all that ITK takes
+                # ITK takes neither float16 nor another byte order
+                native = np.float32 if voxels.dtype == np.float16 else voxels.dtype.newbyteorder("=")
                 return _call(lambda: make_image(voxels.astype(native), volume.affine), path)
         except DataError as error:
             raise DataError(path, _one_line(error.reason, path)) from error
@@ -159,7 +158,7 @@ def _require_whole(path: Path | str, size: int) -> None:
 
 
 def _call(read: Callable[[], Any], path: Path | str) -> Any:
-    """What `read` returns, without what C libraries print of a broken file beside raising. Raises DataError."""
+    """What `read` returns, without what C libraries print of a broken file besides raising. Raises DataError."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

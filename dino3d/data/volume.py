@@ -20,7 +20,7 @@ from dino3d.files import atomic_write
 
 AIR = -1024  # HU; what lies outside a volume, and the floor for padding values of -2000 to -3024
 SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")  # what Volume reads
-VOLUME_SUFFIXES = (*SUFFIXES, ".mhd", ".mha", ".nrrd", ".nhdr")  # what images.py reads
+VOLUME_SUFFIXES = (*SUFFIXES, ".mhd", ".mha", ".nrrd", ".nhdr")  # what dino3d/data/images.py reads
 CHUNK = 32  # voxels per side of a chunk: a random crop then touches few bytes besides its own
 FILTERS = {
     "blosc": lambda: hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.BITSHUFFLE),
@@ -101,10 +101,9 @@ class Volume:
 
     def _read_inside(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         voxels = to_int16(self._take_oriented(low, high), self.path)
-        ours = (
-            type(voxels) is np.ndarray and voxels.flags.writeable and min(voxels.strides) > 0
-        )  # no file, and not flipped
-        return np.maximum(voxels, AIR, out=voxels if ours else None)
+        # In place unless the array is a file's or flipped
+        in_place = type(voxels) is np.ndarray and voxels.flags.writeable and min(voxels.strides) > 0
+        return np.maximum(voxels, AIR, out=voxels if in_place else None)
 
     def _take_oriented(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         slices = [None] * 3

@@ -130,8 +130,7 @@ class Segmenter(OnEncoder):
 
     encoder: a `vision_transformer.Encoder`; volumes are of any size that is a multiple of its patch
     decoder: one of `DECODERS`. Its `layers` are the indices of the blocks it reads, ascending, the encoder's last at
-    the
-        end; called with the volumes and those blocks' maps, it gives the logits
+        the end; called with the volumes and those blocks' maps, it gives the logits
     freeze_encoder: the encoder stays as it is, to the last bit, and always in evaluation mode
     """
 

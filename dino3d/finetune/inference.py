@@ -61,8 +61,7 @@ def infer_windows(
 def gather_rows(runtime: Runtime, cases: Sequence[int], mine: dict[int, np.ndarray]) -> np.ndarray:
     """(N, ...) one row per case, in the order of `cases`, of the rows that the ranks have for their shares.
 
-    cases: (N,) case numbers, each once; mine: {case: row} of this rank, which leaves the rest out when it is
-    interrupted.
+    cases: (N,) case numbers, each once; mine: {case: row} of this rank; it is incomplete where the rank was interrupted
     Raises Preempted, on all ranks, where one did so; RuntimeError unless every case has exactly one row.
     """
     rows, interrupted = {}, False

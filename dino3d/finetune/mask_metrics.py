@@ -1,8 +1,7 @@
 """What is measured and cleaned of a mask: overlap, surface distances, components.
 
 Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm. What lies outside a volume
-is
-background: where a mask touches the volume's border, its voxels there are surface.
+is background: where a mask touches the volume's border, its voxels there are surface.
 """
 
 import math

@@ -155,9 +155,7 @@ def outline(mask: np.ndarray, low: np.ndarray, zoom: np.ndarray, shape: Sequence
     lines, padded = np.zeros(shape, bool), np.pad(mask, 1)
     for axis in range(2):  # along which both voxels of a face are neighbours
         inner = padded[:, 1:-1] if axis == 0 else padded[1:-1]
-        starts = np.argwhere(
-            np.diff(inner.astype(np.int16), axis=axis)
-        )  # (N, 2) corners of the voxels behind the faces
+        starts = np.argwhere(np.diff(inner.astype(np.int16), axis=axis))  # (N, 2) corners of voxels behind the faces
         ends = starts + (np.arange(2) != axis)
         starts, ends = [np.rint((corners - low) * zoom).astype(int) + FRAME - width // 2 for corners in (starts, ends)]
         for (top, left), (bottom, right) in zip(np.maximum(starts, 0), np.maximum(ends + width, 0)):

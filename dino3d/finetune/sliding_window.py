@@ -6,7 +6,7 @@ right, anterior and superior whatever those of the file are, at the spacing that
 window by window. Log-probabilities, and not the classes, are then interpolated back to the voxels of the file, since
 borders between classes would become steps otherwise.
 
-Images are as in images.py. Volumes of log-probabilities are (classes, X, Y, Z) float32 on the CPU, finite.
+Images are as in dino3d/data/images.py. Volumes of log-probabilities are (classes, X, Y, Z) float32 on the CPU, finite.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from dino3d.data.volume import AIR
 from dino3d.files import atomic_write
 
 BLOCK = 64  # voxels per side of what is interpolated at once
-MARGIN = 1.25  # of a device's memory: what stitching takes beside the volumes that are counted
+MARGIN = 1.25  # of a device's memory: what stitching takes besides the volumes that are counted
 
 
 class Grid(NamedTuple):
@@ -70,8 +70,7 @@ def grid_of(image: sitk.Image) -> Grid:
     return Grid(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
 
-# --------------------------------------------------------------------------------------------------- reading, to the
-# grid
+# ----------------------------------------------------------------------------------------------- reading, to the grid
 
 
 def read_case(pair: Pair) -> tuple[sitk.Image, sitk.Image]:
@@ -105,8 +104,7 @@ def to_network_grid(image: sitk.Image, spacing: Sequence[float], is_label: bool 
     return resampling.resample(image, spacing, is_label, upright=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ in
-# windows
+# --------------------------------------------------------------------------------------------------------- in windows
 
 
 class Windows(NamedTuple):
@@ -134,8 +132,7 @@ def segment(
 
     networks: several, such as those of all folds, are averaged; each gives logits (B, classes, x, y, z) of windows
         (B, 1, x, y, z) with HU scaled to [0, 1], is on `device` and in evaluation mode
-    windows: Windows, whose logits are weighted by a Gaussian around their middle; a smaller image is surrounded with
-    air
+    windows: Windows, whose logits are weighted by a Gaussian around their middle; a smaller image is padded with air
     clip_range: (low, high) HU that become 0 and 1; autocast: gives the context that the networks run in
     stitch_on_cpu: whether the windows are put together there; None: if the device's memory is too small for that
     """
@@ -187,7 +184,7 @@ def _stitched(
 
 
 def _fits(logits_of: Callable[[Tensor], Tensor], voxels: Tensor, windows: Windows, device: torch.device) -> bool:
-    """Whether a GPU's memory holds the volumes of stitching, beside what the network needs for a batch of windows."""
+    """Whether a GPU's memory holds the volumes of stitching, besides what the network needs for a batch of windows."""
     batch = torch.full((windows.batch_size, 1, *windows.size), float(AIR), device=device)
     classes = logits_of(batch).shape[1]  # its memory is now reserved, and no longer counted as free
     sides = np.maximum(voxels.shape[2:], windows.size)
@@ -207,8 +204,7 @@ def mean_of(log_probabilities: Iterable[Tensor]) -> Tensor:
     return total.sub_(math.log(count))
 
 
-# ---------------------------------------------------------------------------------------------------- to the scan's
-# voxels
+# ----------------------------------------------------------------------------------------------- to the scan's voxels
 
 
 def to_scan_grid(log_probabilities: Tensor | np.ndarray, working: Grid, own: Grid) -> sitk.Image:
@@ -216,8 +212,7 @@ def to_scan_grid(log_probabilities: Tensor | np.ndarray, working: Grid, own: Gri
 
     log_probabilities: (classes, X, Y, Z) on the Grid `working`; linearly interpolated, then the most probable class.
     The same voxels, merely flipped or permuted, are taken as they are. Background where `working` ends more than a
-    voxel
-    before: half of one is what rounding to whole voxels may leave out.
+    voxel before: half of one is what rounding to whole voxels may leave out.
     """
     maps = np.asarray(log_probabilities)
     to_index = np.linalg.solve(working.affine, own.affine)  # (4, 4) from own to working voxel indices

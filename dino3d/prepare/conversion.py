@@ -65,7 +65,7 @@ def fingerprint(*parts: Any) -> str:
 def open_output(output: Path, recipe: dict[str, Any]) -> Iterator["Records"]:
     """The output folder, made and locked, for a run with these options; a Records of what stands in it.
 
-    recipe: dict of everything that the outputs depend on beside the inputs. Raises UserError where the folder was made
+    recipe: dict of everything that the outputs depend on besides the inputs. Raises UserError where the folder was made
     with another, is in use or can't be written to.
     """
     work = output / WORK
@@ -208,7 +208,7 @@ def convert_all(
     """Do the jobs that are not done yet, then write the manifest; returns an Outcome for `report_outcome`.
 
     convert: a module's function from a job's task to an iterator of Outputs; it runs in a worker and may raise
-    DataError
+        DataError
     columns: of the manifest; unit: what the progress bar counts
     Raises UserError where the output can't be written; what is done stays done.
     """
