@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dino3d.bspline import SPANS, Lattice, rotation_matrix, sampling_grid, warp  # noqa: F401  imported from here too
+from dino3d.bspline import SPANS, Lattice, rotation_matrix, sampling_grid, warp  # noqa: F401  part of this module's interface
 from dino3d.command_line import boolean_flag
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
@@ -56,6 +56,7 @@ def draw_factors(rng: np.random.RandomState, amount: float) -> np.ndarray:
 
 
 def draw_axis(rng: np.random.RandomState, _: int) -> int:
+    """The axis to mirror."""
     return rng.randint(3)
 
 
@@ -66,9 +67,9 @@ def mirror_matrix(axis: int) -> np.ndarray:
     return np.diag(signs)
 
 
-def draw_elastic(rng: np.random.RandomState, most: float) -> tuple[float, int]:
-    """(largest displacement, seed): a generator of their own, as the number of displacements depends on the lattice."""
-    return rng.uniform(0, most), rng.randint(2**31)
+def draw_elastic(rng: np.random.RandomState, limit: float) -> tuple[float, int]:
+    """(largest displacement, seed of the displacements' own generator: how many there are depends on the lattice)."""
+    return rng.uniform(0, limit), rng.randint(2**31)
 
 
 def elastic_moves(drawn: tuple[float, int], lattice: tuple[int, ...]) -> np.ndarray:
@@ -77,13 +78,13 @@ def elastic_moves(drawn: tuple[float, int], lattice: tuple[int, ...]) -> np.ndar
     A cubic B-spline map is one-to-one, its Jacobian positive everywhere, if no control point moves by 1 / 2.479
     of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
     """
-    size, seed = drawn
-    return size * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
+    largest, seed = drawn
+    return largest * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
 
 
-def draw_sigma(rng: np.random.RandomState, most: float) -> np.ndarray:
+def draw_sigma(rng: np.random.RandomState, limit: float) -> np.ndarray:
     """(3,) standard deviations in voxels."""
-    return rng.uniform(0, most, 3)
+    return rng.uniform(0, limit, 3)
 
 
 def gaussian_smooth(views: Tensor, sigma: Tensor) -> Tensor:
@@ -289,7 +290,7 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
     def draw(
         self, rng: np.random.RandomState, lattice: tuple[int, ...], names: Iterable[str] = AUGMENTATIONS
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """(matrix, moves, intensity) of one view: `Lattice.control` takes the first two.
+        """(matrix, displacements, intensity) of one view: `Lattice.control` takes the first two.
 
         lattice: (gx, gy, gz) control points; names: whose draws are made, in the table's order
         matrix: (3, 3) from offsets in the view to offsets in the patch: rotation times scale times flip. The order and
@@ -333,7 +334,7 @@ class ViewParameters(NamedTuple):
 
 
 class ViewBatch(NamedTuple):
-    """The same of a batch, N views with the first of all samples first.
+    """All that is random about the N = V B views of one size of a batch: the first view of all samples comes first.
 
     control: (N, gx, gy, gz, 3) float32
     intensity: {name: (indices (n,), values (n, ...) float32)} of the views that each acts on, in the table's order.
@@ -373,8 +374,8 @@ class MultiCropAugmentation:
         self.policy, self.local_number, self.spacing = policy, local_number, spacing
         self.global_size, self.local_size = tuple(global_size), tuple(local_size)
         # Two windows of size n shifted by f n along every axis: IoU = (1 - f)^3 / (2 - (1 - f)^3)
-        most = 1 - (2 * min_iou / (1 + min_iou)) ** (1 / 3)
-        self.core = tuple(n + int(most * n) for n in self.global_size)
+        max_shift = 1 - (2 * min_iou / (1 + min_iou)) ** (1 / 3)
+        self.core = tuple(n + int(max_shift * n) for n in self.global_size)
         self.lattices = [
             Lattice.for_views(size, policy, self.global_size) for size in (self.global_size, self.local_size)
         ]
@@ -412,18 +413,18 @@ class MultiCropAugmentation:
         patch_spacing: ArrayLike | None,
         names: Iterable[str] = AUGMENTATIONS,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """(control, intensity) of one view. names: see `Policy.draw`."""
+        """(control (gx, gy, gz, 3), intensity {name: values}) of one view. names: see `Policy.draw`."""
         size, core, patch_size = np.array(lattice.size), np.array(self.core), np.array(self.patch_size)
         # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
         start = (patch_size - core) // 2 + rng.randint(0, core - size + 1)
         shift = start + (size - 1) / 2 - (patch_size - 1) / 2  # of the view's centre from the patch's
         matrix, displacements, intensity = self.policy.draw(rng, lattice.shape, names)
-        ours, theirs = (1.0, 1.0) if self.spacing is None else (np.array(self.spacing), np.array(patch_spacing))
-        centre = (np.array(patch_shape) - 1) / 2 + shift * ours / theirs
-        return lattice.control(matrix, centre, displacements, ours, theirs), intensity
+        mm = (1.0, 1.0) if self.spacing is None else (np.array(self.spacing), np.array(patch_spacing))  # view, patch
+        centre = (np.array(patch_shape) - 1) / 2 + shift * mm[0] / mm[1]
+        return lattice.control(matrix, centre, displacements, *mm), intensity
 
     def _patch_size(self, views: int = 1200, points: int = 9) -> tuple[int, ...]:
-        """Found by drawing: the smallest patch, its axes cut at one common quantile, that meets the 5 % and 1 %."""
+        """The smallest patch, its axes cut at one common quantile, that meets 5 % and 1 %; found by drawing views."""
         self.patch_size = self.core  # the draws below measure from its centre
         lattice, rng = self.lattices[0], np.random.RandomState(0)
         # Voxels, closer to each other towards the ends, where views spill first, and the share that each stands for
@@ -454,6 +455,7 @@ class MultiCropAugmentation:
     ) -> list[Tensor]:
         """The views of a batch: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)], first view of all samples first.
 
+        L: local_number
         patches: (B, X, Y, Z) int16 HU on any device
         groups: as `collate_views` returns them, on the same device
         clip_range: HU that become 0 and 1
@@ -485,7 +487,7 @@ def collate_views(samples: Sequence[Sequence[ViewParameters | None]]) -> list[Vi
         if group[0] is None:
             groups.append(None)
             continue
-        control = torch.from_numpy(np.concatenate(np.stack([part.control for part in group], 1)))
+        control = torch.from_numpy(np.concatenate(np.stack([part.control for part in group], 1)))  # (V B, gx, ...)
         intensity, views = {}, list(itertools.chain(*zip(*(part.intensity for part in group))))  # in control's order
         for name in AUGMENTATIONS:
             indices = [i for i, view in enumerate(views) if name in view]

@@ -6,9 +6,9 @@ One machine with four GPUs, a laptop, two machines, Slurm:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main_dino.py ...
     srun --ntasks-per-node=8 --gpus-per-task=1 --kill-on-bad-exit=1 python main_dino.py ...
 
-The same --output_dir resumes where it stopped; SIGTERM or SIGUSR1 makes a run save and end (exit code 75). What stands
-there: checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies, config.json, log.txt
-(one JSON object per epoch), data_list.txt, views.png, augmentations.png, TensorBoard.
+The same --output_dir resumes where it stopped; SIGTERM or SIGUSR1 makes a run save and end (exit code 75). The folder
+holds checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies, config.json, log.txt
+(one JSON object per epoch), data_list.txt, views.png, augmentations.png and TensorBoard's files.
 """
 
 import argparse
@@ -328,15 +328,15 @@ def get_args_parser() -> command_line.ArgumentParser:
     group.add_argument(
         "--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL", help="replaced by --precision"
     )
-    group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) tells")
+    group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) sets it")
     group.add_argument(
-        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) tells"
+        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) sets it"
     )
     return parser
 
 
 def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what is wrong whatever the data (exit code 2)."""
+    """Refuse what is wrong whatever the data (exit code 2), and add args.local_size, (3,) voxels of a local view."""
     args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
     for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
         if any(n % p for n, p in zip(size, args.patch_size)) and (size is args.input_size or args.local_crops_number):
@@ -383,7 +383,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = functools.partial(
         build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head
     )
-    student, teacher = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing), build(0.0, True)
+    student = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing)
+    teacher = build(drop_path_rate=0.0, norm_last_layer=True)  # follows the student without gradients
     if args.pretrained_weights:
         notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
     teacher.load_state_dict(student.state_dict())  # both start from the same weights
@@ -431,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         copy_stream=torch.cuda.Stream() if processes.device.type == "cuda" else None,
     )
     progress = restore(state, output_dir, vars(args))
-    progress.end_epoch(samples_per_epoch, global_batch)  # a larger batch than before may not fit into what is left
+    progress.end_epoch(samples_per_epoch, global_batch)  # resumed with a larger batch: the rest may fill none
     last_step = progress.step + steps_left(samples_per_epoch, global_batch, args.epochs, progress)
     last_step = min(last_step, args.max_steps or last_step)
     for notice in notices:
@@ -570,9 +571,7 @@ class TrainState:
             current = torch.cuda.current_stream()
             current.wait_stream(self.copy_stream)
             for view in views:
-                view.record_stream(
-                    current
-                )  # their memory is given to other views only when this stream is done with it
+                view.record_stream(current)  # its memory is used for other views only after this stream is done with it
         return views
 
 
@@ -625,7 +624,7 @@ def train_one_epoch(
 
 
 class Step(NamedTuple):
-    """What a step tells, all of it on the device.
+    """What a step returns, all of it on the device.
 
     finite: () bool, False if the loss or a gradient was not finite: then nothing has changed
     metrics: {name: ()} whatever the monitor is to average and show, in the order of log.txt
@@ -648,13 +647,13 @@ def train_step(
         local (L B, 1, x, y, z)], the first view of all samples first
     scheduled: what the schedules say
     """
-    batch_norms = [*state.student.buffers(), *state.teacher.buffers()]
-    before = [buffer.clone() for buffer in batch_norms]
+    batch_norms = [*state.student.buffers(), *state.teacher.buffers()]  # statistics, put back if the step is skipped
+    buffers_before = [buffer.clone() for buffer in batch_norms]
     state.optimizer.zero_grad(set_to_none=True)
     terms, air, centers, winners = [], [], [], []
     for micro, views in enumerate(micro_batches, 1):
         last = micro == state.accumulate_steps
-        with gradients_stay_here(state.network, not last):
+        with no_sync(state.network, enabled=not last):
             with torch.autocast(state.processes.device.type, state.dtype, enabled=state.dtype != torch.float32):
                 with torch.no_grad():
                     # (2 B, out_dim), (2 B, D)
@@ -663,11 +662,11 @@ def train_step(
                 if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
                     mean_center = state.processes.mean_async(torch.cat(centers).mean(0, keepdim=True))
                 student_logits = state.network(views)  # ((2 + L) B, out_dim)
-            losses, best = state.dino_loss(student_logits, teacher_logits, scheduled["teacher_temp"])
+            losses, winning = state.dino_loss(student_logits, teacher_logits, scheduled["teacher_temp"])
             state.scaler.scale(losses["loss"] / state.accumulate_steps).backward()
         terms.append(torch.stack([term.detach() for term in losses.values()]))
         air.append(air_share(views))
-        winners.append(best)
+        winners.append(winning)
 
     for group in state.optimizer.param_groups:
         group["lr"] = scheduled["lr"]
@@ -677,23 +676,23 @@ def train_step(
         for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None
     norm = clip_gradients(state.student, state.clip_grad)
-    # NaN on one rank is NaN on all after DDP's all-reduce. In fp16 steps are skipped too while the loss's scale is
-    # sought
+    # NaN on one rank is NaN on all after DDP's all-reduce. In fp16, steps are also skipped while the scaler is still
+    # looking for a loss scale
     finite = norm.isfinite()
     step_if_finite(state.optimizer, finite)
     state.scaler.update()
     update_teacher(state.student, state.teacher, scheduled["momentum_teacher"], finite)
     state.dino_loss.update_center(mean_center(), finite)
-    for buffer, old in zip(batch_norms, before):
+    for buffer, old in zip(batch_norms, buffers_before):
         buffer.copy_(torch.where(finite, buffer, old))
     metrics = dict(zip(losses, torch.stack(terms).mean(0)))  # over the micro-batches
     metrics |= {"grad_norm": norm, "air_views": torch.stack(air).mean()}
     return Step(finite, metrics, torch.cat(winners), features)
 
 
-def gradients_stay_here(network: nn.Module, yes: bool) -> contextlib.AbstractContextManager[None]:
+def no_sync(network: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Context in which DDP leaves gradients on their rank: they are averaged once, with the step's last micro-batch."""
-    return network.no_sync() if yes and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
+    return network.no_sync() if enabled and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
 class DINOLoss(nn.Module):
@@ -716,8 +715,8 @@ class DINOLoss(nn.Module):
         and the teacher's mean entropy, in nats; and the largest prototype of each teacher output (2 B,).
         """
         batch, out_dim = len(teacher_logits) // 2, teacher_logits.shape[1]
-        at_least = torch.promote_types(student_logits.dtype, torch.float32)
-        log_teacher = ((teacher_logits.to(at_least) - self.center) / teacher_temp).log_softmax(-1)  # (2 B, K)
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 and fp16 are too coarse for a softmax
+        log_teacher = ((teacher_logits.to(dtype) - self.center) / teacher_temp).log_softmax(-1)  # (2 B, K)
         teacher = log_teacher.exp()
         views = student_logits.view(-1, batch, out_dim)  # (V, B, K)
         pairs = 2 * (len(views) - 1)
@@ -731,13 +730,16 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, mean: Tensor, finite: Tensor) -> None:
-        """Running mean of the teacher's logits (eq. 4), unless the step was skipped. mean: (1, K) over batch and
-        ranks."""
+        """Running mean of the teacher's logits (eq. 4). mean: (1, K) over batch and ranks; finite: () bool, False: the
+        step was skipped and the centre stays as it is."""
         self.center.lerp_(torch.where(finite, mean, self.center), 1 - self.center_momentum)
 
 
 def reference_cross_entropy(views: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The loss as equation 1 has it, summed over the pairs of a sample's views: what CrossEntropy computes. (B,)"""
+    """(B,) the loss as equation 1 has it, summed over the pairs of a sample's views, to compare CrossEntropy with.
+
+    views: (V, B, K) the student's logits; first, second: (B, K) the teacher's probabilities
+    """
     loss = torch.zeros_like(first[:, 0])
     for t, teacher in enumerate((first, second)):
         for v, view in enumerate(views):
@@ -751,8 +753,7 @@ class CrossEntropy(torch.autograd.Function):
     student's logits over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
 
     One view at a time, also in the gradient, (n softmax(s) - q) / temperature: all views' logits exist once, in the
-    precision in which the head gave them, and nothing but the (V, B) normalisers is kept beside them for the backward
-    pass.
+    precision in which the head gave them, and besides them the backward pass needs only the (V, B) normalisers.
     """
 
     @staticmethod
@@ -785,17 +786,19 @@ class CrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float, finite: Tensor) -> None:
-    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * student (algorithm 1), unless
-    skipped."""
+    """Exponential moving average (algorithm 1): teacher = momentum * teacher + (1 - momentum) * student.
+
+    finite: () bool, False: the step was skipped and the teacher stays as it is
+    """
     teacher_weights, student_weights = list(teacher.parameters()), list(student.parameters())
     weight = finite.to(student_weights[0].dtype) * (1 - momentum)  # 0 leaves the teacher as it is
     torch._foreach_lerp_(teacher_weights, student_weights, [weight] * len(teacher_weights))
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
-    """Bring the norm of each parameter's gradient down to `largest` (0: leave them); the whole norm before that.
+    """Scale each parameter's gradient down to a norm of at most `largest` (0: leave them as they are).
 
-    Per tensor, as DINO does it, and not over all of them together.
+    Per tensor, as DINO does it, and not over all of them together. Returns () the norm of all before clipping.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
@@ -927,7 +930,7 @@ def wrap_ddp(
             raise UserError("--use_bn_in_head true with several processes needs GPUs", everywhere=True)
         student.head, teacher.head = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head))
     devices = None if processes.device.type == "cpu" else [processes.device]
-    # A static graph spares DDP to look for what each step uses; it can't be had with no_sync (pytorch issue 143580)
+    # A static graph spares DDP the search for what each step uses; it does not work with no_sync (pytorch issue 143580)
     return DistributedDataParallel(
         student, device_ids=devices, gradient_as_bucket_view=True, static_graph=accumulate_steps == 1
     ), teacher
@@ -938,8 +941,8 @@ def compile_blocks(
 ) -> list[str]:
     """Let torch.compile fuse what happens between the matrix products of each block, in place; returns notices.
 
-    Block by block, since all have one code: it is compiled once per shape, in a minute and not many. backend: see
-    torch.compile
+    Block by block, since all blocks share their code: it is compiled once per shape, which takes a minute and not many.
+    backend: see torch.compile
     """
     trial = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
     try:
@@ -976,7 +979,7 @@ def save(
 
 
 def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Progress:
-    """Go on from the checkpoint in the output folder, if there is one; returns how far it is."""
+    """Resume from the checkpoint in the output folder, if there is one; returns how far it is."""
     fixed = (
         "arch",
         "patch_size",

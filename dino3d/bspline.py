@@ -86,8 +86,8 @@ def warp(patch: Tensor, control: Tensor, lattice: Lattice, mode: str = "bilinear
 
     patch: (B, C, X, Y, Z); control: (B, gx, gy, gz, 3) in voxels; returns (B, C, x, y, z).
     """
-    # grid_sample wants -1 .. 1 between the first and the last voxel's centre, and the fastest axis first. Axis by axis,
-    # as a tensor of the patch's shape would be a copy to the GPU, which the host waits for
+    # grid_sample expects -1 .. 1 between the centres of the first and the last voxel, and the fastest axis first. Axis
+    # by axis, as a tensor of the patch's shape would be a copy to the GPU, which the host waits for
     x, y, z = (at * (2 / max(n - 1, 1)) - 1 for at, n in zip(control.unbind(-1), patch.shape[2:]))
     grid = sampling_grid(torch.stack([z, y, x], -1), lattice)
     return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)

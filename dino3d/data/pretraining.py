@@ -71,13 +71,10 @@ class PretrainingPatches(Dataset):
         self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
         self.patches_per_volume, self.strict = patches_per_volume, strict
         self.max_bad = len(paths) if max_bad is None else max_bad
-        self._epoch, self._bad = (
-            None,
-            {},
-        )  # path -> reason; this worker's memory, so that no file is tried twice in an epoch
+        self._epoch, self._bad = None, {}  # {path: reason} that this worker has met in the epoch: not tried again
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
-        """The samples of a batch; neighbours from one volume share one opening of its file."""
+        """The samples of a batch, or [Failure]; neighbours from one volume share one opening of its file."""
         samples, opened = [], None
         try:
             for epoch, sample in keys:
@@ -121,14 +118,15 @@ class PretrainingPatches(Dataset):
     def _draw(
         self, volume: Volume, epoch: int, sample: int
     ) -> tuple[np.ndarray, list[ViewParameters | None], tuple[float, ...]]:
-        """(patch, views, its mm per voxel) of one sample: where spacing is given, a much finer volume is averaged
-        first."""
+        """(patch (x, y, z) int16, views, (3,) mm per voxel of the patch) of one sample.
+
+        Where the views have a spacing of their own, a much finer volume is averaged over blocks of voxels first.
+        """
         crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
         spacing = np.array(volume.spacing)
-        stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # volume voxels per view's
-        # Spacings in files are rounded: - 1e-3 below keeps a view's voxels on the file's where both are meant to be
-        # equal
-        factors = np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)
+        stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # file's voxels per view's
+        factors = np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)  # (3,) sides of the blocks
+        # Spacings in files are rounded: - 1e-3 keeps a view's voxels on the file's where both are meant to be equal
         size = np.ceil(np.array(crops.patch_size) * stretch / factors - 1e-3).astype(int) * factors
         start = place_patch(
             rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int), size
@@ -143,7 +141,7 @@ class PretrainingPatches(Dataset):
 
 
 def place_patch(rng: np.random.RandomState, shape: np.ndarray, core: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`.
+    """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`, all (3,) voxels.
 
     The margin around the core stays inside too, so that turned views don't look beyond the volume, unless that left
     less than half of the room to choose from. A volume smaller than the core sits in its middle.
@@ -205,15 +203,15 @@ def epoch_order(volumes: int, patches_per_volume: int, seed: int, epoch: int) ->
     """
     run = min(patches_per_volume, PATCHES_PER_READ)
     starts = np.arange(0, patches_per_volume, run)
-    runs = (np.arange(volumes)[:, None] * patches_per_volume + starts).ravel()
+    runs = (np.arange(volumes)[:, None] * patches_per_volume + starts).ravel()  # first sample of each run
     runs = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(runs)
-    order = (runs[:, None] + np.arange(run)).ravel()
+    order = (runs[:, None] + np.arange(run)).ravel()  # (runs * run,)
     ends = (runs // patches_per_volume + 1) * patches_per_volume
     return order[order < np.repeat(ends, run)]  # a volume's last run may be shorter
 
 
 class BatchStream(Sampler):
-    """Batches of keys (epoch, sample) from a position in the run to its end, without a pause between epochs.
+    """Batch sampler of keys (epoch, sample) from a position in the run to its end, without a pause between epochs.
 
     The epoch's order is cut into global batches and each of those into the ranks' shares, so that the samples of a
     step do not depend on the number of ranks, nor on the batches that each share is cut into. What is left at an
@@ -249,7 +247,7 @@ class BatchStream(Sampler):
             share = self.batch_size * self.accumulate_steps
             step = share * self.world_size
             for at in range(position, len(order) - step + 1, step):
-                mine = order[at + self.rank * share :][:share]
+                mine = order[at + self.rank * share :][:share]  # this rank's samples of the step
                 for batch in mine.reshape(self.accumulate_steps, self.batch_size):
                     yield [(epoch, int(sample)) for sample in batch]
             position = 0

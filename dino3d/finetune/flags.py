@@ -216,9 +216,9 @@ def add_finetune_flags(
     group.add_argument(
         "--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL", help="replaced by --precision"
     )
-    group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) tells")
+    group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) sets it")
     group.add_argument(
-        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) tells"
+        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) sets it"
     )
 
 

@@ -29,25 +29,25 @@ def reading_processes(wanted: int | None, processes: Processes, batch_bytes: int
     fits = int(room // batch_bytes)  # batches
     if fits >= workers * READY_BATCHES:
         return workers, READY_BATCHES, []
-    told = (
+    shortage = (
         f"/dev/shm has room for {fits} batches of {batch_bytes / 2**20:.0f} MiB per process, fewer than the "
         f"{workers * READY_BATCHES} of {workers} reading processes: "
     )
     if fits >= workers:
         return workers, 1, []
     if wanted is not None:
-        return workers, 1, [told + "if a reading process dies of a bus error, lower --num_workers or enlarge it"]
+        return workers, 1, [shortage + "if a reading process dies of a bus error, lower --num_workers or enlarge it"]
     return (
         fits,
         1 if fits else None,
-        [told + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"],
+        [shortage + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"],
     )
 
 
-def next_batch(batches: Iterator[Any], note: Callable[[Any], None] = lambda batch: None) -> Any:
+def next_batch(batches: Iterator[Any], record: Callable[[Any], None] = lambda batch: None) -> Any:
     """The next of a loader's batches; UserError for one whose `fatal` says why nothing came, or if a worker died.
 
-    note: sees each batch before
+    record: called with the batch before its `fatal` is looked at
     """
     try:
         batch = next(batches)
@@ -55,7 +55,7 @@ def next_batch(batches: Iterator[Any], note: Callable[[Any], None] = lambda batc
         if not is_worker_death(error):
             raise
         raise UserError(worker_death(error)) from error
-    note(batch)
+    record(batch)
     if batch.fatal:
         raise UserError(batch.fatal)
     return batch

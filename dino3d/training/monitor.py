@@ -87,11 +87,8 @@ class BadFiles:
 
     def __init__(self, path: Path, processes: Processes, volumes: int, most: int) -> None:
         self.path, self.processes, self.volumes, self.most = path, processes, volumes, most
-        self.epoch, self.reasons, self._new = (
-            None,
-            {},
-            {},
-        )  # {file: reason} of all ranks; of this one since they last met
+        # {file: reason} of all ranks; of this one since they last met
+        self.epoch, self.reasons, self._new = None, {}, {}
 
     def start_epoch(self, epoch: int | None) -> None:
         if epoch != self.epoch:
@@ -214,8 +211,8 @@ class Monitor:
         winners: (2 B,) prototypes of the teacher's outputs; waited: seconds without data
         """
         self._names = self._names or tuple(metrics)
-        told = torch.stack([metrics[name].to(metrics["kl"].dtype) for name in self._names])
-        self._sums = self._sums + torch.where(finite, torch.cat([told, torch.ones_like(told[:1])]), 0)
+        values = torch.stack([metrics[name].to(metrics["kl"].dtype) for name in self._names])
+        self._sums = self._sums + torch.where(finite, torch.cat([values, torch.ones_like(values[:1])]), 0)
         self._wins.index_add_(0, winners, finite.to(self._wins.dtype).expand(len(winners)))
         self._steps, self._waited, self._views = self._steps + 1, self._waited + waited, self._views + len(winners)
         self.bar.update()
