@@ -6,9 +6,9 @@ Four GPUs, a laptop, new crops:
     python main_lnc_luna16.py --protocol linear --pretrained_weights model.pth --data_dir DIR --output_dir OUT
     python main_lnc_luna16.py --predict DIR --weights OUT --output_dir PREDICTIONS
 
-The same --output_dir resumes where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
-best.pth, the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png,
-config.json, TensorBoard.
+The same --output_dir resumes where it stopped. It holds a folder per fold (checkpoint.pth, the newest state; best.pth,
+the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png, config.json and
+TensorBoard's files.
 """
 
 import argparse
@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------------------------------------------------- data
     cases = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
+    # Splits are by patients. data: what splits.json keeps with them, size and spacing of the crops once they are known
     splits, data = processes.run_on_main(
         lambda: make_splits(
             output_dir / "splits.json",
@@ -181,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("crop_size", "crop_spacing"),
         )
     )
-    sides = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
+    case_splits = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
     if "crop_size" not in data:
-        check_training_sides(sides, cases)
+        check_training_sides(case_splits, cases)
         data["crop_size"], data["crop_spacing"] = check_crops(cases.paths, processes)
     cases = cases._replace(crop_size=data["crop_size"])
 
@@ -198,31 +199,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # -------------------------------------------------------------------------------------------------- optimisation
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
-    in_mm = data["crop_spacing"] if args.spacing else None  # views were turned and scaled in mm in pre-training too
-    augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, in_mm)
+    spacing = data["crop_spacing"] if args.spacing else None  # augments in mm, as pre-training with --spacing did
+    augmentation = WindowAugmentation(policy, args.input_size, args.shift_range, spacing)
     dataset = TrainingCrops(cases.paths, cases.crop_size, augmentation, args.seed)
     train_config = TrainConfig.from_flags(vars(args), epochs=0 if args.protocol == "knn" else args.epochs)
 
     # ------------------------------------------------------------------------------------------------------ training
     start_run(output_dir, config, FIXED, splits, data, processes, len(cases.names))
-    orders = [functools.partial(case_order, side.train, cases.labels, args.negatives, args.seed) for side in sides]
+    orders = [
+        functools.partial(case_order, split.train, cases.labels, args.negatives, args.seed) for split in case_splits
+    ]
     longest = max(len(order(0)) for order in orders)
     notices += one_step_notice(longest, train_config.epochs, args.batch_size_per_gpu * processes.world_size)
-    for line in [*notices, run_summary(config, processes, cases, sides)]:
+    for line in [*notices, run_summary(config, processes, cases, case_splits)]:
         processes.print(line)
-    left = args.max_steps or math.inf
+    steps_left = args.max_steps or math.inf
     with runtime.stop_signal:
-        for number, (side, order) in enumerate(zip(sides, orders)):
+        for number, (split, order) in enumerate(zip(case_splits, orders)):
             torch.manual_seed(args.seed)  # every fold starts from the same weights
-            drawn = draw_negatives(side.train, cases.labels, args.negatives, args.seed, 0)
+            drawn = draw_negatives(split.train, cases.labels, args.negatives, args.seed, 0)  # the first epoch's cases
             model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, len(drawn), args.knn_k)
             steps, finished = run_fold(
-                Fold(number, output_dir / str(number), *side),
+                Fold(number, output_dir / str(number), *split),
                 model.to(processes.device),
                 train_config,
                 config,
                 runtime,
-                left,
+                steps_left,
                 dataset=dataset,
                 epoch_order=order,
                 score=SCORE,
@@ -237,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 test=functools.partial(test_fold, cases=cases, clip_range=args.clip_range),
                 fit=functools.partial(fit_head, cases=cases, clip_range=args.clip_range, drawn=drawn),
             )
-            left -= steps
+            steps_left -= steps
             if not finished:
                 processes.print(
                     f"stopped in fold {number} after {args.max_steps} steps; the same command without "
@@ -314,10 +317,10 @@ def find_cases(folder: str, output_dir: Path) -> Cases:
     )
 
 
-def check_training_sides(sides: Sequence[Split], cases: Cases) -> None:
+def check_training_sides(case_splits: Sequence[Split], cases: Cases) -> None:
     """UserError where a fold has a class that it can't learn."""
-    for fold, side in enumerate(sides):
-        missing = sorted(set(range(cases.classes)) - set(cases.labels[side.train].tolist()))
+    for fold, split in enumerate(case_splits):
+        missing = sorted(set(range(cases.classes)) - set(cases.labels[split.train].tolist()))
         if missing:
             raise UserError(
                 f"fold {fold} has no patient with label{missing[0]} to train on: too few patients have "
@@ -401,7 +404,7 @@ def classify(model: Classifier, volumes: Tensor) -> Tensor:
 def probabilities_of(
     model: Classifier, numbers: np.ndarray, cases: Cases, clip_range: Sequence[float], runtime: Runtime
 ) -> np.ndarray:
-    """(N, classes) of the cases with these numbers."""
+    """(N, classes) probabilities of the cases with these numbers."""
     dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
     return infer_windows(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime)
 
@@ -410,8 +413,8 @@ def validate(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> Val
     """fold_loop.Validation of the fold's validation cases; the threshold is chosen on them too."""
     probabilities = probabilities_of(state.model, state.fold.validation, cases, clip_range, state.runtime)
     labels = cases.labels[state.fold.validation]
-    chosen = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)
-    loss = float(np.mean([-np.log(chosen[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
+    of_label = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)  # (N,)
+    loss = float(np.mean([-np.log(of_label[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
     return Validation(
         {"auc": area_under_roc(labels, probabilities), "loss": loss},
         {"threshold": choose_threshold(labels, probabilities)},
@@ -459,8 +462,8 @@ def predict(folder: str, weights: str, output_dir: Path, runtime: Runtime) -> No
     names = processes.run_on_main(lambda: case_names(paths, folder))
     spacing = processes.run_on_main(lambda: spacing_of(paths[0]))
     total, thresholds = 0.0, []
-    for where in folders:
-        model, config, best = load_fold(where / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
+    for fold_folder in folders:
+        model, config, best = load_fold(fold_folder / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         model = model.to(processes.device).eval()
         dataset = EvaluationCrops(paths, config["input_size"])
         total = total + infer_windows(
@@ -505,20 +508,23 @@ def warnings_about(encoder: PretrainedEncoder, protocol: str, data: dict[str, An
     return lines
 
 
-def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, sides: Sequence[Split]) -> str:
+def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, case_splits: Sequence[Split]) -> str:
     """What is about to run, in a few lines."""
     counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
-    test = "each subset tested once" if config["folds"] == "subsets" else f"test set of {len(sides[0].test)} cases"
+    test = (
+        "each subset tested once" if config["folds"] == "subsets" else f"test set of {len(case_splits[0].test)} cases"
+    )
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     return (
         f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
         f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
-        f"{len(sides)} folds, {test}; crops {format_values(config['crop_size'])}, input "
+        f"{len(case_splits)} folds, {test}; crops {format_values(config['crop_size'])}, input "
         f"{format_values(config['input_size'])}"
     )
 
 
 def with_interval(record: dict[str, Any]) -> str:
+    """The AUC of a record of metrics as text, with its interval if there is one."""
     interval = record["auc_interval"]
     return format_metric(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
@@ -528,7 +534,7 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
     records, tables, means, deviations = collect_folds(
         output_dir, folds, "predictions.csv", table_header(cases.classes), CASE_METRICS
     )
-    together = pool_predictions(tables, records, cases)
+    pooled = pool_predictions(tables, records, cases)
     write_json(
         output_dir / "metrics.json",
         {
@@ -539,11 +545,11 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
             "folds": records,
             "mean": means,
             "sd": deviations,
-            "all_folds": {"cases": len(together.labels), **together.metrics},
+            "all_folds": {"cases": len(pooled.labels), **pooled.metrics},
         },
     )
     draw_curves(output_dir / "curves.png", tables, cases.classes)
-    wrong = draw_errors(output_dir / "errors.png", together, cases, encoder)
+    wrong = draw_errors(output_dir / "errors.png", pooled, cases, encoder)
     row = "{:<9}  {:>5}  {:<24}  {:<17}  {:<8}  {:<11}  {}".format
     lines = [row("fold", "cases", "AUC (95 % interval)", *(name.replace("_", " ") for name in CASE_METRICS[1:]))]
     for record in records:
@@ -554,8 +560,8 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
         for name in CASE_METRICS
     ]
     lines.append(row("mean ± SD", "", *values))
-    values = [format_metric(together.metrics[name]) for name in ("average_precision", "accuracy")]
-    lines.append(row("all folds", len(together.labels), with_interval(together.metrics), *values, "", "").rstrip())
+    values = [format_metric(pooled.metrics[name]) for name in ("average_precision", "accuracy")]
+    lines.append(row("all folds", len(pooled.labels), with_interval(pooled.metrics), *values, "", "").rstrip())
     lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]
     lines += [

@@ -6,9 +6,9 @@ Four GPUs, a laptop, new CTs:
     python main_lts_msd.py --pretrained_weights model.pth --data_dir DIR --output_dir OUT --batch_size_per_gpu 2
     python main_lts_msd.py --predict DIR --weights OUT --output_dir PREDICTIONS
 
-The same --output_dir resumes where it stopped. What stands there: a folder per fold (checkpoint.pth, the newest state;
-best.pth, the best on validation; log.txt; masks and overlays of the test cases), splits.json, metrics.json, cases.csv,
-config.json, TensorBoard; cache, which is only needed while training goes on.
+The same --output_dir resumes where it stopped. It holds a folder per fold (checkpoint.pth, the newest state; best.pth,
+the best on validation; log.txt; masks and overlays of the test cases), splits.json, metrics.json, cases.csv,
+config.json, TensorBoard's files; and cache, which is only needed during training.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from dino3d.finetune.statistics import bootstrap_interval, format_metric
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-SHOWN_CASES = 8  # test cases in TensorBoard as training goes on
+SHOWN_CASES = 8  # test cases in TensorBoard during training
 MASK_METRICS = ("dice", "surface_dice", "hausdorff95_mm")
 COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml")
 MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
@@ -291,9 +291,8 @@ def train_one_epoch(
     state: fold_loop.FoldState; batches: gives CropBatches with masks on the CPU; augmentation: WindowAugmentation
     """
     for batch in batches:
-        weights = batch.counted.to(
-            state.device, torch.get_default_dtype(), non_blocking=True
-        )  # (B,), 0: fills a share only
+        # (B,), 0 for a patch that only fills a rank's share
+        weights = batch.counted.to(state.device, torch.get_default_dtype(), non_blocking=True)
         batch = batch.to(state.device)
         volumes = augmentation.render(batch.crops, batch.group, clip_range)  # (B, 1, x, y, z)
         labels = augmentation.render_masks(batch.masks, batch.group)  # (B, x, y, z)

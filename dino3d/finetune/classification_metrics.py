@@ -43,7 +43,10 @@ def decide(probabilities: np.ndarray, threshold: float) -> np.ndarray:
 def one_vs_rest(
     score: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None
 ) -> float | None:
-    """Mean over the classes of such a score (with two: label 1's); None where a class has no case or all."""
+    """Mean over the classes of a score, each against the rest (with two: label 1's); None where one has no case or all.
+
+    score: of (N,) bool, (N,) probabilities and (N,) weights
+    """
     classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
     counts = np.ones(len(labels)) if weights is None else weights
     values = []
@@ -108,7 +111,7 @@ class PooledPredictions(NamedTuple):
     """Each tested case once, its probabilities averaged over the folds that tested it.
 
     numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
-    confidence: (N,) distance of the probability from the threshold; with more classes, from the right label's
+    confidence: (N,) distance of the probability from the threshold; with more classes, of the largest from the label's
     """
 
     numbers: list[int]
@@ -122,7 +125,10 @@ class PooledPredictions(NamedTuple):
 def pool_predictions(
     tables: Sequence[list[dict[str, str]]], records: Sequence[dict[str, Any]], cases: Any
 ) -> PooledPredictions:
-    """Together, of the folds' tables: the mean of all models on a fixed test set; of one where subsets rotate."""
+    """PooledPredictions of the folds' tables: means over the models that tested a case, one where subsets rotate.
+
+    records: the folds' metrics.json; cases: main_lnc_luna16.Cases
+    """
     place = {name: i for i, name in enumerate(cases.names)}
     rows = {}
     for table, record in zip(tables, records):
@@ -130,7 +136,7 @@ def pool_predictions(
             rows.setdefault(place[row["case"]], []).append(np.append(p, p[1] - record["threshold"]))
     numbers = sorted(rows)
     labels, means = cases.labels[numbers], np.stack([np.mean(rows[i], axis=0) for i in numbers])
-    probabilities, above = means[:, :-1], means[:, -1]  # (N, classes), (N,) above the folds' thresholds
+    probabilities, above = means[:, :-1], means[:, -1]  # (N, classes), (N,) mean distance above the threshold
     if cases.classes == 2:
         predicted, confidence = (above >= 0).astype(int), np.abs(above)
     else:

@@ -32,27 +32,6 @@ SAME_SPACING = 0.05  # relative difference up to which two spacings are taken fo
 READ_AHEAD = 2  # batches
 
 
-def read_headers(paths: Sequence[str], processes: Processes) -> list["Header"]:
-    """[Header] of volumes, the same on every rank. Raises UserError, on all ranks, for one that can't be read."""
-
-    def look(path: str) -> Header | str:
-        try:
-            with Volume(path) as volume:
-                return Header(volume.shape, volume.spacing)
-        except DataError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
-        mine = list(pool.map(look, paths[processes.rank :: processes.world_size]))
-    heads = [None] * len(paths)
-    for rank, part in enumerate(processes.all_gather(mine)):
-        heads[rank :: processes.world_size] = part
-    for head in heads:
-        if isinstance(head, str):
-            raise UserError(head, everywhere=True)
-    return heads
-
-
 class Header(NamedTuple):
     """shape: (3,) voxels; spacing: (3,) mm; both along the axes of RAS."""
 
@@ -60,20 +39,42 @@ class Header(NamedTuple):
     spacing: tuple[float, ...]
 
 
+def read_headers(paths: Sequence[str], processes: Processes) -> list[Header]:
+    """[Header] of volumes, the same on every rank. Raises UserError, on all ranks, for one that can't be read."""
+
+    def read_header(path: str) -> Header | str:
+        try:
+            with Volume(path) as volume:
+                return Header(volume.shape, volume.spacing)
+        except DataError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
+        mine = list(pool.map(read_header, paths[processes.rank :: processes.world_size]))
+    headers = [None] * len(paths)
+    for rank, part in enumerate(processes.all_gather(mine)):
+        headers[rank :: processes.world_size] = part
+    for header in headers:
+        if isinstance(header, str):
+            raise UserError(header, everywhere=True)
+    return headers
+
+
 def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], list[float]]:
-    """(size, spacing) that all crops share: voxels and mm (of the first crop). Looks into every file's header.
+    """(size, spacing): (3,) voxels, which all crops share, and (3,) mm of the first crop. Reads every file's header.
 
     Raises UserError, on all ranks, for one that can't be read or is of another size than the first.
     """
-    heads = read_headers(paths, processes)
-    for path, head in zip(paths, heads):
-        if head.shape != heads[0].shape:
-            raise UserError(size_problem(path, head.shape, paths[0], heads[0].shape), everywhere=True)
-    return list(heads[0].shape), [round(s, 4) for s in heads[0].spacing]
+    headers = read_headers(paths, processes)
+    first = headers[0]
+    for path, header in zip(paths, headers):
+        if header.shape != first.shape:
+            raise UserError(size_problem(path, header.shape, paths[0], first.shape), everywhere=True)
+    return list(first.shape), [round(s, 4) for s in first.spacing]
 
 
 def size_problem(path: str, size: Sequence[int], first_path: str, first_size: Sequence[int]) -> str:
-    """What to tell of a crop that has another size than the first."""
+    """The message on a crop that has another size than the first."""
     return (
         f"{path}: has {format_values(size)} voxels, but {first_path} has {format_values(first_size)}: "
         "expected crops of one size"
@@ -81,7 +82,7 @@ def size_problem(path: str, size: Sequence[int], first_path: str, first_size: Se
 
 
 def spacing_of(path: str) -> tuple[float, ...]:
-    """(3,) mm. Raises UserError."""
+    """(3,) mm per voxel of a volume. Raises UserError."""
     try:
         with Volume(path) as volume:
             return volume.spacing
@@ -89,12 +90,14 @@ def spacing_of(path: str) -> tuple[float, ...]:
         raise UserError(str(error)) from error
 
 
-def spacing_warning(ours: Sequence[float], theirs: Sequence[float] | None, whose: str, against: str) -> list[str]:
-    """[] or [one line] where two spacings (mm) differ."""
-    if theirs is None or np.allclose(ours, theirs, rtol=SAME_SPACING, atol=0):
+def spacing_warning(found: Sequence[float], expected: Sequence[float] | None, whose: str, against: str) -> list[str]:
+    """[] or [one line] where two spacings, (3,) mm, differ. whose, against: what the line calls them, with a verb"""
+    if expected is None or np.allclose(found, expected, rtol=SAME_SPACING, atol=0):
         return []
-    ours, theirs = (format_values(np.round(spacing, 3)) for spacing in (ours, theirs))
-    return [f"warning: {whose} a spacing of {ours} mm, {against} {theirs} mm: the encoder sees things at another size"]
+    found, expected = (format_values(np.round(spacing, 3)) for spacing in (found, expected))
+    return [
+        f"warning: {whose} a spacing of {found} mm, {against} {expected} mm: the encoder sees things at another size"
+    ]
 
 
 def read_crop(
@@ -154,8 +157,9 @@ class WindowAugmentation:
 
 
 class CropBatch(NamedTuple):
-    """crops: (B, X, Y, Z) int16; cases, counted: (B,); group: see `collate_views`; masks: (B, X, Y, Z) uint8 classes,
-    for tasks that have them; fatal: why nothing came."""
+    """crops: (B, X, Y, Z) int16 HU; cases: (B,) their numbers; counted: (B,) bool, False for a case that only fills a
+    rank's share; group: see `collate_views`; masks: (B, X, Y, Z) uint8 classes, for tasks that have them; fatal: why
+    nothing came."""
 
     crops: torch.Tensor
     cases: torch.Tensor
@@ -229,7 +233,7 @@ def read_ahead(dataset: Dataset, cases: Sequence[int], batch_size: int, workers:
 
 
 class TrainingBatches(Sampler):
-    """Batches of keys (epoch, case, counted) from a position in a fold to its end, without a pause between epochs.
+    """Batch sampler of keys (epoch, case, counted) from a position in a fold to its end, with no pause between epochs.
 
     The epoch's order is cut into global batches and each of those into the ranks' shares, so that the cases of a step
     do not depend on the number of ranks. The last batch of an epoch may be smaller, and the shares of a batch may

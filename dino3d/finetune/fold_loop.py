@@ -58,7 +58,7 @@ class TrainConfig:
 
     @classmethod
     def from_flags(cls, values: dict, **changed: Any) -> "TrainConfig":
-        """From {flag: value}. changed: fields that the flags don't tell"""
+        """From {flag: value}. changed: fields that are not those of the flags"""
         saving = Saving(values["save_every_steps"], values["save_every_minutes"], values["keep_last"])
         named = {one.name: values[one.name] for one in fields(cls) if one.name in values}
         return cls(**named | {"saving": saving} | changed)
@@ -71,7 +71,7 @@ class TrainConfig:
 
 
 class Fold(NamedTuple):
-    """One fold: its number, its folder, and the case numbers of its three sides."""
+    """One fold: its number, its folder, and the case numbers of training, validation and test."""
 
     number: int
     folder: Path
@@ -167,7 +167,7 @@ class FoldState:
         return {name: part for name, part in parts.items() if part is not None}
 
     def epoch_batches(self, batches: Iterator[CropBatch], steps: int) -> Iterator[CropBatch]:
-        """The batches of the next `steps` steps of an epoch, on the CPU. `step` is called for each before the next."""
+        """The batches of the next `steps` steps of an epoch, on the CPU. Call `step` for each before the next."""
         for index in range(steps):
             began = time.perf_counter()
             self._batch = next_batch(batches)
@@ -222,7 +222,7 @@ def run_fold(
         max_steps: that may be taken.
         dataset: gives samples of keys (epoch, sample, counted), for `collate_crops`, and their files by `path_of`.
         epoch_order: (n,) samples of an epoch in their order, given the epoch; as many in each.
-        train_one_epoch: calls `TrainState.step` for each of the batches.
+        train_one_epoch: calls `FoldState.step` for each of the batches.
         test: evaluates the model, which has the best epoch's weights, and writes the fold's tables and metrics.json.
         fit: called once before a new fold's training.
         show: puts pictures into TensorBoard after a validation, on the main process alone.
@@ -291,7 +291,7 @@ def train_fold(
     processes, last_step = runtime.processes, progress.step + max_steps
     if progress.epoch >= config.epochs and not progress.trained:
         return
-    order = TrainingBatches(
+    sampler = TrainingBatches(
         epoch_order,
         runtime.batch_size,
         processes.rank,
@@ -303,7 +303,7 @@ def train_fold(
     batches = runtime.batches_of(
         DataLoader(
             state.dataset,
-            batch_sampler=order,
+            batch_sampler=sampler,
             collate_fn=collate_crops,
             num_workers=runtime.workers,
             worker_init_fn=ignore_signals,
@@ -320,7 +320,9 @@ def train_fold(
         began = time.perf_counter()
         state._sums, state._waited = torch.zeros(3, dtype=torch.float64, device=state.device), 0.0
         if not progress.trained:
-            left = -(-(state.epoch_length - progress.position) // state.global_batch)  # the last step with what remains
+            left = -(
+                -(state.epoch_length - progress.position) // state.global_batch
+            )  # rounded up: the last takes what remains
             steps = int(min(left, last_step - progress.step))
             state.model.train()
             train_one_epoch(state, state.epoch_batches(batches, steps))
@@ -373,7 +375,7 @@ def weighted_step(
 
 
 def finish_epoch(state: FoldState) -> None:
-    """Bring the ranks' sums together; where an epoch has ended, `progress.trained` says what came of it."""
+    """Add up the ranks' sums; where an epoch has ended, `progress.trained` says what came of it."""
     processes, progress = state.runtime.processes, state.progress
     loss, weight, skipped = processes.sum(state._sums).tolist()
     skipped = round(skipped / processes.world_size)
@@ -394,8 +396,10 @@ def finish_epoch(state: FoldState) -> None:
 
 
 def keep_best(state: FoldState, score: Score, validation: Validation) -> None:
-    """Bring `best` up to date, and save best.pth if this epoch is the best so far. Raises UserError for a loss that is
-    not finite."""
+    """Update `state.best`, and save best.pth if this epoch is the best so far.
+
+    Raises UserError, on all ranks, for a validation loss that is not finite.
+    """
     metrics, best = validation.metrics, state.best
     if not math.isfinite(metrics["loss"]):
         raise UserError(
@@ -457,7 +461,7 @@ def save_if_due(state: FoldState) -> None:
 
 
 def restore_fold(state: FoldState, saved: dict, path: Path) -> None:
-    """Resume from what `save` wrote. Raises UserError, on all ranks, for what does not fit."""
+    """Resume from what `save_fold` wrote. Raises UserError, on all ranks, for what does not fit."""
     load_parts(state.parts(), saved, path)
     state.progress = load_progress(FoldProgress, saved, path)
     state.best = saved["best"]

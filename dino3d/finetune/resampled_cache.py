@@ -1,8 +1,8 @@
 """Cases on the working grid of a segmentation run, kept on disk in chunks: a patch is read in milliseconds, not in the
 seconds that unpacking and resampling a whole CT take, and memory holds no more than patches.
 
-A copy is two HDF5 files as data.py writes them (the CT; its mask, whose classes stand in for HU), places of labelled
-voxels (foreground.npy) and, written last, what it was made of (json).
+A copy is two HDF5 files as dino3d/data/volume.py writes them (the CT; its mask, whose classes stand in for HU), places
+of labelled voxels (foreground.npy) and, written last, what it was made of (json).
 """
 
 import contextlib
@@ -36,8 +36,7 @@ FOREGROUND = 5000  # places of labelled voxels of each class that are kept
 
 
 class CaseInfo(NamedTuple):
-    """What a case is. classes: that its label holds, sorted; shape: (3,) voxels on the working grid; stored: as a
-    copy"""
+    """What a case is. classes: of its label, sorted; shape: (3,) voxels on the working grid; stored: in the cache"""
 
     classes: list[int]
     shape: list[int]
@@ -70,7 +69,7 @@ class ResampledCache:
         self.stored = (np.cumsum(voxels) * BYTES_PER_VOXEL <= most_bytes).tolist()
 
     def make(self, processes: Processes, workers: int) -> list[CaseInfo]:
-        """[Found] of every case, after making the copies that are not there yet; ranks share the work.
+        """[CaseInfo] of every case, after making the copies that are not there yet; ranks share the work.
 
         workers: reading processes of this rank. Raises UserError, on all ranks, for a case that can't be used.
         """
@@ -112,7 +111,7 @@ class ResampledCache:
         return images.make_image(crop, np.diag([*self.spacing, 1.0])), mask
 
     def reader(self, case: int) -> "StoredReader | MemoryReader":
-        """A Reader of patches of a case. Raises DataError."""
+        """A StoredReader or MemoryReader of patches of a case. Raises DataError."""
         if self.stored[case]:
             return StoredReader(*self._files(case), self._base(case))
         return MemoryReader(*resample_pair(self.pairs[case], self.spacing))
@@ -193,8 +192,7 @@ def make_entry(copy: CacheEntry) -> CaseInfo | str:
 
 
 def sample_foreground(mask: np.ndarray) -> np.ndarray:
-    """(n, 4) int16 index and class of labelled voxels, at most FOREGROUND of each class, drawn the same way each
-    time."""
+    """(n, 4) int16 index and class of labelled voxels, at most FOREGROUND of each class, always the same ones."""
     places = []
     for k in np.unique(mask):
         if k:
@@ -227,7 +225,7 @@ class StoredReader:
 
 
 class MemoryReader:
-    """The same of a case in memory."""
+    """What StoredReader is, of a case in memory."""
 
     def __init__(self, image: "sitk.Image", label: "sitk.Image"):
         self.voxels = [images.voxels_of(one).astype(np.int16) for one in (image, label)]
@@ -291,9 +289,9 @@ class CachedPatches(Dataset):
         window, shape = self.augmentation.size, np.array(reader.shape)
         anywhere = shape / 2 + rng.uniform(-0.5, 0.5, 3) * np.maximum(shape - window, 0)
         wanted, which, where = rng.uniform(size=3)
-        beside = rng.uniform(-0.25, 0.25, 3) * window
+        offset = rng.uniform(-0.25, 0.25, 3) * window
         if wanted >= self.foreground_share or not len(reader.foreground):
             return anywhere
         classes = np.unique(reader.foreground[:, 3])
         places = reader.foreground[reader.foreground[:, 3] == classes[int(which * len(classes))], :3]
-        return places[int(where * len(places))] + 0.5 + beside
+        return places[int(where * len(places))] + 0.5 + offset

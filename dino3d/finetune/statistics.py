@@ -1,4 +1,4 @@
-"""What is told of several cases and folds: intervals by bootstrap, means and deviations."""
+"""Figures over several cases and folds: intervals by bootstrap, means and deviations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
