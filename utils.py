@@ -345,7 +345,7 @@ def load_file(path: Path | str) -> Any:
     ]
     try:
         with open_verified(path) as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of a strange file, beside raising
+            warnings.simplefilter("ignore")  # what torch says of a strange file, besides raising
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise many kinds for a file that is cut off or something else
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""The fast step against the plain one of baseline.py: MONAI's ViT, eager, in single precision, the formulas written
+"""The fast step against the plain one of baselines.py: MONAI's ViT, eager, in single precision, the formulas written
 out."""
 
 import functools

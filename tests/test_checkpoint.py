@@ -313,7 +313,7 @@ def test_the_last_are_kept(tmp_path):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_there_is_a_whole_one_at_every_moment(tmp_path, monkeypatch, links):
-    """Cut off before each change of a name: the newest is whole, and a run that goes on keeps two different ones."""
+    """Cut off before each change of a name: the newest is whole, and a run that continues keeps two different ones."""
     if not links:
 
         def no_link(*_):

@@ -1,4 +1,4 @@
-"""conversion.py: killed anywhere and gone on with, the same for any number of workers, dying workers, full disks."""
+"""conversion.py: killed anywhere and resumed, the same for any number of workers, dying workers, full disks."""
 
 import contextlib
 import functools

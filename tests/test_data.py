@@ -1,4 +1,4 @@
-"""The data room: volumes against SimpleITK and nibabel, partial reads, broken files, and the order and content of
+"""dino3d/data: volumes against SimpleITK and nibabel, partial reads, broken files, and the order and content of
 batches."""
 
 import errno

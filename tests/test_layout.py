@@ -1,4 +1,4 @@
-"""The house: which way imports go, how long modules are, that names stand once, and that converting loads no torch."""
+"""The layout: which way imports go, how long modules are, that names stand once, and that converting loads no torch."""
 
 import ast
 import collections

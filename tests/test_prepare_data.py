@@ -275,7 +275,7 @@ def test_safe_names(text):
 
 
 def bad_scans(folder):
-    """Fills a folder with what archives deliver beside CT; returns {source: (status, what its reason begins with)}."""
+    """Fills a folder with what archives deliver besides CT; returns {source: (status, what its reason begins with)}."""
     write_series(folder / "good")
     write_image(folder / "good_volume" / "a.nii.gz", scan())
     write_series(folder / "two", series="1.1", patient="P2", prefix="a")  # two in one folder

@@ -21,7 +21,7 @@ from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
 
-PHANTOMS = 8  # patients, beside the two CTs, that folds need
+PHANTOMS = 8  # patients, besides the two CTs, that folds need
 CT, PHANTOM = "CT", "synthetic phantom"
 LAYOUTS = ("pretrain", "luna16", "msd", "lesion")
 LESION, COPIES = "lung2", 3  # whose largest lesion is to be learnt by heart; as many names as two folds need
@@ -144,7 +144,7 @@ def fetch_demo(folder: Path, phantom: bool, held: str | None) -> str:
 
 
 def demo_cases(folder: Path, origin: str) -> Iterator[tuple[str, sitk.Image, sitk.Image]]:
-    """(patient, image, mask that numbers its nodules from 1) of each patient of the demo, images as in images.py."""
+    """(patient, image, mask that numbers its nodules from 1) of each patient of the demo, images in RAS."""
     for i, patient in enumerate([*PATIENTS, *phantom_names()]):
         if origin == CT and patient in PATIENTS:
             mask = images.read_raw(str(folder / f"{patient}_label.nrrd"))
