@@ -511,9 +511,8 @@ def warnings_about(encoder: PretrainedEncoder, protocol: str, data: dict[str, An
 def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, case_splits: Sequence[Split]) -> str:
     """What is about to run, in a few lines."""
     counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
-    test = (
-        "each subset tested once" if config["folds"] == "subsets" else f"test set of {len(case_splits[0].test)} cases"
-    )
+    fixed = len(case_splits[0].test)
+    test = "each subset tested once" if config["folds"] == "subsets" else f"test set of {fixed} cases"
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     return (
         f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "

@@ -22,7 +22,7 @@ def reading(path: Path | str) -> contextlib.AbstractContextManager:
 class ReadWatchdog:
     """Notices a file that is being read for too long: loader workers note what they are at, and a thread looks on.
 
-    workers: of the loader; a process that reads itself can't be watched: HDF5 lets no other thread run
+    workers: of the loader; a process that reads itself can't be watched: HDF5 lets no thread run meanwhile
     seconds: that an opening or a read may take
     end: called from that thread with what to tell. It has to end the process without waiting for the workers: not even
     SIGKILL reaches one that the system holds in a read.

@@ -320,9 +320,7 @@ def train_fold(
         began = time.perf_counter()
         state._sums, state._waited = torch.zeros(3, dtype=torch.float64, device=state.device), 0.0
         if not progress.trained:
-            left = -(
-                -(state.epoch_length - progress.position) // state.global_batch
-            )  # rounded up: the last takes what remains
+            left = math.ceil((state.epoch_length - progress.position) / state.global_batch)  # the last: what remains
             steps = int(min(left, last_step - progress.step))
             state.model.train()
             train_one_epoch(state, state.epoch_batches(batches, steps))
