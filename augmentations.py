@@ -242,8 +242,8 @@ AUGMENTATIONS = {
         argument="points",
     ),
 }
-# What flags switch on: of the six, the strengths in the paper
-PAPER = {name: row.strength for name, row in AUGMENTATIONS.items()}
+# The paper's six and their strengths; rows after them are not the paper's
+PAPER = {name: row.strength for name, row in itertools.islice(AUGMENTATIONS.items(), 6)}
 AUGMENTATION_FLAGS = {f"use_{name}": name for name in AUGMENTATIONS}  # as argparse stores them
 
 
@@ -254,7 +254,7 @@ def add_augmentation_flags(group: Any) -> None:
         boolean_flag(group, f"--{flag}", row.on, row.help.replace("%", "%%"))
 
 
-FIELDS = [(name, type(strength), type(strength)(0)) for name, strength in PAPER.items()]  # default: off
+FIELDS = [(name, type(row.strength), type(row.strength)(0)) for name, row in AUGMENTATIONS.items()]  # default: off
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
     def sequence(self) -> list[str]:
         """Names for `draw_points` where many views come from one generator, so that a new row's draws would shift the
         next view's: the paper's six in any case, later rows only where they are on."""
-        return [name for i, name in enumerate(AUGMENTATIONS) if i < 6 or name in self.on]
+        return [name for name in AUGMENTATIONS if name in PAPER or name in self.on]
 
     def draw(
         self, rng: np.random.RandomState, lattice: tuple[int, ...], names: Iterable[str] = AUGMENTATIONS
@@ -316,7 +316,7 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
 
 def paper_policy(names: Iterable[str]) -> Policy:
     """The Policy that has the augmentations of these names on, as strong as in AUGMENTATIONS."""
-    return Policy(**{name: PAPER[name] for name in names})
+    return Policy(**{name: AUGMENTATIONS[name].strength for name in names})
 
 
 # ------------------------------------------------------------------------------------------------------- multi-crop

@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main_dino
 import utils
-from augmentations import AUGMENTATION_FLAGS, PAPER, MultiCropAugmentation, paper_policy
+from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines, command_line
 from dino3d.command_line import UserError, number
 from dino3d.data.images import format_size
@@ -71,7 +71,7 @@ VALUES = {
     "teacher_temp": 0.04,
 }  # of every step's schedules
 CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # relative difference that two ways to take a step may have in their first loss
-AUGMENTED = [f"--{flag}" for flag in AUGMENTATION_FLAGS]
+AUGMENTED = [f"--use_{name}" for name in PAPER]
 
 
 def get_args_parser() -> command_line.ArgumentParser:
