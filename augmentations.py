@@ -25,7 +25,16 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dino3d.bspline import SPANS, Lattice, rotation_matrix, sampling_grid, warp  # noqa: F401  part of this module's interface
+from dino3d.bspline import (  # noqa: F401  some are part of this module's interface
+    SPANS,
+    Lattice,
+    elastic_moves,
+    enclosing_patch,
+    mirror_matrix,
+    rotation_matrix,
+    sampling_grid,
+    warp,
+)
 from dino3d.command_line import boolean_flag
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
@@ -60,26 +69,9 @@ def draw_axis(rng: np.random.RandomState, _: int) -> int:
     return rng.randint(3)
 
 
-def mirror_matrix(axis: int) -> np.ndarray:
-    """(3, 3) that mirrors one axis."""
-    signs = np.ones(3)
-    signs[axis] = -1
-    return np.diag(signs)
-
-
 def draw_elastic(rng: np.random.RandomState, limit: float) -> tuple[float, int]:
     """(largest displacement, seed of the displacements' own generator: how many there are depends on the lattice)."""
     return rng.uniform(0, limit), rng.randint(2**31)
-
-
-def elastic_moves(drawn: tuple[float, int], lattice: tuple[int, ...]) -> np.ndarray:
-    """(gx, gy, gz, 3) displacement of each control point in control point spacings. lattice: (gx, gy, gz).
-
-    A cubic B-spline map is one-to-one, its Jacobian positive everywhere, if no control point moves by 1 / 2.479
-    of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
-    """
-    largest, seed = drawn
-    return largest * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
 
 
 def draw_sigma(rng: np.random.RandomState, limit: float) -> np.ndarray:
@@ -424,31 +416,11 @@ class MultiCropAugmentation:
         return lattice.control(matrix, centre, displacements, *mm), intensity
 
     def _patch_size(self, views: int = 1200, points: int = 9) -> tuple[int, ...]:
-        """The smallest patch, its axes cut at one common quantile, that meets 5 % and 1 %; found by drawing views."""
+        """The `enclosing_patch` of views that are drawn for it."""
         self.patch_size = self.core  # the draws below measure from its centre
-        lattice, rng = self.lattices[0], np.random.RandomState(0)
-        # Voxels, closer to each other towards the ends, where views spill first, and the share that each stands for
-        at = [np.unique(np.rint((1 - np.cos(np.linspace(0, np.pi, points))) / 2 * (n - 1))) for n in lattice.size]
-        share = [
-            np.diff(np.concatenate([[-0.5], (a[1:] + a[:-1]) / 2, [n - 0.5]])) / n for a, n in zip(at, lattice.size)
-        ]
-        share = np.einsum("x,y,z->xyz", *share).ravel()
-        wx, wy, wz = (lattice.weights(axis, at[axis]) for axis in range(3))
-        names = self.policy.sequence
+        lattice, rng, names = self.lattices[0], np.random.RandomState(0), self.policy.sequence
         controls = np.stack([self._draw_view(rng, lattice, self.core, self.spacing, names)[0] for _ in range(views)])
-        reach = np.einsum("xi,yj,zk,nijkc->nxyzc", wx, wy, wz, controls, optimize=True)
-        reach = np.abs(reach.reshape(views, -1, 3) - (np.array(self.core) - 1) / 2)  # (views, points, 3) from centre
-        reach = reach.round(6)  # a view that ends with the core does not spill
-        furthest = np.quantile(reach, 0.995, axis=1)  # (views, 3)
-        low, high = 0.5, 1.0
-        for _ in range(8):
-            middle = (low + high) / 2
-            half = np.quantile(furthest, middle, axis=0)
-            spills = (reach > half).any(2) @ share > 0.01  # the ends stand for neighbours too: too many, if anything
-            low, high = (low, middle) if spills.mean() < 0.05 else (middle, high)
-        half = np.quantile(furthest, high, axis=0)
-        # An even difference from the core keeps it in the middle, whole voxels from either side
-        return tuple(int(c + 2 * max(0, math.ceil((2 * h + 1 - c) / 2))) for h, c in zip(half, self.core))
+        return enclosing_patch(controls, lattice, self.core, points)
 
     def render(
         self, patches: Tensor, groups: Sequence[ViewBatch | None], clip_range: tuple[float, float]

@@ -3,6 +3,7 @@
 Axes: (X, Y, Z); positions are voxel indices in that order.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,3 +101,46 @@ def rotation_matrix(angles: np.ndarray) -> np.ndarray:
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
     return about_x @ about_y @ about_z
+
+
+def mirror_matrix(axis: int) -> np.ndarray:
+    """(3, 3) that mirrors one axis."""
+    signs = np.ones(3)
+    signs[axis] = -1
+    return np.diag(signs)
+
+
+def elastic_moves(drawn: tuple[float, int], lattice: tuple[int, ...]) -> np.ndarray:
+    """(gx, gy, gz, 3) displacement of each control point in control point spacings. lattice: (gx, gy, gz).
+
+    A cubic B-spline map is one-to-one, its Jacobian positive everywhere, if no control point moves by 1 / 2.479
+    of the spacing or more along any axis (Choi and Lee, Graphical Models 2000, for three dimensions).
+    """
+    largest, seed = drawn
+    return largest * np.random.RandomState(np.random.PCG64(seed)).uniform(-1, 1, (*lattice, 3))
+
+
+def enclosing_patch(controls: np.ndarray, lattice: Lattice, core: Sequence[int], points: int) -> tuple[int, ...]:
+    """(3,) the smallest patch around a core, its axes cut at one common quantile, such that fewer than 5 % of views see
+    more than 1 % outside it.
+
+    controls: (views, gx, gy, gz, 3) positions in the core; points: along each axis at which a view is looked at
+    """
+    # Voxels, closer to each other towards the ends, where views spill first, and the share that each stands for
+    at = [np.unique(np.rint((1 - np.cos(np.linspace(0, np.pi, points))) / 2 * (n - 1))) for n in lattice.size]
+    share = [np.diff(np.concatenate([[-0.5], (a[1:] + a[:-1]) / 2, [n - 0.5]])) / n for a, n in zip(at, lattice.size)]
+    share = np.einsum("x,y,z->xyz", *share).ravel()
+    wx, wy, wz = (lattice.weights(axis, at[axis]) for axis in range(3))
+    reach = np.einsum("xi,yj,zk,nijkc->nxyzc", wx, wy, wz, controls, optimize=True)
+    reach = np.abs(reach.reshape(len(controls), -1, 3) - (np.array(core) - 1) / 2)  # (views, points, 3) from centre
+    reach = reach.round(6)  # a view that ends with the core does not spill
+    furthest = np.quantile(reach, 0.995, axis=1)  # (views, 3)
+    low, high = 0.5, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        half = np.quantile(furthest, middle, axis=0)
+        spills = (reach > half).any(2) @ share > 0.01  # the ends stand for neighbours too: too many, if anything
+        low, high = (low, middle) if spills.mean() < 0.05 else (middle, high)
+    half = np.quantile(furthest, high, axis=0)
+    # An even difference from the core keeps it in the middle, whole voxels from either side
+    return tuple(int(c + 2 * max(0, math.ceil((2 * h + 1 - c) / 2))) for h, c in zip(half, core))
