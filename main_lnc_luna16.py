@@ -49,12 +49,14 @@ from dino3d.finetune.crops import (
     TrainingCrops,
     WindowAugmentation,
     check_crops,
+    one_step_notice,
     spacing_of,
     spacing_warning,
 )
-from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder
+from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
+from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
-from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, one_step_notice, run_fold
+from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
 from dino3d.finetune.inference import find_new_cases, infer_windows
 from dino3d.finetune.runtime import Runtime, start_runtime
@@ -64,28 +66,7 @@ from dino3d.finetune.statistics import format_metric
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir
 # What must not change while a run is resumed fold by fold
-FIXED = (
-    *ENCODER,
-    "protocol",
-    "pretrained_weights",
-    "checkpoint_key",
-    "drop_path_rate",
-    "knn_k",
-    "negatives",
-    "eval_negatives",
-    "folds",
-    "k_fold",
-    "num_test",
-    "lr",
-    "layer_decay",
-    "warmup_epochs",
-    "min_lr",
-    "weight_decay",
-    "optimizer",
-    "shift_range",
-    *AUGMENTATION_FLAGS,
-    "seed",
-)
+FIXED = (*FIXED_FLAGS, "protocol", "knn_k", "negatives", "eval_negatives", "folds")
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -151,16 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(parser, args)
     output_dir = Path(args.output_dir)
-    runtime, args.precision, notices = start_runtime(
-        output_dir,
-        args.precision,
-        args.use_fp16,
-        args.num_workers,
-        args.batch_size_per_gpu,
-        args.read_timeout,
-        dist_url=args.dist_url,
-        local_rank=args.local_rank,
-    )
+    runtime, args.precision, notices = start_runtime(vars(args))
     processes = runtime.processes
     if args.predict:
         predict(args.predict, args.weights, output_dir, runtime)
@@ -189,10 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = cases._replace(crop_size=data["crop_size"])
 
     # --------------------------------------------------------------------------------------------------------- model
-    args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = load_encoder(
-        args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER}
-    )
+    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
     vars(args).update(encoder.settings())
     notices += warnings_about(encoder, args.protocol, data)
     config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}
@@ -219,9 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.manual_seed(args.seed)  # every fold starts from the same weights
             drawn = draw_negatives(split.train, cases.labels, args.negatives, args.seed, 0)  # the first epoch's cases
             model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, len(drawn), args.knn_k)
-            steps, finished = run_fold(
+            steps_left = run_fold(
                 Fold(number, output_dir / str(number), *split),
-                model.to(processes.device),
+                model,
                 train_config,
                 config,
                 runtime,
@@ -240,12 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 test=functools.partial(test_fold, cases=cases, clip_range=args.clip_range),
                 fit=functools.partial(fit_head, cases=cases, clip_range=args.clip_range, drawn=drawn),
             )
-            steps_left -= steps
-            if not finished:
-                processes.print(
-                    f"stopped in fold {number} after {args.max_steps} steps; the same command without "
-                    "--max_steps resumes"
-                )
+            if steps_left is None:
                 return
     if processes.is_main:
         print(summarise(output_dir, cases, len(splits), args.protocol, encoder))

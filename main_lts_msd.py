@@ -34,10 +34,11 @@ from dino3d.data.layouts import Pair, find_pairs
 from dino3d.data.volume import DataError, stem
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
-from dino3d.finetune.crops import CropBatch, Header, WindowAugmentation, read_headers
-from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder
+from dino3d.finetune.crops import CropBatch, Header, WindowAugmentation, one_step_notice, read_headers
+from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
+from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
-from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, one_step_notice, run_fold
+from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter
 from dino3d.finetune.inference import find_new_cases, map_over_ranks
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
@@ -57,29 +58,7 @@ AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
 LAYOUT = "images/<name>.nii.gz and labels/<name>.nii.gz"  # of --data_dir
 # What must not change while a run is resumed fold by fold
-FIXED = (
-    *ENCODER,
-    "pretrained_weights",
-    "checkpoint_key",
-    "drop_path_rate",
-    "freeze_encoder",
-    "decoder",
-    "patches_per_case",
-    "foreground_share",
-    *MASKS,
-    "tolerance",
-    "k_fold",
-    "num_test",
-    "lr",
-    "layer_decay",
-    "warmup_epochs",
-    "min_lr",
-    "weight_decay",
-    "optimizer",
-    "shift_range",
-    *AUGMENTATION_FLAGS,
-    "seed",
-)
+FIXED = (*FIXED_FLAGS, "freeze_encoder", "decoder", "patches_per_case", "foreground_share", *MASKS, "tolerance")
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -169,16 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     flags.check_finetune_flags(parser, vars(args), LAYOUT)
     output_dir = Path(args.output_dir)
-    runtime, args.precision, notices = start_runtime(
-        output_dir,
-        args.precision,
-        args.use_fp16,
-        args.num_workers,
-        args.batch_size_per_gpu,
-        args.read_timeout,
-        dist_url=args.dist_url,
-        local_rank=args.local_rank,
-    )
+    runtime, args.precision, notices = start_runtime(vars(args))
     processes = runtime.processes
     given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
     if args.predict:
@@ -205,10 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sides = [Split(*(of_patients(side, names) for side in split)) for split in splits]
 
     # --------------------------------------------------------------------------------------------------------- model
-    args.pretrained_weights = os.path.abspath(args.pretrained_weights) if args.pretrained_weights else ""
-    encoder = load_encoder(
-        args.pretrained_weights, args.checkpoint_key, {name: getattr(args, name) for name in ENCODER}
-    )
+    encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
     heads = read_headers([pair.image for pair in pairs], processes)
     if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
         trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})
@@ -247,18 +214,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     notices += one_step_notice(longest, args.epochs, args.batch_size_per_gpu * processes.world_size)
     for line in [*notices, run_summary(config, processes, cases, sides)]:
         processes.print(line)
-    left = args.max_steps or math.inf
+    steps_left = args.max_steps or math.inf
     with runtime.stop_signal:
         for number, side in enumerate(sides):
             torch.manual_seed(args.seed)  # every fold starts from the same weights
             model = build_segmenter(encoder, args.drop_path_rate, args.decoder, cases.classes, args.freeze_encoder)
-            steps, finished = run_fold(
+            steps_left = run_fold(
                 Fold(number, output_dir / str(number), *side),
-                model.to(processes.device),
+                model,
                 train_config,
                 config,
                 runtime,
-                left,
+                steps_left,
                 dataset=patches,
                 score=SCORE,
                 epoch_order=functools.partial(patch_order, side.train, args.patches_per_case, args.seed),
@@ -269,12 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 test=functools.partial(test_fold, cases=cases, settings=settings),
                 show=functools.partial(show_test_cases, cases=cases, settings=settings),
             )
-            left -= steps
-            if not finished:
-                processes.print(
-                    f"stopped in fold {number} after {args.max_steps} steps; the same command without "
-                    "--max_steps resumes"
-                )
+            if steps_left is None:
                 return
     if processes.is_main:
         print(summarise(output_dir, cases, len(splits)))

@@ -265,3 +265,13 @@ class TrainingBatches(Sampler):
                 mine = np.array_split(batch, self.world_size)[self.rank]
                 yield [(epoch, int(case), True) for case in mine] or [(epoch, int(batch[0]), False)]
             position = 0
+
+
+def one_step_notice(longest: int, epochs: int, global_batch: int) -> list[str]:
+    """[] or [one line] where an epoch, of `longest` samples at most, is a single step, of which few epochs make few."""
+    if longest > global_batch or not epochs:
+        return []
+    return [
+        f"an epoch of {longest} samples is one step: {epochs} epochs are {epochs} steps; for more of them lower "
+        "--batch_size_per_gpu"
+    ]

@@ -1,5 +1,6 @@
 """The flags that both fine-tuning scripts share."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,24 @@ from dino3d.training import checkpoint
 from vision_transformer import ARCHITECTURES
 
 XYZ = ("X", "Y", "Z")
+# What must not change while a run is resumed fold by fold, besides the flags of a script's own
+FIXED_FLAGS = (
+    *ENCODER,
+    "pretrained_weights",
+    "checkpoint_key",
+    "drop_path_rate",
+    "k_fold",
+    "num_test",
+    "lr",
+    "layer_decay",
+    "warmup_epochs",
+    "min_lr",
+    "weight_decay",
+    "optimizer",
+    "shift_range",
+    *augmentations.AUGMENTATION_FLAGS,
+    "seed",
+)
 
 
 def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str) -> None:
@@ -35,6 +54,7 @@ def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str) -
     group.add_argument(
         "--pretrained_weights",
         default="",
+        type=lambda path: os.path.abspath(path) if path else "",
         metavar="FILE",
         help="checkpoint.pth of main_dino.py or of older DINO code, whose encoder is fine-tuned; "
         "without it: from scratch",

@@ -214,7 +214,7 @@ def run_fold(
     test: Callable[[FoldState], None],
     fit: Callable[[FoldState], None] = lambda state: None,
     show: Callable[[FoldState, Any], None] = lambda state, writer: None,
-) -> tuple[int, bool]:
+) -> float | None:
     """Train, validate and test one fold, from where it stopped.
 
     Args:
@@ -227,7 +227,7 @@ def run_fold(
         fit: called once before a new fold's training.
         show: puts pictures into TensorBoard after a validation, on the main process alone.
 
-    Returns the steps taken, and whether the fold is finished.
+    Returns how many steps the next folds may take, or None where they did not suffice and the run is to end here.
     """
     processes, path = runtime.processes, fold.folder / "checkpoint.pth"
     saved = load_on_all(
@@ -235,10 +235,12 @@ def run_fold(
     )
     if saved and saved["epoch"] >= train_config.epochs and is_finished(fold.folder):
         processes.print(f"fold {fold.number}: done before")
-        return 0, True
+        return max_steps
     if max_steps <= 0:
-        return 0, False
+        print_stopped(fold, run_config, processes)
+        return None
     processes.run_on_main(lambda: start_folder(fold.folder))
+    model = model.to(processes.device)
     groups = layer_groups(model, "encoder.", model.encoder, train_config.layer_decay, train_config.weight_decay)
     state = FoldState(
         fold=fold,
@@ -270,11 +272,19 @@ def run_fold(
             keep_best(state, score, validate(state))
         save_fold(state)
         state.checkpoints.wait()
-    steps, finished = state.progress.step - before, state.progress.epoch >= train_config.epochs
-    if finished:
-        state.best = load_best(fold.folder, model, processes)
-        test(state)
-    return steps, finished
+    if state.progress.epoch < train_config.epochs:
+        print_stopped(fold, run_config, processes)
+        return None
+    state.best = load_best(fold.folder, model, processes)
+    test(state)
+    return max_steps - (state.progress.step - before)
+
+
+def print_stopped(fold: Fold, run_config: dict, processes: utils.Processes) -> None:
+    processes.print(
+        f"stopped in fold {fold.number} after {run_config['max_steps']} steps; the same command without "
+        "--max_steps resumes"
+    )
 
 
 def train_fold(
@@ -466,13 +476,3 @@ def restore_fold(state: FoldState, saved: dict, path: Path) -> None:
     state.runtime.processes.print(
         f"fold {state.fold.number}: resuming after step {state.progress.step}, epoch {state.progress.epoch}"
     )
-
-
-def one_step_notice(longest: int, epochs: int, global_batch: int) -> list[str]:
-    """[] or [one line] where an epoch, of `longest` samples at most, is a single step, of which few epochs make few."""
-    if longest > global_batch or not epochs:
-        return []
-    return [
-        f"an epoch of {longest} samples is one step: {epochs} epochs are {epochs} steps; for more of them lower "
-        "--batch_size_per_gpu"
-    ]
