@@ -184,10 +184,11 @@ def test_architectures(name, width, depth, heads):
 
 
 def test_architectures_take_the_shared_arguments():
-    assert list(ARCHITECTURES) == ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    names = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    assert names == [name for name in ARCHITECTURES if name.startswith("vit_")]
     with torch.device("meta"):
-        for build in ARCHITECTURES.values():
-            model = build(img_size=(24, 12, 8), patch_size=[4, 3, 2], in_chans=2, drop_path_rate=0.1)
+        for name in names:
+            model = ARCHITECTURES[name](img_size=(24, 12, 8), patch_size=[4, 3, 2], in_chans=2, drop_path_rate=0.1)
             assert model.grid_size == (6, 4, 4) and model.patch_embed.proj.in_channels == 2
             assert model.drop_path_rate == 0.1
 

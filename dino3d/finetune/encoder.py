@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import utils
 from dino3d.command_line import UserError, format_values
-from vision_transformer import ARCHITECTURES, VisionTransformer
+from vision_transformer import ARCHITECTURES, Encoder
 
 # Where neither a flag nor the checkpoint's config says
 ENCODER = {
@@ -27,8 +27,8 @@ class PretrainedEncoder(NamedTuple):
     spacing: list[float] | None
     state: dict[str, Any] | None = None
 
-    def build(self, drop_path_rate: float = 0.0) -> VisionTransformer:
-        """A new VisionTransformer with these weights, or random ones."""
+    def build(self, drop_path_rate: float = 0.0) -> Encoder:
+        """A new one with these weights, or random ones."""
         encoder = ARCHITECTURES[self.arch](
             img_size=self.input_size, patch_size=self.patch_size, drop_path_rate=drop_path_rate
         )
