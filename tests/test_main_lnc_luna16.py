@@ -530,7 +530,7 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
         (["--k_fold", 3], "k_fold 2, now it is 3"),
         (["--seed", 1], "seed 0, now it is 1"),
         (["--arch", "vit_small"], "--arch vit_tiny, not vit_small"),
-        (["--use_flip", "off"], "--use_flip True, not False"),
+        (["--use_flip", "off"], "--use_flip true, not false"),
     ):
         code, _, errors = run_main(capsys, *flags, *more)
         assert code == 1 and len(errors) == 1 and says in errors[0] and "--output_dir" in errors[0], errors

@@ -753,7 +753,7 @@ def test_other_flags_are_no_way_to_go_on(cases, straight, weights, tmp_path):
     for more, says in (
         (["--decoder", "linear"], "--decoder unetr, not linear"),
         (["--lr", 0.1], "--lr 0.001, not 0.1"),
-        (["--freeze_encoder", "true"], "--freeze_encoder False, not True"),
+        (["--freeze_encoder", "true"], "--freeze_encoder false, not true"),
         (["--patches_per_case", 4], "--patches_per_case 3, not 4"),
         (["--overlap", 0.5], "--overlap"),
         (["--foreground_share", 0.1], "--foreground_share"),
