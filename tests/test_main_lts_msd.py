@@ -760,7 +760,7 @@ def test_other_flags_are_no_way_to_go_on(cases, straight, weights, tmp_path):
         (["--spacing", 3, 3, 3], "--spacing"),
         (["--k_fold", 3], "k_fold 2, now it is 3"),
         (["--seed", 1], "seed 0, now it is 1"),
-        (["--use_flip", "off"], "--use_flip True, not False"),
+        (["--use_flip", "off"], "--use_flip true, not false"),
     ):
         assert_one_error(run_main(*flags, *more, "--cache_dir", tmp_path), (says, "--output_dir"))
     assert (straight / "config.json").read_bytes() == kept
