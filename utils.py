@@ -346,7 +346,8 @@ def load_file(path: Path | str) -> Any:
     try:
         with open_verified(path) as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of a strange file, besides raising
-            return torch.load(file, map_location="cpu", weights_only=True)
+            by_name = os.fspath(path).endswith(".safetensors")  # which is how torch knows that format
+            return torch.load(path if by_name else file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch raise many kinds for a file that is cut off or something else
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: can't be read as a checkpoint ({reason})") from error
