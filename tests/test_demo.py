@@ -216,6 +216,17 @@ def test_fetched_cts_are_converted_and_named(monkeypatch, tmp_path, small_phanto
         demo.demo(tmp_path / "demo", phantom=False)  # no mixture of CTs and phantoms under one name
 
 
+def test_a_demo_of_another_version_is_left_as_it_is(tmp_path):
+    """What it was made with may differ, and nobody who types `make demo` gave those flags."""
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "SOURCE.txt").write_text("Where the demo's patients came from, in other words")
+    before = state(tmp_path)
+    code, out, err = run("demo", "--phantom", "--output", tmp_path / "demo")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "demo of another version" in err and "make clean-demo" in err
+    assert state(tmp_path) == before
+
+
 def no_network(folder):
     raise FetchError("no network")
 

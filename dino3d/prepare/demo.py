@@ -42,8 +42,8 @@ def demo(output: Path, phantom: bool) -> None:
 
     pretrain holds the CTs alone; luna16 and msd hold phantoms too, since two patients make no folds; lesion holds one
     lesion of one of them under several names, so that a model is trained and tested on the same on purpose. What is
-    complete stays. Raises UserError where the output can't be written to, or --phantom is given for a folder that
-    holds CTs.
+    complete stays. Raises UserError where the output can't be written to or is another version's, or --phantom is given
+    for a folder that holds CTs.
     """
     try:
         if output.exists() and not output.is_dir():
@@ -53,6 +53,10 @@ def demo(output: Path, phantom: bool) -> None:
         held = CT if before == demo_source(CT) else PHANTOM if before == demo_source(PHANTOM) else None
         if phantom and held == CT:
             raise UserError(f"{output} already holds CTs: give --phantom another --output, or delete it first")
+        if before and not held:
+            raise UserError(
+                f"{output} is the demo of another version: delete it (make clean-demo) or give another --output"
+            )
         if held and all(is_complete(output / layout) for layout in LAYOUTS):
             print(f"{output} is complete, nothing to do: {' and '.join(PATIENTS)} ({held})")
             return
