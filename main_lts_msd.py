@@ -46,6 +46,7 @@ from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.sliding_window import Grid, Windows, grid_of
 from dino3d.finetune.splits import Split, make_splits, of_patients
 from dino3d.finetune.statistics import bootstrap_interval, format_metric
+from dino3d.training.pictures import save_picture
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -483,12 +484,6 @@ def mask_of(
 def file_name(name: str) -> str:
     """A case's name as a file's: no folders."""
     return name.replace("/", "_")
-
-
-def save_picture(path: Path, picture: np.ndarray) -> None:
-    from PIL import Image
-
-    Image.fromarray(picture).save(path)
 
 
 def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]:

@@ -111,7 +111,8 @@ def truncate_log(path: str | Path, step: int) -> None:
     records = read_log(path)
     kept = [record for record in records if record["step"] <= step]
     if len(kept) < len(records):
-        Path(path).write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with atomic_write(path) as part:
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 # -------------------------------------------------------------------------------------------- checksums of checkpoints
@@ -212,17 +213,14 @@ def versions() -> dict[str, str]:
 
 def write_config(path: Path, arguments: dict[str, Any], processes: Any, device: str, **more: Any) -> None:
     """What a result depends on, for the reader of the folder, as JSON."""
-    path.write_text(
-        json.dumps(
-            {
-                "arguments": arguments,
-                "world_size": processes.world_size,
-                "device": device,
-                **more,
-                "git_revision": git_revision(),
-                "versions": versions(),
-            },
-            indent=2,
-        )
-        + "\n"
+    write_json(
+        path,
+        {
+            "arguments": arguments,
+            "world_size": processes.world_size,
+            "device": device,
+            **more,
+            "git_revision": git_revision(),
+            "versions": versions(),
+        },
     )

@@ -1,12 +1,26 @@
 """Pictures of scans: in millimetres, the right way round, with names, and without tiles that show nothing."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from augmentations import AUGMENTATIONS, MultiCropAugmentation, Policy, scale_intensity
+from dino3d.files import truncate_log, write_config
 from dino3d.training import pictures
-from dino3d.training.pictures import example_views, magnified, montage, plane, planes, radiological, view_rows
+from dino3d.training.pictures import (
+    example_views,
+    magnified,
+    montage,
+    plane,
+    planes,
+    radiological,
+    save_picture,
+    view_rows,
+)
+from utils import Processes
 
 SPACING = np.array([0.7, 1.0, 3.0])
 
@@ -131,3 +145,30 @@ def test_examples_show_each_augmentation_alone():
     for name, views in shown.items():
         assert views.shape == (3, 1, 11, 9, 7) and views.isfinite().all()
         assert name == "plain" or not torch.allclose(views, shown["plain"], atol=0.01)
+
+
+def test_files_that_a_full_disk_cuts_off_stay_as_they_were(tmp_path, monkeypatch):
+    """Pictures, config.json and log.txt are rewritten when a run is resumed, on a disk that may be full by then."""
+    record = [{"step": 2}, {"step": 4}]
+    writers = {
+        "views.png": lambda path: save_picture(path, np.zeros((300, 300), np.uint8)),
+        "log.txt": lambda path: truncate_log(path, 2),
+        "config.json": lambda path: write_config(path, {}, Processes(), "CPU"),
+    }
+    before = "".join(json.dumps(line) + "\n" for line in record)
+    for name in writers:
+        (tmp_path / name).write_text(before)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)  # the last step: what is written before stands in another file
+    for name, write in writers.items():
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / name)
+        assert (tmp_path / name).read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(writers)
+    monkeypatch.undo()
+    for name, write in writers.items():
+        write(tmp_path / name)
+        assert (tmp_path / name).read_bytes() != before.encode()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from augmentations import scale_intensity
+from dino3d.files import atomic_write
 from dino3d.finetune.classification_metrics import (
     PooledPredictions,
     area_under_roc,
@@ -16,7 +17,7 @@ from dino3d.finetune.classification_metrics import (
 )
 from dino3d.finetune.crops import centre_window, read_crop, spacing_of
 from dino3d.finetune.encoder import PretrainedEncoder
-from dino3d.training.pictures import EVEN, montage, plane
+from dino3d.training.pictures import EVEN, montage, plane, save_picture
 
 SHOWN_ERRORS = 10  # in errors.png
 
@@ -47,13 +48,12 @@ def draw_curves(path: Path | str, tables: Sequence[list[dict[str, str]]], classe
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as part:
+        figure.savefig(part, dpi=120)
 
 
 def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encoder: PretrainedEncoder) -> int:
     """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are."""
-    from PIL import Image
-
     wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])
     rows, labels = [], []
     for i in wrong[:SHOWN_ERRORS]:
@@ -71,5 +71,5 @@ def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encod
     title = f"axial planes from below to above, coronal, sagittal (anterior on the left); {EVEN}"
     if not rows:
         rows, labels, title = [[np.zeros((8, 64))]], ["no errors"], ""
-    Image.fromarray(montage(rows, labels, title)).save(path)
+    save_picture(path, montage(rows, labels, title))
     return len(wrong)

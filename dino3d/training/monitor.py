@@ -20,7 +20,7 @@ from tqdm import tqdm
 from augmentations import MultiCropAugmentation
 from dino3d.command_line import UserError
 from dino3d.files import append_json, read_log, read_table, write_table
-from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, scan_name, view_rows
+from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, save_picture, scan_name, view_rows
 from utils import Processes, Silent
 
 # A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):
@@ -309,9 +309,7 @@ class Monitor:
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Save a uint8 picture as a PNG in the output folder and show it in TensorBoard."""
-        from PIL import Image
-
-        Image.fromarray(image).save(self.output_dir / f"{name}.png")
+        save_picture(self.output_dir / f"{name}.png", image)
         self.writer.add_image(name, image, step, dataformats="HW")
 
     def show_views(

@@ -5,7 +5,6 @@ has to ask the others. The answer stays on the device, where whatever a step cha
 needn't wait for it; it is fetched every few steps only.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dino3d.command_line import UserError, truncate_list
+from dino3d.files import write_json
 from utils import Processes
 
 CHECK_EVERY = 10  # steps between looks at the counter; each look waits for the device
@@ -76,9 +76,7 @@ def abort_run(
     samples: what `describe_sample` says of each sample of this rank's last batch
     """
     path = folder / f"skipped_batch_rank{processes.rank}.json"
-    path.write_text(
-        json.dumps({"step": step, "rank": processes.rank, "samples": samples}, indent=2, allow_nan=False) + "\n"
-    )
+    write_json(path, {"step": step, "rank": processes.rank, "samples": samples})
     broken = [
         sample["file"]
         for sample in samples

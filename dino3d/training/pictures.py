@@ -20,11 +20,20 @@ from augmentations import (
     render_views,
     scale_intensity,
 )
+from dino3d.files import atomic_write
 
 SIDE = 144  # pixels of a montage's largest tile, at least
 NO_TISSUE = 0.05  # grey value below which a voxel is taken for air (-900 HU in the default clip range)
 NEARLY_AIR = 0.3  # share of tissue below which a tile shows too little
 EVEN = "drawn in millimetres; the patient's right on the left, anterior or superior on top"
+
+
+def save_picture(path: Path | str, picture: np.ndarray) -> None:
+    """Save a uint8 picture, whole or not at all."""
+    from PIL import Image
+
+    with atomic_write(path) as part:
+        Image.fromarray(picture).save(part)
 
 
 def radiological(plane: ArrayLike) -> np.ndarray:
