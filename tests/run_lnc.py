@@ -34,4 +34,5 @@ statistics.BOOTSTRAP_ROUNDS = 50
 if os.environ.get("DOUBLE"):
     fold_loop.train_fold = train_and_keep
     torch.set_default_dtype(torch.float64)
-utils.run_script(main_lnc_luna16.main)
+if __name__ == "__main__":  # and not where a worker process reads this file
+    utils.run_script(main_lnc_luna16.main)

@@ -25,4 +25,5 @@ heads.DECODERS["unetr"] = functools.partial(heads.UnetrDecoder, feature_size=4)
 statistics.BOOTSTRAP_ROUNDS = 50
 if os.environ.get("DOUBLE"):
     torch.set_default_dtype(torch.float64)
-utils.run_script(main_lts_msd.main)
+if __name__ == "__main__":  # and not where a worker process reads this file
+    utils.run_script(main_lts_msd.main)
