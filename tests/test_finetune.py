@@ -510,3 +510,14 @@ def test_a_score_has_a_direction():
     assert high.rank({"auc": 0.7, "loss": 1.0}) > high.rank({"auc": 0.6, "loss": 0.1})
     assert low.rank({"mm": 2.0, "loss": 1.0}) > low.rank({"mm": 3.0, "loss": 0.1})
     assert high.rank({"auc": 0.7, "loss": 0.1}) > high.rank({"auc": 0.7, "loss": 0.2})
+
+
+def test_another_scripts_checkpoint_in_a_folds_folder_is_named(tmp_path):
+    from dino3d.finetune.fold_folders import start_run
+    from dino3d.training.checkpoint import save_checkpoint
+
+    (tmp_path / "0").mkdir()
+    save_checkpoint(tmp_path / "0" / "checkpoint.pth", {"student": {}, "teacher": {}, "config": {"lr": 0.1}})
+    with pytest.raises(UserError, match="is a checkpoint of DINO pre-training .* it has no 'model'"):
+        start_run(tmp_path, {"lr": 0.5}, ("lr",), [], {}, Processes(), 3)
+    assert not (tmp_path / "splits.json").exists()

@@ -14,6 +14,8 @@ from dino3d.finetune.statistics import mean_and_deviation
 from dino3d.training.checkpoint import load_checkpoint, load_newest
 from utils import Processes, device_name
 
+PARTS = ("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases")  # of a fold's checkpoint.pth
+
 
 def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
     """Give the model its best epoch's weights; returns what is known of that epoch. Raises UserError."""
@@ -41,7 +43,7 @@ def start_run(
     """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is
     of a run in which one of the `fixed` names of the config had another value."""
     must_match = {name: config[name] for name in fixed}
-    processes.run_on_main(lambda: load_newest(output_dir / "0" / "checkpoint.pth", must_match) and None)
+    processes.run_on_main(lambda: load_newest(output_dir / "0" / "checkpoint.pth", must_match, PARTS) and None)
     if processes.is_main:
         write_config(output_dir / "config.json", config, processes, device_name(processes.device), cases=cases)
         save_splits(output_dir / "splits.json", splits, data)

@@ -23,7 +23,7 @@ import utils
 from dino3d.command_line import Preempted, UserError
 from dino3d.files import append_json, truncate_log
 from dino3d.finetune.crops import CropBatch, TrainingBatches, collate_crops
-from dino3d.finetune.fold_folders import is_finished, load_best, start_folder
+from dino3d.finetune.fold_folders import PARTS, is_finished, load_best, start_folder
 from dino3d.finetune.layer_decay import layer_groups, set_learning_rate
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.statistics import format_metric
@@ -230,9 +230,7 @@ def run_fold(
     Returns how many steps the next folds may take, or None where they did not suffice and the run is to end here.
     """
     processes, path = runtime.processes, fold.folder / "checkpoint.pth"
-    saved = load_on_all(
-        path, processes, parts=("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases")
-    )
+    saved = load_on_all(path, processes, parts=PARTS)
     if saved and saved["epoch"] >= train_config.epochs and is_finished(fold.folder):
         processes.print(f"fold {fold.number}: done before")
         return max_steps
@@ -261,6 +259,7 @@ def run_fold(
         fit(state)
     if processes.world_size > 1 and groups:
         devices = None if processes.device.type == "cpu" else [processes.device]
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
         warnings.filterwarnings("ignore", "Grad strides do not match")  # the class token's: one small copy more
         state.network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     if processes.is_main:
