@@ -31,7 +31,7 @@ import augmentations
 import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
-from dino3d.command_line import UserError, boolean, format_values, number
+from dino3d.command_line import UserError, format_values, number
 from dino3d.data.layouts import list_volumes, read_data_list
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
@@ -214,13 +214,7 @@ def get_args_parser() -> command_line.ArgumentParser:
     group.add_argument(
         "--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end of its cosine"
     )
-    group.add_argument(
-        "--precision",
-        default=None,
-        choices=("bf16", "fp16", "fp32"),
-        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs "
-        "that have it, else fp16; fp32 on CPUs",
-    )
+    command_line.precision_flag(group)
     flag(
         group,
         "--compile",
@@ -237,13 +231,7 @@ def get_args_parser() -> command_line.ArgumentParser:
     group.add_argument(
         "--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="adamw, sgd or lars; adamw for ViTs"
     )
-    group.add_argument(
-        "--max_skipped_steps",
-        default=20,
-        type=number(int, 1),
-        help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, "
-        "before the run ends",
-    )
+    command_line.max_skipped_steps_flag(group)
 
     group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
     group.add_argument(
@@ -283,12 +271,7 @@ def get_args_parser() -> command_line.ArgumentParser:
     augmentations.add_augmentation_flags(group)
 
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--num_workers",
-        default=None,
-        type=number(int, 0),
-        help="data loading workers per process; default: the cores that each process can have, at most 16",
-    )
+    command_line.num_workers_flag(group)
     checkpoint.add_saving_flags(group, besides="each epoch's end")
     group.add_argument(
         "--saveckp_freq",
@@ -324,14 +307,7 @@ def get_args_parser() -> command_line.ArgumentParser:
     command_line.read_timeout_flag(group)
     command_line.help_flags(group)
 
-    group = parser.add_argument_group("older flags, accepted")
-    group.add_argument(
-        "--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL", help="replaced by --precision"
-    )
-    group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) sets it")
-    group.add_argument(
-        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) sets it"
-    )
+    command_line.older_flags(parser)
     return parser
 
 

@@ -253,6 +253,50 @@ def boolean_flag(group: Any, name: str, default: bool | None, text: str) -> None
     group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
 
 
+def precision_flag(group: Any) -> None:
+    """--precision."""
+    group.add_argument(
+        "--precision",
+        default=None,
+        choices=("bf16", "fp16", "fp32"),
+        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs that have it, "
+        "else fp16; fp32 on CPUs",
+    )
+
+
+def max_skipped_steps_flag(group: Any) -> None:
+    """--max_skipped_steps."""
+    group.add_argument(
+        "--max_skipped_steps",
+        default=20,
+        type=number(int, 1),
+        help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, "
+        "before the run ends",
+    )
+
+
+def num_workers_flag(group: Any) -> None:
+    """--num_workers."""
+    group.add_argument(
+        "--num_workers",
+        default=None,
+        type=number(int, 0),
+        help="data loading workers per process; default: the cores that each process can have, at most 16",
+    )
+
+
+def older_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of older scripts, which are accepted."""
+    group = parser.add_argument_group("older flags, accepted")
+    group.add_argument(
+        "--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL", help="replaced by --precision"
+    )
+    group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) sets it")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) sets it"
+    )
+
+
 def read_timeout_flag(group: Any) -> None:
     """--read_timeout."""
     group.add_argument(

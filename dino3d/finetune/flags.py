@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import augmentations
-import utils
 from dino3d import command_line
-from dino3d.command_line import boolean, format_values, number
+from dino3d.command_line import format_values, number
 from dino3d.finetune.encoder import ENCODER
 from dino3d.finetune.splits import NUM_TEST
 from dino3d.training import checkpoint
@@ -180,23 +179,11 @@ def add_finetune_flags(
     group.add_argument(
         "--optimizer", default="adamw", choices=("adamw", "sgd"), help="adamw or sgd; sgd as in the paper"
     )
-    group.add_argument(
-        "--precision",
-        default=None,
-        choices=tuple(utils.PRECISIONS),
-        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs that have "
-        "it, else fp16; fp32 on CPUs",
-    )
+    command_line.precision_flag(group)
     group.add_argument(
         "--val_freq", default=1, type=number(int, 1), help="epochs between validations; raise it where they take long"
     )
-    group.add_argument(
-        "--max_skipped_steps",
-        default=20,
-        type=number(int, 1),
-        help="how many steps in a row may have a non-finite (NaN) loss or gradient, and are skipped, before the "
-        "run ends",
-    )
+    command_line.max_skipped_steps_flag(group)
 
     group = parser.add_argument_group("augmentations (of training data alone; each with probability 0.5)")
     group.add_argument(
@@ -210,12 +197,7 @@ def add_finetune_flags(
     augmentations.add_augmentation_flags(group)
 
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--num_workers",
-        default=None,
-        type=number(int, 0),
-        help="data loading workers per process; default: the cores that each process can have, at most 16",
-    )
+    command_line.num_workers_flag(group)
     checkpoint.add_saving_flags(group, besides="each fold's end")
     group.add_argument(
         "--max_steps",
@@ -232,14 +214,7 @@ def add_finetune_flags(
     command_line.read_timeout_flag(group)
     command_line.help_flags(group)
 
-    group = parser.add_argument_group("older flags, accepted")
-    group.add_argument(
-        "--use_fp16", default=None, nargs="?", const=True, type=boolean, metavar="BOOL", help="replaced by --precision"
-    )
-    group.add_argument("--dist_url", default=None, metavar="URL", help="ignored: the launcher (torchrun, srun) sets it")
-    group.add_argument(
-        "--local_rank", "--local-rank", default=None, metavar="N", help="ignored: the launcher (torchrun, srun) sets it"
-    )
+    command_line.older_flags(parser)
 
 
 def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str, Any], layout: str) -> None:
