@@ -20,7 +20,7 @@ from dino3d.data.images import LeftOut
 from dino3d.data.layouts import file_state
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import DataError
-from dino3d.files import TEXT, atomic_write, read_table, table_bytes
+from dino3d.files import TEXT, atomic_write, read_rows, table_bytes
 
 WORK = ".prepare"  # folder in the output: journal, lock, unfinished files
 JOURNAL = "journal.jsonl"
@@ -136,8 +136,9 @@ class Records:
         self.earlier = collections.defaultdict(list)  # stamp -> rows
         if (output / MANIFEST).exists():
             with contextlib.suppress(UserError):  # no table any more
-                for row in filter(_is_whole, read_table(output / MANIFEST)):
-                    self.earlier[row["stamp"]].append(row)
+                for _, row in read_rows(output / MANIFEST):  # those before a damage count
+                    if _is_whole(row):
+                        self.earlier[row["stamp"]].append(row)
         if self.journal.exists():
             with open(self.journal, **TEXT) as file:
                 for line in file:
