@@ -48,9 +48,10 @@ import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines, command_line
 from dino3d.command_line import UserError, number
-from dino3d.data.images import format_size
+from dino3d.data.conventions import LPS, format_size
+from dino3d.data.hdf5 import write_volume
 from dino3d.data.pretraining import PretrainingPatches, Sample, collate, place_patch
-from dino3d.data.volume import LPS, Volume, write_volume
+from dino3d.data.volume import Volume
 from dino3d.files import read_log, versions
 from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory

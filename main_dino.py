@@ -32,10 +32,10 @@ import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
 from dino3d.data.layouts import list_volumes, read_data_list
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
-from dino3d.data.volume import SUFFIXES, DataError
 from dino3d.files import truncate_log, write_config
 from dino3d.training import checkpoint
 from dino3d.training.loading import next_batch, reading_processes
@@ -855,7 +855,7 @@ def find_data(folder: str | None, data_list: str | None, index: Path) -> list[st
         raise UserError(
             f"--data_list {data_list}: names no file"
             if data_list
-            else f"--data_dir {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})"
+            else f"--data_dir {folder}: no volume found below it (looked for {', '.join(VOLUME_SUFFIXES)})"
         )
     return paths
 

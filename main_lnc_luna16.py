@@ -28,8 +28,8 @@ import utils
 from augmentations import AUGMENTATION_FLAGS, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
+from dino3d.data.conventions import DataError
 from dino3d.data.layouts import find_crops
-from dino3d.data.volume import DataError
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags
 from dino3d.finetune.classification_metrics import (

@@ -29,9 +29,10 @@ import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
-from dino3d.data.images import voxels_of
+from dino3d.data.conventions import DataError, stem
+from dino3d.data.images import read_image, voxels_of
 from dino3d.data.layouts import Pair, find_pairs
-from dino3d.data.volume import DataError, stem
+from dino3d.data.volume import Volume
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
 from dino3d.finetune.crops import CropBatch, Header, WindowAugmentation, one_step_notice, read_headers
@@ -43,7 +44,7 @@ from dino3d.finetune.heads import DECODERS, Segmenter
 from dino3d.finetune.inference import find_new_cases, map_over_ranks
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.runtime import Runtime, start_runtime
-from dino3d.finetune.sliding_window import Grid, Windows, grid_of
+from dino3d.finetune.sliding_window import Windows, grid_of
 from dino3d.finetune.splits import Split, make_splits, of_patients
 from dino3d.finetune.statistics import bootstrap_interval, format_metric
 from dino3d.training.pictures import save_picture
@@ -451,8 +452,9 @@ def test_case(
     """(classes - 1, figures) of a case on its own grid, NaN for what is undefined; saves its mask and overlay."""
     pair, name = cases.pairs[case], file_name(cases.names[case])
     image, label = sliding_window.read_case(pair)
-    predicted = mask_of([network], image, grid_of(image), cases.cache.spacing, settings, runtime)
-    sliding_window.save_mask(folder / "masks" / f"{name}.nii.gz", predicted, pair.image)
+    predicted = mask_of([network], image, cases.cache.spacing, settings, runtime)
+    with Volume(pair.image) as volume:
+        volume.save_mask(folder / "masks" / f"{name}.nii.gz", voxels_of(predicted))
     arrays, spacing = [voxels_of(one) for one in (image, predicted, label)], image.GetSpacing()
     figures = mask_metrics.evaluate_masks(*arrays[1:], spacing, cases.classes, settings.tolerance)
     title = f"{pair.name}: Dice " + ", ".join(f"{row['dice']:.3f}" for row in figures)
@@ -465,13 +467,12 @@ def test_case(
 def mask_of(
     networks: Sequence[Segmenter],
     image: "sitk.Image",
-    own: Grid,
     spacing: Sequence[float],
     settings: InferenceSettings,
     runtime: Runtime,
 ) -> "sitk.Image":
-    """A SimpleITK.Image of uint8 classes on the Grid `own` of an image in RAS; spacing: (3,) mm that the networks
-    know."""
+    """A SimpleITK.Image of uint8 classes on the voxels of an image in RAS; spacing: (3,) mm that the networks know."""
+    own = grid_of(image)
     working = sliding_window.to_network_grid(image, spacing)
     found = sliding_window.to_scan_grid(
         predict_log_probabilities(networks, working, settings, runtime), grid_of(working), own
@@ -569,15 +570,16 @@ def predict_case(
     runtime: Runtime,
 ) -> list[float]:
     """Millilitres of each foreground class in a volume, after writing its mask. Raises DataError, UserError."""
-    image, own = sliding_window.read_image_and_grid(path)
-    predicted = mask_of(networks, image, own, config["spacing"], settings, runtime)
+    image = read_image(path)
+    predicted = mask_of(networks, image, config["spacing"], settings, runtime)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        sliding_window.save_mask(target, predicted, path)
+        with Volume(path) as volume:
+            volume.save_mask(target, voxels_of(predicted))
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror or error})") from error
     voxels = np.bincount(voxels_of(predicted).ravel(), minlength=config["classes"])[1:]
-    return [float(n * np.prod(own.spacing) / 1000) for n in voxels]
+    return [float(n * np.prod(image.GetSpacing()) / 1000) for n in voxels]
 
 
 def without_suffix(name: str) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, help_flags, number
-from dino3d.data.images import format_size
-from dino3d.data.volume import FILTERS, DataError
+from dino3d.data.conventions import DataError, format_size
+from dino3d.data.hdf5 import FILTERS
 from dino3d.prepare.check import check
 from dino3d.prepare.demo import demo
 from dino3d.prepare.luna16 import luna16

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dino3d.data.volume import LPS
+from dino3d.data.conventions import LPS
 from vision_transformer import DINOHead, MultiCropWrapper, VisionTransformer
 
 PATCH = (121, 121, 61)  # voxels that earlier implementations read, and augmented ten times

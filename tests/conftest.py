@@ -32,7 +32,7 @@ def volumes(tmp_path_factory):
     import nibabel
     import numpy as np
 
-    from dino3d.data.volume import write_volume
+    from dino3d.data.hdf5 import write_volume
     from dino3d.prepare.phantoms import chest_phantom
 
     folder = tmp_path_factory.mktemp("volumes")

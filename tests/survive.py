@@ -193,7 +193,7 @@ def survive(folder, data, kills, epochs, seed=0, say=print):
 def make_volumes(folder, count=8):
     """Volumes of noise in the pre-training layout."""
     sys.path.insert(0, str(ROOT))
-    from dino3d.data.volume import write_volume
+    from dino3d.data.hdf5 import write_volume
 
     for i in range(count):
         voxels = np.random.default_rng(i).normal(-300, 400, (60, 56, 36)).astype(np.int16)

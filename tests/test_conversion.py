@@ -39,9 +39,8 @@ from raw_inputs import (  # noqa: F401
 
 from dino3d.command_line import UserError
 from dino3d.data import parallel
-from dino3d.data.images import LeftOut
+from dino3d.data.conventions import DataError, LeftOut
 from dino3d.data.parallel import in_processes
-from dino3d.data.volume import DataError
 from dino3d.prepare import conversion
 from dino3d.prepare.conversion import Job, Output, convert_all, open_output
 

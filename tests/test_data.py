@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from augmentations import MultiCropAugmentation, Policy
 from dino3d.data import layouts, pretraining, read_watchdog
 from dino3d.data import volume as volume_module
+from dino3d.data.conventions import AIR, DataError
+from dino3d.data.hdf5 import CHUNK, FILTERS, write_volume
 from dino3d.data.layouts import find_volumes, list_volumes, read_data_list
 from dino3d.data.pretraining import (
     PATCHES_PER_READ,
@@ -35,7 +37,7 @@ from dino3d.data.pretraining import (
     place_patch,
 )
 from dino3d.data.read_watchdog import with_read_timeout
-from dino3d.data.volume import AIR, CHUNK, FILTERS, SUFFIXES, DataError, Volume, _open_hdf5, write_volume
+from dino3d.data.volume import SUFFIXES, Volume, _open_hdf5
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 PERMUTED = np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])

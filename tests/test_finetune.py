@@ -11,7 +11,7 @@ import torch
 
 from augmentations import PAPER, Policy, collate_views, paper_policy, scale_intensity
 from dino3d.command_line import Preempted, UserError
-from dino3d.data.volume import DataError
+from dino3d.data.conventions import DataError
 from dino3d.files import read_json, read_table, write_json, write_table
 from dino3d.finetune.crops import (
     READ_AHEAD,

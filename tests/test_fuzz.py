@@ -44,8 +44,10 @@ from dino3d.data import (
     dicom,  # noqa: E402
     images,  # noqa: E402
 )
+from dino3d.data.conventions import DataError
+from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import list_volumes, read_data_list  # noqa: E402
-from dino3d.data.volume import DataError, Volume, write_volume  # noqa: E402
+from dino3d.data.volume import Volume  # noqa: E402
 from dino3d.files import truncate_log  # noqa: E402
 from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder  # noqa: E402
 from dino3d.finetune.splits import make_splits  # noqa: E402

@@ -24,12 +24,15 @@ from raw_inputs import manifest, run  # noqa: F401
 from scipy.spatial.transform import Rotation
 
 from dino3d.data import dicom, images, resampling
+from dino3d.data.conventions import AIR, VOLUME_SUFFIXES, DataError, LeftOut, stem
 from dino3d.data.dicom import Slice, read_header, read_series, sort_slices
-from dino3d.data.images import LeftOut, read_image, read_raw
-from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, other_grid, read_pair
+from dino3d.data.geometry import other_grid
+from dino3d.data.hdf5 import write_volume
+from dino3d.data.images import read_image, read_raw
+from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, read_pair
 from dino3d.data.pretraining import block_mean
 from dino3d.data.resampling import crop_at
-from dino3d.data.volume import AIR, VOLUME_SUFFIXES, DataError, Volume, stem, write_volume
+from dino3d.data.volume import Volume
 from dino3d.prepare.phantoms import chest_phantom
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

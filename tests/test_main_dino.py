@@ -16,7 +16,7 @@ from conftest import ROOT
 import main_dino
 import utils
 import vision_transformer
-from dino3d.data.volume import write_volume
+from dino3d.data.hdf5 import write_volume
 from dino3d.files import read_log, truncate_log
 from dino3d.training.monitor import Monitor, collapse_warning, effective_rank
 from vision_transformer import DINOHead, VisionTransformer

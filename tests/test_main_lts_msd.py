@@ -23,7 +23,7 @@ from test_main_dino import TORCHRUN, traceback_through_our_code
 import main_lts_msd
 import utils
 from augmentations import scale_intensity
-from dino3d.data.volume import write_volume
+from dino3d.data.hdf5 import write_volume
 from dino3d.files import read_log, read_table
 from dino3d.finetune import fold_loop, sliding_window, statistics
 from dino3d.finetune.encoder import ENCODER

@@ -31,8 +31,10 @@ from raw_inputs import (  # noqa: F401
 )
 from scipy.ndimage import map_coordinates
 
+from dino3d.data.conventions import AIR
+from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import find_crops, find_pairs, read_pair
-from dino3d.data.volume import AIR, Volume, write_volume
+from dino3d.data.volume import Volume
 from dino3d.prepare import luna16, nlst
 from dino3d.prepare.inputs import safe_name
 

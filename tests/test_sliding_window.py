@@ -24,8 +24,9 @@ from test_images import (
 )
 
 from dino3d.data import images, resampling
+from dino3d.data.conventions import AIR, DataError
+from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import Pair, find_pairs
-from dino3d.data.volume import AIR, DataError, write_volume
 from dino3d.finetune import sliding_window
 from dino3d.finetune.sliding_window import (
     Grid,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.data.images import LeftOut, _call, _one_line, format_size, to_hu
-from dino3d.data.volume import DataError
+from dino3d.data.conventions import AIR, DataError, LeftOut, format_size, one_line, to_int16
+from dino3d.data.itk import quietly
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"  # SOP classes
@@ -87,7 +87,7 @@ def read_header(path: str) -> Slice | None:
     except DataError:
         raise
     except Exception as error:  # pydicom raises many kinds for a broken file
-        raise DataError(path, f"can't be read: {_one_line(error, path)}") from error
+        raise DataError(path, f"can't be read: {one_line(error, path)}") from error
 
 
 def _slice_of(header: Any, path: str) -> Slice | None:
@@ -257,4 +257,9 @@ def read_series(slices: Sequence[Slice]) -> sitk.Image:
     rescales = {one.rescale for one in slices}
     if len(rescales) > 1 or not all(value.is_integer() for pair in rescales for value in pair):
         reader.SetOutputPixelType(sitk.sitkFloat32)  # the first slice alone would decide otherwise
-    return to_hu(_call(reader.Execute, slices[0].path), slices[0].path)
+    image = sitk.DICOMOrient(quietly(reader.Execute, slices[0].path), "RAS")
+    if image.GetPixelID() != sitk.sitkInt16:
+        converted = sitk.GetImageFromArray(to_int16(sitk.GetArrayViewFromImage(image), slices[0].path))
+        converted.CopyInformation(image)
+        image = converted
+    return sitk.Threshold(image, AIR, 32767, AIR)

@@ -8,7 +8,9 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from dino3d.data.volume import SUFFIXES, DataError, Volume, _first_line, stem
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, one_line, stem
+from dino3d.data.geometry import other_grid
+from dino3d.data.volume import Volume
 from dino3d.files import atomic_write
 
 
@@ -45,7 +47,7 @@ def find_volumes(folder: Path | str) -> list[str]:
         os.path.relpath(os.path.join(here, name), folder)
         for here, names in walk_files(folder, fail)
         for name in names
-        if name.lower().endswith(SUFFIXES)
+        if name.lower().endswith(VOLUME_SUFFIXES)
     )
 
 
@@ -57,7 +59,7 @@ def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[s
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(path, f"can't be read as a list of files ({_first_line(error)})") from error
+        raise DataError(path, f"can't be read as a list of files ({one_line(error, path)})") from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return [os.path.join(folder or os.path.dirname(path), name) for name in names]
 
@@ -190,29 +192,14 @@ def find_pairs(folder: Path | str) -> tuple[list[Pair], list[DataError]]:
     return pairs, problems
 
 
-def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_pair(pair: Pair, classes: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(image (X, Y, Z) int16 HU, label (X, Y, Z) uint8, affine (4, 4)) of a Pair. Raises DataError where one can't be
-    used, or both don't lie on the same grid."""
+    used, both don't lie on the same grid, or the label has others than `classes`, where those are given."""
     with Volume(pair.image) as image, Volume(pair.label) as label:
         reason = other_grid(label.shape, label.affine, image.shape, image.affine)
         if reason:
             raise DataError(pair.label, reason)
-        return image.read(), label.read_labels(), image.affine
-
-
-def other_grid(
-    shape: Sequence[int], affine: np.ndarray, image_shape: Sequence[int], image_affine: np.ndarray
-) -> str | None:
-    """Why a label does not lie on its image's grid; None if it does, to a tenth of a voxel at every corner."""
-    if tuple(shape) != tuple(image_shape):
-        return (
-            f"has another shape than its image: {' x '.join(map(str, shape))}, not {' x '.join(map(str, image_shape))}"
-        )
-    corners = np.stack(np.meshgrid(*([0, n - 1] for n in shape), [1], indexing="ij")).reshape(4, -1)  # (4, 8)
-    apart = np.linalg.norm(((affine - image_affine) @ corners)[:3], axis=0).max()
-    if not apart <= 0.1 * np.linalg.norm(image_affine[:3, :3], axis=0).min():
-        return f"lies elsewhere than its image: up to {apart:.3g} mm apart at the corners"
-    return None
+        return image.read(), label.read_labels(classes), image.affine
 
 
 def file_state(path: Path | str) -> tuple[int, int]:

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from augmentations import PATCH_VIEW, MultiCropAugmentation, ViewBatch, ViewParameters, collate_views, keyed_rng
-from dino3d.data.volume import DataError, Volume
+from dino3d.data.conventions import DataError
+from dino3d.data.volume import Volume
 
 PATCHES_PER_READ = 8  # patches of one volume that follow each other in an epoch, read with one opening of its file
 

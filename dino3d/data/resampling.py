@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.data.images import UPRIGHT, _axes_of, format_size, voxels_of
-from dino3d.data.volume import AIR, DataError
+from dino3d.data.conventions import AIR, DataError, format_size
+from dino3d.data.images import UPRIGHT, axes_of, voxels_of
 
 
 def crop_at(
@@ -54,7 +54,7 @@ def resample(
         axes = UPRIGHT
         first, extent, own = _box_along(image, axes)
     else:
-        axes, own = _axes_of(image), np.array(image.GetSpacing())
+        axes, own = axes_of(image), np.array(image.GetSpacing())
         extent = np.array(image.GetSize()) * own
     size = np.maximum(np.rint(extent / spacing), 1).astype(int)
     factors = np.ones(3, int) if is_label else averaging_factors(own, spacing)
@@ -70,7 +70,7 @@ def resample(
 
 def is_upright(image: sitk.Image) -> bool:
     """Whether an image's axes are the world's right, anterior and superior, to 1e-3."""
-    return np.allclose(_axes_of(image), UPRIGHT, rtol=0, atol=1e-3)
+    return np.allclose(axes_of(image), UPRIGHT, rtol=0, atol=1e-3)
 
 
 def _box_along(image: sitk.Image, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,7 +81,7 @@ def _box_along(image: sitk.Image, axes: np.ndarray) -> tuple[np.ndarray, np.ndar
     """
     faces = itertools.product(*((-0.5, n - 0.5) for n in image.GetSize()))
     corners = np.array([image.TransformContinuousIndexToPhysicalPoint(face) for face in faces]) @ axes  # (8, 3)
-    voxels_per_mm = _axes_of(image).T @ axes / np.array(image.GetSpacing())[:, None]  # (3 of the image, 3 of the box)
+    voxels_per_mm = axes_of(image).T @ axes / np.array(image.GetSpacing())[:, None]  # (3 of the image, 3 of the box)
     return corners.min(0), np.ptp(corners, axis=0), 1 / np.linalg.norm(voxels_per_mm, axis=0)
 
 
@@ -105,7 +105,7 @@ def _sample(
 
     Outside is air, or 0 in a mask; with `extend` the nearest voxel, for a last voxel that reaches a little beyond.
     """
-    axes = _axes_of(image) if axes is None else axes
+    axes = axes_of(image) if axes is None else axes
     outside = AIR if image.GetPixelID() == sitk.sitkInt16 else 0
     origin = image.TransformContinuousIndexToPhysicalPoint([float(s) for s in start])
     how, kind = (sitk.sitkLinear, sitk.sitkFloat32) if linear else (sitk.sitkNearestNeighbor, image.GetPixelID())

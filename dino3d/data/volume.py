@@ -1,8 +1,9 @@
-"""One CT on disk: an HDF5 or NIfTI file, read and written in RAS.
+"""One CT on disk, of any kind that is read here, in RAS.
 
 Volumes are (X, Y, Z) arrays of int16 Hounsfield units in RAS: indices grow towards the patient's right, anterior and
 superior side. Affines are 4 x 4, from voxel indices to RAS millimetres. Files may lie in any orientation: what is
-read from them is flipped and its axes swapped (never interpolated) to the nearest RAS axes.
+read from them is flipped and its axes swapped (never interpolated) to the nearest RAS axes. This is the one reader:
+conversion, training, check and prediction see the same voxels in the same places.
 """
 
 import contextlib
@@ -11,68 +12,55 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-import h5py
-import hdf5plugin
 import numpy as np
 
+from dino3d.data.conventions import (
+    AIR,
+    HDF5_SUFFIXES,
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    VOLUME_SUFFIXES,
+    DataError,
+    Stored,
+    is_kind,
+    one_line,
+    to_int16,
+)
+from dino3d.data.geometry import orientation_of, ras_affine, require_geometry
+from dino3d.data.hdf5 import CHUNK, open_hdf5
+from dino3d.data.itk import open_itk
+from dino3d.data.nifti import open_nifti, save_mask_like, save_nifti
 from dino3d.data.read_watchdog import reading
 from dino3d.files import atomic_write
-
-AIR = -1024  # HU; what lies outside a volume, and the floor for padding values of -2000 to -3024
-SUFFIXES = (".hdf5", ".h5", ".nii", ".nii.gz")  # what Volume reads
-VOLUME_SUFFIXES = (*SUFFIXES, ".mhd", ".mha", ".nrrd", ".nhdr")  # what dino3d/data/images.py reads
-CHUNK = 32  # voxels per side of a chunk: a random crop then touches few bytes besides its own
-FILTERS = {
-    "blosc": lambda: hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.BITSHUFFLE),
-    "gzip": lambda: {"compression": "gzip", "compression_opts": 4},
-    "none": dict,
-}
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's world has x and y the other way round
-
-
-class DataError(Exception):
-    """A file that can't be used: which, what was found in it and what was expected."""
-
-    def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
 
 
 class Volume:
     """A volume on disk in RAS, of which parts can be read; a context manager that closes the file.
 
-    shape: (3,) voxels; spacing: (3,) mm; affine: (4, 4). Raises DataError where the file is no 3D image.
+    path: HDF5, NIfTI, MetaImage or NRRD
+    shape: (3,) voxels; spacing: (3,) mm; affine: (4, 4); notes: lines on what can be read in two ways
+    file_shape, file_affine: of the voxels in the file's own order of the axes
+    Raises DataError where the file is no 3D image.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
         self._closing = contextlib.ExitStack()
         try:
-            opener = _open_hdf5 if is_hdf5(path) else _open_nifti
             with reading(path):
-                shape, affine, self._take = opener(path, self._closing)
-            self._orient(shape, affine)
+                stored = _open(path, self._closing)
+            self._take, self.notes = stored.take, stored.notes
+            self.file_shape = tuple(int(n) for n in stored.shape)
+            self.file_affine = require_geometry(path, self.file_shape, stored.affine)
         except DataError:
             self.close()
             raise
         except Exception as error:  # the libraries raise many kinds for a broken file
             self.close()
-            raise DataError(path, f"can't be read ({_first_line(error)})") from error
-
-    def _orient(self, shape: tuple[int, ...], affine: np.ndarray) -> None:
-        from nibabel.orientations import inv_ornt_aff, io_orientation
-
-        if len(shape) != 3:
-            raise DataError(self.path, f"is a {len(shape)}D image of shape {tuple(shape)}, expected a 3D volume")
-        if min(shape) < 1:
-            raise DataError(self.path, f"is empty: shape {tuple(shape)}")
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-            raise DataError(self.path, "has spacings and directions that span no volume")
-        orientation = io_orientation(affine)  # (3, 2): the RAS axis of each axis of the file, and its sign
-        self._axes = np.argsort(orientation[:, 0])  # (3,): the file's axis for each RAS axis
-        self._signs = orientation[self._axes, 1]
-        self.shape = tuple(int(shape[axis]) for axis in self._axes)
-        self.affine = affine @ inv_ornt_aff(orientation, shape)
+            raise DataError(path, f"can't be read ({one_line(error, path)})") from error
+        self._axes, self._signs = orientation_of(self.file_affine)
+        self.shape = tuple(self.file_shape[axis] for axis in self._axes)
+        self.affine = ras_affine(self.file_shape, self.file_affine, self._axes, self._signs)
         self.spacing = tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     def read(
@@ -88,16 +76,9 @@ class Volume:
             raise DataError(self.path, f"has voxels of type {voxels.dtype}, expected numbers")
         return voxels
 
-    def read_labels(self) -> np.ndarray:
-        """(X, Y, Z) uint8 classes of a mask. Raises DataError for values that are no whole numbers from 0 to 255."""
-        voxels = self.read_values()
-        found = np.unique(voxels)
-        if not ((found >= 0) & (found <= 255) & (found == np.floor(found))).all():
-            wrong = [f"{value:g}" for value in found if not (0 <= value <= 255 and value == np.floor(value))][:3]
-            raise DataError(
-                self.path, f"has label values such as {', '.join(wrong)}, expected whole numbers from 0 to 255"
-            )
-        return voxels.astype(np.uint8)
+    def read_labels(self, classes: Sequence[int] | None = None) -> np.ndarray:
+        """(X, Y, Z) uint8 classes of a mask; see `to_classes`. Raises DataError."""
+        return to_classes(self.read_values(), self.path, classes)
 
     def _read_inside(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         voxels = to_int16(self._take_oriented(low, high), self.path)
@@ -112,10 +93,30 @@ class Volume:
         try:
             with reading(self.path):
                 voxels = self._take(tuple(slices))
+        except DataError:
+            raise
         except Exception as error:
-            raise DataError(self.path, f"can't be read ({_first_line(error)})") from error
+            raise DataError(self.path, f"can't be read ({one_line(error, self.path)})") from error
         flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
         return voxels.transpose(self._axes)[flips]
+
+    def in_file_order(self, voxels: np.ndarray) -> np.ndarray:
+        """An (X, Y, Z) array on this volume's voxels in the file's own order of the axes."""
+        flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
+        return voxels[flips].transpose(np.argsort(self._axes))
+
+    def save_mask(self, path: Path | str, mask: np.ndarray) -> None:
+        """Write (X, Y, Z) uint8 classes on this volume's voxels as NIfTI that lies on its scan in every viewer.
+
+        path: ends in .nii.gz or .nii. The file's own order of the axes is kept and, where it is NIfTI, its header.
+        Raises OSError.
+        """
+        voxels = self.in_file_order(mask)
+        with atomic_write(path) as part:
+            if is_kind(self.path, NIFTI_SUFFIXES):
+                save_mask_like(part, voxels, self.path)
+            else:
+                save_nifti(part, voxels, self.file_affine)
 
     def is_constant(self) -> bool:
         """True if all voxels are equal: such a file holds no image. Reads until it sees a second value."""
@@ -135,11 +136,36 @@ class Volume:
         self.close()
 
 
-def stem(path: str | Path) -> str:
-    """Name of a volume's file without folders and suffix: scan for a/scan.nii.gz."""
-    name = os.path.basename(path)
-    longest_first = sorted(VOLUME_SUFFIXES, key=len, reverse=True)
-    return next((name[: -len(suffix)] for suffix in longest_first if name.lower().endswith(suffix)), name)
+def _open(path: Path | str, closing: contextlib.ExitStack) -> Stored:
+    """What a file holds, by its suffix."""
+    if not os.path.isfile(path):
+        raise DataError(path, "can't be read: " + ("is a folder" if os.path.isdir(path) else "no such file"))
+    if os.path.getsize(path) == 0:
+        raise DataError(path, "can't be read: the file is empty")
+    if is_kind(path, HDF5_SUFFIXES):
+        return open_hdf5(path, closing)
+    if is_kind(path, NIFTI_SUFFIXES):
+        return open_nifti(path)
+    if is_kind(path, ITK_SUFFIXES):
+        return open_itk(path)
+    raise DataError(path, f"is of no kind that is read here: expected {', '.join(VOLUME_SUFFIXES)}")
+
+
+def to_classes(voxels: np.ndarray, path: Path | str, classes: Sequence[int] | None = None) -> np.ndarray:
+    """uint8 classes of a mask's numbers, which may miss whole ones by the precision of a float32.
+
+    Raises DataError for other values than whole numbers from 0 to 255, or than `classes` if those are given.
+    """
+    found = np.unique(voxels)
+    whole = np.rint(found)
+    allowed = np.arange(256) if classes is None else np.array(sorted(classes))
+    # A float32 of a class such as 255 is exact to 2e-5; a rescale slope of a file adds as much again
+    wrong = found[~(np.isin(whole, allowed) & (np.abs(found - whole) <= 1e-4))]
+    if len(wrong):
+        expected = "whole numbers from 0 to 255" if classes is None else "only " + ", ".join(map(str, allowed))
+        told = ", ".join(np.format_float_positional(value, trim="-") for value in wrong[:3].astype(float))
+        raise DataError(path, f"has label values such as {told}, expected {expected}")
+    return (np.rint(voxels) if voxels.dtype.kind == "f" else voxels).astype(np.uint8)
 
 
 def padded(
@@ -162,96 +188,3 @@ def padded(
     box = np.full(size, AIR, np.int16)
     box[tuple(slice(a, b) for a, b in zip(low - start, high - start))] = inside
     return box
-
-
-def is_hdf5(path: Path | str) -> bool:
-    """Whether a file is HDF5, by its suffix."""
-    return str(path).lower().endswith((".hdf5", ".h5"))
-
-
-def _open_hdf5(
-    path: Path | str, closing: contextlib.ExitStack
-) -> tuple[tuple[int, ...], np.ndarray, Callable[..., np.ndarray]]:
-    """(shape, affine, take) in the file's own axis order (x, y, z); take(three slices) gives an array."""
-    file = closing.enter_context(h5py.File(path, "r", locking=False))  # read-only: no lock, which NFS may refuse
-    names = ("VoxelData", "Spacing", "Origin", "Directions")
-    image = file.get("ITKImage/0")
-    missing = [name for name in names if image is None or name not in image]
-    if missing:
-        raise DataError(path, f"has no ITKImage/0/{missing[0]}: not an ITK HDF5 image")
-    voxels, spacing, origin, directions = (image[name] for name in names)
-    if voxels.ndim != 3 or spacing.shape != (3,) or origin.shape != (3,) or directions.shape != (3, 3):
-        raise DataError(
-            path,
-            f"has {spacing.size} spacings and voxels of shape {voxels.shape} (z, y, x), expected a 3D "
-            "volume with one value per voxel",
-        )
-    affine = np.eye(4)
-    affine[:3, :3] = directions[()].T * spacing[()]  # the rows of Directions are the axis vectors
-    affine[:3, 3] = origin[()]
-    return voxels.shape[::-1], LPS @ affine, lambda slices: voxels[slices[::-1]].T
-
-
-def _open_nifti(
-    path: Path | str, closing: contextlib.ExitStack
-) -> tuple[tuple[int, ...], np.ndarray, Callable[..., np.ndarray]]:
-    import nibabel
-
-    image = nibabel.load(path)
-    return image.shape, image.affine, lambda slices: np.asanyarray(image.dataobj[slices])
-
-
-def to_int16(voxels: np.ndarray, path: Path | str) -> np.ndarray:
-    """An array of numbers, rounded and clamped to int16; itself if it is. Raises DataError for NaN or other types."""
-    if voxels.dtype == np.int16:
-        return voxels
-    if voxels.dtype.kind not in "iuf":
-        raise DataError(path, f"has voxels of type {voxels.dtype}, expected numbers")
-    if voxels.dtype.kind == "f":
-        if not np.isfinite(voxels).all():
-            raise DataError(path, "has voxels that are NaN or infinite")
-        voxels = np.rint(voxels)
-    return np.clip(voxels, -32768, 32767).astype(np.int16)
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)  # libraries put paths and much else around it
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
-
-
-def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compression: str = "blosc") -> None:
-    """Write an ITK HDF5 file in chunks made for random crops, under a temporary name until it is whole.
-
-    volume: (X, Y, Z) int16 HU; affine: (4, 4) to RAS mm, whose axes must be orthogonal (ITK stores no shear).
-    compression: "blosc" (LZ4 with bitshuffle: fastest, opens wherever hdf5plugin is installed), or "gzip" or "none"
-    for files that ITK itself must open. Raises ValueError for a volume or affine of another kind, OSError.
-    """
-    volume, affine = np.asarray(volume), np.asarray(affine, float)
-    if volume.dtype != np.int16 or volume.ndim != 3 or not volume.size:
-        raise ValueError(f"{path}: can't write a {volume.ndim}D {volume.dtype} array {volume.shape}, expected 3D int16")
-    lps = LPS @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not (spacing > 0).all():
-        raise ValueError(f"{path}: the affine {affine.tolist()} has an axis without length")
-    directions = (lps[:3, :3] / spacing).T
-    if not np.allclose(directions @ directions.T, np.eye(3), atol=1e-3):
-        raise ValueError(f"{path}: the axes of the affine are not orthogonal, which ITK images can't store")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    voxels = np.ascontiguousarray(volume.T)  # (z, y, x)
-    # In memory first: on a full disk plain writing raises OSError, which the HDF5 library can't be trusted to do
-    with h5py.File(path, "w", driver="core", backing_store=False) as file:
-        file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
-        image = file.create_group("ITKImage/0")
-        image["Dimension"] = np.array(volume.shape, np.uint64)
-        image["Directions"], image["Origin"], image["Spacing"] = directions, lps[:3, 3], spacing
-        image["VoxelType"] = ["SHORT"]
-        image.create_group("MetaData")
-        image.create_dataset(
-            "VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape), **FILTERS[compression]()
-        )
-        file.flush()
-        with atomic_write(path) as part:
-            part.write_bytes(file.id.get_file_image())

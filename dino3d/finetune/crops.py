@@ -25,7 +25,8 @@ from augmentations import (
     warp,
 )
 from dino3d.command_line import UserError, format_values
-from dino3d.data.volume import DataError, Volume
+from dino3d.data.conventions import DataError
+from dino3d.data.volume import Volume
 from utils import Processes
 
 SAME_SPACING = 0.05  # relative difference up to which two spacings are taken for the same

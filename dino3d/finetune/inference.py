@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from augmentations import scale_intensity
 from dino3d.command_line import UserError
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
 from dino3d.data.layouts import find_volumes
-from dino3d.data.volume import SUFFIXES, DataError
 from dino3d.finetune.crops import read_ahead
 from dino3d.finetune.fold_folders import fold_folders
 from dino3d.finetune.runtime import Runtime
@@ -87,5 +87,5 @@ def find_new_cases(folder: str, weights: str, output_dir: Path) -> tuple[list[st
     except DataError as error:
         raise UserError(f"--predict {error}") from error
     if not names:
-        raise UserError(f"--predict {folder}: no volume found below it (looked for {', '.join(SUFFIXES)})")
+        raise UserError(f"--predict {folder}: no volume found below it (looked for {', '.join(VOLUME_SUFFIXES)})")
     return names, folders

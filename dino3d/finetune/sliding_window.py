@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +22,8 @@ from torch import Tensor
 
 from augmentations import scale_intensity
 from dino3d.data import images, resampling
+from dino3d.data.conventions import AIR
 from dino3d.data.layouts import Pair, read_pair
-from dino3d.data.volume import AIR
-from dino3d.files import atomic_write
 
 BLOCK = 64  # voxels per side of what is interpolated at once
 MARGIN = 1.25  # of a device's memory: what stitching takes besides the volumes that are counted
@@ -76,21 +74,10 @@ def grid_of(image: sitk.Image) -> Grid:
 def read_case(pair: Pair) -> tuple[sitk.Image, sitk.Image]:
     """(image int16 HU, label uint8), SimpleITK.Images in RAS on one grid, of a layouts.Pair.
 
-    Raises DataError where one can't be used, both don't lie on the same grid, or its axes are not at right angles.
+    Raises DataError where one can't be used, both don't lie on the same grid.
     """
     image, label, affine = read_pair(pair)
-    image = images.make_image(image, affine)
-    images.require_right_angles(image, pair.image)
-    return image, images.make_image(label, affine)
-
-
-def read_image_and_grid(path: str) -> tuple[sitk.Image, Grid]:
-    """(image in RAS, int16 HU; Grid of the file's own voxels) of any volume file. Raises DataError.
-
-    The Grid is in the file's own orientation; for HDF5 in RAS, to which its reader brings it.
-    """
-    image = images.read_raw(path)
-    return images.to_hu(image, path), grid_of(image)
+    return images.make_image(image, affine), images.make_image(label, affine)
 
 
 def to_network_grid(image: sitk.Image, spacing: Sequence[float], is_label: bool = False) -> sitk.Image:
@@ -300,36 +287,3 @@ def _interpolated(image: sitk.Image, grid: Grid) -> np.ndarray:
         True,
     )
     return sitk.GetArrayFromImage(found).transpose(2, 1, 0)
-
-
-def save_mask(path: Path | str, mask: sitk.Image, like: Path | str) -> None:
-    """Write a mask as NIfTI that lies on its scan in every viewer. Raises OSError.
-
-    path: ends in .nii.gz or .nii; mask: SimpleITK.Image of uint8 on the scan's voxels, in whatever order of the axes
-    like: the scan's file, whose order and header are kept if it is NIfTI (both forms of its affine, their codes,
-    units); otherwise the mask's own Grid is written
-    """
-    with atomic_write(path) as part:
-        if str(like).lower().endswith((".nii", ".nii.gz")):
-            _save_like(part, mask, like)
-        else:
-            images.save_nifti(part, mask)
-
-
-def _save_like(path: Path, mask: sitk.Image, like: Path | str) -> None:
-    import nibabel
-    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
-
-    try:
-        scan = nibabel.load(like)
-    except Exception as error:  # nibabel raises many kinds
-        raise OSError(f"{like}: can't be read any more ({error})") from error
-    turn = ornt_transform(io_orientation(images.affine_of(mask)), io_orientation(scan.affine))
-    voxels = apply_orientation(images.voxels_of(mask), turn)
-    if scan.shape[:3] != voxels.shape:
-        raise OSError(f"{like}: has changed since it was read: shape {scan.shape}, expected {voxels.shape}")
-    header = scan.header.copy()
-    header.extensions.clear()  # may name the patient
-    header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0  # a window for HU would hide classes
-    nibabel.save(type(scan)(np.asfortranarray(voxels), scan.affine, header), path)

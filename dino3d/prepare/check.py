@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino3d.command_line import UserError
-from dino3d.data.images import format_size
+from dino3d.data.conventions import DataError, format_size
 from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, find_volumes, read_pair
 from dino3d.data.parallel import in_processes, progress
-from dino3d.data.volume import DataError, Volume
+from dino3d.data.volume import Volume
 from dino3d.prepare.inputs import QUANTILES
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from dino3d.command_line import UserError
-from dino3d.data.images import LeftOut
+from dino3d.data.conventions import DataError, LeftOut
 from dino3d.data.layouts import file_state
 from dino3d.data.parallel import in_processes, progress
-from dino3d.data.volume import DataError
 from dino3d.files import TEXT, atomic_write, read_rows, table_bytes
 
 WORK = ".prepare"  # folder in the output: journal, lock, unfinished files

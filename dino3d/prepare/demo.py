@@ -13,6 +13,7 @@ import SimpleITK as sitk
 
 from dino3d.command_line import UserError, available_cores
 from dino3d.data import images
+from dino3d.data.volume import Volume
 from dino3d.files import atomic_write
 from dino3d.prepare import fetch, phantoms
 from dino3d.prepare.conversion import is_complete
@@ -151,12 +152,9 @@ def demo_cases(folder: Path, origin: str) -> Iterator[tuple[str, sitk.Image, sit
     """(patient, image, mask that numbers its nodules from 1) of each patient of the demo, images in RAS."""
     for i, patient in enumerate([*PATIENTS, *phantom_names()]):
         if origin == CT and patient in PATIENTS:
-            mask = images.read_raw(str(folder / f"{patient}_label.nrrd"))
-            yield (
-                patient,
-                images.read_image(str(folder / f"{patient}_image.nrrd")),
-                images.to_ras(sitk.ConnectedComponent(mask != 0)),
-            )
+            with Volume(folder / f"{patient}_label.nrrd") as mask:
+                labelled = images.make_image(mask.read_labels(), mask.affine)
+            yield (patient, images.read_image(folder / f"{patient}_image.nrrd"), sitk.ConnectedComponent(labelled != 0))
         else:
             size = {} if patient in PATIENTS else {"shape": (192, 160, 64), "spacing": (1.7, 1.6, 4.5)}
             volume, affine, nodules = phantoms.labelled_phantom(i, **size)

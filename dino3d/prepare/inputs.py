@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dino3d.data import images
-from dino3d.data.images import format_size
+from dino3d.data.conventions import DataError, format_size, is_kind
+from dino3d.data.itk import read_itk_header
 from dino3d.data.layouts import file_state
-from dino3d.data.volume import DataError
 from dino3d.prepare.conversion import MANIFEST, RECIPE
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ def file_at(root: Path | str, name: str) -> File:
 
 def companions(root: Path | str, name: str) -> list[File]:
     """The Files with the voxels of a MetaImage or NRRD header that says where they are."""
-    if not name.lower().endswith((".mhd", ".nhdr")):
+    if not is_kind(name, (".mhd", ".nhdr")):
         return []
-    with open(os.path.join(root, name), errors="replace") as file:
-        found = re.search(r"^(?:ElementDataFile\s*=|data file\s*:)\s*(\S.*?)\s*$", file.read(10000), re.M | re.I)
-    return [file_at(root, os.path.join(os.path.dirname(name), found[1]))] if found else []
+    try:
+        apart = read_itk_header(os.path.join(root, name)).apart
+    except DataError:  # it is refused when its turn comes
+        return []
+    return [file_at(root, os.path.relpath(apart, root))] if apart else []
 
 
 def safe_name(text: str, otherwise: str) -> str:
@@ -58,14 +60,6 @@ def safe_name(text: str, otherwise: str) -> str:
     if name == text and name.lower() not in (MANIFEST, RECIPE):
         return name
     return f"{name or otherwise}-{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
-
-
-def input_path(folder: Path | str, name: str) -> str:
-    """Path of an input file. Raises DataError for a name that isn't in UTF-8, which SimpleITK can't take."""
-    try:
-        return os.path.join(folder, name).encode().decode()
-    except UnicodeEncodeError:
-        raise DataError(name, "can't be read: its name is not in UTF-8, rename it") from None
 
 
 def image_statistics(image: "sitk.Image") -> dict[str, Any]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import images, resampling
+from dino3d.data.conventions import DataError, stem
 from dino3d.data.layouts import walk_files
-from dino3d.data.volume import DataError, stem
 from dino3d.files import read_rows
 from dino3d.prepare.conversion import (
     FAILED,
@@ -25,7 +25,7 @@ from dino3d.prepare.conversion import (
     open_output,
     report_outcome,
 )
-from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, input_path, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, safe_name
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
@@ -264,7 +264,7 @@ def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTa
             {"source": task.source, "patient": task.patient, "status": task.status, "reason": task.reason}, None
         )
         return
-    image = images.read_image(input_path(folder, task.source))
+    image = images.read_image(os.path.join(folder, task.source))
     for point, output in zip(task.points, task.outputs):
         row = {
             "source": task.source + point_id(point),
@@ -281,5 +281,5 @@ def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTa
             yield Output({**row, "status": FAILED, "reason": error.reason}, None)
             continue
         yield Output(
-            {**row, "output": output, **image_statistics(crop)}, lambda path, crop=crop: images.save_nifti(path, crop)
+            {**row, "output": output, **image_statistics(crop)}, lambda path, crop=crop: images.save_image(path, crop)
         )

@@ -10,11 +10,10 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import images, resampling
-from dino3d.data.images import format_size
-from dino3d.data.layouts import find_volumes, other_grid
-from dino3d.data.volume import DataError, stem
+from dino3d.data.conventions import DataError, format_size, stem
+from dino3d.data.layouts import Pair, find_volumes, read_pair
 from dino3d.prepare.conversion import Job, Output, convert_all, fingerprint, open_output, report_outcome
-from dino3d.prepare.inputs import IMAGE_COLUMNS, File, file_at, image_statistics, input_path, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, File, file_at, image_statistics, safe_name
 
 MSD_COLUMNS = ["source", "output", "labels", "millilitres", *IMAGE_COLUMNS]
 
@@ -100,11 +99,9 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
         raise DataError(
             task.image or task.label, "no label: for this image" if task.image else "no image: for this label"
         )
-    image, label = (images.to_ras(images.read_raw(input_path(folder, path))) for path in (task.image, task.label))
-    reason = other_grid(label.GetSize(), images.affine_of(label), image.GetSize(), images.affine_of(image))
-    if reason:
-        raise DataError(task.label, reason)
-    image, label = images.to_hu(image, task.image), images.to_classes(label, task.label, task.classes)
+    pair = Pair(task.name, *(os.path.join(folder, path) for path in (task.image, task.label)))
+    image, label, affine = read_pair(pair, task.classes)
+    image, label = images.make_image(image, affine), images.make_image(label, affine)
     if crop != "none":
         box = resampling.body_box(image, margin) if crop == "body" else resampling.mask_box(label != 0, image, margin)
         image, label = resampling.crop_to_box(image, box), resampling.crop_to_box(label, box)
@@ -115,7 +112,7 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
     volumes = [f"{count * voxels / 1000:.3g}" for value, count in zip(classes, counts) if value]
     yield Output(
         {"source": task.image, "output": f"images/{name}", **image_statistics(image)},
-        lambda path: images.save_nifti(path, image),
+        lambda path: images.save_image(path, image),
     )
     yield Output(
         {
@@ -127,7 +124,7 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
             "millilitres": format_list(volumes),
             "reason": "" if volumes else "note: no voxel is labelled",
         },
-        lambda path: images.save_nifti(path, label),
+        lambda path: images.save_image(path, label),
     )
 
 

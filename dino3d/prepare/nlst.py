@@ -13,10 +13,10 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import dicom, images, resampling
-from dino3d.data.images import LeftOut
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, LeftOut, stem
+from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import walk_files
 from dino3d.data.parallel import in_processes, progress
-from dino3d.data.volume import VOLUME_SUFFIXES, DataError, stem, write_volume
 from dino3d.prepare.conversion import (
     FAILED,
     LEFT_OUT,
@@ -27,7 +27,7 @@ from dino3d.prepare.conversion import (
     open_output,
     report_outcome,
 )
-from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, input_path, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, safe_name
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -233,7 +233,7 @@ def read_scan(task: ScanTask, scan: Scan) -> "sitk.Image":
     """The image of a Scan, or a DataError that says why there is none."""
     if scan.problem:
         raise DataError(scan.source, scan.problem)
-    paths = [input_path(task.input, file.path) for file in scan.files]
+    paths = [os.path.join(task.input, file.path) for file in scan.files]
     if scan.header:
         slices = dicom.sort_slices([dicom.read_header(path) for path in paths], task.min_slices, scan.source)
         image = dicom.read_series(slices)

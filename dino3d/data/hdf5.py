@@ -1,0 +1,85 @@
+"""ITK HDF5 files: what a conversion writes, in chunks that random crops are read from quickly."""
+
+import contextlib
+from pathlib import Path
+
+import h5py
+import hdf5plugin
+import numpy as np
+
+from dino3d.data.conventions import LPS, DataError, Stored
+from dino3d.data.geometry import SHEAR
+from dino3d.files import atomic_write
+
+CHUNK = 32  # voxels per side of a chunk: a random crop then touches few bytes besides its own
+FILTERS = {
+    "blosc": lambda: hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.BITSHUFFLE),
+    "gzip": lambda: {"compression": "gzip", "compression_opts": 4},
+    "none": dict,
+}
+
+
+def open_hdf5(path: Path | str, closing: contextlib.ExitStack) -> Stored:
+    """The Stored of an ITK HDF5 file, without trailing axes of one voxel. Raises DataError.
+
+    closing: closes the file
+    """
+    file = closing.enter_context(h5py.File(path, "r", locking=False))  # read-only: no lock, which NFS may refuse
+    names = ("VoxelData", "Spacing", "Origin", "Directions")
+    image = file.get("ITKImage/0")
+    missing = [name for name in names if image is None or name not in image]
+    if missing:
+        raise DataError(path, f"has no ITKImage/0/{missing[0]}: not an ITK HDF5 image")
+    voxels, spacing, origin, directions = (image[name] for name in names)
+    n = spacing.size  # axes
+    fits = spacing.shape == (n,) and origin.shape == (n,) and directions.shape == (n, n) and voxels.ndim == n
+    if not fits or n < 3 or any(size != 1 for size in voxels.shape[: n - 3]):
+        raise DataError(
+            path,
+            f"has {n} spacings and voxels of shape {voxels.shape} (z, y, x), expected a 3D volume with one value per "
+            "voxel",
+        )
+    affine = np.eye(4)
+    affine[:3, :3] = directions[:3, :3].T * spacing[:3]  # the rows of Directions are the axis vectors
+    affine[:3, 3] = origin[:3]
+
+    def take(slices: tuple[slice, ...]) -> np.ndarray:
+        return voxels[(*[0] * (n - 3), *slices[::-1])].T
+
+    return Stored(voxels.shape[::-1][:3], LPS @ affine, take)
+
+
+def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compression: str = "blosc") -> None:
+    """Write an ITK HDF5 file in chunks made for random crops, under a temporary name until it is whole.
+
+    volume: (X, Y, Z) int16 HU; affine: (4, 4) to RAS mm, whose axes must be orthogonal (ITK stores no shear).
+    compression: "blosc" (LZ4 with bitshuffle: fastest, opens wherever hdf5plugin is installed), or "gzip" or "none"
+    for files that ITK itself must open. Raises ValueError for a volume or affine of another kind, OSError.
+    """
+    volume, affine = np.asarray(volume), np.asarray(affine, float)
+    if volume.dtype != np.int16 or volume.ndim != 3 or not volume.size:
+        raise ValueError(f"{path}: can't write a {volume.ndim}D {volume.dtype} array {volume.shape}, expected 3D int16")
+    lps = LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not (spacing > 0).all():
+        raise ValueError(f"{path}: the affine {affine.tolist()} has an axis without length")
+    directions = (lps[:3, :3] / spacing).T
+    if not np.allclose(directions @ directions.T, np.eye(3), atol=SHEAR):
+        raise ValueError(f"{path}: the axes of the affine are not orthogonal, which ITK images can't store")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    voxels = np.ascontiguousarray(volume.T)  # (z, y, x)
+    # In memory first: on a full disk plain writing raises OSError, which the HDF5 library can't be trusted to do
+    with h5py.File(path, "w", driver="core", backing_store=False) as file:
+        file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
+        image = file.create_group("ITKImage/0")
+        image["Dimension"] = np.array(volume.shape, np.uint64)
+        image["Directions"], image["Origin"], image["Spacing"] = directions, lps[:3, 3], spacing
+        image["VoxelType"] = ["SHORT"]
+        image.create_group("MetaData")
+        image.create_dataset(
+            "VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape), **FILTERS[compression]()
+        )
+        file.flush()
+        with atomic_write(path) as part:
+            part.write_bytes(file.id.get_file_image())

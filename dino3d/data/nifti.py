@@ -1,0 +1,122 @@
+"""NIfTI files: their geometry as nibabel reads it, their voxels, and masks that lie on a scan in every viewer.
+
+A header can say where the voxels lie in up to three ways: the sform, the qform, and pixdim alone. nibabel's order
+counts: the sform if its code is above 0, else the qform if its is, else pixdim.
+"""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dino3d.data.conventions import DataError, Stored, is_kind
+from dino3d.data.geometry import corners_apart, is_apart
+
+XYZT_UNITS = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}  # per unit of xyzt_units
+
+
+def open_nifti(path: Path | str) -> Stored:
+    """The Stored of a NIfTI-1 or NIfTI-2 file in millimetres, without trailing axes of one voxel. Raises DataError."""
+    import nibabel
+
+    image = nibabel.load(path)
+    if not isinstance(image, nibabel.Nifti1Pair):  # Nifti2Pair is one too
+        raise DataError(path, f"is a {type(image).__name__}, expected NIfTI")
+    shape = tuple(int(n) for n in image.shape)
+    extra = max(len(shape) - 3, 0)
+    if any(n != 1 for n in shape[3:]):
+        raise DataError(path, f"is a {len(shape)}D image of shape {shape}, expected a 3D volume")
+    if image.header.get_data_dtype().kind not in "iuf":
+        raise DataError(path, f"has voxels of type {image.header.get_data_dtype()}, expected numbers")
+    affine, notes = geometry_of(image, shape[:3])
+
+    def take(slices: tuple[slice, ...]) -> np.ndarray:
+        whole = all(part.indices(n)[:2] == (0, n) for part, n in zip(slices, shape))
+        if whole and is_kind(path, (".gz",)):  # to its end, where the checksum is
+            held = type(image).from_bytes(b"".join(inflated(path)))
+            return np.asanyarray(held.dataobj).reshape(shape[:3])
+        return np.asanyarray(image.dataobj[(*slices, *[0] * extra)])
+
+    return Stored(shape[:3], affine, take, notes)
+
+
+def geometry_of(image: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """((4, 4) affine to RAS mm, notes) of a nibabel image: where its header can be read in two ways, a note says so."""
+    header, notes = image.header, []
+    scale = np.diag([*[XYZT_UNITS[header.get_xyzt_units()[0]]] * 3, 1.0])
+    affine = scale @ image.affine
+    by_sform, by_qform = int(header["sform_code"]), int(header["qform_code"])
+    if not (by_sform or by_qform):
+        notes.append(
+            "its header declares no orientation (sform_code and qform_code 0): its axes were taken to go to the "
+            "patient's left, anterior and superior side"
+        )
+    other, name = None, ""
+    if by_sform and by_qform:
+        name = "qform"
+        try:
+            other = scale @ header.get_qform()
+        except Exception:  # nibabel raises several kinds for numbers that are no rotation
+            notes.append("its qform is none: the sform was taken")
+    elif by_sform:
+        name, other = "pixdim", affine.copy()
+        with np.errstate(invalid="ignore", divide="ignore"):  # an axis without length is refused later
+            other[:3, :3] *= scale[0, 0] * header["pixdim"][1:4] / np.linalg.norm(affine[:3, :3], axis=0)
+    if other is not None and np.isfinite(affine).all() and is_apart(shape, affine, other):
+        apart = corners_apart(shape, affine, other)
+        notes.append(f"its {name} and sform put its corners up to {apart:.3g} mm apart: the sform was taken")
+    return affine, tuple(notes)
+
+
+def inflated(path: Path | str, start: int = 0) -> Iterator[bytes]:
+    """What a gzip or zlib stream of a file holds from byte `start` on, checked against its checksum.
+
+    Raises EOFError where it is cut off, zlib.error where it is damaged.
+    """
+    stream = zlib.decompressobj(47)  # 47: zlib or gzip
+    with open(path, "rb") as file:
+        file.seek(start)
+        while chunk := stream.unused_data or file.read(1 << 20):
+            if stream.eof:
+                if not chunk.startswith(b"\x1f\x8b"):  # no further part of a gzip file
+                    return
+                stream = zlib.decompressobj(47)
+            yield stream.decompress(chunk)
+    if not stream.eof:
+        raise EOFError("its compressed voxels are cut off")
+
+
+def save_nifti(path: Path | str, voxels: np.ndarray, affine: np.ndarray) -> None:
+    """Write an (X, Y, Z) array as NIfTI in scanner coordinates; the same array gives the same bytes.
+
+    affine: (4, 4) to RAS mm. Raises OSError.
+    """
+    import nibabel
+
+    nifti = nibabel.Nifti1Image(np.asfortranarray(voxels), affine)
+    nifti.set_qform(affine, 1)
+    nifti.set_sform(affine, 1)
+    nifti.header.set_xyzt_units("mm")
+    nibabel.save(nifti, path)
+
+
+def save_mask_like(path: Path | str, voxels: np.ndarray, like: Path | str) -> None:
+    """Write (X, Y, Z) uint8 classes with the header of the NIfTI file `like`, in whose order of the axes they are.
+
+    Both forms of its geometry, their codes and its unit stand as they were. Raises OSError.
+    """
+    import nibabel
+
+    try:
+        scan = nibabel.load(like)
+    except Exception as error:  # nibabel raises many kinds
+        raise OSError(f"{like}: can't be read any more ({error})") from error
+    if scan.shape[:3] != voxels.shape:
+        raise OSError(f"{like}: has changed since it was read: shape {scan.shape}, expected {voxels.shape}")
+    header = scan.header.copy()
+    header.extensions.clear()  # may name the patient
+    header.set_data_dtype(np.uint8)
+    header["cal_min"] = header["cal_max"] = 0  # a window for HU would hide classes
+    nibabel.save(type(scan)(np.asfortranarray(voxels), scan.affine, header), path)
