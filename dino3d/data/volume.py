@@ -27,11 +27,13 @@ from dino3d.data.conventions import (
     to_int16,
 )
 from dino3d.data.geometry import orientation_of, ras_affine, require_geometry
-from dino3d.data.hdf5 import CHUNK, open_hdf5
+from dino3d.data.hdf5 import CHUNK, open_hdf5, write_volume
 from dino3d.data.itk import open_itk
 from dino3d.data.nifti import open_nifti, save_mask_like, save_nifti
 from dino3d.data.read_watchdog import reading
 from dino3d.files import atomic_write
+
+__all__ = ["DataError", "Volume", "padded", "to_classes", "write_volume"]  # what others import from here
 
 
 class Volume:
