@@ -98,7 +98,7 @@ def test_bad_files_are_listed_by_epoch_and_tried_again(copies, tmp_path, capsys,
     header, *rows = read_rows(out / "bad_files.csv")
     assert header == ["path", "reason", "first_epoch"]
     assert [(row[0], row[2]) for row in rows] == [(str(broken), "1"), (str(vanishing), "2")]
-    assert "truncated" in rows[0][1] and "No such file" in rows[1][1]
+    assert "truncated" in rows[0][1] and "no such file" in rows[1][1]
     assert [record["bad_files"] for record in read_log(out / "log.txt")] == [1, 1]
     assert not list(out.glob("*.part"))
     vanishing.write_bytes(whole)  # a file that is bad again keeps its row

@@ -40,12 +40,9 @@ import torch  # noqa: E402
 
 import utils  # noqa: E402
 from dino3d.command_line import UserError  # noqa: E402
-from dino3d.data import (
-    dicom,  # noqa: E402
-    images,  # noqa: E402
-)
-from dino3d.data.conventions import DataError
-from dino3d.data.hdf5 import write_volume
+from dino3d.data import dicom, images, itk  # noqa: E402
+from dino3d.data.conventions import DataError  # noqa: E402
+from dino3d.data.hdf5 import write_volume  # noqa: E402
 from dino3d.data.layouts import list_volumes, read_data_list  # noqa: E402
 from dino3d.data.volume import Volume  # noqa: E402
 from dino3d.files import truncate_log  # noqa: E402
@@ -569,7 +566,8 @@ def ct(path):
 
 
 def mask(path):
-    return images.to_classes(images.read_raw(str(path)), path)
+    with Volume(path) as volume:
+        return volume.read_labels([0, 1])
 
 
 SCAN, MASK, RAW = (
@@ -741,7 +739,7 @@ def test_malformed_inputs_are_read_or_refused_in_one_line(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- MetaImage's headers
 
-# By some headers ITK ends the process, so images.require_sound_header lets it see one of few kinds. None of those is
+# By some headers ITK ends the process, so itk.read_itk_header lets it see one of few kinds. None of those is
 # kept here: ITK reads all headers below or answers with an error, and the strictness towards them is what keeps the
 # others out.
 HEADER = """ObjectType = Image
@@ -795,7 +793,7 @@ def test_unsound_metaimage_headers_are_refused_before_itk(changes, wrong, suffix
         monkeypatch.setattr(sitk.ImageFileReader, name, lambda self: pytest.fail("ITK saw it"))
     path = tmp_path / f"scan{suffix}"
     path.write_bytes(header_with(changes) + VOXELS.tobytes(order="F"))
-    for read in (images.require_sound_header, images.read_raw):
+    for read in (itk.read_itk_header, Volume):
         with pytest.raises(DataError) as error:
             read(str(path))
         assert error.value.reason == f"can't be read: {wrong}"
@@ -835,13 +833,13 @@ def test_sound_metaimage_headers_are_read_as_itk_reads_them(name, suffix, tmp_pa
     path.write_bytes(header if place else header + content)
     if place:
         (tmp_path / place).write_bytes(content)
-    images.require_sound_header(str(path))
-    found, expected = images.read_raw(str(path)), sitk.ReadImage(str(path))
+    stored, expected = itk.open_itk(path), sitk.ReadImage(str(path))
     expected = expected[..., 0] if expected.GetDimension() == 4 else expected
-    assert found.GetPixelID() == sitk.sitkInt16 and found.GetSpacing() == expected.GetSpacing() == (1, 1, 1)
-    assert found.GetOrigin() == expected.GetOrigin() and found.GetDirection() == expected.GetDirection()
-    np.testing.assert_array_equal(images.voxels_of(found), images.voxels_of(expected))
-    np.testing.assert_array_equal(images.voxels_of(found), np.frombuffer(voxels, "<i2").reshape(SHAPE, order="F"))
+    found = stored.take((slice(None),) * 3)
+    assert found.dtype == np.int16 and stored.shape == expected.GetSize()
+    np.testing.assert_array_equal(stored.affine, images.affine_of(expected))
+    np.testing.assert_array_equal(found, images.voxels_of(expected))
+    np.testing.assert_array_equal(found, np.frombuffer(voxels, "<i2").reshape(SHAPE, order="F"))
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".mhd"])
@@ -850,16 +848,14 @@ def test_sound_metaimage_headers_are_read_as_itk_reads_them(name, suffix, tmp_pa
 def test_what_itk_writes_is_accepted(dtype, compressed, suffix, tmp_path):
     path, voxels = str(tmp_path / f"scan{suffix}"), (VOXELS % 128).astype(dtype)
     sitk.WriteImage(image(voxels), path, useCompression=compressed)
-    images.require_sound_header(path)
-    found = images.read_raw(path)
-    np.testing.assert_array_equal(images.voxels_of(found), voxels)
+    np.testing.assert_array_equal(itk.open_itk(path).take((slice(None),) * 3), voxels)
 
 
 @pytest.mark.parametrize("axes", range(1, 10))
 def test_any_usual_number_of_axes_is_left_to_itk(axes, tmp_path):
     path = tmp_path / "scan.mha"
     path.write_bytes(header_with({"= 3": f"= {axes}"}))
-    images.require_sound_header(str(path))
+    itk.read_itk_header(path)
 
 
 if __name__ == "__main__":
@@ -872,12 +868,12 @@ def test_compressed_voxels_without_their_size_are_refused(tmp_path):
     for name, refused in (("scan.mha", True), ("scan.mhd", False)):
         path = tmp_path / name
         sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path), True)
-        assert (images.voxels_of(images.read_raw(str(path))) == voxels.T).all()
+        assert (itk.open_itk(path).take((slice(None),) * 3) == voxels.T).all()
         header = path.read_bytes()
         path.write_bytes(re.sub(rb"(?m)^CompressedDataSize *=.*\n", b"", header, count=1))
         assert len(path.read_bytes()) < len(header)
         if refused:
             with pytest.raises(DataError, match="CompressedDataSize"):
-                images.read_raw(str(path))
+                itk.open_itk(path)
         else:
-            assert (images.voxels_of(images.read_raw(str(path))) == voxels.T).all()
+            assert (itk.open_itk(path).take((slice(None),) * 3) == voxels.T).all()

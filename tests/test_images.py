@@ -28,11 +28,11 @@ from dino3d.data.conventions import AIR, VOLUME_SUFFIXES, DataError, LeftOut, st
 from dino3d.data.dicom import Slice, read_header, read_series, sort_slices
 from dino3d.data.geometry import other_grid
 from dino3d.data.hdf5 import write_volume
-from dino3d.data.images import read_image, read_raw
+from dino3d.data.images import read_image
 from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, read_pair
 from dino3d.data.pretraining import block_mean
 from dino3d.data.resampling import crop_at
-from dino3d.data.volume import Volume
+from dino3d.data.volume import Volume, to_classes
 from dino3d.prepare.phantoms import chest_phantom
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -96,6 +96,20 @@ def itk_image(voxels, axes=np.eye(3), spacing=SPACING, origin=ORIGIN):
     return image
 
 
+def ras_image(image):
+    """An image with its axes swapped and flipped to RAS: as a CT if it is of int16, else as a mask."""
+    image = sitk.DICOMOrient(image, "RAS")
+    if image.GetPixelID() == sitk.sitkInt16:
+        return sitk.Threshold(image, AIR, 32767, AIR)
+    return sitk.Cast(image, sitk.sitkUInt8)
+
+
+def read_values(path):
+    """(X, Y, Z) numbers of a file in RAS, of whatever type."""
+    with Volume(path) as volume:
+        return volume.read_values()
+
+
 def assert_is(image, voxels, affine, atol=1e-6):
     """The image lies in RAS, and is this one."""
     found, where = contents(image)
@@ -122,7 +136,7 @@ def linear_image(axes, shape=(31, 27, 19), spacing=SPACING, origin=(4.5, -7.25, 
     affine = affine_to_ras(axes, spacing, origin)
     middle = affine @ [*(np.array(shape) - 1) / 2, 1]
     hu = (places(shape, affine) - middle[:3]) @ GRADIENT + OFFSET
-    return images.to_hu(itk_image(np.rint(hu).astype(np.int16), axes, spacing, origin), "image"), middle[:3]
+    return ras_image(itk_image(np.rint(hu).astype(np.int16), axes, spacing, origin)), middle[:3]
 
 
 def assert_linear(image, middle, source):
@@ -774,7 +788,7 @@ def test_hdf5_is_read_as_it_is_stored(dtype, tmp_path):
         del file["ITKImage/0/VoxelData"]
         file["ITKImage/0/VoxelData"] = stored.T
     os.rename(tmp_path / "mask.hdf5", tmp_path / "mask.HDF5")
-    np.testing.assert_array_equal(contents(read_raw(str(tmp_path / "mask.HDF5")))[0], stored[::-1, ::-1])
+    np.testing.assert_array_equal(read_values(tmp_path / "mask.HDF5"), stored[::-1, ::-1])
 
 
 @pytest.mark.parametrize("endian", "<>")
@@ -792,7 +806,7 @@ def test_nifti_scaling_and_byte_order(suffix, endian, tmp_path):
         path.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
         expected = as_hu(stored * np.float64(np.float32(np.nan_to_num(slope, nan=1))) + np.nan_to_num(inter))
         assert_is(read_image(str(path)), expected, np.eye(4))
-        labels = contents(read_raw(str(path)))[0]  # in the file's own axes, its x from right to left
+        labels = read_values(path)
         np.testing.assert_allclose(
             labels, stored * np.float32(np.nan_to_num(slope, nan=1)) + np.nan_to_num(inter), rtol=1e-5
         )
@@ -814,10 +828,10 @@ def test_one_frame_is_a_volume_and_several_are_none(suffix, tmp_path):
     write(stored[None, None])
     assert_is(read_image(path), *canonical(stored.T, LPS))
     write(np.stack([stored, stored]))
-    with pytest.raises(DataError, match="not a volume: 4D, 4 x 3 x 5 x 2"):
+    with pytest.raises(DataError, match="is a 4D image of .*4.*3.*5.*2.*expected a 3D volume"):
         read_image(path)
     write(stored[0])
-    with pytest.raises(DataError, match="not a volume: 2D, 4 x 3"):
+    with pytest.raises(DataError, match="is a 2D image of 4 x 3 voxels"):
         read_image(path)
 
 
@@ -957,29 +971,25 @@ REFUSED = {  # name: (file, how it is made, reason)
     "nan mha": ("ct.mha", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.nan)), path), "NaN or infinite"),
     "inf nrrd": ("ct.nrrd", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.inf)), path), "NaN or infinite"),
     "nan hdf5": ("ct.hdf5", lambda path: sitk.WriteImage(itk_image(with_(noise(), np.nan)), path), "NaN or infinite"),
-    "RGB nifti": ("ct.nii", lambda path: nifti_with(path, RGB), "not a volume of HU: voxels of type"),
-    "RGB nrrd": ("ct.nrrd", write_rgb, "not a volume of HU: voxels of type vector of 8-bit"),
-    "RGB mha": ("ct.mha", write_rgb, "not a volume of HU"),
+    "RGB nifti": ("ct.nii", lambda path: nifti_with(path, RGB), "has voxels of type"),
+    "RGB nrrd": ("ct.nrrd", write_rgb, "has voxels of type vector of 8-bit"),
+    "RGB mha": ("ct.mha", write_rgb, "has voxels of type"),
     "RGB hdf5": ("ct.hdf5", write_rgb, "expected a 3D volume"),
     "complex nifti": (
         "ct.nii",
         lambda path: nifti_with(path, noise().astype(np.complex64)),
-        "volume of HU: .* complex64",
+        "has voxels of type complex64",
     ),
-    "complex mha": ("ct.mha", write_complex, "not a volume of HU"),
-    "complex nrrd": ("ct.nrrd", write_complex, "not a volume of HU: voxels of type complex"),
+    "complex mha": ("ct.mha", write_complex, "has voxels of type"),
+    "complex nrrd": ("ct.nrrd", write_complex, "has voxels of type complex"),
     "sheared mha": ("ct.mha", write_sheared, "not at right angles"),
     "sheared hdf5": ("ct.hdf5", write_sheared, "not at right angles"),
     "nan origin in nrrd": ("ct.nrrd", write_nan_origin, "can't be read"),
-    "sheared": (
-        "ct.nii",
-        lambda path: nifti_with(path, affine=SHEARED),
-        "ITK only supports orthonormal direction cosines",
-    ),
+    "sheared": ("ct.nii", lambda path: nifti_with(path, affine=SHEARED), "not at right angles"),
     "nan affine": ("ct.nii", lambda path: nifti_with(path, srow_x=[np.nan, 0, 0, 0]), "no geometry"),
     "nan origin": ("ct.nii", lambda path: nifti_with(path, srow_x=[1, 0, 0, np.nan]), "no geometry"),
     "singular affine": ("ct.nii", lambda path: nifti_with(path, srow_x=[0, 1, 0, 0]), "can't be read|no geometry"),
-    "no voxels": ("ct.nii", lambda path: nifti_with(path, dim=[3, 0, 3, 5, 1, 1, 1, 1]), "can't be read"),
+    "no voxels": ("ct.nii", lambda path: nifti_with(path, dim=[3, 0, 3, 5, 1, 1, 1, 1]), "is empty"),
     "too large": ("ct.nii", lambda path: nifti_with(path, dim=[3, 9000, 9000, 9000, 1, 1, 1, 1]), "can't be read"),
     "a folder": ("ct.nii", lambda path: path.mkdir(), "can't be read"),
 }
@@ -1020,36 +1030,52 @@ def test_images_that_are_no_ct_of_a_thorax():
         (noise((4, 3, 5), -190, 900), LeftOut, "nothing as dark as lung"),
     ):
         with pytest.raises(kind, match=reason) as error:
-            images.require_ct(images.to_hu(itk_image(voxels.astype(np.int16)), "x"), "scan")
+            images.require_ct(ras_image(itk_image(voxels.astype(np.int16))), "scan")
         assert error.value.path == "scan" and type(error.value) is kind
-    images.require_ct(images.to_hu(itk_image(noise((4, 3, 5), -900, 900).astype(np.int16)), "x"), "scan")
+    images.require_ct(ras_image(itk_image(noise((4, 3, 5), -900, 900).astype(np.int16))), "scan")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
-def test_masks_keep_their_classes(dtype):
+def test_masks_keep_their_classes(dtype, tmp_path):
     stored = noise((4, 3, 5), 0, 4)
     for axes in (np.eye(3), *MIRRORED.values()):
-        image = images.to_classes(itk_image(stored.astype(dtype), axes), "mask", [0, 1, 2, 3])
-        assert image.GetPixelID() == sitk.sitkUInt8
+        sitk.WriteImage(itk_image(stored.astype(dtype), axes), tmp_path / "mask.nrrd")
+        with Volume(tmp_path / "mask.nrrd") as volume:
+            found, where = volume.read_labels([0, 1, 2, 3]), volume.affine
         voxels, affine = canonical(stored.astype(np.uint8), affine_to_ras(axes))
-        np.testing.assert_array_equal(contents(image)[0], voxels)
-        np.testing.assert_allclose(contents(image)[1], affine, atol=1e-9)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, voxels)
+        np.testing.assert_allclose(where, affine, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", [1, 3, 7, 255])
+def test_labels_that_a_float_or_a_slope_has_rounded_are_whole(number, tmp_path):
+    """A slope of 1 / 255 and the like stand in the header as a float32."""
+    slope = np.float32(number / 255)
+    stored = noise((4, 3, 5), 0, 2).astype(np.uint8) * 255
+    path = tmp_path / "mask.nii"
+    nifti_with(path, stored, scl_slope=slope, scl_inter=0)
+    with Volume(path) as volume:
+        np.testing.assert_array_equal(volume.read_labels([0, number]), number * (stored > 0))
 
 
 @pytest.mark.parametrize(
     "values, classes, reason",
     [
-        ([0, 1, 0.5], None, "unexpected label values: 0.5; expected whole numbers from 0 to 255"),
-        ([-1, 0], None, "values: -1;"),
-        ([0, 300], None, "values: 300;"),
-        ([0, np.nan], None, "values: nan;"),
-        ([0, 1, 2], [0, 1], "values: 2; expected only 0, 1"),
-        ([5, 6, 7, 8, 9], [0], "values: 5, 6, 7;"),
+        ([0, 1, 0.5], None, "label values such as 0.5, expected whole numbers from 0 to 255"),
+        ([-1, 0], None, "such as -1, expected"),
+        ([0, 300], None, "such as 300, expected"),
+        ([0, np.nan], None, "such as nan, expected"),
+        ([0, 1, 2], [0, 1], "such as 2, expected only 0, 1"),
+        ([5, 6, 7, 8, 9], [0], "such as 5, 6, 7, expected"),
+        ([0, 1.001], None, "such as 1.001"),
+        ([0, 254.99], None, "such as 254.99"),
+        ([0, 1e-3], None, "such as 0.001"),
     ],
 )
 def test_masks_with_other_values_are_refused(values, classes, reason):
     with pytest.raises(DataError, match=reason):
-        images.to_classes(itk_image(np.resize(np.array(values, np.float32), (4, 3, 5))), "mask", classes)
+        to_classes(np.resize(np.array(values, np.float32), (4, 3, 5)), "mask", classes)
 
 
 # --------------------------------------------------------------------------------------------------------------- crops
@@ -1063,7 +1089,7 @@ def test_crops_of_whole_voxels_are_slices_of_the_scan(axes):
     stored = noise((21, 20, 19), -1000, 3000).astype(np.int16)
     raw = itk_image(stored, axes)
     scan, affine = canonical(stored, affine_to_ras(axes))
-    image, rng = images.to_hu(raw, "image"), np.random.default_rng(0)
+    image, rng = ras_image(raw), np.random.default_rng(0)
     wide = np.pad(scan, 40, constant_values=AIR)
     for _ in range(40):
         point = raw.TransformContinuousIndexToPhysicalPoint(rng.uniform(-0.49, np.array(stored.shape) - 0.51).tolist())
@@ -1100,7 +1126,7 @@ def test_resampled_crops_show_the_place_that_they_lie_at(axes, spacing):
 
 
 def test_crops_in_a_corner_have_air_outside():
-    image = images.to_hu(itk_image(noise((21, 20, 19), 0, 100).astype(np.int16)), "image")
+    image = ras_image(itk_image(noise((21, 20, 19), 0, 100).astype(np.int16)))
     for corner in itertools.product((0, 20), (0, 19), (0, 18)):
         point = image.TransformIndexToPhysicalPoint(corner)
         own = np.array(image.GetSpacing())
@@ -1114,7 +1140,7 @@ def test_crops_in_a_corner_have_air_outside():
 
 
 def test_larger_voxels_are_means():
-    image = images.to_hu(itk_image(noise((24, 24, 24), -1000, 3000).astype(np.int16)), "image")
+    image = ras_image(itk_image(noise((24, 24, 24), -1000, 3000).astype(np.int16)))
     voxels = contents(image)[0]
     own = np.array(image.GetSpacing())
     for factors, at in (((2, 2, 2), 4), ((3, 3, 2), 3), ((1, 4, 1), 4)):
@@ -1130,7 +1156,7 @@ def test_larger_voxels_are_means():
 
 def test_points_outside_are_refused():
     for axes in ALL_AXES.values():
-        image = images.to_hu(itk_image(noise((21, 20, 19), 0, 100).astype(np.int16), axes), "image")
+        image = ras_image(itk_image(noise((21, 20, 19), 0, 100).astype(np.int16), axes))
         for axis, far in itertools.product(range(3), (-0.51, "end")):
             index = [5.0, 5.0, 5.0]
             index[axis] = image.GetSize()[axis] - 0.49 if far == "end" else far
@@ -1166,9 +1192,9 @@ def test_resampling_keeps_the_extent_and_every_place(axes, spacing):
 
 def test_resampling_to_the_own_spacing_changes_nothing():
     for axes in ALL_AXES.values():
-        image = images.to_hu(itk_image(noise((9, 8, 7), -1000, 3000).astype(np.int16), axes), "image")
+        image = ras_image(itk_image(noise((9, 8, 7), -1000, 3000).astype(np.int16), axes))
         assert_is(resampling.resample(image, image.GetSpacing()), *contents(image))
-        label = images.to_classes(itk_image(noise((9, 8, 7), 0, 5).astype(np.uint8), axes), "label")
+        label = ras_image(itk_image(noise((9, 8, 7), 0, 5).astype(np.uint8), axes))
         found = resampling.resample(label, label.GetSpacing(), is_label=True)
         np.testing.assert_array_equal(contents(found)[0], contents(label)[0])
 
@@ -1189,14 +1215,14 @@ def test_no_air_comes_in_at_the_far_end():
 @pytest.mark.parametrize("spacing", [(0.53, 0.47, 1.1), (1.17, 1.1, 2.9), (2.3, 1.9, 6.1)], ids=str)
 def test_labels_are_taken_from_the_nearest_voxel(spacing):
     for axes in ALL_AXES.values():
-        label = images.to_classes(itk_image(5 * noise((21, 20, 19), 0, 5), axes), "label")
+        label = ras_image(itk_image(5 * noise((21, 20, 19), 0, 5), axes))
         found, where = contents(resampling.resample(label, spacing, is_label=True))
         source, affine = contents(label)
         index = np.rint(places(found.shape, np.linalg.inv(affine) @ where)).astype(int)
         index = np.clip(index, 0, np.array(source.shape) - 1)
         assert found.dtype == np.uint8 and set(np.unique(found)) <= {0, 5, 10, 15, 20}
         assert (found == source[tuple(index.transpose(3, 0, 1, 2))]).mean() > 0.999  # a tie may go either way
-        image = images.to_hu(itk_image(noise((21, 20, 19)).astype(np.int16), axes), "image")
+        image = ras_image(itk_image(noise((21, 20, 19)).astype(np.int16), axes))
         resampled = resampling.resample(image, spacing)
         assert resampled.GetSize() == found.shape
         np.testing.assert_allclose(images.affine_of(resampled), where, atol=1e-9)  # image and label stay on one grid
@@ -1227,7 +1253,7 @@ def test_upright_images_show_every_place(axes, spacing):
     assert inside.sum() > 50 and (voxels[outside] == AIR).all()
     np.testing.assert_allclose(voxels[inside], ((where - middle) @ GRADIENT + OFFSET)[inside], rtol=0, atol=1.51)
 
-    label = images.to_classes(itk_image(noise((36, 31, 23), 1, 5), axes, SPACING, (4.5, -7.25, 12.0)), "label")
+    label = ras_image(itk_image(noise((36, 31, 23), 1, 5), axes, SPACING, (4.5, -7.25, 12.0)))
     classes, on = contents(resampling.resample(label, spacing, is_label=True, upright=True))
     np.testing.assert_allclose(on, affine, atol=1e-9)  # image and label stay on one grid
     assert classes.shape == voxels.shape and (classes[outside] == 0).all() and classes[inside].min() > 0
@@ -1240,7 +1266,7 @@ def test_upright_images_show_every_place(axes, spacing):
 def test_upright_images_are_resampled_as_ever():
     for axes in [*SIGNED_PERMUTATIONS, np.diag([-1.0, -1, 1]) + 8e-4 * np.array([[0, -1, 0], [1, 0, 0], [0, 0, 0]])]:
         for kind, high in ((np.int16, 3000), (np.uint8, 5)):
-            image = images.to_ras(itk_image(noise((9, 8, 7), 0, high).astype(kind), axes))
+            image = ras_image(itk_image(noise((9, 8, 7), 0, high).astype(kind), axes))
             for spacing in UPRIGHT_SPACINGS:
                 for is_label in (False, True)[kind == np.uint8 :]:
                     one, other = (resampling.resample(image, spacing, is_label, upright) for upright in (False, True))
@@ -1252,7 +1278,7 @@ def test_turned_images_are_averaged_over_all_that_a_voxel_holds():
     """Noise is left as it is by steps between far points, whatever way the voxels lie."""
     turned = Rotation.from_euler("x", 40, degrees=True).as_matrix()
     for spacing, own in (((2.1, 2.1, 2.1), (0.7, 0.7, 0.7)), ((0.7, 5.0, 5.0), (0.7, 0.7, 5.0))):
-        image = images.to_hu(itk_image(noise((40, 60, 40), -500, 500).astype(np.int16), turned, own), "image")
+        image = ras_image(itk_image(noise((40, 60, 40), -500, 500).astype(np.int16), turned, own))
         voxels, affine = contents(resampling.resample(image, spacing, upright=True))
         index = places(voxels.shape, np.linalg.inv(images.affine_of(image)) @ affine)
         inside = ((index > 4) & (index < np.array(image.GetSize()) - 5)).all(-1)
@@ -1263,8 +1289,8 @@ def test_boxes_around_labels():
     mask = np.zeros((31, 27, 19), np.uint8)
     mask[10:14, 3, 5:17] = 2
     for axes in ALL_AXES.values():
-        label = images.to_classes(itk_image(mask, axes), "label")
-        image = images.to_hu(itk_image(noise(mask.shape).astype(np.int16), axes), "image")
+        label = ras_image(itk_image(mask, axes))
+        image = ras_image(itk_image(noise(mask.shape).astype(np.int16), axes))
         inside = np.argwhere(contents(label)[0])
         for margin in (0, 1.7, 4.0, 1000):
             first, size = resampling.mask_box(label != 0, image, margin)
@@ -1317,10 +1343,10 @@ def test_the_box_around_the_body_holds_all_of_it(shape, spacing):
 
 
 def test_nifti_has_the_same_bytes_a_second_later_under_another_name(tmp_path):
-    image = images.to_hu(itk_image(smooth(), OBLIQUE), "image")
-    images.save_nifti(tmp_path / "a.nii.gz", image)
+    image = ras_image(itk_image(smooth(), OBLIQUE))
+    images.save_image(tmp_path / "a.nii.gz", image)
     time.sleep(1.1)  # gzip keeps whole seconds
-    images.save_nifti(str(tmp_path / "part.123.nii.gz"), image)
+    images.save_image(str(tmp_path / "part.123.nii.gz"), image)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "part.123.nii.gz").read_bytes()
 
 
@@ -1328,10 +1354,10 @@ def test_nifti_has_the_same_bytes_a_second_later_under_another_name(tmp_path):
 def test_nifti_is_read_back_by_others(axes, tmp_path):
     path = tmp_path / "ct.nii.gz"
     for image in (
-        images.to_hu(itk_image(noise(low=-1024, high=32768).astype(np.int16), axes), "image"),
-        images.to_classes(itk_image(noise(high=256).astype(np.uint8), axes), "label"),
+        ras_image(itk_image(noise(low=-1024, high=32768).astype(np.int16), axes)),
+        ras_image(itk_image(noise(high=256).astype(np.uint8), axes)),
     ):
-        images.save_nifti(path, image)
+        images.save_image(path, image)
         voxels, affine = contents(image)
         read = nibabel.load(path)
         assert read.get_data_dtype() == voxels.dtype

@@ -24,6 +24,7 @@ import main_lts_msd
 import utils
 from augmentations import scale_intensity
 from dino3d.data.hdf5 import write_volume
+from dino3d.data.images import read_image
 from dino3d.files import read_log, read_table
 from dino3d.finetune import fold_loop, sliding_window, statistics
 from dino3d.finetune.encoder import ENCODER
@@ -843,7 +844,7 @@ def test_folds_are_averaged(trained, tmp_path):
     for where, out in (("", "mean"), ("0", "0"), ("1", "1")):
         assert predict(tmp_path / "new", trained.folder / where, tmp_path / out)[0] == 0
     masks = {out: in_ras(tmp_path / out / "scan.nii.gz")[0] for out in ("mean", "0", "1")}
-    image = sliding_window.read_image_and_grid(str(tmp_path / "new" / "scan.nii.gz"))[0]
+    image = read_image(tmp_path / "new" / "scan.nii.gz")
     probabilities = [
         sliding_window.segment(
             [network_of(trained.folder / fold / "best.pth")],

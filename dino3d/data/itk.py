@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.data.conventions import LPS, DataError, Stored, is_kind, one_line
+from dino3d.data.conventions import LPS, DataError, Stored, format_size, is_kind, one_line
 from dino3d.data.nifti import inflated
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is told as a reason
@@ -51,7 +51,7 @@ def open_itk(path: Path | str) -> Stored:
     quietly(reader.ReadImageInformation, path)
     size, n = reader.GetSize(), reader.GetDimension()
     if n < 3 or any(one != 1 for one in size[3:]):
-        raise DataError(path, f"is a {n}D image of {' x '.join(map(str, size))} voxels, expected a 3D volume")
+        raise DataError(path, f"is a {n}D image of {format_size(size)} voxels, expected a 3D volume")
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetNumberOfComponents() > 1 or "complex" in kind or "vector" in kind:
         raise DataError(path, f"has voxels of type {kind}, expected one number per voxel")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dino3d.data.conventions import DataError, Stored, is_kind
+from dino3d.data.conventions import DataError, Stored, format_size, is_kind
 from dino3d.data.geometry import corners_apart, is_apart
 
 XYZT_UNITS = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}  # per unit of xyzt_units
@@ -26,8 +26,8 @@ def open_nifti(path: Path | str) -> Stored:
         raise DataError(path, f"is a {type(image).__name__}, expected NIfTI")
     shape = tuple(int(n) for n in image.shape)
     extra = max(len(shape) - 3, 0)
-    if any(n != 1 for n in shape[3:]):
-        raise DataError(path, f"is a {len(shape)}D image of shape {shape}, expected a 3D volume")
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise DataError(path, f"is a {len(shape)}D image of {format_size(shape)} voxels, expected a 3D volume")
     if image.header.get_data_dtype().kind not in "iuf":
         raise DataError(path, f"has voxels of type {image.header.get_data_dtype()}, expected numbers")
     affine, notes = geometry_of(image, shape[:3])

@@ -8,6 +8,7 @@ conversion, training, check and prediction see the same voxels in the same place
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -140,9 +141,13 @@ class Volume:
 
 def _open(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     """What a file holds, by its suffix."""
-    if not os.path.isfile(path):
-        raise DataError(path, "can't be read: " + ("is a folder" if os.path.isdir(path) else "no such file"))
-    if os.path.getsize(path) == 0:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise DataError(path, "can't be read: no such file") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise DataError(path, "can't be read: it is a folder")
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise DataError(path, "can't be read: the file is empty")
     if is_kind(path, HDF5_SUFFIXES):
         return open_hdf5(path, closing)
@@ -159,10 +164,11 @@ def to_classes(voxels: np.ndarray, path: Path | str, classes: Sequence[int] | No
     Raises DataError for other values than whole numbers from 0 to 255, or than `classes` if those are given.
     """
     found = np.unique(voxels)
-    whole = np.rint(found)
+    finite = np.isfinite(found)
+    whole = np.rint(np.where(finite, found, -1))
     allowed = np.arange(256) if classes is None else np.array(sorted(classes))
     # A float32 of a class such as 255 is exact to 2e-5; a rescale slope of a file adds as much again
-    wrong = found[~(np.isin(whole, allowed) & (np.abs(found - whole) <= 1e-4))]
+    wrong = found[~(np.isin(whole, allowed) & (np.abs(np.where(finite, found, -2) - whole) <= 1e-4))]
     if len(wrong):
         expected = "whole numbers from 0 to 255" if classes is None else "only " + ", ".join(map(str, allowed))
         told = ", ".join(np.format_float_positional(value, trim="-") for value in wrong[:3].astype(float))
