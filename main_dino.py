@@ -330,9 +330,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    processes = utils.distributed_init()
-    output_dir = Path(args.output_dir)
-    processes.run_on_main(lambda: command_line.make_output_dir(output_dir))
+    processes, output_dir = utils.distributed_init(), Path(args.output_dir)
+    with utils.own_output_dir(output_dir, processes):
+        pretrain(args, output_dir, processes)
+
+
+def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Processes) -> None:
+    """Train from where the checkpoint in the output folder is, or from the start."""
     args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
     notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
 
@@ -452,7 +456,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         worker_init_fn=checkpoint.ignore_signals,
         pin_memory=processes.device.type == "cuda",
     )
-    batches = with_read_timeout(loader, args.read_timeout, command_line.end_process)
     monitor = Monitor(
         output_dir, processes, args.out_dim, args.log_every, last_step, progress.step, global_batch, len(paths), max_bad
     )
@@ -469,6 +472,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop_signal.end(checkpoints.wait)
 
     with contextlib.closing(monitor), contextlib.closing(checkpoints), stop_signal:
+        batches = with_read_timeout(loader, args.read_timeout, command_line.end_process)
         while progress.step < last_step:
             steps = min((samples_per_epoch - progress.position) // global_batch, last_step - progress.step)
             frozen = progress.epoch < args.freeze_last_layer

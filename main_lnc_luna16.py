@@ -131,9 +131,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    output_dir = Path(args.output_dir)
-    runtime, args.precision, notices = start_runtime(vars(args))
-    processes = runtime.processes
+    with start_runtime(vars(args)) as (runtime, args.precision, notices):
+        run(args, runtime, notices)
+
+
+def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
+    """Train fold by fold from where the checkpoints in the output folder are, or predict."""
+    output_dir, processes = Path(args.output_dir), runtime.processes
     if args.predict:
         predict(args.predict, args.weights, output_dir, runtime)
         return

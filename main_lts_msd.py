@@ -149,9 +149,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     flags.check_finetune_flags(parser, vars(args), LAYOUT)
-    output_dir = Path(args.output_dir)
-    runtime, args.precision, notices = start_runtime(vars(args))
-    processes = runtime.processes
+    with start_runtime(vars(args)) as (runtime, args.precision, notices):
+        run(args, runtime, notices)
+
+
+def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
+    """Train fold by fold from where the checkpoints in the output folder are, or predict."""
+    output_dir, processes = Path(args.output_dir), runtime.processes
     given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
     if args.predict:
         predict(args.predict, args.weights, output_dir, given, runtime)
@@ -383,7 +387,13 @@ def predict_log_probabilities(
 ) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
     return sliding_window.segment(
-        networks, image, settings.windows, settings.clip_range, runtime.processes.device, runtime.autocast
+        networks,
+        image,
+        settings.windows,
+        settings.clip_range,
+        runtime.processes.device,
+        runtime.autocast,
+        before_windows=runtime.stop_signal.check,
     )
 
 

@@ -196,8 +196,6 @@ def get_args_parser() -> ArgumentParser:
 def main() -> None:
     parser = get_args_parser()
     args = vars(parser.parse_args())
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     command, run = args.pop("command"), args.pop("run")
     if "input" in args:
         source, target = (Path(os.path.realpath(args[name])) for name in ("input", "output"))

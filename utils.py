@@ -1,6 +1,7 @@
 """What the scripts share: errors in one line, processes, seeds, schedules, parameter groups, weights, logs."""
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import math
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from dino3d.command_line import UserError, exit_status, truncate_list
 from dino3d.files import open_verified
+from dino3d.run_lock import own_folder
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -201,6 +203,17 @@ def distributed_init() -> Processes:
             "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
         )
     return Processes(rank, world_size, local_rank, local_world_size, device)
+
+
+@contextlib.contextmanager
+def own_output_dir(path: Path, processes: Processes) -> Iterator[None]:
+    """Make a run's --output_dir and keep other runs out of it while the block runs. Raises UserError, on all ranks.
+
+    A block that fails before it has written anything of use leaves no folder that was not there.
+    """
+    with contextlib.ExitStack() as stack:
+        processes.run_on_main(lambda: stack.enter_context(own_folder(path, remove=("data_list.txt",))))
+        yield
 
 
 def choose_gpu(local_rank: int, local_world_size: int, visible: int, by_srun: bool) -> int:

@@ -1,7 +1,9 @@
 """The command line: flags, and errors that end a process in one line. Imports no torch."""
 
 import argparse
+import codecs
 import difflib
+import io
 import math
 import multiprocessing
 import os
@@ -9,9 +11,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from dino3d import __version__
@@ -29,10 +33,17 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to end, everything is saved, and all ranks know."""
+    """A signal asked the run to end, everything is saved, and all ranks know. code: to exit with"""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_INTERRUPTED = 130  # as shells tell that Ctrl-C ended a program
+# Seconds in which a second signal is no second request: a launcher passes on what all have got already
+ONE_REQUEST = 1.0
 
 
 def process_rank() -> int:
@@ -53,6 +64,8 @@ def exit_status(
     explain: gives one line for an exception besides those of this module and of the disk, None for a bug, which is
     raised
     """
+    set_up_console()
+    interruption = Interruption()
     try:
         try:
             main()
@@ -62,20 +75,56 @@ def exit_status(
     except Preempted as ending:
         if not process_rank():
             print(ending, file=sys.stderr, flush=True)
-        return EXIT_PREEMPTED, True
+        return ending.code, True
     except UserError as error:
         print_error(str(error), error.everywhere)
         return 1, error.everywhere  # otherwise the others wait for this rank in a collective, and would be waited for
     except KeyboardInterrupt:
         print_error("interrupted", everywhere=True)
-        return 130, False
+        return EXIT_INTERRUPTED, False
     except Exception as error:
-        # OSError: a full disk, a folder that vanished: it says what and where
-        message = str(error) if isinstance(error, OSError) else explain(error)
+        message = explain(error)
+        if message is None and isinstance(error, OSError):
+            message = str(error)  # a full disk, a folder that vanished: it says what and where
         if message is None:
             raise
         print_error(message)
         return 1, False
+    finally:
+        interruption.ignore_repeated()
+
+
+class Interruption:
+    """Ctrl-C raises KeyboardInterrupt once; a second one, a second later or more, ends this process at once.
+
+    Also where a shell that started this process in the background lets it ignore Ctrl-C, and `kill -INT` with it. The
+    process is taken for ended when main() has: the handler stays.
+    """
+
+    def __init__(self) -> None:
+        self._process, self._at = os.getpid(), None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._heed)
+
+    def ignore_repeated(self) -> None:
+        """Raise nothing any more: what is left to do is to end."""
+        self._at = self._at or -ONE_REQUEST
+
+    def _heed(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked one: the main process ends it
+            return
+        if self._at is None:
+            self._at = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._at > ONE_REQUEST:
+            end_at_once(number)
+
+
+def end_at_once(number: int) -> None:
+    """End this process as the signal would have without us, and the reading processes with it."""
+    end_workers()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def end_workers() -> None:
@@ -97,6 +146,46 @@ def end_process(message: str) -> NoReturn:
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- console
+
+
+ASCII = {"\N{PLUS-MINUS SIGN}": "+-", "\N{MULTIPLICATION SIGN}": "x"}  # on a terminal that has only that
+
+
+def _replace_for_console(error: UnicodeError) -> tuple[str, int]:
+    """Error handler of the console: what it can't show, names of any bytes among it, as plain ASCII."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(one) or one.encode("ascii", "backslashreplace").decode() for one in text), error.end
+
+
+codecs.register_error("console", _replace_for_console)
+
+
+class LastingFile(io.FileIO):
+    """A console that may go away: `... | head`, a closed terminal, a full disk below a log end no run."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def set_up_console() -> None:
+    """Let standard output and error take any text, and be no reason for a run to end."""
+    for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        stream = getattr(sys, name)
+        if stream is original and isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            binary = io.BufferedWriter(LastingFile(stream.fileno(), "wb", closefd=False))
+            stream = io.TextIOWrapper(binary, stream.encoding, "console", line_buffering=stream.line_buffering)
+            setattr(sys, name, stream)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="console")
 
 
 def available_cores() -> int:
@@ -329,16 +418,3 @@ def truncate_list(names: Sequence[str], most: int = 4) -> str:
 def ignored_flags(**flags: Any) -> list[str]:
     """Notices about flags of older scripts that are given but no longer needed."""
     return [f"--{name} is no longer needed and ignored" for name, value in flags.items() if value is not None]
-
-
-def make_output_dir(path: Path) -> None:
-    """Make the folder of --output_dir, and see that it can be written to. Raises UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {path}: can't be written to ({error.strerror or error}); choose another folder"
-        ) from error

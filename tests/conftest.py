@@ -17,6 +17,16 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A script that has been run in this process leaves its handlers of signals, as it takes the process for ended."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """Folder with real thorax CT beside the checkout; tests that can do without generate a phantom instead."""

@@ -26,7 +26,7 @@ def main():
     for _ in range(200):
         dist.all_reduce(torch.ones(8), async_op=True)
     if how == "preempted":
-        raise command_line.Preempted("ended by a test")
+        raise command_line.Preempted("ended by a test", 75)
     if how == "together":
         raise command_line.UserError("the same on all ranks", everywhere=True)
     if how in ("alone", "bug", "interrupted") and not processes.is_main:

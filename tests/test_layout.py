@@ -10,7 +10,14 @@ import pytest
 from conftest import ROOT
 from raw_inputs import scan
 
-WITHOUT_TORCH = ("dino3d.command_line", "dino3d.files", "dino3d.data", "dino3d.prepare", "dino3d.finetune.splits")
+WITHOUT_TORCH = (
+    "dino3d.command_line",
+    "dino3d.files",
+    "dino3d.run_lock",
+    "dino3d.data",
+    "dino3d.prepare",
+    "dino3d.finetune.splits",
+)
 BUT = ("dino3d.data.pretraining",)  # reads patches for torch's DataLoader
 
 
@@ -67,6 +74,7 @@ def test_a_conversion_loads_no_torch(tmp_path):
 LEVELS = {  # a module imports from lower levels, and from its own room; see `level` for those of the root
     "dino3d.command_line": 0,
     "dino3d.files": 0,
+    "dino3d.run_lock": 0,
     "dino3d.bspline": 0,
     "dino3d.data": 1,
     "dino3d.training": 1,

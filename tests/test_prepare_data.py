@@ -393,7 +393,14 @@ def test_names_that_are_no_text(tmp_path, run):
     assert result.code == 1 and len(result.errors) == 1 and "\\udcff.dcm" in result.errors[0]
     found = outcomes(tmp_path / "output")
     assert found["\\udcff\\udcfe.mha"] == ("failed", "can't be read: its name is not in UTF-8, rename it")  # by ITK
-    for name in ("\\udcff\\udcfe.hdf5", "\\udcff\\udcfe.nii.gz", "two lines.nii.gz", 'a,"b;.nii.gz', "=1+1.nii.gz", "a.nii.gz"):
+    for name in (
+        "\\udcff\\udcfe.hdf5",
+        "\\udcff\\udcfe.nii.gz",
+        "two lines.nii.gz",
+        'a,"b;.nii.gz',
+        "=1+1.nii.gz",
+        "a.nii.gz",
+    ):
         assert found[name] == ("written", "")
     assert len(written(tmp_path / "output")) == 6
     assert (tmp_path / "output" / "manifest.csv").read_bytes().count(b"\n") == 9

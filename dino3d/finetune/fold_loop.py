@@ -30,6 +30,7 @@ from dino3d.finetune.statistics import format_metric
 from dino3d.training.checkpoint import (
     Checkpoints,
     Saving,
+    StopRequested,
     ignore_signals,
     load_on_all,
     load_parts,
@@ -345,7 +346,8 @@ def train_fold(
                     raise
                 record |= {f"validation_{name}": value for name, value in state.best["last"].items()}
                 if processes.is_main:
-                    show(state, writer)
+                    with contextlib.suppress(StopRequested):  # heeded below, by all
+                        show(state, writer)
             record |= {"seconds": round(time.perf_counter() - began, 2), "waiting_for_data": round(state._waited, 2)}
             report_epoch(state, score, record, writer)
             progress.trained = None

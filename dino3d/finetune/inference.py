@@ -15,6 +15,7 @@ from dino3d.data.layouts import find_volumes
 from dino3d.finetune.crops import read_ahead
 from dino3d.finetune.fold_folders import fold_folders
 from dino3d.finetune.runtime import Runtime
+from dino3d.training.checkpoint import StopRequested
 from dino3d.training.loading import next_batch
 
 
@@ -31,6 +32,8 @@ def map_over_ranks(
             if runtime.stop_signal.received:
                 break
             rows[int(case)] = work(int(case))
+    except StopRequested:
+        pass  # the case at hand is not done
     except DataError as error:
         raise UserError(str(error)) from error
     return gather_rows(runtime, [int(case) for case in cases], rows)

@@ -1,5 +1,6 @@
 """How a process of a fine-tuning run computes: processes, precision, batches, reading workers, signals, time limits."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,24 +37,26 @@ class Runtime(NamedTuple):
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def start_runtime(values: Mapping[str, Any]) -> tuple[Runtime, str, list[str]]:
-    """(Runtime, name of its precision, notices), after joining the other processes and making the output folder.
+@contextlib.contextmanager
+def start_runtime(values: Mapping[str, Any]) -> Iterator[tuple[Runtime, str, list[str]]]:
+    """(Runtime, name of its precision, notices), after joining the other processes; the output folder is this run's
+    while the block runs.
 
     values: {flag: value}, of `flags.data_flags` and `flags.add_finetune_flags`
     """
     output_dir, workers = Path(values["output_dir"]), values["num_workers"]
     processes = utils.distributed_init()
-    processes.run_on_main(lambda: command_line.make_output_dir(output_dir))
-    precision, notices = utils.choose_precision(values["precision"], values["use_fp16"], processes.device)
-    notices += command_line.ignored_flags(dist_url=values["dist_url"], local_rank=values["local_rank"])
-    workers = min(16, cores_per_process(processes)) if workers is None else workers
-    stop_signal = StopSignal(processes, output_dir / "preempted")
-    runtime = Runtime(
-        processes,
-        utils.PRECISIONS[precision],
-        values["batch_size_per_gpu"],
-        workers,
-        stop_signal,
-        values["read_timeout"],
-    )
-    return runtime, precision, notices
+    with utils.own_output_dir(output_dir, processes):
+        precision, notices = utils.choose_precision(values["precision"], values["use_fp16"], processes.device)
+        notices += command_line.ignored_flags(dist_url=values["dist_url"], local_rank=values["local_rank"])
+        workers = min(16, cores_per_process(processes)) if workers is None else workers
+        stop_signal = StopSignal(processes, output_dir / "preempted")
+        runtime = Runtime(
+            processes,
+            utils.PRECISIONS[precision],
+            values["batch_size_per_gpu"],
+            workers,
+            stop_signal,
+            values["read_timeout"],
+        )
+        yield runtime, precision, notices

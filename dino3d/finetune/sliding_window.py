@@ -114,6 +114,7 @@ def segment(
     device: torch.device | str,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     stitch_on_cpu: bool | None = None,
+    before_windows: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of an image on its working grid.
 
@@ -122,11 +123,13 @@ def segment(
     windows: Windows, whose logits are weighted by a Gaussian around their middle; a smaller image is padded with air
     clip_range: (low, high) HU that become 0 and 1; autocast: gives the context that the networks run in
     stitch_on_cpu: whether the windows are put together there; None: if the device's memory is too small for that
+    before_windows: called before each batch of windows; what it raises ends the work
     """
     voxels = torch.from_numpy(np.ascontiguousarray(images.voxels_of(image), np.float32))[None, None]  # (1, 1, X, Y, Z)
     device = torch.device(device)
     return mean_of(
-        _stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu) for network in networks
+        _stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu, before_windows)
+        for network in networks
     )
 
 
@@ -138,11 +141,13 @@ def _stitched(
     device: torch.device,
     autocast: Callable[[], contextlib.AbstractContextManager],
     stitch_on_cpu: bool | None,
+    before_windows: Callable[[], None],
 ) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of one network. voxels: (1, 1, X, Y, Z) float32 HU."""
     from monai.inferers import sliding_window_inference
 
     def logits_of(hu: Tensor) -> Tensor:
+        before_windows()
         with autocast():
             # float: bf16 would lose digits once the windows are weighted and summed
             return network(scale_intensity(hu, *clip_range)).float()

@@ -13,20 +13,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError, LeftOut
 from dino3d.data.layouts import file_state
 from dino3d.data.parallel import in_processes, progress
-from dino3d.files import TEXT, atomic_write, read_rows, table_bytes
+from dino3d.files import TEXT, atomic_write, read_json, read_rows, table_bytes
+from dino3d.run_lock import own_folder
 
-WORK = ".prepare"  # folder in the output: journal, lock, unfinished files
+WORK = ".prepare"  # folder in the output: journal, unfinished files
 JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.csv"
 RECIPE = "prepare.json"  # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
-OUTPUT_FORMAT = 1  # raise it when the same input and options give another output
+OUTPUT_FORMAT = 2  # raise it when the same input and options give another output
 
 
 class Job(NamedTuple):
@@ -69,29 +70,15 @@ def open_output(output: Path, recipe: dict[str, Any]) -> Iterator["Records"]:
     """
     work = output / WORK
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with open(work / "lock", "w") as lock:
-            _lock(lock, output)
+        with own_folder(output, "--output", remove=(RECIPE,)):
+            work.mkdir(exist_ok=True)
             for left in work.glob(".part.*"):  # of a run that was killed
                 left.unlink()
             _same_recipe(output / RECIPE, json.loads(json.dumps(recipe)))
             yield Records(output)
-        shutil.rmtree(work)
+            shutil.rmtree(work)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
-
-
-def _lock(file: TextIO, output: Path) -> None:
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{output}: another prepare_data.py is writing to it; wait for it or give another --output"
-        ) from None
-    except (ImportError, OSError):  # another system, or a network drive without locks
-        pass
 
 
 def _same_recipe(path: Path, recipe: dict[str, Any]) -> None:
@@ -103,9 +90,9 @@ def _same_recipe(path: Path, recipe: dict[str, Any]) -> None:
     if not stands and not (path.exists() and path.read_bytes() == text.encode()):
         (work / JOURNAL).unlink(missing_ok=True)  # of a run that left everything out for other options
         with atomic_write(path, folder=work) as part:
-            part.write_text(text)
+            part.write_bytes(text.encode())
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         different = [name for name in sorted({*found, *recipe}) if found.get(name) != recipe.get(name)]
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(

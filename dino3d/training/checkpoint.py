@@ -20,18 +20,26 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from dino3d.command_line import Preempted, UserError, end_workers, format_values, number, truncate_list
-from dino3d.files import add_checksum
+from dino3d.command_line import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    ONE_REQUEST,
+    Preempted,
+    UserError,
+    end_at_once,
+    format_values,
+    number,
+    truncate_list,
+)
+from dino3d.files import TEXT, add_checksum
 from utils import Processes, is_worker_death, load_file, tensor_misfit
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # batch systems announce the end of a job with these
+# Batch systems announce the end of a job with the first two; Ctrl-C is the third
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # What to do where the checkpoint in the output folder can't be resumed from
 INSTEAD = "choose another --output_dir, or give it as --pretrained_weights"
 RESUME = "resume with the flags that it was made with (its config.json has them), or choose another --output_dir"
 ALONE = Processes()
-ONE_REQUEST = (
-    1.0  # seconds in which a second signal is no second request: a launcher passes on what all have got already
-)
 
 
 class Saving(NamedTuple):
@@ -379,9 +387,9 @@ def _shown(value: Any) -> str:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 ask a run to save and end; its processes agree after which step.
+    """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask a run to save and end; its processes agree after which step.
 
-    They are heeded inside `with interruption:`. A second one, a second later or more, ends this process at once.
+    They are heeded inside `with stop_signal:`. A second one, a second later or more, ends this process at once.
     received: name of the signal that came, or ""
     marker: file that says in words that the run was ended so; removed when it is resumed
     """
@@ -401,8 +409,10 @@ class StopSignal:
     ) -> None:
         if kind is None and self._answer:
             self._answer()  # the question after the last step: nothing is left under way
-        if kind is Preempted and self.processes.is_main:
-            self.marker.write_text(self._told(error))
+        if kind is Preempted:  # this process will end: what comes now is the same request, or a second one
+            if self.processes.is_main:
+                self.marker.write_text(self._told(error), **TEXT)
+            return
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -411,9 +421,7 @@ class StopSignal:
         if not self.received:
             self.received, self._at = signal.Signals(number).name, now
         elif now - self._at > ONE_REQUEST:
-            end_workers()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            end_at_once(number)
 
     def should_stop(self) -> bool:
         """Whether the run is to end here, the same on all ranks: all call this after every step.
@@ -430,9 +438,17 @@ class StopSignal:
     def end(self, saved: Callable[[], None] = lambda: None) -> NoReturn:
         """End the run on all ranks. saved: called on the main process first, returns when everything is on disk"""
         self.processes.run_on_main(saved)  # nobody leaves before: a launcher ends the others when one is gone
+        by_hand = {name for name in self.processes.all_gather(self.received) if name} == {"SIGINT"}
+        name = {"": "a signal to another process", "SIGINT": "Ctrl-C"}.get(self.received, self.received)
         raise Preempted(
-            f"ended by {self.received or 'a signal to another process'}; everything is saved, the same command resumes"
+            f"ended by {name}; everything is saved, the same command resumes",
+            EXIT_INTERRUPTED if by_hand else EXIT_PREEMPTED,
         )
+
+    def check(self) -> None:
+        """Raise StopRequested where a signal has come: for a long piece of work of this process, which is given up."""
+        if self.received:
+            raise StopRequested
 
     def _told(self, error: BaseException | None) -> str:
         count = self.processes.world_size
@@ -441,6 +457,11 @@ class StopSignal:
             f"This run was {error}. It is not finished. To resume, start the same command again ({launched}):\n\n"
             f"    {shlex.join(sys.argv)}\n\nThis file is removed then.\n"
         )
+
+
+class StopRequested(BaseException):
+    """What this process was at is given up, since a signal has come. The others don't know: whoever shares out the work
+    catches it, and ends the run together with them."""
 
 
 def ignore_signals(_: int) -> None:
