@@ -59,6 +59,7 @@ from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
 from dino3d.finetune.inference import find_new_cases, infer_windows
+from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
 from dino3d.finetune.statistics import format_metric
@@ -423,36 +424,53 @@ def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> No
 
 
 def predict(folder: str, weights: str, output_dir: Path, runtime: Runtime) -> None:
-    """Write predictions.csv for all crops below `folder`: the mean over the folds of a run."""
+    """Write predictions.csv for all crops below `folder`: the mean over the folds of a run. Raises UserError if some
+    failed."""
     processes = runtime.processes
-    names, folders = processes.run_on_main(lambda: find_new_cases(folder, weights, output_dir))
-    paths = [os.path.join(folder, name) for name in names]
+    found, folders = processes.run_on_main(lambda: find_new_cases(folder, weights, output_dir))
+    paths = [os.path.join(folder, name) for name in found]
     names = processes.run_on_main(lambda: case_names(paths, folder))
-    spacing = processes.run_on_main(lambda: spacing_of(paths[0]))
-    total, thresholds = 0.0, []
+    models, thresholds, config = [], [], {}
     for fold_folder in folders:
         model, config, best = load_fold(fold_folder / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
-        model = model.to(processes.device).eval()
-        dataset = EvaluationCrops(paths, config["input_size"])
-        total = total + infer_windows(
-            functools.partial(classify, model), dataset, np.arange(len(paths)), config["clip_range"], runtime
-        )
+        models.append(model.to(processes.device).eval())
         thresholds.append(best["threshold"])
-    probabilities = total / len(folders)
-    predicted = decide(probabilities, np.mean(thresholds))
+    threshold = float(np.mean(thresholds))
+    predictions = Predictions(
+        output_dir / "predictions.csv",
+        [*table_header(config["classes"], ["case"]), "predicted"],
+        names,
+        paths,
+        [None] * len(paths),
+        weights_recipe(folders),
+        runtime,
+    )
+    spacing = processes.run_on_main(lambda: spacing_of(paths[0]))
     for line in spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
         processes.print(line)
-    if processes.is_main:
-        rows = [
-            [name, *table_probabilities(row), int(label)] for name, row, label in zip(names, probabilities, predicted)
-        ]
-        write_table(output_dir / "predictions.csv", [*table_header(config["classes"], ["case"]), "predicted"], rows)
-    counts = ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=config["classes"])))
-    threshold = f" (threshold {np.mean(thresholds):.3f})" if config["classes"] == 2 else ""
-    processes.print(
-        f"{len(paths)} crops, mean of {len(folders)} fold{'s' * (len(folders) > 1)}; {counts}{threshold}\n"
-        f"predictions  {output_dir / 'predictions.csv'}"
-    )
+
+    def rows_of(volumes: Tensor) -> list[list[Any]]:  # (B, 1, X, Y, Z)
+        probabilities = torch.stack([classify(model, volumes) for model in models]).mean(0).cpu().numpy()
+        predicted = decide(probabilities, threshold)
+        return [[*table_probabilities(row), int(label)] for row, label in zip(probabilities, predicted)]
+
+    with runtime.stop_signal:
+        dataset = EvaluationCrops(paths, config["input_size"])
+        predict_windows(rows_of, dataset, predictions, config["clip_range"], runtime)
+        predictions.finish(
+            lambda table: (
+                predicted_summary(table, len(folders), config["classes"], threshold)
+                + f"\npredictions  {predictions.table}"
+            )
+        )
+
+
+def predicted_summary(table: Sequence[dict[str, str]], folds: int, classes: int, threshold: float) -> str:
+    """How many crops were predicted to be of which class. table: rows of predictions.csv"""
+    predicted = np.array([int(row["predicted"]) for row in table if row["predicted"]], int)
+    counts = ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=classes)))
+    told = f" (threshold {threshold:.3f})" if classes == 2 else ""
+    return f"{len(predicted)} crops, mean of {folds} fold{'s' * (folds > 1)}; {counts}{told}"
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown

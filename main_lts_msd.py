@@ -13,6 +13,7 @@ config.json, TensorBoard's files; and cache, which is only needed during trainin
 
 import argparse
 import collections
+import contextlib
 import functools
 import math
 import os
@@ -30,8 +31,9 @@ from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_polic
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError, stem
-from dino3d.data.images import read_image, voxels_of
+from dino3d.data.images import read_image, require_ct, voxels_of
 from dino3d.data.layouts import Pair, find_pairs
+from dino3d.data.parallel import progress
 from dino3d.data.volume import Volume
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
@@ -42,11 +44,13 @@ from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter
 from dino3d.finetune.inference import find_new_cases, map_over_ranks
+from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.sliding_window import Windows, grid_of
 from dino3d.finetune.splits import Split, make_splits, of_patients
 from dino3d.finetune.statistics import bootstrap_interval, format_metric
+from dino3d.training.checkpoint import StopRequested
 from dino3d.training.pictures import save_picture
 
 if TYPE_CHECKING:
@@ -383,18 +387,29 @@ def inference_settings(config: dict[str, Any], batch_size: int) -> InferenceSett
 
 
 def predict_log_probabilities(
-    networks: Sequence[Segmenter], image: "sitk.Image", settings: InferenceSettings, runtime: Runtime
+    networks: Sequence[Segmenter],
+    image: "sitk.Image",
+    settings: InferenceSettings,
+    runtime: Runtime,
+    shows_progress: bool = False,
 ) -> Tensor:
-    """(classes, X, Y, Z) log-probabilities of an image on the working grid."""
-    return sliding_window.segment(
-        networks,
-        image,
-        settings.windows,
-        settings.clip_range,
-        runtime.processes.device,
-        runtime.autocast,
-        before_windows=runtime.stop_signal.check,
-    )
+    """(classes, X, Y, Z) log-probabilities of an image on the working grid. Raises StopRequested."""
+    batches = len(networks) * sliding_window.count_batches(image.GetSize(), settings.windows)
+    with progress(batches, "window", shows_progress and runtime.processes.is_main) as bar:
+
+        def before_windows() -> None:
+            runtime.stop_signal.check()
+            bar.update()
+
+        return sliding_window.segment(
+            networks,
+            image,
+            settings.windows,
+            settings.clip_range,
+            runtime.processes.device,
+            runtime.autocast,
+            before_windows=before_windows,
+        )
 
 
 def validate(state: FoldState, cases: Cases, settings: InferenceSettings) -> Validation:
@@ -485,7 +500,7 @@ def mask_of(
     own = grid_of(image)
     working = sliding_window.to_network_grid(image, spacing)
     found = sliding_window.to_scan_grid(
-        predict_log_probabilities(networks, working, settings, runtime), grid_of(working), own
+        predict_log_probabilities(networks, working, settings, runtime, shows_progress=True), grid_of(working), own
     )
     voxels = voxels_of(found)
     cleaned = settings.final(voxels, own.spacing)
@@ -543,32 +558,28 @@ def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], 
         model, config, _ = load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
         networks.append(model.to(processes.device).eval())
     settings = inference_settings(config | given, runtime.batch_size)
+    paths, masks = ([os.path.join(folder, name) for name in names], [output_dir / mask_name(name) for name in names])
+    predictions = Predictions(
+        output_dir / "volumes.csv",
+        ("case", "class", "volume_ml"),
+        [without_suffix(name) for name in names],
+        paths,
+        masks,
+        weights_recipe(folders) | {name: (config | given)[name] for name in MASKS},
+        runtime,
+    )
     processes.print(
         f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, "
-        f"{format_values(config['spacing'])} mm"
+        f"{format_values(config['spacing'])} mm{predictions.done_before()}"
     )
-    rows = {}
-    for at in range(processes.rank, len(names), processes.world_size):
-        try:
-            rows[at] = predict_case(
-                os.path.join(folder, names[at]), output_dir / mask_name(names[at]), networks, config, settings, runtime
-            )
-            print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml" for ml in rows[at]), flush=True)
-        except DataError as error:
-            rows[at] = str(error)
-    rows = {at: row for part in processes.all_gather(rows) for at, row in part.items()}
-    good = [
-        [without_suffix(names[at]), k + 1, ml]
-        for at, row in sorted(rows.items())
-        if not isinstance(row, str)
-        for k, ml in enumerate(row)
-    ]
-    if processes.is_main:
-        write_table(output_dir / "volumes.csv", ["case", "class", "volume_ml"], good)
-    failed = [row for _, row in sorted(rows.items()) if isinstance(row, str)]
-    processes.print(f"masks    {output_dir}\nvolumes  {output_dir / 'volumes.csv'}")
-    if failed:
-        raise UserError(f"{len(failed)} of {len(names)} volumes have no mask, such as {failed[0]}", everywhere=True)
+    with runtime.stop_signal:
+        with contextlib.suppress(StopRequested):  # the case at hand is not done
+            for at in predictions.share():
+                runtime.stop_signal.check()
+                predictions.attempt(
+                    at, lambda at=at: predict_case(paths[at], masks[at], networks, config, settings, runtime)
+                )
+        predictions.finish(lambda table: f"masks    {output_dir}\nvolumes  {predictions.table}")
 
 
 def predict_case(
@@ -578,9 +589,11 @@ def predict_case(
     config: dict[str, Any],
     settings: InferenceSettings,
     runtime: Runtime,
-) -> list[float]:
-    """Millilitres of each foreground class in a volume, after writing its mask. Raises DataError, UserError."""
+) -> list[tuple[int, float]]:
+    """(class, millilitres) of each foreground class in a volume, whose mask is then written. Raises DataError,
+    UserError."""
     image = read_image(path)
+    require_ct(image, path)
     predicted = mask_of(networks, image, config["spacing"], settings, runtime)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -588,8 +601,10 @@ def predict_case(
             volume.save_mask(target, voxels_of(predicted))
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror or error})") from error
-    voxels = np.bincount(voxels_of(predicted).ravel(), minlength=config["classes"])[1:]
-    return [float(n * np.prod(image.GetSpacing()) / 1000) for n in voxels]
+    counts = np.bincount(voxels_of(predicted).ravel(), minlength=config["classes"])[1:]
+    volumes = [float(n * np.prod(image.GetSpacing()) / 1000) for n in counts]
+    print(f"{path}: " + ", ".join(f"{ml:.3g} ml" for ml in volumes), flush=True)
+    return list(enumerate(volumes, 1))
 
 
 def without_suffix(name: str) -> str:

@@ -30,6 +30,7 @@ from dino3d.finetune import fold_loop, sliding_window, statistics
 from dino3d.finetune.encoder import ENCODER
 from dino3d.finetune.fold_folders import load_fold
 from dino3d.finetune.heads import DECODERS, UnetrDecoder
+from dino3d.finetune.sliding_window import grid_of
 from dino3d.finetune.splits import patient_splits
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
@@ -378,7 +379,7 @@ def test_means_are_those_of_the_table(trained):
 def test_an_empty_prediction_is_counted(cases, tmp_path, monkeypatch):
     """Where a class is missed its Hausdorff distance is undefined: no number, counted, left out of the means."""
     monkeypatch.setattr(
-        main_lts_msd, "mask_of", lambda networks, image, own, *_: own.image(np.zeros(own.size, np.uint8))
+        main_lts_msd, "mask_of", lambda networks, image, *_: grid_of(image).image(np.zeros(image.GetSize(), np.uint8))
     )
     found = run_main("--data_dir", cases, "--output_dir", tmp_path, "--epochs", 1, "--patches_per_case", 1)
     assert found[0] == 0 and not found[2], found
@@ -794,7 +795,7 @@ def test_masks_of_all_orientations(trained, new_scans, tmp_path):
     assert "6 volumes, mean of 2 folds" in out and str(tmp_path / "volumes.csv") in out
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     names = ["a/b/other.nii.gz", "a/b/scan.nii", "a/scan.nii.gz", "c/flipped.nii.gz", "hdf/scan.nii.gz", "scan.nii.gz"]
-    assert written == sorted([*names, "volumes.csv"])
+    assert written == sorted([*names, "volumes.csv", ".predicted.0.jsonl"])
     first, affine = in_ras(tmp_path / "scan.nii.gz")
     assert 0.5 < first.sum() * np.linalg.det(affine[:3, :3]) / 1000 < 30  # ml
     for name in names:
@@ -807,7 +808,7 @@ def test_masks_of_all_orientations(trained, new_scans, tmp_path):
         np.testing.assert_allclose(its_affine, affine, atol=1e-3)
         assert dice(upright, first) > 0.98, name
     rows = read_table(tmp_path / "volumes.csv")
-    assert list(rows[0]) == ["case", "class", "volume_ml"]
+    assert list(rows[0]) == ["case", "class", "volume_ml", "reason"]
     assert [row["case"] for row in rows] == [name.replace(".gz", "").replace(".nii", "") for name in names]
     for row, name in zip(rows, names):
         expected = np.asarray(nibabel.load(tmp_path / name).dataobj).sum() * np.linalg.det(affine[:3, :3]) / 1000
@@ -888,10 +889,11 @@ def test_a_volume_that_can_not_be_read(trained, new_scans, tmp_path):
     whole = (tmp_path / "new" / "a" / "scan.nii.gz").read_bytes()
     (tmp_path / "new" / "a" / "scan.nii.gz").write_bytes(whole[: len(whole) // 2])
     found = predict(tmp_path / "new", trained.folder, tmp_path / "out")
-    assert_one_error(found, ("1 of 6 volumes", str(tmp_path / "new" / "a" / "scan.nii.gz")))
+    assert_one_error(found, ("1 of 6 files", "a/scan: can't be read", "volumes.csv"))
     assert not (tmp_path / "out" / "a" / "scan.nii.gz").exists()
     assert len([path for path in (tmp_path / "out").rglob("*.nii*")]) == 5
-    assert len(read_table(tmp_path / "out" / "volumes.csv")) == 5
+    rows = read_table(tmp_path / "out" / "volumes.csv")
+    assert [(row["case"], row["volume_ml"]) for row in rows if row["reason"]] == [("a/scan", "")] and len(rows) == 6
 
 
 # -------------------------------------------------------------------------------------------------------- world space

@@ -80,9 +80,11 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def progress(total: int, unit: str) -> "tqdm":
+def progress(total: int, unit: str, shown: bool = True) -> "tqdm":
     """A progress bar with rate and remaining time on standard error, seldom renewed where that is a log file."""
     from tqdm import tqdm
 
     pause = 1 if sys.stderr.isatty() else 30  # seconds; what ends before shows no bar
-    return tqdm(total=total, unit=unit, delay=pause, mininterval=pause, dynamic_ncols=True, smoothing=0.05)
+    return tqdm(
+        total=total, unit=unit, delay=pause, mininterval=pause, dynamic_ncols=True, smoothing=0.05, disable=not shown
+    )

@@ -217,8 +217,15 @@ def collate_crops(samples: Sequence[tuple[Any, ...] | str]) -> CropBatch:
     return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group, masks)
 
 
-def read_ahead(dataset: Dataset, cases: Sequence[int], batch_size: int, workers: int) -> Iterator[CropBatch]:
-    """CropBatches of the cases in their order, read by threads, at most READ_AHEAD batches before they are asked for.
+def read_ahead(
+    dataset: Dataset,
+    cases: Sequence[int],
+    batch_size: int,
+    workers: int,
+    collate: Callable[[list[Any]], Any] = collate_crops,
+) -> Iterator[Any]:
+    """What `collate` makes of the samples of batches of cases in their order, by default CropBatches; read by threads,
+    at most READ_AHEAD batches before they are asked for.
 
     Threads, and not a DataLoader's processes: those would be forked anew for every validation, while threads of the
     collectives before it may still be at work, and in Python 3.11 such a fork can hang.
@@ -228,9 +235,9 @@ def read_ahead(dataset: Dataset, cases: Sequence[int], batch_size: int, workers:
         for at in range(0, len(cases), batch_size):
             waiting.append([pool.submit(dataset.__getitem__, case) for case in cases[at : at + batch_size]])
             if len(waiting) > READ_AHEAD:
-                yield collate_crops([sample.result() for sample in waiting.popleft()])
+                yield collate([sample.result() for sample in waiting.popleft()])
         for samples in waiting:
-            yield collate_crops([sample.result() for sample in samples])
+            yield collate([sample.result() for sample in samples])
 
 
 class TrainingBatches(Sampler):

@@ -106,6 +106,13 @@ class Windows(NamedTuple):
     batch_size: int = 1
 
 
+def count_batches(size: Sequence[int], windows: Windows) -> int:
+    """Batches of windows in which a network sees a volume of `size` (3,) voxels."""
+    steps = np.maximum((np.array(windows.size) * (1 - windows.overlap)).astype(int), 1)
+    beyond = np.maximum(np.array(size) - windows.size, 0)
+    return math.ceil(math.prod((np.ceil(beyond / steps) + 1).astype(int).tolist()) / windows.batch_size)
+
+
 def segment(
     networks: Iterable[Callable[[Tensor], Tensor]],
     image: sitk.Image,

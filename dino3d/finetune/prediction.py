@@ -1,0 +1,215 @@
+"""Predictions of new files: each one's rows are on disk as soon as they are known, and one file's failure is its own.
+
+A rank appends what it has done to a journal of its own, `.predicted.<rank>.jsonl` in the output folder; the table is
+made of all journals. The same command goes on with the files that have no rows yet, have failed or have changed.
+"""
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from augmentations import scale_intensity
+from dino3d.command_line import Preempted, UserError
+from dino3d.data.conventions import DataError
+from dino3d.data.layouts import file_state
+from dino3d.files import TEXT, append_json, read_table, write_table
+from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
+from dino3d.finetune.runtime import Runtime
+
+JOURNALS = ".predicted.{}.jsonl"
+TABLE_EVERY = 2.0  # seconds between two versions of the table, which is written whole
+
+
+class Predictions:
+    """The rows of a prediction: those on disk and those that this rank adds.
+
+    table: path of the CSV; columns: of it, "case" first; a last one, "reason", says why a file has no prediction
+    names, paths: of the files, in the table's order; outputs: of each the file that must stand beside its rows, or None
+    recipe: {name: value} of all that the rows depend on besides the files
+    Raises UserError, on all ranks, where the folder holds predictions of another recipe.
+    """
+
+    def __init__(
+        self,
+        table: Path,
+        columns: Sequence[str],
+        names: Sequence[str],
+        paths: Sequence[str],
+        outputs: Sequence[Path | None],
+        recipe: dict[str, Any],
+        runtime: Runtime,
+    ):
+        self.table, self.columns, self.names, self.paths = table, [*columns, "reason"], names, paths
+        self.outputs, self.runtime = outputs, runtime
+        self.recipe = json.loads(json.dumps(recipe))
+        self._written, self._journal = 0.0, table.parent / JOURNALS.format(runtime.processes.rank)
+        self.before = runtime.processes.run_on_main(self._start)
+        self.todo = [at for at in range(len(names)) if at not in self.before]
+
+    def _start(self) -> set[int]:
+        """Numbers of the files that are done; the journals are brought into one."""
+        kept = {}
+        for path in sorted(self.table.parent.glob(JOURNALS.format("*"))):
+            lines = _read_lines(path)
+            if lines and lines[0].get("recipe") != self.recipe:
+                found = lines[0].get("recipe") if isinstance(lines[0].get("recipe"), dict) else {}
+                different = [name for name in self.recipe if found.get(name) != self.recipe[name]] or ["another recipe"]
+                raise UserError(
+                    f"--output_dir {self.table.parent}: holds predictions with another {different[0]}; choose another "
+                    "folder, or remove it"
+                )
+            kept |= {line["case"]: line for line in lines[1:] if "case" in line}
+            path.unlink()
+        done = {}
+        for at, (name, path, output) in enumerate(zip(self.names, self.paths, self.outputs)):
+            line = kept.get(name)
+            whole = line and not line["reason"] and line["state"] == list(file_state(path))
+            if whole and (output is None or output.is_file()):
+                done[at] = line
+        self._append({"recipe": self.recipe}, *done.values())
+        return set(done)
+
+    def done_before(self) -> str:
+        """What to say of files that an earlier run has done."""
+        return f"; {len(self.before)} of them were done before" if self.before else ""
+
+    def share(self) -> list[int]:
+        """Numbers of the files that this rank is to predict."""
+        return self.todo[self.runtime.processes.rank :: self.runtime.processes.world_size]
+
+    def add(self, at: int, rows: Sequence[Sequence[Any]], reason: str = "") -> None:
+        """Keep what has become of a file. rows: of the table, without the case's name and the reason"""
+        line = {"case": self.names[at], "state": file_state(self.paths[at]), "rows": rows, "reason": reason}
+        self._append(*([] if self._journal.exists() else [{"recipe": self.recipe}]), line)
+        if self.runtime.processes.is_main and time.monotonic() - self._written > TABLE_EVERY:
+            self.write()
+
+    def attempt(self, at: int, predict: Callable[[], Sequence[Sequence[Any]]]) -> None:
+        """Add the rows that `predict` gives, or the reason why it gives none. Raises UserError, Preempted."""
+        try:
+            rows, reason = predict(), ""
+        except (UserError, Preempted):  # concern all files
+            raise
+        except Exception as error:
+            rows, reason = [], why(error)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.fail(at, reason) if reason else self.add(at, rows)
+
+    def fail(self, at: int, reason: str) -> None:
+        """Keep, and print, why a file has no prediction."""
+        self.add(at, [], reason)
+        print(f"{self.names[at]}: no prediction: {reason}", flush=True)
+
+    def write(self) -> list[tuple[str, str]]:
+        """Write the table of all ranks' rows so far; returns (case, reason) of the files without a prediction."""
+        lines = [_read_lines(path) for path in sorted(self.table.parent.glob(JOURNALS.format("*")))]
+        lines = {line["case"]: line for line in itertools.chain.from_iterable(lines) if "case" in line}
+        found = [lines[name] for name in self.names if name in lines]
+        empty = [""] * (len(self.columns) - 2)
+        write_table(
+            self.table,
+            self.columns,
+            [
+                [line["case"], *row, line["reason"]]
+                for line in found
+                for row in (line["rows"] if not line["reason"] else [empty])
+            ],
+        )
+        self._written = time.monotonic()
+        return [(line["case"], line["reason"]) for line in found if line["reason"]]
+
+    def finish(self, summary: Callable[[list[dict[str, str]]], str]) -> None:
+        """Write the table when all ranks are done, and print a summary of its rows.
+
+        Raises Preempted where a signal came, UserError where files failed, on all ranks.
+        """
+        processes, stop_signal = self.runtime.processes, self.runtime.stop_signal
+        interrupted = any(processes.all_gather(bool(stop_signal.received)))
+        failed = processes.run_on_main(self.write)
+        if interrupted:
+            stop_signal.end()
+        if processes.is_main:
+            print(summary(read_table(self.table)), flush=True)
+        if failed:
+            name, reason = failed[0]
+            raise UserError(
+                f"{len(failed)} of {len(self.names)} files have no prediction, such as {name}: {reason}; the reasons "
+                f"are in {self.table}",
+                everywhere=True,
+            )
+
+    def _append(self, *lines: dict[str, Any]) -> None:
+        try:
+            for line in lines:
+                append_json(self._journal, line)
+        except OSError as error:
+            raise UserError(f"{self._journal}: can't be written ({error.strerror or error})") from error
+
+
+def predict_windows(
+    rows_of: Callable[[Tensor], list[list[Any]]],
+    dataset: EvaluationCrops,
+    predictions: Predictions,
+    clip_range: Sequence[float],
+    runtime: Runtime,
+) -> None:
+    """Add the rows of each file's centre window, until a signal comes.
+
+    rows_of: gives the table's row of each of (B, 1, X, Y, Z) volumes
+    """
+    mine, device = predictions.share(), runtime.processes.device
+
+    def rows_of_samples(samples: list[tuple[Any, ...]]) -> list[list[Any]]:
+        volumes = scale_intensity(collate_crops(samples).crops.to(device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
+        with torch.no_grad(), runtime.autocast():
+            return rows_of(volumes)
+
+    samples = read_ahead(dataset, mine, runtime.batch_size, runtime.workers, list)
+    for first in range(0, len(mine), runtime.batch_size):
+        if runtime.stop_signal.received:
+            return
+        numbers, read = mine[first : first + runtime.batch_size], next(samples)
+        good = {at: sample for at, sample in zip(numbers, read) if not isinstance(sample, str)}
+        for at in numbers:
+            if at not in good:
+                predictions.fail(at, read[numbers.index(at)].partition(f"{predictions.paths[at]}: ")[2])
+        try:
+            rows = rows_of_samples(list(good.values())) if good else []
+        except Exception:  # one of them may be at fault: each on its own
+            for at, sample in good.items():
+                predictions.attempt(at, lambda sample=sample: rows_of_samples([sample]))
+            continue
+        for at, row in zip(good, rows):
+            predictions.add(at, [row])
+
+
+def weights_recipe(folders: Sequence[Path]) -> dict[str, Any]:
+    """What a prediction depends on of the trained folds in these folders."""
+    return {"weights": [[str(folder.resolve()), *file_state(folder / "best.pth")] for folder in folders]}
+
+
+def why(error: Exception) -> str:
+    """In one line, why a file has no prediction."""
+    if isinstance(error, DataError):
+        return error.reason
+    text = " ".join(str(error).split())[:200]
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text
+    return f"out of memory ({text})" if short else f"unexpected: {type(error).__name__}: {text}"
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal, as far as they are whole."""
+    lines = []
+    with contextlib.suppress(OSError), open(path, **TEXT) as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):  # the last one of a run that was killed
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
