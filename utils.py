@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import math
 import os
-import subprocess
 import sys
 import traceback
 import warnings
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from dino3d.command_line import UserError, exit_status, truncate_list
 from dino3d.files import open_verified
+from dino3d.launch import meet, read_environment
 from dino3d.run_lock import own_folder
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -174,35 +174,28 @@ class Processes:
 
 def distributed_init() -> Processes:
     """Join the run that torchrun or srun started (NCCL on GPUs, gloo on CPUs), or be a single process."""
-    env = os.environ
-    by_srun = "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env
-    if by_srun:
-        first = (
-            env.get("SLURM_LAUNCH_NODE_IPADDR")
-            or subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-            ).stdout.split()[0]
-        )
-        tasks = env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")).split("(")[0].split(",")[0]
-        env.update(
-            RANK=env["SLURM_PROCID"],
-            WORLD_SIZE=env["SLURM_NTASKS"],
-            LOCAL_RANK=env["SLURM_LOCALID"],
-            LOCAL_WORLD_SIZE=tasks,
-        )
-        env.setdefault("MASTER_ADDR", first)
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 40000))
-    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    local_rank, local_world_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    launch, added = read_environment(os.environ)
+    os.environ.update(added)
+    if launch.notice:
+        print(f"note: {launch.notice}", file=sys.stderr, flush=True)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", choose_gpu(local_rank, local_world_size, torch.cuda.device_count(), by_srun))
+        count = torch.cuda.device_count()
+        index = choose_gpu(launch.local_rank, launch.local_world_size, count, launch.by_srun)
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if launch.world_size > 1:
+        rank, size, store = launch.rank, launch.world_size, None
+        if not launch.by_torchrun:
+            store = meet(rank, size, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank if store else -1,
+            world_size=size if store else -1,
+            device_id=device if device.type == "cuda" else None,
         )
-    return Processes(rank, world_size, local_rank, local_world_size, device)
+    return Processes(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, device)
 
 
 @contextlib.contextmanager

@@ -760,12 +760,18 @@ def test_plain_python_and_one_line_errors(tmp_path):
 
 
 def test_srun_environment(volumes, tmp_path):
-    """Two tasks that find each other by what srun sets."""
+    """Two tasks of a larger job that find each other by what srun sets, the second one after a while; srun was called
+    on a machine that is none of theirs."""
     slurm = {
         "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_JOB_ID": "4711",
-        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
-        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_STEP_ID": "5",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_NODELIST": "nowhere[1-2],localhost",
+        "SLURM_LAUNCH_NODE_IPADDR": "192.0.2.1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
         "OMP_NUM_THREADS": "1",
     }
     tasks = [
