@@ -58,7 +58,7 @@ from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
-from dino3d.finetune.inference import find_new_cases, infer_windows
+from dino3d.finetune.inference import failed_cases, find_new_cases, infer_windows
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
@@ -371,11 +371,16 @@ def classify(model: Classifier, volumes: Tensor) -> Tensor:
 
 
 def probabilities_of(
-    model: Classifier, numbers: np.ndarray, cases: Cases, clip_range: Sequence[float], runtime: Runtime
+    model: Classifier,
+    numbers: np.ndarray,
+    cases: Cases,
+    clip_range: Sequence[float],
+    runtime: Runtime,
+    failures: dict[int, str] | None = None,
 ) -> np.ndarray:
-    """(N, classes) probabilities of the cases with these numbers."""
+    """(N, classes) probabilities of the cases with these numbers. failures: see `inference.map_over_ranks`"""
     dataset = EvaluationCrops(cases.paths, model.encoder.img_size, (cases.paths[0], cases.crop_size))
-    return infer_windows(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime)
+    return infer_windows(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime, failures)
 
 
 def validate(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> Validation:
@@ -393,10 +398,12 @@ def validate(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> Val
 def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> None:
     """Evaluate the test cases and write the fold's predictions.csv and metrics.json."""
     fold, best = state.fold, state.best
-    probabilities = probabilities_of(state.model, fold.test, cases, clip_range, state.runtime)
+    failures = {}
+    probabilities = probabilities_of(state.model, fold.test, cases, clip_range, state.runtime, failures)
     if not state.runtime.processes.is_main:
         return
-    labels, patients = cases.labels[fold.test], [cases.patients[i] for i in fold.test]
+    tested = np.array([case for case in fold.test if case not in failures])
+    labels, patients = cases.labels[tested], [cases.patients[i] for i in tested]
     record = {
         "fold": fold.number,
         "cases": len(labels),
@@ -406,7 +413,7 @@ def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> No
         "validation_loss": best["loss"],
         "threshold": best["threshold"],
         **evaluate_cases(labels, probabilities, patients, best["threshold"]),
-        "notes": [],
+        "notes": failed_cases(cases.names, failures),
     }
     if best["auc"] is None:
         record["notes"].append("validation cases are of one class: best epoch by loss, threshold 0.5")
@@ -414,7 +421,7 @@ def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> No
         record["notes"].append("test cases lack a class: AUC and average precision are undefined")
     rows = [
         [cases.names[i], cases.patients[i], fold.number, int(cases.labels[i]), *table_probabilities(row)]
-        for i, row in zip(fold.test, probabilities)
+        for i, row in zip(tested, probabilities)
     ]
     write_table(fold.folder / "predictions.csv", table_header(cases.classes), rows)
     write_json(fold.folder / "metrics.json", record)

@@ -43,7 +43,7 @@ from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter
-from dino3d.finetune.inference import find_new_cases, map_over_ranks
+from dino3d.finetune.inference import failed_cases, find_new_cases, map_over_ranks
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.runtime import Runtime, start_runtime
@@ -448,12 +448,14 @@ def test_fold(state: FoldState, cases: Cases, settings: InferenceSettings) -> No
     for name in ("masks", "overlays"):
         (fold.folder / name).mkdir(exist_ok=True)
     one = functools.partial(test_case, state.model.eval(), fold.folder, cases, settings, state.runtime)
-    figures = map_over_ranks(one, fold.test, state.runtime)  # (N, classes - 1, figures)
+    failures = {}
+    figures = map_over_ranks(one, fold.test, state.runtime, failures)  # (N, classes - 1, figures)
     if not state.runtime.processes.is_main:
         return
+    tested = [case for case in fold.test if case not in failures]
     rows = [
         [cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
-        for case, of_classes in zip(fold.test, figures)
+        for case, of_classes in zip(tested, figures)
         for k, row in enumerate(of_classes)
     ]
     write_table(fold.folder / "cases.csv", COLUMNS, rows)
@@ -461,12 +463,13 @@ def test_fold(state: FoldState, cases: Cases, settings: InferenceSettings) -> No
         fold.folder / "metrics.json",
         {
             "fold": fold.number,
-            "cases": len(fold.test),
+            "cases": len(tested),
             "best_epoch": best["epoch"],
             "validation_dice": best["dice"],
             "validation_loss": best["loss"],
             "tolerance_mm": settings.tolerance,
             **mean_metrics(rows),
+            "notes": failed_cases(cases.names, failures),
         },
     )
 
@@ -726,6 +729,7 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
     lines.append(
         "all folds: each test case once, with the mean of its folds' Dice; in brackets the 95 % interval over cases"
     )
+    lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record.get("notes", ())]
     lines += [
         f"metrics      {output_dir / 'metrics.json'}",
         f"cases        {output_dir / 'cases.csv'}",

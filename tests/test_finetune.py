@@ -292,12 +292,17 @@ def test_each_case_has_one_row():
         def all_gather(self, value):
             return [value, other]
 
-    other, runtime = ({3: np.array([3.0])}, False), Runtime(Two(), torch.float32, 1, 0)
+    other, runtime = ({3: np.array([3.0])}, None, False), Runtime(Two(), torch.float32, 1, 0)
     assert gather_rows(runtime, [1, 3], {1: np.array([1.0])}).tolist() == [[1.0], [3.0]]
     for cases, mine in (([1, 3], {3: np.zeros(1)}), ([1, 3], {}), ([3], {1: np.zeros(1)})):
         with pytest.raises(RuntimeError):
             gather_rows(runtime, cases, mine)
-    other = ({}, True)  # the other process was interrupted
+    failures, other = {1: "cut off"}, ({}, {3: "empty"}, False)
+    with pytest.raises(UserError, match="not one of 2 cases could be evaluated"):
+        gather_rows(runtime, [1, 3], {}, failures)
+    other = ({3: np.array([3.0])}, {}, False)
+    assert gather_rows(runtime, [1, 3], {}, failures).tolist() == [[3.0]] and failures.keys() == {1, 3}
+    other = ({}, None, True)  # the other process was interrupted
     with pytest.raises(Preempted):
         gather_rows(runtime, [1, 3], {1: np.zeros(1)})
     assert gather_rows(runtime, [1], {1: np.array([1.0])}).tolist() == [[1.0]]  # nothing was left out

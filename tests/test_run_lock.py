@@ -1,4 +1,4 @@
-"""One run per output folder: on this machine by flock, on others by signs of life, and nothing that outlives a holder."""
+"""One run per output folder: on this machine by flock, on others by signs of life; nothing outlives a holder."""
 
 import contextlib
 import errno

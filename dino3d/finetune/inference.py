@@ -9,34 +9,46 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from augmentations import scale_intensity
-from dino3d.command_line import UserError
+from dino3d.command_line import Preempted, UserError
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
 from dino3d.data.layouts import find_volumes
-from dino3d.finetune.crops import read_ahead
+from dino3d.finetune.crops import collate_crops, read_ahead
 from dino3d.finetune.fold_folders import fold_folders
 from dino3d.finetune.runtime import Runtime
 from dino3d.training.checkpoint import StopRequested
-from dino3d.training.loading import next_batch
 
 
 def map_over_ranks(
-    work: Callable[[int], np.ndarray], cases: Sequence[int] | np.ndarray, runtime: Runtime
+    work: Callable[[int], np.ndarray],
+    cases: Sequence[int] | np.ndarray,
+    runtime: Runtime,
+    failures: dict[int, str] | None = None,
 ) -> np.ndarray:
     """(N, ...) what `work` gives for each case, in the order of `cases`, on every rank; each case on one of them.
 
-    cases: (N,) numbers, each once. Raises UserError for a case that can't be used; Preempted, on all ranks.
+    cases: (N,) numbers, each once
+    failures: takes, on every rank, the reason of each case that `work` fails with, which has no row then; without it
+        such a case raises UserError
+    Raises Preempted, on all ranks.
     """
     processes, rows = runtime.processes, {}
     try:
         for case in cases[processes.rank :: processes.world_size]:
             if runtime.stop_signal.received:
                 break
-            rows[int(case)] = work(int(case))
+            try:
+                rows[int(case)] = work(int(case))
+            except (UserError, Preempted):  # concern all cases
+                raise
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures[int(case)] = reason_of(error)
     except StopRequested:
         pass  # the case at hand is not done
     except DataError as error:
         raise UserError(str(error)) from error
-    return gather_rows(runtime, [int(case) for case in cases], rows)
+    return gather_rows(runtime, [int(case) for case in cases], rows, failures)
 
 
 def infer_windows(
@@ -45,39 +57,78 @@ def infer_windows(
     cases: Sequence[int] | np.ndarray,
     clip_range: Sequence[float],
     runtime: Runtime,
+    failures: dict[int, str] | None = None,
 ) -> np.ndarray:
     """(N, ...) float64 what `forward` makes of each case's centre window, in the order of `cases`, on every rank.
 
     forward: gives (B, ...) of volumes (B, 1, X, Y, Z); dataset: EvaluationCrops; cases: (N,) numbers, each once
+    failures: takes the reason of each case that can't be read, see `map_over_ranks`
     """
     processes = runtime.processes
     mine = [int(case) for case in cases[processes.rank :: processes.world_size]]  # no rank repeats a case to fill up
-    batches, rows = read_ahead(dataset, mine, runtime.batch_size, runtime.workers), {}
-    while len(rows) < len(mine) and not runtime.stop_signal.received:
-        batch = next_batch(batches)
-        volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
-        with torch.no_grad(), runtime.autocast():
-            rows.update(zip(batch.cases.tolist(), forward(volumes).double().cpu().numpy()))
-    return gather_rows(runtime, [int(case) for case in cases], rows)
+    batches, rows = read_ahead(dataset, mine, runtime.batch_size, runtime.workers, list), {}
+    for first in range(0, len(mine), runtime.batch_size):
+        if runtime.stop_signal.received:
+            break
+        read = dict(zip(mine[first:], next(batches)))  # {case: sample, or why it can't be read}
+        bad = {case: sample for case, sample in read.items() if isinstance(sample, str)}
+        if bad and failures is None:
+            raise UserError(next(iter(bad.values())))
+        good = [sample for case, sample in read.items() if case not in bad]
+        if bad:
+            failures.update(bad)
+        if good:
+            batch = collate_crops(good)
+            volumes = scale_intensity(batch.crops.to(processes.device), *clip_range)[:, None]  # (B, 1, X, Y, Z)
+            with torch.no_grad(), runtime.autocast():
+                rows.update(zip(batch.cases.tolist(), forward(volumes).double().cpu().numpy()))
+    return gather_rows(runtime, [int(case) for case in cases], rows, failures)
 
 
-def gather_rows(runtime: Runtime, cases: Sequence[int], mine: dict[int, np.ndarray]) -> np.ndarray:
+def gather_rows(
+    runtime: Runtime, cases: Sequence[int], mine: dict[int, np.ndarray], failures: dict[int, str] | None = None
+) -> np.ndarray:
     """(N, ...) one row per case, in the order of `cases`, of the rows that the ranks have for their shares.
 
     cases: (N,) case numbers, each once; mine: {case: row} of this rank; it is incomplete where the rank was interrupted
-    Raises Preempted, on all ranks, where one did so; RuntimeError unless every case has exactly one row.
+    failures: {case: why it has no row} of this rank, which becomes that of all; those cases are left out
+    Raises Preempted, on all ranks, where one did so; RuntimeError unless every other case has exactly one row;
+    UserError where none has.
     """
-    rows, interrupted = {}, False
-    for part, received in runtime.processes.all_gather((mine, bool(runtime.stop_signal.received))):
+    rows, interrupted, without = {}, False, {}
+    for part, failed, received in runtime.processes.all_gather((mine, failures, bool(runtime.stop_signal.received))):
         if rows.keys() & part.keys():
             raise RuntimeError("two processes evaluated the same case")
         rows.update(part)
+        without.update(failed or {})
         interrupted = interrupted or received
-    if interrupted and len(rows) < len(cases):
+    if interrupted and len(rows) + len(without) < len(cases):
         runtime.stop_signal.end()
-    if rows.keys() != set(cases):
+    if rows.keys() | without.keys() != set(cases):
         raise RuntimeError(f"{len(rows)} cases were evaluated instead of {len(cases)}")
-    return np.stack([rows[case] for case in cases])
+    if failures is not None:
+        failures.update(without)
+    if not rows:
+        raise UserError(
+            f"not one of {len(cases)} cases could be evaluated, {next(iter(without.values()))}", everywhere=True
+        )
+    return np.stack([rows[case] for case in cases if case in rows])
+
+
+def reason_of(error: Exception) -> str:
+    """In one line, why a file could not be used."""
+    if isinstance(error, DataError):
+        return error.reason
+    text = " ".join(str(error).split())[:200]
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text
+    if short and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next one may be smaller
+    return f"out of memory ({text})" if short else f"unexpected: {type(error).__name__}: {text}"
+
+
+def failed_cases(names: Sequence[str], failures: dict[int, str]) -> list[str]:
+    """A line for each case without figures, sorted by number."""
+    return [f"{names[case]} has no figures: {reason}" for case, reason in sorted(failures.items())]
 
 
 def find_new_cases(folder: str, weights: str, output_dir: Path) -> tuple[list[str], list[Path]]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
-from dino3d.data.conventions import DataError
 from dino3d.data.layouts import file_state
 from dino3d.files import TEXT, append_json, read_table, write_table
 from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
+from dino3d.finetune.inference import reason_of
 from dino3d.finetune.runtime import Runtime
 
 JOURNALS = ".predicted.{}.jsonl"
@@ -98,9 +98,7 @@ class Predictions:
         except (UserError, Preempted):  # concern all files
             raise
         except Exception as error:
-            rows, reason = [], why(error)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            rows, reason = [], reason_of(error)
         self.fail(at, reason) if reason else self.add(at, rows)
 
     def fail(self, at: int, reason: str) -> None:
@@ -194,15 +192,6 @@ def predict_windows(
 def weights_recipe(folders: Sequence[Path]) -> dict[str, Any]:
     """What a prediction depends on of the trained folds in these folders."""
     return {"weights": [[str(folder.resolve()), *file_state(folder / "best.pth")] for folder in folders]}
-
-
-def why(error: Exception) -> str:
-    """In one line, why a file has no prediction."""
-    if isinstance(error, DataError):
-        return error.reason
-    text = " ".join(str(error).split())[:200]
-    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text
-    return f"out of memory ({text})" if short else f"unexpected: {type(error).__name__}: {text}"
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
