@@ -374,7 +374,8 @@ def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
     """A DICOM series to HDF5, headers checked and voxels described, against SimpleITK reading and writing it."""
     import SimpleITK
 
-    from dino3d.prepare.nlst import Scan, ScanTask, convert_scans, place_scans, scan_headers
+    from dino3d.data.scans import find_scans
+    from dino3d.prepare.nlst import ScanTask, convert_scans, place_scans
 
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     volume, affine, origin = scan(size)
@@ -385,8 +386,7 @@ def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
 
         def prepared(path: str, compression: str) -> Callable[[int], None]:
             def run(turn: int) -> None:
-                found = scan_headers((series, sorted(os.listdir(series)))).series
-                scans = [Scan(uid, files, header) for uid, header, files in found]
+                scans = find_scans(series).scans
                 task = ScanTask(series, scans, list(place_scans(scans).values()), False, 16, None, compression)
                 for row, write in convert_scans(task):
                     if write is None:

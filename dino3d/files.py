@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -224,3 +224,29 @@ def write_config(path: Path, arguments: dict[str, Any], processes: Any, device: 
             "versions": versions(),
         },
     )
+
+
+def walk_files(folder: Path | str, fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+    """(subfolder, names of its files) below a folder, sorted; hidden files and folders are left out.
+
+    Links to folders are followed, each real folder once. fail: called with the OSError of a folder that can't be
+    listed.
+    """
+    seen = set()
+    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield here, sorted(name for name in files if not name.startswith("."))
+
+
+def file_state(path: Path | str) -> tuple[int, int]:
+    """(size, time of change) of a file: what tells that it is another one now. (-1, 0) for a missing one."""
+    try:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
+        return -1, 0

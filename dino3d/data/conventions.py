@@ -27,6 +27,9 @@ class DataError(Exception):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # to other processes
+        return type(self), (self.path, self.reason)
+
 
 class LeftOut(DataError):
     """A file or series that is sound, but not what is wanted: a scout, another modality, a series with a gap."""

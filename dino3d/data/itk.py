@@ -79,6 +79,8 @@ def quietly(read: Callable[[], Any], path: Path | str) -> Any:
         os.dup2(nowhere, 2)
         try:
             return read()
+        except DataError:
+            raise
         except Exception as error:  # ITK raises many kinds
             raise DataError(path, f"can't be read: {one_line(error, path)}") from error
         finally:

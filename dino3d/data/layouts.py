@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -11,24 +11,7 @@ import numpy as np
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, one_line, stem
 from dino3d.data.geometry import other_grid
 from dino3d.data.volume import Volume
-from dino3d.files import atomic_write
-
-
-def walk_files(folder: Path | str, fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
-    """(subfolder, names of its files) below a folder, sorted; hidden files and folders are left out.
-
-    Links to folders are followed, each real folder once. fail: called with the OSError of a folder that can't be
-    listed.
-    """
-    seen = set()
-    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield here, sorted(name for name in files if not name.startswith("."))
+from dino3d.files import atomic_write, walk_files
 
 
 def find_volumes(folder: Path | str) -> list[str]:
@@ -200,12 +183,3 @@ def read_pair(pair: Pair, classes: Sequence[int] | None = None) -> tuple[np.ndar
         if reason:
             raise DataError(pair.label, reason)
         return image.read(), label.read_labels(classes), image.affine
-
-
-def file_state(path: Path | str) -> tuple[int, int]:
-    """(size, time of change) of a file: what tells that it is another one now. (-1, 0) for a missing one."""
-    try:
-        status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
-    except (OSError, ValueError):  # ValueError: a name with a zero byte
-        return -1, 0

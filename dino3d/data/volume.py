@@ -27,6 +27,7 @@ from dino3d.data.conventions import (
     one_line,
     to_int16,
 )
+from dino3d.data.dicom_series import open_series
 from dino3d.data.geometry import orientation_of, ras_affine, require_geometry
 from dino3d.data.hdf5 import CHUNK, open_hdf5, write_volume
 from dino3d.data.itk import open_itk
@@ -40,18 +41,19 @@ __all__ = ["DataError", "Volume", "padded", "to_classes", "write_volume"]  # wha
 class Volume:
     """A volume on disk in RAS, of which parts can be read; a context manager that closes the file.
 
-    path: HDF5, NIfTI, MetaImage or NRRD
+    path: HDF5, NIfTI, MetaImage or NRRD; a folder with one DICOM series, or <folder>#<SeriesInstanceUID>
+    stored: what the path stands for, if it is open already
     shape: (3,) voxels; spacing: (3,) mm; affine: (4, 4); notes: lines on what can be read in two ways
     file_shape, file_affine: of the voxels in the file's own order of the axes
     Raises DataError where the file is no 3D image.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, stored: Stored | None = None) -> None:
         self.path = path
         self._closing = contextlib.ExitStack()
         try:
             with reading(path):
-                stored = _open(path, self._closing)
+                stored = stored or _open(path, self._closing)
             self._take, self.notes = stored.take, stored.notes
             self.file_shape = tuple(int(n) for n in stored.shape)
             self.file_affine = require_geometry(path, self.file_shape, stored.affine)
@@ -140,13 +142,15 @@ class Volume:
 
 
 def _open(path: Path | str, closing: contextlib.ExitStack) -> Stored:
-    """What a file holds, by its suffix."""
+    """What a file holds, by its suffix, or a DICOM series."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
+        if "#" in os.fspath(path):
+            return open_series(path, closing)
         raise DataError(path, "can't be read: no such file") from None
     if stat.S_ISDIR(status.st_mode):
-        raise DataError(path, "can't be read: it is a folder")
+        return open_series(path, closing)
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise DataError(path, "can't be read: the file is empty")
     if is_kind(path, HDF5_SUFFIXES):

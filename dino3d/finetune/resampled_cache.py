@@ -21,10 +21,10 @@ from dino3d.command_line import UserError
 from dino3d.data import images
 from dino3d.data.conventions import DataError
 from dino3d.data.hdf5 import write_volume
-from dino3d.data.layouts import Pair, file_state
+from dino3d.data.layouts import Pair
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import Volume, padded
-from dino3d.files import atomic_write
+from dino3d.files import atomic_write, file_state
 from dino3d.finetune import sliding_window
 from dino3d.finetune.crops import Header, WindowAugmentation
 from utils import Processes

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError, LeftOut
-from dino3d.data.layouts import file_state
 from dino3d.data.parallel import in_processes, progress
-from dino3d.files import TEXT, atomic_write, read_json, read_rows, table_bytes
+from dino3d.files import TEXT, atomic_write, file_state, read_json, read_rows, table_bytes
 from dino3d.run_lock import own_folder
 
 WORK = ".prepare"  # folder in the output: journal, unfinished files

@@ -6,14 +6,15 @@ import re
 import unicodedata
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dino3d.data import images
 from dino3d.data.conventions import DataError, format_size, is_kind
 from dino3d.data.itk import read_itk_header
-from dino3d.data.layouts import file_state
+from dino3d.data.scans import File
+from dino3d.files import file_state
 from dino3d.prepare.conversion import MANIFEST, RECIPE
 
 if TYPE_CHECKING:
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
 
 QUANTILES = {"hu_p1": 1, "hu_p50": 50, "hu_p99": 99}
 IMAGE_COLUMNS = ["shape", "spacing", "hu_min", *QUANTILES, "hu_max", "bytes", "status", "reason", "stamp"]
-
-
-class File(NamedTuple):
-    """A file of the input: path relative to it, and what changes when the file does."""
-
-    path: str
-    size: int
-    time: int
 
 
 def file_at(root: Path | str, name: str) -> File:

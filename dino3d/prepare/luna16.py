@@ -13,8 +13,8 @@ import numpy as np
 from dino3d.command_line import UserError
 from dino3d.data import images, resampling
 from dino3d.data.conventions import DataError, stem
-from dino3d.data.layouts import walk_files
-from dino3d.files import read_rows
+from dino3d.data.scans import File
+from dino3d.files import read_rows, walk_files
 from dino3d.prepare.conversion import (
     FAILED,
     LEFT_OUT,
@@ -25,7 +25,7 @@ from dino3d.prepare.conversion import (
     open_output,
     report_outcome,
 )
-from dino3d.prepare.inputs import IMAGE_COLUMNS, File, companions, file_at, image_statistics, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, safe_name
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates

@@ -12,8 +12,9 @@ from dino3d.command_line import UserError
 from dino3d.data import images, resampling
 from dino3d.data.conventions import DataError, format_size, stem
 from dino3d.data.layouts import Pair, find_volumes, read_pair
+from dino3d.data.scans import File
 from dino3d.prepare.conversion import Job, Output, convert_all, fingerprint, open_output, report_outcome
-from dino3d.prepare.inputs import IMAGE_COLUMNS, File, file_at, image_statistics, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, file_at, image_statistics, safe_name
 
 MSD_COLUMNS = ["source", "output", "labels", "millilitres", *IMAGE_COLUMNS]
 
