@@ -32,8 +32,8 @@ import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
-from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
-from dino3d.data.layouts import list_volumes, read_data_list
+from dino3d.data.conventions import DataError
+from dino3d.data.layouts import list_volumes, none_found, read_data_list
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.files import truncate_log, write_config
@@ -851,7 +851,7 @@ def diagnose_batch(state: TrainState, micro_batches: Sequence[Batch], teacher_te
 def find_data(folder: str | None, data_list: str | None, index: Path) -> list[str]:
     """Paths of all volumes, from a list or from below a folder; UserError where there is none."""
     try:
-        paths = read_data_list(data_list, folder) if data_list else list_volumes(folder, index)
+        paths, passed_over = (read_data_list(data_list, folder), "") if data_list else list_volumes(folder, index)
     except DataError as error:
         flag = "--data_list" if data_list else "--data_dir"
         raise UserError(f"{flag} {error}") from error
@@ -859,8 +859,10 @@ def find_data(folder: str | None, data_list: str | None, index: Path) -> list[st
         raise UserError(
             f"--data_list {data_list}: names no file"
             if data_list
-            else f"--data_dir {folder}: no volume found below it (looked for {', '.join(VOLUME_SUFFIXES)})"
+            else f"--data_dir {folder}: {none_found(passed_over)}"
         )
+    if passed_over:
+        print(f"passed over below {folder}: {passed_over}", flush=True)
     return paths
 
 

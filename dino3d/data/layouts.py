@@ -1,70 +1,103 @@
 """What is found below a folder: volumes at any depth, labelled crops, and images with their labels."""
 
+import codecs
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
+from dino3d.command_line import available_cores
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, one_line, stem
 from dino3d.data.geometry import other_grid
+from dino3d.data.scans import Found, find_scans
 from dino3d.data.volume import Volume
-from dino3d.files import atomic_write, walk_files
+from dino3d.files import atomic_write
 
 
 def find_volumes(folder: Path | str) -> list[str]:
-    """Paths of all volumes below a folder, relative to it and sorted; hidden files and folders are left out.
+    """Names of all volumes below a folder, relative to it and sorted: files, and DICOM series as `Volume` opens them.
 
-    Raises DataError for a folder that is missing, no folder, or can't be listed: going on without it would silently
-    leave out patients.
+    Hidden files and folders are left out. Raises DataError for a folder that is missing, no folder, or can't be listed:
+    going on without it would silently leave out patients.
     """
+    return [scan.name for scan in _find(folder).scans]
+
+
+def find_unlabelled(folder: Path | str) -> tuple[list[str], str]:
+    """(names of the volumes below a folder but labels and masks, what was passed over in one line or "").
+
+    What is a label is told by its path, see `is_label_path`. Raises DataError, as `find_volumes`.
+    """
+    found = _find(folder)
+    labels = [scan.name for scan in found.scans if is_label_path(scan.name)]
+    told = [f"{len(labels)} labels or masks, such as {labels[0]}"] if labels else []
+    passed_over = ", ".join([*told, *filter(None, [found.passed_over()])])
+    return [scan.name for scan in found.scans if not is_label_path(scan.name)], passed_over
+
+
+def none_found(passed_over: str) -> str:
+    """What to say of a folder without a volume to take. passed_over: of `find_unlabelled`"""
+    return (
+        f"no volume found below it (looked for DICOM series of CT and {', '.join(VOLUME_SUFFIXES)})"
+        + f"; passed over: {passed_over}" * bool(passed_over)
+    )
+
+
+def _find(folder: Path | str) -> Found:
     if not os.path.isdir(folder):
         raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
-
-    def fail(error: OSError) -> NoReturn:
-        raise DataError(error.filename, f"can't be listed ({error.strerror})") from error
-
-    return sorted(
-        os.path.relpath(os.path.join(here, name), folder)
-        for here, names in walk_files(folder, fail)
-        for name in names
-        if name.lower().endswith(VOLUME_SUFFIXES)
-    )
+    found = find_scans(folder, workers=available_cores())
+    unlisted = [scan.problem for scan in found.problems if "can't be listed" in scan.problem.reason]
+    if unlisted:
+        raise unlisted[0]
+    return found
 
 
 def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[str]:
     """Paths in a text file, one per line; relative ones belong to `folder` or, without it, to the list's own folder.
 
-    Empty lines and lines that start with # are passed over. Raises DataError.
+    Names may be any bytes, in any locale. Empty lines and lines that start with # are passed over. Raises DataError.
     """
     try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
         raise DataError(path, f"can't be read as a list of files ({one_line(error, path)})") from error
+    if b"\0" in content:
+        raise DataError(path, "can't be read as a list of files (it is no text, or not in UTF-8)")
+    lines = map(os.fsdecode, content.split(b"\n"))
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return [os.path.join(folder or os.path.dirname(path), name) for name in names]
 
 
-def list_volumes(folder: Path | str, index: Path | str) -> list[str]:
-    """Paths of all volumes below `folder`, from the file `index` if an earlier call made it for this folder.
+def list_volumes(folder: Path | str, index: Path | str) -> tuple[list[str], str]:
+    """What `find_unlabelled` finds below `folder`, as paths, from the file `index` if an earlier call made it for this
+    folder.
 
     Finding 100,000 files on a network drive takes minutes, so what was found is kept in `index`, which is a list that
     `read_data_list` reads. Remove it to look again.
     """
-    header = f"# volumes below {os.path.abspath(folder)}"
+    header, second = os.fsencode(f"# volumes below {os.path.abspath(folder)}\n"), "# passed over: "
     index = Path(index)
     if index.is_file():
-        with open(index, errors="replace") as file:
-            if file.readline().rstrip("\n") == header:
-                return read_data_list(index, folder)
-    names = find_volumes(folder)
-    if names:
-        lines = ["./" + name if name.startswith("#") else name for name in names]  # and no comment
+        with open(index, "rb") as file:
+            if file.readline() == header:
+                line = os.fsdecode(file.readline()).rstrip("\n")
+                return read_data_list(index, folder), line.removeprefix(second) if line.startswith(second) else ""
+    names, passed_over = find_unlabelled(folder)
+    if names and not any("\n" in name for name in names):
+        lines = ["./" + name if name.startswith("#") or name != name.strip() else name for name in names]  # no comment
+        lines = [*([second + passed_over.replace("\n", " ")] if passed_over else []), *lines]
         with atomic_write(index) as part:
-            part.write_text("\n".join([header, *lines]) + "\n")
-    return [os.path.join(folder, name) for name in names]
+            part.write_bytes(header + b"".join(os.fsencode(line) + b"\n" for line in lines))
+    return [os.path.join(folder, name) for name in names], passed_over
+
+
+def is_label_path(name: str) -> bool:
+    """stands in until the real one is merged"""
+    return bool(re.search(r"(^|/)(labels?(Tr|Ts)?|segmentations?|masks?)/", name))
 
 
 # --------------------------------------------------------------------------------------------- the layouts with labels

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
-from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
-from dino3d.data.layouts import find_volumes
+from dino3d.data.conventions import DataError
+from dino3d.data.layouts import find_unlabelled, none_found
 from dino3d.finetune.crops import collate_crops, read_ahead
 from dino3d.finetune.fold_folders import fold_folders
 from dino3d.finetune.runtime import Runtime
@@ -137,9 +137,11 @@ def find_new_cases(folder: str, weights: str, output_dir: Path) -> tuple[list[st
         raise UserError(f"--output_dir {output_dir}: holds a trained run, whose results would be lost; choose another")
     folders = fold_folders(weights, "best.pth")
     try:
-        names = find_volumes(folder)
+        names, passed_over = find_unlabelled(folder)
     except DataError as error:
         raise UserError(f"--predict {error}") from error
     if not names:
-        raise UserError(f"--predict {folder}: no volume found below it (looked for {', '.join(VOLUME_SUFFIXES)})")
+        raise UserError(f"--predict {folder}: {none_found(passed_over)}")
+    if passed_over:
+        print(f"passed over below {folder}: {passed_over}", flush=True)
     return names, folders

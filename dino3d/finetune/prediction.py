@@ -17,8 +17,7 @@ from torch import Tensor
 
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
-from dino3d.data.layouts import file_state
-from dino3d.files import TEXT, append_json, read_table, write_table
+from dino3d.files import TEXT, append_json, file_state, read_table, write_table
 from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
 from dino3d.finetune.inference import reason_of
 from dino3d.finetune.runtime import Runtime

@@ -33,10 +33,7 @@ from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, s
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-TOO_BRIGHT, TOO_BRIGHT_SHARE = (
-    20_000,
-    0.01,
-)  # HU that only metal has, and of what share of voxels it is told
+TOO_BRIGHT, TOO_BRIGHT_SHARE = (20_000, 0.01)  # HU that only metal has, and of what share of voxels it is told
 NOTE = "note: "
 NLST_COLUMNS = ["source", "output", "patient", "study_date", "slice_thickness", "kernel", *IMAGE_COLUMNS]
 
