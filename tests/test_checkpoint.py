@@ -573,26 +573,28 @@ SURVIVE = ROOT / "tests" / "run_survive.py"
 
 @pytest.mark.parametrize(
     "number, whole_group",
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
-    ids=["SIGTERM", "SIGTERM to all", "SIGUSR1 to all"],
+    [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGUSR1, True)],
+    ids=["SIGTERM", "Ctrl-C to all", "SIGUSR1 to all"],
 )
 def test_a_signal_saves_and_ends(noise, undisturbed, tmp_path, number, whole_group):
-    """Exit code 75, a checkpoint of that step and the marker; nobody is left; the same command ends as without it."""
+    """Exit code 75 or 130, a checkpoint of that step and the marker; nobody is left; the same command ends as without
+    it."""
+    code, name = (130, "Ctrl-C") if number == signal.SIGINT else (75, number.name)
     command = [sys.executable, SURVIVE, *flags_of(noise, tmp_path, 1)]
     process = started(command, tmp_path)
     wait_for_step(process, tmp_path, 5)
     (os.killpg if whole_group else os.kill)(process.pid, number)
     seconds = seconds_until_all_gone_after(process, tmp_path)
     _, errors = process.communicate()
-    assert process.returncode == 75 and seconds < 10, (process.returncode, seconds, errors)
+    assert process.returncode == code and seconds < 10, (process.returncode, seconds, errors)
     last = [line for line in errors.replace("\r", "\n").splitlines() if "step/s" not in line and "s/step" not in line][
         -1
     ]
-    assert last == f"ended by {number.name}; everything is saved, the same command resumes"
+    assert last == f"ended by {name}; everything is saved, the same command resumes"
     assert "Traceback" not in errors and "error:" not in errors
     assert 5 <= state_of(tmp_path)["step"] < 24
     marker = (tmp_path / "preempted").read_text()
-    assert number.name in marker and "run_survive.py" in marker and f"--output_dir {tmp_path}" in marker
+    assert name in marker and "run_survive.py" in marker and f"--output_dir {tmp_path}" in marker
     again = started(command, tmp_path)
     out, errors = again.communicate(timeout=180)
     assert again.returncode == 0 and "resuming after step" in out, errors
@@ -608,8 +610,8 @@ def seconds_until_all_gone_after(process, folder):
 
 @pytest.mark.parametrize(
     "number, handled",
-    [(signal.SIGTERM, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGUSR1"])],
-    ids=["SIGTERM", "SIGUSR1"],
+    [(signal.SIGTERM, []), (signal.SIGINT, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGUSR1"])],
+    ids=["SIGTERM", "SIGINT", "SIGUSR1"],
 )
 def test_a_signal_to_torchrun(noise, undisturbed, tmp_path, number, handled):
     command = [*TORCHRUN, *handled, "--nproc_per_node=2", SURVIVE, *flags_of(noise, tmp_path, 2)]
@@ -621,7 +623,8 @@ def test_a_signal_to_torchrun(noise, undisturbed, tmp_path, number, handled):
     print(f"{number.name} to torchrun: all gone after {seconds:.1f} s, exit code {process.returncode}")
     assert seconds < 10 and process.returncode != 0, errors
     assert sum("everything is saved" in line for line in errors.splitlines()) == 1, errors
-    assert 5 <= state_of(tmp_path)["step"] < 24 and number.name in (tmp_path / "preempted").read_text()
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert 5 <= state_of(tmp_path)["step"] < 24 and name in (tmp_path / "preempted").read_text()
     again = started(command, tmp_path)
     out, errors = again.communicate(timeout=180)
     assert again.returncode == 0 and "resuming after step" in out, errors
@@ -681,15 +684,34 @@ def test_a_second_signal_ends_at_once(noise, tmp_path):
 
 
 def test_handlers_are_put_back(tmp_path):
+    """But where a signal ends the run: what comes right after it, from a launcher that passes it on, is nothing new."""
     before = [signal.getsignal(number) for number in checkpoint.STOP_SIGNALS]
+    with StopSignal(marker=tmp_path / "preempted"):
+        pass
+    assert [signal.getsignal(number) for number in checkpoint.STOP_SIGNALS] == before
     with pytest.raises(Preempted), StopSignal(marker=tmp_path / "preempted") as stop_signal:
         assert not stop_signal.should_stop()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop_signal.should_stop() and stop_signal.received == "SIGUSR1"
         stop_signal.end()
-    assert [signal.getsignal(number) for number in checkpoint.STOP_SIGNALS] == before
+    for number in checkpoint.STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+    assert (tmp_path / "preempted").exists()
     with StopSignal(marker=tmp_path / "preempted"):
         assert not (tmp_path / "preempted").exists()
+
+
+@pytest.mark.parametrize(
+    "numbers, code", [(("SIGINT",), 130), (("SIGTERM",), 75), (("SIGUSR1",), 75), (("SIGINT", "SIGTERM"), 130)]
+)
+def test_the_exit_code_tells_the_signal(tmp_path, numbers, code):
+    with pytest.raises(Preempted) as ending, StopSignal(marker=tmp_path / "preempted") as stop_signal:
+        for number in numbers:
+            os.kill(os.getpid(), signal.Signals[number])
+        with pytest.raises(checkpoint.StopRequested):
+            stop_signal.check()
+        stop_signal.end()
+    assert ending.value.code == code and "everything is saved" in str(ending.value)
 
 
 # -------------------------------------------------------------------------------------------------- signals and folds

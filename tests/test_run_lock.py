@@ -1,4 +1,4 @@
-"""One run per output folder: on this machine by flock, on others by signs of life; nothing outlives a holder."""
+"""One run per output folder: on this machine by flock, on others by signs of life; and nothing outlives a holder."""
 
 import contextlib
 import errno
@@ -55,9 +55,8 @@ def holder(folder, beat=0.1, fork=""):
 
 
 def record(**changed):
-    return json.dumps(
-        {"host": "far", "process": 7, "started": "then", "boot": "b", "processes": "p", "id": "x"} | changed
-    )
+    """What the holder on another machine writes."""
+    return json.dumps({"host": "far", "process": 7, "started": "then", "boot": "b", "id": "x"} | changed)
 
 
 def content(folder):
@@ -161,19 +160,20 @@ def test_a_holder_that_ends_meanwhile_is_waited_for(tmp_path):
 
 
 def test_a_holder_that_lost_its_lock_ends(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(run_lock, "end_process", lambda message: told.append(message) or sys.exit())
+    told, heard = [], threading.Event()
+    monkeypatch.setattr(run_lock, "end_process", lambda message: told.append(message) or heard.set())
     lock = RunLock(tmp_path, "--output_dir")
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").write_text(record())
-    lock._thread.join(10)
-    assert len(told) == 1 and "process 7 on far" in told[0]
+    assert heard.wait(10) and "process 7 on far" in told[0]
     lock.release()
     assert (tmp_path / ".lock").read_text() == record()  # which is not its own
 
 
 @pytest.mark.parametrize("flock", [True, False])
 def test_of_many_that_start_at_once_one_runs(tmp_path, monkeypatch, flock):
+    monkeypatch.setattr(run_lock, "end_process", lambda message: pytest.fail(message))
+    monkeypatch.setattr(run_lock, "SETTLING", 1.0)
     if not flock:
         without_flock(monkeypatch)
     locks, refused = [], []
