@@ -52,7 +52,7 @@ from dino3d.data.conventions import LPS, format_size
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.pretraining import PretrainingPatches, Sample, collate, place_patch
 from dino3d.data.volume import Volume
-from dino3d.files import read_log, versions
+from dino3d.files import TEXT, read_log, versions
 from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory
 from dino3d.training.nonfinite import NonFiniteSteps
@@ -756,7 +756,7 @@ def write_copies(folder: str, volume: np.ndarray, affine: np.ndarray, samples: i
     write_volume(first, volume, affine)
     for i in range(1, copies):
         shutil.copyfile(first, os.path.join(folder, f"{i}.hdf5"))
-    Path(folder, "list.txt").write_text("".join(f"{i % copies}.hdf5\n" for i in range(samples)))
+    Path(folder, "list.txt").write_text("".join(f"{i % copies}.hdf5\n" for i in range(samples)), **TEXT)
 
 
 def our_training(folder: str, flags: Sequence[Any], device: str, processes: int = 1) -> list[dict[str, Any]]:
@@ -1103,7 +1103,7 @@ def device_label(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}; baseline: {device_label('cpu')}"
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(**TEXT).splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # another system than Linux, or a processor that gives no name
         return platform.processor() or platform.machine()

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 from dino3d import __version__
 from dino3d.command_line import UserError, git_revision
 
-TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files may be any bytes
+# Of every text file, whatever the locale: names of files may be any bytes
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 @contextlib.contextmanager
@@ -44,11 +45,12 @@ def atomic_write(path: str | Path, folder: Path | None = None, sync: bool = Fals
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON, whole or not at all; NaN is refused."""
     with atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", **TEXT)
 
 
 def read_json(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text())
+    """What stands in a JSON file. Raises OSError, ValueError, RecursionError."""
+    return json.loads(Path(path).read_text(**TEXT))
 
 
 def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -91,14 +93,14 @@ def read_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[i
 
 def append_json(path: str | Path, record: Any) -> None:
     """One more line of JSON at the end of a file."""
-    with open(path, "a") as file:
+    with open(path, "a", **TEXT) as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a log.txt, oldest first; none where there is no file."""
     records = []
-    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).is_file() else ():
+    for line in Path(path).read_text(**TEXT).splitlines() if Path(path).is_file() else ():
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError):  # a line that a crash cut off: its epoch was not saved either
@@ -112,7 +114,7 @@ def truncate_log(path: str | Path, step: int) -> None:
     kept = [record for record in records if record["step"] <= step]
     if len(kept) < len(records):
         with atomic_write(path) as part:
-            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept), **TEXT)
 
 
 # -------------------------------------------------------------------------------------------- checksums of checkpoints

@@ -140,6 +140,19 @@ def test_rooms_are_small():
     }
 
 
+def test_text_files_have_one_encoding():
+    """Whatever the locale: no text file is opened without one."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            how = getattr(called, "attr", getattr(called, "id", ""))
+            if how not in ("open", "read_text", "write_text") or ast.unparse(called) in ("os.open", "tarfile.open"):
+                continue
+            binary = any(isinstance(one, ast.Constant) and "b" in str(one.value) for one in node.args[1:2])
+            given = binary or any(one.arg in (None, "encoding") for one in node.keywords)  # None: **TEXT
+            assert given, f"{name}, line {node.lineno}: {ast.unparse(node)}"
+
+
 def test_names_stand_once():
     """But for what each script has under the same name, because it plays the same part there."""
     homes = collections.defaultdict(set)

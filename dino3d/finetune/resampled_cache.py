@@ -6,7 +6,6 @@ of labelled voxels (foreground.npy) and, written last, what it was made of (json
 """
 
 import contextlib
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import Pair
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import Volume, padded
-from dino3d.files import atomic_write, file_state
+from dino3d.files import atomic_write, file_state, read_json, write_json
 from dino3d.finetune import sliding_window
 from dino3d.finetune.crops import Header, WindowAugmentation
 from utils import Processes
@@ -32,7 +31,7 @@ from utils import Processes
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-CACHE_FORMAT = 1  # raise it when the same case gives another copy
+CACHE_FORMAT = 2  # raise it when the same case gives another copy
 BYTES_PER_VOXEL = 1.3  # on disk, per voxel
 FOREGROUND = 5000  # places of labelled voxels of each class that are kept
 
@@ -126,7 +125,7 @@ class ResampledCache:
 
     def _base(self, case: int) -> Path:
         pair = self.pairs[case]
-        return self.folder / f"{pair.name.replace('/', '_')}-{zlib.crc32(os.path.abspath(pair.image).encode()):08x}"
+        return self.folder / f"{pair.name.replace('/', '_')}-{zlib.crc32(os.fsencode(os.path.abspath(pair.image))):08x}"
 
     def _files(self, case: int) -> tuple[str, str]:
         base = self._base(case)
@@ -148,7 +147,7 @@ class ResampledCache:
     def _found(self, case: int) -> CaseInfo | None:
         """CaseInfo of a copy that an earlier run has made of the same files; None without one."""
         try:
-            kept = json.loads(Path(f"{self._base(case)}.json").read_text())
+            kept = read_json(f"{self._base(case)}.json")
             whole = kept["stamp"] == list(self._stamp(case)) and all(map(os.path.exists, self._files(case)))
             return CaseInfo(kept["classes"], kept["shape"], True) if whole and self.stored[case] else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -184,8 +183,7 @@ def make_entry(copy: CacheEntry) -> CaseInfo | str:
             write_volume(f"{copy.path}.label.hdf5", mask.astype(np.int16), images.affine_of(image))
             with atomic_write(f"{copy.path}.foreground.npy") as part:
                 np.save(part, sample_foreground(mask))
-            with atomic_write(f"{copy.path}.json") as part:
-                part.write_text(json.dumps({"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()}))
+            write_json(f"{copy.path}.json", {"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()})
         return CaseInfo(classes, list(image.GetSize()), copy.stored)
     except DataError as error:
         return str(error)

@@ -4,7 +4,6 @@ Cases are numbered by their place in the sorted list of the data set; a case's n
 suffix.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data.conventions import stem
-from dino3d.files import write_json
+from dino3d.files import read_json, write_json
 
 NUM_TEST = 37  # cases of the paper's test set
 
@@ -191,7 +190,7 @@ def load_splits(
     if not os.path.exists(path):
         return None
     try:
-        saved = json.loads(Path(path).read_text())
+        saved = read_json(path)
         splits, data = (
             [Split(*(split[side] for side in Split._fields)) for split in saved["splits"]],
             dict(saved["data"]),

@@ -1,7 +1,6 @@
 """prepare_data.py demo: two lung CTs of a public Python package, and synthetic chest phantoms, in all three layouts."""
 
 import csv
-import json
 import os
 import shutil
 import sys
@@ -14,7 +13,7 @@ import SimpleITK as sitk
 from dino3d.command_line import UserError, available_cores
 from dino3d.data import images
 from dino3d.data.volume import Volume
-from dino3d.files import atomic_write
+from dino3d.files import TEXT, atomic_write, write_json
 from dino3d.prepare import fetch, phantoms
 from dino3d.prepare.conversion import is_complete
 from dino3d.prepare.fetch import IMAGES, PACKAGE, PATIENTS, SHA256, VERSION, FetchError, read_members
@@ -50,7 +49,7 @@ def demo(output: Path, phantom: bool) -> None:
         if output.exists() and not output.is_dir():
             raise UserError(f"{output}: is a file, expected a folder to write to")
         source = output / "SOURCE.txt"
-        before = source.read_text() if source.is_file() else ""
+        before = source.read_text(**TEXT) if source.is_file() else ""
         held = CT if before == demo_source(CT) else PHANTOM if before == demo_source(PHANTOM) else None
         if phantom and held == CT:
             raise UserError(f"{output} already holds CTs: give --phantom another --output, or delete it first")
@@ -67,7 +66,7 @@ def demo(output: Path, phantom: bool) -> None:
         raw.mkdir()  # not writable: said now, not after the download
         origin = fetch_demo(raw, phantom or held == PHANTOM, held)
         with atomic_write(source) as part:
-            part.write_text(demo_source(origin))
+            part.write_text(demo_source(origin), **TEXT)
         lay_out_demo(raw, demo_cases(raw, origin), origin)
         workers = available_cores()
         nlst(
@@ -186,16 +185,15 @@ def lay_out_demo(folder: Path, cases: Iterable[tuple[str, sitk.Image, sitk.Image
         candidates += [(patient, *centre, 1) for centre in centres.values()]
         candidates += [(patient, *place, 0) for place in lung_places(image, list(centres.values()), 12, seed=i)]
     for name, header, rows in (("candidates_V2", "class", candidates), ("annotations", "diameter_mm", annotations)):
-        with open(folder / "luna16" / f"{name}.csv", "w", newline="") as file:
+        with open(folder / "luna16" / f"{name}.csv", "w", newline="", **TEXT) as file:
             csv.writer(file).writerows([["seriesuid", "coordX", "coordY", "coordZ", header], *rows])
     copies = [
         {"image": f"imagesTr/{LESION}_copy{copy}.nii", "label": f"labelsTr/{LESION}_copy{copy}.nii"}
         for copy in range(1, COPIES + 1)
     ]
     for task, training in (("msd", listed), ("lesion", copies)):
-        (folder / task / "dataset.json").write_text(
-            json.dumps({"labels": {"0": "background", "1": "nodule"}, "training": training})
-        )
+        content = {"labels": {"0": "background", "1": "nodule"}, "training": training}
+        write_json(folder / task / "dataset.json", content)
 
 
 def save_raw(path: Path, image: sitk.Image) -> None:

@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dino3d.files import TEXT
+
 # The two CTs stand in the source distribution of pyradiomics, each with a mask of one tumour.
 PACKAGE, VERSION = "pyradiomics", "3.0.1"
 SHA256 = "47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5"
@@ -56,9 +58,9 @@ def fetch_sdist(
     stand_in = folder / "stand_in"
     (stand_in / "setuptools").mkdir(parents=True)
     (stand_in / "setuptools" / "__init__.py").touch()
-    (stand_in / "setuptools" / "build_meta.py").write_text(BUILD_BACKEND.format(name=name, version=version))
+    (stand_in / "setuptools" / "build_meta.py").write_text(BUILD_BACKEND.format(name=name, version=version), **TEXT)
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+    requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n", **TEXT)
     downloads = folder / "downloads"
 
     # First on the path, so that it hides an installed setuptools. A relative entry would make

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from augmentations import MultiCropAugmentation
 from dino3d.command_line import UserError
-from dino3d.files import append_json, read_log, read_table, write_table
+from dino3d.files import TEXT, append_json, read_log, read_table, write_table
 from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, save_picture, scan_name, view_rows
 from utils import Processes, Silent
 
@@ -73,7 +73,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # what getrusage says counts the process that started this one too
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(**TEXT)
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
     except (OSError, TypeError):  # another system than Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
