@@ -37,6 +37,7 @@ from dino3d.training.checkpoint import (
     load_progress,
     save_checkpoint,
 )
+from dino3d.training.events import EventWriter
 from dino3d.training.loading import next_batch
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 
@@ -322,10 +323,8 @@ def train_fold(
     )
     writer = utils.Silent()
     if processes.is_main:
-        from torch.utils.tensorboard import SummaryWriter
-
         truncate_log(fold.folder / "log.txt", progress.step)
-        writer = SummaryWriter(fold.folder.parent / "tensorboard" / fold.folder.name, purge_step=progress.step)
+        writer = EventWriter(fold.folder.parent / "tensorboard" / fold.folder.name, progress.step)
     while progress.trained or progress.epoch < config.epochs and progress.step < last_step:
         began = time.perf_counter()
         state._sums, state._waited = torch.zeros(3, dtype=torch.float64, device=state.device), 0.0

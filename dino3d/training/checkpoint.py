@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
 
@@ -140,7 +140,7 @@ def save_checkpoint(path: Path | str, state: dict[str, Any], keep_last: int = 1)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "w+b") as file:
-            torch.save(state, file)
+            save_to(file, state)
             add_checksum(file)
             file.flush()
             os.fsync(file.fileno())
@@ -150,9 +150,31 @@ def save_checkpoint(path: Path | str, state: dict[str, Any], keep_last: int = 1)
         remove(part)
         if is_worker_death(error):  # raised wherever the main thread happens to be
             raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"{path}: the checkpoint can't be written ({str(error).splitlines()[0]}); what was saved before is unharmed"
+            f"{path}: the checkpoint can't be written ({reason}); what was saved before is unharmed"
         ) from error
+
+
+def save_to(file: BinaryIO, state: Any) -> None:
+    """torch.save; where the disk says why it fails, OSError, for which torch has a RuntimeError without that reason."""
+    reasons = []
+
+    class Noting:
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                reasons.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(state, Noting())
+    except RuntimeError as error:
+        raise (reasons or [error])[0] from None
 
 
 def remove(path: Path) -> None:

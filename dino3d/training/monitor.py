@@ -20,6 +20,7 @@ from tqdm import tqdm
 from augmentations import MultiCropAugmentation
 from dino3d.command_line import UserError
 from dino3d.files import TEXT, append_json, read_log, read_table, write_table
+from dino3d.training.events import EventWriter
 from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, save_picture, scan_name, view_rows
 from utils import Processes, Silent
 
@@ -175,9 +176,7 @@ class Monitor:
         self._warned, self._streak, self._names = set(), 0, None
         self.writer, self.bar = Silent(), Silent()
         if processes.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.output_dir / "tensorboard", purge_step=done_steps)
+            self.writer = EventWriter(self.output_dir / "tensorboard", done_steps)
             # In a file or a batch job's log one line a minute is enough
             self.bar = tqdm(
                 total=total_steps,
