@@ -17,8 +17,8 @@ import SimpleITK as sitk
 
 import prepare_data
 import utils
-from dino3d.data import images
-from dino3d.prepare import check, conversion, nlst
+from dino3d.data import images, scans
+from dino3d.prepare import check, conversion
 from dino3d.prepare.phantoms import labelled_phantom
 
 CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
@@ -87,6 +87,64 @@ def write_series(
             meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = one.SOPClassUID, one.SOPInstanceUID
             one.save_as(folder / f"{prefix}{i:02d}.dcm", enforce_file_format=True)
     return folder
+
+
+def write_dicom(
+    folder,
+    stored,
+    axes=np.eye(3),
+    spacing=(0.9, 0.7, 2.5),
+    origin=(-31.25, 47.5, -803.1),
+    names=None,
+    signed=False,
+    syntax=pydicom.uid.ExplicitVRLittleEndian,
+    **changes,
+):
+    """Paths of CT slices with these stored values (columns, rows, slices).
+
+    changes: tags of other values, or of functions of the slice's number; None leaves a tag out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for k in range(stored.shape[2]):
+        one, meta = pydicom.Dataset(), pydicom.dataset.FileMetaDataset()
+        meta.TransferSyntaxUID = syntax
+        one.file_meta = meta
+        fields = {
+            "SOPClassUID": CT,
+            "SOPInstanceUID": f"1.2.3.4.{k + 1}",
+            "StudyDate": "20000102",
+            "Modality": "CT",
+            "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+            "PatientID": "patient",
+            "StudyInstanceUID": "1.2.3",
+            "SeriesInstanceUID": "1.2.3.4",
+            "SliceThickness": "2.5",
+            "ConvolutionKernel": "B30f",
+            "Columns": stored.shape[0],
+            "Rows": stored.shape[1],
+            "PixelSpacing": [f"{spacing[1]}", f"{spacing[0]}"],
+            "ImageOrientationPatient": [f"{value:.16f}"[:16] for value in (*axes[:, 0], *axes[:, 1])],
+            "ImagePositionPatient": [f"{value:.12f}"[:16] for value in np.array(origin) + k * spacing[2] * axes[:, 2]],
+            "RescaleSlope": "1",
+            "RescaleIntercept": "-1024",
+            "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2",
+            "BitsAllocated": 16,
+            "BitsStored": 16,
+            "HighBit": 15,
+            "PixelRepresentation": int(signed),
+            **changes,
+        }
+        for name, value in fields.items():
+            value = value(k) if callable(value) else value
+            if value is not None:
+                setattr(one, name, value)
+        one.add_new("PixelData", "OW", stored[..., k].T.astype("<i2" if signed else "<u2").tobytes())
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CT, f"1.2.3.4.{k + 1}"
+        paths.append(str(folder / (names[k] if names else f"{k:02d}.dcm")))
+        one.save_as(paths[-1], enforce_file_format=True)
+    return paths
 
 
 def edited(**fields):
@@ -183,7 +241,7 @@ def without_processes(monkeypatch):
         for item in items:
             yield item, pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(item)))
 
-    for module in (check, conversion, nlst):
+    for module in (check, conversion, scans):
         monkeypatch.setattr(module, "in_processes", one_by_one)
 
 

@@ -7,6 +7,7 @@ A seed gives the kind of file and what is done to it. Inputs are read in another
 crash or a hang is noticed, and known by its seed; a file that is not read as it should be stays where it was.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -44,6 +45,7 @@ from dino3d.data import dicom, images, itk  # noqa: E402
 from dino3d.data.conventions import DataError  # noqa: E402
 from dino3d.data.hdf5 import write_volume  # noqa: E402
 from dino3d.data.layouts import list_volumes, read_data_list  # noqa: E402
+from dino3d.data.scans import find_scans  # noqa: E402
 from dino3d.data.volume import Volume  # noqa: E402
 from dino3d.files import truncate_log  # noqa: E402
 from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder  # noqa: E402
@@ -404,29 +406,42 @@ def damage_lines(rng, content, separators=(b"=", b":")):
 
 
 def damage_dicom(rng, path):
+    """Elements of the header removed, repeated, out of order, or with other values; their lengths stay true."""
     import pydicom
 
-    one = pydicom.dcmread(path)
-    for _ in range(rng.randint(1, 2)):
-        element = rng.choice(list(one))
-        how = rng.choice(["gone", "text", "number", "many"])
-        if how == "gone":
-            del one[element.tag]
-            continue
-        value = {
-            "text": rng.choice(["", "x", "\\", "9" * 70, "ü", "1\\2\\3\\4"]),
-            "number": rng.choice(NUMBERS),
-            "many": [1, 2, 3, 4],
-        }[how]
-        try:
-            one.add_new(element.tag, element.VR, value)
-            one.save_as(io.BytesIO())
-        except Exception:  # what pydicom itself would not write
-            one.add_new(element.tag, "LO", str(value)[:60])
-    try:
-        one.save_as(path)
-    except Exception:
-        path.write_bytes(damaged(rng, path.read_bytes()))
+    content = path.read_bytes()
+    start = 128 + 4 + 12 + int.from_bytes(content[140:144], "little")  # behind the file meta information
+    elements, at = [], start
+    while at < len(content):  # explicit VR, little endian
+        long = content[at + 4 : at + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT")
+        length = int.from_bytes(content[at + 8 : at + 12] if long else content[at + 6 : at + 8], "little")
+        end = at + (12 if long else 8) + length
+        elements.append(content[at:end])
+        at = end
+    for _ in range(rng.randint(1, 4)):
+        i, j = rng.randrange(len(elements)), rng.randrange(len(elements))
+        how = rng.choice(["gone", "again", "again with another value", "moved", "swapped", "value"])
+        if how == "gone" and len(elements) > 1:
+            del elements[i]
+        elif how == "again":
+            elements.insert(j, elements[i])
+        elif how == "moved":
+            elements.insert(j, elements.pop(i))
+        elif how == "swapped":
+            elements[i], elements[j] = elements[j], elements[i]
+        elif len(elements[i]) < 1000:
+            text = rng.choice(["", "x", "\\", "9" * 70, "ü", "1\\2\\3\\4", *map(str, NUMBERS)]).encode()
+            value = rng.choice([text + b" " * (len(text) % 2), *(bytes([n, n]) for n in (0, 1, 8, 15, 255)), b"\0" * 4])
+            changed = elements[i][:6] + len(value).to_bytes(2, "little") + value
+            elements[i:i] = [changed]
+            if how == "value":
+                del elements[i + 1]
+    path.write_bytes(content[:start] + b"".join(elements))
+    if rng.random() < 0.2:
+        with contextlib.suppress(Exception):  # what pydicom itself would not write
+            one = pydicom.dcmread(path)
+            del one.file_meta, one.preamble
+            pydicom.dcmwrite(path, one, implicit_vr=True, little_endian=True, force_encoding=True)
 
 
 def damage_tree(rng, tree, values):
@@ -541,8 +556,14 @@ def labels(path):
 
 
 def series(path):
-    slices = [dicom.read_header(str(one)) for one in sorted(path.parent.iterdir())]
-    return dicom.read_series(dicom.sort_slices([one for one in slices if one], 2, str(path.parent)))
+    found = find_scans(path.parent)
+    voxels = []
+    for one in (*found.scans, *found.problems):
+        if one.problem:
+            raise one.problem
+        with Volume(path.parent / one.name) as volume:
+            voxels.append(volume.read())
+    return voxels
 
 
 def weights(path):

@@ -188,9 +188,8 @@ def assemble(slices: Sequence[Slice], min_slices: int, source: str) -> Series:
     slices: of one series, in any order; source: what to call it. Scouts and captures among them are passed over.
     Raises LeftOut where no even stack of at least `min_slices` CT slices remains, DataError for broken headers.
     """
-    slices, copies = _without_copies(slices)
     kinds = [why_no_ct(one) for one in slices]
-    images = [one for one, kind in zip(slices, kinds) if kind is None]
+    images, copies = _without_copies([one for one, kind in zip(slices, kinds) if kind is None])
     if not images:
         raise LeftOut(source, collections.Counter(kinds).most_common(1)[0][0])
     placed = [one for one in images if not missing_geometry(one)]
@@ -376,7 +375,9 @@ def open_series(path: Path | str, closing: contextlib.ExitStack) -> Stored:
         parts = {name: part for name, part in parts.items() if not all(map(why_no_ct, part.slices))}
         if len(parts) != 1:
             found = f"{len(parts)} DICOM series of CT" + (f", such as {folder}{min(parts)[1:]}" if parts else "")
-            raise DataError(path, f"is a folder with {found}, expected one" + (f" ({failed})" if failed else ""))
+            raise DataError(
+                path, f"can't be read: a folder with {found}, expected one" + (f" ({failed})" if failed else "")
+            )
         name = next(iter(parts))
     else:
         name = f".#{uid}"
