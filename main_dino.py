@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 import augmentations
 import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
-from dino3d import command_line
+from dino3d import command_line, weights
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import list_volumes, none_found, read_data_list
@@ -74,14 +74,11 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--pretrained_weights",
         default="",
         metavar="FILE",
-        help="checkpoint whose weights a new run starts from; a run of your own is resumed by its "
-        "--output_dir instead; without it: random weights",
+        help="checkpoint (.pth or .safetensors, ours or others') whose weights a new run starts from; its position "
+        "embedding is interpolated to another --input_size. A run of your own is resumed by its --output_dir instead; "
+        "without it: random weights",
     )
-    group.add_argument(
-        "--checkpoint_key",
-        default="teacher",
-        help="which state dict of --pretrained_weights to load: teacher or student",
-    )
+    command_line.checkpoint_key_flag(group)
     group.add_argument(
         "--data_list",
         default=None,
@@ -884,17 +881,23 @@ def build_model(
 
 
 def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str) -> list[str]:
-    """Load the backbone, and the head if the file has one that fits; returns notices."""
+    """Load the backbone, and the head beside it if the file has one that fits; returns notices."""
     try:
-        utils.load_pretrained_weights(model, path, checkpoint_key)
-        return [f"starting from {path}"]
-    except (FileNotFoundError, ValueError):
-        pass
-    try:
-        utils.load_pretrained_weights(model.backbone, path, checkpoint_key)
+        checkpoint = weights.load_file(path)
+        network = weights.find_network(model.backbone, checkpoint, path, checkpoint_key)
+        notices = weights.fit_network(model.backbone, network, checkpoint, path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
-    return [f"starting from the backbone of {path}; the head is new, the file has none of this shape"]
+    beside = "head".join(network.path.rsplit("backbone", 1))
+    try:
+        head = weights.find_network(model.head, checkpoint, path, beside)
+        if head.path != beside:
+            raise ValueError("another network's")
+        weights.fit_network(model.head, head, checkpoint, path)
+        return [f"starting from {path}: {network.origin}", *notices]
+    except ValueError:
+        new = "the head is new, the file has none of this shape"
+        return [f"starting from the backbone of {path}: {network.origin}; {new}", *notices]
 
 
 def wrap_ddp(

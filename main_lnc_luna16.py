@@ -167,6 +167,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
 
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
+    notices += encoder.notices
     vars(args).update(encoder.settings())
     notices += warnings_about(encoder, args.protocol, data)
     config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}

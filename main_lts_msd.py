@@ -186,6 +186,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
 
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
+    notices += encoder.notices
     heads = read_headers([pair.image for pair in pairs], processes)
     if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
         trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})

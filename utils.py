@@ -1,6 +1,5 @@
-"""What the scripts share: errors in one line, processes, seeds, schedules, parameter groups, weights, logs."""
+"""What the scripts share: errors in one line, processes, seeds, schedules, parameter groups, logs."""
 
-import argparse
 import contextlib
 import dataclasses
 import gc
@@ -8,8 +7,7 @@ import math
 import os
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,10 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  DDP imports it, and its functions keep the process group that they find then
 from torch import Tensor, nn
 
-from dino3d.command_line import UserError, exit_status, truncate_list
-from dino3d.files import open_verified
+from dino3d.command_line import UserError, exit_status
 from dino3d.launch import meet, read_environment
 from dino3d.run_lock import own_folder
+from dino3d.weights import load_file, load_pretrained_weights  # noqa: F401  users import them from here
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -325,119 +323,6 @@ class LARS(torch.optim.Optimizer):
                 momentum.copy_(unless_skipped(momentum * group["momentum"] + step, momentum))
                 p.copy_(unless_skipped(p.sub(momentum, alpha=group["lr"]), p))
         return loss
-
-
-# ----------------------------------------------------------------------------------------------------------- weights
-
-
-def load_file(path: Path | str) -> Any:
-    """What torch.save wrote, with nothing in it ever executed: tensors, numbers, dicts, and by name the
-    argparse.Namespace and NumPy scalars of older checkpoints. Raises FileNotFoundError, ValueError; the latter also
-    where the file carries a checksum that it does not match."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    allowed = [
-        argparse.Namespace,
-        np.dtype,
-        np.ndarray,
-        np._core.multiarray.scalar,
-        np._core.multiarray._reconstruct,
-        *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
-    ]
-    # NumPy moved its internals to _core in version 2: older files name them by the older module
-    allowed += [
-        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    ]
-    try:
-        with open_verified(path) as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of a strange file, besides raising
-            by_name = os.fspath(path).endswith(".safetensors")  # which is how torch knows that format
-            return torch.load(path if by_name else file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch raise many kinds for a file that is cut off or something else
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: can't be read as a checkpoint ({reason})") from error
-
-
-def load_pretrained_weights(model: nn.Module, path: Path | str, checkpoint_key: str = "teacher") -> None:
-    """Load a state dict into `model`, whatever wrapper prefixes (module., backbone., ...) its names carry.
-
-    path: a checkpoint that holds state dicts by key, or a plain state dict. Every tensor of the model must be there
-    with its shape; tensors of the file beyond those (a projection head) are left alone. For what else the file holds
-    see `load_file`. Raises FileNotFoundError, and ValueError naming the tensors that don't fit.
-    """
-    fit_state_dict(model, find_state_dict(load_file(path), path, checkpoint_key), path)
-
-
-def find_state_dict(checkpoint: Any, path: Path | str, checkpoint_key: str) -> dict[str, Tensor]:
-    """The state dict of that key in what `load_file` gave, or all of it if it is a plain one. Raises ValueError."""
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint's dict")
-
-    def is_state_dict(value: Any) -> bool:
-        return (
-            isinstance(value, dict)
-            and bool(value)
-            and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
-        )
-
-    if is_state_dict(checkpoint.get(checkpoint_key)):
-        return checkpoint[checkpoint_key]
-    if is_state_dict(checkpoint):
-        return checkpoint
-    found = " ".join(", ".join(map(str, checkpoint)).split())[:200]
-    raise ValueError(f"{path}: has no '{checkpoint_key}', only {found}; name another with --checkpoint_key")
-
-
-def fit_state_dict(model: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:
-    """Load `state` into the model under the one prefix that brings it the most names; strict for the model's names."""
-    wanted = model.state_dict()
-    tail = next(iter(wanted))
-    prefixes = {name[: -len(tail)] for name in state if name == tail or name.endswith("." + tail)} or {""}
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-
-    found = max(
-        (modern_names(under(prefix), wanted) for prefix in sorted(prefixes)), key=lambda s: len(wanted.keys() & s)
-    )
-    if problem := tensor_misfit(wanted, found):
-        raise ValueError(f"{path}: does not fit the model: {problem}")
-    model.load_state_dict({name: found[name] for name in wanted})
-
-
-def tensor_misfit(wanted: Mapping[str, Tensor], found: Mapping[str, Any], others: bool = False) -> str:
-    """Why the tensors `found` can't take the place of those `wanted`, {name: tensor}, in a few words, or "".
-
-    others: whether tensors beyond those wanted are a reason too
-    """
-
-    def shape(value: Any) -> tuple[int, ...] | str:
-        return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-
-    missing = [name for name in wanted if name not in found]
-    shapes = [
-        f"{name} {shape(found[name])} instead of {shape(wanted[name])}"
-        for name in wanted
-        if name in found and shape(found[name]) != shape(wanted[name])
-    ]
-    beyond = [str(name) for name in found if others and name not in wanted]
-    return "; ".join(
-        word + truncate_list(names)
-        for word, names in (("without ", missing), ("with ", shapes), ("with the unknown ", beyond))
-        if names
-    )
-
-
-def modern_names(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of weight normalisation before torch's parametrizations: weight_g, weight_v."""
-    renamed = {
-        name.replace("weight_g", "parametrizations.weight.original0").replace(
-            "weight_v", "parametrizations.weight.original1"
-        ): name
-        for name in state
-    }
-    return {new if new in wanted else old: state[old] for new, old in renamed.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- logs

@@ -37,6 +37,19 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def resize_pos_embed(pos_embed: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Interpolate a position embedding (1, 1 + N, D) from one patch grid (x, y, z) to another; the class token's stays.
+
+    Trilinear, in single precision or better: DINO's bicubic interpolation of two axes has no counterpart of three in
+    PyTorch, and a learned embedding varies slowly from patch to patch.
+    """
+    dtype = torch.promote_types(pos_embed.dtype, torch.float32)
+    patches = pos_embed[:, 1:].to(dtype).transpose(1, 2).unflatten(2, tuple(old))  # (1, D, x, y, z)
+    patches = F.interpolate(patches, size=tuple(new), mode="trilinear", align_corners=False)
+    patches = patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, N, D)
+    return torch.cat((pos_embed[:, :1], patches), dim=1)  # (1, 1 + N, D)
+
+
 class PatchEmbed(nn.Module):
     """Cut a volume into patches and project each linearly: (B, C, X, Y, Z) -> (B, N, D)."""
 
@@ -213,11 +226,7 @@ class VisionTransformer(nn.Module):
         """
         if grid == self.grid_size:
             return self.pos_embed
-        dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)
-        patches = self.pos_embed[:, 1:].to(dtype).transpose(1, 2).unflatten(2, self.grid_size)  # (1, D, x, y, z)
-        patches = F.interpolate(patches, size=grid, mode="trilinear", align_corners=False)
-        patches = patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)  # (1, N, D)
-        return torch.cat((self.pos_embed[:, :1], patches), dim=1)  # (1, 1 + N, D)
+        return resize_pos_embed(self.pos_embed, self.grid_size, grid)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens that enter the first block, (B, 1 + N, D), and their patch grid (x, y, z)."""

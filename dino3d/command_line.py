@@ -342,6 +342,17 @@ def boolean_flag(group: Any, name: str, default: bool | None, text: str) -> None
     group.add_argument(name, default=default, nargs="?", const=True, type=boolean, metavar="BOOL", help=text)
 
 
+def checkpoint_key_flag(group: Any) -> None:
+    """--checkpoint_key."""
+    group.add_argument(
+        "--checkpoint_key",
+        default="teacher",
+        metavar="NAME",
+        help="which network of --pretrained_weights to load, where the file holds several: teacher (momentum and ema "
+        "mean the same), student, or as the file names it, such as teacher_backbone or state_dict.model",
+    )
+
+
 def precision_flag(group: Any) -> None:
     """--precision."""
     group.add_argument(

@@ -448,7 +448,6 @@ def test_a_file_without_config_needs_flags(pretrained, tmp_path):
     [
         ({"arch": "vit_small"}, "--arch vit_small contradicts"),
         ({"patch_size": [6, 6, 6]}, "--patch_size 6 6 6 contradicts"),
-        ({"input_size": [48, 48, 24]}, "--input_size 48 48 24 contradicts"),
         ({"clip_range": [-1000.0, 1000.0]}, "--clip_range -1000 1000 contradicts"),
         ({"spacing": [2.0, 2.0, 2.0]}, "--spacing 2 2 2 contradicts"),
     ],
@@ -465,7 +464,7 @@ def test_weights_that_are_missing_or_broken(pretrained, tmp_path):
     for name, key, says in (
         (tmp_path / "no.pth", "teacher", "no such file"),
         (tmp_path / "broken.pth", "teacher", "can't be read"),
-        (path, "ema", "--checkpoint_key"),
+        (path, "best", "--checkpoint_key"),
     ):
         with pytest.raises(UserError, match=says):
             load_encoder(str(name), key, GIVEN)

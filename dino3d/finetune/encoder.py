@@ -1,10 +1,9 @@
 """The pre-trained encoder: what to build it with, from a checkpoint and flags."""
 
-import argparse
 from typing import Any, NamedTuple
 
-import utils
 from dino3d.command_line import UserError, format_values
+from dino3d.weights import config_of, find_network, fit_network, load_file
 from vision_transformer import ARCHITECTURES, Encoder
 
 # Where neither a flag nor the checkpoint's config says
@@ -18,7 +17,7 @@ ENCODER = {
 
 
 class PretrainedEncoder(NamedTuple):
-    """A pre-trained encoder: what to build it with, and its weights (None: from scratch)."""
+    """A pre-trained encoder: what to build it with, its weights (None: from scratch), and what to tell of them."""
 
     arch: str
     patch_size: list[int]
@@ -26,6 +25,7 @@ class PretrainedEncoder(NamedTuple):
     clip_range: list[float]
     spacing: list[float] | None
     state: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()
 
     def build(self, drop_path_rate: float = 0.0) -> Encoder:
         """A new one with these weights, or random ones."""
@@ -44,14 +44,16 @@ class PretrainedEncoder(NamedTuple):
 def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, Any] | None = None) -> PretrainedEncoder:
     """The PretrainedEncoder of a checkpoint; without `path` one with random weights.
 
-    given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says.
-    Raises UserError for a file that is missing, broken or of another architecture, and for flags that contradict it.
+    checkpoint_key: see `weights.find_network`
+    given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says. With
+    another input_size the position embedding is interpolated.
+    Raises UserError for a file that is missing, broken or of another architecture, and for other flags that contradict
+    it.
     """
     config, given = {}, given or dict.fromkeys(ENCODER)
     if path:
         try:
-            checkpoint = utils.load_file(path)
-            state = utils.find_state_dict(checkpoint, path, checkpoint_key)
+            checkpoint = load_file(path)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
         config = encoder_config(checkpoint, path)
@@ -59,7 +61,7 @@ def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, An
     for name, default in ENCODER.items():
         trained = config.get(name)
         trained = list(trained) if isinstance(trained, tuple) else trained
-        if None not in (trained, given[name]) and trained != given[name]:
+        if None not in (trained, given[name]) and trained != given[name] and name != "input_size":
             raise UserError(
                 f"--{name} {format_values(given[name])} contradicts --pretrained_weights {path}, which has "
                 f"{format_values(trained)}: leave --{name} out",
@@ -78,16 +80,18 @@ def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, An
         return encoder
     model = encoder.build()
     try:
-        utils.fit_state_dict(model, state, path)
+        network = find_network(model, checkpoint, path, checkpoint_key)
+        notices = fit_network(model, network, checkpoint, path)
     except ValueError as error:
-        raise UserError(f"--pretrained_weights {error}; is --arch {encoder.arch} right?", everywhere=True) from error
-    return encoder._replace(state=model.state_dict())
+        arch = f"; is --arch {encoder.arch} right?" if "does not fit" in str(error) else ""
+        raise UserError(f"--pretrained_weights {error}{arch}", everywhere=True) from error
+    notices = (f"weights of {path}: {network.origin}", *notices)
+    return encoder._replace(state=model.state_dict(), notices=notices)
 
 
 def encoder_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
     """What the config in a checkpoint says, or older code's args. Raises UserError for what no encoder can have."""
-    config = next((checkpoint[name] for name in ("config", "args") if checkpoint.get(name) is not None), {})
-    config = vars(config) if isinstance(config, argparse.Namespace) else config
+    config = config_of(checkpoint)
     if not isinstance(config, dict):
         raise UserError(
             f"--pretrained_weights {path}: its config is a {type(config).__name__}, expected a dict", everywhere=True

@@ -55,14 +55,10 @@ def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str) -
         default="",
         type=lambda path: os.path.abspath(path) if path else "",
         metavar="FILE",
-        help="checkpoint.pth of main_dino.py or of older DINO code, whose encoder is fine-tuned; "
-        "without it: from scratch",
+        help="checkpoint.pth of main_dino.py, or other code's .pth or .safetensors file, whose encoder is "
+        "fine-tuned; without it: from scratch",
     )
-    group.add_argument(
-        "--checkpoint_key",
-        default="teacher",
-        help="which state dict of --pretrained_weights to load: teacher or student",
-    )
+    command_line.checkpoint_key_flag(group)
     group.add_argument("--predict", default=None, metavar="DIR", help=predict)
     group.add_argument(
         "--weights",
@@ -100,7 +96,8 @@ def add_finetune_flags(
         nargs=3,
         type=number(int, 1),
         metavar=XYZ,
-        help=f"voxels that the encoder sees at a time; without weights {format_values(ENCODER['input_size'])}",
+        help="voxels that the encoder sees at a time; another size than the weights were trained on interpolates "
+        f"their position embedding; without weights {format_values(ENCODER['input_size'])}",
     )
     group.add_argument(
         "--clip_range",

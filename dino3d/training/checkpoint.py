@@ -32,7 +32,8 @@ from dino3d.command_line import (
     truncate_list,
 )
 from dino3d.files import TEXT, add_checksum
-from utils import Processes, is_worker_death, load_file, tensor_misfit
+from dino3d.weights import load_file, tensor_misfit
+from utils import Processes, is_worker_death
 
 # Batch systems announce the end of a job with the first two; Ctrl-C is the third
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
