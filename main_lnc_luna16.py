@@ -55,14 +55,14 @@ from dino3d.finetune.crops import (
 )
 from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.flags import FIXED_FLAGS
-from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
+from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
 from dino3d.finetune.inference import failed_cases, find_new_cases, infer_windows
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
-from dino3d.finetune.statistics import format_metric
+from dino3d.finetune.statistics import format_metric, interval_notes, with_interval
 
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir
@@ -267,8 +267,7 @@ class Cases(NamedTuple):
 
 def find_cases(folder: str, output_dir: Path) -> Cases:
     """The Cases below a folder. Raises UserError, also where the output folder is of another script's run."""
-    if (output_dir / "checkpoint.pth").exists():
-        raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
+    refuse_pretraining_run(output_dir)
     try:
         crops, problems = find_crops(folder)
     except DataError as error:
@@ -414,7 +413,7 @@ def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> No
         "validation_loss": best["loss"],
         "threshold": best["threshold"],
         **evaluate_cases(labels, probabilities, patients, best["threshold"]),
-        "notes": failed_cases(cases.names, failures),
+        "notes": [*failed_cases(cases.names, failures), *interval_notes(patients)],
     }
     if best["auc"] is None:
         record["notes"].append("validation cases are of one class: best epoch by loss, threshold 0.5")
@@ -516,12 +515,6 @@ def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases
     )
 
 
-def with_interval(record: dict[str, Any]) -> str:
-    """The AUC of a record of metrics as text, with its interval if there is one."""
-    interval = record["auc_interval"]
-    return format_metric(record["auc"]) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
 def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder: PretrainedEncoder) -> str:
     """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
     records, tables, means, deviations = collect_folds(
@@ -547,16 +540,20 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
     lines = [row("fold", "cases", "AUC (95 % interval)", *(name.replace("_", " ") for name in CASE_METRICS[1:]))]
     for record in records:
         values = [format_metric(record[name]) for name in CASE_METRICS[1:]]
-        lines.append(row(record["fold"], record["cases"], with_interval(record), *values))
+        lines.append(
+            row(record["fold"], record["cases"], with_interval(record["auc"], record["auc_interval"]), *values)
+        )
     values = [
         format_metric(means[name]) + (f" ± {deviations[name]:.3f}" if deviations[name] is not None else "")
         for name in CASE_METRICS
     ]
     lines.append(row("mean ± SD", "", *values))
     values = [format_metric(pooled.metrics[name]) for name in ("average_precision", "accuracy")]
-    lines.append(row("all folds", len(pooled.labels), with_interval(pooled.metrics), *values, "", "").rstrip())
+    auc = with_interval(pooled.metrics["auc"], pooled.metrics["auc_interval"])
+    lines.append(row("all folds", len(pooled.labels), auc, *values, "", "").rstrip())
     lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]
+    lines += [f"note: all folds: {note}" for note in pooled.metrics["notes"]]
     lines += [
         f"metrics      {output_dir / 'metrics.json'}",
         f"predictions  {output_dir / 'predictions.csv'}",

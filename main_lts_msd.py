@@ -40,7 +40,7 @@ from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
 from dino3d.finetune.crops import CropBatch, Header, WindowAugmentation, one_step_notice, read_headers
 from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.flags import FIXED_FLAGS
-from dino3d.finetune.fold_folders import collect_folds, load_fold, start_run
+from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter
 from dino3d.finetune.inference import failed_cases, find_new_cases, map_over_ranks
@@ -49,7 +49,7 @@ from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCa
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.sliding_window import Windows, grid_of
 from dino3d.finetune.splits import Split, make_splits, of_patients
-from dino3d.finetune.statistics import bootstrap_interval, format_metric
+from dino3d.finetune.statistics import bootstrap_interval, format_metric, interval_notes, with_interval
 from dino3d.training.checkpoint import StopRequested
 from dino3d.training.pictures import save_picture
 
@@ -310,8 +310,7 @@ class Cases(NamedTuple):
 def find_cases(folder: str, output_dir: Path) -> list[Pair]:
     """[layouts.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's
     run."""
-    if (output_dir / "checkpoint.pth").exists():
-        raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
+    refuse_pretraining_run(output_dir)
     try:
         pairs, problems = find_pairs(folder)
     except DataError as error:
@@ -721,16 +720,15 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
             ),
         )
     )
-    interval = together["dice_interval"]
     lines.append(
-        row(
-            "all folds", together["cases"], f"{together['dice']:.3f} ({interval[0]:.3f} to {interval[1]:.3f})", "", ""
-        ).rstrip()
+        row("all folds", together["cases"], with_interval(together["dice"], together["dice_interval"]), "", "").rstrip()
     )
     lines.append(
-        "all folds: each test case once, with the mean of its folds' Dice; in brackets the 95 % interval over cases"
+        "all folds: each test case once, with the mean of its folds' Dice"
+        + ("; in brackets the 95 % interval over cases" if together["dice_interval"] else "")
     )
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record.get("notes", ())]
+    lines += [f"note: all folds: {note}" for note in together["notes"]]
     lines += [
         f"metrics      {output_dir / 'metrics.json'}",
         f"cases        {output_dir / 'cases.csv'}",
@@ -743,14 +741,19 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
 
 
 def pool_cases(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """{"cases", "dice", "dice_interval"}: each case once, the mean of its folds' and classes' Dice; bootstrap over
-    cases."""
+    """{"cases", "dice", "dice_interval", "notes"}: each case once, the mean of its folds' and classes' Dice; bootstrap
+    over cases, which stand for patients."""
     values = collections.defaultdict(list)
     for row in rows:
         values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index("dice")]))
     dice = np.array([np.mean(of_case) for of_case in values.values()])
     interval = bootstrap_interval(lambda weights: float(np.average(dice, weights=weights)), list(values))
-    return {"cases": len(dice), "dice": float(dice.mean()), "dice_interval": interval}
+    return {
+        "cases": len(dice),
+        "dice": float(dice.mean()),
+        "dice_interval": interval,
+        "notes": interval_notes(list(values), "case"),
+    }
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from dino3d.finetune.splits import (
     save_splits,
     subset_splits,
 )
-from dino3d.finetune.statistics import bootstrap_interval, mean_and_deviation
+from dino3d.finetune.statistics import bootstrap_interval, interval_notes, mean_and_deviation
 from utils import Processes
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
@@ -370,7 +370,18 @@ def test_bootstrap_draws_patients():
         repeated, patients = np.repeat(values, cases), np.repeat(np.arange(400), cases)
         low, high = bootstrap_interval(lambda w, v=repeated: float((w * v).sum() / w.sum()), patients)
         assert [low, high] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.02)
-    assert bootstrap_interval(lambda weights: None, [1, 2]) is None
+    assert bootstrap_interval(lambda weights: None, range(6)) is None
+
+
+@pytest.mark.parametrize("patients, given", [("aaaabbccd", False), ("abcde", True), ("aabbccddeeee", True)])
+def test_no_interval_of_fewer_than_five_patients(patients, given):
+    """However many cases they have."""
+    values = np.arange(len(patients)) / 10
+    interval = bootstrap_interval(lambda weights: float(np.average(values, weights=weights)), patients)
+    assert (interval is not None) == given == (interval_notes(patients) == [])
+    if not given:
+        assert interval_notes(patients) == ["no 95 % interval: 4 patients, and it takes 5 to give one"]
+        assert interval_notes("a", "case") == ["no 95 % interval: 1 case, and it takes 5 to give one"]
 
 
 def test_mean_and_deviation():

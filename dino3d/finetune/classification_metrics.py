@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino3d.finetune.statistics import bootstrap_interval
+from dino3d.finetune.statistics import bootstrap_interval, interval_notes
 
 CASE_METRICS = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
 
@@ -111,6 +111,7 @@ class PooledPredictions(NamedTuple):
     """Each tested case once, its probabilities averaged over the folds that tested it.
 
     numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
+    thresholds: (N,) of label 1's probability, means over the folds too; with more classes there is none, NaN
     confidence: (N,) distance of the probability from the threshold; with more classes, of the largest from the label's
     """
 
@@ -118,8 +119,9 @@ class PooledPredictions(NamedTuple):
     labels: np.ndarray
     probabilities: np.ndarray
     wrong: np.ndarray
+    thresholds: np.ndarray
     confidence: np.ndarray
-    metrics: dict[str, float | list[float] | None]
+    metrics: dict[str, Any]
 
 
 def pool_predictions(
@@ -138,8 +140,9 @@ def pool_predictions(
     labels, means = cases.labels[numbers], np.stack([np.mean(rows[i], axis=0) for i in numbers])
     probabilities, above = means[:, :-1], means[:, -1]  # (N, classes), (N,) mean distance above the threshold
     if cases.classes == 2:
-        predicted, confidence = (above >= 0).astype(int), np.abs(above)
+        predicted, thresholds, confidence = (above >= 0).astype(int), probabilities[:, 1] - above, np.abs(above)
     else:
+        thresholds = np.full(len(labels), np.nan)
         predicted = probabilities.argmax(1)
         confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
     patients = [cases.patients[i] for i in numbers]
@@ -149,11 +152,13 @@ def pool_predictions(
         labels,
         probabilities,
         predicted != labels,
+        thresholds,
         confidence,
         {
             "auc": area_under_roc(labels, probabilities),
             "auc_interval": interval,
             "average_precision": average_precision(labels, probabilities),
             "accuracy": float((predicted == labels).mean()),
+            "notes": interval_notes(patients),
         },
     )

@@ -53,7 +53,10 @@ def draw_curves(path: Path | str, tables: Sequence[list[dict[str, str]]], classe
 
 
 def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encoder: PretrainedEncoder) -> int:
-    """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are."""
+    """PNG of the most confident errors, a row each: axial, coronal and sagittal planes. Returns how many there are.
+
+    Beside each probability stands its threshold, the mean of those of the folds that tested the case.
+    """
     wrong = sorted(np.flatnonzero(together.wrong), key=lambda i: -together.confidence[i])
     rows, labels = [], []
     for i in wrong[:SHOWN_ERRORS]:
@@ -66,9 +69,15 @@ def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encod
             + [plane(window, 1, spacing), plane(window, 0, spacing)]
         )
         p = together.probabilities[i]
-        said = f"p(label1) = {p[1]:.3f}" if cases.classes == 2 else f"most probable label{p.argmax()}, {p.max():.3f}"
+        said = (
+            f"p(label1) = {p[1]:.3f}, threshold {together.thresholds[i]:.3f}"
+            if cases.classes == 2
+            else f"most probable label{p.argmax()}, {p.max():.3f}"
+        )
         labels.append(f"label{together.labels[i]}, {said}: {cases.names[together.numbers[i]]}")
-    title = f"axial planes from below to above, coronal, sagittal (anterior on the left); {EVEN}"
+    first = "farthest from the threshold" if cases.classes == 2 else "most confident"
+    shown = f"{len(rows)} of {len(wrong)} errors, {first} first"
+    title = f"{shown}; axial planes from below to above, coronal, sagittal (anterior on the left); {EVEN}"
     if not rows:
         rows, labels, title = [[np.zeros((8, 64))]], ["no errors"], ""
     save_picture(path, montage(rows, labels, title))

@@ -31,6 +31,12 @@ def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
     return state["best"]
 
 
+def refuse_pretraining_run(output_dir: Path) -> None:
+    """UserError where a run's folder is one of main_dino.py."""
+    if (output_dir / "checkpoint.pth").exists():
+        raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
+
+
 def start_run(
     output_dir: Path,
     config: dict,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 BOOTSTRAP_ROUNDS = 1000
+FEWEST_PATIENTS = 5  # that an interval is given for: of fewer, a bootstrap draws the same few values again and again
 
 
 def bootstrap_interval(
@@ -14,9 +15,12 @@ def bootstrap_interval(
     """[low, high], the 95 % percentile interval of a metric when patients are drawn with replacement.
 
     metric: gives a number, or None where it is undefined, of (N,) weights of the cases: how often each was drawn
-    patients: of each case. Draws in which the metric is undefined are left out; None where all are.
+    patients: of each case. Draws in which the metric is undefined are left out; None where all are, and of fewer than
+    FEWEST_PATIENTS patients, as `interval_notes` says.
     """
     names, index = np.unique(patients, return_inverse=True)
+    if len(names) < FEWEST_PATIENTS:
+        return None
     rng, values = np.random.default_rng(seed), []
     for _ in range(BOOTSTRAP_ROUNDS):
         times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
@@ -24,6 +28,14 @@ def bootstrap_interval(
         if value is not None:
             values.append(value)
     return np.percentile(values, [2.5, 97.5]).tolist() if values else None
+
+
+def interval_notes(patients: Sequence[str], one: str = "patient") -> list[str]:
+    """Why there is no interval, where it is for too few patients. one: what a patient is called"""
+    count = len(set(patients))
+    if count >= FEWEST_PATIENTS:
+        return []
+    return [f"no 95 % interval: {count} {one}{'s' * (count != 1)}, and it takes {FEWEST_PATIENTS} to give one"]
 
 
 def mean_and_deviation(
@@ -41,3 +53,8 @@ def mean_and_deviation(
 def format_metric(value: float | None, digits: int = 3) -> str:
     """A metric as text; None is undefined."""
     return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    """A metric as text, with its interval if there is one."""
+    return format_metric(value) + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

@@ -244,13 +244,13 @@ class Monitor:
             shown |= {
                 "dino/center_norm": center_norm.item(),
                 "dino/skipped_steps": self._steps - finite,
-                "speed/volumes_per_second": rate,
+                "speed/volumes_per_second": rate,  # samples, by its first name
                 "speed/waiting_for_data": waiting,
             } | {"schedule/" + name: value for name, value in schedules.items()}
             for name, value in shown.items():
                 self.writer.add_scalar(name, value, step)
             self.bar.set_postfix_str(
-                f"KL {values.get('kl', math.nan):.3f}, {rate:.1f} volumes/s, {waiting:.0%} waiting for data",
+                f"KL {values.get('kl', math.nan):.3f}, {rate:.1f} samples/s, {waiting:.0%} waiting for data",
                 refresh=False,
             )
             if finite < self._steps:
@@ -294,9 +294,11 @@ class Monitor:
                 | {
                     "teacher_entropy_share": means["teacher_entropy"] / math.log(self.out_dim) if finite else None,
                     "winning_prototypes": int((self._epoch_wins > 0).sum()),
+                    # of this epoch, or of it since the run was resumed
                     "kl_first_steps": entries[0][1]["kl"] if finite else None,
                     "skipped_steps": steps - finite,
                     "seconds": round(seconds, 2),
+                    # samples: older logs and what reads them have this name
                     "volumes_per_second": round(steps * self.global_batch / seconds, 2),
                     "waiting_for_data": round(sum(waited for *_, waited in self._epoch) / seconds, 4),
                     "peak_memory_gib": round(peak_memory(self.processes.device) / 2**30, 2),
@@ -361,7 +363,7 @@ def summary(output_dir: Path | str) -> str:
         first, last = records[0], records[-1]
         lines.append(
             f"epoch {last['epoch']}, step {last['step']}: KL divergence {first['kl_first_steps']:.3f} in the "
-            f"first steps, {last['kl']:.3f} over the last epoch; teacher entropy "
+            f"first steps of epoch {first['epoch']}, {last['kl']:.3f} over the last epoch; teacher entropy "
             f"{last['teacher_entropy_share']:.2f} of ln(out_dim); {last['winning_prototypes']} prototypes win"
         )
     if skipped:
