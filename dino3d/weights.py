@@ -347,8 +347,9 @@ def trained_input_size(checkpoint: dict[str, Any]) -> tuple[int, ...] | None:
     return tuple(size) if sound else None
 
 
-def config_of(checkpoint: dict[str, Any]) -> Any:
+def config_of(checkpoint: Any) -> Any:
     """The config in a checkpoint, or older code's args: a dict, unless the file is a strange one."""
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     config = next((checkpoint[name] for name in ("config", "args") if checkpoint.get(name) is not None), {})
     return vars(config) if isinstance(config, argparse.Namespace) else config
 

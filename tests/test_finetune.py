@@ -373,10 +373,10 @@ def test_bootstrap_draws_patients():
     assert bootstrap_interval(lambda weights: None, range(6)) is None
 
 
-@pytest.mark.parametrize("patients, given", [("aaaabbccd", False), ("abcde", True), ("aabbccddeeee", True)])
+@pytest.mark.parametrize("patients, given", [("aaaabbccd", False), ("abcde", True), ("aabbccddeee", True)])
 def test_no_interval_of_fewer_than_five_patients(patients, given):
     """However many cases they have."""
-    values = np.arange(len(patients)) / 10
+    patients, values = list(patients), np.arange(len(patients)) / 10
     interval = bootstrap_interval(lambda weights: float(np.average(values, weights=weights)), patients)
     assert (interval is not None) == given == (interval_notes(patients) == [])
     if not given:

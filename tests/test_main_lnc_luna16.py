@@ -979,7 +979,7 @@ def test_folders_and_weights(crops, tmp_path, capsys, weights):
         ),
         ([*data, *out, "--pretrained_weights", tmp_path / "wide.pth"], "cls_token (1, 1, 96) instead of (1, 1, 48)"),
         ([*data, *out, "--pretrained_weights", weights, "--arch", "vit_small"], "--arch vit_small contradicts"),
-        ([*data, *out, "--pretrained_weights", weights, "--checkpoint_key", "ema"], "--checkpoint_key"),
+        ([*data, *out, "--pretrained_weights", weights, "--checkpoint_key", "best"], "--checkpoint_key"),
         ([*data, *out, "--precision", "fp16"], "--precision fp16"),
         ([*data, *out, "--num_test", 15], "--num_test 15"),
         ([*new, tmp_path / "nowhere", *out], "--weights"),

@@ -1135,7 +1135,7 @@ def test_folders_and_weights(cases, trained, new_scans, tmp_path, weights):
             "--pretrained_weights " + str(tmp_path / "no.pth"),
         ),
         ([*data, *out, "--pretrained_weights", tmp_path / "wide.pth"], "cls_token (1, 1, 96) instead of (1, 1, 48)"),
-        ([*data, *out, "--pretrained_weights", weights, "--checkpoint_key", "ema"], "--checkpoint_key"),
+        ([*data, *out, "--pretrained_weights", weights, "--checkpoint_key", "best"], "--checkpoint_key"),
         ([*data, *out, "--cache_dir", tmp_path / "file"], ("--cache_dir", str(tmp_path / "file"))),
         ([*data, *out, "--precision", "fp16"], "--precision fp16"),
         ([*new, tmp_path / "nowhere"], "--weights"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from augmentations import AUGMENTATIONS, MultiCropAugmentation, Policy, scale_intensity
 from dino3d.files import truncate_log, write_config
+from dino3d.finetune import classification_pictures
+from dino3d.finetune.classification_metrics import pool_predictions
 from dino3d.training import pictures
 from dino3d.training.pictures import (
     example_views,
@@ -172,3 +175,42 @@ def test_files_that_a_full_disk_cuts_off_stay_as_they_were(tmp_path, monkeypatch
     for name, write in writers.items():
         write(tmp_path / name)
         assert (tmp_path / name).read_bytes() != before.encode()
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_errors_stand_beside_their_thresholds(classes, tmp_path, monkeypatch):
+    """Two folds with thresholds of their own, and a case that both tested."""
+    labels, shown = np.array([1, 0, 1, 1]), {}
+    cases = types.SimpleNamespace(
+        names=list("abcd"), paths=list("abcd"), patients=list("abcd"), labels=labels, classes=classes
+    )
+    columns = ["probability"] if classes == 2 else ["probability_0", "probability_1", "probability_2"]
+
+    def row(case, p):
+        return {"case": case} | dict(zip(columns, map(str, [p] if classes == 2 else [1 - p, p / 2, p / 2])))
+
+    tables = [[row("a", 0.3), row("b", 0.5), row("c", 0.9)], [row("a", 0.5), row("d", 0.65)]]
+    together = pool_predictions(tables, [{"threshold": 0.4}, {"threshold": 0.7}], cases)
+    monkeypatch.setattr(classification_pictures, "spacing_of", lambda path: np.ones(3))
+    monkeypatch.setattr(classification_pictures, "read_crop", lambda path, size: np.zeros((8, 8, 8), np.int16))
+    monkeypatch.setattr(
+        classification_pictures,
+        "montage",
+        lambda rows, labels, title: shown.update(labels=labels, title=title) or np.zeros((4, 4), np.uint8),
+    )
+    encoder = types.SimpleNamespace(input_size=[8, 8, 8], clip_range=[-1000, 1000])
+    count = classification_pictures.draw_errors(tmp_path / "errors.png", together, cases, encoder)
+    assert count == len(shown["labels"])
+    if classes == 2:
+        assert shown["labels"] == [
+            "label1, p(label1) = 0.400, threshold 0.550: a",
+            "label0, p(label1) = 0.500, threshold 0.400: b",
+            "label1, p(label1) = 0.650, threshold 0.700: d",
+        ]
+        assert shown["title"].startswith("3 of 3 errors, farthest from the threshold first; ")
+    else:
+        assert all("threshold" not in text for text in (shown["title"], *shown["labels"]))
+    assert len(together.metrics["notes"]) == 1 and together.metrics["auc_interval"] is None

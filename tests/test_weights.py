@@ -5,8 +5,10 @@ import collections
 import json
 import pathlib
 import pickle
+import random
 import struct
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -23,6 +25,7 @@ from dino3d.finetune.encoder import ENCODER, load_encoder
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer
 
 SIZE, PATCH = (24, 24, 12), (12, 12, 6)
+GIVEN = dict.fromkeys(ENCODER)
 
 
 def tiny(img_size=SIZE, patch_size=PATCH, **more):
@@ -186,6 +189,30 @@ def test_a_file_of_torch_save_named_safetensors_loads(tmp_path):
     assert same(load(tmp_path / "model.safetensors"), TEACHER)
 
 
+def test_damaged_safetensors_load_or_are_refused_in_one_line(tmp_path):
+    path, whole, outcomes = tmp_path / "model.safetensors", safetensors_bytes(TEACHER), set()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    for seed in range(150):
+        rng, content = random.Random(seed), bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(whole) if seed % 5 == 0 else length)
+            content[at : at + rng.choice([0, 1, 1, 4])] = rng.choice([rng.randbytes(1), b"9", b'"', b"", b"\0" * 5])
+        path.write_bytes(content)
+        try:
+            load_any(path)
+            outcomes.add("loaded")
+        except ValueError as error:
+            assert "model.safetensors: " in str(error) and str(error).isprintable() and len(str(error)) < 700, seed
+            outcomes.add("refused")
+    assert outcomes == {"loaded", "refused"}
+
+
+def load_any(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        utils.load_pretrained_weights(tiny(), path)
+
+
 def test_broken_safetensors_are_refused(tmp_path, monkeypatch):
     path, whole = tmp_path / "model.safetensors", safetensors_bytes(TEACHER)
     for content in (whole[:-1], whole[:100], b"", b"text", struct.pack("<Q", 1 << 60) + whole[8:]):
@@ -247,6 +274,7 @@ REFUSED = {  # what the file holds, the key, what the message says
     "not finite": (TEACHER | {"norm.bias": torch.full((12,), torch.inf)}, "teacher", "not finite .* in norm.bias"),
     "sparse": (TEACHER | {"norm.bias": torch.ones(12).to_sparse()}, "teacher", "does not fit the model"),
     "no weights": ({"epoch": 3}, "teacher", "it has no tensors, only epoch"),
+    "a tensor": (torch.ones(2), "teacher", "holds a Tensor, expected a checkpoint's dict"),
     "no dict": ([TEACHER], "teacher", "holds a list, expected a checkpoint's dict"),
     "a name with control characters": (
         {"\x1b[31mred\nline": TEACHER, "b": STUDENT},
@@ -265,6 +293,8 @@ def test_refusals_name_what_is_there(name, tmp_path):
     with pytest.raises(ValueError, match=says) as caught:
         utils.load_pretrained_weights(model, tmp_path / "file.pth", key)
     assert str(caught.value).isprintable()
+    with pytest.raises(UserError, match="--pretrained_weights .*file.pth"):
+        load_encoder(str(tmp_path / "file.pth"), key, GIVEN | {"patch_size": list(PATCH), "input_size": list(SIZE)})
     assert same(model.state_dict(), before)
 
 
@@ -362,9 +392,6 @@ def pretrained(tmp_path, monkeypatch):
         return str(tmp_path / name), state
 
     return write
-
-
-GIVEN = dict.fromkeys(ENCODER)
 
 
 def test_equal_sizes_load_to_the_last_bit(pretrained):

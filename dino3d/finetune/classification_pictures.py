@@ -77,7 +77,7 @@ def draw_errors(path: Path | str, together: PooledPredictions, cases: Any, encod
         labels.append(f"label{together.labels[i]}, {said}: {cases.names[together.numbers[i]]}")
     first = "farthest from the threshold" if cases.classes == 2 else "most confident"
     shown = f"{len(rows)} of {len(wrong)} errors, {first} first"
-    title = f"{shown}; axial planes from below to above, coronal, sagittal (anterior on the left); {EVEN}"
+    title = f"{shown}; axial from below to above, coronal, sagittal (anterior on the left); {EVEN}"
     if not rows:
         rows, labels, title = [[np.zeros((8, 64))]], ["no errors"], ""
     save_picture(path, montage(rows, labels, title))
