@@ -579,9 +579,11 @@ def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], 
         with contextlib.suppress(StopRequested):  # the case at hand is not done
             for at in predictions.share():
                 runtime.stop_signal.check()
-                predictions.attempt(
+                rows = predictions.attempt(
                     at, lambda at=at: predict_case(paths[at], masks[at], networks, config, settings, runtime)
                 )
+                if rows:
+                    print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml" for _, ml in rows), flush=True)
         predictions.finish(lambda table: f"masks    {output_dir}\nvolumes  {predictions.table}")
 
 
@@ -605,9 +607,7 @@ def predict_case(
     except OSError as error:
         raise UserError(f"{target}: can't be written ({error.strerror or error})") from error
     counts = np.bincount(voxels_of(predicted).ravel(), minlength=config["classes"])[1:]
-    volumes = [float(n * np.prod(image.GetSpacing()) / 1000) for n in counts]
-    print(f"{path}: " + ", ".join(f"{ml:.3g} ml" for ml in volumes), flush=True)
-    return list(enumerate(volumes, 1))
+    return [(k, float(n * np.prod(image.GetSpacing()) / 1000)) for k, n in enumerate(counts, 1)]
 
 
 def without_suffix(name: str) -> str:

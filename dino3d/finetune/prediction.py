@@ -90,8 +90,11 @@ class Predictions:
         if self.runtime.processes.is_main and time.monotonic() - self._written > TABLE_EVERY:
             self.write()
 
-    def attempt(self, at: int, predict: Callable[[], Sequence[Sequence[Any]]]) -> None:
-        """Add the rows that `predict` gives, or the reason why it gives none. Raises UserError, Preempted."""
+    def attempt(self, at: int, predict: Callable[[], Sequence[Sequence[Any]]]) -> Sequence[Sequence[Any]]:
+        """Add, and return, the rows that `predict` gives, or add the reason why it gives none.
+
+        Raises UserError, Preempted.
+        """
         try:
             rows, reason = predict(), ""
         except (UserError, Preempted):  # concern all files
@@ -99,6 +102,7 @@ class Predictions:
         except Exception as error:
             rows, reason = [], reason_of(error)
         self.fail(at, reason) if reason else self.add(at, rows)
+        return rows
 
     def fail(self, at: int, reason: str) -> None:
         """Keep, and print, why a file has no prediction."""
