@@ -337,7 +337,7 @@ def bad_scans(folder):
     volume("nan.nii.gz", nan, "has voxels that are NaN or infinite")
     volume("time.nii.gz", np.stack([noise] * 2, 3), "is a 4D image")
     volume("flat.nii.gz", noise[:, :, :10], "too few slices: 10", "left out")
-    volume("mask.nii.gz", (noise > 0).astype(np.uint8), "not a thorax CT in HU: values from 0 to 1", "left out")
+    volume("mask.nii.gz", (noise > 0).astype(np.uint8), "a mask, not a CT: 2 whole values from 0 to 1", "left out")
     sheared = sitk.GetImageFromArray(noise.astype(np.int16))
     write_image(folder / "sheared.mha", sheared)
     content = (folder / "sheared.mha").read_bytes().replace(b"Matrix = 1 0 0 0 1 0", b"Matrix = 1 0 0 0.5 1 0")

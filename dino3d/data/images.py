@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from dino3d.data.conventions import LPS, DataError, LeftOut
 from dino3d.data.nifti import save_nifti
+from dino3d.data.requirements import no_image, not_hu
 from dino3d.data.volume import Volume
 
 UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # ITK's directions, which are LPS, of an image along the world's RAS axes
@@ -59,15 +60,11 @@ def affine_of(image: sitk.Image) -> np.ndarray:
 
 
 def require_ct(image: sitk.Image, source: str) -> None:
-    """Raise DataError for an image of one value, LeftOut for one without air or lung: a mask, an MR, unscaled
-    values."""
-    extremes = sitk.MinimumMaximumImageFilter()
-    extremes.Execute(image)
-    low, high = extremes.GetMinimum(), extremes.GetMaximum()
-    if low == high:
-        raise DataError(source, f"constant: the same value in all voxels ({low:g})")
-    if low > -200:
-        raise LeftOut(source, f"not a thorax CT in HU: values from {low:g} to {high:g}, nothing as dark as lung or air")
+    """Raise DataError for an image of one value, LeftOut for one that is no CT in HU; see `requirements`."""
+    voxels = voxels_of(image)
+    problem = no_image(voxels) or not_hu(voxels)
+    if problem:
+        raise (DataError if problem.startswith("constant") else LeftOut)(source, problem)
 
 
 def save_image(path: Path | str, image: sitk.Image) -> None:
