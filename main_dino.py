@@ -32,10 +32,11 @@ import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line, weights
 from dino3d.command_line import UserError, format_values, number
-from dino3d.data.conventions import DataError
+from dino3d.data.conventions import HDF5_SUFFIXES, DataError, is_kind
 from dino3d.data.layouts import list_volumes, none_found, read_data_list
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
+from dino3d.data.requirements import odd_headers
 from dino3d.files import truncate_log, write_config
 from dino3d.training import checkpoint
 from dino3d.training.loading import next_batch, reading_processes
@@ -339,6 +340,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
 
     # ---------------------------------------------------------------------------------------------------------- data
     paths = processes.run_on_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
+    notices += processes.run_on_main(lambda: odd_headers(paths))
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
@@ -1002,11 +1004,11 @@ def run_summary(
         f"base patch {format_values(crops.patch_size)}, 2 global views {format_values(crops.global_size)}, "
         f"{crops.local_number} local views {format_values(crops.local_size)}; " + ", ".join(crops.policy.on) + " on",
     ]
-    nifti = sum(path.endswith((".nii", ".nii.gz")) for path in paths)
-    if nifti:
+    raw = [path for path in paths if not is_kind(path, HDF5_SUFFIXES)]
+    if raw:
         lines.append(
-            f"{nifti} of the volumes are NIfTI: a .nii.gz is unpacked whole for every patch, about 80 times "
-            "slower than reading a converted file (see docs/data.md)"
+            f"{len(raw)} of the volumes are not converted, such as {raw[0]}: each is read whole for every patch, about "
+            "80 times slower than a converted file; prepare_data.py nlst converts them (see docs/data.md)"
         )
     if progress.step:
         lines.append(f"resuming after step {progress.step}, epoch {progress.epoch}")

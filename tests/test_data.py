@@ -475,7 +475,7 @@ BROKEN = {  # name: (suffix, how the file is made, what the message says)
     "zero bytes nifti gz": (".nii.gz", lambda path: path.write_bytes(b""), "the file is empty"),
     "text hdf5": (".hdf5", lambda path: path.write_text("<html>404</html>\n" * 200), "signature not found"),
     "text nifti": (".nii", lambda path: path.write_text("<html>404</html>\n" * 200), "file type"),
-    "a folder": (".hdf5", lambda path: path.mkdir(), "is a folder with 0 DICOM series"),
+    "a folder": (".hdf5", lambda path: path.mkdir(), "a folder with 0 DICOM series"),
     "other hdf5": (".h5", empty_hdf5, "no ITKImage/0/VoxelData: not an ITK"),
     "no directions": (".hdf5", lambda path: itk_bytes(path, Directions=None), "no ITKImage/0/Directions"),
     "no spacing": (".hdf5", lambda path: itk_bytes(path, Spacing=None), "no ITKImage/0/Spacing"),

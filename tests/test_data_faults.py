@@ -213,7 +213,9 @@ def start(copies, out, *more):
 def test_a_run_whose_storage_hangs_ends_and_names_the_file(copies, tmp_path):
     os.unlink(copies[4])
     os.mkfifo(copies[4])  # opened without end, as nobody writes to it
-    process = start(copies, tmp_path / "out", "--epochs", 50, "--num_workers", 2, "--read_timeout", 3)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in copies))  # a search passes pipes over
+    flags = ["--epochs", 50, "--num_workers", 2, "--read_timeout", 3, "--data_list", tmp_path / "list.txt"]
+    process = start(copies, tmp_path / "out", *flags)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = [line for line in without_progress(errors) if line.startswith("error: ")]

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from augmentations import PATCH_VIEW, MultiCropAugmentation, ViewBatch, ViewParameters, collate_views, keyed_rng
-from dino3d.data.conventions import DataError
+from dino3d.data.conventions import HDF5_SUFFIXES, DataError, is_kind
+from dino3d.data.requirements import no_image, not_hu
 from dino3d.data.volume import Volume
 
 PATCHES_PER_READ = 8  # patches of one volume that follow each other in an epoch, read with one opening of its file
@@ -73,6 +74,7 @@ class PretrainingPatches(Dataset):
         self.patches_per_volume, self.strict = patches_per_volume, strict
         self.max_bad = len(paths) if max_bad is None else max_bad
         self._epoch, self._bad = None, {}  # {path: reason} that this worker has met in the epoch: not tried again
+        self._looked_at = set()  # files of others that this worker knows to be CTs in HU
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
         """The samples of a batch, or [Failure]; neighbours from one volume share one opening of its file."""
@@ -92,6 +94,7 @@ class PretrainingPatches(Dataset):
                                 opened.close()
                             opened = None
                             opened = Volume(path)
+                            self._require_ct(opened)
                         patch, views, spacing = self._draw(opened, epoch, sample)
                         samples.append(Sample(patch, views, bad, path, spacing))
                         break
@@ -115,6 +118,16 @@ class PretrainingPatches(Dataset):
             if opened is not None:
                 opened.close()
         return samples
+
+    def _require_ct(self, volume: Volume) -> None:
+        """Raise DataError where a file that no conversion has looked at is no CT in HU, which a patch may not tell."""
+        path = volume.path
+        if is_kind(path, HDF5_SUFFIXES) or path in self._looked_at:
+            return
+        voxels = volume.read()
+        if problem := no_image(voxels) or not_hu(voxels):
+            raise DataError(path, problem)
+        self._looked_at.add(path)
 
     def _draw(
         self, volume: Volume, epoch: int, sample: int

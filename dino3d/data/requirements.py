@@ -5,13 +5,15 @@ many there are.
 """
 
 import collections
+import contextlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dino3d.data.conventions import AIR, DataError, format_size
+from dino3d.data.conventions import AIR, HDF5_SUFFIXES, DataError, format_size, is_kind
 from dino3d.data.volume import Volume
 
 # ------------------------------------------------------------------------------------------------ is it a CT, in HU?
@@ -91,6 +93,9 @@ def _sampled(voxels: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- what is seen
 
 
+LOOKED_INTO = 200  # files of a large data set, whose headers tell what is odd in it
+
+
 class Header(NamedTuple):
     """shape: (3,) voxels; spacing: (3,) mm; both along the axes of RAS; notes: see Volume."""
 
@@ -134,6 +139,23 @@ def note_lines(paths: Sequence[str], notes: Sequence[Sequence[str]]) -> list[str
         return []
     path, lines = noted[0]
     return [f"note: {len(noted)} of {len(paths)} files can be read in two ways, such as {path}: {'; '.join(lines)}"]
+
+
+def odd_headers(paths: Sequence[str]) -> list[str]:
+    """[] or [one line]: of the files that no conversion has read, those that can be read in two ways.
+
+    Looks into LOOKED_INTO of them at most, evenly spread; what can't be read is told when its turn comes.
+    """
+    raw = [path for path in paths if not is_kind(path, HDF5_SUFFIXES)]
+    raw = [raw[i] for i in np.linspace(0, len(raw) - 1, min(len(raw), LOOKED_INTO)).round().astype(int)]
+
+    def notes_of(path: str) -> tuple[str, ...]:
+        with contextlib.suppress(DataError), Volume(path) as volume:
+            return volume.notes
+        return ()
+
+    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
+        return note_lines(raw, list(pool.map(notes_of, raw)))
 
 
 def hu_warnings(paths: Sequence[str], problems: Sequence[str], share: float = 0.0) -> list[str]:
