@@ -309,6 +309,9 @@ def fit_pos_embed(
     notices = []
     for name in [name for name in model.state_dict() if name.rpartition(".")[2] == "pos_embed" and name in found]:
         owner, old = model.get_submodule(name.rpartition(".")[0]), found[name]
+        projection = found.get(name.removesuffix("pos_embed") + "patch_embed.proj.weight")
+        if not hasattr(owner, "grid_size") or tuple(getattr(projection, "shape", ())[2:]) not in ((), owner.patch_size):
+            continue  # another ViT, or other patches: a misfit that is told
         grid, patch, size = owner.grid_size, owner.patch_size, trained_input_size(checkpoint)
         shown, new = (" x ".join(map(str, one)) for one in (grid, owner.img_size))
         if old.ndim != 3 or old.shape[2] != owner.embed_dim or not old.is_floating_point():

@@ -490,6 +490,14 @@ def test_older_args_tell_the_grid_too(tmp_path):
     torch.testing.assert_close(model.state_dict()["pos_embed"].double(), wanted, atol=1e-5, rtol=0)
 
 
+def test_other_patches_are_told_by_their_projection(pretrained):
+    path, _ = pretrained(SIZE)
+    with pytest.raises(
+        UserError, match=r"patch_embed.proj.weight .*12, 12, 6\) instead of .*6, 12, 12\)"
+    ):
+        main_dino.load_initial_weights(MultiCropWrapper(tiny(SIZE, (6, 12, 12)), DINOHead(12, 16)), path, "teacher")
+
+
 def test_a_config_that_its_own_tensors_contradict(pretrained):
     path, _ = pretrained(SIZE, input_size=[48, 48, 12])
     with pytest.raises(UserError, match=r"pos_embed \(1, 9, 12\), where its config says an input of 48 48 12 voxels"):
