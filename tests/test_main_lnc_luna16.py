@@ -961,6 +961,15 @@ def test_data_dir_is_needed(capsys):
     assert code == 2 and len(errors) == 1 and "--data_dir" in errors[0]
 
 
+def test_another_input_size_than_the_checkpoints(crops, tmp_path, capsys, weights):
+    """What is loaded then, test_weights.py holds to scipy."""
+    flags = ["--data_dir", crops, "--output_dir", tmp_path, "--pretrained_weights", weights, "--protocol", "knn"]
+    code, said, errors = run_main(capsys, *flags, "--input_size", 36, 24, 18, tiny=TINY[6:])
+    assert code == 0 and not errors, errors
+    assert "this is 36 x 24 x 18: its position embedding is interpolated (trilinear)" in said
+    assert torch.load(tmp_path / "0" / "best.pth")["config"]["input_size"] == [36, 24, 18]
+
+
 def test_folders_and_weights(crops, tmp_path, capsys, weights):
     (tmp_path / "pretraining").mkdir()
     (tmp_path / "pretraining" / "checkpoint.pth").touch()

@@ -483,7 +483,6 @@ def test_training_starts_from_the_checkpoint(cases, tmp_path, weights, key):
     [
         ["--arch", "vit_small"],
         ["--patch_size", "6", "6", "6"],
-        ["--input_size", "36", "36", "18"],
         ["--clip_range", "-1000", "1000"],
         ["--spacing", "2", "2", "3"],
     ],
@@ -494,6 +493,15 @@ def test_flags_that_contradict_the_checkpoint(cases, tmp_path, weights, flags):
         run_main("--data_dir", cases, "--output_dir", tmp_path, "--pretrained_weights", weights, *flags, tiny=TINY[6:]),
         f"{flags[0]} {' '.join(flags[1:])} contradicts --pretrained_weights",
     )
+
+
+def test_another_input_size_than_the_checkpoints(cases, tmp_path, weights):
+    """One step, and the line that says so; what is loaded then, test_weights.py holds to scipy."""
+    flags = ["--data_dir", cases, "--output_dir", tmp_path, "--pretrained_weights", weights, "--max_steps", 1]
+    code, said, errors = run_main(*flags, "--input_size", 36, 36, 18, tiny=TINY[6:])
+    assert code == 0 and not errors, errors
+    assert "this is 36 x 36 x 18: its position embedding is interpolated (trilinear)" in said
+    assert torch.load(tmp_path / "0" / "checkpoint.pth")["config"]["input_size"] == [36, 36, 18]
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
@@ -1183,9 +1191,10 @@ def test_odd_cases_that_work(cases, tmp_path):
         assert code == 0 and not errors, errors
         notes = [line for line in said.splitlines() if line.startswith(("note:", "warning:"))]
         assert (
-            len(notes) == 2 and "smaller than the window of 24 24 12 voxels" in notes[1] and "lung_000" in notes[1]
+            len(notes) == 3 and "smaller than the window of 24 24 12 voxels" in notes[1] and "lung_000" in notes[1]
         ), notes
         assert "without a labelled voxel" in notes[0] and "lung_001" in notes[0]
+        assert "no 95 % interval: 2 cases" in notes[2]
         assert {row["case"] for row in table(out)} == tests[seed]
         for row in table(out):
             assert (

@@ -492,9 +492,7 @@ def test_older_args_tell_the_grid_too(tmp_path):
 
 def test_other_patches_are_told_by_their_projection(pretrained):
     path, _ = pretrained(SIZE)
-    with pytest.raises(
-        UserError, match=r"patch_embed.proj.weight .*12, 12, 6\) instead of .*6, 12, 12\)"
-    ):
+    with pytest.raises(UserError, match=r"patch_embed.proj.weight .*12, 12, 6\) instead of .*6, 12, 12\)"):
         main_dino.load_initial_weights(MultiCropWrapper(tiny(SIZE, (6, 12, 12)), DINOHead(12, 16)), path, "teacher")
 
 
