@@ -39,7 +39,7 @@ from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
 from dino3d.files import truncate_log, write_config
 from dino3d.training import checkpoint
-from dino3d.training.loading import next_batch, reading_processes
+from dino3d.training.loading import next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from utils import cosine_schedule, linear_schedule
@@ -452,7 +452,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=prefetch,
-        worker_init_fn=checkpoint.ignore_signals,
+        worker_init_fn=start_reading_process,
         pin_memory=processes.device.type == "cuda",
     )
     monitor = Monitor(

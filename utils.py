@@ -22,6 +22,7 @@ from dino3d.launch import meet, read_environment
 from dino3d.run_lock import own_folder
 from dino3d.weights import load_file, load_pretrained_weights  # noqa: F401  users import them from here
 
+EXIT_FILES = 124  # of a loader's reading process that may open no more files
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ------------------------------------------------------------------------------------------------- errors and flags
@@ -230,6 +231,8 @@ def is_worker_death(error: Exception) -> bool:
 
 
 def worker_death(error: Exception) -> str:
+    if f"exit code {EXIT_FILES}" in str(error):
+        return "a reading process may open no more files: allow more (ulimit -n 4096), or lower --num_workers"
     return (
         f"a reading process died ({str(error).splitlines()[0]}): if memory or /dev/shm ran out, lower --num_workers or "
         "--batch_size_per_gpu"

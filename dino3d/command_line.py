@@ -41,6 +41,7 @@ class Preempted(Exception):
 
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+ENOUGH_FILES = 1 << 16
 EXIT_INTERRUPTED = 130  # as shells tell that Ctrl-C ended a program
 # Seconds in which a second signal is no second request: a launcher passes on what all have got already
 ONE_REQUEST = 1.0
@@ -65,11 +66,13 @@ def exit_status(
     raised
     """
     set_up_console()
-    interruption = Interruption()
+    limit = allow_open_files()
+    interruption, hook = Interruption(), sys.unraisablehook
     try:
         try:
             main()
         finally:
+            sys.unraisablehook = lambda what: None  # of what is given up half made, such as a loader
             end_workers()
         return 0, True
     except Preempted as ending:
@@ -84,7 +87,12 @@ def exit_status(
         return EXIT_INTERRUPTED, False
     except Exception as error:
         message = explain(error)
-        if message is None and isinstance(error, OSError):
+        if "Too many open files" in str(error):
+            message = (
+                f"too many open files at once ({limit} are allowed): allow more (ulimit -n 4096), or lower the number "
+                "of reading processes (--num_workers, --workers)"
+            )
+        elif message is None and isinstance(error, OSError):
             message = str(error)  # a full disk, a folder that vanished: it says what and where
         if message is None:
             raise
@@ -92,6 +100,7 @@ def exit_status(
         return 1, False
     finally:
         interruption.ignore_repeated()
+        sys.unraisablehook = hook
 
 
 class Interruption:
@@ -186,6 +195,23 @@ def set_up_console() -> None:
             setattr(sys, name, stream)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="console")
+
+
+def allow_open_files() -> int:
+    """Allow this process as many open files as it may have, which is often more than it begins with; returns that."""
+    try:
+        import resource
+    except ImportError:  # another system, which sets no such limit
+        return 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+        except (OSError, ValueError):
+            pass
+    return soft
 
 
 def available_cores() -> int:

@@ -31,14 +31,13 @@ from dino3d.training.checkpoint import (
     Checkpoints,
     Saving,
     StopRequested,
-    ignore_signals,
     load_on_all,
     load_parts,
     load_progress,
     save_checkpoint,
 )
 from dino3d.training.events import EventWriter
-from dino3d.training.loading import next_batch
+from dino3d.training.loading import next_batch, start_reading_process
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 
 
@@ -317,7 +316,7 @@ def train_fold(
             batch_sampler=sampler,
             collate_fn=collate_crops,
             num_workers=runtime.workers,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_reading_process,
             pin_memory=processes.device.type == "cuda",
         )
     )

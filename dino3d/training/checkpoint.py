@@ -487,7 +487,7 @@ class StopRequested(BaseException):
     catches it, and ends the run together with them."""
 
 
-def ignore_signals(_: int) -> None:
-    """worker_init_fn of a DataLoader: a signal to all processes of a run is for the main ones to heed."""
+def ignore_signals() -> None:
+    """In a reading process: a signal to all processes of a run is for the main ones to heed."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -5,6 +5,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from utils import is_worker_death
+
 
 class EventWriter:
     """TensorBoard's SummaryWriter, until something goes wrong: a warning then, and nothing is written any more.
@@ -44,6 +46,8 @@ class EventWriter:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
+        if is_worker_death(error):  # raised wherever the main thread happens to be
+            raise error
         self._writer = None
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         print(

@@ -1,12 +1,15 @@
 """The DataLoader's reading processes: how many, and the next of their batches."""
 
+import errno
+import multiprocessing.queues
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from dino3d.command_line import UserError, available_cores
-from utils import Processes, is_worker_death, worker_death
+from dino3d.training.checkpoint import ignore_signals
+from utils import EXIT_FILES, Processes, is_worker_death, worker_death
 
 READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
 
@@ -42,6 +45,21 @@ def reading_processes(wanted: int | None, processes: Processes, batch_bytes: int
         1 if fits else None,
         [shortage + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"],
     )
+
+
+def start_reading_process(_: int) -> None:
+    """worker_init_fn of a DataLoader: signals are for the main process, and a batch that can't be handed over ends the
+    reading process, where torch would lose it and wait for it without end."""
+    ignore_signals()
+    told = multiprocessing.queues.Queue._on_queue_feeder_error  # a hook, as the standard library uses it too
+
+    def end(error: Exception, batch: Any) -> None:
+        if getattr(error, "errno", None) == errno.EMFILE or "Too many open files" in str(error):
+            os._exit(EXIT_FILES)
+        told(error, batch)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
 
 
 def next_batch(batches: Iterator[Any], record: Callable[[Any], None] = lambda batch: None) -> Any:
