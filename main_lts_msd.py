@@ -31,9 +31,10 @@ from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_polic
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError, stem
-from dino3d.data.images import read_image, require_ct, voxels_of
+from dino3d.data.images import read_image, voxels_of
 from dino3d.data.layouts import Pair, find_pairs
 from dino3d.data.parallel import progress
+from dino3d.data.requirements import require_ct
 from dino3d.data.volume import Volume
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
@@ -598,7 +599,7 @@ def predict_case(
     """(class, millilitres) of each foreground class in a volume, whose mask is then written. Raises DataError,
     UserError."""
     image = read_image(path)
-    require_ct(image, path)
+    require_ct(voxels_of(image), path)
     predicted = mask_of(networks, image, config["spacing"], settings, runtime)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

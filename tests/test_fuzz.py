@@ -44,7 +44,11 @@ from dino3d.command_line import UserError  # noqa: E402
 from dino3d.data import dicom, images, itk  # noqa: E402
 from dino3d.data.conventions import DataError  # noqa: E402
 from dino3d.data.hdf5 import write_volume  # noqa: E402
-from dino3d.data.layouts import list_volumes, read_data_list  # noqa: E402
+from dino3d.data.layouts import (  # noqa: E402
+    find_task,  # noqa: E402
+    list_volumes,
+    read_data_list,
+)
 from dino3d.data.scans import find_scans  # noqa: E402
 from dino3d.data.volume import Volume  # noqa: E402
 from dino3d.files import truncate_log  # noqa: E402
@@ -53,7 +57,6 @@ from dino3d.finetune.splits import make_splits  # noqa: E402
 from dino3d.prepare import (
     conversion,  # noqa: E402
     luna16,  # noqa: E402
-    msd,  # noqa: E402
 )
 from dino3d.training import checkpoint  # noqa: E402
 
@@ -628,7 +631,7 @@ KINDS = {  # file, family, [(reader, what it may raise)]
     "annotations": ("annotations.csv", "table", [(lambda path: luna16.read_candidates(path.parent), UserError)]),
     "patients": ("patients.csv", "table", [(luna16.read_patients, UserError)]),
     "manifest": ("manifest.csv", "table", [(lambda path: conversion.Records(path.parent).earlier, UserError)]),
-    "index": ("dataset.json", "json", [(lambda path: msd.decathlon(path.parent), (UserError, DataError))]),
+    "index": ("dataset.json", "json", [(lambda path: find_task(path.parent), DataError)]),
     "splits": ("splits.json", "json", [(splits, UserError)]),
     "list": ("data_list.txt", "text", [(listed, DataError)]),
     "log": ("log.txt", "text", [(lambda path: truncate_log(path, 3), ())]),

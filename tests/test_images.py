@@ -25,6 +25,7 @@ from dino3d.data.hdf5 import write_volume
 from dino3d.data.images import read_image
 from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, read_pair
 from dino3d.data.pretraining import block_mean
+from dino3d.data.requirements import require_ct
 from dino3d.data.resampling import crop_at
 from dino3d.data.volume import Volume, to_classes
 from dino3d.prepare.phantoms import chest_phantom
@@ -476,9 +477,9 @@ def test_images_that_are_no_ct_of_a_thorax():
         (noise((4, 3, 5), -190, 900), LeftOut, "nothing as dark as air or lung"),
     ):
         with pytest.raises(kind, match=reason) as error:
-            images.require_ct(ras_image(itk_image(voxels.astype(np.int16))), "scan")
+            require_ct(voxels.astype(np.int16), "scan")
         assert error.value.path == "scan" and type(error.value) is kind
-    images.require_ct(ras_image(itk_image(noise((4, 3, 5), -900, 900).astype(np.int16))), "scan")
+    require_ct(noise((4, 3, 5), -900, 900).astype(np.int16), "scan")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
@@ -1160,7 +1161,7 @@ def test_a_missing_folder_of_crops_or_pairs_is_named(tmp_path):
     for find, folder, wrong in (
         (find_crops, "gone", "gone"),
         (find_crops, "file", "file"),
-        (find_pairs, "gone", "gone/images"),
+        (find_pairs, "gone", "gone"),
         (find_pairs, "half", "half/labels"),
     ):
         with pytest.raises(DataError, match="no such folder|is a file, expected a folder") as error:
@@ -1208,8 +1209,8 @@ def test_everything_that_is_wrong_with_pairs_is_named(tmp_path):
         "labels/deeper/a.nii.gz": (
             f"has the same name as {tmp_path / 'labels/a.nii.gz'}: expected one file of each name"
         ),
-        "images/b.nii.gz": "has no label of the same name in labels/",
-        "labels/c.nii.gz": "has no image of the same name in images/",
+        "images/b.nii.gz": "has no label of the same name",
+        "labels/c.nii.gz": "has no image of the same name",
     }
     assert [pair.name for pair in pairs] == ["a"]
     touch(tmp_path, "empty/images/x.txt", "empty/labels/x.txt")

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.data.conventions import LPS, DataError, LeftOut
+from dino3d.data.conventions import LPS
 from dino3d.data.nifti import save_nifti
-from dino3d.data.requirements import no_image, not_hu
 from dino3d.data.volume import Volume
 
 UPRIGHT = np.diag([-1.0, -1.0, 1.0])  # ITK's directions, which are LPS, of an image along the world's RAS axes
@@ -57,14 +56,6 @@ def affine_of(image: sitk.Image) -> np.ndarray:
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
     return LPS @ affine
-
-
-def require_ct(image: sitk.Image, source: str) -> None:
-    """Raise DataError for an image of one value, LeftOut for one that is no CT in HU; see `requirements`."""
-    voxels = voxels_of(image)
-    problem = no_image(voxels) or not_hu(voxels)
-    if problem:
-        raise (DataError if problem.startswith("constant") else LeftOut)(source, problem)
 
 
 def save_image(path: Path | str, image: sitk.Image) -> None:

@@ -1,16 +1,17 @@
 """What is found below a folder: volumes at any depth, labelled crops, and images with their labels."""
 
 import codecs
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dino3d.command_line import available_cores
-from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, one_line, stem
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, one_line, stem
 from dino3d.data.geometry import other_grid
 from dino3d.data.scans import Found, find_scans
 from dino3d.data.volume import Volume
@@ -23,7 +24,7 @@ def find_volumes(folder: Path | str) -> list[str]:
     Hidden files and folders are left out. Raises DataError for a folder that is missing, no folder, or can't be listed:
     going on without it would silently leave out patients.
     """
-    return [scan.name for scan in _find(folder).scans]
+    return [scan.name for scan in _find(folder, workers=0).scans]
 
 
 def find_unlabelled(folder: Path | str) -> tuple[list[str], str]:
@@ -31,7 +32,7 @@ def find_unlabelled(folder: Path | str) -> tuple[list[str], str]:
 
     What is a label is told by its path, see `is_label_path`. Raises DataError, as `find_volumes`.
     """
-    found = _find(folder)
+    found = _find(folder, available_cores())
     labels = [scan.name for scan in found.scans if is_label_path(scan.name)]
     told = [f"{len(labels)} labels or masks, such as {labels[0]}"] if labels else []
     passed_over = ", ".join([*told, *filter(None, [found.passed_over()])])
@@ -46,14 +47,33 @@ def none_found(passed_over: str) -> str:
     )
 
 
-def _find(folder: Path | str) -> Found:
+def _find(folder: Path | str, workers: int) -> Found:
     if not os.path.isdir(folder):
         raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
-    found = find_scans(folder, workers=available_cores())
+    found = find_scans(folder, workers=workers)
     unlisted = [scan.problem for scan in found.problems if "can't be listed" in scan.problem.reason]
     if unlisted:
         raise unlisted[0]
     return found
+
+
+# What masks and labels are called, in lower case
+LABEL_FOLDERS = re.compile(
+    r"(labels?|masks?|segs?|segmentations?|seg_?masks?|annotations?|ground_?truths?|gt)(_?(tr|ts|train|test|val))?"
+    r"|seg-lungs-luna16|\w+[_ -](masks?|segmentations?)"
+)
+LABEL_FILES = re.compile(
+    r"(labels?|labelmap|masks?|seg|segmentations?)([_-]\d+)?|.+[_. -](labels?|labelmap|masks?|seg|segmentations?)"
+)
+
+
+def is_label_path(path: str) -> bool:
+    """Whether a volume is a mask or label by its own name or by that of a folder on its path.
+
+    path: relative to the folder that was given, whose own name does not count
+    """
+    *folders, name = path.lower().split(os.sep)
+    return any(LABEL_FOLDERS.fullmatch(folder) for folder in folders) or bool(LABEL_FILES.fullmatch(stem(name)))
 
 
 def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[str]:
@@ -95,11 +115,6 @@ def list_volumes(folder: Path | str, index: Path | str) -> tuple[list[str], str]
     return [os.path.join(folder, name) for name in names], passed_over
 
 
-def is_label_path(name: str) -> bool:
-    """stands in until the real one is merged"""
-    return bool(re.search(r"(^|/)(labels?(Tr|Ts)?|segmentations?|masks?)/", name))
-
-
 # --------------------------------------------------------------------------------------------- the layouts with labels
 
 
@@ -113,11 +128,12 @@ class Crop(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A case for segmentation: its name, and the files of its image and of its label."""
+    """A case for segmentation: its name, the files of its image and of its label, and the classes that it may have."""
 
     name: str
     image: str
     label: str
+    classes: tuple[int, ...] | None = None
 
 
 def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
@@ -181,38 +197,199 @@ def _class_of(folder: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def find_pairs(folder: Path | str) -> tuple[list[Pair], list[DataError]]:
-    """(Pairs, DataErrors) of `images/<name>.nii.gz` with `labels/<name>.nii.gz`, paired by name and sorted.
+class Task(NamedTuple):
+    """What is found for segmentation.
 
-    The errors are images without label, labels without image and names that stand for two files. Raises DataError for
-    a folder that is missing or can't be listed.
+    form: what to call how it lies there; cases: Pairs sorted by name, with "" for an image or label that is missing
+    problems: what else is wrong with the names; classes: that dataset.json declares, or None
     """
-    problems, files = [], {}
-    for kind in ("images", "labels"):
-        files[kind] = {}
-        for name in find_volumes(os.path.join(folder, kind)):
-            path = os.path.join(folder, kind, name)
-            first = files[kind].setdefault(stem(name), path)
-            if first != path:
-                problems.append(DataError(path, f"has the same name as {first}: expected one file of each name"))
-    images, labels = files["images"], files["labels"]
-    problems += [
-        DataError(images[name], "has no label of the same name in labels/") for name in sorted(images.keys() - labels)
+
+    form: str
+    cases: list[Pair]
+    problems: list[DataError]
+    classes: tuple[int, ...] | None = None
+
+
+def find_pairs(folder: Path | str) -> tuple[list[Pair], list[DataError]]:
+    """(Pairs, DataErrors) of the cases below a folder, whatever form it has; see `find_task`.
+
+    The errors are images without label, labels without image and names that stand for two files. Raises DataError.
+    """
+    task = find_task(folder)
+    named = {problem.path for problem in task.problems}
+    problems = task.problems + [
+        DataError(case.image or case.label, f"has no {'label' if case.image else 'image'} of the same name")
+        for case in task.cases
+        if not (case.image and case.label) and not named & {case.image, case.label}
     ]
-    problems += [
-        DataError(labels[name], "has no image of the same name in images/") for name in sorted(labels.keys() - images)
-    ]
-    pairs = [Pair(name, images[name], labels[name]) for name in sorted(images.keys() & labels)]
+    pairs = [case for case in task.cases if case.image and case.label]
     if not pairs and not problems:
-        problems.append(DataError(folder, "holds no cases: expected images/<name>.nii.gz and labels/<name>.nii.gz"))
+        problems.append(DataError(folder, f"holds no cases: {EXPECTED_PAIRS}"))
     return pairs, problems
 
 
-def read_pair(pair: Pair, classes: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(image (X, Y, Z) int16 HU, label (X, Y, Z) uint8, affine (4, 4)) of a Pair. Raises DataError where one can't be
-    used, both don't lie on the same grid, or the label has others than `classes`, where those are given."""
+EXPECTED_PAIRS = (
+    "expected images/<name>.nii.gz and labels/<name>.nii.gz, or imagesTr and labelsTr of the Decathlon or nnU-Net"
+)
+
+
+def find_task(folder: Path | str) -> Task:
+    """The Task in a folder: images/ and labels/, or imagesTr/ and labelsTr/ with or without a dataset.json.
+
+    Pairs are those of the index' list, if it has one, and those of one name, from whose image nnU-Net's `_0000` is
+    taken. Raises DataError for a folder that is missing or of none of these forms, and for an index of another kind.
+    """
+    folder = str(folder)
+    if not os.path.isdir(folder):
+        raise DataError(folder, "is a file, expected a folder" if os.path.exists(folder) else "no such folder")
+    kinds, index, form = ("images", "labels"), Index(), "images and labels"
+    if not any(os.path.isdir(os.path.join(folder, kind)) for kind in kinds):
+        kinds, path = ("imagesTr", "labelsTr"), os.path.join(folder, "dataset.json")
+        if os.path.isfile(path):
+            index = read_index(path)
+        elif not any(os.path.isdir(os.path.join(folder, kind)) for kind in kinds):
+            raise DataError(folder, f"holds no cases: {EXPECTED_PAIRS}")
+        form = index.form
+    if index.classes is None:
+        missing = [kind for kind in kinds if not os.path.isdir(os.path.join(folder, kind))]
+        if missing:
+            raise DataError(os.path.join(folder, missing[0]), "no such folder")
+    images, labels = {}, {}  # {name: path}
+    known, problems = set(), []
+    for image, label in index.listed:
+        image = _with_channel(folder, image)
+        own = _case_of(image)
+        name = _free_name(image, images, own.removesuffix("_0000") if own == f"{stem(label)}_0000" else own)
+        images[name], labels[name] = image, label
+        known |= {image, label}
+    found = [_volumes_in(folder, kind, index.suffixes, known) for kind in kinds]
+    for path in found[1]:
+        labels[_add(path, labels, problems, folder)] = path
+    channels = []
+    for path in found[0]:
+        case, channel = re.fullmatch(r"(.*?)(?:_(\d{4}))?", _case_of(path), re.S).groups()
+        if channel is None or _case_of(path) in labels or case not in labels:
+            images[_add(path, images, problems, folder)] = path
+        elif int(channel):
+            channels.append(path)
+        else:
+            images[_add(path, images, problems, folder, case)] = path
+    if channels:
+        raise DataError(
+            os.path.join(folder, channels[0]),
+            f"is a further channel of its case, as {len(channels)} files are: images of one channel, a CT, are read "
+            "here; give a folder without the others",
+        )
+    cases = [
+        Pair(name, *(os.path.join(folder, paths[name]) if name in paths else "" for paths in (images, labels)), classes)
+        for classes in [index.classes]
+        for name in sorted({*images, *labels})
+    ]
+    return Task(form, cases, problems, index.classes)
+
+
+def _volumes_in(folder: str, kind: str, suffixes: tuple[str, ...], known: set[str]) -> list[str]:
+    """Volumes of the folder for a kind that the index has not named, relative to `folder`; none without that folder."""
+    names = find_volumes(os.path.join(folder, kind)) if os.path.isdir(os.path.join(folder, kind)) else []
+    paths = [
+        os.path.join(kind, name) for name in names if is_kind(name, suffixes) or not is_kind(name, VOLUME_SUFFIXES)
+    ]
+    return [path for path in paths if path not in known]
+
+
+def _case_of(path: str) -> str:
+    """Name of the case that a volume is, a file or the DICOM series in a folder."""
+    return stem(path) if is_kind(path, VOLUME_SUFFIXES) else os.path.basename(path.rpartition("#")[0] or path)
+
+
+def _free_name(path: str, taken: Mapping[str, str], name: str = "") -> str:
+    """What to call a case: a second one of a name goes by its path."""
+    name = name or _case_of(path)
+    return path if name in taken else name
+
+
+def _add(path: str, taken: Mapping[str, str], problems: list[DataError], folder: str, name: str = "") -> str:
+    """What to call a case that no list names; a second file of a name is a problem."""
+    free = _free_name(path, taken, name)
+    if free == path:
+        first = os.path.join(folder, taken[name or _case_of(path)])
+        problems.append(
+            DataError(os.path.join(folder, path), f"has the same name as {first}: expected one file of each name")
+        )
+    return free
+
+
+def _with_channel(folder: str, image: str) -> str:
+    """Path of an image that an index names, to whose name nnU-Net 1 adds the channel on the disk."""
+    name = stem(image)
+    other = os.path.join(os.path.dirname(image), name + "_0000" + os.path.basename(image)[len(name) :])
+    missing = not os.path.isfile(os.path.join(folder, image))
+    return other if missing and os.path.isfile(os.path.join(folder, other)) else image
+
+
+class Index(NamedTuple):
+    """What a dataset.json says. listed: (image, label), relative to its folder; suffixes: of the files that count"""
+
+    form: str = "imagesTr and labelsTr without a dataset.json, paired by name, any class is taken"
+    classes: tuple[int, ...] | None = None
+    listed: Sequence[tuple[str, str]] = ()
+    suffixes: tuple[str, ...] = VOLUME_SUFFIXES
+
+
+def read_index(path: str) -> Index:
+    """The Index in a dataset.json of the Decathlon, of nnU-Net 1 or of nnU-Net 2.
+
+    Raises DataError for another file, and for tasks of a kind that is not trained here.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        labels, listed = content["labels"], content.get("training", [])
+        numbers = list(labels.values())
+        if all(re.fullmatch(r"\d+", name) for name in labels):  # {number: name}
+            form, numbers = "the Decathlon's form", [int(name) for name in labels]
+        elif any(isinstance(number, list) for number in numbers):
+            region = next(name for name, number in labels.items() if isinstance(number, list))
+            raise DataError(
+                path, f"has regions that are several labels, such as {region}: expected one number for each name"
+            )
+        elif all(type(number) is int for number in numbers):  # {name: number}
+            form = "nnU-Net's form"
+        else:
+            raise ValueError("labels are neither numbers nor names of numbers")
+        if "ignore" in labels:
+            raise DataError(path, "has a label to ignore, which is not done here: expected labels of classes alone")
+        channels = content.get("channel_names") or content.get("modality") or {"0": "CT"}
+        if len(channels) > 1:
+            told = ", ".join(map(str, channels.values() if isinstance(channels, dict) else channels))
+            raise DataError(path, f"has {len(channels)} channels ({told}): images of one channel, a CT, are read here")
+        if isinstance(content.get("dataset"), dict):  # nnU-Net 2's list
+            listed = [
+                {"image": _only(one["images"], path), "label": one["label"]} for one in content["dataset"].values()
+            ]
+        pairs = [(os.path.normpath(case["image"]), os.path.normpath(case["label"])) for case in listed]
+        ending = content.get("file_ending")
+        if ending is not None and not is_kind(ending, VOLUME_SUFFIXES):
+            raise DataError(path, f"has images of kind {ending}, expected {', '.join(VOLUME_SUFFIXES)}")
+        return Index(form, tuple(sorted(numbers)), pairs, (ending,) if ending else VOLUME_SUFFIXES)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
+        raise DataError(
+            path, f"can't be read as a Decathlon's dataset.json or nnU-Net's ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _only(images: list[str], path: str) -> str:
+    if len(images) > 1:
+        raise DataError(path, f"has cases of {len(images)} channels: images of one channel, a CT, are read here")
+    return images[0]
+
+
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(image (X, Y, Z) int16 HU, label (X, Y, Z) uint8, affine (4, 4)) of a Pair.
+
+    Raises DataError where one can't be used, both don't lie on the same grid, or the label has others than its classes.
+    """
     with Volume(pair.image) as image, Volume(pair.label) as label:
         reason = other_grid(label.shape, label.affine, image.shape, image.affine)
         if reason:
             raise DataError(pair.label, reason)
-        return image.read(), label.read_labels(classes), image.affine
+        return image.read(), label.read_labels(pair.classes), image.affine

@@ -1,4 +1,4 @@
-"""What a data set must be to be trained on: `prepare_data.py check` and the training scripts ask here, and say the same.
+"""What a data set must be to be trained on: `prepare_data.py check` and the training scripts ask here and say the same.
 
 Faults are DataErrors, for which training does not start; what is merely odd is a line. Both name an example and how
 many there are.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino3d.data.conventions import AIR, HDF5_SUFFIXES, DataError, format_size, is_kind
+from dino3d.data.conventions import AIR, HDF5_SUFFIXES, DataError, LeftOut, format_size, is_kind
 from dino3d.data.volume import Volume
 
 # ------------------------------------------------------------------------------------------------ is it a CT, in HU?
@@ -35,6 +35,13 @@ def hu_problem(voxels: np.ndarray) -> str:
     Looks at a part of them, unless that looks wrong: 1 ms for a CT of any size.
     """
     return no_image(voxels) or not_hu(voxels) or too_bright(voxels)
+
+
+def require_ct(voxels: np.ndarray, source: Path | str) -> None:
+    """Raise DataError for constant voxels, LeftOut for those that are no CT in HU; bright ones pass."""
+    problem = no_image(voxels) or not_hu(voxels)
+    if problem:
+        raise (DataError if problem.startswith("constant") else LeftOut)(source, problem)
 
 
 def no_image(voxels: np.ndarray) -> str:
@@ -90,7 +97,7 @@ def _sampled(voxels: np.ndarray) -> np.ndarray:
     return voxels[::step, ::step, ::step]
 
 
-# ---------------------------------------------------------------------------------------------------------- what is seen
+# --------------------------------------------------------------------------------------------------------- what is seen
 
 
 LOOKED_INTO = 200  # files of a large data set, whose headers tell what is odd in it
@@ -287,8 +294,8 @@ def few_patients(count: int, who: str) -> list[str]:
         return []
     least = f"lower --k_fold (2 takes {LEAST_PATIENTS}) or " if count >= LEAST_PATIENTS else ""
     return [
-        f"warning: {count} {who} are too few for a test set and --k_fold {DEFAULT_PATIENTS - 1}, which training takes by "
-        f"itself: {least}add {who}"
+        f"warning: {count} {who} are too few for a test set and --k_fold {DEFAULT_PATIENTS - 1}, the default of "
+        f"training: {least}add {who}"
     ]
 
 

@@ -143,7 +143,9 @@ def _look(root: str, tasks: Sequence[list[str]], workers: int) -> Iterator[Looke
     items = [(root, names) for names in tasks]
     with progress(sum(map(len, tasks)), "header") as bar:
         for (_, names), looked in (
-            in_processes(look_into, items, workers) if workers else ((i, look_into(i)) for i in items)
+            in_processes(look_into, items, workers)
+            if workers and len(items) > 1
+            else ((i, look_into(i)) for i in items)
         ):
             if looked is None:
                 raise DataError(root, f"a process died while it read the headers of {names[0]} to {names[-1]}")

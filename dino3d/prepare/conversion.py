@@ -26,6 +26,7 @@ JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.csv"
 RECIPE = "prepare.json"  # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
+NOTE = "note: "  # before the reason of a file that was written all the same
 OUTPUT_FORMAT = 2  # raise it when the same input and options give another output
 
 
@@ -180,6 +181,12 @@ def _is_whole(row: Any) -> bool:
     return ".." not in Path(row["output"]).parts and not os.path.isabs(row["output"])
 
 
+def note_of(lines: Iterable[str]) -> str:
+    """What stands in the reason's place for a file that was written; "" without lines."""
+    text = "; ".join(lines)
+    return NOTE + text if text else ""
+
+
 # -------------------------------------------------------------------------------------------------------------- running
 
 
@@ -290,7 +297,7 @@ def _commit(write: Callable[[Path], None], output: Path, name: str) -> int:
 
 
 def report_outcome(outcome: Outcome) -> None:
-    """Print what became of the inputs. Raises UserError if some failed."""
+    """Print what became of the inputs. Raises UserError if some failed, and if nothing was written."""
     rows = outcome.rows
     count = collections.Counter(row["status"] for row in rows)
     size = sum(int(row["bytes"]) for row in rows if row["status"] == WRITTEN)
@@ -300,12 +307,12 @@ def report_outcome(outcome: Outcome) -> None:
         f"out, {count[FAILED]} failed"
     )
     for status in (LEFT_OUT, FAILED):
-        examples = collections.defaultdict(list)
-        for row in rows:
-            if row["status"] == status:
-                examples[row["reason"].split(":")[0]].append(row["source"])
-        for reason, sources in sorted(examples.items(), key=lambda pair: (-len(pair[1]), pair[0])):
+        for reason, sources in by_reason(rows, status):
             print(f"  {status} {len(sources):6}  {reason}, such as {min(sources)}")
+    noted = sorted((row["source"], row["reason"]) for row in rows if row["reason"].startswith(NOTE))
+    if noted:
+        source, reason = noted[0]
+        print(f"{len(noted)} files have a note in the manifest, such as {source}: {reason.removeprefix(NOTE)}")
     if outcome.kept:
         print(
             f"note: {len(outcome.kept)} files from earlier runs stay, of inputs that are gone or can't be read "
@@ -319,3 +326,19 @@ def report_outcome(outcome: Outcome) -> None:
             f"{count[FAILED]} inputs failed, such as {first['source']}: {first['reason']}; the others are in "
             f"{outcome.manifest}"
         )
+    if not count[WRITTEN]:
+        told = "no input was found"
+        if rows:
+            reason, sources = by_reason(rows, LEFT_OUT)[0]
+            first = next(row for row in rows if row["source"] == min(sources) and row["status"] == LEFT_OUT)
+            told = f"{len(sources)} of {len(rows)} inputs for one reason, such as {first['source']}: {first['reason']}"
+        raise UserError(f"nothing was written: {told}; see {outcome.manifest}")
+
+
+def by_reason(rows: Sequence[dict[str, str]], status: str) -> list[tuple[str, list[str]]]:
+    """[(reason, sources)] of the rows with a status, the most frequent first."""
+    examples = collections.defaultdict(list)
+    for row in rows:
+        if row["status"] == status:
+            examples[row["reason"].split(":")[0]].append(row["source"])
+    return sorted(examples.items(), key=lambda pair: (-len(pair[1]), pair[0]))

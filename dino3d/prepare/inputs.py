@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dino3d.data import images
-from dino3d.data.conventions import DataError, format_size, is_kind
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, format_size, is_kind
 from dino3d.data.itk import read_itk_header
 from dino3d.data.scans import File
-from dino3d.files import file_state
+from dino3d.files import file_state, walk_files
 from dino3d.prepare.conversion import MANIFEST, RECIPE
 
 if TYPE_CHECKING:
@@ -38,6 +38,17 @@ def companions(root: Path | str, name: str) -> list[File]:
     except DataError:  # it is refused when its turn comes
         return []
     return [file_at(root, os.path.relpath(apart, root))] if apart else []
+
+
+def files_of(root: Path | str, name: str) -> list[File]:
+    """The Files that a volume is read from: its own, those that its header names, those in a DICOM series' folder."""
+    if is_kind(name, VOLUME_SUFFIXES):
+        return [file_at(root, name), *companions(root, name)]
+    folder = os.path.join(root, name.rpartition("#")[0] or name)
+    if not os.path.isdir(folder):
+        return [file_at(root, name)]
+    paths = [os.path.join(here, one) for here, names in walk_files(folder, lambda error: None) for one in names]
+    return [file_at(root, os.path.relpath(path, root)) for path in paths]
 
 
 def safe_name(text: str, otherwise: str) -> str:

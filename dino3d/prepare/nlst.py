@@ -16,6 +16,7 @@ from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, LeftOut, stem
 from dino3d.data.dicom import Slice, read_header, sharpness
 from dino3d.data.dicom_series import assemble, stored_series
 from dino3d.data.hdf5 import write_volume
+from dino3d.data.requirements import require_ct, too_bright
 from dino3d.data.scans import Scan, find_scans
 from dino3d.data.volume import Volume
 from dino3d.prepare.conversion import (
@@ -25,6 +26,7 @@ from dino3d.prepare.conversion import (
     Output,
     convert_all,
     fingerprint,
+    note_of,
     open_output,
     report_outcome,
 )
@@ -33,8 +35,6 @@ from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, s
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-TOO_BRIGHT, TOO_BRIGHT_SHARE = (20_000, 0.01)  # HU that only metal has, and of what share of voxels it is told
-NOTE = "note: "
 NLST_COLUMNS = ["source", "output", "patient", "study_date", "slice_thickness", "kernel", *IMAGE_COLUMNS]
 
 
@@ -75,7 +75,6 @@ def nlst(input: Path, output: Path, workers: int, one_per_study: bool, **options
             for task in tasks
         ]
         outcome = convert_all(convert_scans, jobs, records, NLST_COLUMNS, workers, "scan")
-    report_notes(outcome.rows)
     report_outcome(outcome)
 
 
@@ -89,14 +88,6 @@ def watched(input: Path, scans: Sequence[Scan]) -> list[tuple[Any, ...]]:
         )
         for scan in scans
     ]
-
-
-def report_notes(rows: Sequence[dict[str, str]]) -> None:
-    """Print how many of the files that were written have a note in the manifest."""
-    noted = sorted((row["source"], row["reason"]) for row in rows if row["reason"].startswith(NOTE))
-    if noted:
-        source, reason = noted[0]
-        print(f"{len(noted)} files have a note in the manifest, such as {source}: {reason.removeprefix(NOTE)}")
 
 
 def series_preference(scan: Scan) -> tuple[float, int, int, str]:
@@ -181,7 +172,7 @@ def convert_scans(task: ScanTask) -> Iterator[Output]:
         if scan.header and folder != scan.header.patient:
             notes = [*notes, f"the patient's name is no folder's: {scan.header.patient!r} stands as {folder}"]
         if notes:
-            row["reason"] = NOTE + "; ".join(notes)
+            row["reason"] = note_of(notes)
         voxels, affine = images.voxels_of(image), images.affine_of(image)
         yield Output(
             {**row, "output": output, **image_statistics(image)},
@@ -203,10 +194,8 @@ def read_scan(task: ScanTask, scan: Scan) -> tuple["sitk.Image", list[str]]:
                 scan.name, f"too few slices: {volume.shape[2]}, expected at least {task.min_slices} (--min_slices)"
             )
         image, notes = images.make_image(volume.read(), volume.affine), list(volume.notes)
-    images.require_ct(image, scan.name)
-    bright = float((images.voxels_of(image)[::2, ::2, ::2] > TOO_BRIGHT).mean())
-    if bright > TOO_BRIGHT_SHARE:
-        notes.append(f"{bright:.0%} of its voxels are above {TOO_BRIGHT:,} HU: padding that its header does not tell?")
+    require_ct(images.voxels_of(image), scan.name)
+    notes += filter(None, [too_bright(images.voxels_of(image))])
     if task.crop_to_body is not None:
         image = resampling.crop_to_box(image, resampling.body_box(image, task.crop_to_body))
     return image, notes
