@@ -75,7 +75,7 @@ def write_twenty(folder):
     return {
         "bad/cut": "can't be read",
         "bad/empty": "the file is empty",
-        "bad/window": "nothing as dark",
+        "bad/window": "not in HU: grey values",
         "bad/time": "4D",
         "bad/sheared": "not at right angles",
     }
