@@ -49,8 +49,8 @@ from dino3d.finetune.crops import (
     TrainingCrops,
     WindowAugmentation,
     check_crops,
+    new_crop_lines,
     one_step_notice,
-    spacing_of,
     spacing_warning,
 )
 from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
@@ -162,7 +162,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     case_splits = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
     if "crop_size" not in data:
         check_training_sides(case_splits, cases)
-        data["crop_size"], data["crop_spacing"] = check_crops(cases.paths, processes)
+        data["crop_size"], data["crop_spacing"], lines = check_crops(cases.paths, processes)
+        notices += lines
     cases = cases._replace(crop_size=data["crop_size"])
 
     # --------------------------------------------------------------------------------------------------------- model
@@ -452,8 +453,7 @@ def predict(folder: str, weights: str, output_dir: Path, runtime: Runtime) -> No
         weights_recipe(folders),
         runtime,
     )
-    spacing = processes.run_on_main(lambda: spacing_of(paths[0]))
-    for line in spacing_warning(spacing, config["crop_spacing"], "the new crops have", "those of training"):
+    for line in new_crop_lines(paths, config["crop_spacing"], processes):
         processes.print(line)
 
     def rows_of(volumes: Tensor) -> list[list[Any]]:  # (B, 1, X, Y, Z)
@@ -462,7 +462,8 @@ def predict(folder: str, weights: str, output_dir: Path, runtime: Runtime) -> No
         return [[*table_probabilities(row), int(label)] for row, label in zip(probabilities, predicted)]
 
     with runtime.stop_signal:
-        dataset = EvaluationCrops(paths, config["input_size"])
+        trained = config["crop_size"], config["crop_spacing"]
+        dataset = EvaluationCrops(paths, config["input_size"], trained=trained)
         predict_windows(rows_of, dataset, predictions, config["clip_range"], runtime)
         predictions.finish(
             lambda table: (

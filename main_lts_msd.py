@@ -34,11 +34,11 @@ from dino3d.data.conventions import DataError, stem
 from dino3d.data.images import read_image, voxels_of
 from dino3d.data.layouts import Pair, find_pairs
 from dino3d.data.parallel import progress
-from dino3d.data.requirements import require_ct
+from dino3d.data.requirements import Header, require_ct
 from dino3d.data.volume import Volume
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
-from dino3d.finetune.crops import CropBatch, Header, WindowAugmentation, one_step_notice, read_headers
+from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice, read_headers
 from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run

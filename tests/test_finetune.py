@@ -178,12 +178,14 @@ def test_crops_are_read_around_their_centre(tmp_path):
 def test_crops_of_two_sizes_are_told_with_both_names(tmp_path):
     first = write_crop(tmp_path / "first.nii.gz", random_crop((8, 8, 8)))
     second = write_crop(tmp_path / "second.nii.gz", random_crop((8, 8, 9)))
-    with pytest.raises(UserError, match=r"second.nii.gz: has 8 8 9 voxels, but .*first.nii.gz has 8 8 8") as caught:
+    with pytest.raises(
+        UserError, match=r"second.nii.gz: has 8 x 8 x 9 voxels, but .*first.nii.gz has 8 x 8 x 8"
+    ) as caught:
         check_crops([first, second], Processes())
     assert caught.value.everywhere
-    with pytest.raises(DataError, match=r"second.nii.gz: has 8 8 9 voxels, but .*first.nii.gz has 8 8 8"):
+    with pytest.raises(DataError, match=r"second.nii.gz: has 8 x 8 x 9 voxels, but .*first.nii.gz has 8 x 8 x 8"):
         read_crop(second, (4, 4, 4), (first, [8, 8, 8]))
-    size, spacing = check_crops([first, first], Processes())
+    size, spacing, lines = check_crops([first, first], Processes())
     assert size == [8, 8, 8] and spacing == [1.0, 1.0, 1.0]
 
 

@@ -915,7 +915,7 @@ def lone_class(data):
         (too_few, ["--k_fold", "5"], "3 patients are too few"),
         (too_few, ["--folds", "subsets"], "at least 3 subsets"),
         (nothing, [], "holds no crops"),
-        (lone_class, [], "no patient with label2"),
+        (lone_class, [], "some fold would have no patient with label2"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -13,6 +13,7 @@ import numpy as np
 from dino3d.command_line import available_cores
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, one_line, stem
 from dino3d.data.geometry import other_grid
+from dino3d.data.requirements import lone_class, owners_of
 from dino3d.data.scans import Found, find_scans
 from dino3d.data.volume import Volume
 from dino3d.files import atomic_write
@@ -118,6 +119,9 @@ def list_volumes(folder: Path | str, index: Path | str) -> tuple[list[str], str]
 # --------------------------------------------------------------------------------------------- the layouts with labels
 
 
+UNLABELLED = "unlabelled"  # folder in the label's place, for crops that are predicted, or pre-trained on
+
+
 class Crop(NamedTuple):
     """A labelled crop: file, class, whose it is, and the subset folder that it lies in."""
 
@@ -148,7 +152,7 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
             continue
         for label in sorted(os.listdir(os.path.join(folder, subset))):
             path = os.path.join(folder, subset, label)
-            if label.startswith(".") or not os.path.isdir(path):
+            if label.startswith(".") or label == UNLABELLED or not os.path.isdir(path):
                 continue
             if _class_of(label) is None:
                 problems.append(DataError(path, "is no label folder: expected label0, label1, ... or 0, 1, ..."))
@@ -158,7 +162,7 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
                 )
     for name in names:
         parts = name.split(os.sep)
-        if not parts[0].startswith("subset"):
+        if not parts[0].startswith("subset") or parts[1] == UNLABELLED:
             continue
         if len(parts) == 4 and _class_of(parts[1]) is not None:
             crops.append(Crop(os.path.join(folder, name), _class_of(parts[1]), parts[2], parts[0]))
@@ -167,8 +171,19 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
                 DataError(os.path.join(folder, name), "expected as subset*/label<k>/<patient>/<name>.nii.gz")
             )
     if not crops:
-        problems.append(DataError(folder, "holds no crops: expected subset*/label0|label1/<patient>/<name>.nii.gz"))
+        whole = [name for name in names if re.fullmatch(r"subset[^/]*/[^/]+", name)]
+        if whole:  # each of which would be a problem of its own
+            problems = [problem for problem in problems if os.path.relpath(problem.path, folder) not in whole]
+        found = f", found whole scans such as {whole[0]}: prepare_data.py luna16 cuts the crops" if whole else ""
+        problems.append(
+            DataError(folder, f"holds no crops: expected subset*/label0|label1/<patient>/<name>.nii.gz{found}")
+        )
         return crops, problems
+    by_name = {}
+    for crop in crops:
+        first = by_name.setdefault(os.path.join(os.path.dirname(crop.path), stem(crop.path)), crop.path)
+        if first != crop.path:
+            problems.append(DataError(crop.path, f"has the same name as {first}: expected one file of each name"))
     classes = sorted({crop.label for crop in crops})
     if len(classes) == 1:
         problems.append(DataError(folder, f"has crops of one class only (label{classes[0]}), expected at least two"))
@@ -179,6 +194,9 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
                 f"has the classes {', '.join(map(str, classes))}: expected 0 to {len(classes) - 1} without a gap",
             )
         )
+    else:
+        owners = owners_of([[crop.label] for crop in crops], [crop.patient for crop in crops])
+        problems += lone_class(owners, [crop.patient for crop in crops], folder, "patient", "label")
     subsets = {}
     for crop in crops:
         subsets.setdefault(crop.patient, set()).add(crop.subset)
@@ -291,10 +309,8 @@ def find_task(folder: Path | str) -> Task:
 def _volumes_in(folder: str, kind: str, suffixes: tuple[str, ...], known: set[str]) -> list[str]:
     """Volumes of the folder for a kind that the index has not named, relative to `folder`; none without that folder."""
     names = find_volumes(os.path.join(folder, kind)) if os.path.isdir(os.path.join(folder, kind)) else []
-    paths = [
-        os.path.join(kind, name) for name in names if is_kind(name, suffixes) or not is_kind(name, VOLUME_SUFFIXES)
-    ]
-    return [path for path in paths if path not in known]
+    taken = [name for name in names if is_kind(name, suffixes) or not is_kind(name, VOLUME_SUFFIXES)]  # DICOM series
+    return [path for name in taken if (path := os.path.join(kind, name)) not in known]
 
 
 def _case_of(path: str) -> str:

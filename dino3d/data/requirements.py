@@ -18,7 +18,7 @@ from dino3d.data.volume import Volume
 
 # ------------------------------------------------------------------------------------------------ is it a CT, in HU?
 
-DARK = -300  # HU, between fat and lung
+DARK_HU = -300  # HU, between fat and lung
 TOO_BRIGHT = 20_000  # HU that not even metal has
 DARK_SHARE = 1e-3  # of voxels, that a CT has of those
 TOO_BRIGHT_SHARE = 0.01
@@ -35,6 +35,12 @@ def hu_problem(voxels: np.ndarray) -> str:
     Looks at a part of them, unless that looks wrong: 1 ms for a CT of any size.
     """
     return no_image(voxels) or not_hu(voxels) or too_bright(voxels)
+
+
+def voxel_problems(voxels: np.ndarray) -> tuple[str, str]:
+    """(`no_image`, `hu_problem`) of voxels."""
+    fault = no_image(voxels)
+    return fault, fault or hu_problem(voxels)
 
 
 def require_ct(voxels: np.ndarray, source: Path | str) -> None:
@@ -76,7 +82,7 @@ def _why_not_hu(voxels: np.ndarray) -> str:
         rest = voxels[voxels > AIR]
         if len(rest) and rest.min() >= -50 and rest.max() >= 1000:
             voxels, told = rest, f"{told}, and but for padding from {rest.min()} on"
-    if (voxels < DARK).mean() < DARK_SHARE:
+    if (voxels < DARK_HU).mean() < DARK_SHARE:
         if voxels.min() >= -50 and high >= 1000:
             return f"not in HU: nothing as dark as air or lung, {told}: stored + 1024, or no CT"
         return f"not a thorax CT in HU: nothing as dark as air or lung, {told}"
@@ -123,6 +129,12 @@ SAME_SPACING = 0.05  # relative difference up to which two spacings are taken fo
 def is_same_spacing(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two spacings, (3,) mm, are the same but for what does not matter."""
     return np.allclose(one, other, rtol=SAME_SPACING, atol=0)
+
+
+def most_common(spacings: Sequence[Sequence[float]]) -> Sequence[float]:
+    """The spacing that most files have, the first of several."""
+    rounded = [tuple(np.round(spacing, 3)) for spacing in spacings]
+    return spacings[rounded.index(collections.Counter(rounded).most_common(1)[0][0])]
 
 
 def spacing_warnings(
@@ -226,11 +238,11 @@ def crop_faults(
         if fault := whole_ct(header.shape, header.spacing):
             faults.append(DataError(path, fault))
             break
+    most = most_common([header.spacing for header in headers])
     faults += [DataError(path, fault) for path, (fault, _) in seen.items() if fault]
-    spacing, _ = collections.Counter(tuple(np.round(header.spacing, 3)) for header in headers).most_common(1)[0]
     # A crop of soft tissue alone is a sound one, a set of such crops is not
     lines = hu_warnings(list(seen), [problem for _, problem in seen.values()], share=0.5)
-    lines += spacing_warnings(paths, [header.spacing for header in headers], spacing, "most")
+    lines += spacing_warnings(paths, [header.spacing for header in headers], most, "most")
     return faults, lines + note_lines(paths, [header.notes for header in headers])
 
 
@@ -273,7 +285,7 @@ def lone_class(
 ) -> list[DataError]:
     """[] or [a class that a single one has], who is always missing where a fold is trained or where it is evaluated."""
     alone = [value for value in sorted(owners) if len({*owners[value]}) == 1]
-    if not alone or len({*names}) < LEAST_PATIENTS:
+    if not alone or len({*names}) <= LEAST_PATIENTS:  # too few to ask for more
         return []
     return [
         DataError(

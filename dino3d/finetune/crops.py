@@ -26,60 +26,84 @@ from augmentations import (
 )
 from dino3d.command_line import UserError, format_values
 from dino3d.data.conventions import DataError
+from dino3d.data.requirements import (
+    Header,
+    crop_faults,
+    header_of,
+    is_same_spacing,
+    most_common,
+    no_image,
+    note_lines,
+    size_fault,
+    spacing_warnings,
+    voxel_problems,
+    whole_ct,
+)
 from dino3d.data.volume import Volume
 from utils import Processes
 
-SAME_SPACING = 0.05  # relative difference up to which two spacings are taken for the same
+LOOKED_AT = 256  # crops of a data set whose voxels are looked at before training starts
 READ_AHEAD = 2  # batches
-
-
-class Header(NamedTuple):
-    """shape: (3,) voxels; spacing: (3,) mm; both along the axes of RAS."""
-
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
 
 
 def read_headers(paths: Sequence[str], processes: Processes) -> list[Header]:
     """[Header] of volumes, the same on every rank. Raises UserError, on all ranks, for one that can't be read."""
-
-    def read_header(path: str) -> Header | str:
-        try:
-            with Volume(path) as volume:
-                return Header(volume.shape, volume.spacing)
-        except DataError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
-        mine = list(pool.map(read_header, paths[processes.rank :: processes.world_size]))
-    headers = [None] * len(paths)
-    for rank, part in enumerate(processes.all_gather(mine)):
-        headers[rank :: processes.world_size] = part
+    headers = try_on_all(header_of, paths, processes)
     for header in headers:
-        if isinstance(header, str):
-            raise UserError(header, everywhere=True)
+        if isinstance(header, DataError):
+            raise UserError(str(header), everywhere=True)
     return headers
 
 
-def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], list[float]]:
-    """(size, spacing): (3,) voxels, which all crops share, and (3,) mm of the first crop. Reads every file's header.
+def try_on_all(look: Callable[[str], Any], paths: Sequence[str], processes: Processes) -> list[Any]:
+    """[what `look` gives for each path, or the DataError that it raises], the same on every rank; ranks share them."""
 
-    Raises UserError, on all ranks, for one that can't be read or is of another size than the first.
+    def attempt(path: str) -> Any:
+        try:
+            return look(path)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(8) as pool:  # mostly waiting, for network drives
+        mine = list(pool.map(attempt, paths[processes.rank :: processes.world_size]))
+    found = [None] * len(paths)
+    for rank, part in enumerate(processes.all_gather(mine)):
+        found[rank :: processes.world_size] = part
+    return found
+
+
+def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], list[float], list[str]]:
+    """((3,) voxels of all crops, (3,) mm of most, lines on what is odd). Reads every header, and voxels of some crops.
+
+    Raises UserError, on all ranks, for one that can't be read and for what `crop_faults` finds.
     """
+
+    def look(path: str) -> tuple[str, str]:
+        with Volume(path) as volume:
+            return voxel_problems(volume.read())
+
     headers = read_headers(paths, processes)
-    first = headers[0]
-    for path, header in zip(paths, headers):
-        if header.shape != first.shape:
-            raise UserError(size_problem(path, header.shape, paths[0], first.shape), everywhere=True)
-    return list(first.shape), [round(s, 4) for s in first.spacing]
+    few = paths[:: max(1, len(paths) // LOOKED_AT)]
+    seen = dict(zip(few, try_on_all(look, few, processes)))
+    faults = [fault for fault in seen.values() if isinstance(fault, DataError)]
+    if not faults:
+        faults, lines = crop_faults(paths, headers, seen)
+    if faults:
+        raise UserError(str(faults[0]), everywhere=True)
+    spacing = most_common([header.spacing for header in headers])
+    return list(headers[0].shape), [round(s, 4) for s in spacing], lines
 
 
-def size_problem(path: str, size: Sequence[int], first_path: str, first_size: Sequence[int]) -> str:
-    """The message on a crop that has another size than the first."""
-    return (
-        f"{path}: has {format_values(size)} voxels, but {first_path} has {format_values(first_size)}: "
-        "expected crops of one size"
-    )
+def new_crop_lines(paths: Sequence[str], expected: Sequence[float] | None, processes: Processes) -> list[str]:
+    """Lines on what is odd about crops to predict, as far as they can be read. expected: (3,) mm of training's crops"""
+    found = [(path, head) for path, head in zip(paths, try_on_all(header_of, paths, processes)) if type(head) is Header]
+    if not found:
+        return []
+    names, headers = zip(*found)
+    lines = note_lines(names, [header.notes for header in headers])
+    if expected is None:
+        return lines
+    return spacing_warnings(names, [header.spacing for header in headers], expected, "training's crops") + lines
 
 
 def spacing_of(path: str) -> tuple[float, ...]:
@@ -93,7 +117,7 @@ def spacing_of(path: str) -> tuple[float, ...]:
 
 def spacing_warning(found: Sequence[float], expected: Sequence[float] | None, whose: str, against: str) -> list[str]:
     """[] or [one line] where two spacings, (3,) mm, differ. whose, against: what the line calls them, with a verb"""
-    if expected is None or np.allclose(found, expected, rtol=SAME_SPACING, atol=0):
+    if expected is None or is_same_spacing(found, expected):
         return []
     found, expected = (format_values(np.round(spacing, 3)) for spacing in (found, expected))
     return [
@@ -102,18 +126,29 @@ def spacing_warning(found: Sequence[float], expected: Sequence[float] | None, wh
 
 
 def read_crop(
-    path: str, size: Sequence[int] | np.ndarray, expected: tuple[str, Sequence[int]] | None = None
+    path: str,
+    size: Sequence[int] | np.ndarray,
+    expected: tuple[str, Sequence[int]] | None = None,
+    trained: tuple[Sequence[int], Sequence[float] | None] | None = None,
 ) -> np.ndarray:
     """(x, y, z) int16 HU around the crop's centre: at least `size` voxels, padded with air, and all that lies beyond.
 
-    expected: (first path, its size), which the crop must share. Raises DataError.
+    expected: (first path, its size), which the crop must share
+    trained: (size, mm) of training's crops, beside which a new one must not be a whole CT
+    Raises DataError, also for a mask.
     """
     with Volume(path) as volume:
         if expected and volume.shape != tuple(expected[1]):
-            raise DataError(path, size_problem(path, volume.shape, *expected).partition(": ")[2])
+            raise DataError(path, size_fault(volume.shape, *expected))
+        if trained and (fault := whole_ct(volume.shape, volume.spacing, *trained)):
+            raise DataError(path, fault)
         shape = np.array(volume.shape)
         whole = np.maximum(shape, size)
-        return volume.read((shape - whole) // 2, whole)
+        crop = volume.read((shape - whole) // 2, whole)
+    inside = crop[tuple(slice(a, a + n) for a, n in zip((whole - shape) // 2, shape))]  # without the air around
+    if fault := no_image(inside):
+        raise DataError(path, fault)
+    return crop
 
 
 def centre_window(crop: np.ndarray, size: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -194,14 +229,21 @@ class TrainingCrops(Dataset):
 
 
 class EvaluationCrops(Dataset):
-    """The exact centre window of a crop, nothing random, by case number. size: (3,); expected: see `read_crop`."""
+    """The exact centre window of a crop, nothing random, by case number. size: (3,); the rest: see `read_crop`."""
 
-    def __init__(self, paths: Sequence[str], size: Sequence[int], expected: tuple[str, Sequence[int]] | None = None):
-        self.paths, self.size, self.expected = paths, np.array(size), expected
+    def __init__(
+        self,
+        paths: Sequence[str],
+        size: Sequence[int],
+        expected: tuple[str, Sequence[int]] | None = None,
+        trained: tuple[Sequence[int], Sequence[float] | None] | None = None,
+    ):
+        self.paths, self.size, self.expected, self.trained = paths, np.array(size), expected, trained
 
     def __getitem__(self, case: int) -> tuple[np.ndarray, int, bool, None] | str:
         try:
-            return centre_window(read_crop(self.paths[case], self.size, self.expected), self.size), case, True, None
+            crop = read_crop(self.paths[case], self.size, self.expected, self.trained)
+            return centre_window(crop, self.size), case, True, None
         except DataError as error:
             return str(error)
 
