@@ -192,16 +192,16 @@ def odd(tmp_path):
 
 
 def test_a_list_of_files_of_any_names(odd):
-    found = list_volumes(odd / "data", odd / "list.txt")
+    found = list_volumes(odd / "data", odd / "list.txt")[0]
     assert len(found) == len(NAMES) and all(map(os.path.exists, found))
     (odd / "data" / "later.nii").touch()
-    assert sorted(map(os.path.realpath, list_volumes(odd / "data", odd / "list.txt"))) == sorted(found)
+    assert sorted(map(os.path.realpath, list_volumes(odd / "data", odd / "list.txt")[0])) == sorted(found)
 
 
 def test_a_list_that_was_made_in_another_locale(odd):
     list_volumes(odd / "data", odd / "list.txt")
     code = f"""from dino3d.data.layouts import list_volumes
-    found = list_volumes({str(odd / "data")!r}, {str(odd / "list.txt")!r})
+    found = list_volumes({str(odd / "data")!r}, {str(odd / "list.txt")!r})[0]
     print(len(found), sum(map(os.path.exists, found)), sys.getfilesystemencoding())"""
     process = script(code, PLAIN, stdout=subprocess.PIPE)
     assert process.communicate() == (f"{len(NAMES)} {len(NAMES)} ascii\n".encode(), b"")
@@ -210,7 +210,7 @@ def test_a_list_that_was_made_in_another_locale(odd):
 def test_a_name_of_two_lines_is_not_listed(odd):
     (odd / "data" / "two\nlines.nii").touch()
     for _ in range(2):
-        assert all(map(os.path.exists, list_volumes(odd / "data", odd / "list.txt")))
+        assert all(map(os.path.exists, list_volumes(odd / "data", odd / "list.txt")[0]))
     assert not (odd / "list.txt").exists()
 
 
