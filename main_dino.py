@@ -6,9 +6,9 @@ One machine with four GPUs, a laptop, two machines, Slurm:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main_dino.py ...
     srun --ntasks-per-node=8 --gpus-per-task=1 --kill-on-bad-exit=1 python main_dino.py ...
 
-The same --output_dir resumes where it stopped; SIGTERM or SIGUSR1 makes a run save and end (exit code 75). The folder
-holds checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies, config.json, log.txt
-(one JSON object per epoch), data_list.txt, views.png, augmentations.png and TensorBoard's files.
+The same --output_dir resumes where it stopped; SIGTERM and SIGUSR1 (exit code 75) and Ctrl-C (130) make a run save and
+end. The folder holds checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies,
+config.json, log.txt (one JSON object per epoch), data_list.txt, views.png, augmentations.png and TensorBoard's files.
 """
 
 import argparse

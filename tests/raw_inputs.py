@@ -17,6 +17,7 @@ import SimpleITK as sitk
 
 import prepare_data
 import utils
+from dino3d import run_lock
 from dino3d.data import images, scans
 from dino3d.prepare import check, conversion
 from dino3d.prepare.phantoms import labelled_phantom
@@ -257,13 +258,17 @@ def contents(folder):
     return {
         os.path.relpath(path, folder): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and conversion.WORK not in path.parts
+        if path.is_file() and not {conversion.WORK, run_lock.NAME} & set(path.parts)
     }
 
 
 def times(folder):
-    """{relative path: time of change} of all files below a folder."""
-    return {os.path.relpath(path, folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    """{relative path: time of change} of all files below a folder but for the lock of a run that was killed."""
+    return {
+        os.path.relpath(path, folder): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != run_lock.NAME
+    }
 
 
 def manifest(output):

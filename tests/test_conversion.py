@@ -37,6 +37,7 @@ from raw_inputs import (  # noqa: F401
     written,
 )
 
+from dino3d import run_lock
 from dino3d.command_line import UserError
 from dino3d.data import parallel
 from dino3d.data.conventions import DataError, LeftOut
@@ -122,7 +123,10 @@ def cases(tmp_path_factory):
 
 def files_in(output):
     """Number of files that stand under their final names."""
-    return sum(len(names) for here, _, names in os.walk(output) if conversion.WORK not in here)
+    hidden = (conversion.WORK, run_lock.NAME)
+    return sum(
+        name not in hidden for here, _, names in os.walk(output) if conversion.WORK not in here for name in names
+    )
 
 
 def assert_whole(output, reference):
