@@ -32,9 +32,9 @@ from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError, stem
 from dino3d.data.images import read_image, voxels_of
-from dino3d.data.layouts import Pair, find_pairs
+from dino3d.data.layouts import Pair, find_task, pairs_of
 from dino3d.data.parallel import progress
-from dino3d.data.requirements import Header, require_ct
+from dino3d.data.requirements import Header, case_lines, class_faults, require_ct
 from dino3d.data.volume import Volume
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     vars(args).update(MASKS | given)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    pairs = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
+    pairs, form = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
     names = [pair.name for pair in pairs]
     splits, data = processes.run_on_main(
         lambda: make_splits(
@@ -199,9 +199,12 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
         Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9
     )
     found = cache.make(processes, runtime.workers)
-    processes.run_on_main(lambda: check_labels(found, sides, args.data_dir))
+    processes.run_on_main(lambda: check_labels(found, names, sides, args.data_dir))
     data |= {"spacing": args.spacing, "classes": 1 + max(max(one.classes) for one in found)}
     cases = Cases(names, pairs, cache, data["classes"])
+    label_heads = read_headers([pair.label for pair in pairs], processes)
+    notices.append(f"{len(pairs)} cases below {args.data_dir}: {form}")
+    notices += case_lines(pairs, [one.classes for one in found], [one.hu for one in found], [*heads, *label_heads])
     notices += warnings_about(encoder, args, found, names)
     config = vars(args) | {"classes": cases.classes}
 
@@ -308,17 +311,18 @@ class Cases(NamedTuple):
     classes: int
 
 
-def find_cases(folder: str, output_dir: Path) -> list[Pair]:
-    """[layouts.Pair] below a folder, sorted by name. Raises UserError, also where the output is of another script's
-    run."""
+def find_cases(folder: str, output_dir: Path) -> tuple[list[Pair], str]:
+    """([layouts.Pair] below a folder, sorted by name, the form in which they lie there). Raises UserError, also where
+    the output is of another script's run."""
     refuse_pretraining_run(output_dir)
     try:
-        pairs, problems = find_pairs(folder)
+        task = find_task(folder)
     except DataError as error:
         raise UserError(f"--data_dir {error}") from error
+    pairs, problems = pairs_of(task, folder)
     if problems:
         raise UserError(f"--data_dir {problems[0]}")
-    return pairs
+    return pairs, task.form
 
 
 def median_spacing(heads: Sequence[Header]) -> list[float]:
@@ -326,18 +330,14 @@ def median_spacing(heads: Sequence[Header]) -> list[float]:
     return np.median([head.spacing for head in heads], axis=0).round(4).tolist()
 
 
-def check_labels(found: Sequence[CaseInfo], sides: Sequence[Split], folder: str) -> None:
-    """UserError where the labels can't be learnt from. found: resampled_cache.CaseInfo of each case."""
-    seen = sorted({value for one in found for value in one.classes})
-    if seen == [0]:
-        raise UserError(f"--data_dir {folder}: has no labelled voxel in any case; are these the right labels?")
-    if seen != list(range(len(seen))):
-        raise UserError(
-            f"--data_dir {folder}: has the classes {', '.join(map(str, seen))}: expected 0 to {len(seen) - 1} "
-            "without a gap"
-        )
+def check_labels(found: Sequence[CaseInfo], names: Sequence[str], sides: Sequence[Split], folder: str) -> None:
+    """UserError where the labels can't be learnt from. found, names: resampled_cache.CaseInfo and name of each case."""
+    faults = class_faults([one.classes for one in found], names, folder)
+    if faults:
+        raise UserError(f"--data_dir {faults[0]}")
+    seen = {value for one in found for value in one.classes}
     for fold, side in enumerate(sides):
-        missing = set(seen) - {value for i in side.train for value in found[i].classes}
+        missing = seen - {value for i in side.train for value in found[i].classes}
         if missing:
             raise UserError(
                 f"fold {fold} has no case with class {min(missing)} to train on: too few cases have it; lower "
@@ -656,9 +656,6 @@ def warnings_about(
             if not args.freeze_encoder
             else "warning: no --pretrained_weights: --freeze_encoder judges the features of a random encoder"
         )
-    empty = [name for name, one in zip(names, found) if len(one.classes) == 1]
-    if empty:
-        lines.append(f"note: cases without a labelled voxel: {len(empty)}, such as {empty[0]}")
     small = [name for name, one in zip(names, found) if any(n < m for n, m in zip(one.shape, args.input_size))]
     if small:
         lines.append(

@@ -1154,11 +1154,11 @@ PROBLEMS = {
     ),
     "unreadable crop": ("crops", spoil_crop(b""), CROP + "can't be read"),
     "crop with NaN": ("crops", spoil_crop(noise() * np.float32(np.nan)), CROP + "has voxels that are NaN"),
-    "constant crop": ("crops", spoil_crop(noise() * 0), CROP + "has the same value in all voxels (0)"),
+    "constant crop": ("crops", spoil_crop(noise() * 0), CROP + "constant: the same value in all voxels (0)"),
     "crops of two sizes": (
         "crops",
         spoil_crop(noise(0, (8, 8, 9))),
-        CROP + "has 8 x 8 x 9 voxels, most crops have 8 x 8 x 8",
+        CROP + "has 8 x 8 x 9 voxels, but ",
     ),
     "image without label": (
         "cases",
@@ -1195,7 +1195,7 @@ PROBLEMS = {
     "constant image": (
         "cases",
         spoil_case("images", noise() * 0 - 5),
-        "images/p1.nii.gz: has the same value in all voxels (-5)",
+        "images/p1.nii.gz: constant: the same value in all voxels (-5)",
     ),
     "no labels at all": ("cases", lambda f: shutil.rmtree(f / "labels"), "cases/labels: no such folder"),
     "no images at all": ("cases", lambda f: shutil.rmtree(f / "images"), "cases/images: no such folder"),
@@ -1208,7 +1208,7 @@ PROBLEMS = {
     "constant volume": (
         "pretrain",
         lambda f: write_volume(f / "p1/t0/a.hdf5", noise() * 0, np.eye(4)),
-        "p1/t0/a.hdf5: has the same value in all voxels (0)",
+        "p1/t0/a.hdf5: constant: the same value in all voxels (0)",
     ),
     "4D volume": (
         "pretrain",

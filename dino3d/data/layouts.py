@@ -229,11 +229,12 @@ class Task(NamedTuple):
 
 
 def find_pairs(folder: Path | str) -> tuple[list[Pair], list[DataError]]:
-    """(Pairs, DataErrors) of the cases below a folder, whatever form it has; see `find_task`.
+    """(Pairs, DataErrors) of the cases below a folder; see `find_task` and `pairs_of`. Raises DataError."""
+    return pairs_of(find_task(folder), folder)
 
-    The errors are images without label, labels without image and names that stand for two files. Raises DataError.
-    """
-    task = find_task(folder)
+
+def pairs_of(task: Task, folder: Path | str) -> tuple[list[Pair], list[DataError]]:
+    """(Pairs, DataErrors) of a Task: images without label, labels without image, names that stand for two files."""
     named = {problem.path for problem in task.problems}
     problems = task.problems + [
         DataError(case.image or case.label, f"has no {'label' if case.image else 'image'} of the same name")

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -311,15 +311,21 @@ def few_patients(count: int, who: str) -> list[str]:
     ]
 
 
-def class_lines(classes: Sequence[Iterable[int]], names: Sequence[str], declared: Sequence[int] | None) -> list[str]:
-    """Lines on cases without a labelled voxel, and on classes of dataset.json (declared) that no case has."""
-    owners, lines = owners_of(classes, names), []
-    empty = [name for name, of_case in zip(names, classes) if not {*of_case} - {0}]
+def case_lines(
+    pairs: Sequence[Any], classes: Sequence[Iterable[int]], hu: Sequence[str], headers: Sequence[Header]
+) -> list[str]:
+    """Lines on what is odd about cases to segment.
+
+    pairs: layouts.Pair of each; classes: of its label; hu: `hu_problem` of its image; headers: of all images and labels
+    """
+    owners, lines = owners_of(classes, [pair.name for pair in pairs]), []
+    empty = [pair.name for pair, of_case in zip(pairs, classes) if not {*of_case} - {0}]
     if empty:
         lines.append(f"note: cases without a labelled voxel: {len(empty)}, such as {empty[0]}")
-    without = sorted({*(declared or ())} - {0, *owners})
-    if without:
+    declared = {value for pair in pairs for value in pair.classes or ()}
+    if without := sorted(declared - {0, *owners}):
         lines.append(
             f"warning: dataset.json has the class {', '.join(map(str, without))}, which no case has: it is not learnt"
         )
-    return lines
+    images, labels = [pair.image for pair in pairs], [pair.label for pair in pairs]
+    return lines + hu_warnings(images, hu) + note_lines([*images, *labels], [header.notes for header in headers])

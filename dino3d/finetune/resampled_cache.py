@@ -22,7 +22,7 @@ from dino3d.data.conventions import DataError
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import Pair
 from dino3d.data.parallel import in_processes, progress
-from dino3d.data.requirements import Header
+from dino3d.data.requirements import Header, voxel_problems
 from dino3d.data.volume import Volume, padded
 from dino3d.files import atomic_write, file_state, read_json, write_json
 from dino3d.finetune import sliding_window
@@ -38,11 +38,15 @@ FOREGROUND = 5000  # places of labelled voxels of each class that are kept
 
 
 class CaseInfo(NamedTuple):
-    """What a case is. classes: of its label, sorted; shape: (3,) voxels on the working grid; stored: in the cache"""
+    """What a case is.
+
+    classes: of its label, sorted; shape: (3,) voxels on the working grid; stored: in the cache; hu: see `hu_problem`
+    """
 
     classes: list[int]
     shape: list[int]
     stored: bool
+    hu: str = ""
 
 
 class CacheEntry(NamedTuple):
@@ -150,7 +154,7 @@ class ResampledCache:
         try:
             kept = read_json(f"{self._base(case)}.json")
             whole = kept["stamp"] == list(self._stamp(case)) and all(map(os.path.exists, self._files(case)))
-            return CaseInfo(kept["classes"], kept["shape"], True) if whole and self.stored[case] else None
+            return CaseInfo(kept["classes"], kept["shape"], True, kept["hu"]) if whole and self.stored[case] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -175,6 +179,9 @@ def make_entry(copy: CacheEntry) -> CaseInfo | str:
     """The CaseInfo of a case, whose copy is then written; the text of what is wrong with it."""
     try:
         image, label = sliding_window.read_case(copy.pair)
+        fault, hu = voxel_problems(images.voxels_of(image))
+        if fault:
+            raise DataError(copy.pair.image, fault)
         classes = sorted({0, *np.unique(images.voxels_of(label)).tolist()})
         image = sliding_window.to_network_grid(image, copy.spacing)
         if copy.stored:
@@ -184,8 +191,9 @@ def make_entry(copy: CacheEntry) -> CaseInfo | str:
             write_volume(f"{copy.path}.label.hdf5", mask.astype(np.int16), images.affine_of(image))
             with atomic_write(f"{copy.path}.foreground.npy") as part:
                 np.save(part, sample_foreground(mask))
-            write_json(f"{copy.path}.json", {"stamp": copy.stamp, "classes": classes, "shape": image.GetSize()})
-        return CaseInfo(classes, list(image.GetSize()), copy.stored)
+            kept = {"stamp": copy.stamp, "classes": classes, "shape": image.GetSize(), "hu": hu}
+            write_json(f"{copy.path}.json", kept)
+        return CaseInfo(classes, list(image.GetSize()), copy.stored, hu)
     except DataError as error:
         return str(error)
     except OSError as error:

@@ -1,6 +1,7 @@
 """prepare_data.py check: what a prepared folder holds, and what the training scripts would refuse of it."""
 
 import collections
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,68 +9,134 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino3d.command_line import UserError
-from dino3d.data.conventions import DataError, format_size
-from dino3d.data.layouts import Crop, Pair, find_crops, find_pairs, find_volumes, read_pair
+from dino3d.data.conventions import DataError
+from dino3d.data.layouts import (
+    UNLABELLED,
+    Crop,
+    Pair,
+    find_crops,
+    find_task,
+    find_unlabelled,
+    find_volumes,
+    none_found,
+    pairs_of,
+    read_pair,
+)
 from dino3d.data.parallel import in_processes, progress
+from dino3d.data.requirements import (
+    Header,
+    case_lines,
+    class_faults,
+    crop_faults,
+    few_patients,
+    header_of,
+    hu_warnings,
+    note_lines,
+    voxel_problems,
+)
 from dino3d.data.volume import Volume
 from dino3d.prepare.inputs import QUANTILES
 
 
 class CheckedFile(NamedTuple):
-    """What check reads of a volume, or the reason why it can't be used; classes: voxels of each in a case's label."""
+    """What check reads of a volume, or the reason why it can't be used.
+
+    hu: least, 1 %, 50 %, 99 %, greatest; faults: of `voxel_problems`; classes: voxels of each in a case's label
+    """
 
     path: str
     problem: str = ""
     size: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
-    hu: tuple[float, ...] = ()  # least, 1 %, 50 %, 99 %, greatest
+    notes: tuple[str, ...] = ()
+    hu: tuple[float, ...] = ()
+    faults: tuple[str, str] = ("", "")
     classes: dict[int, int] = {}
+    label_notes: tuple[str, ...] = ()
+
+    @property
+    def header(self) -> Header:
+        return Header(self.size, self.spacing, self.notes)
 
 
 def check(folder: Path, workers: int) -> None:
-    """Print what a prepared folder holds and what the training scripts would refuse of it, and why."""
+    """Print what a folder of data holds and what the training scripts would say and refuse of it, and why."""
     if not folder.is_dir():
         raise UserError(f"{folder}: " + ("is no folder" if folder.exists() else "no such folder"))
-    if (folder / "images").is_dir() or (folder / "labels").is_dir():
-        missing = [kind for kind in ("images", "labels") if not (folder / kind).is_dir()]
-        pairs, problems = ([], [DataError(folder / missing[0], "no such folder")]) if missing else find_pairs(folder)
-        seen = check_files(check_pair, pairs, workers)
-        print(f"segmentation layout: {len(pairs)} cases in {folder}")
-        print_labels(seen)
-        if seen and not any(value for one in seen for value in one.classes):
-            problems.append(DataError(folder, "has no labelled voxel in any case"))
+    kinds = ("images", "labels", "imagesTr", "labelsTr")
+    if any((folder / kind).is_dir() for kind in kinds) or (folder / "dataset.json").is_file():
+        look = check_cases
     elif any(path.is_dir() and path.name.startswith("subset") for path in folder.iterdir()):
-        crops, problems = find_crops(folder)
-        seen = check_files(check_volume, [crop.path for crop in crops], workers)
-        print(
-            f"classification layout: {len(crops)} crops of {len({crop.patient for crop in crops})} patients in {folder}"
-        )
-        print_balance(crops)
-        sizes = collections.Counter(one.size for one in seen if one.size)
-        for size, _ in sizes.most_common()[1:]:
-            other = next(one for one in seen if one.size == size)
-            problems.append(
-                DataError(
-                    other.path,
-                    f"has {format_size(size)} voxels, most crops have {format_size(sizes.most_common(1)[0][0])}",
-                )
-            )
+        look = check_crops_of
     else:
-        paths = [str(folder / name) for name in find_volumes(folder)]
-        seen, problems = check_files(check_volume, paths, workers), []
-        patients = {path.relative_to(folder).parts[0] for path in map(Path, paths)}
-        print(f"pre-training layout: {len(paths)} volumes of {len(patients)} patients in {folder}")
-        if not paths:
-            problems.append(
-                DataError(folder, "holds none of the three layouts: no subset*, no images and labels, no volumes")
-            )
+        look = check_volumes
+    try:
+        seen, problems, lines = look(folder, workers)
+    except DataError as error:
+        seen, problems, lines = [], [error], []
     print_ranges(seen)
+    for line in lines:
+        print(line)
     problems += [DataError(one.path, one.problem) for one in seen if one.problem]
     for problem in problems:
         print(f"refused: {problem}")
     if problems:
         raise UserError(f"{folder}: {len(problems)} things would be refused, such as {problems[0]}")
     print("nothing would be refused")
+
+
+Checked = tuple[list[CheckedFile], list[DataError], list[str]]  # files, what would be refused, lines on what is odd
+
+
+def check_cases(folder: Path, workers: int) -> Checked:
+    """What main_lts_msd.py would say of a folder."""
+    task = find_task(folder)
+    pairs, problems = pairs_of(task, folder)
+    seen = check_files(check_pair, pairs, workers)
+    print(f"segmentation layout: {len(pairs)} cases in {folder}: {task.form}")
+    good = [(pair, one) for pair, one in zip(pairs, seen) if not one.problem]
+    print_labels([one for _, one in good])
+    usable, classes = [pair for pair, _ in good], [one.classes for _, one in good]
+    problems += class_faults(classes, [pair.name for pair in usable], folder)
+    headers = [one.header for _, one in good] + [one.header._replace(notes=one.label_notes) for _, one in good]
+    lines = case_lines(usable, classes, [one.faults[1] for _, one in good], headers)
+    return seen, problems, lines + few_patients(len(pairs), "cases")
+
+
+def check_crops_of(folder: Path, workers: int) -> Checked:
+    """What main_lnc_luna16.py would say of a folder."""
+    crops, problems = find_crops(folder)
+    seen = check_files(check_volume, [crop.path for crop in crops], workers)
+    patients = {crop.patient for crop in crops}
+    print(f"classification layout: {len(crops)} crops of {len(patients)} patients in {folder}")
+    print_balance(crops)
+    good = [one for one in seen if not one.problem]
+    faults, lines = crop_faults(
+        [one.path for one in good], [one.header for one in good], {one.path: one.faults for one in good}
+    )
+    unlabelled = sum(name.split(os.sep)[1:2] == [UNLABELLED] for name in find_volumes(folder))
+    told = [f"note: {unlabelled} crops in {UNLABELLED} folders are for --predict: not trained on"] if unlabelled else []
+    return seen, problems + faults, lines + told + few_patients(len(patients), "patients")
+
+
+def check_volumes(folder: Path, workers: int) -> Checked:
+    """What main_dino.py would say of a folder."""
+    names, passed_over = find_unlabelled(folder)
+    paths, problems = [str(folder / name) for name in names], []
+    seen = check_files(check_volume, paths, workers)
+    patients = {path.relative_to(folder).parts[0] for path in map(Path, paths)}
+    print(f"pre-training layout: {len(paths)} volumes of {len(patients)} patients in {folder}")
+    lines = [f"passed over: {passed_over}"] if passed_over else []
+    if not paths:
+        told = none_found(passed_over)
+        problems.append(DataError(folder, f"holds none of the three layouts: no subset*, no images and labels, {told}"))
+    seen = [
+        one._replace(problem=one.faults[0]) if one.faults[0].startswith("constant") else one for one in seen
+    ]  # a mask among CTs is read as one
+    good = [one for one in seen if not one.problem]
+    paths = [one.path for one in good]
+    lines += hu_warnings(paths, [one.faults[1] for one in good]) + note_lines(paths, [one.notes for one in good])
+    return seen, problems, lines
 
 
 def check_files(see: Callable[[Any], CheckedFile], items: Sequence[Any], workers: int) -> list[CheckedFile]:
@@ -86,7 +153,7 @@ def check_volume(path: str) -> CheckedFile:
     """What check reads of a volume or crop."""
     try:
         with Volume(path) as volume:
-            return check_voxels(path, volume.read(), volume.spacing)
+            return check_voxels(path, volume.read(), Header(volume.shape, volume.spacing, tuple(volume.notes)))
     except DataError as error:
         return CheckedFile(path, error.reason)
 
@@ -94,22 +161,24 @@ def check_volume(path: str) -> CheckedFile:
 def check_pair(pair: Pair) -> CheckedFile:
     """What check reads of a case for segmentation: of its image, and the classes in its label."""
     try:
-        image, label, affine = read_pair(pair)
+        image, label, _ = read_pair(pair)
+        header, notes = header_of(pair.image), header_of(pair.label).notes
     except DataError as error:
         return CheckedFile(error.path, error.reason)
     values, counts = np.unique(label, return_counts=True)
-    return check_voxels(pair.image, image, np.linalg.norm(affine[:3, :3], axis=0))._replace(
-        classes={int(value): int(count) for value, count in zip(values, counts) if value}
+    seen = check_voxels(pair.image, image, header)
+    return seen._replace(
+        problem=seen.faults[0],
+        classes={int(value): int(count) for value, count in zip(values, counts) if value},
+        label_notes=notes,
     )
 
 
-def check_voxels(path: str, voxels: np.ndarray, spacing: Sequence[float] | np.ndarray) -> CheckedFile:
-    """Size, spacing and HU of (X, Y, Z) voxels; a problem where all are equal."""
-    low, high = voxels.min(), voxels.max()
-    if low == high:
-        return CheckedFile(path, f"has the same value in all voxels ({low})")
+def check_voxels(path: str, voxels: np.ndarray, header: Header) -> CheckedFile:
+    """Size, spacing and HU of (X, Y, Z) voxels, and whether they are those of a CT."""
     quantiles = np.percentile(voxels[::2, ::2], list(QUANTILES.values()))
-    return CheckedFile(path, "", tuple(voxels.shape), tuple(spacing), (low, *quantiles, high))
+    hu = (voxels.min(), *quantiles, voxels.max())
+    return CheckedFile(path, "", *header, hu, voxel_problems(voxels))
 
 
 def print_ranges(seen: Sequence[CheckedFile]) -> None:
@@ -145,10 +214,6 @@ def print_balance(crops: Sequence[Crop]) -> None:
 
 def print_labels(seen: Sequence[CheckedFile]) -> None:
     """A line for each class: in how many cases, and of what share of their voxels."""
-    good = [one for one in seen if not one.problem]
-    for value in sorted({value for one in good for value in one.classes}):
-        of = [one.classes[value] * np.prod(one.spacing) / 1000 for one in good if value in one.classes]
+    for value in sorted({value for one in seen for value in one.classes}):
+        of = [one.classes[value] * np.prod(one.spacing) / 1000 for one in seen if value in one.classes]
         print(f"class {value}: in {len(of)} cases, {min(of):.3g} to {max(of):.3g} ml, median {np.median(of):.3g} ml")
-    empty = sum(not one.classes for one in good)
-    if empty:
-        print(f"no labelled voxel: {empty} cases")
