@@ -19,7 +19,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 from raw_inputs import manifest, outcomes, run, scan, write_dicom, write_image, write_series  # noqa: F401
 from scipy.spatial.transform import Rotation
 
-from dino3d.data import dicom
+from dino3d.data import dicom, dicom_pixels
 from dino3d.data.conventions import AIR, LPS, DataError, LeftOut
 from dino3d.data.dicom import Pixels, Slice, read_header
 from dino3d.data.dicom_series import assemble, open_series, stored_series
@@ -238,6 +238,21 @@ def test_transfer_syntaxes(syntax, tmp_path, capfd):
             Path(paths[2]).write_bytes(whole[:length])
             with pytest.raises(DataError, match="can't be read: 02.dcm"):
                 read_dicom(paths)
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_decoder_that_ends_its_process_is_told(tmp_path, monkeypatch):
+    """As GDCM does on some damaged pixels: the file is refused, and this process lives on."""
+    paths = write_dicom(tmp_path / "series", noise((40, 32, 3)))
+    monkeypatch.setattr(dicom_pixels, "HARMLESS", ())
+    stored = noise((40, 32, 3))
+    assert_is(read_dicom(paths), *canonical((stored - 1024).astype(np.int16), affine_to_ras(np.eye(3))))
+    ending = tmp_path / "python"
+    ending.write_text("#!/bin/sh\nkill -ABRT $$\n")
+    ending.chmod(0o755)
+    monkeypatch.setattr(dicom_pixels.sys, "executable", str(ending))
+    with pytest.raises(DataError, match="process that decoded it ended with -6, its compressed pixels are damaged"):
+        read_dicom(paths)
 
 
 @pytest.mark.usefixtures("silent")

@@ -1155,11 +1155,7 @@ PROBLEMS = {
     "unreadable crop": ("crops", spoil_crop(b""), CROP + "can't be read"),
     "crop with NaN": ("crops", spoil_crop(noise() * np.float32(np.nan)), CROP + "has voxels that are NaN"),
     "constant crop": ("crops", spoil_crop(noise() * 0), CROP + "constant: the same value in all voxels (0)"),
-    "crops of two sizes": (
-        "crops",
-        spoil_crop(noise(0, (8, 8, 9))),
-        CROP + "has 8 x 8 x 9 voxels, but ",
-    ),
+    "crops of two sizes": ("crops", spoil_crop(noise(0, (8, 8, 9))), CROP + "has 8 x 8 x 9 voxels, but "),
     "image without label": (
         "cases",
         lambda f: (f / "labels/p1.nii.gz").unlink(),
