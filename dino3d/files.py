@@ -71,24 +71,53 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     return [row for _, row in read_rows(path)]
 
 
-def read_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, {column: text}) of a CSV separated by commas or semicolons.
+def read_rows(
+    path: str | Path, columns: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, {column: text}) of a CSV separated by commas, semicolons or tabs, whichever its header has.
 
-    columns: that it must have, of which alone the text is given, stripped. Raises UserError.
+    columns: that it must have, in letters of any case, of which alone the text is given, stripped
+    optional: columns that are given too where it has them
+    Raises UserError, also for a line with more cells than the header, as decimal commas make between commas.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="strict" if columns else TEXT["errors"]) as file:
             header = file.readline()
             file.seek(0)
-            table = csv.DictReader(file, delimiter=";" if ";" in header and "," not in header else ",")
-            missing = [name for name in columns if name not in (table.fieldnames or [])]
-            if missing:
-                found = " ".join(", ".join(table.fieldnames or ["nothing"]).split())[:200]
-                raise UserError(f"{path}: has no column {missing[0]}, only {found}")
+            table = csv.DictReader(file, delimiter=_delimiter(header, columns))
+            if not columns:
+                yield from ((table.line_num, row) for row in table)
+                return
+            names = {}
+            for wanted in (*columns, *optional):
+                alike = [name for name in table.fieldnames or [] if name.strip().lower() == wanted.lower()]
+                exact = [name for name in alike if name == wanted] or alike
+                if len(exact) > 1:
+                    raise UserError(f"{path}: has {len(exact)} columns {wanted}, expected one")
+                if not exact and wanted in columns:
+                    found = " ".join(", ".join(table.fieldnames or ["nothing"]).split())[:200]
+                    raise UserError(f"{path}: has no column {wanted}, only {found}")
+                if exact:
+                    names[wanted] = exact[0]
             for row in table:
-                yield table.line_num, {name: (row[name] or "").strip() for name in columns} if columns else row
+                if any(row.get(None) or ()):
+                    raise UserError(
+                        f"{path}: line {table.line_num} has more cells than the header ({len(table.fieldnames)}): are "
+                        f"its numbers written with the '{table.reader.dialect.delimiter}' that separates the cells?"
+                    )
+                yield table.line_num, {wanted: (row[name] or "").strip() for wanted, name in names.items()}
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: can't be read as a table ({error})") from error
+
+
+def _delimiter(header: str, columns: Sequence[str]) -> str:
+    """What separates the cells of a header: the one with which most of the columns are found, or most cells."""
+
+    def found(delimiter: str) -> tuple[int, int]:
+        cells = [cell.strip().lower() for cell in next(csv.reader([header], delimiter=delimiter), [])]
+        return sum(name.lower() in cells for name in columns), len(cells)
+
+    return max(",;\t", key=found)
 
 
 def append_json(path: str | Path, record: Any) -> None:

@@ -684,13 +684,13 @@ def test_a_table_of_ones_own(separator, encoding, tmp_path, run):
     assert_outcomes(
         tmp_path / "output",
         {
-            **{f"{at}{2 + i}": ("written", "") for i in range(7)},
+            **{f"{at}{2 + i}": ("written", "") for i in range(8)},
             **{
-                f"{at}{9 + i}": (
+                f"{at}{10 + i}": (
                     "failed",
                     f"not a label: malignancy is '{label}', expected a whole number from 0 to 999",
                 )
-                for i, label in enumerate(labels[7:])
+                for i, label in enumerate(labels[8:])
             },
             **{f"{at}{17 + i}": ("failed", "not a point: ") for i in range(4)},
             **{f"{at}{21 + i}": ("failed", "outside the scan: ") for i in range(2)},
@@ -699,11 +699,15 @@ def test_a_table_of_ones_own(separator, encoding, tmp_path, run):
         },
     )
     assert result.code == 1 and len(result.errors) == 1
-    assert result.errors[0].startswith("error: 14 inputs failed, such as ")
+    assert result.errors[0].startswith("error: 13 inputs failed, such as ")
     assert written(tmp_path / "output") == [
-        f"subset0/label{label}/1.2.1/{name}_{line:06d}.nii.gz"
-        for label, line in ((0, 2), (1, 3), (2, 4), (2, 7), (3, 5), (3, 8), (4, 6))
+        *(
+            f"subset0/label{label}/1.2.1/{name}_{line:06d}.nii.gz"
+            for label, line in ((0, 2), (1, 3), (2, 4), (2, 7), (3, 5), (3, 8), (4, 6))
+        ),
+        f"subset0/unlabelled/1.2.1/{name}_000009.nii.gz",
     ]
+    assert f"note: 1 points of {table} have no label" in result.out
     assert {name for name in times(tmp_path) if not name.startswith("output")} == before
 
 
@@ -712,7 +716,11 @@ def test_a_table_of_ones_own(separator, encoding, tmp_path, run):
     [
         (b"", "has no column seriesuid, only nothing"),
         (b"seriesuid,coordX,coordY,class\n", "has no column coordZ, only seriesuid"),
-        (b"seriesuid,coordX,coordY,coordZ,Class\n1,2,3,4,5\n", "has no column class, only "),
+        (b"seriesuid,coordX,coordY,coordZ,class,CLASS,Class\n1,2,3,4,5,6,7\n", None),
+        (b"seriesuid,coordX,coordY,coordZ,CLASS,Class\n1,2,3,4,5,6\n", "has 2 columns class, expected one"),
+        (b"seriesuid,coordX,coordY,coordZ,class\n1,2,5,3,4,1\n", "line 2 has more cells than the header (5)"),
+        (b'seriesuid,coordX,coordY,coordZ,class\n1,"2,5",3.5,4,1\n', "has 2,5 in line 2 and 3.5 in line 2"),
+        (b"seriesuid;coordX;coordY;coordZ;class\n1;1.234,5;3;4;1\n", "has 1.234,5 in line 2 and 1.234,5 in line 2"),
         (b"\xff\xfes\0e\0", "can't be read as a table"),
         (b"caf\xe9,seriesuid\n", "can't be read as a table"),
         (b"PK\x03\x04\x14\0\x06\0\x08\0\0\0", "has no column seriesuid"),
@@ -725,7 +733,85 @@ def test_a_table_that_is_none_is_named(content, reason, tmp_path, run):
         (tmp_path / "table.csv").write_bytes(content)
     result = run("luna16", "--input", source, "--output", tmp_path / "output", "--table", tmp_path / "table.csv")
     assert result.code == 1 and len(result.errors) == 1
-    assert result.errors[0].startswith(f"error: {tmp_path / 'table.csv'}: {reason}")
+    start = f"error: {tmp_path / 'table.csv'}: {reason}" if reason else "error: nothing was written: "
+    assert result.errors[0].startswith(start)
+
+
+def test_a_table_of_another_country(tmp_path, run):
+    """Semicolons, decimal commas, a byte order mark, headers in other case: the same crops, and a note."""
+    source = write_luna16(tmp_path / "input", {"1.2.1": "subset0"}, positives=2, negatives=2, annotated=False)
+    flags = ["luna16", "--input", source, "--size", 8, 8, 8, "--output"]
+    assert run(*flags, tmp_path / "plain").code == 0
+    rows = [line.split(",") for line in (source / "candidates_V2.csv").read_text().splitlines()[1:]]
+    rows = [(row[0], *(cell.replace(".", ",") for cell in row[1:4]), row[4]) for row in rows]
+    header = ["SeriesUID", "coordx", "CoordY", " COORDZ", "Class"]
+    for separator, encoding in ((";", "utf-8-sig"), ("\t", "utf-8"), (",", "utf-8")):  # the last one in quotes
+        write_table(source / "candidates_V2.csv", header, rows, separator, encoding)
+        output = tmp_path / f"other{ord(separator)}"
+        result = run(*flags, output)
+        assert result.code == 0 and "its numbers have decimal commas, such as " in result.out
+        assert contents(output) == contents(tmp_path / "plain")
+
+
+def test_points_without_a_label_are_cropped_for_prediction(tmp_path, run):
+    source = write_luna16(tmp_path / "input", {"1.2.1": "subset0"})
+    table = write_table(tmp_path / "new.csv", [*POINTS, "note"], [("1.2.1", 0, 0, 0, "a"), ("1.2.1", 9, 9, 9, "b")])
+    flags = ["luna16", "--input", source, "--output", tmp_path / "output", "--table", table, "--size", 8, 8, 8]
+    result = run(*flags)
+    assert result.code == 0 and f"2 points of {table} have no label (it has no column class)" in result.out
+    assert written(tmp_path / "output") == [f"subset0/unlabelled/1.2.1/new_{i:06d}.nii.gz" for i in (2, 3)]
+    assert {row["label"] for row in manifest(tmp_path / "output").values()} == {""}
+    _, problems = find_crops(tmp_path / "output")
+    assert [problem.reason.split(":")[0] for problem in problems] == ["holds no crops"]
+    write_nifti(tmp_path / "output" / "subset0/label0/p0/a.nii.gz", noise(), np.eye(4))
+    write_nifti(tmp_path / "output" / "subset0/label1/p1/a.nii.gz", noise(), np.eye(4))
+    crops, problems = find_crops(tmp_path / "output")
+    assert len(crops) == 2 and not problems
+    result = run("check", tmp_path / "output")
+    assert result.code == 0 and "2 crops in unlabelled folders are for --predict" in result.out
+    result = run(*flags[:4], tmp_path / "other", *flags[5:], "--label_column", "malignancy")
+    assert result.code == 1 and f"{table}: has no column malignancy" in result.errors[0]  # asked for: a mistake
+
+
+def test_scans_are_dicom_series_and_converted_files_too(tmp_path, run):
+    """All three forms of a scan give the crops of the volume, for the patient that the form tells."""
+    write_series(tmp_path / "dicom" / "any", series="1.2.3.1", patient="Ann", n=20)
+    table = write_table(tmp_path / "t.csv", [*POINTS, "class"], [("1.2.3.1", 0, 0, 20, 1)])
+    assert run("nlst", "--input", tmp_path / "dicom", "--output", tmp_path / "hdf5").code == 0
+    with Volume(tmp_path / "hdf5/Ann/t0/1.2.3.1.hdf5") as volume:
+        write_nifti(tmp_path / "nifti" / "1.2.3.1.nii.gz", volume.read(), volume.affine)
+    (tmp_path / "hashed/Ann/t0").mkdir(parents=True)
+    shutil.copy(tmp_path / "hdf5/Ann/t0/1.2.3.1.hdf5", tmp_path / "hashed/Ann/t0/1.2.3.1-0123abcd.hdf5")
+    found = {}
+    for form, patient in (("dicom", "Ann"), ("hdf5", "Ann"), ("hashed", "Ann"), ("nifti", "1.2.3.1")):
+        output = tmp_path / f"crops_{form}"
+        result = run("luna16", "--input", tmp_path / form, "--output", output, "--table", table, "--size", 8, 8, 8)
+        assert result.code == 0, result
+        (name,) = written(output)
+        assert name == f"subset0/label1/{patient}/t_000002.nii.gz"
+        found[form] = nibabel.load(output / name)
+    for form, crop in found.items():
+        np.testing.assert_array_equal(crop.dataobj, found["nifti"].dataobj)
+        np.testing.assert_allclose(crop.affine, found["nifti"].affine, atol=1e-4)
+
+
+def test_scans_and_cases_that_are_no_ct_in_hu_are_left_out(tmp_path, run):
+    source = write_luna16(tmp_path / "input", {f"1.2.{i}": "subset0" for i in range(3)}, positives=1, negatives=1)
+    stored = sitk.ReadImage(str(source / "subset0" / "1.2.1.mhd"))
+    sitk.WriteImage(stored + 1024, str(source / "subset0" / "1.2.1.mhd"))
+    result = run("luna16", "--input", source, "--output", tmp_path / "crops", "--size", 8, 8, 8)
+    assert result.code == 0 and "left out      2  not in HU, such as subset0/1.2.1.mhd#" in result.out
+    assert {name.split("/")[2] for name in written(tmp_path / "crops")} == {"1.2.0", "1.2.2"}
+    task = write_decathlon(tmp_path / "task", ["a", "b"])
+    image = nibabel.load(task / "imagesTr" / "b.nii.gz")
+    write_nifti(task / "imagesTr" / "b.nii.gz", (image.get_fdata() + 1024).astype(np.uint16), image.affine)
+    result = run("msd", "--input", task, "--output", tmp_path / "cases")
+    assert result.code == 0 and "left out      2  not in HU, such as imagesTr/b.nii.gz" in result.out
+    assert written(tmp_path / "cases") == ["images/a.nii.gz", "labels/a.nii.gz"]
+    for path in (task / "dataset.json", task / "imagesTr" / "a.nii.gz", task / "labelsTr" / "a.nii.gz"):
+        path.unlink()
+    result = run("msd", "--input", task, "--output", tmp_path / "none")
+    assert result.code == 1 and result.errors[0].startswith("error: nothing was written: 2 of 2 inputs for one reason")
 
 
 def test_scans_that_cannot_be_cropped_stop_nothing(tmp_path, run):

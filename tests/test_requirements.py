@@ -1,10 +1,17 @@
 """What a data set must be: is it a CT in HU, crops and cases that go together, and that check and training agree."""
 
+import json
+import shutil
+
+import nibabel
 import numpy as np
 import pytest
-from raw_inputs import phantom
+from raw_inputs import phantom, run, write_nifti  # noqa: F401
 
+import main_lnc_luna16
+import main_lts_msd
 from dino3d.data.requirements import hu_problem
+from vision_transformer import ARCHITECTURES
 
 
 def chest():
@@ -74,3 +81,231 @@ def test_a_sample_never_decides_against_a_volume():
     voxels = np.random.default_rng(0).integers(0, 300, (200, 180, 160)).astype(np.int16)
     voxels[1::4, 1::4, 1::4] = -800
     assert hu_problem(voxels) == ""
+
+
+# --------------------------------------------------------------------------------------------- check and training agree
+
+
+def noise(seed=0, shape=(28, 27, 14)):
+    return np.random.default_rng(seed).integers(-1000, 500, shape).astype(np.int16)
+
+
+def write_crops(folder, patients=8):
+    for i in range(patients):
+        for k in range(2):
+            write_nifti(folder / f"subset{i % 2}/label{k}/p{i}/{k}.nii.gz", noise(2 * i + k), np.eye(4))
+
+
+def write_pairs(folder, cases=8):
+    for i in range(cases):
+        label = np.zeros((28, 27, 14), np.uint8)
+        label[5:12, 5:12, 5:9] = 1
+        write_nifti(folder / "images" / f"p{i}.nii.gz", noise(i), np.eye(4))
+        write_nifti(folder / "labels" / f"p{i}.nii.gz", label, np.eye(4))
+
+
+def spoil(path, change=lambda voxels: voxels, affine=None):
+    """A function that changes a file's voxels or affine."""
+
+    def spoil_in(folder):
+        image = nibabel.load(folder / path)
+        write_nifti(folder / path, change(np.asarray(image.dataobj)), image.affine if affine is None else affine)
+
+    return spoil_in
+
+
+def all_crops(change):
+    def spoil_in(folder):
+        for path in folder.rglob("*.nii.gz"):
+            spoil(path.relative_to(folder), change)(folder)
+
+    return spoil_in
+
+
+def two_forms(path):
+    def spoil_in(folder):
+        image = nibabel.load(folder / path)
+        image.set_sform(np.eye(4), 2)
+        image.set_qform(np.diag([-1.0, -1, 1, 1]), 1)
+        nibabel.save(image, folder / path)
+
+    return spoil_in
+
+
+def to_nnunet(folder):
+    for old, new, suffix in (("images", "imagesTr", "_0000"), ("labels", "labelsTr", "")):
+        (folder / new).mkdir()
+        for path in sorted((folder / old).iterdir()):
+            path.rename(folder / new / path.name.replace(".nii.gz", f"{suffix}.nii.gz"))
+        (folder / old).rmdir()
+    index = {"labels": {"background": 0, "cancer": 1, "vein": 2}, "channel_names": {"0": "CT"}}
+    (folder / "dataset.json").write_text(json.dumps(index))
+
+
+ONE, IMAGE, LABEL = "subset1/label1/p3/1.nii.gz", "images/p3.nii.gz", "labels/p3.nii.gz"
+FAULTS = {  # what is wrong -> (whose layout, how it is made, what both say, whether it is refused)
+    "two sizes": ("lnc", spoil(ONE, lambda v: v[:-1]), f"{ONE}: has 27 x 27 x 14 voxels, but ", True),
+    "crop of constant values": ("lnc", spoil(ONE, lambda v: v * 0), f"{ONE}: constant: the same value", True),
+    "a mask for a crop": (
+        "lnc",
+        spoil(ONE, lambda v: (v > 0).astype(np.uint8)),
+        f"{ONE}: a mask, not a CT: 2 whole values",
+        True,
+    ),
+    "a crop with NaN": ("lnc", spoil(ONE, lambda v: v * np.float32(np.nan)), f"{ONE}: has voxels that are NaN", True),
+    "whole CTs": (
+        "lnc",
+        lambda folder: [
+            spoil(path.relative_to(folder), affine=np.diag([9.0, 9, 9, 1]))(folder) for path in folder.rglob("*.nii.gz")
+        ],
+        "is a whole CT, not a crop: 28 x 27 x 14 voxels over 252 x 243 x 126 mm",
+        True,
+    ),
+    "a crop twice": (
+        "lnc",
+        lambda folder: shutil.copy(folder / ONE, folder / ONE.replace(".nii.gz", ".nii")),
+        "1.nii.gz: has the same name as ",
+        True,
+    ),
+    "a class of one patient": (
+        "lnc",
+        lambda folder: shutil.move(folder / "subset1/label1/p3", folder / "subset1/label2/p3"),
+        "has label2 in one patient alone, p3",
+        True,
+    ),
+    "whole scans of LUNA16": (
+        "lnc",
+        lambda folder: [shutil.rmtree(folder), write_nifti(folder / "subset0/1.2.nii", noise(), np.eye(4))],
+        "holds no crops: expected subset*/label0|label1/<patient>/<name>.nii.gz, found whole scans such as",
+        True,
+    ),
+    "two spacings": (
+        "lnc",
+        spoil(ONE, affine=np.diag([1, 1, 2.0, 1])),
+        f"warning: 1 of 16 files have another spacing than most, 1 x 1 x 1 mm, such as {{}}/{ONE}: 1 x 1 x 2 mm",
+        False,
+    ),
+    "crops stored + 1024": (
+        "lnc",
+        all_crops(lambda v: (v.astype(int) + 1024).astype(np.int16)),
+        "warning: 16 of 16 files are no CT in HU, such as ",
+        False,
+    ),
+    "a crop of two forms": ("lnc", two_forms(ONE), f"1 of 16 files can be read in two ways, such as {{}}/{ONE}", False),
+    "a gap": ("lts", spoil(LABEL, lambda v: v * 3), "has the classes 0, 1, 3: expected 0 to 2 without a gap", True),
+    "a class of one case": ("lts", spoil(LABEL, lambda v: v * 2), "has class 2 in one case alone, p3", True),
+    "labels of 0.5": ("lts", spoil(LABEL, lambda v: v * np.float32(0.5)), "has label values such as 0.5", True),
+    "a mask for an image": (
+        "lts",
+        spoil(IMAGE, lambda v: (v > 0).astype(np.uint8)),
+        f"{IMAGE}: a mask, not a CT: 2 whole",
+        True,
+    ),
+    "no label": ("lts", lambda folder: (folder / LABEL).unlink(), f"{IMAGE}: has no label of the same name", True),
+    "an image twice": (
+        "lts",
+        lambda folder: shutil.copy(folder / IMAGE, folder / IMAGE.replace(".nii.gz", ".nii")),
+        "p3.nii.gz: has the same name as ",
+        True,
+    ),
+    "an empty label": (
+        "lts",
+        spoil(LABEL, lambda v: v * 0),
+        "note: cases without a labelled voxel: 1, such as p3",
+        False,
+    ),
+    "an 8-bit image": (
+        "lts",
+        spoil(IMAGE, lambda v: ((v.astype(int) + 1000) // 6).astype(np.uint8)),
+        f"warning: 1 of 8 files are no CT in HU, such as {{}}/{IMAGE}: not in HU: grey values",
+        False,
+    ),
+    "a label of two forms": (
+        "lts",
+        lambda folder: [two_forms(LABEL)(folder), two_forms(IMAGE)(folder)],
+        f"note: 2 of 16 files can be read in two ways, such as {{}}/{IMAGE}: its qform and sform",
+        False,
+    ),
+    "nnU-Net's form, a class without case": (
+        "lts",
+        to_nnunet,
+        "warning: dataset.json has the class 2, which no case has: it is not learnt",
+        False,
+    ),
+    "further channels": (
+        "lts",
+        lambda folder: shutil.copy(folder / IMAGE, folder / "images/p3_0001.nii.gz"),
+        "p3_0001.nii.gz: is a further channel of its case",
+        True,
+    ),
+}
+
+
+class Started(Exception):
+    """Training would begin now."""
+
+
+def start_of_training(script, folder, out, monkeypatch, capsys):
+    """(whether training would begin, what the script printed) of its start."""
+    from dino3d.command_line import UserError
+
+    module = {"lnc": main_lnc_luna16, "lts": main_lts_msd}[script]
+
+    def begin(*_, **__):
+        raise Started
+
+    monkeypatch.setattr(module, "run_fold", begin)
+    flags = ["--arch", "vit_micro" if "vit_micro" in ARCHITECTURES else "vit_tiny", "--input_size", 24, 24, 12]
+    flags += ["--num_workers", 0, "--k_fold", 2, "--data_dir", folder, "--output_dir", out]
+    try:
+        module.main(list(map(str, flags)))
+    except Started:
+        return True, capsys.readouterr().out
+    except UserError as error:
+        return False, str(error)
+    raise AssertionError("neither began nor refused")
+
+
+@pytest.mark.parametrize("script, spoil, told, refused", FAULTS.values(), ids=FAULTS)
+def test_check_and_training_name_the_same_fault(script, spoil, told, refused, tmp_path, run, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    {"lnc": write_crops, "lts": write_pairs}[script](folder)
+    spoil(folder)
+    told = told.format(folder)
+    began, said = start_of_training(script, folder, tmp_path / "out", monkeypatch, capsys)
+    result = run("check", folder)
+    assert told in said and told in result.out, (said, result)
+    assert began is not refused and (result.code == 1) is refused
+    assert refused or result.out.endswith("nothing would be refused\n")
+
+
+@pytest.mark.parametrize("script", ["lnc", "lts"])
+def test_neither_says_anything_of_sound_data(script, tmp_path, run, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    {"lnc": write_crops, "lts": write_pairs}[script](folder)
+    began, said = start_of_training(script, folder, tmp_path / "out", monkeypatch, capsys)
+    result = run("check", folder)
+    assert began and result.code == 0
+    for text in (said, result.out):
+        assert "warning:" not in text and "note:" not in text
+
+
+def test_check_tells_too_few_patients(tmp_path, run):
+    for count, told in ((2, "add cases"), (5, "lower --k_fold (2 takes 3) or add cases")):
+        write_pairs(tmp_path / str(count), count)
+        result = run("check", tmp_path / str(count))
+        assert f"warning: {count} cases are too few for a test set and --k_fold 5" in result.out
+        assert result.code == 0 and told in result.out
+
+
+def test_pre_training_data_is_looked_at_without_its_labels(tmp_path, run):
+    for i in range(3):
+        write_nifti(tmp_path / "in" / f"s{i}" / "ct.nii.gz", noise(i), np.eye(4))
+        write_nifti(
+            tmp_path / "in" / f"s{i}" / "segmentations" / "lung.nii.gz", (noise(i) > 0).astype(np.uint8), np.eye(4)
+        )
+    write_nifti(tmp_path / "in" / "s3" / "ct.nii.gz", noise(3) + np.int16(1024), np.eye(4))
+    result = run("check", tmp_path / "in")
+    assert result.code == 0 and "pre-training layout: 4 volumes of 4 patients" in result.out
+    assert "passed over: 3 " in result.out
+    assert f"warning: 1 of 4 files are no CT in HU, such as {tmp_path}/in/s3/ct.nii.gz: not in HU" in result.out

@@ -3,18 +3,22 @@ layout."""
 
 import collections
 import os
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import images, resampling
 from dino3d.data.conventions import DataError, stem
-from dino3d.data.scans import File
-from dino3d.files import read_rows, walk_files
+from dino3d.data.layouts import UNLABELLED, is_label_path
+from dino3d.data.requirements import require_ct, too_bright
+from dino3d.data.scans import File, Scan, find_scans
+from dino3d.data.volume import Volume
+from dino3d.files import read_rows
 from dino3d.prepare.conversion import (
     FAILED,
     LEFT_OUT,
@@ -22,15 +26,15 @@ from dino3d.prepare.conversion import (
     Output,
     convert_all,
     fingerprint,
+    note_of,
     open_output,
     report_outcome,
 )
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, file_at, image_statistics, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
 MAX_LABELS = 1000  # more classes than anyone has; what is beyond is no label
-VOLUME_OF_SERIES = (".mhd", ".mha", ".nii", ".nii.gz", ".nrrd")
 
 
 class Point(NamedTuple):
@@ -46,7 +50,10 @@ class Point(NamedTuple):
 
 
 class CropTask(NamedTuple):
-    """A scan and the Points to crop around, with their outputs' paths; or why there are none (status, reason)."""
+    """A scan and the Points to crop around, with their outputs' paths; or why there are none (status, reason).
+
+    source: relative to the input, as `Volume` opens it
+    """
 
     source: str
     files: list[File]
@@ -81,9 +88,14 @@ def luna16(
         "label_column": label_column,
     }
     with open_output(output, recipe) as records:
-        points = read_points(table, label_column) if table else read_candidates(input)
-        scans = scans_of_series(input, output)
-        patient_of_series = read_patients(patients) if patients else {series: series for series in scans}
+        points = read_points(table, label_column, label_column != "class") if table else read_candidates(input)
+        found = scans_of_series(input, output, set(points), workers)
+        scans = {series: [scan.name for scan in of_series] for series, of_series in found.items()}
+        patient_of_series = (
+            read_patients(patients)
+            if patients
+            else {series: patient_of_scan(of_series[0], series) for series, of_series in found.items()}
+        )
         subset_of_patient, tasks = {}, []
         for series in sorted({*points, *scans}):
             of_series, patient = scans.get(series, []), patient_of_series.get(series, "")
@@ -95,10 +107,11 @@ def luna16(
             # All scans of a patient go where the first of them lies: folds by subset must not share patients
             subset = subset_of_patient.setdefault(patient, subset_of(of_series[0]) or "subset0")
             outputs = [
-                f"{subset}/label{point.label}/{safe_name(patient, 'unknown')}/{point.table}_{point.line:06d}.nii.gz"
+                f"{subset}/{UNLABELLED if point.label is None else f'label{point.label}'}/"
+                f"{safe_name(patient, 'unknown')}/{point.table}_{point.line:06d}.nii.gz"
                 for point in chosen
             ]
-            files = [file_at(input, of_series[0]), *companions(input, of_series[0])]
+            files = [*found[series][0].files, *companions(input, of_series[0])]
             tasks.append(CropTask(of_series[0], files, patient, chosen, outputs))
         jobs = [
             Job(
@@ -151,49 +164,103 @@ def draw_points(points: Sequence[Point], negatives: int | None, seed: int, serie
     )
 
 
-def scans_of_series(folder: Path, output: Path) -> dict[str, list[str]]:
-    """{series: [paths relative to the folder]} of the volumes that are named by their series.
+def scans_of_series(folder: Path, output: Path, wanted: Collection[str], workers: int) -> dict[str, list[Scan]]:
+    """{series: Scans} of the volumes that are named by their series, and of the DICOM series.
 
-    Where there are subset folders, only what lies in them: LUNA16's lung masks bear the same names.
+    wanted: series of the tables; the converter's own files of one name have a hash behind it
+    Where there are subset folders, only what lies in them; masks, which bear the same names, nowhere.
     """
+    everything = find_scans(folder, [output], workers)
+    unlisted = [scan.problem for scan in everything.problems if "can't be listed" in scan.problem.reason]
+    if unlisted:
+        raise UserError(str(unlisted[0]))
     found = collections.defaultdict(list)
-
-    def fail(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: can't be listed ({error.strerror})") from error
-
-    for here, names in walk_files(folder, fail):
-        if Path(output).resolve() in (Path(here).resolve(), *Path(here).resolve().parents):
+    for scan in everything.scans:
+        if is_label_path(scan.name):
             continue
-        for name in names:
-            if name.lower().endswith(VOLUME_OF_SERIES):
-                found[stem(name)].append(os.path.normpath(os.path.relpath(os.path.join(here, name), folder)))
-    in_subsets = {series: [path for path in paths if subset_of(path)] for series, paths in found.items()}
-    in_subsets = {series: paths for series, paths in in_subsets.items() if paths}
+        series = scan.header.series if scan.header else stem(scan.name)
+        hashed = re.fullmatch(r"(.+)-[0-9a-f]{8}", series)
+        found[hashed[1] if hashed and series not in wanted and hashed[1] in wanted else series].append(scan)
+    in_subsets = {series: [scan for scan in scans if subset_of(scan.name)] for series, scans in found.items()}
+    in_subsets = {series: scans for series, scans in in_subsets.items() if scans}
     return in_subsets or dict(found)
 
 
-def read_points(path: Path | str, label_column: str) -> dict[str, list[Point]]:
-    """{series: [Points]} of a table with columns seriesuid, coordX, coordY, coordZ (LPS mm) and the label."""
+def patient_of_scan(scan: Scan, series: str) -> str:
+    """Whose a scan is: as its DICOM header says or the folder in which the converter put it, else the series itself."""
+    if scan.header:
+        return scan.header.patient or series
+    converted = re.fullmatch(r"(?:.*/)?([^/]+)/t\d+/[^/]+", scan.name.replace(os.sep, "/"))
+    return converted[1] if converted else series
+
+
+def read_points(path: Path | str, label_column: str, needs_label: bool = True) -> dict[str, list[Point]]:
+    """{series: [Points]} of a table with columns seriesuid, coordX, coordY, coordZ (LPS mm) and the label.
+
+    needs_label: refuse a table without that column; otherwise its points have no label
+    """
     points, name = collections.defaultdict(list), safe_name(stem(Path(path).stem), "table")
-    for line, row in read_rows(path, ["seriesuid", "coordX", "coordY", "coordZ", label_column]):
-        position, label, problem = (), None, ""
+    label = [label_column]
+    rows = read_numbers(path, ["seriesuid"], [*AXES, *(label if needs_label else ())], () if needs_label else label)
+    for line, row in rows:
+        position, value, problem = (), None, ""
         try:
-            position = tuple(float(row[name]) for name in ("coordX", "coordY", "coordZ"))
+            position = tuple(float(row[axis]) for axis in AXES)
             if not np.isfinite(position).all():
                 raise ValueError
         except ValueError:
             problem = f"not a point: {row['coordX']}, {row['coordY']}, {row['coordZ']}"
         try:
-            if not 0 <= (value := float(row[label_column])) < MAX_LABELS or not value.is_integer():
-                raise ValueError
-            label = int(value)
+            if text := row.get(label_column, ""):
+                if not 0 <= (number := float(text)) < MAX_LABELS or not number.is_integer():
+                    raise ValueError
+                value = int(number)
         except ValueError:
             problem = (
                 f"not a label: {label_column} is '{row[label_column][:50]}', expected a whole number from 0 to "
                 f"{MAX_LABELS - 1}"
             )
-        points[row["seriesuid"]].append(Point(name, line, position, label, problem=problem))
+        points[row["seriesuid"]].append(Point(name, line, position, value, problem=problem))
+    without = sum(point.label is None and not point.problem for of_series in points.values() for point in of_series)
+    if without:
+        column = "" if any(label_column in row for _, row in rows) else f" (it has no column {label_column})"
+        print(f"note: {without} points of {path} have no label{column}: their crops go to subset*/{UNLABELLED}")
     return dict(points)
+
+
+AXES = ("coordX", "coordY", "coordZ")
+
+
+def read_numbers(
+    path: Path | str, columns: Sequence[str], numbers: Sequence[str], optional: Sequence[str] = ()
+) -> list[tuple[int, dict[str, str]]]:
+    """[(line, {column: text})] of a table; decimal commas in the columns of numbers are points then, and are told.
+
+    optional: more columns of numbers, if it has them. Raises UserError where commas and points stand in the numbers.
+    """
+    rows = list(read_rows(path, [*columns, *numbers], optional))
+    cells = [
+        (line, row[name])
+        for line, row in rows
+        for name in (*numbers, *optional)
+        if name in row and re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?", row[name], re.I)
+    ]
+    commas = [cell for cell in cells if "," in cell[1]]
+    points = [cell for cell in cells if "." in cell[1]]
+    if not commas:
+        return rows
+    if points:
+        (line, comma), (other, point) = commas[0], points[0]
+        raise UserError(
+            f"{path}: has {comma} in line {line} and {point} in line {other}: which of them is the decimal sign? Write "
+            "all numbers in one way"
+        )
+    print(f"note: {path}: its numbers have decimal commas, such as {commas[0][1]} in line {commas[0][0]}")
+    named = {*numbers, *optional}
+    return [
+        (line, {key: text.replace(",", ".") if key in named else text for key, text in row.items()})
+        for line, row in rows
+    ]
 
 
 def read_candidates(folder: Path) -> dict[str, list[Point]]:
@@ -218,9 +285,9 @@ def read_candidates(folder: Path) -> dict[str, list[Point]]:
         )
         return points
     nodules = collections.defaultdict(list)
-    for line, row in read_rows(annotations, ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]):
+    for line, row in read_numbers(annotations, ["seriesuid"], [*AXES, "diameter_mm"]):
         try:
-            numbers = [float(row[name]) for name in ("coordX", "coordY", "coordZ", "diameter_mm")]
+            numbers = [float(row[name]) for name in (*AXES, "diameter_mm")]
             if not np.isfinite(numbers).all():
                 raise ValueError
         except ValueError:
@@ -264,7 +331,11 @@ def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTa
             {"source": task.source, "patient": task.patient, "status": task.status, "reason": task.reason}, None
         )
         return
-    image = images.read_image(os.path.join(folder, task.source))
+    with Volume(os.path.join(folder, task.source)) as volume:
+        voxels, notes = volume.read(), list(volume.notes)
+        require_ct(voxels, task.source)
+        image = images.make_image(voxels, volume.affine)
+    note = note_of([*notes, *filter(None, [too_bright(voxels)])])
     for point, output in zip(task.points, task.outputs):
         row = {
             "source": task.source + point_id(point),
@@ -281,5 +352,6 @@ def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTa
             yield Output({**row, "status": FAILED, "reason": error.reason}, None)
             continue
         yield Output(
-            {**row, "output": output, **image_statistics(crop)}, lambda path, crop=crop: images.save_image(path, crop)
+            {**row, "output": output, **image_statistics(crop), "reason": note},
+            lambda path, crop=crop: images.save_image(path, crop),
         )
