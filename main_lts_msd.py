@@ -63,7 +63,8 @@ COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml")
 MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
 AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
-LAYOUT = "images/<name>.nii.gz and labels/<name>.nii.gz"  # of --data_dir
+# Of --data_dir
+LAYOUT = "images/<name>.nii.gz and labels/<name>.nii.gz, or imagesTr and labelsTr of the Decathlon or nnU-Net"
 # What must not change while a run is resumed fold by fold
 FIXED = (*FIXED_FLAGS, "freeze_encoder", "decoder", "patches_per_case", "foreground_share", *MASKS, "tolerance")
 

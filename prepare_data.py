@@ -102,7 +102,7 @@ def get_args_parser() -> ArgumentParser:
         "luna16",
         luna16,
         "crops around nodules and others into subset*/label<k>/<patient>/<name>.nii.gz",
-        "folder with subset*/<seriesuid>.mhd (other volumes named by series do too) and the tables",
+        "folder with subset*/<seriesuid>.mhd (other volumes named by series do too, and DICOM series) and the tables",
     )
     options.add_argument(
         "--size",
@@ -132,7 +132,8 @@ def get_args_parser() -> ArgumentParser:
         type=Path,
         metavar="CSV",
         help="points of your own instead of candidates*.csv and annotations.csv: columns seriesuid, "
-        "coordX, coordY, coordZ (LPS mm, as LUNA16) and the label",
+        "coordX, coordY, coordZ (LPS mm, as LUNA16) and the label; points without a label are cropped into "
+        "subset*/unlabelled, for --predict",
     )
     options.add_argument(
         "--label_column",
@@ -153,7 +154,7 @@ def get_args_parser() -> ArgumentParser:
         "msd",
         msd,
         "images and label masks into images/ and labels/, for segmentation",
-        "a Medical Segmentation Decathlon task: imagesTr, labelsTr and dataset.json",
+        "a task of the Medical Segmentation Decathlon or of nnU-Net: imagesTr, labelsTr and mostly a dataset.json",
     )
     options.add_argument(
         "--spacing",
@@ -175,9 +176,14 @@ def get_args_parser() -> ArgumentParser:
     run_flags(options)
 
     required, options = command(
-        "check", check, "read a prepared folder and tell what the training scripts would refuse", "FOLDER [flags]"
+        "check", check, "read a folder and tell what the training scripts would say and refuse", "FOLDER [flags]"
     )
-    required.add_argument("folder", type=Path, metavar="FOLDER", help="a folder in one of the three layouts")
+    required.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder in one of the three layouts, or a task of the Decathlon or nnU-Net",
+    )
     run_flags(options)
 
     required, options = command(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -11,6 +12,8 @@ from raw_inputs import phantom, run, write_nifti  # noqa: F401
 import main_lnc_luna16
 import main_lts_msd
 from dino3d.data.requirements import hu_problem
+from dino3d.finetune.crops import EvaluationCrops, new_crop_lines
+from utils import Processes
 from vision_transformer import ARCHITECTURES
 
 
@@ -114,6 +117,10 @@ def spoil(path, change=lambda voxels: voxels, affine=None):
     return spoil_in
 
 
+def to_mask(voxels):
+    return (voxels > 0).astype(np.uint8)
+
+
 def all_crops(change):
     def spoil_in(folder):
         for path in folder.rglob("*.nii.gz"):
@@ -146,12 +153,7 @@ ONE, IMAGE, LABEL = "subset1/label1/p3/1.nii.gz", "images/p3.nii.gz", "labels/p3
 FAULTS = {  # what is wrong -> (whose layout, how it is made, what both say, whether it is refused)
     "two sizes": ("lnc", spoil(ONE, lambda v: v[:-1]), f"{ONE}: has 27 x 27 x 14 voxels, but ", True),
     "crop of constant values": ("lnc", spoil(ONE, lambda v: v * 0), f"{ONE}: constant: the same value", True),
-    "a mask for a crop": (
-        "lnc",
-        spoil(ONE, lambda v: (v > 0).astype(np.uint8)),
-        f"{ONE}: a mask, not a CT: 2 whole values",
-        True,
-    ),
+    "a mask for a crop": ("lnc", spoil(ONE, to_mask), f"{ONE}: a mask, not a CT: 2 whole values", True),
     "a crop with NaN": ("lnc", spoil(ONE, lambda v: v * np.float32(np.nan)), f"{ONE}: has voxels that are NaN", True),
     "whole CTs": (
         "lnc",
@@ -195,12 +197,7 @@ FAULTS = {  # what is wrong -> (whose layout, how it is made, what both say, whe
     "a gap": ("lts", spoil(LABEL, lambda v: v * 3), "has the classes 0, 1, 3: expected 0 to 2 without a gap", True),
     "a class of one case": ("lts", spoil(LABEL, lambda v: v * 2), "has class 2 in one case alone, p3", True),
     "labels of 0.5": ("lts", spoil(LABEL, lambda v: v * np.float32(0.5)), "has label values such as 0.5", True),
-    "a mask for an image": (
-        "lts",
-        spoil(IMAGE, lambda v: (v > 0).astype(np.uint8)),
-        f"{IMAGE}: a mask, not a CT: 2 whole",
-        True,
-    ),
+    "a mask for an image": ("lts", spoil(IMAGE, to_mask), f"{IMAGE}: a mask, not a CT: 2 whole", True),
     "no label": ("lts", lambda folder: (folder / LABEL).unlink(), f"{IMAGE}: has no label of the same name", True),
     "an image twice": (
         "lts",
@@ -290,6 +287,36 @@ def test_neither_says_anything_of_sound_data(script, tmp_path, run, monkeypatch,
         assert "warning:" not in text and "note:" not in text
 
 
+@pytest.mark.parametrize(
+    "shape, spacing, told",
+    [
+        ((28, 27, 14), 1.0, ""),
+        ((56, 54, 28), 1.0, ""),  # twice as large
+        ((60, 60, 14), 1.0, ""),
+        ((60, 60, 30), 1.0, "is a whole CT, not a crop: 60 x 60 x 30 voxels over 60 x 60 x 30 mm, expected crops"),
+        ((40, 40, 10), 6.0, "is a whole CT, not a crop: 40 x 40 x 10 voxels over 240 x 240 x 60 mm"),
+    ],
+)
+def test_a_whole_ct_is_no_new_crop(shape, spacing, told, tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", noise(0, shape), np.diag([spacing] * 3 + [1]))
+    trained = (28, 27, 14), (1.0, 1.0, 1.0)
+    sample = EvaluationCrops([str(path)], (24, 24, 12), trained=trained)[0]
+    assert sample.startswith(f"{path}: {told}") if told else sample[0].shape == (24, 24, 12)
+    write_nifti(path, to_mask(noise(0, (28, 27, 14))), np.eye(4))
+    assert EvaluationCrops([str(path)], (24, 24, 12), trained=trained)[0].startswith(f"{path}: a mask, not a CT")
+
+
+def test_new_crops_of_other_spacings_are_told(tmp_path):
+    paths = [str(tmp_path / f"{i}.nii.gz") for i in range(3)]
+    for path, spacing in zip(paths, (1.0, 1.01, 2.0)):
+        write_nifti(Path(path), noise(), np.diag([spacing, 1, 1, 1]))
+    (tmp_path / "broken.nii.gz").write_bytes(b"")  # which has its own row
+    (line,) = new_crop_lines([str(tmp_path / "broken.nii.gz"), *paths], (1.0, 1.0, 1.0), Processes())
+    assert line.startswith("warning: 1 of 3 files have another spacing than training's crops, 1 x 1 x 1 mm, such as ")
+    assert f"{paths[2]}: 2 x 1 x 1 mm" in line
+    assert not new_crop_lines(paths[:2], (1.0, 1.0, 1.0), Processes()) and not new_crop_lines(paths, None, Processes())
+
+
 def test_check_tells_too_few_patients(tmp_path, run):
     for count, told in ((2, "add cases"), (5, "lower --k_fold (2 takes 3) or add cases")):
         write_pairs(tmp_path / str(count), count)
@@ -301,9 +328,7 @@ def test_check_tells_too_few_patients(tmp_path, run):
 def test_pre_training_data_is_looked_at_without_its_labels(tmp_path, run):
     for i in range(3):
         write_nifti(tmp_path / "in" / f"s{i}" / "ct.nii.gz", noise(i), np.eye(4))
-        write_nifti(
-            tmp_path / "in" / f"s{i}" / "segmentations" / "lung.nii.gz", (noise(i) > 0).astype(np.uint8), np.eye(4)
-        )
+        write_nifti(tmp_path / "in" / f"s{i}" / "segmentations" / "lung.nii.gz", to_mask(noise(i)), np.eye(4))
     write_nifti(tmp_path / "in" / "s3" / "ct.nii.gz", noise(3) + np.int16(1024), np.eye(4))
     result = run("check", tmp_path / "in")
     assert result.code == 0 and "pre-training layout: 4 volumes of 4 patients" in result.out

@@ -302,7 +302,7 @@ DEFAULT_PATIENTS = 6  # for a test set and the five folds of --k_fold
 
 def few_patients(count: int, who: str) -> list[str]:
     """[] or [one line] where patients, or cases, are too few to train on with the scripts' own --k_fold."""
-    if count >= DEFAULT_PATIENTS:
+    if not 0 < count < DEFAULT_PATIENTS:
         return []
     least = f"lower --k_fold (2 takes {LEAST_PATIENTS}) or " if count >= LEAST_PATIENTS else ""
     return [

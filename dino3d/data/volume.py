@@ -175,7 +175,7 @@ def to_classes(voxels: np.ndarray, path: Path | str, classes: Sequence[int] | No
     wrong = found[~(np.isin(whole, allowed) & (np.abs(np.where(finite, found, -2) - whole) <= 1e-4))]
     if len(wrong):
         expected = "whole numbers from 0 to 255" if classes is None else "only " + ", ".join(map(str, allowed))
-        told = ", ".join(np.format_float_positional(value, trim="-") for value in wrong[:3].astype(float))
+        told = ", ".join(np.format_float_positional(value, trim="-") for value in wrong[:3])
         raise DataError(path, f"has label values such as {told}, expected {expected}")
     return (np.rint(voxels) if voxels.dtype.kind == "f" else voxels).astype(np.uint8)
 
