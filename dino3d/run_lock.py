@@ -155,7 +155,7 @@ class RunLock:
     def _is_free(self, found: bytes, locked: bool | None, silent: float) -> bool:
         """Whether a lock that nobody has locked, as far as can be told, may be taken. found: what stands in it"""
         holder = _parsed(found)
-        if not found or silent > SILENCE:
+        if not found or silent > SILENCE or locked and not holder:  # not even a name: a write that was cut off
             return True
         here, seen = (holder.get(name) == self._me[name] != "" for name in ("boot", "processes"))
         return here and (bool(locked) or seen and _is_gone(holder.get("process")))

@@ -132,15 +132,25 @@ def test_a_holder_on_another_machine_gives_signs_of_life(tmp_path, monkeypatch, 
     thread.join()
 
 
-@pytest.mark.parametrize("text", [record(), "no JSON", "[1]", "\0" * 400])
-def test_a_silent_holder_on_another_machine_is_waited_for_and_then_replaced(tmp_path, capfd, text):
-    (tmp_path / ".lock").write_text(text)
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_silent_holder_on_another_machine_is_waited_for_and_then_replaced(tmp_path, capfd, monkeypatch, flock):
+    if not flock:
+        without_flock(monkeypatch)
+    (tmp_path / ".lock").write_text(record())
     began = time.monotonic()
     with own_folder(tmp_path):
         assert time.monotonic() - began > run_lock.SILENCE
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1 and str(tmp_path) in told[0] and "no sign of life" in told[0]
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", '{"host": "fa', "[1]", "\0" * 400])
+def test_what_a_crash_left_of_a_lock_holds_nobody_up(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(run_lock, "SILENCE", 1000)
+    (tmp_path / ".lock").write_text(text)
+    with own_folder(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
 
 
 def test_a_silent_holder_whose_process_is_there_is_waited_for_and_then_refused(tmp_path, capfd):
