@@ -760,7 +760,7 @@ def test_a_signal_while_a_fold_is_trained(crops, tmp_path, processes):
 
 
 def test_a_signal_while_masks_are_evaluated(tmp_path, capsys, monkeypatch):
-    """Segmentation ends after the case at hand, in a validation and in the test; masks and figures are as without."""
+    """Segmentation ends after the windows at hand, in a validation and in the test; masks and figures are as without."""
     import main_lts_msd
 
     monkeypatch.setattr(statistics, "BOOTSTRAP_ROUNDS", 50)
@@ -804,11 +804,11 @@ def test_a_signal_while_masks_are_evaluated(tmp_path, capsys, monkeypatch):
 
     segment, calls, signals = main_lts_msd.predict_log_probabilities, [], ()
 
-    def signalled(*args):
+    def signalled(*args, **named):
         calls.append(1)
         if len(calls) in signals:
             os.kill(os.getpid(), signal.SIGTERM)
-        return segment(*args)
+        return segment(*args, **named)
 
     monkeypatch.setattr(main_lts_msd, "predict_log_probabilities", signalled)
     assert run("straight") == 0
