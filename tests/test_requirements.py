@@ -11,7 +11,11 @@ from raw_inputs import phantom, run, write_nifti  # noqa: F401
 
 import main_lnc_luna16
 import main_lts_msd
+from dino3d.data.conventions import DataError
+from dino3d.data.hdf5 import write_volume
+from dino3d.data.pretraining import PretrainingPatches
 from dino3d.data.requirements import hu_problem
+from dino3d.data.volume import Volume
 from dino3d.finetune.crops import EvaluationCrops, new_crop_lines
 from utils import Processes
 from vision_transformer import ARCHITECTURES
@@ -329,8 +333,13 @@ def test_pre_training_data_is_looked_at_without_its_labels(tmp_path, run):
     for i in range(3):
         write_nifti(tmp_path / "in" / f"s{i}" / "ct.nii.gz", noise(i), np.eye(4))
         write_nifti(tmp_path / "in" / f"s{i}" / "segmentations" / "lung.nii.gz", to_mask(noise(i)), np.eye(4))
-    write_nifti(tmp_path / "in" / "s3" / "ct.nii.gz", noise(3) + np.int16(1024), np.eye(4))
+    write_volume(tmp_path / "in" / "s3" / "ct.hdf5", noise(3) + np.int16(1024), np.eye(4))
     result = run("check", tmp_path / "in")
     assert result.code == 0 and "pre-training layout: 4 volumes of 4 patients" in result.out
     assert "passed over: 3 " in result.out
-    assert f"warning: 1 of 4 files are no CT in HU, such as {tmp_path}/in/s3/ct.nii.gz: not in HU" in result.out
+    assert f"warning: 1 of 4 files are no CT in HU, such as {tmp_path}/in/s3/ct.hdf5: not in HU" in result.out
+    raw = write_nifti(tmp_path / "in" / "s4" / "ct.nii.gz", noise(3) + np.int16(1024), np.eye(4))
+    result = run("check", tmp_path / "in")
+    assert result.code == 1 and f"refused: {raw}: not in HU: nothing as dark as air" in result.out
+    with Volume(raw) as volume, pytest.raises(DataError, match="ct.nii.gz: not in HU: nothing as dark as air"):
+        PretrainingPatches([raw], None, 0)._require_ct(volume)

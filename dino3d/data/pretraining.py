@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from augmentations import PATCH_VIEW, MultiCropAugmentation, ViewBatch, ViewParameters, collate_views, keyed_rng
 from dino3d.data.conventions import HDF5_SUFFIXES, DataError, is_kind
-from dino3d.data.requirements import no_image, not_hu
+from dino3d.data.requirements import pretraining_fault
 from dino3d.data.volume import Volume
 
 PATCHES_PER_READ = 8  # patches of one volume that follow each other in an epoch, read with one opening of its file
@@ -125,7 +125,7 @@ class PretrainingPatches(Dataset):
         if is_kind(path, HDF5_SUFFIXES) or path in self._looked_at:
             return
         voxels = volume.read()
-        if problem := no_image(voxels) or not_hu(voxels):
+        if problem := pretraining_fault(path, voxels):
             raise DataError(path, problem)
         self._looked_at.add(path)
 

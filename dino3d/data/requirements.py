@@ -43,6 +43,15 @@ def voxel_problems(voxels: np.ndarray) -> tuple[str, str]:
     return fault, fault or hu_problem(voxels)
 
 
+def pretraining_fault(path: Path | str, voxels: np.ndarray) -> str:
+    """Why pre-training passes a volume over, "" where it does not: a file that no conversion has looked at is to be a
+    CT in HU, a converted one not constant."""
+    fault = no_image(voxels)
+    if is_kind(path, HDF5_SUFFIXES):
+        return fault if fault.startswith("constant") else ""
+    return fault or not_hu(voxels)
+
+
 def require_ct(voxels: np.ndarray, source: Path | str) -> None:
     """Raise DataError for constant voxels, LeftOut for those that are no CT in HU; bright ones pass."""
     problem = no_image(voxels) or not_hu(voxels)

@@ -32,6 +32,7 @@ from dino3d.data.requirements import (
     header_of,
     hu_warnings,
     note_lines,
+    pretraining_fault,
     voxel_problems,
 )
 from dino3d.data.volume import Volume
@@ -123,16 +124,13 @@ def check_volumes(folder: Path, workers: int) -> Checked:
     """What main_dino.py would say of a folder."""
     names, passed_over = find_unlabelled(folder)
     paths, problems = [str(folder / name) for name in names], []
-    seen = check_files(check_volume, paths, workers)
+    seen = check_files(check_unlabelled, paths, workers)
     patients = {path.relative_to(folder).parts[0] for path in map(Path, paths)}
     print(f"pre-training layout: {len(paths)} volumes of {len(patients)} patients in {folder}")
     lines = [f"passed over: {passed_over}"] if passed_over else []
     if not paths:
         told = none_found(passed_over)
         problems.append(DataError(folder, f"holds none of the three layouts: no subset*, no images and labels, {told}"))
-    seen = [
-        one._replace(problem=one.faults[0]) if one.faults[0].startswith("constant") else one for one in seen
-    ]  # a mask among CTs is read as one
     good = [one for one in seen if not one.problem]
     paths = [one.path for one in good]
     lines += hu_warnings(paths, [one.faults[1] for one in good]) + note_lines(paths, [one.notes for one in good])
@@ -154,6 +152,17 @@ def check_volume(path: str) -> CheckedFile:
     try:
         with Volume(path) as volume:
             return check_voxels(path, volume.read(), Header(volume.shape, volume.spacing, tuple(volume.notes)))
+    except DataError as error:
+        return CheckedFile(path, error.reason)
+
+
+def check_unlabelled(path: str) -> CheckedFile:
+    """What check reads of a volume to pre-train on."""
+    try:
+        with Volume(path) as volume:
+            voxels = volume.read()
+            seen = check_voxels(path, voxels, Header(volume.shape, volume.spacing, tuple(volume.notes)))
+        return seen._replace(problem=pretraining_fault(path, voxels))
     except DataError as error:
         return CheckedFile(path, error.reason)
 
