@@ -35,6 +35,7 @@ IMAGES = [
     "subset0/label1/p1/a.nii.gz",  # crops of a class
     "subset0/0/p1/a.nii.gz",
     "mask1/t0/a.hdf5",  # a patient
+    "GT/t0/a.hdf5",
     "Mask Marion/t0/a.hdf5",
     "p1/t0/segment.hdf5",
     "p1/t0/unmasked.nii.gz",

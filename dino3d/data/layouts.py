@@ -60,7 +60,7 @@ def _find(folder: Path | str, workers: int) -> Found:
 
 # What masks and labels are called, in lower case
 LABEL_FOLDERS = re.compile(
-    r"(labels?|masks?|segs?|segmentations?|seg_?masks?|annotations?|ground_?truths?|gt)(_?(tr|ts|train|test|val))?"
+    r"(labels?|masks?|segs?|segmentations?|seg_?masks?|annotations?|ground_?truths?)(_?(tr|ts|train|test|val))?"
     r"|seg-lungs-luna16|\w+[_ -](masks?|segmentations?)"
 )
 LABEL_FILES = re.compile(
