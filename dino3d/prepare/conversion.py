@@ -27,7 +27,7 @@ MANIFEST = "manifest.csv"
 RECIPE = "prepare.json"  # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
 NOTE = "note: "  # before the reason of a file that was written all the same
-OUTPUT_FORMAT = 3  # raise it when the same input and options give another output
+OUTPUT_FORMAT = 2  # raise it when the same input and options give another output
 
 
 class Job(NamedTuple):
