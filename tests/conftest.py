@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,12 @@ def volumes(tmp_path_factory):
         moved = np.column_stack([affine[:, :3], corner])
         write_volume(folder / f"patient{i}" / "t0" / "scan.hdf5", volume[x : x + 80, y : y + 72, 12:52], moved)
     return folder
+
+
+@pytest.fixture
+def silent(capfd):
+    """What a library has to say of a file reaches nobody but as a reason: no text and no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert capfd.readouterr() == ("", "")

@@ -9,61 +9,21 @@ import shutil
 import warnings
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from grids import AXES, LPS, OBLIQUE, ORIGIN, SIGNED_PERMUTATIONS, SPACING, affine_to_ras, as_hu, canonical, noise
 from pydicom.pixels import apply_rescale
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from raw_inputs import manifest, outcomes, run, scan, write_dicom, write_image, write_series  # noqa: F401
-from scipy.spatial.transform import Rotation
 
 from dino3d.data import dicom, dicom_pixels
-from dino3d.data.conventions import AIR, LPS, DataError, LeftOut
+from dino3d.data.conventions import AIR, DataError, LeftOut
 from dino3d.data.dicom import Pixels, Slice, read_header
 from dino3d.data.dicom_series import assemble, open_series, stored_series
 from dino3d.data.scans import find_scans
 from dino3d.data.volume import Volume
-
-SIGNED_PERMUTATIONS = [
-    np.eye(3)[list(axes)] * signs
-    for axes in itertools.permutations(range(3))
-    for signs in itertools.product((1, -1), repeat=3)
-]
-OBLIQUE = Rotation.from_euler("xyz", [11, -17, 23], degrees=True).as_matrix()
-SPACING, ORIGIN = (0.9, 0.7, 2.5), (-31.25, 47.5, -803.1)
-AXES = {  # LPS: columns are the unit vectors along a row, along a column and from slice to slice
-    "axial": np.eye(3),
-    "prone": np.diag([-1.0, -1, 1]),
-    "feet first": np.diag([-1.0, 1, -1]),
-    "coronal": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
-    "sagittal": np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]),
-    "oblique": OBLIQUE,
-    "oblique coronal, from the feet": OBLIQUE @ np.array([[-1.0, 0, 0], [0, 0, 1], [0, 1, 0]]),
-}
-
-
-def noise(shape=(8, 5, 6), low=0, high=4096, seed=0):
-    return np.random.default_rng(seed).integers(low, high, shape)
-
-
-def affine_to_ras(axes, spacing=SPACING, origin=ORIGIN):
-    """(4, 4) from voxel indices to RAS mm, of unit vectors in LPS (columns)."""
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = np.array(axes) * spacing, origin
-    return LPS @ affine
-
-
-def canonical(voxels, affine):
-    """(voxels, affine) in RAS by nibabel."""
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
-    return np.asarray(image.dataobj), image.affine
-
-
-def as_hu(values):
-    """What becomes of a file's values: rounded, at least air, int16."""
-    return np.clip(np.rint(values), AIR, 32767).astype(np.int16)
 
 
 def read_dicom(paths, min_slices=3):
@@ -97,15 +57,6 @@ def by_pydicom(paths):
 def corners_apart(shape, one, other):
     corners = np.array([(*corner, 1.0) for corner in itertools.product(*([0, n - 1] for n in shape))]).T
     return np.abs(((one - other) @ corners)[:3]).max()
-
-
-@pytest.fixture
-def silent(capfd):
-    """What a library has to say of a file reaches nobody but as a reason: no text and no warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    assert capfd.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------------------------------- DICOM series

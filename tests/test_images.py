@@ -15,6 +15,19 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import SimpleITK as sitk
+from grids import (
+    AXES,
+    LPS,
+    MIRRORED,
+    OBLIQUE,
+    ORIGIN,
+    SIGNED_PERMUTATIONS,
+    SPACING,
+    affine_to_ras,
+    as_hu,
+    canonical,
+    noise,
+)
 from raw_inputs import manifest, run, write_dicom  # noqa: F401
 from scipy.spatial.transform import Rotation
 
@@ -29,47 +42,6 @@ from dino3d.data.requirements import require_ct
 from dino3d.data.resampling import crop_at
 from dino3d.data.volume import Volume, to_classes
 from dino3d.prepare.phantoms import chest_phantom
-
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-SIGNED_PERMUTATIONS = [
-    np.eye(3)[list(axes)] * signs
-    for axes in itertools.permutations(range(3))
-    for signs in itertools.product((1, -1), repeat=3)
-]
-OBLIQUE = Rotation.from_euler("xyz", [11, -17, 23], degrees=True).as_matrix()
-SPACING, ORIGIN = (0.9, 0.7, 2.5), (-31.25, 47.5, -803.1)
-AXES = {  # LPS: columns are the unit vectors along a row, along a column and from slice to slice
-    "axial": np.eye(3),
-    "prone": np.diag([-1.0, -1, 1]),
-    "feet first": np.diag([-1.0, 1, -1]),
-    "coronal": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
-    "sagittal": np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]),
-    "oblique": OBLIQUE,
-    "oblique coronal, from the feet": OBLIQUE @ np.array([[-1.0, 0, 0], [0, 0, 1], [0, 1, 0]]),
-}
-MIRRORED = {"left-handed": np.diag([-1.0, 1, 1]), "oblique, permuted and flipped": OBLIQUE @ SIGNED_PERMUTATIONS[13]}
-
-
-def noise(shape=(8, 5, 6), low=0, high=4096, seed=0):
-    return np.random.default_rng(seed).integers(low, high, shape)
-
-
-def affine_to_ras(axes, spacing=SPACING, origin=ORIGIN):
-    """(4, 4) from voxel indices to RAS mm, of unit vectors in LPS (columns)."""
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = np.array(axes) * spacing, origin
-    return LPS @ affine
-
-
-def canonical(voxels, affine):
-    """(voxels, affine) in RAS by nibabel."""
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
-    return np.asarray(image.dataobj), image.affine
-
-
-def as_hu(values):
-    """What becomes of a file's values: rounded, at least air, int16."""
-    return np.clip(np.rint(values), AIR, 32767).astype(np.int16)
 
 
 def contents(image):
@@ -143,15 +115,6 @@ def assert_linear(image, middle, source):
     inside = ((index >= reach) & (index <= np.array(source.GetSize()) - 1 - reach)).all(-1)
     assert inside.sum() > 50
     np.testing.assert_allclose(voxels[inside], ((where - middle) @ GRADIENT + OFFSET)[inside], rtol=0, atol=1.51)
-
-
-@pytest.fixture
-def silent(capfd):
-    """What a library has to say of a file reaches nobody but as a reason: no text and no warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    assert capfd.readouterr() == ("", "")
 
 
 # -------------------------------------------------------------------------------------------------------- volume files

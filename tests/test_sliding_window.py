@@ -10,20 +10,8 @@ import pytest
 import scipy.ndimage
 import SimpleITK as sitk
 import torch
-from test_images import (
-    ALL_AXES,
-    LPS,
-    OBLIQUE,
-    SIGNED_PERMUTATIONS,
-    affine_to_ras,
-    canonical,
-    contents,
-    itk_image,
-    noise,
-    places,
-    ras_image,
-    with_,
-)
+from grids import LPS, OBLIQUE, SIGNED_PERMUTATIONS, affine_to_ras, canonical, noise
+from test_images import ALL_AXES, contents, itk_image, places, ras_image, with_
 
 from dino3d.data import images, resampling
 from dino3d.data.conventions import AIR, DataError, format_size
