@@ -65,8 +65,17 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], item: Any
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_worker_of = []  # of this process, where it is a worker: the process that started it
+
+
+def is_expendable() -> bool:
+    """Whether this process is a worker of `in_processes`, whose death is told as its item's failure."""
+    return bool(_worker_of)
+
+
 def _start_worker() -> None:
     """One thread per worker, and none outlives the process that started it, however that one ends."""
+    _worker_of.append(parent_process())
     import SimpleITK
 
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
