@@ -37,6 +37,18 @@ def padded_offset(hu):
     return stored
 
 
+def padded_and_blurred(hu):
+    stored = hu + 1024
+    stored[:, :, :4], stored[:, :4, 4] = -2000, -500
+    return np.maximum(stored, -1024)  # as the reader does
+
+
+def padded_then_offset(hu):
+    hu = hu.clip(-1024)
+    hu[:, :, :4] = -2000
+    return hu + 1024
+
+
 NOT_HU = {
     "constant": (lambda hu: hu * 0 - 7, "constant: the same value in all voxels (-7)"),
     "a mask": (lambda hu: hu > -200, "a mask, not a CT: 2 whole values from 0 to 1"),
@@ -54,6 +66,11 @@ NOT_HU = {
     "8 bits of a soft window": (window(-160, 240), "not in HU: grey values from 0 to 255"),
     "stored + 1024": (lambda hu: (hu + 1024).clip(0), "not in HU: nothing as dark as air or lung, values from 0 to "),
     "stored + 1024, with padding": (padded_offset, "not in HU: nothing as dark as air or lung, values from -1024 to "),
+    "stored + 1024, with padding whose border was resampled": (
+        padded_and_blurred,
+        "not in HU: nothing as dark as air or lung, values from -1024 to ",
+    ),
+    "stored + 1024, padding too": (padded_then_offset, "not in HU: nothing as dark as air or lung, values from -976 "),
     "an MR": (lambda hu: np.abs(hu) / 2, "not a thorax CT in HU: nothing as dark as air or lung, values from 0 to "),
     "soft tissue alone": (lambda hu: hu.clip(-160, 240), "not a thorax CT in HU: nothing as dark as air or lung"),
     "floats from 0 to 1": (lambda hu: (hu + 1024) / 1500, "a mask, not a CT: 2 whole values from 0 to 1"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino3d.data.conventions import AIR, HDF5_SUFFIXES, DataError, LeftOut, format_size, is_kind
+from dino3d.data.conventions import HDF5_SUFFIXES, DataError, LeftOut, format_size, is_kind
 from dino3d.data.volume import Volume
 
 # ------------------------------------------------------------------------------------------------ is it a CT, in HU?
@@ -21,6 +21,8 @@ from dino3d.data.volume import Volume
 DARK_HU = -300  # HU, between fat and lung
 TOO_BRIGHT = 20_000  # HU that not even metal has
 DARK_SHARE = 1e-3  # of voxels, that a CT has of those
+FAT_HU = -50  # HU, below which fat, lung and air are
+FAT_SHARE = 0.02  # of voxels but padding, that a CT has of those; a blurred border of padding has fewer
 TOO_BRIGHT_SHARE = 0.01
 SAMPLES = 60_000  # voxels of a volume that are looked at, unless they look wrong
 MASK_VALUES = 10  # different ones, up to which small whole numbers are a mask's
@@ -87,10 +89,10 @@ def _why_not_hu(voxels: np.ndarray) -> str:
     told = f"values from {low} to {high}"
     if 0 <= low and high <= 255:
         return f"not in HU: grey values from {low} to {high}, as of 8-bit pictures"
-    if low == AIR:  # may be padding around values that are something else
-        rest = voxels[voxels > AIR]
-        if len(rest) and rest.min() >= -50 and rest.max() >= 1000:
-            voxels, told = rest, f"{told}, and but for padding from {rest.min()} on"
+    if low < DARK_HU:  # may be padding around values that are something else, and blurred at its border
+        rest = voxels[voxels > low]
+        if len(rest) and (rest < FAT_HU).mean() < FAT_SHARE and rest.max() >= 1000:
+            voxels, told = rest[rest >= FAT_HU], f"{told}, but next to none between padding and {FAT_HU}"
     if (voxels < DARK_HU).mean() < DARK_SHARE:
         if voxels.min() >= -50 and high >= 1000:
             return f"not in HU: nothing as dark as air or lung, {told}: stored + 1024, or no CT"
