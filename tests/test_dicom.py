@@ -1128,6 +1128,17 @@ def test_a_series_is_opened_by_its_folder_or_its_name(tmp_path):
         pass
 
 
+def test_a_folder_whose_name_holds_a_number_sign(tmp_path):
+    """Beside one that is called as its name up to there."""
+    stored = noise()
+    for name in ("a", "a/1", "a#b/1#2"):
+        write_dicom(tmp_path / name, stored, SeriesInstanceUID="1.2")
+    (found,) = (scan.name for scan in find_scans(tmp_path / "a#b").scans)
+    assert found == "1#2#1.2"
+    with Volume(f"{tmp_path}/a#b/{found}") as volume:
+        assert_is((volume.read(), volume.affine), *canonical(as_hu(stored - 1024), affine_to_ras(np.eye(3))))
+
+
 def test_headers_are_read_once_for_many_patches(tmp_path, monkeypatch):
     write_dicom(tmp_path, noise())
     read = []

@@ -366,7 +366,7 @@ def open_series(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     Raises DataError.
     """
     path = os.fspath(path)
-    folder, uid = _folder_and_uid(path)
+    folder, uid = folder_and_uid(path)
     if not os.path.isdir(folder):
         raise DataError(path, "can't be read: no such file or folder")
     state = tuple((here, os.stat(here).st_mtime_ns) for here, _ in walk_files(folder, _fail))
@@ -386,12 +386,13 @@ def open_series(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     return stored_series(assemble(parts[name].slices, 2, path), path)
 
 
-def _folder_and_uid(path: str) -> tuple[str, str | None]:
+def folder_and_uid(path: str) -> tuple[str, str | None]:
     """(folder, what stands behind its #), None where the path is the folder itself."""
     if os.path.isdir(path):
         return path, None
-    at = [k for k, letter in enumerate(path) if letter == "#"]
-    return next(((path[:k] or ".", path[k + 1 :]) for k in at if os.path.isdir(path[:k] or ".")), (path, None))
+    at = [k for k, letter in enumerate(path) if letter == "#" and os.sep not in path[k:]]
+    # The last of them: a folder's own name may hold one, and there may be a folder of what stands before it
+    return next(((path[:k] or ".", path[k + 1 :]) for k in at[::-1] if os.path.isdir(path[:k] or ".")), (path, None))
 
 
 def _fail(error: OSError) -> None:
