@@ -613,7 +613,8 @@ def predict_case(
 
 
 def without_suffix(name: str) -> str:
-    return os.path.join(os.path.dirname(name), stem(name))
+    """What to call a volume: its name without suffix, and no hidden one for a DICOM series right in the folder."""
+    return os.path.join(os.path.dirname(name), stem(name)).removeprefix(".#")
 
 
 def mask_name(name: str) -> str:
@@ -630,16 +631,16 @@ def find_new_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[st
             "for them; choose another"
         )
     names, folders = find_new_cases(folder, weights, output_dir)
-    targets = collections.Counter(mask_name(name) for name in names)
+    called = collections.Counter(map(without_suffix, names))  # in the table, where the rows of one name are one file's
     known = {os.path.realpath(os.path.join(folder, name)) for name in names}
     lost = next((name for name in names if os.path.realpath(output_dir / mask_name(name)) in known), None)
     if lost:
         raise UserError(
             f"--output_dir {output_dir}: the mask of {lost} would replace a CT of --predict; choose another"
         )
-    twice = next((name for name in names if targets[mask_name(name)] > 1), None)
+    twice = next((name for name in names if called[without_suffix(name)] > 1), None)
     if twice:
-        raise UserError(f"--predict {folder}: two volumes would have the mask {mask_name(twice)}; rename one")
+        raise UserError(f"--predict {folder}: two volumes are called {without_suffix(twice)}; rename one")
     return names, folders
 
 

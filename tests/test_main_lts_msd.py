@@ -1152,7 +1152,7 @@ def test_folders_and_weights(cases, trained, new_scans, tmp_path, weights):
         ([*new, tmp_path / "other"], ("--weights", "does not fit vit_small")),
         (["--predict", tmp_path / "empty", "--weights", trained.folder, *out], "no volume found"),
         (["--predict", tmp_path / "nowhere", "--weights", trained.folder, *out], "nowhere: no such folder"),
-        (["--predict", tmp_path / "twice", "--weights", trained.folder, *out], "two volumes would have the mask"),
+        (["--predict", tmp_path / "twice", "--weights", trained.folder, *out], "two volumes are called"),
         (["--predict", new_scans, "--weights", trained.folder, "--output_dir", trained.folder], "holds a trained run"),
         *(
             (

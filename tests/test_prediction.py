@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from raw_inputs import write_dicom
 from test_main_lts_msd import Thresholding, assert_one_error, predict, save
 
 import main_lts_msd
@@ -130,6 +131,41 @@ def test_the_same_command_goes_on(run, tmp_path, monkeypatch):
     assert len(read_table(tmp_path / "out" / "volumes.csv")) == 15
     again = predict(tmp_path / "new", run, tmp_path / "out")
     assert again[0] == 0 and "15 of them were done before" in again[1] and len(done) == 3
+
+
+def test_what_a_header_or_a_folder_stands_for_is_seen_to_change(run, tmp_path):
+    """A DICOM series' slices, and the voxels beside a MetaImage header: no row and no mask of what was there before."""
+    new, out = tmp_path / "new", tmp_path / "out"
+
+    def write(dense):
+        voxels = np.full((16, 12, 10), -900, np.int16)
+        voxels[2 : 2 + dense, 3:6, 4:6] = 900
+        write_dicom(new, voxels + 1024, spacing=(2.0, 2.0, 3.0))
+        image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
+        image.SetSpacing((2.0, 2.0, 3.0))
+        sitk.WriteImage(image, str(new / "whole" / "scan.mhd"))
+        (new / "slices").mkdir(exist_ok=True)
+        header = (new / "whole" / "scan.mhd").read_text().replace("scan.raw", "LIST")
+        (new / "slices" / "scan.mhd").write_text(header + "".join(f"{k}.raw\n" for k in range(10)))
+        for k in range(10):
+            (new / "slices" / f"{k}.raw").write_bytes(voxels[..., k].T.astype("<i2").tobytes())
+
+    (new / "whole").mkdir(parents=True)
+    for dense in (3, 5):
+        write(dense)
+        assert predict(new, run, out)[0] == 0
+        rows = {row["case"]: float(row["volume_ml"]) for row in read_table(out / "volumes.csv")}
+        assert rows == dict.fromkeys(("1.2.3.4", "slices/scan", "whole/scan"), pytest.approx(dense * 6 * 12 / 1000))
+        masks = sorted(str(path.relative_to(out)) for path in out.rglob("*.nii.gz"))
+        assert masks == ["1.2.3.4.nii.gz", "slices/scan.nii.gz", "whole/scan.nii.gz"]  # none is hidden
+    assert "3 of them were done before" in predict(new, run, out)[1]
+
+
+def test_two_files_of_one_name_are_refused(run, tmp_path):
+    """Both have a mask of their own, but the table has one row of each name."""
+    for name in ("scan.nii", "scan.nii.gz"):
+        save(tmp_path / "new" / name, scan(0), AFFINE)
+    assert_one_error(predict(tmp_path / "new", run, tmp_path / "out"), "two volumes are called scan; rename one")
 
 
 def test_rows_are_there_before_the_end_and_a_signal_ends_it(run, tmp_path, monkeypatch):

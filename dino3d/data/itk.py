@@ -112,6 +112,18 @@ def read_itk_header(path: Path | str) -> ItkHeader:
     return header
 
 
+def voxel_files(path: Path | str) -> list[str]:
+    """Paths of the files that hold the voxels of a MetaImage or NRRD header, [] where they follow it.
+
+    All others in its folder where it names several. Raises DataError.
+    """
+    header, folder = read_itk_header(path), os.path.dirname(path) or "."
+    if not header.detached:
+        return [header.apart] if header.apart else []
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries if entry.is_file() and entry.name != os.path.basename(path))
+
+
 def _read_metaimage(start: bytes, path: Path | str) -> ItkHeader:
     # Up to the end of a line with ElementDataFile, behind which voxels may follow
     head = re.match(rb".*?(?:^[ \t]*ElementDataFile.*?(?:\n|\Z)|\Z)", start, re.S | re.M)[0]

@@ -1,6 +1,8 @@
 """What a folder holds: volume files and DICOM series at any depth, and what in it is neither."""
 
 import collections
+import contextlib
+import hashlib
 import os
 import re
 import stat
@@ -10,9 +12,10 @@ from typing import NamedTuple
 
 from dino3d.data.conventions import NIFTI_SUFFIXES, VOLUME_SUFFIXES, DataError, LeftOut, is_kind
 from dino3d.data.dicom import ARCHIVE_SUFFIXES, Slice, is_dicom, read_header, why_no_ct
-from dino3d.data.dicom_series import numbered, parts_of, series_key
+from dino3d.data.dicom_series import folder_and_uid, numbered, parts_of, series_key
+from dino3d.data.itk import voxel_files
 from dino3d.data.parallel import in_processes, progress
-from dino3d.files import walk_files
+from dino3d.files import file_state, walk_files
 
 FILES_PER_TASK = 500  # that a worker looks into at a time, if no folder has more
 LARGEST_FOLDER = 5000  # files, up to which a folder is looked into as a whole
@@ -122,6 +125,19 @@ def find_scans(folder: Path | str, skip: Sequence[Path | str] = (), workers: int
     problems += [scan for scan in scans if scan.problem]
     problems.sort(key=lambda scan: scan.name)
     return Found([scan for scan in scans if not scan.problem], problems, others)
+
+
+def state_of(path: Path | str) -> str:
+    """16 hex digits that change when a file does from which `Volume` reads what the path stands for."""
+    path = os.fspath(path)
+    files = [path]
+    if is_kind(path, (".mhd", ".nhdr")):
+        with contextlib.suppress(DataError):  # it is refused when its turn comes
+            files += voxel_files(path)
+    elif not is_kind(path, VOLUME_SUFFIXES):
+        folder = folder_and_uid(path)[0]
+        files = sorted(os.path.join(here, name) for here, names in walk_files(folder, lambda _: None) for name in names)
+    return hashlib.sha256(repr([(one, file_state(one)) for one in files]).encode()).hexdigest()[:16]
 
 
 def _tasks(folders: Sequence[list[str]]) -> Iterator[list[str]]:

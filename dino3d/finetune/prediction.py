@@ -17,6 +17,7 @@ from torch import Tensor
 
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
+from dino3d.data.scans import state_of
 from dino3d.files import TEXT, append_json, file_state, read_table, write_table
 from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
 from dino3d.finetune.inference import reason_of
@@ -69,7 +70,7 @@ class Predictions:
         done = {}
         for at, (name, path, output) in enumerate(zip(self.names, self.paths, self.outputs)):
             line = kept.get(name)
-            whole = line and not line["reason"] and line["state"] == list(file_state(path))
+            whole = line and not line["reason"] and line["state"] == state_of(path)
             if whole and (output is None or output.is_file()):
                 done[at] = line
         self._append({"recipe": self.recipe}, *done.values())
@@ -85,7 +86,7 @@ class Predictions:
 
     def add(self, at: int, rows: Sequence[Sequence[Any]], reason: str = "") -> None:
         """Keep what has become of a file. rows: of the table, without the case's name and the reason"""
-        line = {"case": self.names[at], "state": file_state(self.paths[at]), "rows": rows, "reason": reason}
+        line = {"case": self.names[at], "state": state_of(self.paths[at]), "rows": rows, "reason": reason}
         self._append(*([] if self._journal.exists() else [{"recipe": self.recipe}]), line)
         if self.runtime.processes.is_main and time.monotonic() - self._written > TABLE_EVERY:
             self.write()

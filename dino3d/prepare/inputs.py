@@ -12,7 +12,7 @@ import numpy as np
 
 from dino3d.data import images
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, format_size, is_kind
-from dino3d.data.itk import read_itk_header
+from dino3d.data.itk import voxel_files
 from dino3d.data.scans import File
 from dino3d.files import file_state, walk_files
 from dino3d.prepare.conversion import MANIFEST, RECIPE
@@ -34,10 +34,9 @@ def companions(root: Path | str, name: str) -> list[File]:
     if not is_kind(name, (".mhd", ".nhdr")):
         return []
     try:
-        apart = read_itk_header(os.path.join(root, name)).apart
+        return [file_at(root, os.path.relpath(path, root)) for path in voxel_files(os.path.join(root, name))]
     except DataError:  # it is refused when its turn comes
         return []
-    return [file_at(root, os.path.relpath(apart, root))] if apart else []
 
 
 def files_of(root: Path | str, name: str) -> list[File]:
