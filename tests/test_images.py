@@ -359,6 +359,16 @@ def write_nan_origin(path):
     path.write_bytes(re.sub(rb"space origin: \([^,]*", b"space origin: (nan", path.read_bytes()))
 
 
+def write_without(name):
+    """A function that writes a MetaImage or NRRD file without the lines of its header that begin so."""
+
+    def write(path):
+        sitk.WriteImage(itk_image(noise().astype(np.int16)), path)
+        path.write_bytes(re.sub(rb"(?m)^%b.*\n" % name, b"", path.read_bytes()))
+
+    return write
+
+
 SHEARED = np.eye(4) + 0.2 * np.eye(4, k=1)
 RGB = np.zeros((4, 3, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])
 REFUSED = {  # name: (file, how it is made, reason)
@@ -401,6 +411,19 @@ REFUSED = {  # name: (file, how it is made, reason)
     "singular affine": ("ct.nii", lambda path: nifti_with(path, srow_x=[0, 1, 0, 0]), "can't be read|no geometry"),
     "no voxels": ("ct.nii", lambda path: nifti_with(path, dim=[3, 0, 3, 5, 1, 1, 1, 1]), "is empty"),
     "too large": ("ct.nii", lambda path: nifti_with(path, dim=[3, 9000, 9000, 9000, 1, 1, 1, 1]), "can't be read"),
+    "no pixdim, no forms": (
+        "ct.nii",
+        lambda path: nifti_with(path, pixdim=[1, 2, 2, 0, 0, 0, 0, 0], qform_code=0, sform_code=0),
+        "pixdim 2 x 2 x 0 in its header: the size of its voxels is not known",
+    ),
+    "no pixdim, qform": (
+        "ct.nii",
+        lambda path: nifti_with(path, pixdim=[1, 0, 2, 2, 0, 0, 0, 0], qform_code=1, sform_code=0),
+        "pixdim 0 x 2 x 2",
+    ),
+    "unit of time for space": ("ct.nii", lambda path: nifti_with(path, xyzt_units=4), "in the unit 4 of xyzt_units"),
+    "no spacing in mha": ("ct.mha", write_without(b"ElementSpacing"), "has no ElementSpacing in its header"),
+    "no spacing in nrrd": ("ct.nrrd", write_without(b"space"), "has no spacings or space directions in its header"),
     "a folder": ("ct.nii", lambda path: path.mkdir(), "can't be read"),
 }
 
@@ -417,6 +440,37 @@ def test_unusable_volumes_are_named_with_the_reason(name, make, reason, tmp_path
             read_image(str(path))
     else:
         assert re.search(reason, refusal(path))
+
+
+@pytest.mark.parametrize(
+    "name, change, told",
+    [
+        ("ct.nrrd", (b"space: left-posterior-superior", b"space: 3D-left-handed"), "(space 3d-left-handed)"),
+        ("ct.nrrd", (rb"space: .*\n", b""), "(no space)"),
+        ("ct.mha", (rb"TransformMatrix.*\n", b""), "no TransformMatrix"),
+        ("ct.nrrd", (b"space: left-posterior-superior", b"space: LPS"), ""),
+        ("ct.nrrd", (b"space: .*", b"space: left-posterior-superior"), ""),
+        ("ct.mha", (b"TransformMatrix", b"Rotation"), ""),
+    ],
+)
+def test_headers_that_do_not_say_which_way_the_axes_go_are_told(name, change, told, tmp_path):
+    path = tmp_path / name
+    sitk.WriteImage(itk_image(noise().astype(np.int16)), path)
+    content = re.sub(*change, path.read_bytes(), count=1)
+    if told == "(no space)":  # it needs one with its directions
+        content = re.sub(rb"space directions: .*\nkinds.*\n", b"spacings: 1 1 2\n", content)
+        content = re.sub(rb"space origin: .*\n", b"", content)
+    path.write_bytes(content)
+    with Volume(path) as volume:
+        assert len(volume.notes) == bool(told) and all(told in note for note in volume.notes)
+
+
+def test_a_form_whose_code_is_none_is_told(tmp_path, capfd):
+    """nibabel takes such a code for 0, and says so without the file's name."""
+    nifti_with(tmp_path / "ct.nii", sform_code=9, qform_code=1)
+    with Volume(tmp_path / "ct.nii") as volume:
+        assert volume.notes == ("its sform_code is 9, which is none: 0 was taken",)
+    assert capfd.readouterr().err == ""
 
 
 def test_files_are_closed_and_standard_error_is_back(tmp_path, capfd):

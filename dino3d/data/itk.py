@@ -21,7 +21,11 @@ UNITS = {
     **dict.fromkeys(("cm", "centimeter", "centimetre"), 10.0),
     **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1000.0),
 }
+SPACES = ("right-anterior-superior", "left-anterior-superior", "left-posterior-superior")  # of NRRD, that ITK knows
 _STDERR = threading.Lock()  # of the process, which `quietly` turns away for a while
+
+
+NO_SPACING = "{} in its header: the size of its voxels is not known; write it again with its spacing"
 
 
 class ItkHeader(NamedTuple):
@@ -49,6 +53,8 @@ def open_itk(path: Path | str) -> Stored:
     reader = sitk.ImageFileReader()
     reader.SetFileName(os.fspath(path))
     quietly(reader.ReadImageInformation, path)
+    if "ndims" not in header.fields and not {"spacings", "spacedirections"} & header.fields.keys():  # ITK takes 1 mm
+        raise DataError(path, f"has no {NO_SPACING.format('spacings or space directions')}")
     size, n = reader.GetSize(), reader.GetDimension()
     if n < 3 or any(one != 1 for one in size[3:]):
         raise DataError(path, f"is a {n}D image of {format_size(size)} voxels, expected a 3D volume")
@@ -69,7 +75,7 @@ def open_itk(path: Path | str) -> Stored:
             read[0].flags.writeable = False  # what is taken are views of it
         return read[0][slices]
 
-    return Stored(size[:3], LPS @ affine, take)
+    return Stored(size[:3], LPS @ affine, take, orientation_notes(header))
 
 
 def quietly(read: Callable[[], Any], path: Path | str) -> Any:
@@ -141,6 +147,8 @@ def _read_metaimage(start: bytes, path: Path | str) -> ItkHeader:
         name.decode(errors="replace").lower(): value.decode(errors="replace")
         for name, value in re.findall(rb"^[ \t]*(\w+)[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", head, re.M)
     }
+    if not values("ElementSpacing") and not values("ElementSize"):  # their case counts, to ITK too
+        raise DataError(path, f"has no {NO_SPACING.format('ElementSpacing')}")
     data = values("ElementDataFile")[-1]
     local, several = data.upper().startswith(b"LOCAL"), data.upper().startswith(b"LIST")
     compressed = re.match(r"[Tt1]", fields.get("compresseddata", "")) is not None
@@ -180,6 +188,19 @@ def units_of(header: ItkHeader, path: Path | str) -> float:
     if len(known) > 1 or None in known:
         raise DataError(path, f"has lengths in {named}, expected mm, um, cm or m, the same for all axes")
     return known.pop()
+
+
+def orientation_notes(header: ItkHeader) -> tuple[str, ...]:
+    """() or (a line that the header does not say which way the axes go,), which ITK then takes to be LPS."""
+    fields, taken = header.fields, "were taken to go to the patient's left, posterior and superior side"
+    if "ndims" in fields:  # MetaImage
+        known = {"transformmatrix", "rotation", "orientation"} & fields.keys()
+        return () if known else (f"its header declares no orientation (no TransformMatrix): its axes {taken}",)
+    space = fields.get("space", "").lower()
+    if space.removesuffix("-time") in SPACES or space[:3] in ("ras", "las", "lps") and space[3:] in ("", "t"):
+        return ()
+    told = f"space {space}" if space else "no space"
+    return (f"its header names no sides of the patient ({told}): the axes of its coordinates {taken}",)
 
 
 def rescale_of(header: ItkHeader, path: Path | str) -> tuple[float, float]:

@@ -4,6 +4,7 @@ A header can say where the voxels lie in up to three ways: the sform, the qform,
 counts: the sform if its code is above 0, else the qform if its is, else pixdim.
 """
 
+import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,14 @@ import numpy as np
 from dino3d.data.conventions import DataError, Stored, format_size, is_kind
 from dino3d.data.geometry import corners_apart, is_apart
 
-XYZT_UNITS = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}  # per unit of xyzt_units
+XYZT_UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # mm per unit of the lower bits of xyzt_units; 0: not known
 
 
 def open_nifti(path: Path | str) -> Stored:
     """The Stored of a NIfTI-1 or NIfTI-2 file in millimetres, without trailing axes of one voxel. Raises DataError."""
     import nibabel
 
+    nibabel.imageglobals.logger.setLevel(logging.CRITICAL)  # it names no file; what matters is told as a note
     image = nibabel.load(path)
     if not isinstance(image, nibabel.Nifti1Pair):  # Nifti2Pair is one too
         raise DataError(path, f"is a {type(image).__name__}, expected NIfTI")
@@ -30,7 +32,16 @@ def open_nifti(path: Path | str) -> Stored:
         raise DataError(path, f"is a {len(shape)}D image of {format_size(shape)} voxels, expected a 3D volume")
     if image.header.get_data_dtype().kind not in "iuf":
         raise DataError(path, f"has voxels of type {image.header.get_data_dtype()}, expected numbers")
+    if (unit := int(image.header["xyzt_units"]) % 8) not in XYZT_UNITS:
+        raise DataError(path, f"has lengths in the unit {unit} of xyzt_units, expected 1 (m), 2 (mm) or 3 (um)")
+    with nibabel.openers.ImageOpener(path) as file:
+        stored = type(image.header).from_fileobj(file, check=False)  # nibabel puts other values in place of wrong ones
+    if image.header["sform_code"] <= 0 and not stored["pixdim"][1:4].all():
+        told = format_size(stored["pixdim"][1:4])
+        raise DataError(path, f"has pixdim {told} in its header: the size of its voxels is not known")
+    codes = [(name, int(stored[name])) for name in ("sform_code", "qform_code") if stored[name] != image.header[name]]
     affine, notes = geometry_of(image, shape[:3])
+    notes = (*(f"its {name} is {code}, which is none: 0 was taken" for name, code in codes), *notes)
 
     def take(slices: tuple[slice, ...]) -> np.ndarray:
         whole = all(part.indices(n)[:2] == (0, n) for part, n in zip(slices, shape))
@@ -45,7 +56,7 @@ def open_nifti(path: Path | str) -> Stored:
 def geometry_of(image: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
     """((4, 4) affine to RAS mm, notes) of a nibabel image: where its header can be read in two ways, a note says so."""
     header, notes = image.header, []
-    scale = np.diag([*[XYZT_UNITS[header.get_xyzt_units()[0]]] * 3, 1.0])
+    scale = np.diag([*[XYZT_UNITS[int(header["xyzt_units"]) % 8]] * 3, 1.0])
     affine = scale @ image.affine
     by_sform, by_qform = int(header["sform_code"]), int(header["qform_code"])
     if not (by_sform or by_qform):
