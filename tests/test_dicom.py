@@ -787,11 +787,13 @@ def test_twice_the_same_places_are_told_apart_by_what_differs(tag, tmp_path):
         np.testing.assert_array_equal(voxels, as_hu(stored - 1024)[::-1, ::-1])
 
 
-def test_a_series_whose_patients_nothing_tells_apart_is_refused(tmp_path):
-    """An anonymiser made all UIDs and numbers one, and the slices lie evenly between each other."""
+@pytest.mark.parametrize("first", [(1, 1), (1, 7), (41, 1)], ids=["repeated", "continued", "continued from the second"])
+def test_a_series_whose_patients_nothing_tells_apart_is_refused(first, tmp_path):
+    """An anonymiser made all UIDs one, and the numbers, or a program numbered two times or kernels on; the slices lie
+    evenly between each other."""
     for k, shift in enumerate((0, 1.25)):
         origin, names = (*ORIGIN[:2], ORIGIN[2] + shift), [f"{k}{i}" for i in range(6)]
-        write_dicom(tmp_path, noise(seed=k), origin=origin, names=names, InstanceNumber=lambda i: i + 1)
+        write_dicom(tmp_path, noise(seed=k), origin=origin, names=names, InstanceNumber=lambda i, k=k: i + first[k])
     with pytest.raises(DataError, match="several series of one UID"), Volume(tmp_path):
         pass
     for k in range(2):  # in a folder of its own each is a volume
@@ -799,6 +801,17 @@ def test_a_series_whose_patients_nothing_tells_apart_is_refused(tmp_path):
         for path in tmp_path.glob(f"{k}?"):
             path.rename(tmp_path / str(k) / path.name)
     assert list(volumes_in(tmp_path)) == ["0#1.2.3.4", "1#1.2.3.4"]
+
+
+def test_two_kernels_of_one_series_between_each_other_are_two_volumes(tmp_path):
+    for k, kernel in enumerate(("B30f", "B70f")):
+        origin, names = (*ORIGIN[:2], ORIGIN[2] + 1.25 * k), [f"{k}{i}" for i in range(6)]
+        changes = {"InstanceNumber": lambda i, k=k: i + 1 + 6 * k, "SOPInstanceUID": lambda i, k=k: f"1.{k}.{i}"}
+        write_dicom(tmp_path, noise(seed=k), origin=origin, names=names, ConvolutionKernel=kernel, **changes)
+    found = volumes_in(tmp_path)
+    assert list(found) == [".#1.2.3.4", ".#1.2.3.4#2"]
+    for k, (voxels, _, _) in enumerate(found.values()):
+        np.testing.assert_array_equal(voxels, as_hu(noise(seed=k) - 1024)[::-1, ::-1])
 
 
 def test_acquisitions_that_follow_each_other_are_one_volume(tmp_path):

@@ -139,12 +139,17 @@ def _doubled(heights: Sequence[float]) -> list[int]:
 
 
 def _mixed_numbers(order: Sequence[Slice]) -> bool:
-    """Whether sorted slices are of several series that were given one UID: their numbers repeat and don't follow."""
-    numbers = [int(one.number) for one in order if one.number.isdecimal()]
-    different = len(set(numbers))
-    if len(numbers) < len(order) or different == 1 or different > 0.75 * len(numbers):
+    """Whether sorted slices are of several series that were given one UID: their numbers repeat and don't follow, or
+    follow with every second, third or fourth slice."""
+    numbers = np.array([int(one.number) for one in order if one.number.isdecimal()])
+
+    def following(stride: int) -> float:
+        return float((np.abs(numbers[stride:] - numbers[:-stride]) == 1).mean())
+
+    different = len(np.unique(numbers))
+    if len(numbers) < max(len(order), 2 * TOGETHER) or different == 1 or following(1) >= 0.75:
         return False
-    return float((np.abs(np.diff(numbers)) == 1).mean()) < 0.75
+    return different <= 0.75 * len(numbers) or max(map(following, (2, 3, 4))) >= 0.75
 
 
 def _without_copies(slices: Sequence[Slice]) -> tuple[list[Slice], int]:
@@ -292,7 +297,7 @@ def _require_even(kept: Sequence[Slice], heights: np.ndarray, source: str) -> No
             f"{os.path.basename(second.path)} at {heights[doubled[0]]:g} mm",
         )
     if _mixed_numbers(kept):
-        raise LeftOut(source, "several series of one UID: slices that share InstanceNumbers lie between each other")
+        raise LeftOut(source, "several series of one UID: slices whose InstanceNumbers don't follow lie between others")
     uneven = np.flatnonzero(np.abs(gaps - usual) > 0.05 * usual + 0.1)  # some scanners write tenths of a millimetre
     if len(uneven):
         widest = int(uneven[np.argmax(gaps[uneven])])
