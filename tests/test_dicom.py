@@ -704,6 +704,19 @@ def test_spacing_between_slices_plays_no_part(value, tmp_path):
     assert_is(read_dicom(paths), *canonical(as_hu(stored - 1024), affine_to_ras(np.eye(3))))
 
 
+def test_steps_that_drift_are_refused_where_a_slice_would_lie_elsewhere(tmp_path):
+    """No step is far off, but half of the slices are nearer to each other than the others."""
+    steps = np.cumsum([0, *[2.3] * 20, *[2.5] * 20])  # 2 mm beside in the middle
+    for name, stretch in (("small", 1), ("large", 2)):
+        z = 2.4 * np.arange(41) + stretch * (steps - 2.4 * np.arange(41))
+        place = lambda k, z=z: [-31.25, 47.5, f"{z[k]:.3f}"]  # noqa: E731
+        write_dicom(tmp_path / name, noise((8, 5, 41)), ImagePositionPatient=place)
+    with Volume(tmp_path / "small") as volume:
+        assert volume.notes == ("its slices lie up to 2 mm beside the even grid that was taken",)
+    with pytest.raises(DataError, match="uneven spacing: slices lie up to 4 mm beside"), Volume(tmp_path / "large"):
+        pass
+
+
 def test_slices_beside_the_even_grid_are_told(tmp_path):
     height = [0, 2.5, 5.0, 7.65, 10.0, 12.5]
     paths = write_dicom(tmp_path, noise(), ImagePositionPatient=lambda k: [0, 0, height[k]])
@@ -801,6 +814,12 @@ def test_a_series_whose_patients_nothing_tells_apart_is_refused(first, tmp_path)
         for path in tmp_path.glob(f"{k}?"):
             path.rename(tmp_path / str(k) / path.name)
     assert list(volumes_in(tmp_path)) == ["0#1.2.3.4", "1#1.2.3.4"]
+
+
+def test_a_patient_whose_name_is_written_in_two_ways_is_one(tmp_path):
+    write_dicom(tmp_path, noise(), PatientName=lambda k: ("ROE^JANE", "Roe^Jane^^")[k % 2])
+    ((_, (voxels, _, _)),) = volumes_in(tmp_path).items()
+    np.testing.assert_array_equal(voxels, as_hu(noise() - 1024)[::-1, ::-1])
 
 
 def test_two_kernels_of_one_series_between_each_other_are_two_volumes(tmp_path):

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ class Series(NamedTuple):
 
 def series_key(one: Slice) -> tuple[str, ...]:
     """What the slices of a series share: whose, of which study, which series; without a UID, in which folder."""
-    return one.patient, one.person, one.study, one.series, "" if one.series else os.path.dirname(one.path)
+    person = re.sub(r"[\W_]+", " ", one.person).strip().casefold()  # ROE^JANE and Roe^Jane^^ are one
+    return one.patient, person, one.study, one.series, "" if one.series else os.path.dirname(one.path)
 
 
 def parts_of(slices: Sequence[Slice]) -> list[Part]:
@@ -222,6 +224,8 @@ def assemble(slices: Sequence[Slice], min_slices: int, source: str) -> Series:
         except DataError as error:
             raise DataError(source, error.reason) from None
     beside = _beside(kept, affine)
+    if beside > max(np.linalg.norm(affine[:3, :3], axis=0)):
+        raise LeftOut(source, f"uneven spacing: slices lie up to {beside:.3g} mm beside an even grid")
     if beside > APART * min(np.linalg.norm(affine[:3, :3], axis=0)):
         notes.append(f"its slices lie up to {beside:.2g} mm beside the even grid that was taken")
     padding = padding_note(kept[0])
