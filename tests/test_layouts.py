@@ -104,6 +104,12 @@ def test_cases_are_found_in_every_form(flags, classes, tmp_path):
     assert pairs == [Pair(case, one + suffix, other + ending, classes) for case, one, other in zip("ab", image, label)]
 
 
+def test_a_case_that_is_listed_twice_is_one(tmp_path):
+    case = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
+    write_task(tmp_path, suffix="", index=V1 | {"training": [case, case]})
+    assert [pair.name for pair in find_pairs(tmp_path)[0]] == ["a", "b"]
+
+
 def test_a_case_whose_own_name_ends_like_a_channel(tmp_path):
     touch(tmp_path, *(f"{kind}/lung_000{i}.nii.gz" for kind in ("imagesTr", "labelsTr") for i in range(3)))
     pairs, problems = find_pairs(tmp_path)
@@ -126,6 +132,17 @@ REFUSED = {
     "cases of two channels": (
         V2 | {"dataset": {"a": {"images": ["a_0000.nii.gz", "a_0001.nii.gz"], "label": "a.nii.gz"}}},
         "has cases of 2 channels",
+        "",
+    ),
+    "labels of each other": (
+        V1
+        | {"training": [{"image": f"imagesTr/{a}.nii.gz", "label": f"labelsTr/{b}.nii.gz"} for a, b in ("ab", "ba")]},
+        "lists labelsTr/b.nii.gz as the label of imagesTr/a.nii.gz, while imagesTr/b.nii.gz has its name",
+        "",
+    ),
+    "two labels of an image": (
+        V1 | {"training": [{"image": "imagesTr/a.nii.gz", "label": f"labelsTr/{b}.nii.gz"} for b in "ab"]},
+        "lists labelsTr/a.nii.gz as the label of imagesTr/a.nii.gz, in another pair too",
         "",
     ),
     "pictures": (V2 | {"file_ending": ".png"}, "has images of kind .png", ""),

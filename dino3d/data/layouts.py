@@ -384,6 +384,8 @@ def read_index(path: str) -> Index:
                 {"image": _only(one["images"], path), "label": one["label"]} for one in content["dataset"].values()
             ]
         pairs = [(os.path.normpath(case["image"]), os.path.normpath(case["label"])) for case in listed]
+        pairs = list(dict.fromkeys(pairs))  # one that is listed twice is one case
+        _require_own_labels(pairs, path)
         ending = content.get("file_ending")
         if ending is not None and not is_kind(ending, VOLUME_SUFFIXES):
             raise DataError(path, f"has images of kind {ending}, expected {', '.join(VOLUME_SUFFIXES)}")
@@ -392,6 +394,17 @@ def read_index(path: str) -> Index:
         raise DataError(
             path, f"can't be read as a Decathlon's dataset.json or nnU-Net's ({type(error).__name__}: {error})"
         ) from error
+
+
+def _require_own_labels(pairs: Sequence[tuple[str, str]], path: str) -> None:
+    """Raise DataError where a list gives an image two labels, a label two images, or an image the label of another."""
+    images = {_case_of(image).removesuffix("_0000"): image for image, _ in pairs}
+    for image, label in pairs:
+        other = images.get(_case_of(label), image)
+        twice = sum(image == one or label == another for one, another in pairs) > 1
+        if twice or os.path.basename(other) != os.path.basename(image):
+            found = "in another pair too" if twice else f"while {other} has its name"
+            raise DataError(path, f"lists {label} as the label of {image}, {found}: expected a label for each image")
 
 
 def _only(images: list[str], path: str) -> str:
