@@ -171,7 +171,11 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     notices += encoder.notices
     vars(args).update(encoder.settings())
     notices += warnings_about(encoder, args.protocol, data)
-    config = vars(args) | {"classes": cases.classes} | {name: data[name] for name in ("crop_size", "crop_spacing")}
+    config = (
+        vars(args)
+        | {"classes": cases.classes, "weights_crc32": encoder.crc32}
+        | {name: data[name] for name in ("crop_size", "crop_spacing")}
+    )
 
     # -------------------------------------------------------------------------------------------------- optimisation
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))

@@ -207,7 +207,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     notices.append(f"{len(pairs)} cases below {args.data_dir}: {form}")
     notices += case_lines(pairs, [one.classes for one in found], [one.hu for one in found], [*heads, *label_heads])
     notices += warnings_about(encoder, args, found, names)
-    config = vars(args) | {"classes": cases.classes}
+    config = vars(args) | {"classes": cases.classes, "weights_crc32": encoder.crc32}
 
     # -------------------------------------------------------------------------------------------------- optimisation
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))

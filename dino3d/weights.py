@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,8 +29,15 @@ ROLES = {"teacher": {"teacher", "momentum", "ema", "target"}, "student": {"stude
 # What DDP, torch.compile, FSDP and activation checkpointing put into names
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 CHUNKED_BLOCK = re.compile(r"(?:(?<=\.)|^)blocks\.\d+\.(?=\d+\.)")  # dinov2 writes blocks.<chunk>.<block>.
-EXTRA_TOKENS = {"register_tokens", "reg_token", "dist_token"}  # of other ViTs, whose other weights rely on them
-DEEPEST = 4  # dicts around a network's tensors
+# In names beside the model's: parts of another ViT's trunk, on which its other weights rely; and what is no such part
+TRUNK = {"token", "tokens", "pos", "position", "rope", "embed", "pre", "prompt", "prompts"}
+NO_TRUNK = {"mask", "masked", "decoder", "predictor", "head", "logits"}
+# What a download leaves instead of a file: how it begins, what it is
+NO_CHECKPOINT = {
+    b"version h": "it is a pointer of Git LFS: get the file itself (git lfs pull)",
+    b"<": "it is a web page: download the file itself",
+}
+DEEPEST = 8  # dicts around a network's tensors
 MOST_ENTRIES = 200_000  # of all dicts in a file
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -52,7 +60,7 @@ def load_file(path: Path | str) -> Any:
         np.ndarray,
         np._core.multiarray.scalar,
         np._core.multiarray._reconstruct,
-        *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
+        *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")),
     ]
     # NumPy moved its internals to _core in version 2: older files name them by the older module
     allowed += [
@@ -66,6 +74,9 @@ def load_file(path: Path | str) -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+        for other, reason in NO_CHECKPOINT.items():
+            if start.startswith(other) or not start:
+                raise ValueError(reason if start else "it is empty")
         # A safetensors file is the length of a JSON header, in 8 bytes, that header, and tensors
         by_name = str(path).lower().endswith(".safetensors") and not start.startswith((ZIP_START, b"\x80"))
         if start[8:] == b"{" or by_name:
@@ -96,8 +107,12 @@ def refusal(error: Exception) -> str:
     if "TorchScript" in text:
         return f"it is a TorchScript archive, which holds code; {save_alone}"
     reason = (text.rpartition("WeightsUnpickler error: ")[2].splitlines() or [""])[0]
-    sentences = [one for one in reason.split(". ") if "weights_only" not in one and "safe_globals" not in one]
-    return printable(". ".join(sentences), 200) or type(error).__name__
+    unsafe = ("weights_only", "safe_globals", "trusted")
+    sentences = [one for one in reason.split(". ") if not any(word in one for word in unsafe)]
+    known = isinstance(error, (OSError, ValueError, RuntimeError)) or type(error).__module__.startswith("safetensors")
+    if not known or not any(sentences) or "enforce fail" in text:
+        return "it is not what torch.save or safetensors writes, or it is damaged"
+    return printable(". ".join(sentences), 200)
 
 
 def printed_list(names: Iterable[Any]) -> str:
@@ -168,11 +183,13 @@ def find_network(model: nn.Module, checkpoint: Any, path: Path | str, checkpoint
     if 2 * most < len(wanted):
         problem = tensor_misfit(wanted, next(iter(networks.values())).tensors if networks else {})
         names = [".".join((*keys, name)) for keys, (tensors, _) in groups.items() for name in tensors]
-        held = f"tensors such as {printed_list(names)}" if names else f"no tensors, only {printed_list(checkpoint)}"
+        only = f"no tensors, only {printed_list(checkpoint)}" if checkpoint else "nothing"
+        held = f"tensors such as {printed_list(names)}" if names else only
         raise ValueError(f"{path}: does not fit the model: {problem}; it has {held}")
     endings = tuple({name.rpartition(".")[2] for name in wanted})
     names = [".".join((*keys, name)) for keys, (tensors, _) in groups.items() for name in tensors]
-    names = [name for name in names if name.endswith(endings)]  # and no buffer of an optimizer, say
+    # No buffer of an optimizer, say; but what stands in a list, as some keep an average's tensors, has no other name
+    names = [name for name in names if name.endswith(endings) or name.rpartition(".")[2].isdecimal()]
     return choose_network(list(networks.values()), names, path, checkpoint_key)
 
 
@@ -181,7 +198,8 @@ def named_tensors(
 ) -> dict[tuple[str, ...], tuple[dict[str, Tensor], set[str]]]:
     """{keys of the dicts around: ({name: tensor}, names that two tensors have)}, without what wrappers put into names.
 
-    Raises ValueError for a file of more entries than any checkpoint has.
+    NumPy's arrays become tensors; what stands in a list has its position for a name. Raises ValueError for a file of
+    more entries than any checkpoint has.
     """
     found, todo, entries = {}, [((), checkpoint)], 0
     for keys, part in todo:
@@ -190,7 +208,12 @@ def named_tensors(
             raise ValueError(f"{path}: has more than {MOST_ENTRIES} entries, which is no checkpoint's")
         tensors, doubled = {}, set()
         for name, value in part.items():
-            if isinstance(name, str) and isinstance(value, torch.Tensor):
+            name = str(name) if isinstance(name, int) else name
+            if isinstance(value, (list, tuple)):
+                value = {i: one for i, one in enumerate(value) if isinstance(one, (torch.Tensor, np.ndarray, dict))}
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+                value = torch.from_numpy(np.ascontiguousarray(value))
+            if isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_nested:
                 plain = CHUNKED_BLOCK.sub("blocks.", ".".join(p for p in name.split(".") if p not in WRAPPERS))
                 if plain in tensors:
                     doubled.add(plain)
@@ -202,14 +225,16 @@ def named_tensors(
     return found
 
 
+def words(text: str) -> set[str]:
+    """The words of a name, in small letters: `modelEMA`, `EMAModel` and `ema_model` have the same."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text)}
+
+
 def choose_network(networks: list[Network], names: list[str], path: Path | str, checkpoint_key: str) -> Network:
     """The one of a file's networks that the key means. Raises ValueError, naming them, where it means none or several.
 
-    names: of all of the file's tensors that could be weights of a network, with the keys of the dicts around them
+    names: of all of the file's tensors that could be weights of a network, with the keys of the dicts and lists around
     """
-
-    def words(text: str) -> set[str]:
-        return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text)}
 
     def role(text: str) -> str | None:
         return next((role for role, known in ROLES.items() if known & words(text)), None)
@@ -276,7 +301,7 @@ def fit_network(model: nn.Module, network: Network, checkpoint: dict[str, Any], 
     beyond = [
         name
         for name in found
-        if name not in wanted and (name.partition(".")[0] in modules or name.rpartition(".")[2] in EXTRA_TOKENS)
+        if name not in wanted and (name.partition(".")[0] in modules or is_of_trunk(name.partition(".")[0]))
     ]
     problem = tensor_misfit(wanted, found) or (f"with the unknown {printed_list(beyond)}" if beyond else "")
     if not problem:
@@ -297,6 +322,11 @@ def fit_network(model: nn.Module, network: Network, checkpoint: dict[str, Any], 
         raise ValueError(f"{path}: does not fit the model: {problem}")
     model.load_state_dict(state)
     return notices
+
+
+def is_of_trunk(name: str) -> bool:
+    """Whether a module or parameter that the model lacks is what another ViT's blocks rely on, by its name."""
+    return bool(words(name) & TRUNK) and not words(name) & NO_TRUNK
 
 
 def fit_pos_embed(
@@ -348,6 +378,15 @@ def trained_input_size(checkpoint: dict[str, Any]) -> tuple[int, ...] | None:
     size = config.get("input_size") if isinstance(config, dict) else None
     sound = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
     return tuple(size) if sound else None
+
+
+def crc32_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of tensors as they stand in a file, names and bytes: tells other weights under the same path."""
+    value = 0
+    for name in sorted(tensors):
+        content = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(content, zlib.crc32(name.encode(errors="surrogateescape"), value))
+    return f"{value:08x}"
 
 
 def config_of(checkpoint: Any) -> Any:

@@ -2,12 +2,16 @@
 
 import argparse
 import collections
+import gzip
+import io
 import json
 import pathlib
 import pickle
 import random
+import re
 import struct
 import sys
+import tarfile
 import warnings
 import zipfile
 
@@ -84,6 +88,23 @@ BOTH = {  # what a file with two networks holds, the keys that mean its teacher,
     "plain": (put("student.", STUDENT) | put("teacher.", TEACHER), ["teacher", "ema"], ["student"]),
     "plain, one without prefix": (STUDENT | put("ema.module.", TEACHER), ["teacher", "ema"], ["student", ""]),
     "nested": ({"nets": {"online": {"net": STUDENT}, "target": {"net": TEACHER}}}, ["teacher", "target"], ["student"]),
+    "camel case, the word first": ({"net": STUDENT, "EMAModel": put("net.", TEACHER)}, ["teacher", "ema"], ["student"]),
+    "I-JEPA": (
+        {"encoder": put("module.", STUDENT), "target_encoder": put("module.", TEACHER), "predictor": {}, "epoch": 1},
+        ["teacher", "target_encoder"],
+        ["student", "encoder"],
+    ),
+    "arrays of NumPy": (
+        {"model": STUDENT, "ema": {name: tensor.numpy() for name, tensor in TEACHER.items()}},
+        ["teacher", "ema"],
+        ["student", "model"],
+    ),
+    "in lists": ({"student": [STUDENT], "teacher": [TEACHER]}, ["teacher", "teacher.0"], ["student"]),
+    "at another depth": (
+        {"model": STUDENT, "callbacks": {"a": {"b": {"c": {"EMA": {"weights": TEACHER}}}}}},
+        ["teacher"],
+        ["student"],
+    ),
     "camel case": ({"state_dict": put("model.", STUDENT) | put("modelEMA.", TEACHER)}, ["teacher", "ema"], ["student"]),
 }
 ONE = {  # what a file with one network holds, the key
@@ -114,6 +135,11 @@ ONE = {  # what a file with one network holds, the key
         },
         "teacher",
     ),
+    "MAE and iBOT": (
+        TEACHER | {"masked_embed": torch.zeros(1, 12), "decoder_pos_embed": torch.zeros(1, 9, 8)},
+        "teacher",
+    ),
+    "a schedule of many numbers": ({"model": TEACHER, "losses": [0.5] * 200_001}, "teacher"),
     "double precision": ({"teacher": {name: tensor.double() for name, tensor in TEACHER.items()}}, "teacher"),
 }
 
@@ -266,6 +292,27 @@ REFUSED = {  # what the file holds, the key, what the message says
     ),
     "more blocks": (tiny(depth=3).state_dict(), "teacher", "with the unknown blocks.2.norm1.weight"),
     "register tokens": (TEACHER | {"register_tokens": torch.ones(1, 4, 12)}, "teacher", "unknown register_tokens"),
+    "a norm before the blocks": (TEACHER | {"norm_pre.weight": torch.ones(12)}, "teacher", "unknown norm_pre.weight"),
+    "rotary positions": (TEACHER | {"rope_embed.periods": torch.ones(4)}, "teacher", "unknown rope_embed.periods"),
+    "a bias by position": (TEACHER | {"rel_pos_bias.table": torch.ones(9, 3)}, "teacher", "unknown rel_pos_bias.table"),
+    "dinov3's tokens": (TEACHER | {"storage_tokens": torch.ones(1, 4, 12)}, "teacher", "unknown storage_tokens"),
+    "an average as a list beside the network": (
+        {"state_dict": STUDENT, "ema": {"decay": 0.99, "shadow_params": list(TEACHER.values())}},
+        "teacher",
+        "has no 'teacher', only state_dict",
+    ),
+    "without storage": (
+        TEACHER | {"norm.bias": torch.ones(12, device="meta")},
+        "teacher",
+        "does not fit the model: Cannot copy out of meta",
+    ),
+    "complex": (TEACHER | {"norm.bias": torch.ones(12) * 1j}, "teacher", "norm.bias of complex64"),
+    "nested": (
+        TEACHER | {"norm.bias": torch.nested.nested_tensor([torch.ones(6)] * 2, layout=torch.strided)},
+        "teacher",
+        "without norm.bias",
+    ),
+    "an empty dict": ({}, "teacher", "it has nothing"),
     "whole numbers": (
         TEACHER | {"norm.weight": torch.ones(12, dtype=torch.int8)},
         "teacher",
@@ -328,6 +375,22 @@ def test_the_type_that_stands_in_the_way_is_named(tmp_path):
         assert message.isprintable() and len(message) < 400, name
         assert not any(word in message for word in ("weights_only", "safe_globals", "trust")), name
         assert ("torch.save({" in message) == ("holds" in message), name
+    archive = io.BytesIO()
+    np.savez(archive, a=np.ones(3))
+    tape = io.BytesIO()
+    tarfile.open(fileobj=tape, mode="w").close()
+    for content, says in (
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "it is a pointer of Git LFS"),
+        (archive.getvalue(), "it is not what torch.save or safetensors writes"),
+        (tape.getvalue(), "it is not what torch.save or safetensors writes"),
+        (gzip.compress(b"abc"), "it is not what torch.save or safetensors writes"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "it is not what torch.save or safetensors writes"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"file.pth: can't be read as a checkpoint ({says}")):
+            utils.load_file(path)
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
     with pytest.raises(ValueError, match="TorchScript archive.*torch.save"):
         utils.load_file(tmp_path / "script.pt")

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError, format_values
-from dino3d.weights import config_of, find_network, fit_network, load_file
+from dino3d.weights import config_of, crc32_of_tensors, find_network, fit_network, load_file
 from vision_transformer import ARCHITECTURES, Encoder
 
 # Where neither a flag nor the checkpoint's config says
@@ -17,7 +17,10 @@ ENCODER = {
 
 
 class PretrainedEncoder(NamedTuple):
-    """A pre-trained encoder: what to build it with, its weights (None: from scratch), and what to tell of them."""
+    """A pre-trained encoder: what to build it with, its weights (None: from scratch), and what to tell of them.
+
+    crc32: of the weights in their file; "" without
+    """
 
     arch: str
     patch_size: list[int]
@@ -26,6 +29,7 @@ class PretrainedEncoder(NamedTuple):
     spacing: list[float] | None
     state: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
+    crc32: str = ""
 
     def build(self, drop_path_rate: float = 0.0) -> Encoder:
         """A new one with these weights, or random ones."""
@@ -86,7 +90,8 @@ def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, An
         arch = f"; is --arch {encoder.arch} right?" if "does not fit" in str(error) else ""
         raise UserError(f"--pretrained_weights {error}{arch}", everywhere=True) from error
     notices = (f"weights of {path}: {network.origin}", *notices)
-    return encoder._replace(state=model.state_dict(), notices=notices)
+    crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict()})
+    return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32)
 
 
 def encoder_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:

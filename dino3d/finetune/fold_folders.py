@@ -47,9 +47,18 @@ def start_run(
     cases: int,
 ) -> None:
     """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is
-    of a run in which one of the `fixed` names of the config had another value."""
-    must_match = {name: config[name] for name in fixed}
-    processes.run_on_main(lambda: load_newest(output_dir / "0" / "checkpoint.pth", must_match, PARTS) and None)
+    of a run in which one of the `fixed` names of the config had another value, or the encoder's file other weights."""
+
+    def check() -> None:
+        path = output_dir / "0" / "checkpoint.pth"
+        state = load_newest(path, {name: config[name] for name in fixed}, PARTS)
+        if state and state["config"].get("weights_crc32", config["weights_crc32"]) != config["weights_crc32"]:
+            raise UserError(
+                f"--pretrained_weights {config['pretrained_weights']}: holds other weights than when {path} was made: "
+                "put those back, or choose another --output_dir"
+            )
+
+    processes.run_on_main(check)
     if processes.is_main:
         write_config(output_dir / "config.json", config, processes, device_name(processes.device), cases=cases)
         save_splits(output_dir / "splits.json", splits, data)
