@@ -38,13 +38,14 @@ def read_environment(env: Mapping[str, str]) -> tuple[Launch, dict[str, str]]:
     if "RANK" in env or "WORLD_SIZE" in env:
         rank, world_size = whole_number(env, "RANK"), whole_number(env, "WORLD_SIZE")
         local = whole_number(env, "LOCAL_RANK", 0), whole_number(env, "LOCAL_WORLD_SIZE", 1)
-        if not 0 <= rank < max(1, world_size):
-            raise UserError(f"RANK is {rank} and WORLD_SIZE is {world_size}: expected a rank below the size; {HOW}")
+        check_rank("RANK", rank, "WORLD_SIZE", world_size)
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if world_size > 1 and not env.get(name):
                 raise UserError(f"RANK and WORLD_SIZE are set, {name} is not: set it to where rank 0 is; or {HOW}")
         return Launch(rank, world_size, *local, by_torchrun="TORCHELASTIC_RUN_ID" in env), {}
-    tasks = whole_number(env, "SLURM_STEP_NUM_TASKS", whole_number(env, "SLURM_NTASKS", 1))
+    # sbatch --nodes=2 --ntasks-per-node=4 sets no SLURM_NTASKS
+    by_node = whole_number(env, "SLURM_NTASKS_PER_NODE", 1) * whole_number(env, "SLURM_JOB_NUM_NODES", 1)
+    tasks = whole_number(env, "SLURM_STEP_NUM_TASKS", whole_number(env, "SLURM_NTASKS", by_node))
     if tasks < 2 or "SLURM_PROCID" not in env:
         return Launch(), {}
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", ""))
@@ -62,6 +63,7 @@ def read_environment(env: Mapping[str, str]) -> tuple[Launch, dict[str, str]]:
         here[node] if node < len(here) else whole_number(env, "SLURM_NTASKS_PER_NODE", 1),
         by_srun=True,
     )
+    check_rank("SLURM_PROCID", launch.rank, "SLURM_STEP_NUM_TASKS", tasks)
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
     port = 20000 + (37 * whole_number(env, "SLURM_JOB_ID", 0) + int(step)) % 12000  # below those that systems give away
     address = env.get("MASTER_ADDR") or first_host(nodes)
@@ -75,6 +77,12 @@ def read_environment(env: Mapping[str, str]) -> tuple[Launch, dict[str, str]]:
         "MASTER_ADDR": address,
         "MASTER_PORT": env.get("MASTER_PORT") or str(port),
     }
+
+
+def check_rank(name: str, rank: int, size: str, world_size: int) -> None:
+    """UserError for a rank that a run of this size has not, as a job of several components may give."""
+    if not 0 <= rank < world_size:
+        raise UserError(f"{name} is {rank} and {size} is {world_size}: expected a rank below the size; {HOW}")
 
 
 def whole_number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

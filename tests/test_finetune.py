@@ -536,5 +536,5 @@ def test_another_scripts_checkpoint_in_a_folds_folder_is_named(tmp_path):
     (tmp_path / "0").mkdir()
     save_checkpoint(tmp_path / "0" / "checkpoint.pth", {"student": {}, "teacher": {}, "config": {"lr": 0.1}})
     with pytest.raises(UserError, match="is a checkpoint of DINO pre-training .* it has no 'model'"):
-        start_run(tmp_path, {"lr": 0.5}, ("lr",), [], {}, Processes(), 3)
+        start_run(tmp_path, {"lr": 0.5, "weights_crc32": ""}, ("lr",), [], {}, Processes(), 3)
     assert not (tmp_path / "splits.json").exists()

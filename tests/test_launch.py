@@ -73,6 +73,14 @@ def test_without_srun_one_process_with_a_note(step):
     assert "8 tasks" in found.notice and "srun" in found.notice
 
 
+def test_a_batch_script_that_says_its_tasks_by_node():
+    """Slurm sets no SLURM_NTASKS then, and how many tasks a node has room for is no wish to use them."""
+    nodes = {name: value for name, value in BATCH.items() if name != "SLURM_NTASKS"} | {"SLURM_JOB_NUM_NODES": "2"}
+    assert "8 tasks" in read_environment(nodes | {"SLURM_NTASKS_PER_NODE": "4"})[0].notice
+    assert "2 tasks" in read_environment(nodes)[0].notice  # one per node, as srun starts them
+    assert read_environment(nodes | {"SLURM_JOB_NUM_NODES": "1", "SLURM_TASKS_PER_NODE": "64"}) == (Launch(), {})
+
+
 def test_one_task_and_no_launcher():
     assert read_environment({}) == (Launch(), {})
     assert read_environment(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == (Launch(), {})
@@ -85,6 +93,8 @@ def test_one_task_and_no_launcher():
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 2 and WORLD_SIZE is 2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),
+        (STEP | {"SLURM_PROCID": "7"}, "SLURM_PROCID is 7 and SLURM_STEP_NUM_TASKS is 7"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"RANK": "1"}, "WORLD_SIZE is not set"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
@@ -109,11 +119,12 @@ def port(monkeypatch):
 
 def meet_as(ranks, world_size, port):
     """[what `meet` raised or None] of some ranks of a run, each in a thread."""
-    found = {}
+    found, stores = {}, []
 
     def come(rank):
         try:
-            found[rank] = meet(rank, world_size, "localhost", port) and None
+            stores.append(meet(rank, world_size, "localhost", port))  # rank 0's is the server of the others'
+            found[rank] = None
         except UserError as error:
             found[rank] = error
 

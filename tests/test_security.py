@@ -218,10 +218,10 @@ def labelled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelled")
     write_cases(folder / "lnc")
     for i in range(9):
-        for kind, dtype in (("images", np.int16), ("labels", np.uint8)):
+        for kind, dtype, low, high in (("images", np.int16, -1000, 500), ("labels", np.uint8, 0, 2)):
             path = folder / "lts" / kind / f"case{i}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            voxels = np.random.default_rng(i).integers(0, 2, (16, 16, 16)).astype(dtype)
+            voxels = np.random.default_rng(i).integers(low, high, (16, 16, 16)).astype(dtype)
             nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
     return folder / "lnc", folder / "lts"
 

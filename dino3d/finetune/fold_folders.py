@@ -52,7 +52,8 @@ def start_run(
     def check() -> None:
         path = output_dir / "0" / "checkpoint.pth"
         state = load_newest(path, {name: config[name] for name in fixed}, PARTS)
-        if state and state["config"].get("weights_crc32", config["weights_crc32"]) != config["weights_crc32"]:
+        weights = config["weights_crc32"]
+        if state and state["config"].get("weights_crc32", weights) != weights:  # older runs have none
             raise UserError(
                 f"--pretrained_weights {config['pretrained_weights']}: holds other weights than when {path} was made: "
                 "put those back, or choose another --output_dir"
