@@ -185,16 +185,17 @@ class LastingFile(io.FileIO):
 
 
 def set_up_console() -> None:
-    """Let standard output and error take any text, and be no reason for a run to end."""
+    """Let standard output and error take any text, be no reason for a run to end, and show each line at once, also
+    where a file or a pipe takes them."""
     for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         stream = getattr(sys, name)
         if stream is original and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             binary = io.BufferedWriter(LastingFile(stream.fileno(), "wb", closefd=False))
-            stream = io.TextIOWrapper(binary, stream.encoding, "console", line_buffering=stream.line_buffering)
+            stream = io.TextIOWrapper(binary, stream.encoding, "console", line_buffering=True)
             setattr(sys, name, stream)
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="console")
+            stream.reconfigure(errors="console", line_buffering=True)
 
 
 def allow_open_files() -> int:
