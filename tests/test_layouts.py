@@ -7,7 +7,7 @@ import pytest
 from test_images import touch
 
 from dino3d.data.conventions import DataError
-from dino3d.data.layouts import Pair, find_pairs, find_task, is_label_path
+from dino3d.data.layouts import Pair, find_pairs, find_task, find_unlabelled, is_label_path
 
 LABELS = [
     "labelsTr/lung_001.nii.gz",  # the Decathlon and nnU-Net
@@ -165,3 +165,8 @@ def test_further_channels_are_refused_by_name(tmp_path):
     with pytest.raises(DataError, match="further channel of its case, as 2 files are") as error:
         find_pairs(tmp_path)
     assert os.path.basename(error.value.path) == "a_0001.nii.gz"
+
+
+def test_what_a_conversion_leaves_is_not_passed_over(tmp_path):
+    touch(tmp_path, "p/t0/a.hdf5", "manifest.csv", "prepare.json", "other.csv")
+    assert find_unlabelled(tmp_path) == (["p/t0/a.hdf5"], "1 .csv files")

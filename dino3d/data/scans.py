@@ -19,6 +19,7 @@ from dino3d.files import file_state, walk_files
 
 FILES_PER_TASK = 500  # that a worker looks into at a time, if no folder has more
 LARGEST_FOLDER = 5000  # files, up to which a folder is looked into as a whole
+OURS = ("manifest.csv", "prepare.json")  # what a conversion leaves beside what it writes
 VOXEL_SUFFIXES = (".raw", ".zraw", ".raw.gz")  # of files that belong to a header beside them
 
 
@@ -186,7 +187,7 @@ def look_into(task: tuple[str, list[str]]) -> Looked:
             elif is_dicom(path) and (header := read_header(path)):
                 headers[series_key(header)].append(header)
                 files[path] = file
-            elif not _belongs_to_a_header(name, beside):
+            elif os.path.basename(name) not in OURS and not _belongs_to_a_header(name, beside):
                 others[_kind(name)] += 1
         except (OSError, DataError) as error:
             reason = f"can't be read: {error.strerror}" if isinstance(error, OSError) else error.reason
