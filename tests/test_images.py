@@ -465,6 +465,23 @@ def test_headers_that_do_not_say_which_way_the_axes_go_are_told(name, change, to
         assert len(volume.notes) == bool(told) and all(told in note for note in volume.notes)
 
 
+@pytest.mark.parametrize("suffix", [".mha", ".hdf5"])
+def test_directions_that_are_no_unit_vectors_are_told(suffix, tmp_path):
+    path = tmp_path / f"ct{suffix}"
+    sitk.WriteImage(itk_image(noise().astype(np.int16)), path)
+    if suffix == ".hdf5":
+        with h5py.File(path, "r+") as file:
+            file["ITKImage/0/Directions"][...] *= 0.5
+    else:
+        path.write_bytes(re.sub(rb"TransformMatrix = .*", b"TransformMatrix = .5 0 0 0 .5 0 0 0 .5", path.read_bytes()))
+    with Volume(path) as volume:
+        assert volume.notes == ("its directions are 0.5 x 0.5 x 0.5 long, not 1: its spacings were multiplied by that",)
+        np.testing.assert_allclose(volume.spacing, np.array(SPACING) / 2)
+        image = sitk.ReadImage(path)
+        step = np.subtract(image.TransformIndexToPhysicalPoint((1, 0, 0)), image.GetOrigin())
+        np.testing.assert_allclose(np.linalg.norm(step), volume.spacing[0])
+
+
 def test_a_form_whose_code_is_none_is_told(tmp_path, capfd):
     """nibabel takes such a code for 0, and says so without the file's name."""
     nifti_with(tmp_path / "ct.nii", sform_code=9, qform_code=1)

@@ -11,6 +11,7 @@ from dino3d.data.conventions import DataError, format_size
 SPACINGS = (0.05, 50.0)  # mm; below and above it no CT is, but a header in other units
 SHEAR = 1e-3  # cosine of the angle between two axes: up to it they are taken to be at right angles
 EXACT = 1e-5  # cosine up to which they are so: 0.005 mm in half a metre
+UNIT = 0.01  # by which a direction may miss the length 1
 APART = 0.1  # of a voxel, up to which two places are one
 
 
@@ -47,6 +48,17 @@ def require_geometry(path: Path | str, shape: Sequence[int], affine: np.ndarray)
     straight[:3, :3] = (u @ vt) * spacing  # the nearest axes at right angles, the volume's middle stays where it is
     straight[:3, 3] = affine[:3, :3] @ middle + affine[:3, 3] - straight[:3, :3] @ middle
     return straight
+
+
+def length_notes(directions: np.ndarray) -> tuple[str, ...]:
+    """() or (a line that directions, (3, 3) with vectors in columns, have other lengths than 1), which scale spacings.
+
+    ITK multiplies them, others take the spacings as they stand.
+    """
+    lengths = np.linalg.norm(directions, axis=0)
+    if (np.abs(lengths - 1) <= UNIT).all():
+        return ()
+    return (f"its directions are {format_size(lengths.round(4))} long, not 1: its spacings were multiplied by that",)
 
 
 def orientation_of(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

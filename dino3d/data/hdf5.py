@@ -8,7 +8,7 @@ import hdf5plugin
 import numpy as np
 
 from dino3d.data.conventions import LPS, DataError, Stored
-from dino3d.data.geometry import SHEAR
+from dino3d.data.geometry import SHEAR, length_notes
 from dino3d.files import atomic_write
 
 CHUNK = 32  # voxels per side of a chunk: a random crop then touches few bytes besides its own
@@ -46,7 +46,7 @@ def open_hdf5(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     def take(slices: tuple[slice, ...]) -> np.ndarray:
         return voxels[(*[0] * (n - 3), *slices[::-1])].T
 
-    return Stored(voxels.shape[::-1][:3], LPS @ affine, take)
+    return Stored(voxels.shape[::-1][:3], LPS @ affine, take, length_notes(directions[:3, :3].T))
 
 
 def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compression: str = "blosc") -> None:

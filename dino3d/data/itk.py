@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from dino3d.data.conventions import LPS, DataError, Stored, format_size, is_kind, one_line
+from dino3d.data.geometry import length_notes
 from dino3d.data.nifti import inflated
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is told as a reason
@@ -62,7 +63,8 @@ def open_itk(path: Path | str) -> Stored:
     if reader.GetNumberOfComponents() > 1 or "complex" in kind or "vector" in kind:
         raise DataError(path, f"has voxels of type {kind}, expected one number per voxel")
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(reader.GetDirection(), (n, n))[:3, :3] * (np.array(reader.GetSpacing()[:3]) * mm)
+    directions = np.reshape(reader.GetDirection(), (n, n))[:3, :3]
+    affine[:3, :3] = directions * (np.array(reader.GetSpacing()[:3]) * mm)
     affine[:3, 3] = np.array(reader.GetOrigin()[:3]) * mm
     read = []
 
@@ -75,7 +77,7 @@ def open_itk(path: Path | str) -> Stored:
             read[0].flags.writeable = False  # what is taken are views of it
         return read[0][slices]
 
-    return Stored(size[:3], LPS @ affine, take, orientation_notes(header))
+    return Stored(size[:3], LPS @ affine, take, (*orientation_notes(header), *length_notes(directions)))
 
 
 def quietly(read: Callable[[], Any], path: Path | str) -> Any:
