@@ -338,6 +338,17 @@ def test_new_crops_of_other_spacings_are_told(tmp_path):
     assert not new_crop_lines(paths[:2], (1.0, 1.0, 1.0), Processes()) and not new_crop_lines(paths, None, Processes())
 
 
+@pytest.mark.parametrize("raised, told", [(2, False), (3, True), (5, True)])
+def test_new_crops_that_are_not_in_hu_are_told(raised, told, tmp_path):
+    """Where most are: a crop of soft tissue alone is a sound one, and a mask has a row with its reason."""
+    paths = [str(tmp_path / f"{i}.nii.gz") for i in range(5)]
+    for i, path in enumerate(paths):
+        write_nifti(Path(path), noise(i) + 1024 * (i < raised), np.eye(4))
+    write_nifti(tmp_path / "mask.nii.gz", to_mask(noise()), np.eye(4))
+    lines = new_crop_lines([*paths, str(tmp_path / "mask.nii.gz")], (1.0, 1.0, 1.0), Processes())
+    assert len(lines) == told and all(line.startswith(f"warning: {raised} of 5 files are no CT in") for line in lines)
+
+
 def test_check_tells_too_few_patients(tmp_path, run):
     for count, told in ((2, "add cases"), (5, "lower --k_fold (2 takes 3) or add cases")):
         write_pairs(tmp_path / str(count), count)

@@ -30,6 +30,7 @@ from dino3d.data.requirements import (
     Header,
     crop_faults,
     header_of,
+    hu_warnings,
     is_same_spacing,
     most_common,
     no_image,
@@ -77,14 +78,8 @@ def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], 
 
     Raises UserError, on all ranks, for one that can't be read and for what `crop_faults` finds.
     """
-
-    def look(path: str) -> tuple[str, str]:
-        with Volume(path) as volume:
-            return voxel_problems(volume.read())
-
     headers = read_headers(paths, processes)
-    few = paths[:: max(1, len(paths) // LOOKED_AT)]
-    seen = dict(zip(few, try_on_all(look, few, processes)))
+    seen = look_at_some(paths, processes)
     faults = [fault for fault in seen.values() if isinstance(fault, DataError)]
     if not faults:
         faults, lines = crop_faults(paths, headers, seen)
@@ -94,13 +89,26 @@ def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], 
     return list(headers[0].shape), [round(s, 4) for s in spacing], lines
 
 
+def look_at_some(paths: Sequence[str], processes: Processes) -> dict[str, tuple[str, str] | DataError]:
+    """{path: `voxel_problems`, or why it can't be read} of about LOOKED_AT volumes."""
+
+    def look(path: str) -> tuple[str, str]:
+        with Volume(path) as volume:
+            return voxel_problems(volume.read())
+
+    few = paths[:: max(1, len(paths) // LOOKED_AT)]
+    return dict(zip(few, try_on_all(look, few, processes)))
+
+
 def new_crop_lines(paths: Sequence[str], expected: Sequence[float] | None, processes: Processes) -> list[str]:
     """Lines on what is odd about crops to predict, as far as they can be read. expected: (3,) mm of training's crops"""
     found = [(path, head) for path, head in zip(paths, try_on_all(header_of, paths, processes)) if type(head) is Header]
     if not found:
         return []
     names, headers = zip(*found)
-    lines = note_lines(names, [header.notes for header in headers])
+    # Those that are no image at all have a row with the reason
+    hu = {path: one[1] for path, one in look_at_some(names, processes).items() if type(one) is tuple and not one[0]}
+    lines = hu_warnings([*hu], [*hu.values()], share=0.5) + note_lines(names, [header.notes for header in headers])
     if expected is None:
         return lines
     return spacing_warnings(names, [header.spacing for header in headers], expected, "training's crops") + lines
