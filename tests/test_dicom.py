@@ -890,6 +890,22 @@ def test_one_slice_without_a_tag_is_not_passed_over_in_silence(tag, reason, tmp_
                 assert volume.shape == (8, 5, 5) and volume.notes[0].startswith("1 slice (00.dcm) left out: without")
 
 
+@pytest.mark.parametrize("tag", ["AcquisitionNumber", "FrameOfReferenceUID", "AcquisitionTime", "TriggerTime"])
+@pytest.mark.parametrize("without", [(1, 3, 5), (2, 3, 4)])
+def test_slices_of_one_acquisition_that_lost_its_tag_are_one_volume(tag, without, tmp_path):
+    stored = noise()
+    write_dicom(tmp_path, stored, InstanceNumber=lambda k: k + 1, **{tag: lambda k: None if k in without else "7"})
+    ((_, found),) = volumes_in(tmp_path).items()
+    assert_is(found, *canonical(as_hu(stored - 1024), affine_to_ras(np.eye(3))))
+
+
+def test_a_slice_that_does_not_say_that_it_is_ct_is_left_out_with_a_note(tmp_path):
+    write_dicom(tmp_path, noise(), Modality=lambda k: None if k == 5 else "CT")
+    write_dicom(tmp_path, noise(), names=[f"s{k}" for k in range(6)], ImageType="A\\B\\LOCALIZER")  # as in many series
+    with Volume(tmp_path) as volume:
+        assert volume.shape[2] == 5 and volume.notes == ("1 slice (05.dcm) left out: not a CT image: modality unknown",)
+
+
 def test_a_scout_that_is_not_called_one_is_left_out_with_a_note(tmp_path):
     stored = noise()
     write_dicom(tmp_path, stored)

@@ -289,6 +289,11 @@ def why_no_ct(one: Slice) -> str | None:
     return None
 
 
+def is_beside(kind: str) -> bool:
+    """Whether a reason of `why_no_ct` is one that stands in many series beside their slices: a scout or a capture."""
+    return "scout" in kind or "capture" in kind
+
+
 def missing_geometry(one: Slice) -> str | None:
     """What the header of a slice lacks, or has broken, of where it lies; None if it has all."""
     wrong = [

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino3d.data.conventions import LPS, DataError, LeftOut, Stored, format_size
-from dino3d.data.dicom import Slice, is_dicom, missing_geometry, read_header, rescale_values, why_no_ct
+from dino3d.data.dicom import Slice, is_beside, is_dicom, missing_geometry, read_header, rescale_values, why_no_ct
 from dino3d.data.dicom_pixels import padding_note, read_voxels
 from dino3d.data.geometry import APART
 from dino3d.files import walk_files
@@ -111,6 +111,8 @@ def _split(slices: list[Slice]) -> list[list[Slice]]:
         groups = collections.defaultdict(list)
         for one in placed:
             groups[tag(one)].append(heights[one.path])
+        if "" in groups and not mixed:  # the tag got lost in some slices of one acquisition
+            continue
         if len(groups) > 1 and min(map(len, groups.values())) >= TOGETHER and _overlap(list(groups.values())):
             first = tag(slices[0]) if tag(slices[0]) in groups else tag(placed[0])
             found = collections.defaultdict(list)
@@ -209,6 +211,9 @@ def assemble(slices: Sequence[Slice], min_slices: int, source: str) -> Series:
     notes = []
     if copies:
         notes.append(f"{copies} files are copies of other slices (the same SOPInstanceUID) and count once")
+    others = [(one, kind) for one, kind in zip(slices, kinds) if kind and not is_beside(kind)]
+    if others:
+        notes.append(f"{_some([one for one, _ in others])} left out: {others[0][1]}")
     if nowhere:
         notes.append(f"{_some(nowhere)} left out: without {missing_geometry(nowhere[0])}")
     if turned:
