@@ -26,7 +26,7 @@ SPACES = ("right-anterior-superior", "left-anterior-superior", "left-posterior-s
 _STDERR = threading.Lock()  # of the process, which `quietly` turns away for a while
 
 
-NO_SPACING = "{} in its header: the size of its voxels is not known; write it again with its spacing"
+SPACING_FIELDS = ("elementspacing", "elementsize", "spacings", "spacedirections")
 
 
 class ItkHeader(NamedTuple):
@@ -54,8 +54,11 @@ def open_itk(path: Path | str) -> Stored:
     reader = sitk.ImageFileReader()
     reader.SetFileName(os.fspath(path))
     quietly(reader.ReadImageInformation, path)
-    if "ndims" not in header.fields and not {"spacings", "spacedirections"} & header.fields.keys():  # ITK takes 1 mm
-        raise DataError(path, f"has no {NO_SPACING.format('spacings or space directions')}")
+    if not header.fields.keys() & {*SPACING_FIELDS}:  # ITK takes 1 mm
+        name = "ElementSpacing" if "ndims" in header.fields else "spacings or space directions"
+        raise DataError(
+            path, f"has no {name} in its header: the size of its voxels is not known; write it again with its spacing"
+        )
     size, n = reader.GetSize(), reader.GetDimension()
     if n < 3 or any(one != 1 for one in size[3:]):
         raise DataError(path, f"is a {n}D image of {format_size(size)} voxels, expected a 3D volume")
@@ -150,7 +153,7 @@ def _read_metaimage(start: bytes, path: Path | str) -> ItkHeader:
         for name, value in re.findall(rb"^[ \t]*(\w+)[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", head, re.M)
     }
     if not values("ElementSpacing") and not values("ElementSize"):  # their case counts, to ITK too
-        raise DataError(path, f"has no {NO_SPACING.format('ElementSpacing')}")
+        fields = {name: value for name, value in fields.items() if name not in SPACING_FIELDS}
     data = values("ElementDataFile")[-1]
     local, several = data.upper().startswith(b"LOCAL"), data.upper().startswith(b"LIST")
     compressed = re.match(r"[Tt1]", fields.get("compresseddata", "")) is not None
