@@ -34,7 +34,7 @@ from dino3d.data.conventions import DataError, stem
 from dino3d.data.images import read_image, voxels_of
 from dino3d.data.layouts import Pair, find_task, pairs_of
 from dino3d.data.parallel import progress
-from dino3d.data.requirements import Header, case_lines, class_faults, require_ct
+from dino3d.data.requirements import Header, case_lines, class_faults, odd_headers, require_ct, too_bright
 from dino3d.data.volume import Volume
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
@@ -577,6 +577,8 @@ def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], 
         f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, "
         f"{format_values(config['spacing'])} mm{predictions.done_before()}"
     )
+    for line in processes.run_on_main(lambda: odd_headers([paths[at] for at in predictions.todo])):
+        processes.print(line)
     with runtime.stop_signal:
         with contextlib.suppress(StopRequested):  # the case at hand is not done
             for at in predictions.share():
@@ -601,6 +603,8 @@ def predict_case(
     UserError."""
     image = read_image(path)
     require_ct(voxels_of(image), path)
+    if told := too_bright(voxels_of(image)):
+        print(f"warning: {path}: {told}", flush=True)
     predicted = mask_of(networks, image, config["spacing"], settings, runtime)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -161,6 +161,24 @@ def test_what_a_header_or_a_folder_stands_for_is_seen_to_change(run, tmp_path):
     assert "3 of them were done before" in predict(new, run, out)[1]
 
 
+def test_what_is_odd_about_a_scan_is_told(run, tmp_path):
+    """A header that can be read in two ways, and padding that stands as metal."""
+    image = nibabel.Nifti1Image(scan(0), None)
+    image.header.set_sform(AFFINE, 1)
+    image.header.set_qform(np.diag([2.0, 2.0, 6.0, 1.0]), 1)
+    (tmp_path / "new").mkdir()
+    nibabel.save(image, tmp_path / "new" / "forms.nii")
+    bright = scan(1)
+    bright[:4] = 32000
+    save(tmp_path / "new" / "padded.nii", bright, AFFINE)
+    code, out, _ = predict(tmp_path / "new", run, tmp_path / "out")
+    assert code == 0
+    assert (
+        f"note: 1 of 2 files can be read in two ways, such as {tmp_path}/new/forms.nii: its qform and sform put" in out
+    )
+    assert f"warning: {tmp_path}/new/padded.nii: 20% of its voxels are above 20,000 HU" in out
+
+
 def test_two_files_of_one_name_are_refused(run, tmp_path):
     """Both have a mask of their own, but the table has one row of each name."""
     for name in ("scan.nii", "scan.nii.gz"):
