@@ -481,8 +481,8 @@ def test_an_option_may_be_corrected_while_nothing_is_written(tmp_path, run):
     flags = [*small_inputs(tmp_path)["luna16"], "--output", tmp_path / "output"]
     header = ["seriesuid", "coordX", "coordY", "coordZ", "malignancy"]
     table = write_table(tmp_path / "own.csv", header, [("1.2.1", 0, 0, 0, 3)])
-    result = run(*flags, "--table", table)
-    assert result.code == 1 and "has no column class" in result.errors[0]
+    result = run(*flags, "--table", table, "--label_column", "grade")
+    assert result.code == 1 and "has no column grade" in result.errors[0]
     assert run(*flags, "--table", table, "--label_column", "malignancy").code == 0
     assert written(tmp_path / "output") == ["subset0/label3/1.2.1/own_000002.nii.gz"]
 

@@ -1,5 +1,6 @@
 """What a data set must be: is it a CT in HU, crops and cases that go together, and that check and training agree."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from raw_inputs import phantom, run, write_nifti  # noqa: F401
 
 import main_lnc_luna16
@@ -371,3 +373,14 @@ def test_pre_training_data_is_looked_at_without_its_labels(tmp_path, run):
     assert result.code == 1 and f"refused: {raw}: not in HU: nothing as dark as air" in result.out
     with Volume(raw) as volume, pytest.raises(DataError, match="ct.nii.gz: not in HU: nothing as dark as air"):
         PretrainingPatches([raw], None, 0)._require_ct(volume)
+
+
+def test_hdf5_of_other_programs_is_looked_at(tmp_path):
+    """Only what a conversion laid out itself is trusted to be in HU."""
+    for name, offset, refused in (("ct.hdf5", 0, False), ("offset.hdf5", 1024, True)):
+        voxels = noise(3) + np.int16(offset)
+        sitk.WriteImage(sitk.GetImageFromArray(np.ascontiguousarray(voxels.T)), str(tmp_path / name))
+        write_volume(tmp_path / f"own-{name}", voxels, np.eye(4))
+        for path, told in ((tmp_path / name, refused), (tmp_path / f"own-{name}", False)):
+            with Volume(path) as volume, pytest.raises(DataError) if told else contextlib.nullcontext():
+                PretrainingPatches([path], None, 0)._require_ct(volume)

@@ -39,13 +39,14 @@ class Stored(NamedTuple):
     """What a file holds, in its own order of the axes.
 
     shape: (3,) voxels; affine: (4, 4) to RAS mm; take: gives the array of three slices, HU of whatever type
-    notes: lines on what can be read in two ways, and which was taken
+    notes: lines on what can be read in two ways, and which was taken; converted: whether `write_volume` wrote it
     """
 
     shape: tuple[int, ...]
     affine: np.ndarray
     take: Callable[[tuple[slice, ...]], np.ndarray]
     notes: tuple[str, ...] = ()
+    converted: bool = False
 
 
 def is_kind(path: Path | str, suffixes: tuple[str, ...]) -> bool:

@@ -46,7 +46,8 @@ def open_hdf5(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     def take(slices: tuple[slice, ...]) -> np.ndarray:
         return voxels[(*[0] * (n - 3), *slices[::-1])].T
 
-    return Stored(voxels.shape[::-1][:3], LPS @ affine, take, length_notes(directions[:3, :3].T))
+    converted = voxels.chunks == tuple(min(CHUNK, n) for n in voxels.shape)  # as `write_volume` lays them out
+    return Stored(voxels.shape[::-1][:3], LPS @ affine, take, length_notes(directions[:3, :3].T), converted=converted)
 
 
 def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compression: str = "blosc") -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from augmentations import PATCH_VIEW, MultiCropAugmentation, ViewBatch, ViewParameters, collate_views, keyed_rng
-from dino3d.data.conventions import HDF5_SUFFIXES, DataError, is_kind
+from dino3d.data.conventions import DataError
 from dino3d.data.requirements import pretraining_fault
 from dino3d.data.volume import Volume
 
@@ -121,13 +121,11 @@ class PretrainingPatches(Dataset):
 
     def _require_ct(self, volume: Volume) -> None:
         """Raise DataError where a file that no conversion has looked at is no CT in HU, which a patch may not tell."""
-        path = volume.path
-        if is_kind(path, HDF5_SUFFIXES) or path in self._looked_at:
+        if volume.converted or volume.path in self._looked_at:
             return
-        voxels = volume.read()
-        if problem := pretraining_fault(path, voxels):
-            raise DataError(path, problem)
-        self._looked_at.add(path)
+        if problem := pretraining_fault(volume.read(), volume.converted):
+            raise DataError(volume.path, problem)
+        self._looked_at.add(volume.path)
 
     def _draw(
         self, volume: Volume, epoch: int, sample: int

@@ -45,11 +45,11 @@ def voxel_problems(voxels: np.ndarray) -> tuple[str, str]:
     return fault, fault or hu_problem(voxels)
 
 
-def pretraining_fault(path: Path | str, voxels: np.ndarray) -> str:
+def pretraining_fault(voxels: np.ndarray, converted: bool) -> str:
     """Why pre-training passes a volume over, "" where it does not: a file that no conversion has looked at is to be a
-    CT in HU, a converted one not constant."""
+    CT in HU, a converted one not constant. converted: see `Volume`"""
     fault = no_image(voxels)
-    if is_kind(path, HDF5_SUFFIXES):
+    if converted:
         return fault if fault.startswith("constant") else ""
     return fault or not_hu(voxels)
 

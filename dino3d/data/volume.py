@@ -44,6 +44,7 @@ class Volume:
     path: HDF5, NIfTI, MetaImage or NRRD; a folder with one DICOM series, or <folder>#<SeriesInstanceUID>
     stored: what the path stands for, if it is open already
     shape: (3,) voxels; spacing: (3,) mm; affine: (4, 4); notes: lines on what can be read in two ways
+    converted: whether it is a file of `write_volume`, as conversions leave them
     file_shape, file_affine: of the voxels in the file's own order of the axes
     Raises DataError where the file is no 3D image.
     """
@@ -54,7 +55,7 @@ class Volume:
         try:
             with reading(path):
                 stored = stored or _open(path, self._closing)
-            self._take, self.notes = stored.take, stored.notes
+            self._take, self.notes, self.converted = stored.take, stored.notes, stored.converted
             self.file_shape = tuple(int(n) for n in stored.shape)
             self.file_affine = require_geometry(path, self.file_shape, stored.affine)
         except DataError:

@@ -162,7 +162,7 @@ def check_unlabelled(path: str) -> CheckedFile:
         with Volume(path) as volume:
             voxels = volume.read()
             seen = check_voxels(path, voxels, Header(volume.shape, volume.spacing, tuple(volume.notes)))
-        return seen._replace(problem=pretraining_fault(path, voxels))
+            return seen._replace(problem=pretraining_fault(voxels, volume.converted))
     except DataError as error:
         return CheckedFile(path, error.reason)
 
