@@ -186,7 +186,18 @@ class LastingFile(io.FileIO):
 
 def set_up_console() -> None:
     """Let standard output and error take any text, be no reason for a run to end, and show each line at once, also
-    where a file or a pipe takes them."""
+    where a file or a pipe takes them.
+
+    Where one was closed (`2>&-`), the next file that is opened would take its number, and what C libraries and dying
+    processes write there would go into it.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)  # open() takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if descriptor == 0 else "w", encoding="utf-8"))
     for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         stream = getattr(sys, name)
         if stream is original and isinstance(stream, io.TextIOWrapper):

@@ -57,6 +57,20 @@ def test_a_reader_that_goes_away_ends_nothing(flush, tmp_path):
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize("closed", ["2", "12", "012"])
+def test_a_closed_console_ends_nothing(closed, tmp_path):
+    """Nor does a file get its number, and with it what others write there."""
+    code = f"""file = open({str(tmp_path / "done")!r}, 'w', encoding='utf-8')
+    print('told', file=sys.stderr)
+    print('said')
+    os.write(2, b'from C')
+    file.write('done')
+    file.close()"""
+    process = script(code, preexec_fn=lambda: [os.close(int(one)) for one in closed], stdout=subprocess.PIPE)
+    process.communicate()
+    assert process.returncode == 0 and (tmp_path / "done").read_text(encoding="utf-8") == "done"
+
+
 def test_ctrl_c_once_and_twice():
     """At once: one request, in one line. A second later: the process ends as the signal would have ended it."""
     code = """print('there', flush=True)

@@ -537,6 +537,22 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
     assert (tmp_path / "out" / "config.json").read_bytes() == kept
 
 
+def test_other_weights_under_the_same_path_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
+    """As a pre-training run that goes on leaves them: the folds would start from several encoders."""
+    file = shutil.copy(weights, tmp_path / "encoder.pth")
+    flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--protocol", "linear", "--epochs", 1]
+    flags += ["--pretrained_weights", file]
+    assert run_main(capsys, *flags, "--max_steps", 1)[0] == 0
+    state = torch.load(weights)
+    state["teacher"] = {name: tensor * 0.5 for name, tensor in state["teacher"].items()}
+    torch.save(state, file)
+    code, _, errors = run_main(capsys, *flags)
+    assert code == 1 and len(errors) == 1 and "encoder.pth: holds other weights than when" in errors[0], errors
+    shutil.copy(weights, file)
+    code, _, errors = run_main(capsys, *flags)
+    assert code == 0 and not errors, errors
+
+
 def test_loader_workers_change_nothing(crops, tmp_path, capsys):
     for workers in (0, 2):
         code, _, errors = run_main(
