@@ -68,6 +68,10 @@ def own_folder(folder: Path, flag: str = "--output_dir", remove: tuple[str, ...]
             ) from error
         try:
             yield
+        except OSError as error:  # a full disk names no file
+            if error.filename or error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+                raise
+            raise UserError(f"{flag} {folder}: can't be written to ({error.strerror}); make room for it") from error
         finally:
             lock.release()
     except BaseException:

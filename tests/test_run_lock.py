@@ -231,3 +231,14 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         with pytest.raises(UserError, match=f"--output_dir {path}: can't be written to"):
             with own_folder(path):
                 pass
+
+
+def test_a_full_disk_that_names_no_file_is_told_with_the_folder(tmp_path):
+    with pytest.raises(
+        UserError, match=f"^--output_dir {tmp_path}: can't be written to .No space left on device.; make"
+    ):
+        with own_folder(tmp_path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="other"), own_folder(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "other")
+    assert os.listdir(tmp_path) == []
