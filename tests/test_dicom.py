@@ -1241,3 +1241,14 @@ def test_undeclared_padding_is_told_in_the_manifest(tmp_path, run):  # noqa: F81
 def test_real_dicom_is_what_pydicom_reads(shared_data):
     paths = sorted((shared_data / "dicom" / "lungdx_a0002" / "t0").iterdir())
     assert_is(read_dicom(paths, 16), *by_pydicom(paths))
+
+
+@pytest.mark.parametrize("name", ["PatientID", "PatientName", "StudyInstanceUID"])
+def test_a_series_that_half_lost_whose_it_is_is_left_out(name, tmp_path):
+    """As two volumes it would have every second slice each; as one it might be of two patients."""
+    told = {"PatientName": "ROE^JANE", name: lambda k: "1.2.3" if k % 2 else None}
+    write_dicom(tmp_path / "half", noise((8, 5, 12)), **told)
+    write_dicom(tmp_path / "whole", noise((8, 5, 6)), SeriesInstanceUID="1.2.3.5")
+    found = find_scans(tmp_path)
+    assert [scan.name for scan in found.scans] == ["whole#1.2.3.5"]
+    assert {scan.problem.reason for scan in found.problems} == {f"mixed slices: only some have a {name}"}

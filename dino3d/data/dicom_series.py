@@ -59,6 +59,23 @@ def series_key(one: Slice) -> tuple[str, ...]:
     return one.patient, person, one.study, one.series, "" if one.series else os.path.dirname(one.path)
 
 
+def lost_names(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """{series_key: why it is left out} of the parts of one series, of which some lack whose or of which study they are.
+
+    Apart they are volumes with every second slice; together they might be two patients in one.
+    """
+    lost, of_uid = {}, collections.defaultdict(list)
+    for key in keys:
+        of_uid[key[3]].append(key)
+    for uid, several in of_uid.items():
+        for pair in itertools.combinations(several, 2) if uid else ():
+            values = list(zip(("PatientID", "PatientName", "StudyInstanceUID"), *pair))
+            without = [name for name, one, other in values if bool(one) != bool(other)]
+            if without and all(one == other or not (one and other) for _, one, other in values):
+                lost |= dict.fromkeys(pair, f"mixed slices: only some have a {' and a '.join(without)}")
+    return lost
+
+
 def parts_of(slices: Sequence[Slice]) -> list[Part]:
     """The Parts of the slices of one series (of one `series_key`), each in the order of paths."""
     slices = sorted(slices, key=lambda one: one.path)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dino3d.data.conventions import NIFTI_SUFFIXES, VOLUME_SUFFIXES, DataError, LeftOut, is_kind
 from dino3d.data.dicom import ARCHIVE_SUFFIXES, Slice, is_dicom, read_header, why_no_ct
-from dino3d.data.dicom_series import folder_and_uid, numbered, parts_of, series_key
+from dino3d.data.dicom_series import folder_and_uid, lost_names, numbered, parts_of, series_key
 from dino3d.data.itk import voxel_files
 from dino3d.data.parallel import in_processes, progress
 from dino3d.files import file_state, walk_files
@@ -111,6 +111,8 @@ def find_scans(folder: Path | str, skip: Sequence[Path | str] = (), workers: int
         split[key] += [file.path for part in series.pop(key) for file in part.files]
     for looked in _look(str(folder), list(split.values()), workers):
         series |= looked.series
+    for key, reason in lost_names(list(series)).items():
+        series[key] = [part._replace(problem=part.problem or reason) for part in series[key]]
     scans = []
     for name, part in numbered((part for parts in series.values() for part in parts), folder).items():
         problem = LeftOut(os.path.join(folder, name), part.problem) if part.problem else None
