@@ -145,7 +145,7 @@ def test_killed_at_ten_random_moments_and_started_again(cases, tmp_path):
         total = len(case.reference)
         # The first falls before the first file: anywhere while processes start. The others, at so many files or more
         for i, least in enumerate([1, *sorted(draw.sample(range(2, total * 3 // 4), kills - 1))]):
-            whole, pause = bool((i + seed) % 2), draw.uniform(0, 2.5 if i == 0 else 0.1)
+            whole, pause = bool((i + seed) % 2), draw.uniform(0, 0.5 if i == 0 else 0.1)
             began = time.monotonic()
             process = case.start(output, workers=draw.choice([1, 2]))
             until(
