@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
 
 from dino3d.data.conventions import LPS, DataError, Stored, format_size, is_kind, one_line
 from dino3d.data.geometry import length_notes
 from dino3d.data.nifti import inflated
 
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is told as a reason
 HEADER_BYTES = 1 << 16  # bytes at the start of a file in which its header ends
 UNITS = {
     **dict.fromkeys(("um", "µm", "micron", "microns", "micrometer", "micrometre"), 1e-3),
@@ -51,6 +49,9 @@ def open_itk(path: Path | str) -> Stored:
         raise DataError(path, "can't be read: its name is not in UTF-8, rename it") from None
     header = read_itk_header(path)
     mm, slope, offset = units_of(header, path), *rescale_of(header, path)
+    import SimpleITK as sitk  # here: training on converted files does without it
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters of it is told as a reason
     reader = sitk.ImageFileReader()
     reader.SetFileName(os.fspath(path))
     quietly(reader.ReadImageInformation, path)
