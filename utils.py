@@ -23,6 +23,8 @@ from dino3d.run_lock import own_folder
 from dino3d.weights import load_file, load_pretrained_weights  # noqa: F401  users import them from here
 
 EXIT_FILES = 124  # of a loader's reading process that may open no more files
+# What a run writes before its first step: where nothing else is there, a start has failed
+BEFORE_TRAINING = ("data_list.txt", "config.json", "splits.json", "events.out.tfevents.*")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ------------------------------------------------------------------------------------------------- errors and flags
@@ -204,7 +206,7 @@ def own_output_dir(path: Path, processes: Processes) -> Iterator[None]:
     A block that fails before it has written anything of use leaves no folder that was not there.
     """
     with contextlib.ExitStack() as stack:
-        processes.run_on_main(lambda: stack.enter_context(own_folder(path, remove=("data_list.txt",))))
+        processes.run_on_main(lambda: stack.enter_context(own_folder(path, remove=BEFORE_TRAINING)))
         yield
 
 

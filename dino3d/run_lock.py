@@ -14,6 +14,7 @@ A holder that finds another's name in its file ends itself. Processes that the h
 
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import socket
@@ -54,7 +55,7 @@ def own_folder(folder: Path, flag: str = "--output_dir", remove: tuple[str, ...]
     """Make a folder, and keep other runs out of it while the block runs. Raises UserError.
 
     A block that fails leaves no folder that was made here, unless there is more in it than empty folders and files
-    named in `remove`.
+    whose names match one in `remove`, as fnmatch has them.
     """
     made = []
     try:
@@ -84,16 +85,16 @@ def own_folder(folder: Path, flag: str = "--output_dir", remove: tuple[str, ...]
 
 
 def _remove_empty(folder: Path, remove: tuple[str, ...]) -> None:
-    """Remove the empty folders in a folder at any depth; where nothing else is left, also the files named so."""
+    """Remove the files in a folder at any depth if all match a name in `remove`, and the folders then empty."""
     with contextlib.suppress(OSError):
+        files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+        if all(any(fnmatch.fnmatch(os.path.basename(file), name) for name in remove) for file in files):
+            for file in files:
+                os.unlink(file)
         for root, folders, _ in os.walk(folder, topdown=False):
             for name in folders:
                 with contextlib.suppress(OSError):
                     os.rmdir(os.path.join(root, name))
-        left = os.listdir(folder)
-        if set(left) <= set(remove):
-            for name in left:
-                os.unlink(folder / name)
 
 
 class RunLock:

@@ -208,8 +208,10 @@ def test_a_failed_start_leaves_no_folder_that_it_made(tmp_path, there):
     folder = tmp_path / "a" / "b"
     if there:
         folder.mkdir(parents=True)
-    with pytest.raises(KeyboardInterrupt), own_folder(folder, remove=("list.txt",)):
+    with pytest.raises(KeyboardInterrupt), own_folder(folder, remove=("list.txt", "events.*")):
         (folder / "cache" / "1x1x1").mkdir(parents=True)
+        (folder / "tensorboard" / "0").mkdir(parents=True)
+        (folder / "tensorboard" / "0" / "events.123").touch()
         (folder / "list.txt").touch()
         raise KeyboardInterrupt
     assert folder.exists() == there and not (folder / ".lock").exists()
