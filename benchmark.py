@@ -827,8 +827,8 @@ def matrix_rate(device: str, precision: str) -> float:
 
 def infer(device: str, repeats: int, arch: str, batch_size: int, precision: str, size: Sequence[int]) -> dict[str, Any]:
     """A volume through the UNETR decoder, window by window, against the same with MONAI's ViT as its encoder."""
+    from dino3d.features.sliding_window import Grid, Windows, segment
     from dino3d.finetune.heads import Segmenter, UnetrDecoder
-    from dino3d.finetune.sliding_window import Grid, Windows, segment
 
     torch.manual_seed(0)
     encoder = ARCHITECTURES[arch](img_size=GLOBAL)

@@ -30,9 +30,7 @@ from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import find_crops
-from dino3d.files import write_json, write_table
-from dino3d.finetune import flags
-from dino3d.finetune.classification_metrics import (
+from dino3d.evaluation.classification_metrics import (
     CASE_METRICS,
     area_under_roc,
     choose_threshold,
@@ -42,6 +40,10 @@ from dino3d.finetune.classification_metrics import (
     table_header,
     table_probabilities,
 )
+from dino3d.evaluation.statistics import format_metric, interval_notes, with_interval
+from dino3d.features.encoder import PretrainedEncoder, load_encoder
+from dino3d.files import write_json, write_table
+from dino3d.finetune import flags
 from dino3d.finetune.classification_pictures import draw_curves, draw_errors
 from dino3d.finetune.crops import (
     CropBatch,
@@ -53,7 +55,6 @@ from dino3d.finetune.crops import (
     one_step_notice,
     spacing_warning,
 )
-from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
@@ -62,7 +63,6 @@ from dino3d.finetune.inference import failed_cases, find_new_cases, infer_window
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
-from dino3d.finetune.statistics import format_metric, interval_notes, with_interval
 
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir

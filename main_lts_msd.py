@@ -36,10 +36,13 @@ from dino3d.data.layouts import Pair, find_task, pairs_of
 from dino3d.data.parallel import progress
 from dino3d.data.requirements import Header, case_lines, class_faults, odd_headers, require_ct, too_bright
 from dino3d.data.volume import Volume
+from dino3d.evaluation.statistics import bootstrap_interval, format_metric, interval_notes, with_interval
+from dino3d.features import sliding_window
+from dino3d.features.encoder import PretrainedEncoder, load_encoder
+from dino3d.features.sliding_window import Windows, grid_of
 from dino3d.files import write_json, write_table
-from dino3d.finetune import flags, mask_metrics, mask_pictures, sliding_window
+from dino3d.finetune import flags, mask_metrics, mask_pictures
 from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice, read_headers
-from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
@@ -48,9 +51,7 @@ from dino3d.finetune.inference import failed_cases, find_new_cases, map_over_ran
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.runtime import Runtime, start_runtime
-from dino3d.finetune.sliding_window import Windows, grid_of
 from dino3d.finetune.splits import Split, make_splits, of_patients
-from dino3d.finetune.statistics import bootstrap_interval, format_metric, interval_notes, with_interval
 from dino3d.training.checkpoint import StopRequested
 from dino3d.training.pictures import save_picture
 

@@ -37,7 +37,7 @@ from augmentations import PAPER, MultiCropAugmentation, Policy, collate_views, s
 from dino3d.data.images import read_image, voxels_of
 from dino3d.data.resampling import resample
 from dino3d.data.volume import Volume
-from dino3d.finetune.encoder import PretrainedEncoder, load_encoder
+from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.finetune.mask_pictures import largest_plane
 from dino3d.training.pictures import example_views, radiological
 

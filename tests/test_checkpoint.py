@@ -33,8 +33,9 @@ from test_main_lnc_luna16 import write_cases
 import utils
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.pretraining import BatchStream, epoch_order
+from dino3d.evaluation import statistics
 from dino3d.files import ChecksumReader
-from dino3d.finetune import fold_loop, statistics
+from dino3d.finetune import fold_loop
 from dino3d.training import checkpoint
 from dino3d.training.checkpoint import (
     Checkpoints,

@@ -12,6 +12,8 @@ import torch
 from augmentations import PAPER, Policy, collate_views, paper_policy, scale_intensity
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.conventions import DataError
+from dino3d.evaluation.statistics import bootstrap_interval, interval_notes, mean_and_deviation
+from dino3d.features.encoder import ENCODER, load_encoder
 from dino3d.files import read_json, read_table, write_json, write_table
 from dino3d.finetune.crops import (
     READ_AHEAD,
@@ -23,7 +25,6 @@ from dino3d.finetune.crops import (
     read_ahead,
     read_crop,
 )
-from dino3d.finetune.encoder import ENCODER, load_encoder
 from dino3d.finetune.fold_folders import fold_folders
 from dino3d.finetune.fold_loop import FoldProgress, TrainConfig
 from dino3d.finetune.inference import gather_rows
@@ -39,7 +40,6 @@ from dino3d.finetune.splits import (
     save_splits,
     subset_splits,
 )
-from dino3d.finetune.statistics import bootstrap_interval, interval_notes, mean_and_deviation
 from utils import Processes
 from vision_transformer import ARCHITECTURES, VisionTransformer
 

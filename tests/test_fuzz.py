@@ -51,8 +51,8 @@ from dino3d.data.layouts import (  # noqa: E402
 )
 from dino3d.data.scans import find_scans  # noqa: E402
 from dino3d.data.volume import Volume  # noqa: E402
+from dino3d.features.encoder import ENCODER, PretrainedEncoder, load_encoder  # noqa: E402
 from dino3d.files import truncate_log  # noqa: E402
-from dino3d.finetune.encoder import ENCODER, PretrainedEncoder, load_encoder  # noqa: E402
 from dino3d.finetune.splits import make_splits  # noqa: E402
 from dino3d.prepare import (
     conversion,  # noqa: E402

@@ -19,10 +19,11 @@ import main_lnc_luna16
 import utils
 from augmentations import scale_intensity
 from dino3d.data.volume import Volume
+from dino3d.evaluation import statistics
+from dino3d.evaluation.classification_metrics import CASE_METRICS, choose_threshold, evaluate_cases, pairs_in_order
+from dino3d.features.encoder import PretrainedEncoder
 from dino3d.files import read_log, read_table
-from dino3d.finetune import fold_loop, statistics
-from dino3d.finetune.classification_metrics import CASE_METRICS, choose_threshold, evaluate_cases, pairs_in_order
-from dino3d.finetune.encoder import PretrainedEncoder
+from dino3d.finetune import fold_loop
 from main_lnc_luna16 import case_order, draw_negatives
 from vision_transformer import ARCHITECTURES, VisionTransformer
 

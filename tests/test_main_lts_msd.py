@@ -25,12 +25,14 @@ import utils
 from augmentations import scale_intensity
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.images import read_image
+from dino3d.evaluation import statistics
+from dino3d.features import sliding_window
+from dino3d.features.encoder import ENCODER
+from dino3d.features.sliding_window import grid_of
 from dino3d.files import read_log, read_table
-from dino3d.finetune import fold_loop, sliding_window, statistics
-from dino3d.finetune.encoder import ENCODER
+from dino3d.finetune import fold_loop
 from dino3d.finetune.fold_folders import load_fold
 from dino3d.finetune.heads import DECODERS, UnetrDecoder
-from dino3d.finetune.sliding_window import grid_of
 from dino3d.finetune.splits import patient_splits
 from vision_transformer import ARCHITECTURES, VisionTransformer
 

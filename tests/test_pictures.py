@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from augmentations import AUGMENTATIONS, MultiCropAugmentation, Policy, scale_intensity
+from dino3d.evaluation.classification_metrics import pool_predictions
 from dino3d.files import truncate_log, write_config
 from dino3d.finetune import classification_pictures
-from dino3d.finetune.classification_metrics import pool_predictions
 from dino3d.training import pictures
 from dino3d.training.pictures import (
     example_views,

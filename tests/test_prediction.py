@@ -14,9 +14,10 @@ from test_main_lts_msd import Thresholding, assert_one_error, predict, save
 
 import main_lts_msd
 from dino3d.data.hdf5 import write_volume
+from dino3d.features import sliding_window
+from dino3d.features.sliding_window import Windows, count_batches
 from dino3d.files import read_table
-from dino3d.finetune import prediction, sliding_window
-from dino3d.finetune.sliding_window import Windows, count_batches
+from dino3d.finetune import prediction
 
 CONFIG = {
     "input_size": [24, 24, 12],

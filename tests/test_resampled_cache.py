@@ -14,7 +14,8 @@ from augmentations import Policy
 from dino3d.command_line import UserError
 from dino3d.data import images
 from dino3d.data.layouts import find_pairs
-from dino3d.finetune import resampled_cache, sliding_window
+from dino3d.features import sliding_window
+from dino3d.finetune import resampled_cache
 from dino3d.finetune.crops import TrainingBatches, WindowAugmentation, collate_crops, read_headers
 from dino3d.finetune.resampled_cache import CachedPatches, ResampledCache
 from dino3d.training.loading import next_batch

@@ -20,7 +20,7 @@ import main_lnc_luna16
 import main_lts_msd
 import utils
 from dino3d import command_line
-from dino3d.finetune.encoder import load_encoder
+from dino3d.features.encoder import load_encoder
 from dino3d.finetune.fold_folders import load_fold
 from dino3d.training import checkpoint
 from vision_transformer import vit_tiny

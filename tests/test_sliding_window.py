@@ -18,8 +18,8 @@ from dino3d.data.conventions import AIR, DataError, format_size
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import Pair, find_pairs
 from dino3d.data.volume import Volume
-from dino3d.finetune import sliding_window
-from dino3d.finetune.sliding_window import (
+from dino3d.features import sliding_window
+from dino3d.features.sliding_window import (
     Grid,
     Windows,
     grid_of,

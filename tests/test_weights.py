@@ -25,7 +25,7 @@ import main_dino
 import utils
 from dino3d import command_line
 from dino3d.command_line import UserError
-from dino3d.finetune.encoder import ENCODER, load_encoder
+from dino3d.features.encoder import ENCODER, load_encoder
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer
 
 SIZE, PATCH = (24, 24, 12), (12, 12, 6)

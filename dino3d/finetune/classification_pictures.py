@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 from augmentations import scale_intensity
-from dino3d.files import atomic_write
-from dino3d.finetune.classification_metrics import (
+from dino3d.evaluation.classification_metrics import (
     PooledPredictions,
     area_under_roc,
     average_precision,
     read_probabilities,
 )
+from dino3d.features.encoder import PretrainedEncoder
+from dino3d.files import atomic_write
 from dino3d.finetune.crops import centre_window, read_crop, spacing_of
-from dino3d.finetune.encoder import PretrainedEncoder
 from dino3d.training.pictures import EVEN, montage, plane, save_picture
 
 SHOWN_ERRORS = 10  # in errors.png

@@ -7,7 +7,7 @@ from typing import Any
 import augmentations
 from dino3d import command_line
 from dino3d.command_line import format_values, number
-from dino3d.finetune.encoder import ENCODER
+from dino3d.features.encoder import ENCODER
 from dino3d.finetune.splits import NUM_TEST
 from dino3d.training import checkpoint
 from vision_transformer import ARCHITECTURES

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from dino3d.command_line import UserError
+from dino3d.evaluation.statistics import mean_and_deviation
+from dino3d.features.encoder import ENCODER, PretrainedEncoder
 from dino3d.files import read_json, read_table, write_config, write_table
-from dino3d.finetune.encoder import ENCODER, PretrainedEncoder
 from dino3d.finetune.splits import Split, save_splits
-from dino3d.finetune.statistics import mean_and_deviation
 from dino3d.training.checkpoint import load_checkpoint, load_newest
 from utils import Processes, device_name
 

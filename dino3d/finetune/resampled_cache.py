@@ -24,8 +24,8 @@ from dino3d.data.layouts import Pair
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.requirements import Header, voxel_problems
 from dino3d.data.volume import Volume, padded
+from dino3d.features import sliding_window
 from dino3d.files import atomic_write, file_state, read_json, write_json
-from dino3d.finetune import sliding_window
 from dino3d.finetune.crops import WindowAugmentation
 from utils import Processes
 

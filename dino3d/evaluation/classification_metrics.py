@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino3d.finetune.statistics import bootstrap_interval, interval_notes
+from dino3d.evaluation.statistics import bootstrap_interval, interval_notes
 
 CASE_METRICS = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
 
