@@ -99,7 +99,7 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--arch",
         default="vit_small",
         type=command_line.architecture(ARCHITECTURES),
-        help="one of " + ", ".join(ARCHITECTURES) + "; vit_tiny for CPUs, vit_small as in the paper",
+        help="one of " + ", ".join(ARCHITECTURES) + "; vit_micro and vit_tiny for CPUs, vit_small as in the paper",
     )
     group.add_argument(
         "--patch_size",

@@ -323,6 +323,7 @@ class VisionTransformer(nn.Module):
 
 
 # Each is called as vit_small(img_size=(96, 96, 48), patch_size=(12, 12, 6), in_chans=1, drop_path_rate=0.).
+vit_micro = partial(VisionTransformer, embed_dim=128, depth=4, num_heads=4)
 vit_tiny = partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3)
 vit_small = partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6)
 vit_base = partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12)
@@ -330,6 +331,7 @@ vit_large = partial(VisionTransformer, embed_dim=1024, depth=24, num_heads=16)
 vit_huge = partial(VisionTransformer, embed_dim=1280, depth=32, num_heads=16)
 
 ARCHITECTURES = {
+    "vit_micro": vit_micro,
     "vit_tiny": vit_tiny,
     "vit_small": vit_small,
     "vit_base": vit_base,
