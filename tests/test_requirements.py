@@ -20,7 +20,6 @@ from dino3d.data.requirements import hu_problem
 from dino3d.data.volume import Volume
 from dino3d.finetune.crops import EvaluationCrops, new_crop_lines
 from utils import Processes
-from vision_transformer import ARCHITECTURES
 
 
 def chest():
@@ -275,7 +274,7 @@ def start_of_training(script, folder, out, monkeypatch, capsys):
         raise Started
 
     monkeypatch.setattr(module, "run_fold", begin)
-    flags = ["--arch", "vit_micro" if "vit_micro" in ARCHITECTURES else "vit_tiny", "--input_size", 24, 24, 12]
+    flags = ["--arch", "vit_micro", "--input_size", 24, 24, 12]
     flags += ["--num_workers", 0, "--k_fold", 2, "--data_dir", folder, "--output_dir", out]
     try:
         module.main(list(map(str, flags)))

@@ -184,7 +184,7 @@ def test_architectures(name, width, depth, heads):
 
 
 def test_architectures_take_the_shared_arguments():
-    names = ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    names = ["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
     assert names == [name for name in ARCHITECTURES if name.startswith("vit_")]
     with torch.device("meta"):
         for name in names:
