@@ -1,4 +1,4 @@
-"""What is measured of classified cases: AUC, average precision, sensitivity, specificity, and their tables."""
+"""What is measured of classified cases: AUC, average precision, F1, Brier score, calibration error; their tables."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -79,6 +79,94 @@ def average_precision(labels: np.ndarray, probabilities: np.ndarray, weights: np
     from sklearn.metrics import average_precision_score
 
     return one_vs_rest(average_precision_score, labels, probabilities, weights)
+
+
+def balanced_accuracy(
+    labels: np.ndarray, probabilities: np.ndarray, threshold: float = 0.5, weights: np.ndarray | None = None
+) -> float | None:
+    """Mean over the classes of the share of its cases decided right, as scikit-learn's balanced_accuracy_score.
+
+    labels: (N,); probabilities: (N, classes); threshold: of label 1's with two classes, see `decide`; weights: (N,) of
+    the cases. None where one of the classes has no case (scikit-learn leaves that class out).
+    """
+    right, weights = decide(probabilities, threshold) == labels, _weights_of(labels, weights)
+    counts = np.bincount(labels, weights, probabilities.shape[1])
+    return float(np.mean(np.bincount(labels, weights * right, len(counts)) / counts)) if counts.all() else None
+
+
+def f1_score_of(
+    labels: np.ndarray, probabilities: np.ndarray, threshold: float = 0.5, weights: np.ndarray | None = None
+) -> float | None:
+    """F1 = 2 TP / (2 TP + FP + FN) of label 1; with more than two classes the mean of all classes' (macro).
+
+    As scikit-learn's f1_score; parameters as of `balanced_accuracy`. None where a class that counts has no case.
+    """
+    predicted, weights = decide(probabilities, threshold), _weights_of(labels, weights)
+    classes = probabilities.shape[1]
+    cases, decided, hits = (
+        np.bincount(of, weights * counted, classes)[1 if classes == 2 else 0 :]
+        for of, counted in ((labels, 1), (predicted, 1), (labels, predicted == labels))
+    )
+    return float(np.mean(2 * hits / (cases + decided))) if cases.all() else None
+
+
+def brier_score(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Mean squared error of the probabilities, 0 (best) to 1; with more than two classes 0 to 2.
+
+    With two classes (p_1 - y)^2 of label 1 alone; with more the sum over all classes of (p_k - y_k)^2 (Brier 1950), as
+    scikit-learn's brier_score_loss. A class without cases changes nothing. labels: (N,); probabilities: (N, classes)
+    """
+    target = np.arange(probabilities.shape[1]) == labels[:, None]  # (N, classes)
+    errors = (probabilities - target) ** 2
+    return float(np.average(errors[:, 1] if errors.shape[1] == 2 else errors.sum(1), weights=weights))
+
+
+class ReliabilityBins(NamedTuple):
+    """The bins of a reliability curve that hold cases, each (bins,).
+
+    counts: cases, or their weight; predicted: mean probability; observed: share of the cases for which it came true
+    """
+
+    counts: np.ndarray
+    predicted: np.ndarray
+    observed: np.ndarray
+
+
+def reliability_bins(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10, weights: np.ndarray | None = None
+) -> ReliabilityBins:
+    """The reliability curve in bins of equal width over [0, 1], lowest first; empty ones are left out.
+
+    With two classes of label 1's probability and how often label 1 is right; with more, of the most probable class
+    (on a tie the first) and how often it is. A probability at the border of two bins counts in the lower one, so equal
+    ones share a bin, as in scikit-learn's calibration_curve(strategy="uniform").
+    labels: (N,); probabilities: (N, classes); weights: (N,) of the cases
+    """
+    if probabilities.shape[1] == 2:
+        scores, true = probabilities[:, 1], labels == 1
+    else:
+        scores, true = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], scores)
+    weights = _weights_of(labels, weights)
+    counts, predicted, observed = (np.bincount(place, weights * what, bins) for what in (1, scores, true))
+    full = counts > 0
+    return ReliabilityBins(counts[full], predicted[full] / counts[full], observed[full] / counts[full])
+
+
+def calibration_error(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10, weights: np.ndarray | None = None
+) -> float:
+    """Expected calibration error: mean over the cases of |predicted - observed| of their bin in `reliability_bins`.
+
+    Between 0 and 1. Of few cases it is above 0 even where the probabilities are right, for bins of few cases are off by
+    chance: compare it at equal numbers of cases only.
+    """
+    counts, predicted, observed = reliability_bins(labels, probabilities, bins, weights)
+    return float(np.average(np.abs(predicted - observed), weights=counts))
+
+
+def _weights_of(labels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    return np.ones(len(labels)) if weights is None else np.asarray(weights, float)
 
 
 def choose_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
