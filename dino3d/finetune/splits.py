@@ -13,6 +13,7 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data.conventions import stem
+from dino3d.evaluation.protocols import count_by_patient, divide
 from dino3d.files import read_json, write_json
 
 NUM_TEST = 37  # cases of the paper's test set
@@ -41,32 +42,6 @@ class Split(NamedTuple):
 def default_num_test(cases: int) -> int:
     """37 cases, or a fifth where that is less than a tenth or more than a third of them."""
     return NUM_TEST if cases / 10 <= NUM_TEST <= cases / 3 else max(1, round(cases / 5))
-
-
-def divide(counts: np.ndarray, shares: Sequence[float] | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(P,) side of each patient: as near to the shares of every class as whole patients allow; no side is left empty.
-
-    counts: (P, C) cases of each patient and class; shares: (S,) of each side, summing to 1; P >= S
-    rng: numpy Generator. Greedy, as scikit-learn's StratifiedGroupKFold, whose folds are all of one size: the patients
-    with the largest part of a class come first, and each goes where it leaves the smallest squared error.
-    """
-    counts, shares = np.asarray(counts, float), np.asarray(shares, float)
-    parts = counts / np.maximum(counts.sum(0), 1)  # (P, C) of each class
-    order = rng.permutation(len(counts))
-    order = order[np.argsort(-parts[order].max(1), kind="stable")]
-    parts = np.column_stack([parts, 0.01 * counts.sum(1) / counts.sum()])  # where classes don't tell, by size
-    missing = shares[:, None] * parts.sum(0)  # (S, C + 1)
-    sides = np.empty(len(counts), int)
-    for patient in order:
-        worse = ((missing - parts[patient]) ** 2 - missing**2).sum(1)
-        sides[patient] = worse.round(12).argmin()  # equal but for rounding: the first
-        missing[sides[patient]] -= parts[patient]
-    for side in range(len(shares)):
-        if not (sides == side).any():
-            largest = np.bincount(sides, minlength=len(shares)).argmax()
-            givers = np.flatnonzero(sides == largest)
-            sides[givers[counts[givers].sum(1).argmin()]] = side
-    return sides
 
 
 def patient_splits(
@@ -125,15 +100,6 @@ def subset_splits(patients: Sequence[str], subsets: Sequence[str]) -> list[Split
         train = set().union(*(members[other] for other in names if other not in (name, validation)))
         splits.append(Split(sorted(train), sorted(members[validation]), sorted(members[name])))
     return splits
-
-
-def count_by_patient(patients: Sequence[str], labels: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """(names, counts): the P patients, sorted, and the (P, C) cases that each has of each class."""
-    names = sorted(set(patients))
-    row = {name: i for i, name in enumerate(names)}
-    counts = np.zeros((len(names), max(labels) + 1), int)
-    np.add.at(counts, ([row[patient] for patient in patients], labels), 1)
-    return names, counts
 
 
 def make_splits(
