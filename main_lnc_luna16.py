@@ -58,7 +58,7 @@ from dino3d.finetune.crops import (
 from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
-from dino3d.finetune.heads import Classifier, LinearHead, NearestNeighbours
+from dino3d.finetune.heads import Classifier, NearestNeighbours, build_classifier, classifier_of
 from dino3d.finetune.inference import failed_cases, find_new_cases, infer_windows
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.runtime import Runtime, start_runtime
@@ -336,17 +336,6 @@ def class_weights(drawn: np.ndarray, cases: Cases) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def build_classifier(
-    protocol: str, encoder: PretrainedEncoder, drop_path_rate: float, classes: int, known: int, knn_k: int | None
-) -> Classifier:
-    """The Classifier of a protocol. encoder: PretrainedEncoder; known: training cases that a k-NN head remembers."""
-    model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
-    if protocol == "knn":
-        k = knn_k or min(20, max(1, round(math.sqrt(known))))
-        return Classifier(model, NearestNeighbours(model.embed_dim, classes, known, k), freeze_encoder=True)
-    return Classifier(model, LinearHead(model.embed_dim, classes), freeze_encoder=protocol == "linear")
-
-
 def fit_head(state: FoldState, cases: Cases, clip_range: Sequence[float], drawn: np.ndarray) -> None:
     """Give a frozen encoder's head the training cases' features, not augmented: to standardise, to compare with."""
     if not state.model.freeze_encoder:
@@ -359,12 +348,6 @@ def fit_head(state: FoldState, cases: Cases, clip_range: Sequence[float], drawn:
         model.head.fit(features, torch.from_numpy(cases.labels[drawn]))
     else:
         model.head.standardise.fit(features)
-
-
-def classifier_of(encoder: PretrainedEncoder, config: dict[str, Any], state: dict[str, Tensor]) -> Classifier:
-    """The Classifier that a fold's state dict belongs to."""
-    known = len(state.get("head.known", ()))
-    return build_classifier(config["protocol"], encoder, 0.0, config["classes"], known, config["knn_k"])
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation

@@ -46,7 +46,7 @@ from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice
 from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
-from dino3d.finetune.heads import DECODERS, Segmenter
+from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, segmenter_of
 from dino3d.finetune.inference import failed_cases, find_new_cases, map_over_ranks
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
@@ -345,23 +345,6 @@ def check_labels(found: Sequence[CaseInfo], names: Sequence[str], sides: Sequenc
                 f"fold {fold} has no case with class {min(missing)} to train on: too few cases have it; lower "
                 "--k_fold or --num_test, or add cases"
             )
-
-
-# ------------------------------------------------------------------------------------------------------------- model
-
-
-def build_segmenter(
-    encoder: PretrainedEncoder, drop_path_rate: float, decoder: str, classes: int, freeze_encoder: bool
-) -> Segmenter:
-    """The Segmenter. encoder: PretrainedEncoder; decoder: its name."""
-    model = encoder.build(0.0 if freeze_encoder else drop_path_rate)
-    head = DECODERS[decoder](model.embed_dim, len(model.blocks), model.patch_size, classes)
-    return Segmenter(model, head, freeze_encoder)
-
-
-def segmenter_of(encoder: PretrainedEncoder, config: dict[str, Any], _: dict[str, Tensor]) -> Segmenter:
-    """The Segmenter of a run's config."""
-    return build_segmenter(encoder, 0.0, config["decoder"], config["classes"], config["freeze_encoder"])
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation

@@ -264,14 +264,14 @@ class VisionTransformer(nn.Module):
         """
         x, _ = self._embed(x)
         last = len(self.blocks) - 1
-        for i, (block, scales) in enumerate(zip(self.blocks, self.stochastic_depth(len(x), x.device))):
+        for i, (block, scales) in enumerate(zip(self.blocks, self.stochastic_depth(x.shape[0], x.device))):
             x = self._run(block, x, 1 if i == last else None, scales)  # (B, 1 + N, D), in the end (B, 1, D)
         return self.norm(x[:, 0])
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D)."""
         x, _ = self._embed(x)
-        for block, scales in zip(self.blocks, self.stochastic_depth(len(x), x.device)):
+        for block, scales in zip(self.blocks, self.stochastic_depth(x.shape[0], x.device)):
             x = self._run(block, x, None, scales)
         return self.norm(x)
 
@@ -299,7 +299,7 @@ class VisionTransformer(nn.Module):
             )
         x, grid = self._embed(x)
         maps = []
-        draws = self.stochastic_depth(len(x), x.device)
+        draws = self.stochastic_depth(x.shape[0], x.device)
         for i, (block, scales) in enumerate(zip(self.blocks[: indices[-1] + 1], draws)):
             x = self._run(block, x, None, scales)
             if i in indices:

@@ -32,7 +32,7 @@ from dino3d.features.sliding_window import grid_of
 from dino3d.files import read_log, read_table
 from dino3d.finetune import fold_loop
 from dino3d.finetune.fold_folders import load_fold
-from dino3d.finetune.heads import DECODERS, UnetrDecoder
+from dino3d.finetune.heads import DECODERS, UnetrDecoder, segmenter_of
 from dino3d.finetune.splits import patient_splits
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
@@ -194,7 +194,7 @@ def metrics(folder):
 
 
 def network_of(path):
-    return load_fold(path, main_lts_msd.segmenter_of, "main_lts_msd.py", "decoder")[0].eval()
+    return load_fold(path, segmenter_of, "main_lts_msd.py", "decoder")[0].eval()
 
 
 def models(folder, fold, name="checkpoint.pth"):

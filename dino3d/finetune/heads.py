@@ -4,12 +4,16 @@ Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]. A classifier read
 a segmenter its feature maps (B, D, x, y, z), one entry per patch.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dino3d.features.encoder import PretrainedEncoder
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Caron et al. 2021, section 4)
 
@@ -118,8 +122,25 @@ class NearestNeighbours(nn.Module):
         similarity = F.normalize(self.standardise(features), dim=-1) @ self.known.T  # (B, size)
         nearest, index = similarity.topk(self.k)  # (B, k)
         votes = (nearest / TEMPERATURE).softmax(-1)
-        shares = votes.new_zeros(len(features), self.num_classes).scatter_add(1, self.labels[index], votes)
+        shares = votes.new_zeros(features.shape[0], self.num_classes).scatter_add(1, self.labels[index], votes)
         return shares.log()  # (B, classes)
+
+
+def build_classifier(
+    protocol: str, encoder: PretrainedEncoder, drop_path_rate: float, classes: int, known: int, knn_k: int | None
+) -> Classifier:
+    """The Classifier of a protocol. encoder: PretrainedEncoder; known: training cases that a k-NN head remembers."""
+    model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
+    if protocol == "knn":
+        k = knn_k or min(20, max(1, round(math.sqrt(known))))
+        return Classifier(model, NearestNeighbours(model.embed_dim, classes, known, k), freeze_encoder=True)
+    return Classifier(model, LinearHead(model.embed_dim, classes), freeze_encoder=protocol == "linear")
+
+
+def classifier_of(encoder: PretrainedEncoder, config: dict[str, Any], state: dict[str, Tensor]) -> Classifier:
+    """The Classifier that a fold's state dict belongs to."""
+    known = len(state.get("head.known", ()))
+    return build_classifier(config["protocol"], encoder, 0.0, config["classes"], known, config["knn_k"])
 
 
 # -------------------------------------------------------------------------------------------------------- segmentation
@@ -242,3 +263,17 @@ class LinearDecoder(nn.Module):
 
 # Each is called as UnetrDecoder(embed_dim, depth, patch_size, classes).
 DECODERS = {"unetr": UnetrDecoder, "linear": LinearDecoder}
+
+
+def build_segmenter(
+    encoder: PretrainedEncoder, drop_path_rate: float, decoder: str, classes: int, freeze_encoder: bool
+) -> Segmenter:
+    """The Segmenter. encoder: PretrainedEncoder; decoder: its name."""
+    model = encoder.build(0.0 if freeze_encoder else drop_path_rate)
+    head = DECODERS[decoder](model.embed_dim, len(model.blocks), model.patch_size, classes)
+    return Segmenter(model, head, freeze_encoder)
+
+
+def segmenter_of(encoder: PretrainedEncoder, config: dict[str, Any], _: dict[str, Tensor]) -> Segmenter:
+    """The Segmenter of a run's config."""
+    return build_segmenter(encoder, 0.0, config["decoder"], config["classes"], config["freeze_encoder"])
