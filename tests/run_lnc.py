@@ -15,10 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_lnc_luna16  # noqa: E402
 import utils  # noqa: E402
-from dino3d.finetune import (
-    fold_loop,  # noqa: E402
-    statistics,  # noqa: E402
-)
+from dino3d.evaluation import statistics  # noqa: E402
+from dino3d.finetune import fold_loop  # noqa: E402
 from vision_transformer import ARCHITECTURES, VisionTransformer  # noqa: E402
 
 train_fold = fold_loop.train_fold

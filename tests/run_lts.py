@@ -14,10 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_lts_msd  # noqa: E402
 import utils  # noqa: E402
-from dino3d.finetune import (
-    heads,  # noqa: E402
-    statistics,  # noqa: E402
-)
+from dino3d.evaluation import statistics  # noqa: E402
+from dino3d.finetune import heads  # noqa: E402
 from vision_transformer import ARCHITECTURES, VisionTransformer  # noqa: E402
 
 ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3)
