@@ -289,6 +289,14 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: `n` names no block, or not blocks of this model in ascending order.
         """
+        grid = self._grid(x.shape[2:]) if x.ndim == 5 else ()
+        return [tokens[:, 1:].transpose(1, 2).unflatten(2, grid) for tokens in self.intermediate_tokens(x, n, norm)]
+
+    def intermediate_tokens(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool | str = True) -> list[Tensor]:
+        """All tokens after some blocks, shallowest first, each (B, 1 + N, D), the class token first.
+
+        x, n, norm, errors: as of `get_intermediate_layers`.
+        """
         depth = len(self.blocks)
         indices = n if isinstance(n, Sequence) else range(depth - n, depth)
         ascending = all(a < b for a, b in pairwise(indices))
@@ -297,15 +305,14 @@ class VisionTransformer(nn.Module):
                 f"n is {n}; the model has {depth} blocks to take feature maps from: give a number of last "
                 f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order"
             )
-        x, grid = self._embed(x)
-        maps = []
+        x, _ = self._embed(x)
+        found = []
         draws = self.stochastic_depth(x.shape[0], x.device)
         for i, (block, scales) in enumerate(zip(self.blocks[: indices[-1] + 1], draws)):
             x = self._run(block, x, None, scales)
             if i in indices:
-                tokens = self.norm(x) if norm is True or norm == "last" and i == depth - 1 else x  # (B, 1 + N, D)
-                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, D, x, y, z)
-        return maps
+                found.append(self.norm(x) if norm is True or norm == "last" and i == depth - 1 else x)  # (B, 1 + N, D)
+        return found
 
     def layer_of(self, name: str) -> int:
         """0 for what embeds patches and positions, i + 1 for block i, depth + 1 for the final norm."""

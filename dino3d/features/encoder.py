@@ -1,5 +1,6 @@
 """The pre-trained encoder: what to build it with, from a checkpoint and flags."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError, format_values
@@ -20,6 +21,7 @@ class PretrainedEncoder(NamedTuple):
     """A pre-trained encoder: what to build it with, its weights (None: from scratch), and what to tell of them.
 
     crc32: of the weights in their file; "" without
+    crop_spacing: (3,) mm of the crops that a fine-tuned one was trained on, where its file says so
     """
 
     arch: str
@@ -30,6 +32,7 @@ class PretrainedEncoder(NamedTuple):
     state: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
     crc32: str = ""
+    crop_spacing: list[float] | None = None
 
     def build(self, drop_path_rate: float = 0.0) -> Encoder:
         """A new one with these weights, or random ones."""
@@ -45,35 +48,79 @@ class PretrainedEncoder(NamedTuple):
         return {name: getattr(self, name) for name in ENCODER}
 
 
-def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, Any] | None = None) -> PretrainedEncoder:
+CHECKPOINT, BEST = "checkpoint.pth", "best.pth"  # newest state of a run, best epoch of a fold
+
+
+def find_weights(path: str, flag: str = "--pretrained_weights") -> tuple[str, tuple[str, ...]]:
+    """(file, lines on which it is) of weights: a file; the output folder of a pre-training run, whose newest state is
+    taken; of a fold of a fine-tuned run, its best epoch; or of such a run, its first fold.
+
+    flag: that the path is of. Raises UserError where nothing is there, or what could mean two.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if not folder.exists():
+            raise UserError(
+                f"{flag} {path}: no such file; expected a checkpoint, or the output folder of a run", everywhere=True
+            )
+        return path, ()
+    folds = sorted(
+        (one for one in folder.iterdir() if one.name.isdigit() and (one / BEST).is_file()),
+        key=lambda one: int(one.name),
+    )
+    newest = (folder / CHECKPOINT).is_file()
+    if folds and newest and not (folder / BEST).is_file():
+        raise UserError(
+            f"{flag} {path}: holds both a pre-training run ({CHECKPOINT}) and a fine-tuned one "
+            f"({folds[0].name}/{BEST}): give the file itself",
+            everywhere=True,
+        )
+    if (folder / BEST).is_file():
+        return str(folder / BEST), ()
+    if newest:
+        return str(folder / CHECKPOINT), ()
+    if folds:
+        others = f", the first of {len(folds)} folds; another one: {folder / folds[1].name}" if len(folds) > 1 else ""
+        return str(folds[0] / BEST), (f"{flag} {path}: taken is {folds[0] / BEST}{others}",)
+    raise UserError(
+        f"{flag} {path}: holds no checkpoint; expected {CHECKPOINT} of a pre-training run, {BEST} of a fold, or folds "
+        f"0, 1, ... with {BEST}",
+        everywhere=True,
+    )
+
+
+def load_encoder(
+    path: str, checkpoint_key: str = "teacher", given: dict[str, Any] | None = None, flag: str = "--pretrained_weights"
+) -> PretrainedEncoder:
     """The PretrainedEncoder of a checkpoint; without `path` one with random weights.
 
-    checkpoint_key: see `weights.find_network`
+    path: see `find_weights`; checkpoint_key: see `weights.find_network`; flag: that the path is of
     given: {name: value or None} for the names of ENCODER, from flags; None: as the checkpoint's config says. With
     another input_size the position embedding is interpolated.
     Raises UserError for a file that is missing, broken or of another architecture, and for other flags that contradict
     it.
     """
-    config, given = {}, given or dict.fromkeys(ENCODER)
+    config, given, notices = {}, given or dict.fromkeys(ENCODER), ()
     if path:
+        path, notices = find_weights(path, flag)
         try:
             checkpoint = load_file(path)
         except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
-        config = encoder_config(checkpoint, path)
+            raise UserError(f"{flag} {error}", everywhere=True) from error
+        config = encoder_config(checkpoint, path, flag)
     chosen = {}
     for name, default in ENCODER.items():
         trained = config.get(name)
         trained = list(trained) if isinstance(trained, tuple) else trained
         if None not in (trained, given[name]) and trained != given[name] and name != "input_size":
             raise UserError(
-                f"--{name} {format_values(given[name])} contradicts --pretrained_weights {path}, which has "
+                f"--{name} {format_values(given[name])} contradicts {flag} {path}, which has "
                 f"{format_values(trained)}: leave --{name} out",
                 everywhere=True,
             )
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
     if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
-        source = f"--pretrained_weights {path}: " if path else ""
+        source = f"{flag} {path}: " if path else ""
         raise UserError(
             f"{source}an input of {format_values(chosen['input_size'])} voxels is not a multiple of the patch size "
             f"{format_values(chosen['patch_size'])} along each axis: give other --input_size or --patch_size",
@@ -85,22 +132,22 @@ def load_encoder(path: str, checkpoint_key: str = "teacher", given: dict[str, An
     model = encoder.build()
     try:
         network = find_network(model, checkpoint, path, checkpoint_key)
-        notices = fit_network(model, network, checkpoint, path)
+        fitted = fit_network(model, network, checkpoint, path)
     except ValueError as error:
         arch = f"; is --arch {encoder.arch} right?" if "does not fit" in str(error) else ""
-        raise UserError(f"--pretrained_weights {error}{arch}", everywhere=True) from error
-    notices = (f"weights of {path}: {network.origin}", *notices)
+        raise UserError(f"{flag} {error}{arch}", everywhere=True) from error
+    notices = (*notices, f"weights of {path}: {network.origin}", *fitted)
     crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict()})
-    return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32)
+    return encoder._replace(
+        state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=config.get("crop_spacing")
+    )
 
 
-def encoder_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+def encoder_config(checkpoint: dict[str, Any], path: str, flag: str = "--pretrained_weights") -> dict[str, Any]:
     """What the config in a checkpoint says, or older code's args. Raises UserError for what no encoder can have."""
     config = config_of(checkpoint)
     if not isinstance(config, dict):
-        raise UserError(
-            f"--pretrained_weights {path}: its config is a {type(config).__name__}, expected a dict", everywhere=True
-        )
+        raise UserError(f"{flag} {path}: its config is a {type(config).__name__}, expected a dict", everywhere=True)
 
     def numbers(value: Any, count: int, low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> bool:
         return (
@@ -115,12 +162,12 @@ def encoder_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
         "input_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
         "clip_range": lambda value: numbers(value, 2, -1e6, 1e6) and value[0] < value[1],
         "spacing": lambda value: numbers(value, 3, 1e-6, 1e6),
+        "crop_spacing": lambda value: numbers(value, 3, 1e-6, 1e6),
     }
     for name, fits in sound.items():
         if config.get(name) is not None and not fits(config[name]):
             found = " ".join(repr(config[name]).split())[:100]
             raise UserError(
-                f"--pretrained_weights {path}: its config has {name} {found}, which no encoder here can have",
-                everywhere=True,
+                f"{flag} {path}: its config has {name} {found}, which no encoder here can have", everywhere=True
             )
     return config
