@@ -84,7 +84,7 @@ def read_rows(
         with open(path, newline="", encoding="utf-8-sig", errors="strict" if columns else TEXT["errors"]) as file:
             header = file.readline()
             file.seek(0)
-            table = csv.DictReader(file, delimiter=_delimiter(header, columns))
+            table = csv.DictReader(file, delimiter=delimiter_of(header, columns))
             if not columns:
                 yield from ((table.line_num, row) for row in table)
                 return
@@ -110,7 +110,7 @@ def read_rows(
         raise UserError(f"{path}: can't be read as a table ({error})") from error
 
 
-def _delimiter(header: str, columns: Sequence[str]) -> str:
+def delimiter_of(header: str, columns: Sequence[str]) -> str:
     """What separates the cells of a header: the one with which most of the columns are found, or most cells."""
 
     def found(delimiter: str) -> tuple[int, int]:

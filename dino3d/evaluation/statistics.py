@@ -1,10 +1,12 @@
-"""Figures over several cases and folds: intervals by bootstrap, means and deviations."""
+"""Figures over several cases and folds: intervals and p-values by bootstrap, means and deviations."""
 
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+NORMAL = NormalDist()
 BOOTSTRAP_ROUNDS = 1000
 FEWEST_PATIENTS = 5  # that an interval is given for: of fewer, a bootstrap draws the same few values again and again
 
@@ -12,22 +14,87 @@ FEWEST_PATIENTS = 5  # that an interval is given for: of fewer, a bootstrap draw
 def bootstrap_interval(
     metric: Callable[[np.ndarray], float | None], patients: Sequence[str], seed: int = 0
 ) -> list[float] | None:
-    """[low, high], the 95 % percentile interval of a metric when patients are drawn with replacement.
+    """[low, high], the 95 % interval (BCa) of a metric when patients are drawn with replacement.
 
     metric: gives a number, or None where it is undefined, of (N,) weights of the cases: how often each was drawn
     patients: of each case. Draws in which the metric is undefined are left out; None where all are, and of fewer than
     FEWEST_PATIENTS patients, as `interval_notes` says.
     """
-    names, index = np.unique(patients, return_inverse=True)
-    if len(names) < FEWEST_PATIENTS:
+    if len(set(patients)) < FEWEST_PATIENTS:
         return None
-    rng, values = np.random.default_rng(seed), []
-    for _ in range(BOOTSTRAP_ROUNDS):
-        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-        value = metric(times[index])
-        if value is not None:
-            values.append(value)
-    return np.percentile(values, [2.5, 97.5]).tolist() if values else None
+    estimate, *others = (
+        np.array([np.nan if (value := metric(row)) is None else value for row in weights], float)
+        for weights in bootstrap_weights(patients, BOOTSTRAP_ROUNDS, seed)
+    )
+    return Bootstrap(estimate[0], *others).interval()
+
+
+def bootstrap_weights(patients: Sequence[str], rounds: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights of the cases: (1, N) once each; (rounds, N) patients drawn with replacement; (P, N) one patient left out
+    in each. patients: of each case; the same draws for the same patients and seed, whatever is measured."""
+    names, index = np.unique(patients, return_inverse=True)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(rounds, len(names)))
+    times = np.apply_along_axis(np.bincount, 1, drawn, minlength=len(names))
+    return np.ones((1, len(index))), times[:, index].astype(float), (1 - np.eye(len(names)))[:, index]
+
+
+class Bootstrap:
+    """The bootstrap distribution of a figure: its bias-corrected and accelerated (BCa) interval (Efron 1987).
+
+    Against the plain percentile interval it covers the truth as often as it says also near the end of a scale (an AUC
+    of 0.9), where that one lies too low.
+    estimate: the figure; draws: (rounds,) of drawn patients; left_out: (P,) with one patient left out; NaN: undefined
+    """
+
+    def __init__(self, estimate: float, draws: np.ndarray, left_out: np.ndarray) -> None:
+        self.estimate, self.draws = float(estimate), np.sort(draws[~np.isnan(draws)])
+        left_out = left_out[~np.isnan(left_out)]
+        influence = left_out.mean() - left_out if len(left_out) else np.zeros(1)
+        spread = (influence**2).sum()
+        tiny = 1e-24 * max(self.estimate**2, 1e-24)  # rounding, where leaving one out changes nothing
+        self._acceleration = (influence**3).sum() / (6 * spread**1.5) if spread > tiny else 0.0
+        self._bias = self._normal_below(self.estimate)
+
+    def interval(self, level: float = 0.95) -> list[float] | None:
+        """[low, high]; None where the figure is undefined, or is in all draws."""
+        if np.isnan(self.estimate) or not len(self.draws):
+            return None
+        places = []
+        for z in (-NORMAL.inv_cdf((1 + level) / 2), NORMAL.inv_cdf((1 + level) / 2)):
+            shifted = self._bias + z
+            places.append(NORMAL.cdf(self._bias + shifted / max(1 - self._acceleration * shifted, 1e-9)))
+        return np.quantile(self.draws, places).tolist()
+
+    def p_value(self, null: float = 0.0) -> float | None:
+        """Two-sided: 1 - the level of the widest interval that leaves `null` out, at least 1 / rounds.
+
+        1 where all draws equal it, None where there is no interval.
+        """
+        if np.isnan(self.estimate) or not len(self.draws):
+            return None
+        if self.draws[0] == self.draws[-1] == null:
+            return 1.0
+        away = self._normal_below(null) - self._bias
+        z = away / max(1 + self._acceleration * away, 1e-9) - self._bias
+        return min(1.0, max(2 * NORMAL.cdf(-abs(z)), 1 / len(self.draws)))
+
+    def _normal_below(self, value: float) -> float:
+        """Normal quantile of the share of draws below a value, equal ones counted half; never infinite."""
+        if not len(self.draws):
+            return 0.0
+        close = 1e-12 * max(1.0, abs(value))  # equal but for rounding
+        below = np.searchsorted(self.draws, [value - close, value + close]).mean() / len(self.draws)
+        return NORMAL.inv_cdf(min(max(below, 0.5 / len(self.draws)), 1 - 0.5 / len(self.draws)))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values adjusted for their number, so that all that are below 0.05 stand together (Holm 1979); None stays."""
+    given = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted, highest = list(p_values), 0.0
+    for rank, (p, i) in enumerate(given):
+        highest = max(highest, min(1.0, p * (len(given) - rank)))
+        adjusted[i] = highest
+    return adjusted
 
 
 def interval_notes(patients: Sequence[str], one: str = "patient") -> list[str]:
