@@ -1,10 +1,11 @@
 """Lung nodule classification: fine-tune a pre-trained encoder on labelled crops, evaluate it, predict new ones.
 
-Four GPUs, a laptop, new crops:
+Four GPUs, a laptop, new crops, points in new CTs:
     torchrun --nproc_per_node=4 main_lnc_luna16.py --pretrained_weights /path/to/pretrained/model.pth \
         --data_dir /path/to/lnc_luna16/data --output_dir /path/to/output
     python main_lnc_luna16.py --protocol linear --pretrained_weights model.pth --data_dir DIR --output_dir OUT
     python main_lnc_luna16.py --predict DIR --weights OUT --output_dir PREDICTIONS
+    python main_lnc_luna16.py --predict SCANS --points points.csv --weights OUT --output_dir PREDICTIONS
 
 The same --output_dir resumes where it stopped. It holds a folder per fold (checkpoint.pth, the newest state; best.pth,
 the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png, config.json and
@@ -15,7 +16,7 @@ import argparse
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import Classifier, NearestNeighbours, build_classifier, classifier_of
-from dino3d.finetune.inference import failed_cases, find_new_cases, infer_windows
+from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, infer_windows
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
@@ -74,13 +75,15 @@ def get_args_parser() -> command_line.ArgumentParser:
     parser = command_line.ArgumentParser(
         prog="main_lnc_luna16.py",
         usage="main_lnc_luna16.py --data_dir DIR --output_dir DIR --pretrained_weights FILE [flags]\n"
-        "       main_lnc_luna16.py --predict DIR --weights OUT --output_dir DIR",
+        "       main_lnc_luna16.py --predict DIR [--points CSV] --weights OUT --output_dir DIR",
         description="Lung nodule classification, fold by fold. Start the same command again to resume a run.",
     )
     flags.data_flags(
         parser,
         LAYOUT,
-        predict="folder with unlabelled crops at any depth; nothing is trained, predictions.csv goes to --output_dir",
+        predict="folder with unlabelled crops at any depth or, with --points, whole CTs; nothing is trained, "
+        "predictions.csv goes to --output_dir",
+        points=True,
     )
     group = parser.add_argument_group("classification")
     group.add_argument(
@@ -140,7 +143,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     """Train fold by fold from where the checkpoints in the output folder are, or predict."""
     output_dir, processes = Path(args.output_dir), runtime.processes
     if args.predict:
-        predict(args.predict, args.weights, output_dir, runtime)
+        predict(args.predict, args.points, args.weights, output_dir, runtime)
         return
 
     # ---------------------------------------------------------------------------------------------------------- data
@@ -162,7 +165,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     case_splits = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
     if "crop_size" not in data:
         check_training_sides(case_splits, cases)
-        data["crop_size"], data["crop_spacing"], lines = check_crops(cases.paths, processes)
+        found, lines = check_crops(cases.paths, processes)
+        data |= found
         notices += lines
     cases = cases._replace(crop_size=data["crop_size"])
 
@@ -174,7 +178,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     config = (
         vars(args)
         | {"classes": cases.classes, "weights_crc32": encoder.crc32}
-        | {name: data[name] for name in ("crop_size", "crop_spacing")}
+        | {name: data.get(name) for name in ("crop_size", "crop_spacing", "crop_spacings_differ")}
     )
 
     # -------------------------------------------------------------------------------------------------- optimisation
@@ -418,54 +422,105 @@ def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> No
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
-def predict(folder: str, weights: str, output_dir: Path, runtime: Runtime) -> None:
-    """Write predictions.csv for all crops below `folder`: the mean over the folds of a run. Raises UserError if some
-    failed."""
+def predict(source: str, points: str | None, weights: str, output_dir: Path, runtime: Runtime) -> None:
+    """Write predictions.csv: the mean over the folds of a run, for all crops below a folder, or for the points of a
+    table in the CTs there. Raises UserError if some failed."""
     processes = runtime.processes
-    found, folders = processes.run_on_main(lambda: find_new_cases(folder, weights, output_dir))
-    paths = [os.path.join(folder, name) for name in found]
-    names = processes.run_on_main(lambda: case_names(paths, folder))
+    folders = processes.run_on_main(lambda: find_folds(weights, output_dir))
     models, thresholds, config = [], [], {}
     for fold_folder in folders:
         model, config, best = load_fold(fold_folder / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         models.append(model.to(processes.device).eval())
         thresholds.append(best["threshold"])
     threshold = float(np.mean(thresholds))
-    predictions = Predictions(
-        output_dir / "predictions.csv",
-        [*table_header(config["classes"], ["case"]), "predicted"],
-        names,
-        paths,
-        [None] * len(paths),
-        weights_recipe(folders),
-        runtime,
-    )
-    for line in new_crop_lines(paths, config["crop_spacing"], processes):
-        processes.print(line)
 
     def rows_of(volumes: Tensor) -> list[list[Any]]:  # (B, 1, X, Y, Z)
         probabilities = torch.stack([classify(model, volumes) for model in models]).mean(0).cpu().numpy()
         predicted = decide(probabilities, threshold)
         return [[*table_probabilities(row), int(label)] for row, label in zip(probabilities, predicted)]
 
+    new = new_points if points else new_crops
+    predictions, run = new(source, points, output_dir, rows_of, config, weights_recipe(folders), runtime)
     with runtime.stop_signal:
-        trained = config["crop_size"], config["crop_spacing"]
-        dataset = EvaluationCrops(paths, config["input_size"], trained=trained)
-        predict_windows(rows_of, dataset, predictions, config["clip_range"], runtime)
+        run()
         predictions.finish(
             lambda table: (
-                predicted_summary(table, len(folders), config["classes"], threshold)
+                predicted_summary(table, "points" if points else "crops", len(folders), config["classes"], threshold)
                 + f"\npredictions  {predictions.table}"
             )
         )
 
 
-def predicted_summary(table: Sequence[dict[str, str]], folds: int, classes: int, threshold: float) -> str:
-    """How many crops were predicted to be of which class. table: rows of predictions.csv"""
+def new_crops(
+    folder: str,
+    _: None,
+    output_dir: Path,
+    rows_of: Callable[[Tensor], list[list[Any]]],
+    config: dict[str, Any],
+    recipe: dict[str, Any],
+    runtime: Runtime,
+) -> tuple[Predictions, Callable[[], None]]:
+    """(Predictions of the crops below a folder, what makes them). rows_of: see `prediction.predict_windows`"""
+    found = runtime.processes.run_on_main(lambda: find_new_cases(folder))
+    paths = [os.path.join(folder, name) for name in found]
+    names = runtime.processes.run_on_main(lambda: case_names(paths, folder))
+    predictions = Predictions(
+        output_dir / "predictions.csv",
+        [*table_header(config["classes"], ["case"]), "predicted"],
+        names,
+        paths,
+        [None] * len(paths),
+        recipe,
+        runtime,
+    )
+    for line in new_crop_lines(paths, config["crop_spacing"], runtime.processes):
+        runtime.processes.print(line)
+    dataset = EvaluationCrops(paths, config["input_size"], trained=(config["crop_size"], config["crop_spacing"]))
+    return predictions, lambda: predict_windows(rows_of, dataset, predictions, config["clip_range"], runtime)
+
+
+def new_points(
+    source: str,
+    points: str,
+    output_dir: Path,
+    rows_of: Callable[[Tensor], list[list[Any]]],
+    config: dict[str, Any],
+    recipe: dict[str, Any],
+    runtime: Runtime,
+) -> tuple[Predictions, Callable[[], None]]:
+    """(Predictions of a table's points in the CTs below a folder, what makes them); crops are cut as training's."""
+    from dino3d.finetune import point_prediction  # loads ITK, which crops don't need
+
+    scans, lines = runtime.processes.run_on_main(lambda: point_prediction.find_points(points, source, output_dir))
+    spacing = None if config.get("crop_spacings_differ") else config["crop_spacing"]
+    crops = point_prediction.PointCrops(config["crop_size"], spacing, config["input_size"], config["clip_range"])
+    predictions = Predictions(
+        output_dir / "predictions.csv",
+        [*table_header(config["classes"], ["case", *point_prediction.AXES]), "predicted"],
+        [scan.series for scan in scans],
+        [scan.path for scan in scans],
+        [None] * len(scans),
+        recipe | point_prediction.points_recipe(scans),
+        runtime,
+        point_prediction.known_points(scans),
+        unit="points",
+    )
+    cut = f"{format_values(spacing)} mm" if spacing else "each scan's own voxels, as training's had several spacings"
+    lines.append(
+        f"{sum(len(scan.points) for scan in scans)} points in {len(scans)} scans{predictions.done_before('scans')}; "
+        f"crops of {format_values(config['crop_size'])} voxels of {cut}"
+    )
+    for line in lines:
+        runtime.processes.print(line)
+    return predictions, lambda: point_prediction.predict_points(rows_of, scans, crops, predictions, runtime)
+
+
+def predicted_summary(table: Sequence[dict[str, str]], unit: str, folds: int, classes: int, threshold: float) -> str:
+    """How many crops or points were predicted to be of which class. table: rows of predictions.csv"""
     predicted = np.array([int(row["predicted"]) for row in table if row["predicted"]], int)
     counts = ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=classes)))
     told = f" (threshold {threshold:.3f})" if classes == 2 else ""
-    return f"{len(predicted)} crops, mean of {folds} fold{'s' * (folds > 1)}; {counts}{told}"
+    return f"{len(predicted)} {unit}, mean of {folds} fold{'s' * (folds > 1)}; {counts}{told}"
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown

@@ -47,7 +47,7 @@ from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, segmenter_of
-from dino3d.finetune.inference import failed_cases, find_new_cases, map_over_ranks
+from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, map_over_ranks
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.runtime import Runtime, start_runtime
@@ -618,7 +618,8 @@ def find_new_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[st
             f"--output_dir {output_dir}: lies in the --predict folder, where masks would replace CTs or be taken "
             "for them; choose another"
         )
-    names, folders = find_new_cases(folder, weights, output_dir)
+    folders = find_folds(weights, output_dir)
+    names = find_new_cases(folder)
     called = collections.Counter(map(without_suffix, names))  # in the table, where the rows of one name are one file's
     known = {os.path.realpath(os.path.join(folder, name)) for name in names}
     lost = next((name for name in names if os.path.realpath(output_dir / mask_name(name)) in known), None)

@@ -185,8 +185,8 @@ def test_crops_of_two_sizes_are_told_with_both_names(tmp_path):
     assert caught.value.everywhere
     with pytest.raises(DataError, match=r"second.nii.gz: has 8 x 8 x 9 voxels, but .*first.nii.gz has 8 x 8 x 8"):
         read_crop(second, (4, 4, 4), (first, [8, 8, 8]))
-    size, spacing, lines = check_crops([first, first], Processes())
-    assert size == [8, 8, 8] and spacing == [1.0, 1.0, 1.0]
+    found, _ = check_crops([first, first], Processes())
+    assert found == {"crop_size": [8, 8, 8], "crop_spacing": [1.0, 1.0, 1.0], "crop_spacings_differ": False}
 
 
 def test_names_are_paths_without_suffix():

@@ -45,6 +45,7 @@ from utils import Processes
 
 LOOKED_AT = 256  # crops of a data set whose voxels are looked at before training starts
 READ_AHEAD = 2  # batches
+ROUNDING = 1e-3  # relative difference of two spacings that rounding in headers explains
 
 
 def read_headers(paths: Sequence[str], processes: Processes) -> list[Header]:
@@ -73,8 +74,9 @@ def try_on_all(look: Callable[[str], Any], paths: Sequence[str], processes: Proc
     return found
 
 
-def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], list[float], list[str]]:
-    """((3,) voxels of all crops, (3,) mm of most, lines on what is odd). Reads every header, and voxels of some crops.
+def check_crops(paths: Sequence[str], processes: Processes) -> tuple[dict[str, Any], list[str]]:
+    """({"crop_size": (3,) voxels of all crops, "crop_spacing": (3,) mm of most, "crop_spacings_differ": whether others
+    have another}, lines on what is odd). Reads every header, and voxels of some crops.
 
     Raises UserError, on all ranks, for one that can't be read and for what `crop_faults` finds.
     """
@@ -85,8 +87,14 @@ def check_crops(paths: Sequence[str], processes: Processes) -> tuple[list[int], 
         faults, lines = crop_faults(paths, headers, seen)
     if faults:
         raise UserError(str(faults[0]), everywhere=True)
-    spacing = most_common([header.spacing for header in headers])
-    return list(headers[0].shape), [round(s, 4) for s in spacing], lines
+    spacings = [header.spacing for header in headers]
+    most = most_common(spacings)
+    found = {
+        "crop_size": list(headers[0].shape),
+        "crop_spacing": [round(s, 4) for s in most],
+        "crop_spacings_differ": not np.allclose(spacings, most, rtol=ROUNDING, atol=0),
+    }
+    return found, lines
 
 
 def look_at_some(paths: Sequence[str], processes: Processes) -> dict[str, tuple[str, str] | DataError]:

@@ -33,9 +33,9 @@ FIXED_FLAGS = (
 )
 
 
-def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str) -> None:
+def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str, points: bool = False) -> None:
     """The first group of both downstream scripts: data, output, weights. layout: of --data_dir; predict: help of
-    --predict."""
+    --predict; points: whether there is a --points."""
     group = parser.add_argument_group("data, output and weights")
     group.add_argument(
         "--data_dir",
@@ -60,6 +60,14 @@ def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str) -
     )
     command_line.checkpoint_key_flag(group)
     group.add_argument("--predict", default=None, metavar="DIR", help=predict)
+    if points:
+        group.add_argument(
+            "--points",
+            default=None,
+            metavar="CSV",
+            help="points in the CTs of --predict, a table with the columns seriesuid, coordX, coordY, coordZ (LPS mm): "
+            "a crop around each is cut as training's were, and predicted",
+        )
     group.add_argument(
         "--weights",
         default=None,
@@ -219,6 +227,8 @@ def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str
     pretrained = bool(given["pretrained_weights"])
     if (given["predict"] is None) != (given["weights"] is None):
         parser.error("--predict DIR and --weights OUT go together: the new data, and the run whose models judge them")
+    if given.get("points") and given["predict"] is None:
+        parser.error("--points CSV needs --predict DIR, the folder with the CTs that the points lie in, and --weights")
     if given["predict"] is None and given["data_dir"] is None:
         parser.error(f"--data_dir is missing: the folder with {layout}")
     if given["clip_range"] and given["clip_range"][0] >= given["clip_range"][1]:

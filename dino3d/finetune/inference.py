@@ -131,11 +131,15 @@ def failed_cases(names: Sequence[str], failures: dict[int, str]) -> list[str]:
     return [f"{names[case]} has no figures: {reason}" for case, reason in sorted(failures.items())]
 
 
-def find_new_cases(folder: str, weights: str, output_dir: Path) -> tuple[list[str], list[Path]]:
-    """(volumes below the folder, relative to it; fold folders) of a prediction. Raises UserError."""
+def find_folds(weights: str, output_dir: Path) -> list[Path]:
+    """Fold folders whose models predict. Raises UserError, also where the output is a trained run's."""
     if (output_dir / "splits.json").exists():
         raise UserError(f"--output_dir {output_dir}: holds a trained run, whose results would be lost; choose another")
-    folders = fold_folders(weights, "best.pth")
+    return fold_folders(weights, "best.pth")
+
+
+def find_new_cases(folder: str) -> list[str]:
+    """Volumes below the --predict folder, relative to it. Raises UserError."""
     try:
         names, passed_over = find_unlabelled(folder)
     except DataError as error:
@@ -144,4 +148,4 @@ def find_new_cases(folder: str, weights: str, output_dir: Path) -> tuple[list[st
         raise UserError(f"--predict {folder}: {none_found(passed_over)}")
     if passed_over:
         print(f"passed over below {folder}: {passed_over}", flush=True)
-    return names, folders
+    return names

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ from dino3d.finetune.runtime import Runtime
 
 JOURNALS = ".predicted.{}.jsonl"
 TABLE_EVERY = 2.0  # seconds between two versions of the table, which is written whole
+SLOW_TABLE = 5.0  # seconds, above which they are ten times as long as writing it takes
+
+
+class Known(NamedTuple):
+    """What is known of a row of the table before the prediction: its place there, and the cells behind the case."""
+
+    place: int
+    cells: tuple[Any, ...] = ()
 
 
 class Predictions:
@@ -33,6 +41,8 @@ class Predictions:
     table: path of the CSV; columns: of it, "case" first; a last one, "reason", says why a file has no prediction
     names, paths: of the files, in the table's order; outputs: of each the file that must stand beside its rows, or None
     recipe: {name: value} of all that the rows depend on besides the files
+    known: of each file the Known rows that it leads to, such as one for each point in it; by default one, of nothing
+    unit: what to call what a row stands for
     Raises UserError, on all ranks, where the folder holds predictions of another recipe.
     """
 
@@ -45,11 +55,15 @@ class Predictions:
         outputs: Sequence[Path | None],
         recipe: dict[str, Any],
         runtime: Runtime,
+        known: Sequence[Sequence[Known]] | None = None,
+        unit: str = "files",
     ):
         self.table, self.columns, self.names, self.paths = table, [*columns, "reason"], names, paths
-        self.outputs, self.runtime = outputs, runtime
+        self.outputs, self.runtime, self.unit = outputs, runtime, unit
+        self.known = dict(zip(names, known or [[Known(at)] for at in range(len(names))]))
         self.recipe = json.loads(json.dumps(recipe))
-        self._written, self._journal = 0.0, table.parent / JOURNALS.format(runtime.processes.rank)
+        self._written, self._pause = 0.0, TABLE_EVERY
+        self._journal = table.parent / JOURNALS.format(runtime.processes.rank)
         self.before = runtime.processes.run_on_main(self._start)
         self.todo = [at for at in range(len(names)) if at not in self.before]
 
@@ -76,19 +90,20 @@ class Predictions:
         self._append({"recipe": self.recipe}, *done.values())
         return set(done)
 
-    def done_before(self) -> str:
-        """What to say of files that an earlier run has done."""
-        return f"; {len(self.before)} of them were done before" if self.before else ""
+    def done_before(self, what: str = "of them") -> str:
+        """What to say of files that an earlier run has done. what: they are"""
+        return f"; {len(self.before)} {what} were done before" if self.before else ""
 
     def share(self) -> list[int]:
         """Numbers of the files that this rank is to predict."""
         return self.todo[self.runtime.processes.rank :: self.runtime.processes.world_size]
 
     def add(self, at: int, rows: Sequence[Sequence[Any]], reason: str = "") -> None:
-        """Keep what has become of a file. rows: of the table, without the case's name and the reason"""
+        """Keep what has become of a file. rows: of the table, behind what is known of them and without a reason; one
+        that has none is the reason itself, a text"""
         line = {"case": self.names[at], "state": state_of(self.paths[at]), "rows": rows, "reason": reason}
         self._append(*([] if self._journal.exists() else [{"recipe": self.recipe}]), line)
-        if self.runtime.processes.is_main and time.monotonic() - self._written > TABLE_EVERY:
+        if self.runtime.processes.is_main and time.monotonic() - self._written > self._pause:
             self.write()
 
     def attempt(self, at: int, predict: Callable[[], Sequence[Sequence[Any]]]) -> Sequence[Sequence[Any]]:
@@ -111,22 +126,24 @@ class Predictions:
         print(f"{self.names[at]}: no prediction: {reason}", flush=True)
 
     def write(self) -> list[tuple[str, str]]:
-        """Write the table of all ranks' rows so far; returns (case, reason) of the files without a prediction."""
+        """Write the table of all ranks' rows so far; returns (case, reason) of the rows without a prediction."""
         lines = [_read_lines(path) for path in sorted(self.table.parent.glob(JOURNALS.format("*")))]
         lines = {line["case"]: line for line in itertools.chain.from_iterable(lines) if "case" in line}
-        found = [lines[name] for name in self.names if name in lines]
-        empty = [""] * (len(self.columns) - 2)
-        write_table(
-            self.table,
-            self.columns,
-            [
-                [line["case"], *row, line["reason"]]
-                for line in found
-                for row in (line["rows"] if not line["reason"] else [empty])
-            ],
-        )
+        rows, failed = [], []
+        for name in (name for name in self.names if name in lines):
+            known = self.known[name]
+            made = lines[name]["rows"] if not lines[name]["reason"] else [lines[name]["reason"]] * len(known)
+            for (place, cells), row in zip(known if len(known) > 1 else itertools.repeat(known[0]), made):
+                reason = row if isinstance(row, str) else ""
+                failed += [(name, reason)] * bool(reason)
+                empty = [""] * (len(self.columns) - 2 - len(cells))
+                rows.append((place, [name, *cells, *(empty if reason else row), reason]))
+        started = time.monotonic()
+        write_table(self.table, self.columns, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
         self._written = time.monotonic()
-        return [(line["case"], line["reason"]) for line in found if line["reason"]]
+        took = self._written - started  # seconds, for a table of a million rows
+        self._pause = 10 * took if 10 * took > SLOW_TABLE else TABLE_EVERY
+        return failed
 
     def finish(self, summary: Callable[[list[dict[str, str]]], str]) -> None:
         """Write the table when all ranks are done, and print a summary of its rows.
@@ -141,10 +158,10 @@ class Predictions:
         if processes.is_main:
             print(summary(read_table(self.table)), flush=True)
         if failed:
-            name, reason = failed[0]
+            (name, reason), rows = failed[0], sum(map(len, self.known.values()))
             raise UserError(
-                f"{len(failed)} of {len(self.names)} files have no prediction, such as {name}: {reason}; the reasons "
-                f"are in {self.table}",
+                f"{len(failed)} of {rows} {self.unit} have no prediction, such as {name}: {reason}; the reasons are in "
+                f"{self.table}",
                 everywhere=True,
             )
 
