@@ -92,10 +92,10 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # (B, heads, queries, head_dim)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, D)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Attention after the softmax, (B, heads, T, T): rows are queries and sum to 1."""
+    def weights(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """Attention after the softmax, (B, heads, T or queries, T): rows are all or the first queries, and sum to 1."""
         q, k, _ = self._queries_keys_values(x)
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)
+        return (q[:, :, :queries] * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)
 
 
 class Mlp(nn.Module):
@@ -327,6 +327,21 @@ class VisionTransformer(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
+
+    def features_and_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each patch its features and the class token's attention to it, in one pass and without the attention
+        between patches, which grows with the square of their number.
+
+        (B, C, X, Y, Z) -> (B, D, x, y, z) as `get_intermediate_layers(x)[0]`, and (B, heads, x, y, z), on the patch
+        grid, as `get_last_selfattention(x)[:, :, 0, 1:]`
+        """
+        x, grid = self._embed(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        attention = last.attn.weights(last.norm1(x), 1)[:, :, 0, 1:]  # (B, heads, N)
+        tokens = self.norm(last(x))[:, 1:]  # (B, N, D)
+        return tokens.transpose(1, 2).unflatten(2, grid), attention.unflatten(2, grid)
 
 
 # Each is called as vit_small(img_size=(96, 96, 48), patch_size=(12, 12, 6), in_chans=1, drop_path_rate=0.).

@@ -16,6 +16,7 @@ from dino3d.data.conventions import DataError, Stored, format_size, is_kind
 from dino3d.data.geometry import corners_apart, is_apart
 
 XYZT_UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # mm per unit of the lower bits of xyzt_units; 0: not known
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])  # colours: RGB24 of NIfTI
 
 
 def open_nifti(path: Path | str) -> Stored:
@@ -99,10 +100,10 @@ def inflated(path: Path | str, start: int = 0) -> Iterator[bytes]:
         raise EOFError("its compressed voxels are cut off")
 
 
-def save_nifti(path: Path | str, voxels: np.ndarray, affine: np.ndarray) -> None:
+def save_nifti(path: Path | str, voxels: np.ndarray, affine: np.ndarray, slope: float = 1.0) -> None:
     """Write an (X, Y, Z) array as NIfTI in scanner coordinates; the same array gives the same bytes.
 
-    affine: (4, 4) to RAS mm. Raises OSError.
+    affine: (4, 4) to RAS mm; slope: what a reader multiplies the voxels by. Raises OSError.
     """
     import nibabel
 
@@ -110,13 +111,16 @@ def save_nifti(path: Path | str, voxels: np.ndarray, affine: np.ndarray) -> None
     nifti.set_qform(affine, 1)
     nifti.set_sform(affine, 1)
     nifti.header.set_xyzt_units("mm")
+    if slope != 1:
+        nifti.header.set_slope_inter(slope, 0)
     nibabel.save(nifti, path)
 
 
-def save_mask_like(path: Path | str, voxels: np.ndarray, like: Path | str) -> None:
-    """Write (X, Y, Z) uint8 classes with the header of the NIfTI file `like`, in whose order of the axes they are.
+def save_nifti_like(path: Path | str, voxels: np.ndarray, like: Path | str, slope: float = 1.0) -> None:
+    """Write an (X, Y, Z) array with the header of the NIfTI file `like`, in whose order of the axes it is.
 
-    Both forms of its geometry, their codes and its unit stand as they were. Raises OSError.
+    Both forms of its geometry, their codes and its unit stand as they were; slope: what a reader multiplies the voxels
+    by. Raises OSError.
     """
     import nibabel
 
@@ -128,6 +132,9 @@ def save_mask_like(path: Path | str, voxels: np.ndarray, like: Path | str) -> No
         raise OSError(f"{like}: has changed since it was read: shape {scan.shape}, expected {voxels.shape}")
     header = scan.header.copy()
     header.extensions.clear()  # may name the patient
-    header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0  # a window for HU would hide classes
-    nibabel.save(type(scan)(np.asfortranarray(voxels), scan.affine, header), path)
+    header.set_data_dtype(voxels.dtype)
+    header["cal_min"] = header["cal_max"] = 0  # a window for HU would hide other values
+    nifti = type(scan)(np.asfortranarray(voxels), scan.affine, header)
+    if slope != 1:
+        nifti.header.set_slope_inter(slope, 0)
+    nibabel.save(nifti, path)

@@ -31,7 +31,7 @@ from dino3d.data.dicom_series import open_series
 from dino3d.data.geometry import orientation_of, ras_affine, require_geometry
 from dino3d.data.hdf5 import CHUNK, open_hdf5, write_volume
 from dino3d.data.itk import open_itk
-from dino3d.data.nifti import open_nifti, save_mask_like, save_nifti
+from dino3d.data.nifti import open_nifti, save_nifti, save_nifti_like
 from dino3d.data.read_watchdog import reading
 from dino3d.files import atomic_write
 
@@ -112,17 +112,21 @@ class Volume:
         return voxels[flips].transpose(np.argsort(self._axes))
 
     def save_mask(self, path: Path | str, mask: np.ndarray) -> None:
-        """Write (X, Y, Z) uint8 classes on this volume's voxels as NIfTI that lies on its scan in every viewer.
+        """Write (X, Y, Z) uint8 classes on this volume's voxels, see `save_map`."""
+        self.save_map(path, mask)
+
+    def save_map(self, path: Path | str, values: np.ndarray, slope: float = 1.0) -> None:
+        """Write an (X, Y, Z) array on this volume's voxels as NIfTI that lies on its scan in every viewer.
 
         path: ends in .nii.gz or .nii. The file's own order of the axes is kept and, where it is NIfTI, its header.
-        Raises OSError.
+        values: whole numbers, which readers multiply by `slope`, or colours of the type `nifti.RGB`. Raises OSError.
         """
-        voxels = self.in_file_order(mask)
+        voxels = self.in_file_order(values)
         with atomic_write(path) as part:
             if is_kind(self.path, NIFTI_SUFFIXES):
-                save_mask_like(part, voxels, self.path)
+                save_nifti_like(part, voxels, self.path, slope)
             else:
-                save_nifti(part, voxels, self.file_affine)
+                save_nifti(part, voxels, self.file_affine, slope)
 
     def is_constant(self) -> bool:
         """True if all voxels are equal: such a file holds no image. Reads until it sees a second value."""

@@ -1,5 +1,4 @@
-"""Whole CTs through a segmentation network: to the grid that it works on, in windows over it, and back to the scan's
-own.
+"""Whole CTs through a network: to the grid that it works on, in windows over it, and back to the scan's own.
 
 A scan of any size, orientation and spacing is brought to a working grid: upright, so that its axes are the world's
 right, anterior and superior whatever those of the file are, at the spacing that the network knows. The network sees it
@@ -135,12 +134,12 @@ def segment(
     voxels = torch.from_numpy(np.ascontiguousarray(images.voxels_of(image), np.float32))[None, None]  # (1, 1, X, Y, Z)
     device = torch.device(device)
     return mean_of(
-        _stitched(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu, before_windows)
+        _log_probabilities(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu, before_windows)
         for network in networks
     )
 
 
-def _stitched(
+def _log_probabilities(
     network: Callable[[Tensor], Tensor],
     voxels: Tensor,
     windows: Windows,
@@ -151,7 +150,6 @@ def _stitched(
     before_windows: Callable[[], None],
 ) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of one network. voxels: (1, 1, X, Y, Z) float32 HU."""
-    from monai.inferers import sliding_window_inference
 
     def logits_of(hu: Tensor) -> Tensor:
         before_windows()
@@ -159,35 +157,54 @@ def _stitched(
             # float: bf16 would lose digits once the windows are weighted and summed
             return network(scale_intensity(hu, *clip_range)).float()
 
-    with torch.no_grad():
-        if stitch_on_cpu is None:
-            stitch_on_cpu = device.type == "cuda" and not _fits(logits_of, voxels, windows, device)
-        place = torch.device("cpu") if stitch_on_cpu else device
-        # HU, scaled window by window: what surrounds a small image is then air whatever the clip range is
-        logits = sliding_window_inference(
-            voxels.to(place),
-            windows.size,
-            windows.batch_size,
-            logits_of,
-            overlap=windows.overlap,
-            mode="gaussian",
-            padding_mode="constant",
-            cval=float(AIR),
-            sw_device=device,
-            device=place,
-        )[0]  # (classes, X, Y, Z)
-        total = logits[0].clone()  # log_softmax would need all of the logits a second time
-        for one in logits[1:]:
-            torch.logaddexp(total, one, out=total)
-        return logits.sub_(total).cpu()
+    # HU, scaled window by window: what surrounds a small image is then air whatever the clip range is
+    logits = stitch(logits_of, voxels, windows, device, stitch_on_cpu)  # (classes, X, Y, Z)
+    total = logits[0].clone()  # log_softmax would need all of the logits a second time
+    for one in logits[1:]:
+        torch.logaddexp(total, one, out=total)
+    return logits.sub_(total).cpu()
 
 
-def _fits(logits_of: Callable[[Tensor], Tensor], voxels: Tensor, windows: Windows, device: torch.device) -> bool:
+@torch.no_grad()
+def stitch(
+    outputs_of: Callable[[Tensor], Tensor],
+    volume: Tensor,
+    windows: Windows,
+    device: torch.device,
+    stitch_on_cpu: bool | None = None,
+) -> Tensor:
+    """(K, X, Y, Z) what `outputs_of` gives for a volume, window by window, weighted by a Gaussian around the middle of
+    each.
+
+    outputs_of: gives (B, K, x, y, z) float32 of windows (B, C, x, y, z) on `device`
+    volume: (1, C, X, Y, Z) float32 HU; one that is smaller than a window is padded with air
+    stitch_on_cpu: whether the windows are put together there; None: if the device's memory is too small for that
+    """
+    from monai.inferers import sliding_window_inference
+
+    if stitch_on_cpu is None:
+        stitch_on_cpu = device.type == "cuda" and not _fits(outputs_of, volume, windows, device)
+    place = torch.device("cpu") if stitch_on_cpu else device
+    return sliding_window_inference(
+        volume.to(place),
+        windows.size,
+        windows.batch_size,
+        outputs_of,
+        overlap=windows.overlap,
+        mode="gaussian",
+        padding_mode="constant",
+        cval=float(AIR),
+        sw_device=device,
+        device=place,
+    )[0]
+
+
+def _fits(outputs_of: Callable[[Tensor], Tensor], volume: Tensor, windows: Windows, device: torch.device) -> bool:
     """Whether a GPU's memory holds the volumes of stitching, besides what the network needs for a batch of windows."""
-    batch = torch.full((windows.batch_size, 1, *windows.size), float(AIR), device=device)
-    classes = logits_of(batch).shape[1]  # its memory is now reserved, and no longer counted as free
-    sides = np.maximum(voxels.shape[2:], windows.size)
-    volumes = classes + 4  # logits; count map, input, and two while the logits are normalized
+    batch = torch.full((windows.batch_size, volume.shape[1], *windows.size), float(AIR), device=device)
+    outputs = outputs_of(batch).shape[1]  # its memory is now reserved, and no longer counted as free
+    sides = np.maximum(volume.shape[2:], windows.size)
+    volumes = outputs + volume.shape[1] + 3  # outputs, input; count map, and two while logits are normalized
     return MARGIN * 4 * volumes * math.prod(int(n) for n in sides) < torch.cuda.mem_get_info(device)[0]
 
 
@@ -274,9 +291,8 @@ def _block_of(maps: np.ndarray, working: Grid, block: Grid, to_index: np.ndarray
     if (found == found[0, 0, 0]).all():  # and what is interpolated between is of this class too
         classes = np.full(block.size, found[0, 0, 0], np.uint8)
     else:
-        # One voxel more on each side: where the volume ends, ITK is linear to half a voxel from the last centre only
-        place = working.part(first - 1, last + 2)
-        classes = _most_probable(_interpolated(place.image(np.pad(one, 1, mode="edge")), block) for one in part)
+        place = working.part(first, last + 1)
+        classes = _most_probable(interpolate(one, place, block) for one in part)
     if ((reached < -1.5) | (reached > limit + 0.5)).any():
         index = np.indices(block.size, np.float32).reshape(3, -1) + np.reshape(low, (3, 1))
         index = to_index[:3, :3] @ index + to_index[:3, 3:]  # (3, voxels)
@@ -284,16 +300,19 @@ def _block_of(maps: np.ndarray, working: Grid, block: Grid, to_index: np.ndarray
     return classes
 
 
-def _interpolated(image: sitk.Image, grid: Grid) -> np.ndarray:
-    """(X, Y, Z) float32 values of an image at the voxels of a Grid, those of the nearest voxel beyond it."""
+def interpolate(values: np.ndarray, working: Grid, own: Grid) -> np.ndarray:
+    """(X, Y, Z) float32 at the voxels of the Grid `own` of values (x, y, z) on the Grid `working`: linear between its
+    voxels, beyond the outermost ones as they are."""
+    # One voxel more on each side: where an image ends, ITK is linear to half a voxel from the last centre only
+    image = working.part((-1, -1, -1), np.add(working.size, 1)).image(np.pad(values, 1, mode="edge"))
     found = sitk.Resample(
         image,
-        grid.size,
+        own.size,
         sitk.Transform(),
         sitk.sitkLinear,
-        grid.origin,
-        grid.spacing,
-        grid.direction,
+        own.origin,
+        own.spacing,
+        own.direction,
         0.0,
         sitk.sitkFloat32,
         True,
