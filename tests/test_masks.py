@@ -9,6 +9,7 @@ import torch
 from scipy import ndimage
 
 from dino3d.finetune import mask_metrics, mask_pictures
+from dino3d.training import pictures
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.8, 2.5), (0.6, 3.0, 1.1)]
 GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
@@ -263,12 +264,12 @@ def box_mask(shape, low, high, value=1):
 
 def tiles(picture, shape, spacing):
     """{plane: [whole, zoom]} cut out of a picture of a volume with at least 60 mm along each axis."""
-    edge, extent = mask_pictures.FRAME, np.array(shape) * spacing
+    edge, extent = pictures.FRAME, np.array(shape) * spacing
     wholes = {name: np.rint(extent[list(axes)[::-1]] * 360 / extent.max()).astype(int) for name, axes in AXES.items()}
     second = max(columns for _, columns in wholes.values()) + 2 * edge
     found = {}
     for row, (name, (height, width)) in enumerate(wholes.items()):
-        top = mask_pictures.HEADER + row * (mask_pictures.CAPTION + 360 + 2 * edge) + mask_pictures.CAPTION + edge
+        top = pictures.HEADER + row * (pictures.CAPTION + 360 + 2 * edge) + pictures.CAPTION + edge
         found[name] = [
             picture[top : top + height, edge : edge + width],
             picture[top : top + 360, second + edge : second + edge + 360],
@@ -410,7 +411,7 @@ def test_masks_that_are_empty_or_missing():
         coloured[name] = [
             [box_of_colours(tile, colour) is not None for tile in found] for colour in (GREEN, RED, YELLOW)
         ]
-        assert (picture[: mask_pictures.HEADER] == GREEN).all(-1).any() == (pair[1] is not None)  # the legend
+        assert (picture[: pictures.HEADER] == GREEN).all(-1).any() == (pair[1] is not None)  # the legend
         assert (found[0][5, 5] == 127).all()  # -300 HU is in the middle of the clip range
     no, yes = [False] * 6, [True] * 6
     assert coloured == {
@@ -468,4 +469,4 @@ def test_volumes_of_any_proportion():
         for mask in (np.zeros(shape, np.uint8), np.ones(shape, np.uint8)):
             picture = mask_pictures.overlay(np.zeros(shape, np.int16), mask, mask, spacing, CLIP, "x" * 300)
             assert picture.shape[1] > 1000 and picture.shape[2] == 3
-            assert (picture[mask_pictures.HEADER :] == YELLOW).all(-1).any() == mask.any()
+            assert (picture[pictures.HEADER :] == YELLOW).all(-1).any() == mask.any()

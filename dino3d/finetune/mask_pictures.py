@@ -3,14 +3,13 @@
 Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dino3d.finetune.mask_metrics import bounding_box, components
-from dino3d.training.pictures import radiological
+from dino3d.training.pictures import DARK, FRAME, compose_page, radiological
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -18,9 +17,8 @@ if TYPE_CHECKING:
 TILE = 360  # pixels: the volume's longest side in all whole planes, and the side of a zoom
 ZOOM, AROUND = 60, 10  # mm: the side of a zoom, more for a lesion that wouldn't have AROUND on each side of it
 MAGNIFIED = 3  # how many times larger than the whole plane a zoom is at least
-HEADER, CAPTION, FRAME = 50, 20, 2  # pixels: title and legend, the line above a tile, what is left free around it
 GREEN, RED, YELLOW = (0, 255, 0), (255, 0, 0), (255, 255, 0)
-DARK, GREY, BRIGHT = (24, 24, 24), (150, 150, 150), (230, 230, 230)
+GREY = (150, 150, 150)
 
 
 class Plane(NamedTuple):
@@ -161,33 +159,3 @@ def outline(mask: np.ndarray, low: np.ndarray, zoom: np.ndarray, shape: Sequence
         for (top, left), (bottom, right) in zip(np.maximum(starts, 0), np.maximum(ends + width, 0)):
             lines[top:bottom, left:right] = True
     return lines
-
-
-def compose_page(
-    rows: Sequence[Sequence[tuple[str, "PIL.Image.Image"]]],
-    title: str,
-    outlines: Sequence[tuple[str, tuple[int, int, int]]],
-) -> np.ndarray:
-    """uint8 (height, width, 3) picture of rows of (caption, picture), a title and a legend: names of colours above
-    it."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    large, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    lefts = [0, *np.cumsum([max(tile.width for _, tile in column) for column in zip(*rows)]).tolist()]
-    heights = [CAPTION + max(tile.height for _, tile in row) for row in rows]
-    canvas = Image.new(
-        "RGB", (max(lefts[-1], math.ceil(large.getlength(title)) + 2 * FRAME), HEADER + sum(heights)), DARK
-    )
-    draw = ImageDraw.Draw(canvas)
-    draw.text((FRAME, 4), title, BRIGHT, large)
-    left = FRAME
-    for name, colour in outlines:
-        draw.text((left, 28), name, colour, large)
-        left += large.getlength(name) + 16
-    top = HEADER
-    for row, height in zip(rows, heights):
-        for left, (caption, tile) in zip(lefts, row):
-            draw.text((left + FRAME, top + 3), caption, BRIGHT, small)
-            canvas.paste(tile, (left, top + CAPTION))
-        top += height
-    return np.array(canvas)

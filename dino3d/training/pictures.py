@@ -2,9 +2,11 @@
 montage."""
 
 import collections
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +24,11 @@ from augmentations import (
 )
 from dino3d.files import atomic_write
 
+if TYPE_CHECKING:
+    import PIL.Image
+
+HEADER, CAPTION, FRAME = 50, 20, 2  # pixels: title and legend, the line above a tile, what is left free around it
+DARK, BRIGHT = (24, 24, 24), (230, 230, 230)
 SIDE = 144  # pixels of a montage's largest tile, at least
 NO_TISSUE = 0.05  # grey value below which a voxel is taken for air (-900 HU in the default clip range)
 NEARLY_AIR = 0.3  # share of tissue below which a tile shows too little
@@ -39,9 +46,10 @@ def save_picture(path: Path | str, picture: np.ndarray) -> None:
 def radiological(plane: ArrayLike) -> np.ndarray:
     """(rows, columns) picture of a plane whose axes grow to the right and up: the patient's right is on the left.
 
-    plane: (a, b) with a towards the patient's right (a coronal or axial plane), b towards anterior or superior.
+    plane: (a, b) with a towards the patient's right (a coronal or axial plane), b towards anterior or superior; or
+        (a, b, colours)
     """
-    return np.asarray(plane)[::-1, ::-1].T
+    return np.asarray(plane)[::-1, ::-1].swapaxes(0, 1)
 
 
 def plane(volume: np.ndarray, axis: int, spacing: ArrayLike, at: float = 0.5) -> np.ndarray:
@@ -105,6 +113,36 @@ def montage(
             left += pixels.shape[1] + gap
         top += height
     return np.asarray(canvas)
+
+
+def compose_page(
+    rows: Sequence[Sequence[tuple[str, "PIL.Image.Image"]]],
+    title: str,
+    outlines: Sequence[tuple[str, tuple[int, int, int]]],
+) -> np.ndarray:
+    """uint8 (height, width, 3) picture of rows of (caption, picture), a title and a legend: names of colours above
+    it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    large, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    lefts = [0, *np.cumsum([max(tile.width for _, tile in column) for column in zip(*rows)]).tolist()]
+    heights = [CAPTION + max(tile.height for _, tile in row) for row in rows]
+    canvas = Image.new(
+        "RGB", (max(lefts[-1], math.ceil(large.getlength(title)) + 2 * FRAME), HEADER + sum(heights)), DARK
+    )
+    draw = ImageDraw.Draw(canvas)
+    draw.text((FRAME, 4), title, BRIGHT, large)
+    left = FRAME
+    for name, colour in outlines:
+        draw.text((left, 28), name, colour, large)
+        left += large.getlength(name) + 16
+    top = HEADER
+    for row, height in zip(rows, heights):
+        for left, (caption, tile) in zip(lefts, row):
+            draw.text((left + FRAME, top + 3), caption, BRIGHT, small)
+            canvas.paste(tile, (left, top + CAPTION))
+        top += height
+    return np.array(canvas)
 
 
 def scan_name(path: Path | str) -> str:
