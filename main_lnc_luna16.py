@@ -30,7 +30,7 @@ from augmentations import AUGMENTATION_FLAGS, paper_policy
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError
-from dino3d.data.layouts import find_crops
+from dino3d.data.layouts import case_names, find_crops
 from dino3d.evaluation.classification_metrics import (
     CASE_METRICS,
     area_under_roc,
@@ -63,7 +63,7 @@ from dino3d.finetune.heads import Classifier, NearestNeighbours, build_classifie
 from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, infer_windows
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.runtime import Runtime, start_runtime
-from dino3d.finetune.splits import Split, case_names, make_splits, of_patients
+from dino3d.finetune.splits import Split, make_splits, of_patients
 
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir

@@ -12,6 +12,7 @@ import torch
 from augmentations import PAPER, Policy, collate_views, paper_policy, scale_intensity
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.conventions import DataError
+from dino3d.data.layouts import case_names
 from dino3d.evaluation.statistics import bootstrap_interval, interval_notes, mean_and_deviation
 from dino3d.features.encoder import ENCODER, load_encoder
 from dino3d.files import read_json, read_table, write_json, write_table
@@ -31,7 +32,6 @@ from dino3d.finetune.inference import gather_rows
 from dino3d.finetune.layer_decay import layer_groups, set_learning_rate
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.splits import (
-    case_names,
     count_by_patient,
     default_num_test,
     divide,

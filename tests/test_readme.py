@@ -16,7 +16,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
-SCRIPTS = ("main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark")
+SCRIPTS = ("main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark", "extract_features")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INLINE = re.compile(r"`([^`\n]+)`")
 LAUNCHERS = ("python", "torchrun", "srun")

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino3d.command_line import available_cores
+from dino3d.command_line import UserError, available_cores
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, one_line, stem
 from dino3d.data.geometry import other_grid
 from dino3d.data.requirements import lone_class, owners_of
-from dino3d.data.scans import Found, find_scans
+from dino3d.data.scans import Found, Scan, find_scans
 from dino3d.data.volume import Volume
 from dino3d.files import atomic_write
 
@@ -28,16 +28,34 @@ def find_volumes(folder: Path | str) -> list[str]:
     return [scan.name for scan in _find(folder, workers=0).scans]
 
 
+def case_names(paths: Sequence[str], folder: str) -> list[str]:
+    """Names of cases: their paths relative to `folder` without suffix. Raises UserError where two would share one."""
+    names = {}
+    for path in paths:
+        inside = os.path.relpath(path, folder)
+        name = os.path.join(os.path.dirname(inside), stem(inside)).replace(os.sep, "/")
+        if name in names:
+            raise UserError(f"{path}: has the same name as {names[name]}, expected one file of each name")
+        names[name] = path
+    return list(names)
+
+
 def find_unlabelled(folder: Path | str) -> tuple[list[str], str]:
     """(names of the volumes below a folder but labels and masks, what was passed over in one line or "").
 
     What is a label is told by its path, see `is_label_path`. Raises DataError, as `find_volumes`.
     """
+    scans, passed_over = find_unlabelled_scans(folder)
+    return [scan.name for scan in scans], passed_over
+
+
+def find_unlabelled_scans(folder: Path | str) -> tuple[list[Scan], str]:
+    """As `find_unlabelled`, with the Scans instead of their names."""
     found = _find(folder, available_cores())
     labels = [scan.name for scan in found.scans if is_label_path(scan.name)]
     told = [f"{len(labels)} labels or masks, such as {labels[0]}"] if labels else []
     passed_over = ", ".join([*told, *filter(None, [found.passed_over()])])
-    return [scan.name for scan in found.scans if not is_label_path(scan.name)], passed_over
+    return [scan for scan in found.scans if not is_label_path(scan.name)], passed_over
 
 
 def none_found(passed_over: str) -> str:

@@ -43,6 +43,11 @@ class PretrainedEncoder(NamedTuple):
             encoder.load_state_dict(self.state)
         return encoder
 
+    @property
+    def working_spacing(self) -> list[float] | None:
+        """(3,) mm of what it is to see: of the crops that it was fine-tuned on, else of its pre-training."""
+        return self.crop_spacing or self.spacing
+
     def settings(self) -> dict[str, Any]:
         """{name: value} of all but the weights."""
         return {name: getattr(self, name) for name in ENCODER}

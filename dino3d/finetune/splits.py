@@ -12,23 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino3d.command_line import UserError
-from dino3d.data.conventions import stem
 from dino3d.evaluation.protocols import count_by_patient, divide
 from dino3d.files import read_json, write_json
 
 NUM_TEST = 37  # cases of the paper's test set
-
-
-def case_names(paths: Iterable[str], folder: str) -> list[str]:
-    """Names of cases: their paths relative to `folder` without suffix. Raises UserError where two would share one."""
-    names = {}
-    for path in paths:
-        inside = os.path.relpath(path, folder)
-        name = os.path.join(os.path.dirname(inside), stem(inside)).replace(os.sep, "/")
-        if name in names:
-            raise UserError(f"{path}: has the same name as {names[name]}, expected one file of each name")
-        names[name] = path
-    return list(names)
 
 
 class Split(NamedTuple):

@@ -1,0 +1,110 @@
+"""Tables of features: a row for each scan, crop or point, as CSV, NumPy's npz, HDF5, or one HDF5 file for each row.
+
+name, patient, reason: (N,) text; features: (N, F) float32, NaN where `reason` says why there are none; coord: (N, 3)
+LPS mm where the rows are points. A CSV has empty cells there, and else the shortest text of each float32.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dino3d.data.points import AXES
+from dino3d.files import atomic_write, write_table
+
+SUFFIXES = (".csv", ".npz", ".h5")
+
+
+class FeatureTable(NamedTuple):
+    """See the module. names, patients, reasons: of the N rows"""
+
+    names: list[str]
+    patients: list[str]
+    reasons: list[str]
+    features: np.ndarray
+    coords: np.ndarray | None = None
+
+
+def write_features(path: Path, table: FeatureTable) -> None:
+    """Write a table in the form of its suffix, whole or not at all; without one of them a folder. Raises OSError."""
+    if path.suffix == ".csv":
+        _write_csv(path, table)
+    elif path.suffix == ".npz":
+        with atomic_write(path) as part, open(part, "wb") as file:
+            np.savez(file, **_arrays(table))
+    elif path.suffix == ".h5":
+        import h5py
+
+        with atomic_write(path) as part, h5py.File(part, "w", track_order=True) as file:
+            for name, values in _arrays(table).items():
+                text = values.dtype.kind == "U"
+                file.create_dataset(
+                    name, data=values.astype(object) if text else values, dtype=_text() if text else None
+                )
+    else:
+        _write_folder(path, table)
+
+
+def _arrays(table: FeatureTable) -> dict[str, np.ndarray]:
+    texts = {"name": table.names, "patient": table.patients, "reason": table.reasons}
+    arrays = {name: np.array(values, dtype=str) for name, values in texts.items()}
+    coords = {} if table.coords is None else {"coord": table.coords}
+    return {**arrays, **coords, "features": table.features}
+
+
+def _text() -> np.dtype:
+    import h5py
+
+    return h5py.string_dtype()
+
+
+def _write_csv(path: Path, table: FeatureTable) -> None:
+    width = table.features.shape[1]
+    axes = [] if table.coords is None else list(AXES)
+    header = ["name", "patient", *axes, "reason", *(f"feature_{k}" for k in range(width))]
+
+    def rows() -> Iterator[list]:
+        for at, reason in enumerate(table.reasons):
+            # str of a NumPy float32 is the shortest text that gives it again
+            values = [""] * width if reason else [str(value) for value in table.features[at]]
+            place = [] if table.coords is None else [_number(value) for value in table.coords[at]]
+            yield [table.names[at], table.patients[at], *place, reason, *values]
+
+    write_table(path, header, rows())
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else repr(float(value))
+
+
+def _write_folder(folder: Path, table: FeatureTable) -> None:
+    """<name>.h5 of each row with y_hat (F,), and failed.csv of those without features."""
+    import h5py
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for at, (name, file_name) in enumerate(zip(table.names, file_names(table.names))):
+        if table.reasons[at]:
+            (folder / file_name).unlink(missing_ok=True)
+            continue
+        with atomic_write(folder / file_name) as part, h5py.File(part, "w") as file:
+            file["y_hat"] = table.features[at]
+            file.attrs["name"], file.attrs["patient"] = name, table.patients[at]
+            if table.coords is not None:
+                file.attrs["coord"] = table.coords[at]
+    failed = [row[:3] for row in zip(table.names, table.patients, table.reasons) if row[2]]
+    if failed:
+        write_table(folder / "failed.csv", ["name", "patient", "reason"], failed)
+    else:
+        (folder / "failed.csv").unlink(missing_ok=True)
+
+
+def file_names(names: list[str]) -> list[str]:
+    """Of each row its file in a folder: the name without separators; what would stand twice is numbered."""
+    used, found = {}, []
+    for name in names:
+        plain = re.sub(r"[^\w.+=#@-]", "_", name).lstrip(".")[:200] or "scan"
+        used[plain] = count = used.get(plain, 0) + 1
+        found.append(f"{plain}.h5" if count == 1 else f"{plain}_{count}.h5")
+    return found

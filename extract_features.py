@@ -1,0 +1,471 @@
+"""Extract features: an encoder's embedding of every scan, crop or point, as a table.
+
+    python extract_features.py --weights FILE --input DIR --output features.csv
+    python extract_features.py --weights OUT --input points.csv --scans DIR --output features.npz
+    torchrun --nproc_per_node=4 extract_features.py --weights FILE --input DIR --output FOLDER
+
+--weights is a checkpoint or the output folder of a run. The same command resumes where it stopped.
+"""
+
+import argparse
+import collections
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import utils
+from dino3d import command_line
+from dino3d.command_line import Preempted, UserError, format_values, number
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
+from dino3d.data.geometry import other_grid
+from dino3d.data.parallel import progress
+from dino3d.data.scans import state_of
+from dino3d.data.volume import Volume
+from dino3d.features.cases import Subject, find_subjects
+from dino3d.features.embedding import POOLS, Embedder, embedding_width
+from dino3d.features.encoder import PretrainedEncoder, load_encoder
+from dino3d.features.journal import Journal
+from dino3d.features.tables import SUFFIXES, FeatureTable, write_features
+from dino3d.features.trivial import mask_volume, trivial_figures
+from dino3d.features.windows import REGIONS, CtScan, Region, read_ct, region_of
+from dino3d.finetune.inference import reason_of
+from dino3d.training.checkpoint import StopRequested, StopSignal
+
+MAIN = "features"  # name of the table of --weights among those of one run
+SCANS_AHEAD = 2  # scans
+
+
+def get_args_parser() -> command_line.ArgumentParser:
+    parser = command_line.ArgumentParser(
+        prog="extract_features.py",
+        usage="extract_features.py --weights FILE --input DIR|FILE|LIST.txt|TABLE.csv --output FILE|FOLDER [flags]",
+        description="An encoder's embedding of every scan, crop or point, as a table. Start the same command again to "
+        "resume.",
+    )
+    group = parser.add_argument_group("weights, input and output")
+    group.add_argument(
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help="checkpoint with the encoder: checkpoint.pth of main_dino.py, best.pth of a fine-tuned fold, other code's "
+        ".pth or .safetensors file; or the --output_dir of a run, or a fold in it",
+    )
+    command_line.checkpoint_key_flag(group)
+    group.add_argument(
+        "--input",
+        required=True,
+        metavar="PATH",
+        help="folder with scans or crops at any depth (labels and masks are passed over); one scan; list.txt with a "
+        "path per line; table.csv with a column path (and patient, name), or with points: seriesuid, coordX, coordY, "
+        "coordZ in LPS mm",
+    )
+    group.add_argument(
+        "--scans", default=None, metavar="DIR", help="folder with the scans of a table of points; default: the table's"
+    )
+    group.add_argument(
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="table to write: FILE.csv, FILE.npz, FILE.h5, or a folder for one .h5 per row with the data set y_hat",
+    )
+
+    group = parser.add_argument_group("embedding (geometry and intensities are the checkpoint's)")
+    group.add_argument(
+        "--pool",
+        default="cls",
+        choices=POOLS,
+        help="cls: class token; mean: mean of the patch tokens; cls+mean: both, one after the other",
+    )
+    group.add_argument(
+        "--layers",
+        default=1,
+        type=number(int, 1),
+        help="last blocks whose tokens are concatenated, as in DINO's linear evaluation (4 there); cls+mean takes the "
+        "patch tokens of the last one alone",
+    )
+    group.add_argument(
+        "--region",
+        default="auto",
+        choices=REGIONS,
+        help="centre: one window in the middle of each volume; whole: windows over all of it, whose embeddings are "
+        "averaged; auto: centre for crops, which are what lies in the layout of labelled crops or is no larger than "
+        "1.5 input sizes along each axis. A point has one window around it",
+    )
+
+    group = parser.add_argument_group("to compare with")
+    group.add_argument(
+        "--random",
+        default=0,
+        type=number(int, 0),
+        help="random encoders of the same architecture and geometry, of seeds 0, 1, ..., written to NAME.random0, ...",
+    )
+    command_line.boolean_flag(
+        group,
+        "--trivial",
+        False,
+        "write figures that need no network to NAME.trivial-<which>: HU at the centre, histogram, mean and deviation, "
+        "radial profile, size with --masks, and all of them",
+    )
+    group.add_argument(
+        "--masks",
+        default=None,
+        metavar="DIR",
+        help="folder with a mask for each scan or crop, at the same place below it and of the same name, whose size "
+        "--trivial gives in mm3",
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("bf16", "fp16", "fp32"),
+        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); the last digits differ between them",
+    )
+    command_line.num_workers_flag(group)
+    command_line.help_flags(group)
+    return parser
+
+
+def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what is wrong whatever the data (exit code 2)."""
+    if args.masks and not args.trivial:
+        parser.error("--masks DIR goes with --trivial, which gives their size")
+    suffix = Path(args.output).suffix.lower()
+    if suffix not in SUFFIXES and suffix in (
+        ".tsv",
+        ".txt",
+        ".json",
+        ".pt",
+        ".pth",
+        ".npy",
+        ".hdf5",
+        ".parquet",
+        ".xlsx",
+    ):
+        parser.error(
+            f"--output {args.output}: expected {', '.join(SUFFIXES)}, or a folder, whose name has no such suffix"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    run(args, utils.distributed_init())
+
+
+def run(args: argparse.Namespace, processes: utils.Processes) -> None:
+    """Extract what is not there yet, and write the tables."""
+    # ---------------------------------------------------------------------------------------------------------- data
+    output = Path(args.output)
+    processes.run_on_main(lambda: check_output(output))
+    subjects, lines = processes.run_on_main(lambda: find_subjects(args.input, args.scans))
+
+    # --------------------------------------------------------------------------------------------------------- model
+    encoder = load_encoder(args.weights, args.checkpoint_key, flag="--weights")
+    precision, _ = utils.choose_precision(args.precision, None, processes.device)
+    models = [encoder.build(), *(random_encoder(encoder, seed) for seed in range(args.random))]
+    if args.layers > len(models[0].blocks):
+        raise UserError(
+            f"--layers {args.layers}: {encoder.arch} has {len(models[0].blocks)} blocks; give at most that", True
+        )
+    for line in [*encoder.notices, *lines, *spacing_lines(encoder), run_summary(args, encoder, processes, subjects)]:
+        processes.print(line)
+
+    # ---------------------------------------------------------------------------------------------------- extraction
+    recipe = {
+        "weights": encoder.crc32,
+        **encoder.settings(),
+        "spacing": encoder.working_spacing,
+        **{name: getattr(args, name) for name in ("pool", "layers", "region", "random", "trivial", "masks")},
+        "precision": precision,
+    }
+    work = work_folder(output)
+    with utils.own_output_dir(work, processes), StopSignal(processes, work / "preempted") as stop_signal:
+        keys = keys_of(subjects)
+        states = processes.run_on_main(lambda: states_of(subjects, args.masks))
+        journal = Journal(work, recipe, keys, states, f"--output {args.output}", processes)
+        if journal.done:
+            processes.print(f"resumed: {len(journal.done)} of {len(subjects)} rows were done before")
+        autocast = functools.partial(
+            torch.autocast, processes.device.type, utils.PRECISIONS[precision], enabled=precision != "fp32"
+        )
+        with Embedder(
+            models,
+            encoder.clip_range,
+            args.pool,
+            args.layers,
+            processes.device,
+            autocast,
+            threads=torch.get_num_threads(),
+        ) as embedder:
+            extract(subjects, keys, journal, embedder, encoder, args, processes, stop_signal)
+        if any(processes.all_gather(bool(stop_signal.received))):
+            stop_signal.end()
+
+        # ---------------------------------------------------------------------------------------------------- tables
+        widths = {name: embedding_width(models[0], args.pool, args.layers) for name in table_names(args)}
+        failed = processes.run_on_main(lambda: write_tables(output, subjects, keys, journal, widths))
+    processes.print(f"features  {output}")
+    if failed:
+        name, reason = failed[0]
+        raise UserError(
+            f"{len(failed)} of {len(subjects)} rows have no features, such as {name}: {reason}; the reasons are in "
+            f"{output if output.suffix in SUFFIXES else output / 'failed.csv'}",
+            everywhere=True,
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def random_encoder(encoder: PretrainedEncoder, seed: int) -> torch.nn.Module:
+    """An encoder of the same architecture and geometry with random weights, the same ones for a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return encoder._replace(state=None).build()
+
+
+def spacing_lines(encoder: PretrainedEncoder) -> list[str]:
+    """What to say of the spacing that scans are brought to."""
+    if encoder.working_spacing is None:
+        return ["note: the checkpoint does not say the spacing that it was trained at: voxels are taken as they are"]
+    if None in (encoder.spacing, encoder.crop_spacing) or np.allclose(encoder.spacing, encoder.crop_spacing, rtol=0.05):
+        return []
+    return [
+        f"note: pre-trained at {format_values(encoder.spacing)} mm, fine-tuned on crops of "
+        f"{format_values(encoder.crop_spacing)} mm: the latter is taken"
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- extraction
+
+
+def extract(
+    subjects: Sequence[Subject],
+    keys: Sequence[str],
+    journal: Journal,
+    embedder: Embedder,
+    encoder: PretrainedEncoder,
+    args: argparse.Namespace,
+    processes: utils.Processes,
+    stop_signal: StopSignal,
+) -> None:
+    """Add this rank's rows to the journal, until a signal comes."""
+    groups = collections.defaultdict(list)  # rows of one scan, which is read once
+    for key, subject in zip(keys, subjects):
+        if key not in journal.done:
+            groups[subject.path].append((key, subject))
+    mine = list(groups.items())[processes.rank :: processes.world_size]
+    counts = collections.Counter()
+    with progress(sum(len(rows) for _, rows in mine), "row", processes.is_main) as bar:
+        scans = read_ahead_scans([path for path, _ in mine], args.num_workers)
+        for (_, rows), scan in zip(mine, scans):
+            for key, subject in rows:
+                if stop_signal.received:
+                    return
+                try:
+                    found, told = features_of(subject, scan, embedder, encoder, args, stop_signal)
+                except StopRequested:
+                    return
+                except (UserError, Preempted):  # concern all rows
+                    raise
+                except Exception as error:
+                    reason = reason_of(error)
+                    journal.add(key, {}, reason)
+                    print(f"{subject.name}: no features: {reason}", flush=True)
+                else:
+                    journal.add(key, found)
+                    counts.update(told)
+                bar.update()
+    totals = sum(processes.all_gather(counts), collections.Counter())
+    for line in region_lines(totals):
+        processes.print(line)
+
+
+def read_ahead_scans(paths: Sequence[str], workers: int | None) -> Iterator[CtScan | Exception]:
+    """The CtScan of each path, or why there is none; a few are read before they are asked for."""
+    workers = command_line.available_cores() if workers is None else workers
+
+    def read(path: str) -> CtScan | Exception:
+        try:
+            return read_ct(path) if path else DataError("", "no scan")
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, min(workers, SCANS_AHEAD))) as pool:
+        waiting = collections.deque()
+        for path in paths:
+            waiting.append(pool.submit(read, path))
+            if len(waiting) > SCANS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def features_of(
+    subject: Subject,
+    scan: CtScan | Exception,
+    embedder: Embedder,
+    encoder: PretrainedEncoder,
+    args: argparse.Namespace,
+    stop_signal: StopSignal,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """({table: (F,) float32} of a row, counts for `region_lines`). Raises DataError, StopRequested."""
+    if subject.problem:
+        raise DataError(subject.path, subject.problem)
+    if isinstance(scan, Exception):
+        raise scan
+    how = "centre" if args.region == "auto" and subject.is_crop else args.region
+    region = region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
+    rows = embedder(region.windows(), stop_signal.check)  # (encoders, F)
+    found = dict(zip([MAIN, *(f"random{k}" for k in range(args.random))], rows))
+    if args.trivial:
+        found |= {f"trivial-{name}": values for name, values in trivial_of(subject, scan, region, args.masks).items()}
+    return found, {region.how: 1, f"{region.how} windows": len(region.starts), f"{region.how} count": region.count}
+
+
+def trivial_of(subject: Subject, scan: CtScan, region: Region, masks: str | None) -> dict[str, np.ndarray]:
+    """{name: (F,) float32} trivial figures, the mean over the windows. Raises DataError where the mask is unusable."""
+    found = [trivial_figures(hu, region.spacing) for hu in region.windows()]
+    found = {name: np.mean([one[name] for one in found], 0, np.float64) for name in found[0]}
+    if masks:
+        found["size"] = mask_volume(read_mask(subject, scan, masks), scan.spacing)
+        found["all"] = np.concatenate([found["all"], found["size"]])
+    return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def mask_path(subject: Subject, masks: str) -> Path | None:
+    """The mask of a scan's name."""
+    places = [Path(masks) / f"{subject.name}{suffix}" for suffix in VOLUME_SUFFIXES]
+    return next((path for path in places if path.is_file()), None)
+
+
+def read_mask(subject: Subject, scan: CtScan, masks: str) -> np.ndarray:
+    """(X, Y, Z) uint8 of the mask of a scan's name. Raises DataError."""
+    path = mask_path(subject, masks)
+    if path is None:
+        raise DataError(masks, f"has no mask {subject.name} of any of {', '.join(VOLUME_SUFFIXES)}")
+    with Volume(path) as volume:
+        if reason := other_grid(volume.shape, volume.affine, scan.hu.shape, scan.affine):
+            raise DataError(path, f"mask {path} {reason}")
+        return volume.read_labels()
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def check_output(output: Path) -> None:
+    """UserError where the output can't be written as its name says."""
+    if output.suffix in SUFFIXES and output.is_dir():
+        raise UserError(f"--output {output}: is a folder, expected a file by its suffix; choose another name")
+    if output.suffix not in SUFFIXES and output.exists() and not output.is_dir():
+        raise UserError(
+            f"--output {output}: is a file; expected one with the suffix {', '.join(SUFFIXES)}, or a folder"
+        )
+
+
+def work_folder(output: Path) -> Path:
+    """Where the rows that are done are kept, hidden beside a table or in a folder of them."""
+    return output.parent / f".{output.name}.work" if output.suffix in SUFFIXES else output / ".work"
+
+
+def keys_of(subjects: Sequence[Subject]) -> list[str]:
+    """What the journal calls the rows: their names and points, numbered where both stand twice."""
+    used, keys = collections.Counter(), []
+    for one in subjects:
+        key = one.name if one.point is None else f"{one.name} {format_point(one.point)}"
+        used[key] += 1
+        keys.append(key if used[key] == 1 else f"{key} #{used[key]}")
+    return keys
+
+
+def format_point(point: Sequence[float]) -> str:
+    return " ".join(repr(float(value)) for value in point)
+
+
+def states_of(subjects: Sequence[Subject], masks: str | None) -> list[str]:
+    """Of each row what changes when its files do."""
+    states = {path: state_of(path) if path else "" for path in {one.path for one in subjects}}
+    of_masks = [state_of(path) if masks and (path := mask_path(one, masks)) else "" for one in subjects]
+    return [states[one.path] + one.problem + of_mask for one, of_mask in zip(subjects, of_masks)]
+
+
+def table_names(args: argparse.Namespace) -> list[str]:
+    return [MAIN, *(f"random{k}" for k in range(args.random))]
+
+
+def table_path(output: Path, name: str) -> Path:
+    """NAME.csv for the features, NAME.random0.csv for a table of that name."""
+    if name == MAIN:
+        return output
+    if output.suffix in SUFFIXES:
+        return output.with_name(f"{output.stem}.{name}{output.suffix}")
+    return output.with_name(f"{output.name}.{name}")
+
+
+def write_tables(
+    output: Path, subjects: Sequence[Subject], keys: Sequence[str], journal: Journal, widths: dict[str, int]
+) -> list[tuple[str, str]]:
+    """Write the tables of all rows; returns (name, reason) of those without features."""
+    found = journal.read()
+    rows = [found[key] for key in keys]
+    reasons = [reason for _, reason in rows]
+    names = dict.fromkeys([*widths, *(name for values, _ in rows for name in values)])
+    points = [(np.nan,) * 3 if one.point is None else one.point for one in subjects]
+    coords = np.array(points, float) if any(one.point is not None for one in subjects) else None
+    for name in names:
+        width = next((len(values[name]) for values, _ in rows if name in values), widths.get(name, 0))
+        empty = np.full(width, np.nan, np.float32)
+        write_features(
+            table_path(output, name),
+            FeatureTable(
+                [one.name for one in subjects],
+                [one.patient for one in subjects],
+                reasons,
+                np.stack([values.get(name, empty) for values, _ in rows]),
+                coords,
+            ),
+        )
+    return [(one.name, reason) for one, reason in zip(subjects, reasons) if reason]
+
+
+# ----------------------------------------------------------------------------------------------------- what is shown
+
+
+def run_summary(
+    args: argparse.Namespace, encoder: PretrainedEncoder, processes: utils.Processes, subjects: Sequence[Subject]
+) -> str:
+    """What is about to run, in a line."""
+    points = sum(one.point is not None for one in subjects)
+    device = f"{processes.world_size} x {utils.device_name(processes.device)}"
+    spacing = f" of {format_values(encoder.working_spacing)} mm" if encoder.working_spacing else ""
+    return (
+        f"{len(subjects)} {'points' if points else 'scans or crops'} of {len({one.patient for one in subjects})} "
+        f"patients; {encoder.arch}, {args.pool} of the last {args.layers} block{'s' * (args.layers > 1)}, windows of "
+        f"{format_values(encoder.input_size)} voxels{spacing}, HU {format_values(encoder.clip_range)}; "
+        f"{args.precision} on {device}"
+    )
+
+
+def region_lines(counts: collections.Counter[str]) -> list[str]:
+    """How many rows were read as what, in words."""
+    lines = []
+    if counts["point"]:
+        lines.append(f"{counts['point']} points: one window around each")
+    if counts["centre"]:
+        lines.append(f"{counts['centre']} read as crops: one window in the middle of each (--region whole: all of it)")
+    if counts["whole"]:
+        lines.append(
+            f"{counts['whole']} read as whole scans: the mean over {counts['whole windows']} of "
+            f"{counts['whole count']} windows, without those of nothing but air (--region centre: one in the middle)"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
