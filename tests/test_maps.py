@@ -21,7 +21,7 @@ from dino3d.data import images
 from dino3d.data.conventions import AIR, DataError
 from dino3d.data.hdf5 import write_volume
 from dino3d.features import map_pictures
-from dino3d.features.map_pictures import is_done, save_maps
+from dino3d.features.map_pictures import are_done, save_maps
 from dino3d.features.maps import (
     Components,
     attention_maps,
@@ -347,25 +347,37 @@ def test_pictures_are_turned_as_radiologists_see_them(tmp_path):
 # ---------------------------------------------------------------------------------------------------- errors, resuming
 
 
-def made(tmp_path, recipe, hu=None):
+def made(tmp_path, recipe, hu=None, points=()):
     path = tmp_path / "scan.hdf5"
     write_volume(path, np.zeros((12, 12, 12), np.int16) if hu is None else hu, np.diag([1.0, 1, 1, 1]))
     image = images.read_image(path)
     maps = scan_maps(Marker(), image, None, CLIP)
-    save_maps(tmp_path / "out", path, image, maps, [], CLIP, "scan", recipe)
+    save_maps(tmp_path / "out", path, image, maps, points, CLIP, "scan", recipe)
     return tmp_path / "out"
 
 
 def test_a_done_scan_is_known_by_its_recipe_and_files(tmp_path):
-    out = made(tmp_path, {"weights": "1"}, volume_of((12, 12, 12)))
-    assert is_done(out, {"weights": "1"}) and not is_done(out, {"weights": "2"}) and not is_done(tmp_path, {})
+    recipe = {"settings": {"weights": "1"}, "points": []}
+    out = made(tmp_path, recipe, volume_of((12, 12, 12)))
+    assert are_done(out, recipe) and not are_done(tmp_path, recipe)
+    assert not are_done(out, recipe | {"points": [[1, 2, 3]]})
+    with pytest.raises(UserError, match="holds maps of other weights or settings"):
+        are_done(out, {"settings": {"weights": "2"}})
     assert sorted(json.loads((out / "maps.json").read_text())["files"] + ["maps.json"]) == sorted(
         path.name for path in out.iterdir()
     )
     (out / "heads.png").unlink()
-    assert not is_done(out, {"weights": "1"})
-    (out / "maps.json").write_text("[")
-    assert not is_done(out, {"weights": "1"})
+    assert not are_done(out, recipe)
+    for text in ("[", "[]", '{"recipe": 1}', '{"recipe": {}, "files": [1]}', '{"recipe": {}, "files": null}'):
+        (out / "maps.json").write_text(text)
+        assert not are_done(out, recipe)
+
+
+def test_files_of_points_that_are_gone_go_too(tmp_path):
+    made(tmp_path, {}, volume_of((12, 12, 12)), [(-1, -1, 1), (-2, -2, 2)])
+    assert (tmp_path / "out" / "similarity2.png").is_file()
+    made(tmp_path, {}, volume_of((12, 12, 12)), [(-1, -1, 1)])
+    assert sorted(path.name for path in (tmp_path / "out").glob("sim*")) == ["similarity1.nii.gz", "similarity1.png"]
 
 
 def test_an_even_scan_is_drawn(tmp_path):
@@ -388,9 +400,10 @@ def test_files_that_a_full_disk_cuts_off_are_not_taken_for_done(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(map_pictures, "save_picture", full)
+    recipe = {"settings": {}}
     with pytest.raises(UserError, match="No space left"):
-        made(tmp_path, {})
-    assert not is_done(tmp_path / "out", {})
+        made(tmp_path, recipe)
+    assert not are_done(tmp_path / "out", recipe)
 
 
 def test_a_point_outside_leaves_no_files(tmp_path):

@@ -40,13 +40,29 @@ SUMMARY = "maps.json"
 Tiles = list["PIL.Image.Image"]  # axial, coronal, sagittal
 
 
-def is_done(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether a folder holds all files of a scan, made with this recipe."""
+def are_done(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether a folder holds all files of a scan, made with this recipe.
+
+    recipe: its "settings" must be those of what is there: UserError otherwise; with other values of the rest, such as
+    the state of the scan's file, they are made anew
+    """
+    found = _summary(folder)
+    if found and found.get("recipe", {}).get("settings") != recipe["settings"]:
+        raise UserError(
+            f"{folder}: holds maps of other weights or settings, see its {SUMMARY}; choose another folder, or remove it"
+        )
+    files = found.get("files", [])
+    return bool(files) and found["recipe"] == recipe and all((folder / name).is_file() for name in files)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """What maps.json in a folder says; {} where there is none or it can't be read."""
     try:
         found = read_json(folder / SUMMARY)
-        return found["recipe"] == recipe and all((folder / name).is_file() for name in found["files"])
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return False
+    except (OSError, ValueError, RecursionError):
+        return {}
+    sound = isinstance(found, dict) and isinstance(found.get("recipe"), dict) and isinstance(found.get("files"), list)
+    return found if sound and all(isinstance(name, str) for name in found["files"]) else {}
 
 
 def save_maps(
@@ -62,7 +78,7 @@ def save_maps(
     """Write all files of a scan; returns a line on what lies at each of the points.
 
     path: of the scan; image: what `images.read_image` gives for it; maps: its ScanMaps; points: each (3,) LPS mm
-    clip_range: HU that are black and white; title: what to write above pictures; recipe: what the files depend on
+    clip_range: HU that are black and white; title: what to write above pictures; recipe: see `are_done`
     Raises DataError for a point outside the scan and for a scan that holds nothing but air, before anything is
     written; UserError where it can't be written.
     """
@@ -71,7 +87,8 @@ def save_maps(
         raise DataError(path, f"holds nothing but air: no two patches have a mean of {AIR_BELOW:g} HU or more")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SUMMARY).unlink(missing_ok=True)  # what it says will hold no longer
+        for name in [*_summary(folder).get("files", []), SUMMARY]:  # some may not be made again
+            (folder / Path(name).name).unlink(missing_ok=True)
         with Volume(path) as volume:
             files, told = _write(folder, volume, image, maps, points, voxels, clip_range, title)
         write_json(folder / SUMMARY, {"recipe": recipe, "files": files, **told})

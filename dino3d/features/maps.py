@@ -92,7 +92,8 @@ def scan_maps(
         weighted by a Gaussian around its middle
     before_windows: called before each batch of windows; what it raises ends the work
     """
-    working = to_network_grid(image, image.GetSpacing() if spacing is None else spacing)
+    # Along the scan's own axes, as pre-training read them
+    working = to_network_grid(image, image.GetSpacing() if spacing is None else spacing, upright=False)
     patch = np.array(encoder.patch_size)
     in_patches = _by_patches(images.voxels_of(working), patch)  # (1, px * py * pz, x, y, z)
     windows = Windows(tuple((np.array(encoder.img_size) // patch).tolist()), overlap, batch_size)

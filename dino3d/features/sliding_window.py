@@ -79,15 +79,18 @@ def read_case(pair: Pair) -> tuple[sitk.Image, sitk.Image]:
     return images.make_image(image, affine), images.make_image(label, affine)
 
 
-def to_network_grid(image: sitk.Image, spacing: Sequence[float], is_label: bool = False) -> sitk.Image:
+def to_network_grid(
+    image: sitk.Image, spacing: Sequence[float], is_label: bool = False, upright: bool = True
+) -> sitk.Image:
     """An image in RAS on the working grid: upright, with voxels of `spacing` (3,) mm over all of its extent.
 
     Linear and averaged where the grid is coarser, nearest for labels; air or 0 where a tilted image does not reach.
-    Itself where it stands upright and has this spacing, to 1e-3.
+    Itself where it stands upright and has this spacing, to 1e-3. upright: False: along the image's own axes
     """
-    if resampling.is_upright(image) and np.allclose(image.GetSpacing(), spacing, rtol=1e-3, atol=0):
+    lies = not upright or resampling.is_upright(image)
+    if lies and np.allclose(image.GetSpacing(), spacing, rtol=1e-3, atol=0):
         return image
-    return resampling.resample(image, spacing, is_label, upright=True)
+    return resampling.resample(image, spacing, is_label, upright)
 
 
 # --------------------------------------------------------------------------------------------------------- in windows
