@@ -7,7 +7,7 @@ import numpy as np
 
 from dino3d.training.pictures import EVEN, montage, plane
 
-COLUMNS = ("query", "query_patient", "rank", "name", "patient", "similarity")
+NEIGHBOUR_COLUMNS = ("query", "query_patient", "rank", "name", "patient", "similarity")
 NEIGHBOUR_TILE = 120  # pixels of the largest plane, at least
 AXIAL_CORONAL_SAGITTAL = (2, 1, 0)
 
