@@ -134,20 +134,11 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
     """Refuse what is wrong whatever the data (exit code 2)."""
     if args.masks and not args.trivial:
         parser.error("--masks DIR goes with --trivial, which gives their size")
-    suffix = Path(args.output).suffix.lower()
-    if suffix not in SUFFIXES and suffix in (
-        ".tsv",
-        ".txt",
-        ".json",
-        ".pt",
-        ".pth",
-        ".npy",
-        ".hdf5",
-        ".parquet",
-        ".xlsx",
-    ):
+    suffix = Path(args.output).suffix
+    if suffix and suffix not in SUFFIXES and not args.output.endswith("/") and not Path(args.output).is_dir():
         parser.error(
-            f"--output {args.output}: expected {', '.join(SUFFIXES)}, or a folder, whose name has no such suffix"
+            f"--output {args.output}: {suffix} is not written, expected {', '.join(SUFFIXES)}; a new folder of such a "
+            "name ends in /"
         )
 
 
@@ -162,8 +153,9 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
     """Extract what is not there yet, and write the tables."""
     # ---------------------------------------------------------------------------------------------------------- data
     output = Path(args.output)
-    processes.run_on_main(lambda: check_output(output))
-    subjects, lines = processes.run_on_main(lambda: find_subjects(args.input, args.scans))
+    work = work_folder(output)
+    processes.run_on_main(lambda: check_output(output, work))
+    subjects, lines = processes.run_on_main(lambda: find_subjects(args.input, args.scans, output))
 
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.weights, args.checkpoint_key, flag="--weights")
@@ -183,9 +175,9 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
         "spacing": encoder.working_spacing,
         **{name: getattr(args, name) for name in ("pool", "layers", "region", "random", "trivial", "masks")},
         "precision": precision,
+        "device": processes.device.type,
     }
-    work = work_folder(output)
-    with utils.own_output_dir(work, processes), StopSignal(processes, work / "preempted") as stop_signal:
+    with utils.own_output_dir(work, processes, "--output"), StopSignal(processes, work / "preempted") as stop_signal:
         keys = keys_of(subjects)
         states = processes.run_on_main(lambda: states_of(subjects, args.masks))
         journal = Journal(work, recipe, keys, states, f"--output {args.output}", processes)
@@ -208,7 +200,7 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
             stop_signal.end()
 
         # ---------------------------------------------------------------------------------------------------- tables
-        widths = {name: embedding_width(models[0], args.pool, args.layers) for name in table_names(args)}
+        widths = table_widths(embedding_width(models[0], args.pool, args.layers), args)
         failed = processes.run_on_main(lambda: write_tables(output, subjects, keys, journal, widths))
     processes.print(f"features  {output}")
     if failed:
@@ -323,6 +315,8 @@ def features_of(
     how = "centre" if args.region == "auto" and subject.is_crop else args.region
     region = region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
     rows = embedder(region.windows(), stop_signal.check)  # (encoders, F)
+    if not np.isfinite(rows).all():
+        raise DataError(subject.path, "its features are not finite (NaN): see --precision")
     found = dict(zip([MAIN, *(f"random{k}" for k in range(args.random))], rows))
     if args.trivial:
         found |= {f"trivial-{name}": values for name, values in trivial_of(subject, scan, region, args.masks).items()}
@@ -359,13 +353,18 @@ def read_mask(subject: Subject, scan: CtScan, masks: str) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def check_output(output: Path) -> None:
-    """UserError where the output can't be written as its name says."""
+def check_output(output: Path, work: Path) -> None:
+    """UserError where the output is something else than its name says, or was not written by this script."""
     if output.suffix in SUFFIXES and output.is_dir():
         raise UserError(f"--output {output}: is a folder, expected a file by its suffix; choose another name")
     if output.suffix not in SUFFIXES and output.exists() and not output.is_dir():
         raise UserError(
             f"--output {output}: is a file; expected one with the suffix {', '.join(SUFFIXES)}, or a folder"
+        )
+    others = [path for path in output.iterdir() if path != work] if output.is_dir() else [output]
+    if not work.is_dir() and any(path.exists() for path in others):
+        raise UserError(
+            f"--output {output}: is there already and not of this script (no {work}): remove it, or choose another name"
         )
 
 
@@ -395,8 +394,14 @@ def states_of(subjects: Sequence[Subject], masks: str | None) -> list[str]:
     return [states[one.path] + one.problem + of_mask for one, of_mask in zip(subjects, of_masks)]
 
 
-def table_names(args: argparse.Namespace) -> list[str]:
-    return [MAIN, *(f"random{k}" for k in range(args.random))]
+def table_widths(width: int, args: argparse.Namespace) -> dict[str, int]:
+    """{name: F} of the tables that are written. width: of an embedding"""
+    widths = {MAIN: width, **{f"random{k}": width for k in range(args.random)}}
+    if args.trivial:
+        some = np.zeros((1, 1, 1), np.int16)
+        figures = trivial_figures(some, (1, 1, 1), some if args.masks else None)
+        widths |= {f"trivial-{name}": len(values) for name, values in figures.items()}
+    return widths
 
 
 def table_path(output: Path, name: str) -> Path:
@@ -415,11 +420,9 @@ def write_tables(
     found = journal.read()
     rows = [found[key] for key in keys]
     reasons = [reason for _, reason in rows]
-    names = dict.fromkeys([*widths, *(name for values, _ in rows for name in values)])
     points = [(np.nan,) * 3 if one.point is None else one.point for one in subjects]
     coords = np.array(points, float) if any(one.point is not None for one in subjects) else None
-    for name in names:
-        width = next((len(values[name]) for values, _ in rows if name in values), widths.get(name, 0))
+    for name, width in widths.items():
         empty = np.full(width, np.nan, np.float32)
         write_features(
             table_path(output, name),

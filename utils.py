@@ -200,13 +200,13 @@ def distributed_init() -> Processes:
 
 
 @contextlib.contextmanager
-def own_output_dir(path: Path, processes: Processes) -> Iterator[None]:
+def own_output_dir(path: Path, processes: Processes, flag: str = "--output_dir") -> Iterator[None]:
     """Make a run's --output_dir and keep other runs out of it while the block runs. Raises UserError, on all ranks.
 
     A block that fails before it has written anything of use leaves no folder that was not there.
     """
     with contextlib.ExitStack() as stack:
-        processes.run_on_main(lambda: stack.enter_context(own_folder(path, remove=BEFORE_TRAINING)))
+        processes.run_on_main(lambda: stack.enter_context(own_folder(path, flag, BEFORE_TRAINING)))
         yield
 
 

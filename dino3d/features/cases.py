@@ -1,5 +1,6 @@
 """What to extract features of: the scans and crops of a folder, a file, a list or a table, and points in scans."""
 
+import collections
 import os
 import re
 from collections.abc import Sequence
@@ -7,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dino3d.command_line import UserError, available_cores
-from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind
-from dino3d.data.layouts import case_names, find_unlabelled_scans, none_found, read_data_list
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
+from dino3d.data.layouts import find_unlabelled_scans, none_found, read_data_list
 from dino3d.data.points import AXES, patient_of_scan, read_points, scans_of_series, why_no_scan
 from dino3d.data.scans import Scan
 from dino3d.files import read_rows
@@ -32,19 +33,20 @@ class Subject(NamedTuple):
     problem: str = ""
 
 
-def find_subjects(source: str, scans: str | None = None) -> tuple[list[Subject], list[str]]:
+def find_subjects(source: str, scans: str | None = None, output: Path | None = None) -> tuple[list[Subject], list[str]]:
     """(Subjects, lines on what was passed over) of --input: a folder, a scan's file or DICOM series, a list of them
     (.txt, one per line), a table (.csv) of them or of points.
 
     scans: folder with the scans of a table of points; None: the table's own
-    Raises UserError where there is nothing to take, and where two would share a name.
+    output: file or folder in which no scan is looked for, nor in files of its name and another middle part
+    Raises UserError where there is nothing to take, and where two of a table share a name.
     """
     if is_kind(source, (".csv",)):
         return _of_table(source, scans)
     if scans:
         raise UserError(f"--scans {scans}: goes with a table of points, --input points.csv, not with {source}")
     if os.path.isdir(source):
-        return _of_folder(source)
+        return _of_folder(source, output)
     if is_kind(source, (".txt",)):
         try:
             return _of_paths([(path, "", "") for path in read_data_list(source)], source), []
@@ -60,16 +62,16 @@ def find_subjects(source: str, scans: str | None = None) -> tuple[list[Subject],
     return _of_paths([(source, "", "")], source), []
 
 
-def _of_folder(folder: str) -> tuple[list[Subject], list[str]]:
+def _of_folder(folder: str, output: Path | None) -> tuple[list[Subject], list[str]]:
     try:
         found, passed_over = find_unlabelled_scans(folder)
     except DataError as error:
         raise UserError(f"--input {error}") from error
+    found = [scan for scan in found if not _is_output(os.path.join(folder, scan.name), output)]
     if not found:
         raise UserError(f"--input {folder}: {none_found(passed_over)}")
     paths = [os.path.join(folder, scan.name) for scan in found]
-    # A series in the folder itself has its UID alone
-    names = [name.removeprefix(".#") for name in case_names(paths, folder)]
+    names = names_of(paths, folder)
     subjects = [
         Subject(name, owner_of(path, scan, name), path, is_crop=bool(CROP_LAYOUT.fullmatch(_slashes(path))))
         for name, path, scan in zip(names, paths, found)
@@ -83,9 +85,11 @@ def _of_paths(rows: Sequence[tuple[str, str, str]], source: str) -> list[Subject
         raise UserError(f"--input {source}: names no scan")
     paths = [os.path.abspath(path) for path, _, _ in rows]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    names = [name or own for (_, _, name), own in zip(rows, case_names(paths, common))]
-    if twice := {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ():
-        raise UserError(f"--input {source}: has the name {sorted(twice)[0]} twice; expected one scan of each name")
+    names = [name or own for (_, _, name), own in zip(rows, names_of(paths, common))]
+    counts = collections.Counter(names)
+    if len(counts) < len(names):
+        twice = counts.most_common(1)[0][0]
+        raise UserError(f"--input {source}: has {twice} twice; expected one scan of each name")
     return [
         Subject(name, patient or owner_of(path, None, name), path, is_crop=bool(CROP_LAYOUT.fullmatch(_slashes(path))))
         for name, path, (_, patient, _) in zip(names, paths, rows)
@@ -136,6 +140,24 @@ def header_of_table(path: str) -> list[str]:
             return [name.strip().strip('"').lower() for name in re.split("[,;\t]", file.readline())]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input {path}: can't be read as a table ({error})") from error
+
+
+def names_of(paths: Sequence[str], folder: str) -> list[str]:
+    """Names of scans: their paths relative to `folder` without suffix, which stays where several would share one."""
+    inside = [os.path.relpath(path, folder) for path in paths]
+    plain = [os.path.join(os.path.dirname(one), stem(one)) for one in inside]
+    counts = collections.Counter(plain)
+    # A series in the folder itself has its UID alone
+    return [_slashes(a if counts[a] == 1 else b).removeprefix(".#") for a, b in zip(plain, inside)]
+
+
+def _is_output(path: str, output: Path | None) -> bool:
+    """Whether a file is one that is written for --output."""
+    if output is None:
+        return False
+    path, output = Path(os.path.abspath(path)), Path(os.path.abspath(output))
+    beside = path.parent == output.parent and path.suffix == output.suffix and path.name.startswith(f"{output.stem}.")
+    return output in path.parents or bool(output.suffix) and beside
 
 
 def owner_of(path: str, scan: Scan | None, name: str) -> str:
