@@ -20,7 +20,7 @@ class EventWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             silence_writing_threads()
-            self._writer = SummaryWriter(folder, purge_step=step)
+            self._writer = SummaryWriter(folder, purge_step=step + 1)
         except Exception as error:
             self._give_up(error)
 
