@@ -37,6 +37,7 @@ from dino3d.data.layouts import list_volumes, none_found, read_data_list
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
+from dino3d.features.probe import PROBE_EVERY, Probe
 from dino3d.files import truncate_log, write_config
 from dino3d.training import checkpoint
 from dino3d.training.loading import next_batch, reading_processes, start_reading_process
@@ -268,6 +269,24 @@ def get_args_parser() -> command_line.ArgumentParser:
     )
     augmentations.add_augmentation_flags(group)
 
+    group = parser.add_argument_group("probe (what the teacher's features are worth on labelled crops, as it trains)")
+    group.add_argument(
+        "--probe_dir",
+        default=None,
+        metavar="DIR",
+        help="folder with labelled crops, subset*/label0|label1/<patient>/<name>.nii.gz, as main_lnc_luna16.py takes "
+        "them: kNN and logistic regression on the teacher's features, folds by patient, beside the same of the encoder "
+        "before training and of trivial figures; training itself stays the same to the last bit. Default: no probe",
+    )
+    group.add_argument(
+        "--probe_every",
+        default=None,
+        type=number(int, 1),
+        metavar="EPOCHS",
+        help=f"epochs between probes, one after the last epoch besides; raise it where they take a large share of the "
+        f"time, which each says; default: {PROBE_EVERY} with --probe_dir",
+    )
+
     group = parser.add_argument_group("run")
     command_line.num_workers_flag(group)
     checkpoint.add_saving_flags(group, besides="each epoch's end")
@@ -322,6 +341,8 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--clip_range {format_values(args.clip_range)}: the first value must be below the second")
     if args.data_dir is None and args.data_list is None:
         parser.error("--data_dir is missing: the folder with the volumes, or give a --data_list")
+    if args.probe_every and args.probe_dir is None:
+        parser.error("--probe_every needs --probe_dir: the folder with the labelled crops to probe the features on")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -368,6 +389,10 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
     teacher.load_state_dict(student.state_dict())  # both start from the same weights
     student, teacher = student.to(processes.device), teacher.to(processes.device).requires_grad_(False)
+    probe = utils.Silent()
+    if args.probe_dir is not None:
+        every = args.probe_every or PROBE_EVERY
+        probe = Probe(args.probe_dir, every, args.epochs, output_dir, processes, teacher.backbone, vars(args))
     if args.compile:
         notices += compile_blocks((student, teacher), processes.device)
     network, teacher = wrap_ddp(student, teacher, args.use_bn_in_head, args.accumulate_steps, processes)
@@ -472,12 +497,14 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
 
     with contextlib.closing(monitor), contextlib.closing(checkpoints), stop_signal:
         batches = with_read_timeout(loader, args.read_timeout, command_line.end_process)
+        probe.begin(progress.step)
         while progress.step < last_step:
             steps = min((samples_per_epoch - progress.position) // global_batch, last_step - progress.step)
             frozen = progress.epoch < args.freeze_last_layer
             train_one_epoch(state, batches, steps, progress, frozen, monitor, after_step)
             progress.end_epoch(samples_per_epoch, global_batch)
-            monitor.log_epoch(progress.epoch, progress.step, schedules.at(progress.samples))
+            probed = probe.measure(teacher, progress.epoch, progress.step) if progress.position == 0 else None
+            monitor.log_epoch(progress.epoch, progress.step, schedules.at(progress.samples), probed)
             after_step(epoch_ends=True)
         checkpoints.wait()
     processes.print(f"{progress.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")

@@ -24,7 +24,7 @@ from dino3d.weights import load_file, load_pretrained_weights  # noqa: F401  use
 
 EXIT_FILES = 124  # of a loader's reading process that may open no more files
 # What a run writes before its first step: where nothing else is there, a start has failed
-BEFORE_TRAINING = ("data_list.txt", "config.json", "splits.json", "events.out.tfevents.*")
+BEFORE_TRAINING = ("data_list.txt", "config.json", "splits.json", "probe.json", "events.out.tfevents.*")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # ------------------------------------------------------------------------------------------------- errors and flags

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -150,6 +150,20 @@ class BadFiles:
         write_table(self.path, header, rows.values())
 
 
+class ProbeResult(NamedTuple):
+    """What a probe of the features found at an epoch's end.
+
+    record: {name: value} for log.txt, "probe_seconds" among them: all that the probe has taken since the last one
+    line: for the console; seconds: that it took after the epoch
+    curves: {curve: {tag: value}} for TensorBoard; "": the run's own, others are drawn beside it under the same tags
+    """
+
+    record: dict[str, Any]
+    line: str
+    curves: dict[str, dict[str, float]]
+    seconds: float
+
+
 class Monitor:
     """Collects on the device what each step tells, fetches it every `log_every` steps, and shows it from rank 0.
 
@@ -174,7 +188,7 @@ class Monitor:
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
         self._warned, self._streak, self._names = set(), 0, None
-        self.writer, self.bar = Silent(), Silent()
+        self.writer, self.bar, self._curves, self._done_steps = Silent(), Silent(), {}, done_steps
         if processes.is_main:
             self.writer = EventWriter(self.output_dir / "tensorboard", done_steps)
             # In a file or a batch job's log one line a minute is enough
@@ -270,10 +284,11 @@ class Monitor:
             self._warned.add(kind)
             self.print(f"warning: {warning}")
 
-    def log_epoch(self, epoch: int, step: int, schedules: dict[str, float]) -> None:
+    def log_epoch(self, epoch: int, step: int, schedules: dict[str, float], probed: ProbeResult | None = None) -> None:
         """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are
-        done)."""
-        seconds, steps = time.perf_counter() - self._epoch_began, sum(count for count, *_ in self._epoch)
+        done), and what a probe found after them, whose time is not the epoch's."""
+        seconds = time.perf_counter() - self._epoch_began - (probed.seconds if probed else 0)
+        steps = sum(count for count, *_ in self._epoch)
         entries = [(finite, values) for _, finite, values, _ in self._epoch if finite]
         finite = sum(count for count, _ in entries)
         means = {
@@ -304,9 +319,24 @@ class Monitor:
                     "peak_memory_gib": round(peak_memory(self.processes.device) / 2**30, 2),
                     "bad_files": len(self.bad_files.reasons),
                 }
-                | schedules,
+                | schedules
+                | (probed.record if probed else {}),
             )
+            if probed:
+                share = probe_share(read_log(self.output_dir / "log.txt"))
+                tqdm.write(f"{probed.line}; {probed.seconds:.1f} s, probes took {share:.1%} of the run so far")
+                self._show_curves(probed.curves, step)
         self.writer.flush()
+        self._began = time.perf_counter()  # the next entry's rate is that of its steps
+
+    def _show_curves(self, curves: Mapping[str, Mapping[str, float]], step: int) -> None:
+        for curve, values in curves.items():
+            if curve and curve not in self._curves:
+                self._curves[curve] = EventWriter(self.output_dir / "tensorboard" / curve, self._done_steps)
+            writer = self._curves[curve] if curve else self.writer
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+            writer.flush()
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Save a uint8 picture as a PNG in the output folder and show it in TensorBoard."""
@@ -349,8 +379,15 @@ class Monitor:
             self.picture("augmentations", montage(rows, labels, f"{scan_name(batch.paths[shown])}; {EVEN}"), step)
 
     def close(self) -> None:
-        self.writer.close()
+        for writer in (self.writer, *self._curves.values()):
+            writer.close()
         self.bar.close()
+
+
+def probe_share(records: Sequence[Mapping[str, Any]]) -> float:
+    """Share of a run's time that its probes took. records: of log.txt"""
+    probes = sum(record.get("probe_seconds", 0) for record in records)
+    return probes / max(probes + sum(record["seconds"] for record in records), 1e-9)
 
 
 def summary(output_dir: Path | str) -> str:
@@ -368,6 +405,15 @@ def summary(output_dir: Path | str) -> str:
         )
     if skipped:
         lines.append(f"{skipped} steps were skipped, see skipped_steps in log.txt")
+    figures = ("probe_logistic_auc", "probe_start_logistic_auc", "probe_best_epoch")
+    probed = [record for record in records if None not in map(record.get, figures)]
+    if probed:
+        last = probed[-1]
+        lines.append(
+            f"probe: AUC by logistic regression {last['probe_logistic_auc']:.3f} after epoch {last['epoch']}, "
+            f"{last['probe_start_logistic_auc']:.3f} before training; best after epoch {last['probe_best_epoch']} "
+            f"({output_dir / 'best_probe.pth'}); probes took {probe_share(records):.1%} of the run's time"
+        )
     lines += [
         f"checkpoint   {output_dir / 'checkpoint.pth'}",
         f"log          {output_dir / 'log.txt'}",
