@@ -5,6 +5,7 @@ its tensors and the prefix of their names: `teacher.backbone`, `state_dict.stude
 """
 
 import argparse
+import json
 import math
 import os
 import pathlib
@@ -37,6 +38,7 @@ NO_CHECKPOINT = {
     b"version h": "it is a pointer of Git LFS: get the file itself (git lfs pull)",
     b"<": "it is a web page: download the file itself",
 }
+SAFETENSORS_CONFIG = "dino3d_config"  # name in the metadata, whose values are text
 DEEPEST = 8  # dicts around a network's tensors
 MOST_ENTRIES = 200_000  # of all dicts in a file
 
@@ -44,7 +46,7 @@ MOST_ENTRIES = 200_000  # of all dicts in a file
 
 
 def load_file(path: Path | str) -> Any:
-    """What torch.save wrote, or a .safetensors file, with nothing in it ever executed.
+    """What torch.save wrote, or `read_safetensors` gives, with nothing in it ever executed.
 
     Tensors, numbers, text, lists and dicts, and by name argparse.Namespace, NumPy scalars and pathlib's paths, which
     become pure ones. Raises FileNotFoundError, ValueError; the latter also where the file carries a checksum that it
@@ -80,9 +82,7 @@ def load_file(path: Path | str) -> Any:
         # A safetensors file is the length of a JSON header, in 8 bytes, that header, and tensors
         by_name = str(path).lower().endswith(".safetensors") and not start.startswith((ZIP_START, b"\x80"))
         if start[8:] == b"{" or by_name:
-            import safetensors.torch
-
-            return safetensors.torch.load_file(path, device="cpu")
+            return read_safetensors(path)
         with open_verified(path) as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of a strange file, besides raising
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -91,6 +91,24 @@ def load_file(path: Path | str) -> Any:
         raise ValueError(f"{path}: can't be read: {package} is not installed (pip install {package})") from error
     except Exception as error:  # zip, pickle and torch raise many kinds for a file that is cut off or something else
         raise ValueError(f"{path}: can't be read as a checkpoint ({refusal(error)})") from error
+
+
+def read_safetensors(path: Path | str) -> dict[str, Any]:
+    """{name: tensor} of a .safetensors file and, where export.py wrote its JSON into the metadata, the "config"."""
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(path, device="cpu")
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(SAFETENSORS_CONFIG)
+    if text is None:
+        return tensors
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or "config" in tensors:
+        raise ValueError(f"its metadata '{SAFETENSORS_CONFIG}' is not what export.py writes")
+    return {**tensors, "config": config}
 
 
 def refusal(error: Exception) -> str:

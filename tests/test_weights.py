@@ -26,6 +26,7 @@ import utils
 from dino3d import command_line
 from dino3d.command_line import UserError
 from dino3d.features.encoder import ENCODER, load_encoder
+from dino3d.weights import SAFETENSORS_CONFIG, load_file
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer
 
 SIZE, PATCH = (24, 24, 12), (12, 12, 6)
@@ -237,6 +238,22 @@ def load_any(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         utils.load_pretrained_weights(tiny(), path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "3", "[" * 100_000, '{"arch": "resnet"}', '{"spacing": [NaN, 1, 1]}', '{"clip_range": 1e999}'],
+)
+def test_safetensors_with_a_config_that_is_none(text, tmp_path):
+    import safetensors.torch
+
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(dict(TEACHER), path, {SAFETENSORS_CONFIG: text, "config": "of another program"})
+    with pytest.raises(UserError, match="model.safetensors: ") as error:
+        load_encoder(str(path))
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+    safetensors.torch.save_file(dict(TEACHER), path, {"format": "pt", "config": "of another program"})
+    assert load_file(path).keys() == TEACHER.keys()
 
 
 def test_broken_safetensors_are_refused(tmp_path, monkeypatch):
