@@ -1,0 +1,69 @@
+"""Entry points of torch.hub: encoders of every architecture, random or from a checkpoint.
+
+torch.hub.load(REPOSITORY, "encoder", source="local", weights="checkpoint.pth")
+torch.hub.load(REPOSITORY, "vit_small", source="local", img_size=(96, 96, 48), patch_size=(12, 12, 6))
+"""
+
+import sys
+import warnings
+from collections.abc import Callable as _Callable  # torch.hub takes what has no underscore for an entry point
+from collections.abc import Sequence as _Sequence
+from pathlib import Path as _Path
+
+dependencies = ["torch", "numpy"]
+
+# Other repositories have a `vision_transformer` too, facebookresearch/dino among them, and a process has one module of
+# that name: theirs is put aside while ours is imported, and ours makes way for whoever asks for it next
+_theirs = sys.modules.pop("vision_transformer", None)
+if str(_Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(_Path(__file__).parent))
+try:
+    import dino3d.features.encoder as _encoder
+finally:
+    sys.modules.pop("vision_transformer", None)
+    if _theirs:
+        sys.modules["vision_transformer"] = _theirs
+
+
+def encoder(
+    weights: _Path | str = "",
+    checkpoint_key: str = "teacher",
+    arch: str | None = None,
+    img_size: _Sequence[int] | None = None,
+    patch_size: _Sequence[int] | None = None,
+    drop_path_rate: float = 0.0,
+) -> "_encoder.Encoder":
+    """A 3D vision transformer in evaluation mode: (B, 1, X, Y, Z) with values in [0, 1] -> (B, D).
+
+    weights: a checkpoint, or the output folder of a run, of which its architecture and sizes are; "": random ones
+    checkpoint_key: which network of the file, where it holds several: teacher, student, ...
+    arch, img_size (3,), patch_size (3,): where the checkpoint does not say; another img_size interpolates positions
+    drop_path_rate: stochastic depth, for training on
+    Attributes clip_range (HU that become 0 and 1) and spacing (mm per voxel, or None) say what it was trained on.
+    """
+    given = {"arch": arch, "input_size": img_size and list(img_size), "patch_size": patch_size and list(patch_size)}
+    given = dict.fromkeys(_encoder.ENCODER) | given
+    found = _encoder.load_encoder(str(weights), checkpoint_key, given, flag="weights")
+    for notice in found.notices:
+        if not notice.startswith("weights of"):  # that it was loaded is no surprise
+            warnings.warn(notice, stacklevel=2)
+    model = found.build(drop_path_rate).eval()
+    model.clip_range, model.spacing = found.clip_range, found.working_spacing
+    return model
+
+
+def _of_architecture(name: str) -> _Callable[..., "_encoder.Encoder"]:
+    def build(
+        weights: _Path | str = "",
+        checkpoint_key: str = "teacher",
+        img_size: _Sequence[int] | None = None,
+        patch_size: _Sequence[int] | None = None,
+        drop_path_rate: float = 0.0,
+    ) -> "_encoder.Encoder":
+        return encoder(weights, checkpoint_key, name, img_size, patch_size, drop_path_rate)
+
+    build.__name__, build.__doc__ = name, f"{name}, see `encoder`."
+    return build
+
+
+globals().update({name: _of_architecture(name) for name in _encoder.ARCHITECTURES})
