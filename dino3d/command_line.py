@@ -386,7 +386,7 @@ def checkpoint_key_flag(group: Any) -> None:
         "--checkpoint_key",
         default="teacher",
         metavar="NAME",
-        help="which network of --pretrained_weights to load, where the file holds several: teacher (momentum and ema "
+        help="which network of the weights to load, where the file holds several: teacher (momentum and ema "
         "mean the same), student, or as the file names it, such as teacher_backbone or state_dict.model",
     )
 

@@ -91,7 +91,7 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
 }
 
 
-SCRIPTS = ("prepare_data", "benchmark", "extract_features", "evaluate_features", "export")
+SCRIPTS = ("prepare_data", "benchmark", "extract_features", "evaluate_features", "export", "hubconf")
 
 
 def is_script(name):

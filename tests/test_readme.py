@@ -16,7 +16,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
-SCRIPTS = ("main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark", "extract_features")
+SCRIPTS = ("main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark", "extract_features", "export")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INLINE = re.compile(r"`([^`\n]+)`")
 LAUNCHERS = ("python", "torchrun", "srun")
@@ -167,7 +167,13 @@ def test_every_page_is_in_the_index():
 
 # ----------------------------------------------------------------------------------------------------------- snippets
 
-SNIPPETS = ("get_last_selfattention", "LogisticRegression", "write_volume", "RandElastic")  # a word of each, see below
+SNIPPETS = (
+    "get_last_selfattention",
+    "LogisticRegression",
+    "write_volume",
+    "RandElastic",
+    "onnxruntime",
+)  # a word of each, see below
 
 
 def snippet(word):
@@ -238,3 +244,34 @@ def test_monai_snippet():
     names = {}
     exec(snippet("RandElastic"), names)
     assert names["augment"](torch.rand(1, 12, 12, 6)).shape == (1, 12, 12, 6)
+
+
+def test_onnx_snippet(tmp_path, monkeypatch):
+    """By ONNX Runtime and NumPy alone."""
+    import functools
+
+    import test_export
+
+    import export
+    from dino3d.finetune.heads import classifier_of
+    from vision_transformer import ARCHITECTURES, VisionTransformer
+
+    monkeypatch.setitem(
+        ARCHITECTURES, "vit_tiny", functools.partial(VisionTransformer, embed_dim=24, depth=1, num_heads=3)
+    )
+    model = test_export.save_fold(tmp_path / "lnc" / "0", classifier_of, test_export.CLASSIFIER, 0, {"threshold": 0.5})
+    export.main(["--weights", str(tmp_path / "lnc"), "--output", str(tmp_path / "exported")])
+    crops = np.random.default_rng(0).integers(-1500, 500, (3, 15, 12, 7)).astype(np.int16)
+    np.save(tmp_path / "crops.npy", crops)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet("onnxruntime"), names)
+    low, high = test_export.CLIP
+    volumes = ((torch.from_numpy(crops[:, None, 1:13, :, :6]).float().clamp_min(-1024) - low) / (high - low)).clamp(
+        0, 1
+    )
+    with torch.no_grad():
+        expected = model(volumes).softmax(1)
+    np.testing.assert_allclose(names["probabilities"], expected, atol=1e-6)
+    assert names["malignant"].tolist() == (expected[:, 1] >= 0.5).tolist()
+    assert "torch" not in snippet("onnxruntime") and "dino3d" not in snippet("onnxruntime")
