@@ -9,10 +9,16 @@
 
 import argparse
 import collections
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,23 +26,33 @@ import torch
 import utils
 from dino3d import command_line
 from dino3d.command_line import Preempted, UserError, format_values, number
+from dino3d.data import images
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
 from dino3d.data.geometry import other_grid
 from dino3d.data.parallel import progress
+from dino3d.data.requirements import require_ct
 from dino3d.data.scans import state_of
 from dino3d.data.volume import Volume
 from dino3d.features.cases import Subject, find_subjects
 from dino3d.features.embedding import POOLS, Embedder, embedding_width
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.features.journal import Journal
-from dino3d.features.tables import SUFFIXES, FeatureTable, write_features
+from dino3d.features.map_pictures import are_done, save_maps
+from dino3d.features.maps import has_attention, scan_maps
+from dino3d.features.neighbours import NEIGHBOUR_COLUMNS, nearest, neighbour_picture, spread
+from dino3d.features.tables import SUFFIXES, FeatureTable, file_names, write_features
 from dino3d.features.trivial import mask_volume, trivial_figures
 from dino3d.features.windows import REGIONS, CtScan, Region, read_ct, region_of
+from dino3d.files import write_table
 from dino3d.finetune.inference import reason_of
 from dino3d.training.checkpoint import StopRequested, StopSignal
+from dino3d.training.pictures import save_picture
 
 MAIN = "features"  # name of the table of --weights among those of one run
 SCANS_AHEAD = 2  # scans
+QUERIES = 6  # rows whose neighbours are shown
+MOST_POINTS = 16  # of a scan, each with a map
+TOKENS_AT_ONCE = 8192  # patches in a batch of windows of --maps
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -118,6 +134,59 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--trivial gives in mm3",
     )
 
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--maps",
+        default=None,
+        metavar="DIR",
+        help="folder for maps of each scan, as NIfTI on its own voxels and as pictures beside the CT: attention of the "
+        "class token, principal components of the patches as colours, similarity to points; from overlapping windows "
+        "over all of the scan",
+    )
+    group.add_argument(
+        "--point",
+        default=[],
+        action="append",
+        nargs=3,
+        type=number(float),
+        metavar=("X", "Y", "Z"),
+        help="LPS mm, as in tables of points: a map of the similarity to what lies there, in every scan; may be given "
+        "several times. Points of an --input table are taken too",
+    )
+    group.add_argument(
+        "--point_ras",
+        default=[],
+        action="append",
+        nargs=3,
+        type=number(float),
+        metavar=("R", "A", "S"),
+        help="the same in RAS mm, as 3D Slicer shows a point and nibabel counts: --point with the first two signs "
+        "changed",
+    )
+    group.add_argument(
+        "--overlap",
+        default=0.75,
+        type=number(float, 0, below=1),
+        help="share of a window's side that it has in common with the next one in --maps: 0.5 is eight times faster "
+        "and leaves a faint lattice where tissue is even",
+    )
+    group.add_argument(
+        "--neighbours",
+        default=0,
+        type=number(int, 0),
+        metavar="K",
+        help="the K rows most like some of the rows (cosine similarity), of other patients, as pictures and a table in "
+        "NAME.neighbours",
+    )
+    group.add_argument(
+        "--queries",
+        default=None,
+        nargs="+",
+        metavar="NAME",
+        help="rows whose neighbours to show, by their names; default: 6, evenly spread over the table",
+    )
+    command_line.boolean_flag(group, "--same_patient", False, "rows of the query's own patient are --neighbours too")
+
     group = parser.add_argument_group("run")
     group.add_argument(
         "--precision",
@@ -134,6 +203,10 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
     """Refuse what is wrong whatever the data (exit code 2)."""
     if args.masks and not args.trivial:
         parser.error("--masks DIR goes with --trivial, which gives their size")
+    if not args.maps and (args.point or args.point_ras):
+        parser.error("--point and --point_ras go with --maps DIR, where the maps of similarity are written")
+    if not args.neighbours and (args.queries or args.same_patient):
+        parser.error("--queries and --same_patient go with --neighbours K")
     suffix = Path(args.output).suffix
     if suffix and suffix not in SUFFIXES and not args.output.endswith("/") and not Path(args.output).is_dir():
         parser.error(
@@ -160,6 +233,7 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.weights, args.checkpoint_key, flag="--weights")
     precision, _ = utils.choose_precision(args.precision, None, processes.device)
+    map_jobs = processes.run_on_main(lambda: find_map_jobs(subjects, encoder, precision, args))
     models = [encoder.build(), *(random_encoder(encoder, seed) for seed in range(args.random))]
     if args.layers > len(models[0].blocks):
         raise UserError(
@@ -202,13 +276,26 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
         # ---------------------------------------------------------------------------------------------------- tables
         widths = table_widths(embedding_width(models[0], args.pool, args.layers), args)
         failed = processes.run_on_main(lambda: write_tables(output, subjects, keys, journal, widths))
-    processes.print(f"features  {output}")
+        processes.print(f"features  {output}")
+
+        # -------------------------------------------------------------------------------------------------- pictures
+        if args.neighbours:
+            pictures = processes.run_on_main(lambda: draw_neighbours(output, subjects, keys, journal, encoder, args))
+            processes.print(f"pictures  {pictures}")
+        without_maps = draw_maps(map_jobs, encoder, args.overlap, autocast, processes, stop_signal)
+        if args.maps:
+            processes.print(f"maps      {args.maps}")
     if failed:
         name, reason = failed[0]
         raise UserError(
             f"{len(failed)} of {len(subjects)} rows have no features, such as {name}: {reason}; the reasons are in "
             f"{output if output.suffix in SUFFIXES else output / 'failed.csv'}",
             everywhere=True,
+        )
+    if without_maps:
+        name, reason = without_maps[0]
+        raise UserError(
+            f"{len(without_maps)} of {len(map_jobs)} scans have no maps, such as {name}: {reason}", everywhere=True
         )
 
 
@@ -348,6 +435,185 @@ def read_mask(subject: Subject, scan: CtScan, masks: str) -> np.ndarray:
         if reason := other_grid(volume.shape, volume.affine, scan.hu.shape, scan.affine):
             raise DataError(path, f"mask {path} {reason}")
         return volume.read_labels()
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+class MapJob(NamedTuple):
+    """A scan to draw maps of. points: (3,) LPS mm each; recipe: what its files depend on; done: whether they are there
+
+    problem: why it can't be read, or ""
+    """
+
+    name: str
+    path: str
+    folder: Path
+    points: list[tuple[float, ...]]
+    recipe: dict[str, Any]
+    done: bool
+    problem: str
+
+
+def find_map_jobs(
+    subjects: Sequence[Subject], encoder: PretrainedEncoder, precision: str, args: argparse.Namespace
+) -> list[MapJob]:
+    """The scans of --maps, each once. Raises UserError, also where a folder holds maps of other weights."""
+    if not args.maps:
+        return []
+    for flag, folder in (("--input", args.input), ("--scans", args.scans)):
+        inside = folder and Path(os.path.realpath(args.maps)).is_relative_to(os.path.realpath(folder))
+        if inside and os.path.isdir(folder):  # the next run would find them
+            raise UserError(f"--maps {args.maps}: lies in {flag} {folder}, where maps would be taken for scans")
+    if os.path.exists(args.maps) and not os.path.isdir(args.maps):
+        raise UserError(f"--maps {args.maps}: is a file, expected a folder")
+    settings = {
+        "weights": encoder.crc32,
+        **encoder.settings(),
+        "spacing": encoder.working_spacing,
+        "overlap": args.overlap,
+        "precision": precision,
+    }
+    of_scan = {}
+    for one in subjects:
+        of_scan.setdefault(one.path or one.name, []).append(one)
+    given = [*map(tuple, args.point), *((-r, -a, s) for r, a, s in args.point_ras)]
+    jobs = []
+    folders = file_names([rows[0].name for rows in of_scan.values()])
+    for rows, folder in zip(of_scan.values(), folders):
+        points = [*given, *dict.fromkeys(one.point for one in rows if one.point is not None)]
+        if len(points) > MOST_POINTS:
+            raise UserError(
+                f"--maps: {rows[0].name} has {len(points)} points, each of them a map of its own, expected at most "
+                f"{MOST_POINTS}: give a table with fewer, or the scans themselves as --input"
+            )
+        name, path, where = rows[0].name, rows[0].path, Path(args.maps) / folder.removesuffix(".h5")
+        recipe = {"settings": settings, "file": state_of(path) if path else "", "points": points}
+        recipe = json.loads(json.dumps(recipe))  # as it is read again
+        problem = "" if path else rows[0].problem
+        jobs.append(MapJob(name, path, where, points, recipe, are_done(where, recipe), problem))
+    return jobs
+
+
+def draw_maps(
+    jobs: Sequence[MapJob],
+    encoder: PretrainedEncoder,
+    overlap: float,
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    processes: utils.Processes,
+    stop_signal: StopSignal,
+) -> list[tuple[str, str]]:
+    """Write the maps that are not there yet; returns (name, reason) of scans without. Raises Preempted, UserError."""
+    if not jobs:
+        return []
+    todo = [job for job in jobs if not job.done]
+    done = len(jobs) - len(todo)
+    processes.print(f"maps of {len(jobs)} scans" + f"; {done} of them were done before" * bool(done))
+    model = encoder.build().to(processes.device).eval()
+    if not has_attention(model):
+        processes.print(f"note: {encoder.arch} has no class token: its maps have no attention")
+    tokens = math.prod(n // p for n, p in zip(encoder.input_size, encoder.patch_size))
+    failures = {}
+    with contextlib.suppress(StopRequested):  # the scan at hand is not done
+        for job in todo[processes.rank :: processes.world_size]:
+            stop_signal.check()
+            started = time.monotonic()
+            try:
+                if job.problem:
+                    raise DataError(job.path, job.problem)
+                scan = read_ct(job.path)
+                require_ct(scan.hu, job.path)
+                image = images.make_image(scan.hu, scan.affine)
+                maps = scan_maps(
+                    model,
+                    image,
+                    encoder.working_spacing,
+                    encoder.clip_range,
+                    overlap,
+                    max(1, TOKENS_AT_ONCE // tokens),
+                    processes.device,
+                    autocast,
+                    stop_signal.check,
+                    shows_progress=processes.is_main,
+                )
+                lines = save_maps(
+                    job.folder, job.path, image, maps, job.points, encoder.clip_range, job.name, job.recipe
+                )
+            except (UserError, Preempted):  # concern all scans
+                raise
+            except Exception as error:
+                failures[job.name] = str(error) if isinstance(error, DataError) else reason_of(error)
+                print(f"{job.name}: no maps: {failures[job.name]}", flush=True)
+            else:
+                print(f"{job.name}: maps in {time.monotonic() - started:.0f} s", *lines, sep="; ", flush=True)
+    if any(processes.all_gather(bool(stop_signal.received))):
+        stop_signal.end()
+    return [pair for part in processes.all_gather(failures) for pair in part.items()]
+
+
+def draw_neighbours(
+    output: Path,
+    subjects: Sequence[Subject],
+    keys: Sequence[str],
+    journal: Journal,
+    encoder: PretrainedEncoder,
+    args: argparse.Namespace,
+) -> Path:
+    """Write the folder NAME.neighbours: a picture for each query, and neighbours.csv. Raises UserError."""
+    found = journal.read()
+    width = next((len(values[MAIN]) for values, _ in found.values() if MAIN in values), 0)
+    features = np.stack([found[key][0].get(MAIN, np.full(width, np.nan, np.float32)) for key in keys])
+    there = [at for at in range(len(subjects)) if np.isfinite(features[at]).all() and width]
+    if args.queries:
+        chosen = {name: [at for at in there if subjects[at].name == name] for name in args.queries}
+        missing = [name for name, rows in chosen.items() if not rows]
+        if missing:
+            known = [one.name for one in subjects]
+            hint = command_line.did_you_mean(missing[0], known) if missing[0] not in known else ": it has no features"
+            raise UserError(f"--queries {missing[0]}: no row with features of this name{hint}")
+        queries = [at for rows in chosen.values() for at in rows]
+    else:
+        queries = spread(there, QUERIES)
+    folder = output.with_name(f"{output.stem if output.suffix in SUFFIXES else output.name}.neighbours")
+    rows, patients = [], [one.patient for one in subjects]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for at, file_name in zip(queries, file_names([subjects[at].name for at in queries])):
+            neighbours = nearest(features, patients, at, args.neighbours, args.same_patient)
+            rows += [
+                [subjects[at].name, patients[at], rank, subjects[one.row].name, patients[one.row], one.similarity]
+                for rank, one in enumerate(neighbours, 1)
+            ]
+            shown = [(at, f"query: {label_of(subjects[at])}")]
+            shown += [
+                (one.row, f"{rank}. similarity {one.similarity:.3f}: {label_of(subjects[one.row])}")
+                for rank, one in enumerate(neighbours, 1)
+            ]
+            seen = [seen_volume(subjects[row], encoder, args) for row, _ in shown]
+            picture = neighbour_picture(*zip(*seen), [label for _, label in shown])
+            save_picture(folder / file_name.replace(".h5", ".png"), picture)
+        write_table(folder / "neighbours.csv", NEIGHBOUR_COLUMNS, rows)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror or error})") from error
+    return folder
+
+
+def label_of(subject: Subject) -> str:
+    """What to write above a row's planes."""
+    place = "" if subject.point is None else f" at {format_values(subject.point)} mm (LPS)"
+    return subject.name + place + f", patient {subject.patient}" * (subject.patient != subject.name)
+
+
+def seen_volume(
+    subject: Subject, encoder: PretrainedEncoder, args: argparse.Namespace
+) -> tuple[np.ndarray, Sequence[float]]:
+    """((X, Y, Z) grey values in [0, 1], (3,) mm) of what a row's features are of."""
+    how = "centre" if args.region == "auto" and subject.is_crop else args.region
+    scan = read_ct(subject.path)
+    region = region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
+    hu = images.voxels_of(region.image) if region.how == "whole" else next(region.windows())
+    low, high = encoder.clip_range
+    return np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1), region.spacing
 
 
 # ------------------------------------------------------------------------------------------------------------- output

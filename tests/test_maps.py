@@ -178,6 +178,20 @@ def test_windows_join_without_seams():
     assert 0.9 < at_borders(0.5) < 1.1 and 0.9 < at_borders(0.75) < 1.1
 
 
+def test_windows_of_air_are_passed_over_and_change_nothing_elsewhere():
+    encoder, hu = encoder_of(), np.full((40, 15, 14), -1000, np.int16)
+    hu[:9] = volume_of((9, 15, 14))
+    seen, forward = [], encoder.features_and_attention
+    encoder.features_and_attention = lambda x: seen.append(len(x)) or forward(x)
+    maps = scan_maps(encoder, image_of(hu), None, CLIP, 0.5, 4)
+    passed_over, seen[:] = sum(seen), []
+    cut = scan_maps(encoder, image_of(hu[:28]), None, CLIP, 0.5, 4)  # the windows with tissue begin before voxel 12
+    assert passed_over < 2 * 3 * 10 and maps.tissue[:3].all() and not maps.tissue[3:].any()
+    np.testing.assert_allclose(maps.features[:, :3], cut.features[:, :3], atol=1e-4)
+    np.testing.assert_allclose(maps.attention[:, :3], cut.attention[:, :3], atol=1e-4)
+    assert not maps.features[:, 3:].any() and not maps.attention[:, 3:].any()
+
+
 def test_a_constant_scan_is_even():
     """With windows at each patch, wherever all of these lie inside."""
     encoder = encoder_of((8, 6, 4), (2, 2, 2))
@@ -406,19 +420,13 @@ def test_files_that_a_full_disk_cuts_off_are_not_taken_for_done(tmp_path, monkey
     assert not are_done(tmp_path / "out", recipe)
 
 
-def test_a_point_outside_leaves_no_files(tmp_path):
-    path = tmp_path / "scan.hdf5"
-    write_volume(path, volume_of((12, 12, 12)), np.diag([1.0, 1, 1, 1]))
+@pytest.mark.parametrize("point, reason", [((9, 9, 99), "outside the scan"), ((-10, -10, 10), "lies in air")])
+def test_a_point_without_a_patch_leaves_no_files(point, reason, tmp_path):
+    path, hu = tmp_path / "scan.hdf5", volume_of((12, 12, 12))
+    hu[8:, 8:, 8:] = -1000
+    write_volume(path, hu, np.diag([1.0, 1, 1, 1]))
     image = images.read_image(path)
-    with pytest.raises(DataError, match="point 2: outside the scan"):
-        save_maps(
-            tmp_path / "out",
-            path,
-            image,
-            scan_maps(Marker(), image, None, CLIP),
-            [(-1, -1, 1), (9, 9, 99)],
-            CLIP,
-            "",
-            {},
-        )
+    maps = scan_maps(Marker(), image, None, CLIP)
+    with pytest.raises(DataError, match=f"point 2: {reason}"):
+        save_maps(tmp_path / "out", path, image, maps, [(-1, -1, 1), point], CLIP, "", {})
     assert not (tmp_path / "out").exists()

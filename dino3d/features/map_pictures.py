@@ -20,7 +20,15 @@ from dino3d.data import images
 from dino3d.data.conventions import DataError
 from dino3d.data.nifti import RGB
 from dino3d.data.volume import Volume
-from dino3d.features.maps import AIR_BELOW, ScanMaps, component_maps, principal_components, similarity, voxel_at
+from dino3d.features.maps import (
+    AIR_BELOW,
+    ScanMaps,
+    component_maps,
+    patch_at,
+    principal_components,
+    similarity,
+    voxel_at,
+)
 from dino3d.features.sliding_window import Grid, grid_of, interpolate
 from dino3d.files import read_json, write_json
 from dino3d.training.pictures import compose_page, radiological, save_picture
@@ -79,12 +87,19 @@ def save_maps(
 
     path: of the scan; image: what `images.read_image` gives for it; maps: its ScanMaps; points: each (3,) LPS mm
     clip_range: HU that are black and white; title: what to write above pictures; recipe: see `are_done`
-    Raises DataError for a point outside the scan and for a scan that holds nothing but air, before anything is
-    written; UserError where it can't be written.
+    Raises DataError for a point outside the scan or in air, and for a scan that holds nothing but air, before anything
+    is written; UserError where it can't be written.
     """
     voxels = [voxel_at(image, point, f"point {number}") for number, point in enumerate(points, 1)]
     if maps.tissue.sum() < 2:
         raise DataError(path, f"holds nothing but air: no two patches have a mean of {AIR_BELOW:g} HU or more")
+    for number, point in enumerate(points, 1):
+        if not maps.tissue[patch_at(maps, point)]:
+            raise DataError(
+                f"point {number}",
+                f"lies in air: the patch around {format_values(point)} mm (LPS) has a mean below {AIR_BELOW:g} HU, and "
+                "there is nothing to compare with; choose another",
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in [*_summary(folder).get("files", []), SUMMARY]:  # some may not be made again

@@ -31,7 +31,7 @@ class ScanMaps(NamedTuple):
     features: (D, x, y, z) float32, after the final norm
     attention: (heads, x, y, z) float32, 1 where a patch gets as much as if all of its window got the same; None where
         the encoder has no attention
-    tissue: (x, y, z) bool, False for patches of air
+    tissue: (x, y, z) bool, False for patches of air, where the maps are 0
     grid: Grid of the patches
     """
 
@@ -76,7 +76,7 @@ def scan_maps(
     image: sitk.Image,
     spacing: Sequence[float] | None,
     clip_range: Sequence[float],
-    overlap: float = 0.5,
+    overlap: float = 0.75,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
@@ -89,7 +89,7 @@ def scan_maps(
     spacing: (3,) mm per voxel that the encoder was trained on; None: the image's own
     clip_range: (low, high) HU that become 0 and 1
     overlap: share of a window's side that it has in common with the next one, at least 0 and below 1: its patches are
-        weighted by a Gaussian around its middle
+        weighted by a Gaussian around its middle. Windows of air alone are passed over
     before_windows: called before each batch of windows; what it raises ends the work
     """
     # Along the scan's own axes, as pre-training read them
@@ -103,20 +103,27 @@ def scan_maps(
         nonlocal heads
         before_windows()
         bar.update()
-        x = hu.unflatten(1, tuple(patch.tolist())).permute(0, 4, 1, 5, 2, 6, 3)  # (B, x, px, y, py, z, pz)
-        x = scale_intensity(x.flatten(5).flatten(3, 4).flatten(1, 2), *clip_range)[:, None]  # (B, 1, X, Y, Z)
+        seen = (hu.mean(1) >= AIR_BELOW).flatten(1).any(1)  # (B,): windows of air alone count nowhere
+        seen[0] = True  # what it gives says what there is to give
+        x = hu[seen].unflatten(1, tuple(patch.tolist())).permute(0, 4, 1, 5, 2, 6, 3)  # (B', x, px, y, py, z, pz)
+        x = scale_intensity(x.flatten(5).flatten(3, 4).flatten(1, 2), *clip_range)[:, None]  # (B', 1, X, Y, Z)
         with autocast():
-            if not has_attention(encoder):
-                return encoder.get_intermediate_layers(x, 1)[0].float()
-            features, attention = encoder.features_and_attention(x)
-        heads = attention.shape[1]
-        # Times the patches of a window: windows of another size then have the same scale
-        return torch.cat((features.float(), attention.float() * attention[0, 0].numel()), 1)
+            if has_attention(encoder):
+                features, attention = encoder.features_and_attention(x)
+                heads = attention.shape[1]
+                # Times the patches of a window: windows of another size then have the same scale
+                given = torch.cat((features.float(), attention.float() * attention[0, 0].numel()), 1)
+            else:
+                given = encoder.get_intermediate_layers(x, 1)[0].float()  # (B', D, x, y, z)
+        outputs = given.new_zeros(len(hu), *given.shape[1:])
+        outputs[seen] = given
+        return outputs
 
     batches = count_batches(in_patches.shape[2:], windows)
     with progress(batches, "window", shows_progress) as bar:
         found = stitch(outputs_of, in_patches, windows, torch.device(device)).cpu().numpy()  # (D + heads, x, y, z)
-    tissue = in_patches[0].mean(0).numpy() >= AIR_BELOW
+    tissue = (in_patches[0].mean(0) >= AIR_BELOW).numpy()
+    found *= tissue
     return ScanMaps(
         found[: len(found) - heads],
         found[len(found) - heads :] if heads else None,
@@ -207,11 +214,16 @@ def _nearest_voxel(image: sitk.Image, point: Sequence[float]) -> tuple[int, ...]
     return tuple(int(i) for i in index) if inside else None
 
 
+def patch_at(maps: ScanMaps, point: Sequence[float]) -> tuple[int, ...]:
+    """(3,) the patch that a point in LPS mm lies in; of a point beyond them the nearest one."""
+    index = np.linalg.solve(maps.grid.affine, [*point, 1])[:3]
+    return tuple(np.clip(np.rint(index), 0, np.array(maps.grid.size) - 1).astype(int).tolist())
+
+
 def similarity(maps: ScanMaps, point: Sequence[float]) -> np.ndarray:
     """(x, y, z) float32 cosine similarity of each patch's features to those of the patch that a point in LPS mm lies
-    in, from -1 to 1; of a point beyond the patches, to those of the nearest one."""
-    index = np.linalg.solve(maps.grid.affine, [*point, 1])[:3]
-    patch = tuple(np.clip(np.rint(index), 0, np.array(maps.grid.size) - 1).astype(int).tolist())
+    in, from -1 to 1; 0 in air."""
+    patch = patch_at(maps, point)
     flat = maps.features.reshape(len(maps.features), -1)
     lengths = np.linalg.norm(flat, axis=0).reshape(maps.grid.size)
     chosen = maps.features[(slice(None), *patch)]

@@ -102,9 +102,11 @@ def _write_folder(folder: Path, table: FeatureTable) -> None:
 
 def file_names(names: list[str]) -> list[str]:
     """Of each row its file in a folder: the name without separators; what would stand twice is numbered."""
-    used, found = {}, []
+    counts, found = {}, {}  # as a set that keeps its order
     for name in names:
-        plain = re.sub(r"[^\w.+=#@-]", "_", name).lstrip(".")[:200] or "scan"
-        used[plain] = count = used.get(plain, 0) + 1
-        found.append(f"{plain}.h5" if count == 1 else f"{plain}_{count}.h5")
-    return found
+        plain = own = re.sub(r"[^\w.+=#@-]", "_", name).lstrip(".")[:200] or "scan"
+        while own in found:  # also where another one is called plain_2
+            counts[plain] = counts.get(plain, 1) + 1
+            own = f"{plain}_{counts[plain]}"
+        found[own] = None
+    return [f"{own}.h5" for own in found]
