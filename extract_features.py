@@ -38,7 +38,7 @@ from dino3d.features.embedding import POOLS, Embedder, embedding_width
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.features.journal import Journal
 from dino3d.features.map_pictures import are_done, save_maps
-from dino3d.features.maps import has_attention, scan_maps
+from dino3d.features.maps import has_attention, scan_maps, voxel_at
 from dino3d.features.neighbours import NEIGHBOUR_COLUMNS, nearest, neighbour_picture, spread
 from dino3d.features.tables import SUFFIXES, FeatureTable, file_names, write_features
 from dino3d.features.trivial import mask_volume, trivial_figures
@@ -524,6 +524,8 @@ def draw_maps(
                 scan = read_ct(job.path)
                 require_ct(scan.hu, job.path)
                 image = images.make_image(scan.hu, scan.affine)
+                for number, point in enumerate(job.points, 1):  # before minutes of work
+                    voxel_at(image, point, f"point {number}")
                 maps = scan_maps(
                     model,
                     image,
