@@ -30,7 +30,7 @@ from dino3d.data import images
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
 from dino3d.data.geometry import other_grid
 from dino3d.data.parallel import progress
-from dino3d.data.requirements import require_ct
+from dino3d.data.requirements import note_lines, require_ct
 from dino3d.data.scans import state_of
 from dino3d.data.volume import Volume
 from dino3d.features.cases import Subject, find_subjects
@@ -208,6 +208,8 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
     if not args.neighbours and (args.queries or args.same_patient):
         parser.error("--queries and --same_patient go with --neighbours K")
     suffix = Path(args.output).suffix
+    if Path(args.output).name in SUFFIXES:
+        parser.error(f"--output {args.output}: has a suffix alone, expected a name before it")
     if suffix and suffix not in SUFFIXES and not args.output.endswith("/") and not Path(args.output).is_dir():
         parser.error(
             f"--output {args.output}: {suffix} is not written, expected {', '.join(SUFFIXES)}; a new folder of such a "
@@ -340,10 +342,10 @@ def extract(
         if key not in journal.done:
             groups[subject.path].append((key, subject))
     mine = list(groups.items())[processes.rank :: processes.world_size]
-    counts = collections.Counter()
+    counts, notes = collections.Counter(), {}
     with progress(sum(len(rows) for _, rows in mine), "row", processes.is_main) as bar:
         scans = read_ahead_scans([path for path, _ in mine], args.num_workers)
-        for (_, rows), scan in zip(mine, scans):
+        for (path, rows), scan in zip(mine, scans):
             for key, subject in rows:
                 if stop_signal.received:
                     return
@@ -361,8 +363,12 @@ def extract(
                     journal.add(key, found)
                     counts.update(told)
                 bar.update()
-    totals = sum(processes.all_gather(counts), collections.Counter())
-    for line in region_lines(totals):
+            if isinstance(scan, CtScan):
+                notes[path] = scan.notes
+    gathered = processes.all_gather((counts, notes))
+    notes = {path: lines for _, of_rank in gathered for path, lines in of_rank.items()}
+    totals = sum((of_rank for of_rank, _ in gathered), collections.Counter())
+    for line in [*region_lines(totals), *note_lines([*notes], [*notes.values()])]:
         processes.print(line)
 
 

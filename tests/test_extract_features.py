@@ -71,8 +71,10 @@ def read_csv(path):
 
 
 def chest(seed=0, shape=SHAPE):
-    """(X, Y, Z) int16 HU of a phantom, at least AIR."""
-    return np.maximum(phantom(seed, shape, (320 / shape[0], 256 / shape[1], 288 / shape[2]))[0], -1000)
+    """(X, Y, Z) int16 HU of a part of a phantom, at least -1000."""
+    whole = phantom(seed % 3, (64, 60, 36), (5.0, 4.5, 8.0))[0]
+    start = (np.array(whole.shape) - shape) // 2
+    return np.maximum(whole[tuple(slice(a, a + n) for a, n in zip(start, shape))], -1000)
 
 
 def write_all_formats(folder, axes=np.eye(3), origin=(-123.45675, 47.5, -803.1)):
@@ -397,3 +399,125 @@ def test_the_batch_the_threads_and_the_processes_do_not_matter(tmp_path, capsys,
     for at in (0, 5):
         with Volume(crops / f"{at}.nii.gz") as volume:
             assert (embed_volume(encoder, volume.read(), volume.affine, region="whole") == features[at]).all()
+
+
+@pytest.mark.parametrize(
+    "more, code, told",
+    [
+        (["--masks", "m"], 2, "--masks DIR goes with --trivial"),
+        (["--output", "x.tsv"], 2, "--output x.tsv: .tsv is not written, expected .csv, .npz, .h5; a new folder of"),
+        (["--output", "x.CSV"], 2, "--output x.CSV: .CSV is not written"),
+        (["--output", ".csv"], 2, "has a suffix alone"),
+        (["--pool", "max"], 2, "max: choose one of cls, mean, cls+mean"),
+        (["--layers", "0"], 2, "out of range, expected at least 1"),
+        (["--layers", "5"], 1, "--layers 5: vit_micro has 4 blocks; give at most that"),
+        (["--weights", "no.pth"], 1, "--weights no.pth: no such file"),
+        (["--weights", "in"], 1, "--weights in: holds no checkpoint"),
+        (["--precision", "fp16"], 1, "fp16 needs a GPU"),
+        (["--input", "no"], 1, "--input no: no such file or folder"),
+        (["--input", "empty"], 1, "--input empty: no volume found below it"),
+        (["--input", "notes.pdf"], 1, "--input notes.pdf: is of no kind that is read here; expected a folder, a scan"),
+        (["--input", "empty.txt"], 1, "--input empty.txt: names no scan"),
+        (["--input", "no.csv"], 1, "--input no.csv: no such file"),
+        (["--input", "other.csv"], 1, "has neither a column path nor seriesuid, coordX, coordY, coordZ, only a, b"),
+        (["--input", "half.csv"], 1, "half.csv: has no column coordX, only seriesuid"),
+        (["--input", "none.csv"], 1, "none.csv: holds no points"),
+        (["--input", "twice.csv"], 1, "--input twice.csv: has 0.nii.gz twice"),
+        (["--input", "paths.csv", "--scans", "in"], 1, "--scans in: goes with a table of points"),
+        (["--scans", "in"], 1, "--scans in: goes with a table of points"),
+        (["--input", "points.csv", "--scans", "no"], 1, "no: is no such folder"),
+        (["--output", "in"], 1, "--output in: is there already and not of this script"),
+        (["--output", "paths.csv"], 1, "--output paths.csv: is there already and not of this script"),
+        (["--output", "folder.csv"], 1, "--output folder.csv: is a folder, expected a file by its suffix"),
+        (
+            ["--output", "file"],
+            1,
+            "--output file: is a file; expected one with the suffix .csv, .npz, .h5, or a folder",
+        ),
+    ],
+)
+def test_errors_are_one_line(tmp_path, capsys, monkeypatch, weights, more, code, told):
+    monkeypatch.chdir(tmp_path)
+    write_nifti(tmp_path / "in" / "0.nii.gz", chest(0, (24, 24, 12)), np.diag([*SPACING, 1]))
+    for name in ("empty", "folder.csv"):
+        (tmp_path / name).mkdir()
+    for name, text in (
+        ("notes.pdf", "x"),
+        ("file", "x"),
+        ("empty.txt", "# nothing\n\n"),
+        ("other.csv", "a,b\n1,2\n"),
+        ("half.csv", "seriesuid\n1\n"),
+        ("none.csv", "seriesuid,coordX,coordY,coordZ\n"),
+        ("points.csv", "seriesuid,coordX,coordY,coordZ\n0,1,2,3\n"),
+        ("paths.csv", "path,patient\nin/0.nii.gz,p\n"),
+        ("twice.csv", "path\nin/0.nii.gz\nin/0.nii.gz\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    flags = ["--weights", weights, "--input", "in", "--output", "out.csv"]
+    found, _, errors = extract(capsys, *flags, *more)
+    assert found == code and len(errors) == 1 and told in errors[0], errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_tables_and_lists_of_paths(tmp_path, capsys, weights, crops):
+    """Relative to the table; a missing file is a row, and patients are the table's where it names them."""
+    (tmp_path / "list.csv").write_text("patient;label;path\nP1;1;in/3.nii.gz\n;0;in/1.nii.gz\nP1;0;in/none.nii.gz\n")
+    flags = ["--weights", weights, "--region", "centre"]
+    code, _, errors = extract(capsys, *flags, "--input", tmp_path / "list.csv", "--output", tmp_path / "a.csv")
+    assert code == 1 and "1 of 3 rows have no features, such as none: can't be read: no such file" in errors[0]
+    columns, features = read_csv(tmp_path / "a.csv")
+    assert columns["name"] == ["3", "1", "none"] and columns["patient"] == ["P1", "1", "P1"]
+    (tmp_path / "list.txt").write_text(f"{crops}/1.nii.gz\n# a comment\nin/3.nii.gz\n")
+    assert extract(capsys, *flags, "--input", tmp_path / "list.txt", "--output", tmp_path / "b.csv")[0] == 0
+    assert (read_csv(tmp_path / "b.csv")[1] == features[[1, 0]]).all()
+
+
+def test_outputs_in_the_input_are_no_scans(tmp_path, capsys, weights, crops):
+    (crops / "sub").mkdir()
+    for output in (crops / "t.h5", crops / "sub" / "folder"):
+        for _ in range(2):
+            code, out, errors = extract(
+                capsys, "--weights", weights, "--input", crops, "--output", output, "--random", 1
+            )
+            assert code == 0 and "8 scans or crops" in out, errors
+        assert "resumed: 8 of 8" in out
+        for path in crops.glob("*.h5"):
+            path.unlink()
+
+
+def test_a_dicom_series_has_its_patient(tmp_path, capsys, weights):
+    write_dicom(tmp_path / "in" / "a", (chest(0) + 1024).astype(np.uint16), spacing=FINE, PatientID="Q7")
+    write_dicom(tmp_path / "in", (chest(1) + 1024).astype(np.uint16), spacing=FINE, SeriesInstanceUID="1.5")
+    code, _, _ = extract(capsys, "--weights", weights, "--input", tmp_path / "in", "--output", tmp_path / "t.csv")
+    columns, features = read_csv(tmp_path / "t.csv")
+    assert code == 0 and columns["name"] == ["1.5", "a#1.2.3.4"] and columns["patient"] == ["patient", "Q7"]
+    one = ["--weights", weights, "--input", tmp_path / "in" / "a", "--output", tmp_path / "one.csv"]
+    assert extract(capsys, *one)[0] == 0 and (read_csv(tmp_path / "one.csv")[1][0] == features[1]).all()
+
+
+def test_what_is_no_ct_is_a_row_with_its_reason(tmp_path, capsys, weights):
+    affine = np.diag([*SPACING, 1])
+    write_nifti(tmp_path / "in" / "air.nii.gz", np.where(chest() > -900, -1000, chest()), affine)
+    write_nifti(tmp_path / "in" / "constant.nii.gz", np.full(SHAPE, 7, np.int16), affine)
+    write_nifti(tmp_path / "in" / "mr.nii.gz", np.abs(chest()) % 250, affine)
+    write_nifti(tmp_path / "in" / "nan.nii.gz", np.full(SHAPE, np.nan, np.float32), affine)
+    write_nifti(tmp_path / "in" / "ok.nii.gz", chest(1), affine)
+    code, _, errors = extract(capsys, "--weights", weights, "--input", tmp_path / "in", "--output", tmp_path / "t.csv")
+    assert code == 1 and errors[0].startswith("error: 4 of 5 rows have no features")
+    reasons = dict(zip(*(read_csv(tmp_path / "t.csv")[0][name] for name in ("name", "reason"))))
+    assert reasons.pop("ok") == ""
+    for name, told in (("air", "nothing but air"), ("constant", "constant"), ("mr", "not in HU"), ("nan", "NaN")):
+        assert told in reasons[name]
+
+
+def test_without_a_spacing_voxels_are_taken_as_they_are(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "c.pth", spacing=None)
+    hu = chest(0, (30, 28, 16))
+    write_nifti(tmp_path / "a.nii.gz", hu, np.diag([0.5, 0.7, 3.1, 1]))
+    code, out, _ = extract(capsys, "--weights", path, "--input", tmp_path / "a.nii.gz", "--output", tmp_path / "t.csv")
+    assert code == 0 and "does not say the spacing that it was trained at: voxels are taken as they are" in out
+    model = load_encoder(str(path)).build().eval()
+    with torch.no_grad():
+        window = torch.from_numpy((hu[3:27, 2:26, 2:14].astype(np.float32) + 1000) / 1400).clamp(0, 1)
+        np.testing.assert_allclose(read_csv(tmp_path / "t.csv")[1], model(window[None, None]), atol=2e-6)

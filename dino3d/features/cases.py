@@ -38,7 +38,7 @@ def find_subjects(source: str, scans: str | None = None, output: Path | None = N
     (.txt, one per line), a table (.csv) of them or of points.
 
     scans: folder with the scans of a table of points; None: the table's own
-    output: file or folder in which no scan is looked for, nor in files of its name and another middle part
+    output: file or folder that is written, in which no scan is looked for, nor in those of its random encoders
     Raises UserError where there is nothing to take, and where two of a table share a name.
     """
     if is_kind(source, (".csv",)):
@@ -152,12 +152,14 @@ def names_of(paths: Sequence[str], folder: str) -> list[str]:
 
 
 def _is_output(path: str, output: Path | None) -> bool:
-    """Whether a file is one that is written for --output."""
+    """Whether a file is a table that is written for --output, or in a folder that is."""
     if output is None:
         return False
     path, output = Path(os.path.abspath(path)), Path(os.path.abspath(output))
-    beside = path.parent == output.parent and path.suffix == output.suffix and path.name.startswith(f"{output.stem}.")
-    return output in path.parents or bool(output.suffix) and beside
+    if output.parent not in path.parents:
+        return False
+    written = rf"{re.escape(output.stem)}(\.random\d+|\.trivial-\w+)?{re.escape(output.suffix)}"
+    return bool(re.fullmatch(written, path.relative_to(output.parent).parts[0]))
 
 
 def owner_of(path: str, scan: Scan | None, name: str) -> str:

@@ -21,7 +21,7 @@ class PretrainedEncoder(NamedTuple):
     """A pre-trained encoder: what to build it with, its weights (None: from scratch), and what to tell of them.
 
     crc32: of the weights in their file; "" without
-    crop_spacing: (3,) mm of the crops that a fine-tuned one was trained on, where its file says so
+    crop_spacing: (3,) mm of the crops that a fine-tuned one was trained on, where its file says so and they had one
     """
 
     arch: str
@@ -143,9 +143,8 @@ def load_encoder(
         raise UserError(f"{flag} {error}{arch}", everywhere=True) from error
     notices = (*notices, f"weights of {path}: {network.origin}", *fitted)
     crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict()})
-    return encoder._replace(
-        state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=config.get("crop_spacing")
-    )
+    crop_spacing = None if config.get("crop_spacings_differ") else config.get("crop_spacing")
+    return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=crop_spacing)
 
 
 def encoder_config(checkpoint: dict[str, Any], path: str, flag: str = "--pretrained_weights") -> dict[str, Any]:

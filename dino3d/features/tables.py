@@ -5,7 +5,7 @@ LPS mm where the rows are points. A CSV has empty cells there, and else the shor
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,17 +62,22 @@ def _text() -> np.dtype:
 
 def _write_csv(path: Path, table: FeatureTable) -> None:
     width = table.features.shape[1]
-    axes = [] if table.coords is None else list(AXES)
-    header = ["name", "patient", *axes, "reason", *(f"feature_{k}" for k in range(width))]
+    header, place = _header(table)
 
     def rows() -> Iterator[list]:
         for at, reason in enumerate(table.reasons):
             # str of a NumPy float32 is the shortest text that gives it again
             values = [""] * width if reason else [str(value) for value in table.features[at]]
-            place = [] if table.coords is None else [_number(value) for value in table.coords[at]]
-            yield [table.names[at], table.patients[at], *place, reason, *values]
+            yield [table.names[at], table.patients[at], *place(at), reason, *values]
 
-    write_table(path, header, rows())
+    write_table(path, [*header, *(f"feature_{k}" for k in range(width))], rows())
+
+
+def _header(table: FeatureTable) -> tuple[list[str], Callable[[int], list[str]]]:
+    """(columns before the features, what gives a row's texts in those of its point)."""
+    if table.coords is None:
+        return ["name", "patient", "reason"], lambda at: []
+    return ["name", "patient", *AXES, "reason"], lambda at: [_number(value) for value in table.coords[at]]
 
 
 def _number(value: float) -> str:
@@ -93,9 +98,11 @@ def _write_folder(folder: Path, table: FeatureTable) -> None:
             file.attrs["name"], file.attrs["patient"] = name, table.patients[at]
             if table.coords is not None:
                 file.attrs["coord"] = table.coords[at]
-    failed = [row[:3] for row in zip(table.names, table.patients, table.reasons) if row[2]]
+    failed = [at for at, reason in enumerate(table.reasons) if reason]
     if failed:
-        write_table(folder / "failed.csv", ["name", "patient", "reason"], failed)
+        header, place = _header(table)
+        rows = [[table.names[at], table.patients[at], *place(at), table.reasons[at]] for at in failed]
+        write_table(folder / "failed.csv", header, rows)
     else:
         (folder / "failed.csv").unlink(missing_ok=True)
 

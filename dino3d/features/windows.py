@@ -14,7 +14,7 @@ import numpy as np
 
 from dino3d.data import images, resampling
 from dino3d.data.conventions import DataError, Stored
-from dino3d.data.requirements import no_image, require_ct, too_bright
+from dino3d.data.requirements import no_image, require_ct
 from dino3d.data.volume import Volume
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def read_ct(path: Path | str, stored: Stored | None = None) -> CtScan:
         hu, notes = volume.read(), volume.notes
         if fault := no_image(hu):
             raise DataError(path, fault)
-        return CtScan(hu, rounded_affine(volume.affine), (*notes, *filter(None, [too_bright(hu)])))
+        return CtScan(hu, rounded_affine(volume.affine), tuple(notes))
 
 
 def rounded(values: np.ndarray, digits: int) -> np.ndarray:
