@@ -97,6 +97,7 @@ def test_there_are_commands():
         "docs/pretraining.md",
         "docs/classification.md",
         "docs/segmentation.md",
+        "docs/features.md",
         "docs/resuming.md",
         "docs/performance.md",
     ):
@@ -173,6 +174,7 @@ SNIPPETS = (
     "write_volume",
     "RandElastic",
     "onnxruntime",
+    "embed_volume",
 )  # a word of each, see below
 
 
@@ -223,6 +225,20 @@ def test_features_snippet(tmp_path):
     exec(code.replace("/path/to/lnc_luna16/data", str(tmp_path / "data")), names)
     assert names["features"].shape == (6, 192) and not names["problems"] and names["windows"].dtype == np.int16
     assert names["classifier"].predict(names["features"].numpy()).shape == (6,)
+
+
+def test_embedding_snippet(tmp_path):
+    import nibabel
+    from test_extract_features import SPACING, chest, write_checkpoint
+
+    write_checkpoint(tmp_path / "checkpoint.pth")
+    affine = np.diag([*SPACING, 1.0])
+    affine[:3, 3] = 24.5 - 60, -81 - 60, -130.2 - 50
+    nibabel.save(nibabel.Nifti1Image(chest(), affine), tmp_path / "scan.nii.gz")
+    code = snippet("embed_volume").replace('"scan.nii.gz"', repr(str(tmp_path / "scan.nii.gz")))
+    names = {}
+    exec(code.replace("/path/to/output", str(tmp_path)), names)
+    assert names["vector"].shape == names["nodule"].shape == (128,) and (names["vector"] != names["nodule"]).any()
 
 
 def test_conversion_snippet(tmp_path):
