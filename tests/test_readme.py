@@ -175,6 +175,7 @@ SNIPPETS = (
     "RandElastic",
     "onnxruntime",
     "embed_volume",
+    "scan_maps",
 )  # a word of each, see below
 
 
@@ -291,3 +292,22 @@ def test_onnx_snippet(tmp_path, monkeypatch):
     np.testing.assert_allclose(names["probabilities"], expected, atol=1e-6)
     assert names["malignant"].tolist() == (expected[:, 1] >= 0.5).tolist()
     assert "torch" not in snippet("onnxruntime") and "dino3d" not in snippet("onnxruntime")
+
+
+def test_maps_snippet(tmp_path, monkeypatch):
+    import nibabel
+
+    from vision_transformer import vit_micro
+
+    config = {"arch": "vit_micro", "patch_size": [6, 6, 6], "input_size": [12, 12, 12], "spacing": [2.0, 2.0, 2.0]}
+    torch.save({"teacher": vit_micro((12, 12, 12), (6, 6, 6)).state_dict(), "config": config}, tmp_path / "w.pth")
+    voxels = np.random.default_rng(0).integers(-900, 1000, (20, 18, 16)).astype(np.int16)
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = 15, -30, -180
+    for name in "ab":
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / f"{name}.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet("scan_maps").replace("/path/to/output/checkpoint.pth", "w.pth"), names)
+    assert [one.shape for one in names["colours"]] == [(3, 4, 3, 3)] * 2 and names["like"].shape == (4, 3, 3)
+    assert names["on_voxels"].shape == (20, 18, 16) and names["like"].max() == pytest.approx(1)
