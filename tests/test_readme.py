@@ -16,7 +16,16 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
-SCRIPTS = ("main_dino", "main_lnc_luna16", "main_lts_msd", "prepare_data", "benchmark", "extract_features", "export")
+SCRIPTS = (
+    "main_dino",
+    "main_lnc_luna16",
+    "main_lts_msd",
+    "prepare_data",
+    "benchmark",
+    "extract_features",
+    "evaluate_features",
+    "export",
+)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INLINE = re.compile(r"`([^`\n]+)`")
 LAUNCHERS = ("python", "torchrun", "srun")
@@ -100,6 +109,7 @@ def test_there_are_commands():
         "docs/features.md",
         "docs/resuming.md",
         "docs/performance.md",
+        "docs/evaluation.md",
     ):
         assert sum(at == page and ".py" in line for at, line in found) > 2, page
     assert {language for _, language, _ in BLOCKS} == {"", "bash", "python", "text", "bibtex"}
