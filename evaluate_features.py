@@ -121,8 +121,16 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
+def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """End the process where flags contradict each other."""
+    if args.task == "regression" and args.positive is not None:
+        parser.error(f"--positive {args.positive}: is for two classes, not for --task regression")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
     start = time.monotonic()
 
     # ------------------------------------------------------------------------------------------------------------ data
@@ -190,12 +198,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_tables(args: argparse.Namespace) -> tuple[list[LoadedTable], list[tuple[str, list[str]]]]:
     """(tables, groups): a group is its pattern and the names of its tables. Raises UserError."""
     paths = expand_patterns(args.features, "--features")
+    if os.path.isdir(args.labels) and args.label_column != "label":
+        raise UserError(f"--label_column {args.label_column}: is for a CSV, and --labels {args.labels} is a folder")
     members = [expand_patterns([pattern], "--group") for pattern in args.group]
     for pattern, found in zip(args.group, members):
         if len(found) < 2:
             raise UserError(f"--group {pattern}: means one table, and a group takes two: is the pattern in quotes?")
     paths += dict.fromkeys(path for found in members for path in found if path not in paths)
     names = dict(zip(paths, table_names(paths)))
+    if not any(path.lower().endswith((".csv", ".tsv")) for path in paths):
+        for flag, given in (("--feature_columns", args.feature_columns), ("--name_column", args.name_column != "name")):
+            if given:
+                raise UserError(f"{flag}: is for CSVs, and --features names none")
     twice = [path for path in paths if sum(path in found for found in members) > 1]
     if twice:
         raise UserError(f"--group: {twice[0]} belongs to two groups, expected one")

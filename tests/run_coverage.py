@@ -43,7 +43,8 @@ def main() -> None:
                 scores = shared if cases == 1 else (shared + own) / math.sqrt(2)
                 scores = scores + labels * math.sqrt(2) * statistics.NORMAL.inv_cdf(auc)
                 p = np.stack([-scores, scores], 1)
-                found = [weighted_auc(labels, p, w) for w in statistics.bootstrap_weights(patients, 1000, study)]
+                weights = statistics.bootstrap_weights(patients, 1000, study)
+                found = [weighted_auc(labels, p, w.astype(float)) for w in weights]
                 intervals = {
                     "BCa": statistics.Bootstrap(found[0][0], *found[1:]).interval(),
                     "percentile": np.nanpercentile(found[1], [2.5, 97.5]),

@@ -244,6 +244,20 @@ def test_tables_from_elsewhere(tmp_path):
     assert read_features(str(tmp_path / "d"), "d").keys == [("x",), ("y",)]
 
 
+def test_ours_and_others_in_one_command(noise):
+    """--name_column and --feature_columns are for the table that has such columns."""
+    rng = np.random.default_rng(5)
+    rows = [[f"c{i:02d}", i % 7, *rng.normal(size=2)] for i in range(30)]
+    write_csv(noise / "other.csv", ["file", "age", "emb0", "emb1"], rows)
+    flags = ["--curves", "off", "--name_column", "file", "--feature_columns", "emb*"]
+    found = evaluate(noise, *flags, features=["a.csv", "other.csv"])
+    assert list(found["tables"]) == ["a", "other"]
+    with pytest.raises(UserError, match="other.csv: has no column agee of --feature_columns: did you mean age?"):
+        evaluate(noise, *flags, "agee", features=["a.csv", "other.csv"])
+    with pytest.raises(UserError, match="--feature_columns names file too"):
+        evaluate(noise, *flags, "file", features=["a.csv", "other.csv"])
+
+
 def test_a_further_column_of_ours_is_said_and_not_taken(tmp_path):
     (tmp_path / "a.csv").write_text("name,feature_0,feature_1,label\nx,1,2,0\ny,3,5,1\n")
     found = read_features(str(tmp_path / "a.csv"), "a")
@@ -398,6 +412,30 @@ def test_a_column_that_is_the_label_under_another_name(tmp_path):
     with pytest.raises(UserError, match="column grade tells the label of every case"):
         evaluate(tmp_path, features=["a.csv"])
     assert evaluate(tmp_path, "--curves", "off", "--feature_columns", "f", "grade", features=["a.csv"])["cases"] == 30
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--positive", "1", "--task", "regression"], "--positive 1: is for two classes, not for --task regression"),
+        (["--folds", "1"], "--folds"),
+        (["--draws", "10"], "--draws"),
+        (["--task", "regress"], "did you mean regression"),
+    ],
+)
+def test_flags_that_are_wrong_by_themselves(tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as ending:
+        evaluate(tmp_path, *flags)
+    assert ending.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_flags_that_nothing_is_there_for(noise):
+    np.savez(noise / "a.npz", name=np.array(["c00"]), features=np.eye(1))
+    with pytest.raises(UserError, match="--feature_columns: is for CSVs, and --features names none"):
+        evaluate(noise, "--feature_columns", "f*", features=["a.npz"])
+    (noise / "crops").mkdir()
+    with pytest.raises(UserError, match="--label_column grade: is for a CSV, and --labels .* is a folder"):
+        evaluate(noise, "--label_column", "grade", labels="crops")
 
 
 def test_tables_that_are_given_twice_or_not_there(noise):

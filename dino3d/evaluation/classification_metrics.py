@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino3d.evaluation import weighted_metrics as wm
 from dino3d.evaluation.statistics import bootstrap_interval, interval_notes
 
 CASE_METRICS = ("auc", "average_precision", "accuracy", "sensitivity", "specificity")
@@ -76,9 +77,7 @@ def pairs_in_order(positive: np.ndarray, scores: np.ndarray, sample_weight: np.n
 
 def average_precision(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
     """Area under the precision-recall curve, as scikit-learn's average_precision_score."""
-    from sklearn.metrics import average_precision_score
-
-    return one_vs_rest(average_precision_score, labels, probabilities, weights)
+    return _defined(wm.weighted_average_precision(labels, probabilities, _weights_of(labels, weights)))
 
 
 def balanced_accuracy(
@@ -89,9 +88,10 @@ def balanced_accuracy(
     labels: (N,); probabilities: (N, classes); threshold: of label 1's with two classes, see `decide`; weights: (N,) of
     the cases. None where one of the classes has no case (scikit-learn leaves that class out).
     """
-    right, weights = decide(probabilities, threshold) == labels, _weights_of(labels, weights)
-    counts = np.bincount(labels, weights, probabilities.shape[1])
-    return float(np.mean(np.bincount(labels, weights * right, len(counts)) / counts)) if counts.all() else None
+    decided = decide(probabilities, threshold)
+    return _defined(
+        wm.weighted_balanced_accuracy(labels, decided, _weights_of(labels, weights), probabilities.shape[1])
+    )
 
 
 def f1_score_of(
@@ -101,13 +101,8 @@ def f1_score_of(
 
     As scikit-learn's f1_score; parameters as of `balanced_accuracy`. None where a class that counts has no case.
     """
-    predicted, weights = decide(probabilities, threshold), _weights_of(labels, weights)
-    classes = probabilities.shape[1]
-    cases, decided, hits = (
-        np.bincount(of, weights * counted, classes)[1 if classes == 2 else 0 :]
-        for of, counted in ((labels, 1), (predicted, 1), (labels, predicted == labels))
-    )
-    return float(np.mean(2 * hits / (cases + decided))) if cases.all() else None
+    decided = decide(probabilities, threshold)
+    return _defined(wm.weighted_f1(labels, decided, _weights_of(labels, weights), probabilities.shape[1]))
 
 
 def brier_score(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float:
@@ -116,9 +111,7 @@ def brier_score(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarr
     With two classes (p_1 - y)^2 of label 1 alone; with more the sum over all classes of (p_k - y_k)^2 (Brier 1950), as
     scikit-learn's brier_score_loss. A class without cases changes nothing. labels: (N,); probabilities: (N, classes)
     """
-    target = np.arange(probabilities.shape[1]) == labels[:, None]  # (N, classes)
-    errors = (probabilities - target) ** 2
-    return float(np.average(errors[:, 1] if errors.shape[1] == 2 else errors.sum(1), weights=weights))
+    return float(wm.weighted_brier(labels, probabilities, _weights_of(labels, weights)))
 
 
 class ReliabilityBins(NamedTuple):
@@ -161,8 +154,11 @@ def calibration_error(
     Between 0 and 1. Of few cases it is above 0 even where the probabilities are right, for bins of few cases are off by
     chance: compare it at equal numbers of cases only.
     """
-    counts, predicted, observed = reliability_bins(labels, probabilities, bins, weights)
-    return float(np.average(np.abs(predicted - observed), weights=counts))
+    return float(wm.weighted_calibration_error(labels, probabilities, _weights_of(labels, weights), bins))
+
+
+def _defined(value: np.ndarray) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _weights_of(labels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

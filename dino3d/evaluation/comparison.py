@@ -155,15 +155,16 @@ def _means(
     found: dict[str, np.ndarray] = {}
     for number, one in enumerate(tested):
         draws = np.arange(1 + number, 1 + plan.draws, count)
-        rows = np.concatenate([[0], draws, ones])
+        rows = np.concatenate([[0], draws, ones[: None if number == 0 else 0]])  # one repeat tells the skew
         parts = np.array_split(rows, -(-len(rows) * plan.weights.shape[1] // WEIGHTS_AT_ONCE))
-        scores = [score(plan.target, one, plan.weights[part]) for part in parts]
+        scores = [score(plan.target, one, plan.weights[part].astype(float)) for part in parts]
         for metric in scores[0]:
             values = np.concatenate([part[metric] for part in scores])
             total = found.setdefault(metric, np.zeros(len(plan.weights)))
             total[draws] = values[1 : 1 + len(draws)]
             total[0] += values[0] / count
-            total[ones] += values[1 + len(draws) :] / count
+            if number == 0:
+                total[ones] = values[1 + len(draws) :]
     if "calibration_error" in found:
         found["calibration_error"] = _centred(found["calibration_error"], plan.draws)
     return found

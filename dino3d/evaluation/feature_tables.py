@@ -96,6 +96,8 @@ def read_features(path: str, name: str, name_column: str = "name", feature_colum
 
 def _read_csv(path: str, name_column: str, feature_columns: Sequence[str]) -> tuple:
     header, lines = read_cells(path)
+    if name_column not in header and "name" in header:  # a table of ours among others
+        name_column = "name"
     if name_column not in header:
         near = did_you_mean(name_column, header)
         hint = near or f": name the column that tells the cases with --name_column; found {truncate_list(header)}"
@@ -150,12 +152,17 @@ def _feature_columns(
     path: str, header: list[str], known: Sequence[str], chosen: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """(columns of features, notices): those chosen, or feature_0, feature_1, ..., or all that are not known."""
-    if chosen:
-        for pattern in chosen:
-            if not fnmatch.filter(header, pattern):
-                raise UserError(f"{path}: has no column {pattern} of --feature_columns{did_you_mean(pattern, header)}")
-        return [column for column in header if any(fnmatch.fnmatchcase(column, one) for one in chosen)], []
     ours = [column for column in header if OUR_FEATURE.fullmatch(column)]
+    matched = [pattern for pattern in chosen if fnmatch.filter(header, pattern)]
+    if matched or chosen and not ours:
+        missing = next((pattern for pattern in chosen if pattern not in matched), None)
+        if missing is not None:
+            raise UserError(f"{path}: has no column {missing} of --feature_columns{did_you_mean(missing, header)}")
+        found = [column for column in header if any(fnmatch.fnmatchcase(column, one) for one in chosen)]
+        named = [column for column in found if column in known]
+        if named:
+            raise UserError(f"{path}: --feature_columns names {truncate_list(named)} too, which are no features")
+        return found, []
     others = [column for column in header if column not in (*ours, *known)]
     if ours:
         if ours != [f"feature_{i}" for i in range(len(ours))]:

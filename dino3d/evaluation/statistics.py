@@ -23,19 +23,23 @@ def bootstrap_interval(
     if len(set(patients)) < FEWEST_PATIENTS:
         return None
     estimate, *others = (
-        np.array([np.nan if (value := metric(row)) is None else value for row in weights], float)
+        np.array([np.nan if (value := metric(row)) is None else value for row in weights.astype(float)], float)
         for weights in bootstrap_weights(patients, BOOTSTRAP_ROUNDS, seed)
     )
     return Bootstrap(estimate[0], *others).interval()
 
 
 def bootstrap_weights(patients: Sequence[str], rounds: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of the cases: (1, N) once each; (rounds, N) patients drawn with replacement; (P, N) one patient left out
-    in each. patients: of each case; the same draws for the same patients and seed, whatever is measured."""
+    """Weights of the cases, int16: (1, N) once each; (rounds, N) patients drawn with replacement; (P, N) without one
+    patient each.
+
+    patients: of each case. The same draws for the same patients and seed, whatever is measured.
+    """
     names, index = np.unique(patients, return_inverse=True)
     drawn = np.random.default_rng(seed).integers(len(names), size=(rounds, len(names)))
     times = np.apply_along_axis(np.bincount, 1, drawn, minlength=len(names))
-    return np.ones((1, len(index))), times[:, index].astype(float), (1 - np.eye(len(names)))[:, index]
+    left_out = 1 - np.eye(len(names), dtype=np.int16)
+    return np.ones((1, len(index)), np.int16), times.astype(np.int16)[:, index], left_out[:, index]
 
 
 class Bootstrap:
