@@ -105,6 +105,16 @@ def test_few_shots_grow_and_come_from_different_patients():
     assert protocols.few_shot_splits(patients, labels, 5, 1, 0, 50) is None
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_share_of_the_patients_has_its_share_of_each_class(share):
+    """Also where most patients have cases of both classes, and one is rare."""
+    labels = (np.random.default_rng(0).uniform(size=800) < 0.2).astype(int)
+    patients = [f"p{i // 2}" for i in range(800)]
+    for split in protocols.fraction_splits(patients, labels, 5, 1, 0, share)[0]:
+        assert len({patients[i] for i in split.train}) == pytest.approx(320 * share, abs=3)
+        assert labels[split.train].mean() == pytest.approx(labels.mean(), abs=0.04)
+
+
 def test_what_is_tested_does_not_leak():
     """Its own labels and other tested cases change nothing about a case's prediction, nor about its threshold."""
     x, labels, patients = cases()

@@ -121,14 +121,17 @@ def few_shot_splits(
 def fraction_splits(
     patients: Sequence[str], strata: np.ndarray, folds: int, repeats: int, seed: int, share: float
 ) -> list[list[NestedSplit]] | None:
-    """As `nested_splits`, trained on this share of the training patients; None where too few of a class would be
-    left."""
+    """As `nested_splits`, trained on this share of the training patients: one of 1 / share equal parts.
+
+    None where a class would be left without a case.
+    """
 
     def draw(train: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
         names, counts = count_by_patient([patients[i] for i in train], strata[train])
-        if len(names) < 2:
+        parts = round(1 / share)
+        if len(names) < parts:
             return None
-        kept = {name for name, side in zip(names, divide(counts, (share, 1 - share), rng)) if side == 0}
+        kept = {name for name, side in zip(names, divide(counts, np.full(parts, 1 / parts), rng)) if side == 0}
         chosen = np.array([i for i in train if patients[i] in kept])
         return chosen if len(np.unique(strata[chosen])) == len(np.unique(strata)) else None
 
