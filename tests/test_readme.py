@@ -183,6 +183,7 @@ SNIPPETS = (
     "LogisticRegression",
     "write_volume",
     "RandElastic",
+    "RandSpatiald",
     "onnxruntime",
     "embed_volume",
     "scan_maps",
@@ -271,6 +272,14 @@ def test_monai_snippet():
     names = {}
     exec(snippet("RandElastic"), names)
     assert names["augment"](torch.rand(1, 12, 12, 6)).shape == (1, 12, 12, 6)
+
+
+def test_monai_dictionary_snippet():
+    names = {}
+    exec(snippet("RandSpatiald"), names)
+    label = torch.arange(12 * 12 * 6).reshape(1, 12, 12, 6) % 3
+    seen = names["augment"]({"image": torch.rand(1, 12, 12, 6), "label": label})
+    assert seen["label"].dtype == torch.int64 and set(seen["label"].unique().tolist()) == {0, 1, 2}
 
 
 def test_onnx_snippet(tmp_path, monkeypatch):
