@@ -175,9 +175,16 @@ def choose_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(steps[int(np.round(youden, 12).argmax())])
 
 
-def table_header(classes: int, known: Sequence[str] = ("case", "patient", "fold", "label")) -> list[str]:
+def table_header(
+    classes: int, known: Sequence[str] = ("case", "patient", "fold", "label"), name: str = "probability"
+) -> list[str]:
     """Header of a predictions.csv: what is known of a case, then its probabilities."""
-    return [*known, *(["probability"] if classes == 2 else [f"probability_{k}" for k in range(classes)])]
+    return [*known, *([name] if classes == 2 else [f"{name}_{k}" for k in range(classes)])]
+
+
+def tested_header(classes: int) -> list[str]:
+    """Header of the predictions.csv of tested cases, whose probabilities stand there before calibration too."""
+    return [*table_header(classes), *table_header(classes, (), "uncalibrated")]
 
 
 def table_probabilities(row: np.ndarray) -> list[float]:
@@ -185,27 +192,37 @@ def table_probabilities(row: np.ndarray) -> list[float]:
     return [float(p) for p in (row[1:] if len(row) == 2 else row)]
 
 
-def read_probabilities(table: list[dict[str, str]], classes: int) -> np.ndarray:
-    """(N, classes) of the rows of a predictions.csv."""
-    values = np.array([[float(row[name]) for name in table_header(classes, ())] for row in table])
+def read_probabilities(table: list[dict[str, str]], classes: int, name: str = "probability") -> np.ndarray:
+    """(N, classes) of the rows of a predictions.csv. name: probability or uncalibrated; older tables lack the latter,
+    which was the same."""
+    columns = table_header(classes, (), name)
+    if not all(column in row for row in table for column in columns):
+        columns = table_header(classes, ())
+    values = np.array([[float(row[column]) for column in columns] for row in table])
     return np.concatenate([1 - values, values], 1) if classes == 2 else values
 
 
 class PooledPredictions(NamedTuple):
     """Each tested case once, its probabilities averaged over the folds that tested it.
 
-    numbers: of the cases; labels, wrong: (N,); probabilities: (N, classes)
+    numbers, patients: of the cases; labels, predicted: (N,); probabilities, uncalibrated: (N, classes)
     thresholds: (N,) of label 1's probability, means over the folds too; with more classes there is none, NaN
     confidence: (N,) distance of the probability from the threshold; with more classes, of the largest from the label's
     """
 
     numbers: list[int]
+    patients: list[str]
     labels: np.ndarray
     probabilities: np.ndarray
-    wrong: np.ndarray
+    uncalibrated: np.ndarray
+    predicted: np.ndarray
     thresholds: np.ndarray
     confidence: np.ndarray
     metrics: dict[str, Any]
+
+    @property
+    def wrong(self) -> np.ndarray:
+        return self.predicted != self.labels
 
 
 def pool_predictions(
@@ -215,15 +232,16 @@ def pool_predictions(
 
     records: the folds' metrics.json; cases: main_lnc_luna16.Cases
     """
-    place = {name: i for i, name in enumerate(cases.names)}
+    place, k = {name: i for i, name in enumerate(cases.names)}, cases.classes
     rows = {}
     for table, record in zip(tables, records):
-        for row, p in zip(table, read_probabilities(table, cases.classes)):
-            rows.setdefault(place[row["case"]], []).append(np.append(p, p[1] - record["threshold"]))
+        pairs = read_probabilities(table, k), read_probabilities(table, k, "uncalibrated")
+        for row, p, before in zip(table, *pairs):
+            rows.setdefault(place[row["case"]], []).append([*p, *before, p[1] - record["threshold"]])
     numbers = sorted(rows)
     labels, means = cases.labels[numbers], np.stack([np.mean(rows[i], axis=0) for i in numbers])
-    probabilities, above = means[:, :-1], means[:, -1]  # (N, classes), (N,) mean distance above the threshold
-    if cases.classes == 2:
+    probabilities, uncalibrated, above = means[:, :k], means[:, k:-1], means[:, -1]  # the last: mean over the threshold
+    if k == 2:
         predicted, thresholds, confidence = (above >= 0).astype(int), probabilities[:, 1] - above, np.abs(above)
     else:
         thresholds = np.full(len(labels), np.nan)
@@ -233,9 +251,11 @@ def pool_predictions(
     interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
     return PooledPredictions(
         numbers,
+        patients,
         labels,
         probabilities,
-        predicted != labels,
+        uncalibrated,
+        predicted,
         thresholds,
         confidence,
         {
