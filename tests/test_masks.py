@@ -140,10 +140,66 @@ def test_figures_of_single_voxels():
         "hausdorff95_mm": 5.0,
         "volume_ml": 0.004,
         "predicted_ml": 0.004,
+        "lesions_found": 0,
+        "lesions_missed": 1,
+        "lesions_predicted": 1,
+        "false_positives": 1,
     }
     assert mask_metrics.evaluate_masks(predicted, label, (1.0, 1.0, 4.0), 2, 4.9)[0]["surface_dice"] == 0
     row = mask_metrics.evaluate_masks(label, label, (1.0, 1.0, 4.0), 2, 0.0)[0]
     assert (row["dice"], row["surface_dice"], row["hausdorff95_mm"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lesions_are_those_of_scipy(seed):
+    """Components of random speckle, down to single voxels, matched pair by pair."""
+    rng = np.random.default_rng(seed)
+    label, predicted = rng.random((2, 14, 11, 9)) < [[[[0.03]]], [[[0.02 * (1 + seed)]]]]
+    predicted[6:9, 4:6] |= label[6:9, 4:6]
+    (truth, lesions), (found, claimed) = (ndimage.label(mask, np.ones((3, 3, 3))) for mask in (label, predicted))
+    pairs = [
+        (k, m) for k in range(1, lesions + 1) for m in range(1, claimed + 1) if ((truth == k) & (found == m)).any()
+    ]
+    hits, right = ({pair[side] for pair in pairs} for side in (0, 1))
+    assert mask_metrics.count_lesions(predicted, label) == {
+        "lesions_found": len(hits),
+        "lesions_missed": lesions - len(hits),
+        "lesions_predicted": claimed,
+        "false_positives": claimed - len(right),
+    }
+    assert 0 < len(hits) < lesions and 0 < len(right) < claimed
+
+
+def test_lesions_of_empty_masks():
+    lesion, none = np.zeros((5, 5, 5), bool), np.zeros((5, 5, 5), bool)
+    lesion[1:3, 2, 2] = True
+    assert list(mask_metrics.count_lesions(none, none).values()) == [0, 0, 0, 0]
+    assert list(mask_metrics.count_lesions(none, lesion).values()) == [0, 1, 0, 0]
+    assert list(mask_metrics.count_lesions(lesion, none).values()) == [0, 0, 1, 1]
+    assert list(mask_metrics.count_lesions(np.zeros((0, 3, 3), bool), np.zeros((0, 3, 3), bool)).values()) == [0] * 4
+
+
+def test_one_prediction_over_two_lesions_finds_both():
+    label, predicted = np.zeros((9, 3, 3), bool), np.ones((9, 3, 3), bool)
+    label[[1, 6]] = True
+    assert list(mask_metrics.count_lesions(predicted, label).values()) == [2, 0, 1, 0]
+    assert list(mask_metrics.count_lesions(label, predicted).values()) == [1, 0, 2, 0]
+
+
+def test_lesions_of_several_cts():
+    """Sums over CTs, as the bootstrap weighs them; nothing to find or nothing predicted is no number."""
+
+    def metrics(*counts, weights=None):
+        weights = np.ones(len(counts)) if weights is None else weights
+        return list(mask_metrics.lesion_metrics(*np.array(counts, float).T, weights).values())
+
+    assert list(mask_metrics.lesion_metrics(*np.ones((5, 1)))) == list(mask_metrics.LESION_METRICS)
+    assert metrics([1, 1, 4, 2], [2, 0, 2, 0]) == [3 / 4, 4 / 6, pytest.approx(2 / (4 / 3 + 6 / 4)), 1.0]
+    weighted = metrics([1, 1, 4, 2], [2, 0, 2, 0], weights=np.array([2, 1]))
+    assert weighted == metrics([1, 1, 4, 2], [1, 1, 4, 2], [2, 0, 2, 0])
+    assert metrics([0, 0, 0, 0]) == [None, None, None, 0.0]
+    assert metrics([0, 0, 3, 3]) == [None, 0.0, 0.0, 3.0]
+    assert metrics([0, 2, 0, 0]) == [0.0, None, 0.0, 0.0]
 
 
 def test_the_tolerance_includes_its_own_value():
@@ -172,6 +228,9 @@ def test_empty_masks_follow_the_rule():
         mask_metrics.evaluate_masks(*pair, (1.0, 2.0, 5.0), 2, 2.0)[0]
         for pair in ((empty, empty), (some, empty), (empty, some))
     ]
+    for row in rows:
+        for name in mask_metrics.LESION_COUNTS:
+            row.pop(name)
     assert rows == [
         {"class": 1, "dice": 1, "surface_dice": 1, "hausdorff95_mm": 0, "volume_ml": 0, "predicted_ml": 0},
         {"class": 1, "dice": 0, "surface_dice": 0, "hausdorff95_mm": None, "volume_ml": 0, "predicted_ml": 0.06},

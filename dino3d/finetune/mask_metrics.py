@@ -1,4 +1,4 @@
-"""What is measured and cleaned of a mask: overlap, surface distances, components.
+"""What is measured and cleaned of a mask: overlap, surface distances, lesions found and missed, components.
 
 Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm. What lies outside a volume
 is background: where a mask touches the volume's border, its voxels there are surface.
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import SimpleITK as sitk
+
+LESION_COUNTS = ("lesions_found", "lesions_missed", "lesions_predicted", "false_positives")  # of a CT
+LESION_METRICS = ("lesion_sensitivity", "lesion_precision", "lesion_f1", "false_positives_per_ct")  # of several
 
 
 def evaluate_masks(
@@ -24,6 +27,7 @@ def evaluate_masks(
                      2111.05408; MONAI's default)
     hausdorff95_mm   the larger of the two directed 95th percentiles of the distances between the surfaces
     volume_ml, predicted_ml    of the label and of the prediction
+    lesions_found, lesions_missed, lesions_predicted, false_positives    see `count_lesions`
     Where both are empty, dice and surface_dice are 1 and hausdorff95_mm is 0. Where one of them is, dice and
     surface_dice are 0 and hausdorff95_mm is None: undefined, to be counted and left out of means.
     """
@@ -37,7 +41,7 @@ def _evaluate_class(
 ) -> dict[str, float | None]:
     sizes = [int(np.count_nonzero(mask)) for mask in (label, predicted)]
     voxel = math.prod(float(s) for s in spacing) / 1000  # ml
-    volumes = {"volume_ml": sizes[0] * voxel, "predicted_ml": sizes[1] * voxel}
+    volumes = {"volume_ml": sizes[0] * voxel, "predicted_ml": sizes[1] * voxel} | count_lesions(predicted, label)
     if not all(sizes):
         same = float(sizes[0] == sizes[1])
         return {"dice": same, "surface_dice": same, "hausdorff95_mm": 0.0 if same else None} | volumes
@@ -48,6 +52,47 @@ def _evaluate_class(
         "surface_dice": near / sum(map(len, distances)),
         "hausdorff95_mm": max(float(np.percentile(d, 95)) for d in distances),
     } | volumes
+
+
+def count_lesions(predicted: np.ndarray, label: np.ndarray) -> dict[str, int]:
+    """How many lesions of a label were found or missed, how many were predicted, and how many of those are false.
+
+    predicted, label: (X, Y, Z) bool. A lesion is a component of a mask, however small; voxels that share a corner are
+    connected. One of the label is found where a predicted voxel lies in it, one of the prediction is a false positive
+    where no voxel of the label does (any overlap, as in the WMH and autoPET challenges).
+    """
+    truth, found = (components(mask) if mask.any() else np.zeros(mask.shape, np.uint8) for mask in (label, predicted))
+    hit, right = (len(np.unique(parts[(truth > 0) & (found > 0)])) for parts in (truth, found))
+    lesions, lesions_predicted = int(truth.max(initial=0)), int(found.max(initial=0))
+    return {
+        "lesions_found": hit,
+        "lesions_missed": lesions - hit,
+        "lesions_predicted": lesions_predicted,
+        "false_positives": lesions_predicted - right,
+    }
+
+
+def lesion_metrics(
+    found: np.ndarray, missed: np.ndarray, predicted: np.ndarray, false_positives: np.ndarray, weights: np.ndarray
+) -> dict[str, float | None]:
+    """{name: value} of LESION_METRICS of CTs together, None where there is nothing to find or nothing was predicted.
+
+    All (N,), counts of each CT as `count_lesions` gives them, or their means over folds; weights: of each CT
+    lesion_sensitivity, lesion_precision, lesion_f1    share of the label's lesions that were found, share of the
+        predicted ones that are true, and the harmonic mean of both
+    false_positives_per_ct    predicted lesions that are none
+    """
+    hits, lost, claimed, wrong = (float(weights @ counts) for counts in (found, missed, predicted, false_positives))
+    sensitivity = hits / (hits + lost) if hits + lost else None
+    precision = (claimed - wrong) / claimed if claimed else None
+    both = (sensitivity or 0) + (precision or 0)
+    f1 = 2 * (sensitivity or 0) * (precision or 0) / both if both else 0.0
+    return {
+        "lesion_sensitivity": sensitivity,
+        "lesion_precision": precision,
+        "lesion_f1": None if sensitivity is None and precision is None else f1,
+        "false_positives_per_ct": wrong / float(weights.sum()),
+    }
 
 
 def _surface_distances(predicted: np.ndarray, label: np.ndarray, spacing: Sequence[float]) -> list[np.ndarray]:
