@@ -31,6 +31,14 @@ from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import case_names, find_crops
+from dino3d.evaluation.calibration import (
+    PROBABILITY_METRICS,
+    Calibration,
+    fit_calibration,
+    prior_offset,
+    probability_intervals,
+    probability_metrics,
+)
 from dino3d.evaluation.classification_metrics import (
     CASE_METRICS,
     area_under_roc,
@@ -38,8 +46,10 @@ from dino3d.evaluation.classification_metrics import (
     decide,
     evaluate_cases,
     pool_predictions,
+    read_probabilities,
     table_header,
     table_probabilities,
+    tested_header,
 )
 from dino3d.evaluation.statistics import format_metric, interval_notes, with_interval
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
@@ -62,6 +72,7 @@ from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Valid
 from dino3d.finetune.heads import Classifier, NearestNeighbours, build_classifier, classifier_of
 from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, infer_windows
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
+from dino3d.finetune.run_report import report_classification
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, make_splits, of_patients
 
@@ -220,7 +231,12 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
                     clip_range=args.clip_range,
                     class_weights=class_weights(drawn, cases),
                 ),
-                validate=functools.partial(validate, cases=cases, clip_range=args.clip_range),
+                validate=functools.partial(
+                    validate,
+                    cases=cases,
+                    clip_range=args.clip_range,
+                    logit_offset=logit_offset(split, drawn, cases, args.protocol, args.eval_negatives, args.seed),
+                ),
                 test=functools.partial(test_fold, cases=cases, clip_range=args.clip_range),
                 fit=functools.partial(fit_head, cases=cases, clip_range=args.clip_range, drawn=drawn),
             )
@@ -337,6 +353,17 @@ def class_weights(drawn: np.ndarray, cases: Cases) -> Tensor:
     return torch.as_tensor(len(drawn) / (cases.classes * counts), dtype=torch.get_default_dtype())
 
 
+def logit_offset(
+    split: Split, drawn: np.ndarray, cases: Cases, protocol: str, eval_negatives: float, seed: int
+) -> list[float]:
+    """What calibration adds to the logits of two classes: from the frequencies that training gave them, equal by the
+    loss's weights or those of the cases that k-NN remembers, to those of cases as evaluation takes them."""
+    train = draw_negatives(split.train, cases.labels, eval_negatives, seed, 0)
+    counts = np.bincount(cases.labels[[*train, *split.validation]], minlength=cases.classes)
+    remembered = np.bincount(cases.labels[drawn], minlength=cases.classes)
+    return prior_offset(counts, remembered if protocol == "knn" else np.ones(cases.classes))
+
+
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -375,27 +402,32 @@ def probabilities_of(
     return infer_windows(functools.partial(classify, model.eval()), dataset, numbers, clip_range, runtime, failures)
 
 
-def validate(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> Validation:
-    """fold_loop.Validation of the fold's validation cases; the threshold is chosen on them too."""
+def validate(
+    state: FoldState, cases: Cases, clip_range: Sequence[float], logit_offset: Sequence[float] = ()
+) -> Validation:
+    """fold_loop.Validation of the fold's validation cases; threshold and temperature are chosen on them too, the
+    threshold on the calibrated scale."""
     probabilities = probabilities_of(state.model, state.fold.validation, cases, clip_range, state.runtime)
     labels = cases.labels[state.fold.validation]
     of_label = np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)  # (N,)
     loss = float(np.mean([-np.log(of_label[labels == k]).mean() for k in np.unique(labels)]))  # all classes count alike
+    calibration = fit_calibration(labels, probabilities, logit_offset)
+    threshold = calibration.apply_to_threshold(choose_threshold(labels, probabilities))
     return Validation(
-        {"auc": area_under_roc(labels, probabilities), "loss": loss},
-        {"threshold": choose_threshold(labels, probabilities)},
+        {"auc": area_under_roc(labels, probabilities), "loss": loss}, {"threshold": threshold, **calibration._asdict()}
     )
 
 
 def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> None:
     """Evaluate the test cases and write the fold's predictions.csv and metrics.json."""
     fold, best = state.fold, state.best
-    failures = {}
-    probabilities = probabilities_of(state.model, fold.test, cases, clip_range, state.runtime, failures)
+    failures, calibration = {}, Calibration.from_best(best)
+    uncalibrated = probabilities_of(state.model, fold.test, cases, clip_range, state.runtime, failures)
     if not state.runtime.processes.is_main:
         return
     tested = np.array([case for case in fold.test if case not in failures])
     labels, patients = cases.labels[tested], [cases.patients[i] for i in tested]
+    probabilities = calibration.apply(uncalibrated)
     record = {
         "fold": fold.number,
         "cases": len(labels),
@@ -405,17 +437,31 @@ def test_fold(state: FoldState, cases: Cases, clip_range: Sequence[float]) -> No
         "validation_loss": best["loss"],
         "threshold": best["threshold"],
         **evaluate_cases(labels, probabilities, patients, best["threshold"]),
+        "temperature": calibration.temperature,
+        "logit_offset": list(calibration.logit_offset),
+        **probability_metrics(labels, uncalibrated, probabilities, best["threshold"]),
         "notes": [*failed_cases(cases.names, failures), *interval_notes(patients)],
     }
     if best["auc"] is None:
-        record["notes"].append("validation cases are of one class: best epoch by loss, threshold 0.5")
+        record["notes"].append(
+            "validation cases are of one class: best epoch by loss, threshold 0.5 before calibration"
+        )
+    if calibration.calibration_note:
+        record["notes"].append(calibration.calibration_note)
     if record["auc"] is None:
-        record["notes"].append("test cases lack a class: AUC and average precision are undefined")
+        record["notes"].append("test cases lack a class: AUC, average precision and balanced accuracy are undefined")
     rows = [
-        [cases.names[i], cases.patients[i], fold.number, int(cases.labels[i]), *table_probabilities(row)]
-        for i, row in zip(tested, probabilities)
+        [
+            cases.names[i],
+            cases.patients[i],
+            fold.number,
+            int(cases.labels[i]),
+            *table_probabilities(row),
+            *table_probabilities(before),
+        ]
+        for i, row, before in zip(tested, probabilities, uncalibrated)
     ]
-    write_table(fold.folder / "predictions.csv", table_header(cases.classes), rows)
+    write_table(fold.folder / "predictions.csv", tested_header(cases.classes), rows)
     write_json(fold.folder / "metrics.json", record)
 
 
@@ -427,15 +473,17 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
     table in the CTs there. Raises UserError if some failed."""
     processes = runtime.processes
     folders = processes.run_on_main(lambda: find_folds(weights, output_dir))
-    models, thresholds, config = [], [], {}
+    models, calibrations, thresholds, config = [], [], [], {}
     for fold_folder in folders:
         model, config, best = load_fold(fold_folder / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
         models.append(model.to(processes.device).eval())
+        calibrations.append(Calibration.from_best(best))
         thresholds.append(best["threshold"])
     threshold = float(np.mean(thresholds))
 
     def rows_of(volumes: Tensor) -> list[list[Any]]:  # (B, 1, X, Y, Z)
-        probabilities = torch.stack([classify(model, volumes) for model in models]).mean(0).cpu().numpy()
+        of_folds = [one.apply(classify(model, volumes).cpu().numpy()) for model, one in zip(models, calibrations)]
+        probabilities = np.mean(of_folds, axis=0)
         predicted = decide(probabilities, threshold)
         return [[*table_probabilities(row), int(label)] for row, label in zip(probabilities, predicted)]
 
@@ -558,12 +606,34 @@ def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases
     )
 
 
+def complete_record(record: dict[str, Any], table: list[dict[str, str]], classes: int) -> dict[str, Any]:
+    """A fold's metrics.json with what older versions left out, which calibrated nothing. table: its predictions.csv"""
+    if "temperature" in record:
+        return record
+    labels, probabilities = np.array([int(row["label"]) for row in table]), read_probabilities(table, classes)
+    found = probability_metrics(labels, probabilities, probabilities, record["threshold"])
+    notes = [*record["notes"], "tested by an older version: not calibrated"]
+    return record | {"temperature": 1.0, "logit_offset": [], **found, "notes": notes}
+
+
 def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder: PretrainedEncoder) -> str:
     """Write metrics.json, predictions.csv and the pictures of all folds; returns the table and where things are."""
     records, tables, means, deviations = collect_folds(
-        output_dir, folds, "predictions.csv", table_header(cases.classes), CASE_METRICS
+        output_dir,
+        folds,
+        "predictions.csv",
+        tested_header(cases.classes),
+        (*CASE_METRICS, *PROBABILITY_METRICS),
+        functools.partial(complete_record, classes=cases.classes),
     )
     pooled = pool_predictions(tables, records, cases)
+    tested = pooled.labels, pooled.uncalibrated, pooled.probabilities, pooled.thresholds
+    all_folds = {
+        "cases": len(pooled.labels),
+        **pooled.metrics,
+        **probability_metrics(*tested),
+        **probability_intervals(*tested, pooled.patients),
+    }
     write_json(
         output_dir / "metrics.json",
         {
@@ -574,11 +644,12 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
             "folds": records,
             "mean": means,
             "sd": deviations,
-            "all_folds": {"cases": len(pooled.labels), **pooled.metrics},
+            "all_folds": all_folds,
         },
     )
     draw_curves(output_dir / "curves.png", tables, cases.classes)
     wrong = draw_errors(output_dir / "errors.png", pooled, cases, encoder)
+    report_classification(output_dir)
     row = "{:<9}  {:>5}  {:<24}  {:<17}  {:<8}  {:<11}  {}".format
     lines = [row("fold", "cases", "AUC (95 % interval)", *(name.replace("_", " ") for name in CASE_METRICS[1:]))]
     for record in records:
@@ -595,6 +666,7 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
     auc = with_interval(pooled.metrics["auc"], pooled.metrics["auc_interval"])
     lines.append(row("all folds", len(pooled.labels), auc, *values, "", "").rstrip())
     lines.append(f"all folds: each tested case once, with its mean probability; {wrong} are wrong")
+    lines += probability_lines(records, means, all_folds)
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record["notes"]]
     lines += [f"note: all folds: {note}" for note in pooled.metrics["notes"]]
     lines += [
@@ -602,10 +674,32 @@ def summarise(output_dir: Path, cases: Cases, folds: int, protocol: str, encoder
         f"predictions  {output_dir / 'predictions.csv'}",
         f"curves       {output_dir / 'curves.png'}",
         f"errors       {output_dir / 'errors.png'}",
+        f"report       {output_dir / 'report.html'}",
         f"TensorBoard  tensorboard --logdir {output_dir}",
         f"new crops    python main_lnc_luna16.py --predict DIR --weights {output_dir} --output_dir PREDICTIONS",
     ]
     return "\n".join(lines)
+
+
+def probability_lines(
+    records: Sequence[dict[str, Any]], means: dict[str, float | None], all_folds: dict[str, Any]
+) -> list[str]:
+    """Table of the probabilities before and after calibration, and of the decisions."""
+
+    def before_after(values: dict[str, Any], name: str) -> str:
+        return f"{format_metric(values[name + '_uncalibrated'])} -> {format_metric(values[name])}"
+
+    row = "{:<9}  {:>11}  {:<14}  {:<17}  {:<13}  {}".format
+    lines = ["", row("fold", "temperature", "Brier score", "calibration error", "balanced acc.", "F1")]
+    for name, values in (*((record["fold"], record) for record in records), ("mean", means), ("all folds", all_folds)):
+        temperature = f"{values['temperature']:.3f}" if "temperature" in values else ""
+        pairs = [before_after(values, score) for score in ("brier", "calibration_error")]
+        lines.append(
+            row(name, temperature, *pairs, *(format_metric(values[score]) for score in ("balanced_accuracy", "f1")))
+        )
+    change, interval = all_folds["brier_change"], all_folds["brier_change_interval"]
+    told = f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}" if interval else ""
+    return [*lines, f"calibration changed the Brier score of all folds by {change:+.3f}{told} (below 0: better)"]
 
 
 if __name__ == "__main__":

@@ -48,8 +48,10 @@ from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretra
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, segmenter_of
 from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, map_over_ranks
+from dino3d.finetune.mask_metrics import LESION_COUNTS, LESION_METRICS, lesion_metrics
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
+from dino3d.finetune.run_report import report_segmentation
 from dino3d.finetune.runtime import Runtime, start_runtime
 from dino3d.finetune.splits import Split, make_splits, of_patients
 from dino3d.training.checkpoint import StopRequested
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 
 SHOWN_CASES = 8  # test cases in TensorBoard during training
 MASK_METRICS = ("dice", "surface_dice", "hausdorff95_mm")
-COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml")
+COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml", *LESION_COUNTS)
 MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
 AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
@@ -440,7 +442,7 @@ def test_fold(state: FoldState, cases: Cases, settings: InferenceSettings) -> No
         return
     tested = [case for case in fold.test if case not in failures]
     rows = [
-        [cases.names[case], fold.number, k + 1, *(None if math.isnan(value) else float(value) for value in row)]
+        [cases.names[case], fold.number, k + 1, *map(table_value, COLUMNS[3:], row)]
         for case, of_classes in zip(tested, figures)
         for k, row in enumerate(of_classes)
     ]
@@ -478,6 +480,11 @@ def test_case(
     return np.array([[np.nan if row[figure] is None else row[figure] for figure in COLUMNS[3:]] for row in figures])
 
 
+def table_value(column: str, value: float) -> float | int | None:
+    """A figure of a case as it stands in cases.csv; NaN is undefined."""
+    return None if math.isnan(value) else int(value) if column in LESION_COUNTS else float(value)
+
+
 def mask_of(
     networks: Sequence[Segmenter],
     image: "sitk.Image",
@@ -509,7 +516,36 @@ def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]
         defined = [value for value in values if value is not None]
         means[name] = float(np.mean(defined)) if defined else None
     undefined = sum(row[COLUMNS.index("hausdorff95_mm")] is None for row in rows)
-    return means | {"undefined_hausdorff95": undefined}
+    return means | {"undefined_hausdorff95": undefined} | lesions_of(rows)[0]
+
+
+def lesions_of(rows: Sequence[Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({name: value} of LESION_COUNTS and LESION_METRICS of the cases of rows, {name_interval: 95 % interval over
+    cases}).
+
+    rows: as COLUMNS; a case's classes add up, and a case that several folds tested counts once, with their mean; of
+    older versions' rows, which have no counts, all is None
+    """
+    by_case = collections.defaultdict(lambda: collections.defaultdict(lambda: np.zeros(len(LESION_COUNTS))))
+    for row in rows:
+        counts = row[COLUMNS.index(LESION_COUNTS[0]) :]
+        if any(count in (None, "") for count in counts):
+            return dict.fromkeys((*LESION_COUNTS, *LESION_METRICS)), {
+                f"{name}_interval": None for name in LESION_METRICS
+            }
+        by_case[row[COLUMNS.index("case")]][row[COLUMNS.index("fold")]] += np.array(counts, float)
+    counts = np.array([np.mean(list(folds.values()), axis=0) for folds in by_case.values()])  # (cases, counts)
+
+    def metrics(weights: np.ndarray) -> dict[str, float | None]:
+        return lesion_metrics(*counts.T, weights)
+
+    sums = [int(total) if total.is_integer() else total for total in counts.sum(0).tolist()]
+    found = dict(zip(LESION_COUNTS, sums)) | metrics(np.ones(len(counts)))
+    intervals = {
+        f"{name}_interval": bootstrap_interval(lambda weights, name=name: metrics(weights)[name], list(by_case))
+        for name in LESION_METRICS
+    }
+    return found, intervals
 
 
 def show_test_cases(state: FoldState, writer: Any, cases: Cases, settings: InferenceSettings) -> None:
@@ -676,8 +712,15 @@ def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases
 
 def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
     """Write metrics.json and cases.csv of all folds; returns the table and where things are."""
-    records, tables, means, deviations = collect_folds(output_dir, folds, "cases.csv", COLUMNS, MASK_METRICS)
-    rows = [list(row.values()) for table in tables for row in table]
+    records, tables, means, deviations = collect_folds(
+        output_dir,
+        folds,
+        "cases.csv",
+        COLUMNS,
+        (*MASK_METRICS, *LESION_METRICS),
+        lambda record, _: dict.fromkeys((*LESION_COUNTS, *LESION_METRICS)) | record,  # older versions counted none
+    )
+    rows = [[row.get(name, "") for name in COLUMNS] for table in tables for row in table]
     together = pool_cases(rows)
     write_json(
         output_dir / "metrics.json",
@@ -691,6 +734,7 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
             "all_folds": together,
         },
     )
+    report_segmentation(output_dir)
     row = "{:<9}  {:>5}  {:<24}  {:<15}  {}".format
     lines = [row("fold", "cases", "Dice", "surface Dice", "95 % Hausdorff, mm")]
     for record in records:
@@ -716,11 +760,13 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
         "all folds: each test case once, with the mean of its folds' Dice"
         + ("; in brackets the 95 % interval over cases" if together["dice_interval"] else "")
     )
+    lines += lesion_lines(records, together)
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record.get("notes", ())]
     lines += [f"note: all folds: {note}" for note in together["notes"]]
     lines += [
         f"metrics      {output_dir / 'metrics.json'}",
         f"cases        {output_dir / 'cases.csv'}",
+        f"report       {output_dir / 'report.html'}",
         f"overlays     {output_dir / '0' / 'overlays'} (label green, prediction red)",
         f"masks        {output_dir / '0' / 'masks'}",
         f"TensorBoard  tensorboard --logdir {output_dir}",
@@ -729,20 +775,40 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
     return "\n".join(lines)
 
 
+def lesion_lines(records: Sequence[dict[str, Any]], together: dict[str, Any]) -> list[str]:
+    """Table of the lesions found and missed and of false positives."""
+    row = "{:<9}  {:<13}  {:<24}  {:<9}  {:<5}  {}".format
+    lines = ["", row("fold", "lesions found", "sensitivity", "precision", "F1", "FP per CT")]
+    for name, values in (*((record["fold"], record) for record in records), ("all folds", together)):
+        hits, missed = (values[count] for count in ("lesions_found", "lesions_missed"))
+        found = "not counted" if hits is None else f"{hits:g} of {hits + missed:g}"
+        figures = [format_metric(values[metric]) for metric in LESION_METRICS]
+        figures[0] = with_interval(values["lesion_sensitivity"], values.get("lesion_sensitivity_interval"))
+        lines.append(row(name, found, *figures))
+    return [*lines, "a lesion is found, a predicted one true, where any voxel overlaps; FP: false positives"]
+
+
 def pool_cases(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """{"cases", "dice", "dice_interval", "notes"}: each case once, the mean of its folds' and classes' Dice; bootstrap
-    over cases, which stand for patients."""
-    values = collections.defaultdict(list)
-    for row in rows:
-        values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index("dice")]))
-    dice = np.array([np.mean(of_case) for of_case in values.values()])
-    interval = bootstrap_interval(lambda weights: float(np.average(dice, weights=weights)), list(values))
-    return {
-        "cases": len(dice),
-        "dice": float(dice.mean()),
-        "dice_interval": interval,
-        "notes": interval_notes(list(values), "case"),
-    }
+    """{"cases", each of MASK_METRICS, LESION_COUNTS and LESION_METRICS, their "_interval", "notes"}: each case once,
+    the mean of its folds' and classes' figures; bootstrap over cases, which stand for patients.
+
+    A distance that is undefined is left out of its case's mean.
+    """
+    found, intervals = {}, {}
+    for name in MASK_METRICS:
+        values = collections.defaultdict(list)
+        for row in rows:
+            if row[COLUMNS.index(name)] not in (None, ""):
+                values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index(name)]))
+        means = np.array([np.mean(of_case) for of_case in values.values()])
+        found[name] = float(means.mean()) if len(means) else None
+        intervals[f"{name}_interval"] = bootstrap_interval(
+            lambda weights, means=means: float(np.average(means, weights=weights)), list(values)
+        )
+    names = [row[COLUMNS.index("case")] for row in rows]
+    lesions, lesion_intervals = lesions_of(rows)
+    notes = interval_notes(names, "case")
+    return {"cases": len(set(names)), **found, **lesions, **intervals, **lesion_intervals, "notes": notes}
 
 
 if __name__ == "__main__":

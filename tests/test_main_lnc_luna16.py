@@ -596,7 +596,7 @@ def test_what_a_run_leaves(crops, tmp_path, capsys, weights):
     )  # the rest is the checkpoint's
     assert code == 0 and not errors
     table = read_table(out / "predictions.csv")
-    assert list(table[0]) == ["case", "patient", "fold", "label", "probability"]
+    assert list(table[0]) == ["case", "patient", "fold", "label", "probability", "uncalibrated"]
     splits = json.loads((out / "splits.json").read_text())["splits"]
     for row in table:
         subset, label, patient, name = row["case"].split("/")
@@ -712,7 +712,7 @@ def test_more_classes_and_bare_label_names(tmp_path, capsys):
         assert code == 0 and not errors
         rows = read_table(out / "predictions.csv")
         p = np.array([[float(row[f"probability_{k}"]) for k in range(3)] for row in rows])
-        assert list(rows[0])[4:] == ["probability_0", "probability_1", "probability_2"]
+        assert list(rows[0])[4:7] == ["probability_0", "probability_1", "probability_2"]
         np.testing.assert_allclose(p.sum(1), 1, atol=1e-9)
         assert {row["label"] for row in rows} == {"0", "1", "2"} and (out / "curves.png").is_file()
         assert (

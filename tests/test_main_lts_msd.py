@@ -19,6 +19,7 @@ from conftest import ROOT
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.spatial import KDTree
 from test_main_dino import TORCHRUN, traceback_through_our_code
+from test_report import check_report
 
 import main_lts_msd
 import utils
@@ -63,6 +64,7 @@ PREDICT = ["--num_workers", "0", "--batch_size_per_gpu", "4"]
 SMALL = functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3)
 ORIENTATIONS = ("LPS", "RAS", "IRP", "SAL")  # that cases are stored in, one after the other
 COLUMNS = ["case", "fold", "class", "dice", "surface_dice", "hausdorff95_mm", "volume_ml", "predicted_ml"]
+COLUMNS += ["lesions_found", "lesions_missed", "lesions_predicted", "false_positives"]
 QUICK = ["--epochs", 2, "--patches_per_case", 3, "--use_elastic", "--drop_path_rate", 0.3]  # 2 and 3 steps per epoch
 
 
@@ -323,6 +325,10 @@ def expected_figures(predicted, label, spacing, tolerance):
     """Figures from all pairs of surface voxels, not from distance maps."""
     ml = np.prod(spacing) / 1000
     volumes = {"volume_ml": label.sum() * ml, "predicted_ml": predicted.sum() * ml}
+    numbers, counts = zip(*(scipy.ndimage.label(mask, np.ones((3, 3, 3))) for mask in (label, predicted)))
+    hit, right = (len(set(parts[predicted & label].tolist())) for parts in numbers)
+    volumes |= {"lesions_found": hit, "lesions_missed": counts[0] - hit}
+    volumes |= {"lesions_predicted": counts[1], "false_positives": counts[1] - right}
     if not predicted.any():
         return {"dice": 0.0, "surface_dice": 0.0, "hausdorff95_mm": None} | volumes
     points = [surface_points(mask, spacing) for mask in (predicted, label)]
@@ -365,6 +371,12 @@ def check_means(folder):
     for record in said["folds"]:
         empty = [row for row in rows if row["fold"] == str(record["fold"]) and not row["hausdorff95_mm"]]
         assert record["undefined_hausdorff95"] == len(empty)
+        mine = [row for row in rows if row["fold"] == str(record["fold"])]
+        found, missed, claimed, wrong = (sum(int(row[name]) for row in mine) for name in COLUMNS[-4:])
+        assert [record[name] for name in COLUMNS[-4:]] == [found, missed, claimed, wrong]
+        assert record["lesion_sensitivity"] == pytest.approx(found / (found + missed))
+        assert record["lesion_precision"] == (pytest.approx(1 - wrong / claimed) if claimed else None)
+        assert record["false_positives_per_ct"] == pytest.approx(wrong / len({row["case"] for row in mine}))
     names = sorted({row["case"] for row in rows})
     means = [np.mean([float(row["dice"]) for row in rows if row["case"] == name]) for name in names]
     assert said["all_folds"]["dice"] == pytest.approx(np.mean(means)) and said["all_folds"]["cases"] == len(names)
@@ -377,7 +389,19 @@ def check_means(folder):
 
 def test_means_are_those_of_the_table(trained):
     said = check_means(trained.folder)
-    assert all(said["sd"].values())
+    assert all(said["sd"][name] for name in ("dice", "surface_dice", "hausdorff95_mm"))
+    sums = [sum(record[name] for record in said["folds"]) / 2 for name in COLUMNS[-4:]]  # both test the same cases
+    assert [said["all_folds"][name] for name in COLUMNS[-4:]] == sums
+
+
+def test_the_report_of_a_segmentation(trained):
+    """Its figures are those of metrics.json; the worst cases and the best one are shown."""
+    parsed, pictures = check_report(trained.folder)
+    rows = sorted(table(trained.folder), key=lambda row: float(row["dice"]))
+    shown = [f"{row['case']}, fold {row['fold']}, Dice {float(row['dice']):.3f}: " for row in rows]
+    assert [one["alt"].startswith(text) for one, text in zip(pictures[1:], [*shown[:3], shown[-1]])] == [True] * 4
+    assert pictures[0]["alt"].startswith("Loss and Dice by epoch") and len(pictures) == 5
+    assert set(COLUMNS) <= set(parsed.texts)
 
 
 def test_an_empty_prediction_is_counted(cases, tmp_path, monkeypatch):
@@ -391,7 +415,7 @@ def test_an_empty_prediction_is_counted(cases, tmp_path, monkeypatch):
         (row["dice"], row["surface_dice"], row["hausdorff95_mm"], row["predicted_ml"]) == ("0.0", "0.0", "", "0.0")
         for row in table(tmp_path)
     )
-    assert check_means(tmp_path)["mean"] == {"dice": 0.0, "surface_dice": 0.0, "hausdorff95_mm": None}
+    assert check_means(tmp_path)["mean"].items() >= {"dice": 0.0, "surface_dice": 0.0, "hausdorff95_mm": None}.items()
     assert "2 undefined" in found[1]
 
 

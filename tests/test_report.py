@@ -2,12 +2,20 @@
 
 import base64
 import html.parser
+import io
+import json
+import re
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dino3d.evaluation.report import Report
+from dino3d.evaluation.statistics import format_metric
+
+FETCHES = re.compile(
+    r"(?:https?:)?//[a-z0-9]|\b(?:href|srcset|action|poster)\s*=|@import|url\(|<\s*(?:script|link|iframe|object)"
+)
 
 
 class Parsed(html.parser.HTMLParser):
@@ -23,6 +31,38 @@ class Parsed(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+
+
+def check_report(folder):
+    """Parsed report.html of a run: whole by itself; the figures of all folds and of each stand in its table."""
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    parsed = Parsed(text)
+    bare = re.sub(r'src="data:image/png;base64,[A-Za-z0-9+/=]*"', "", text)  # base64 has slashes of its own
+    assert not FETCHES.search(bare) and "src=" not in bare, FETCHES.search(bare)
+    pictures = [attributes for tag, attributes in parsed.tags if tag == "img"]
+    for picture in pictures:
+        content = base64.b64decode(picture["src"].removeprefix("data:image/png;base64,"), validate=True)
+        assert np.asarray(Image.open(io.BytesIO(content))).std() > 0 and picture["alt"]
+    said = json.loads((folder / "metrics.json").read_text())
+    cells = {text.strip() for text in parsed.texts}
+    for record in (*said["folds"], said["all_folds"]):
+        for name, value in record.items():
+            if (
+                name in ("reliability", "confusion_matrix", "logit_offset", "notes", "tolerance_mm")
+                or "interval" in name
+            ):
+                continue
+            if name.startswith("validation_"):
+                continue
+            interval = record.get(f"{name}_interval")
+            shown = str(value) if isinstance(value, int) else format_metric(value)
+            shown += f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+            assert shown in cells, (name, shown)
+        assert all(any(note in cell for cell in cells) for note in record["notes"])
+    for name, mean in said["mean"].items():
+        deviation = said["sd"][name]
+        assert format_metric(mean) + (f" ± {deviation:.3f}" if deviation is not None else "") in cells, name
+    return parsed, pictures
 
 
 def test_what_is_put_in_comes_out(tmp_path):

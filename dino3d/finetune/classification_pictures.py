@@ -1,4 +1,5 @@
-"""What is drawn of classified cases: ROC and precision-recall curves, and the most confident errors."""
+"""What is drawn of classified cases: ROC, precision-recall and reliability curves, the confusion matrix, and the most
+confident errors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,57 @@ def draw_curves(path: Path | str, tables: Sequence[list[dict[str, str]]], classe
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
+    with atomic_write(path) as part:
+        figure.savefig(part, dpi=120)
+
+
+def draw_reliability(path: Path | str, reliability: dict[str, dict[str, list[float]]], classes: int) -> None:
+    """PNG of reliability curves before and after calibration: how often what was predicted came true, by probability.
+
+    reliability: of metrics.json. Bars are each bin's 95 % interval by chance (Wilson 1927), numbers are its cases.
+    """
+    from matplotlib.figure import Figure
+
+    what = "label1" if classes == 2 else "the most probable class"
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    for axes, (name, title) in zip(
+        figure.subplots(1, 2), (("uncalibrated", "before calibration"), ("calibrated", "after calibration"))
+    ):
+        counts, predicted, observed = (np.array(reliability[name][key]) for key in ("counts", "predicted", "observed"))
+        low, high = wilson_interval(observed, counts)
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+        axes.errorbar(predicted, observed, [observed - low, high - observed], marker="o", markersize=5, capsize=3)
+        for x, y, count in zip(predicted, observed, counts):
+            axes.annotate(f"{count:g}", (x, y), (6, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel=f"mean probability of {what}", ylabel=f"share with {what}" if classes == 2 else "share right")
+        axes.set(title=title, xlim=(-0.03, 1.06), ylim=(-0.03, 1.06), aspect="equal")
+    with atomic_write(path) as part:
+        figure.savefig(part, dpi=120)
+
+
+def wilson_interval(shares: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % intervals of shares of so many cases (Wilson 1927). shares, counts: (N,)"""
+    z = 1.959964
+    middle = (shares + z**2 / (2 * counts)) / (1 + z**2 / counts)
+    half = z / (1 + z**2 / counts) * np.sqrt(shares * (1 - shares) / counts + z**2 / (4 * counts**2))
+    return np.minimum(middle - half, shares), np.maximum(middle + half, shares)
+
+
+def draw_confusion(path: Path | str, confusion: Sequence[Sequence[int]]) -> None:
+    """PNG of a confusion matrix: cases of each label (rows) by decision (columns), shades by share of the row."""
+    from matplotlib.figure import Figure
+
+    counts = np.array(confusion)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names, side = [f"label{k}" for k in range(len(counts))], max(3.6, 1.2 + 0.9 * len(counts))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(counts):
+        colour = "white" if shares[i, j] > 0.6 else "black"
+        axes.text(j, i, f"{count}\n{shares[i, j]:.0%}", ha="center", va="center", color=colour)
+    axes.set(xticks=range(len(names)), xticklabels=names, yticks=range(len(names)), yticklabels=names)
+    axes.set(xlabel="decision", ylabel="label", title="cases, and share of the label")
     with atomic_write(path) as part:
         figure.savefig(part, dpi=120)
 

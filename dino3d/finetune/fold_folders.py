@@ -114,11 +114,23 @@ def is_finished(folder: Path) -> bool:
 
 
 def collect_folds(
-    output_dir: Path, folds: int, table: str, header: Sequence[str], names: Sequence[str]
+    output_dir: Path,
+    folds: int,
+    table: str,
+    header: Sequence[str],
+    names: Sequence[str],
+    complete: Callable[[dict[str, Any], list[dict[str, str]]], dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[list[dict[str, str]]], dict[str, float | None], dict[str, float | None]]:
     """Write the folds' tables as one; returns (metrics.json of each fold, its table's rows, {name: mean}, {name:
-    standard deviation}). names: of the metrics to average"""
-    records = [read_json(output_dir / str(fold) / "metrics.json") for fold in range(folds)]
+    standard deviation}).
+
+    names: of the metrics to average
+    complete: adds to a fold's metrics what they lack where an older version tested it; the table's columns are then
+        empty
+    """
     tables = [read_table(output_dir / str(fold) / table) for fold in range(folds)]
-    write_table(output_dir / table, header, [list(row.values()) for rows in tables for row in rows])
+    records = [
+        complete(read_json(output_dir / str(fold) / "metrics.json"), rows) for fold, rows in zip(range(folds), tables)
+    ]
+    write_table(output_dir / table, header, [[row.get(name, "") for name in header] for rows in tables for row in rows])
     return records, tables, *mean_and_deviation(records, names)
