@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -36,6 +37,7 @@ from dino3d import command_line
 from dino3d.command_line import UserError, format_values, git_revision, number
 from dino3d.data.conventions import AIR, DataError
 from dino3d.data.layouts import find_unlabelled, none_found
+from dino3d.evaluation.calibration import NEVER, Calibration
 from dino3d.features.encoder import BEST, ENCODER, find_weights, load_encoder
 from dino3d.files import versions, write_json
 from dino3d.finetune.crops import centre_window, read_crop
@@ -260,7 +262,7 @@ def load_source(weights: str, model: str | None, checkpoint_key: str) -> Source:
     config, folds = configs[-1], [file.parent.name if len(files) > 1 else "" for file in files]
     classes = config["classes"]
     if model == "classifier":
-        graph = ClassifierGraph(networks, config["clip_range"], [one.get("temperature", 1.0) for one in best])
+        graph = ClassifierGraph(networks, config["clip_range"], list(map(Calibration.from_best, best)))
         outputs = {"probabilities": (["batch", classes], "of each class; the mean over the folds")}
     else:
         graph = SegmenterGraph(networks, config["clip_range"])
@@ -335,17 +337,22 @@ class EncoderGraph(nn.Module):
 
 
 class ClassifierGraph(nn.Module):
-    """HU (B, 1, X, Y, Z) -> probabilities (B, classes), the mean over the folds; temperatures: (folds,)."""
+    """HU (B, 1, X, Y, Z) -> probabilities (B, classes), the mean over the folds, each calibrated by its own."""
 
     def __init__(
-        self, classifiers: Sequence[nn.Module], clip_range: Sequence[float], temperatures: Sequence[float]
+        self, classifiers: Sequence[nn.Module], clip_range: Sequence[float], calibrations: Sequence[Calibration]
     ) -> None:
         super().__init__()
-        self.classifiers, self.clip_range, self.temperatures = nn.ModuleList(classifiers), clip_range, temperatures
+        self.classifiers, self.clip_range = nn.ModuleList(classifiers), clip_range
+        self.temperatures = [one.temperature for one in calibrations]
+        self.offsets = [torch.tensor(one.logit_offset or [0.0]) for one in calibrations]  # (classes,) or (1,)
 
     def forward(self, hu: Tensor) -> Tensor:
-        volumes = grey_values(hu, self.clip_range)
-        probabilities = [(one(volumes) / t).softmax(-1) for one, t in zip(self.classifiers, self.temperatures)]
+        volumes, probabilities = grey_values(hu, self.clip_range), []
+        for classifier, temperature, offset in zip(self.classifiers, self.temperatures, self.offsets):
+            logits = classifier(volumes)  # (B, classes)
+            logits = torch.where(logits == -torch.inf, math.log(NEVER), logits)  # of k-NN
+            probabilities.append((logits / temperature + offset).softmax(-1))
         return torch.stack(probabilities).mean(0)
 
 
@@ -413,8 +420,8 @@ def reference(source: Source, crops: np.ndarray) -> list[np.ndarray]:
         logits = [network(volumes) for network in source.networks]
         if source.model == "segmenter":
             return [torch.stack(logits, dim=1)]
-        folds = zip(logits, source.best)
-        return [torch.stack([(one.double() / best.get("temperature", 1.0)).softmax(-1) for one, best in folds]).mean(0)]
+        folds = zip((one.double().softmax(-1).numpy() for one in logits), map(Calibration.from_best, source.best))
+        return [torch.from_numpy(np.mean([calibration.apply(one) for one, calibration in folds], axis=0))]
 
     read = np.maximum(crops, AIR)  # as files are read
     found = joined([[one.numpy() for one in outputs_of(torch.from_numpy(batch))] for batch in in_batches(read)])
@@ -559,7 +566,9 @@ def describe(source: Source) -> dict[str, Any]:
     if source.model == "classifier":
         about["classes"] = config["classes"]
         about["threshold"] = float(np.mean([best["threshold"] for best in source.best]))
-        about["temperatures"] = [best.get("temperature", 1.0) for best in source.best]
+        calibrations = list(map(Calibration.from_best, source.best))
+        about["temperatures"] = [one.temperature for one in calibrations]
+        about["logit_offsets"] = [list(one.logit_offset) for one in calibrations]
         about["decision"] = (
             "1 where probabilities[:, 1] >= threshold, else 0" if config["classes"] == 2 else "argmax of probabilities"
         )

@@ -115,6 +115,13 @@ def test_no_vote_is_not_never():
     assert found.temperature > 5 and log_loss(labels, found.apply(votes)) < 0.25
 
 
+def test_what_is_not_a_number_stays_none():
+    """So that a network that has diverged is told as one: by the loss in validation, by the check of an export."""
+    p = np.array([[0.3, 0.7], [np.nan, np.nan]])
+    assert np.isnan(Calibration(2.0, [0.1, 0.2]).apply(p)).tolist() == [[False, False], [True, True]]
+    fit_calibration(np.repeat([0, 1], 10), np.full((20, 2), np.nan))
+
+
 def test_the_frequencies_of_classes_follow_bayes():
     """Odds of a model that knows classes as 1 to 1, for cases as 9 to 1: nine times less."""
     p = np.array([[0.5, 0.5], [0.2, 0.8], [0.99, 0.01]])

@@ -35,7 +35,7 @@ SEGMENTER = {
     "largest_component": False,
     "min_volume": 0.0,
 }
-TEMPERATURES = (1.7, 0.6)
+TEMPERATURES, OFFSETS = (1.7, 0.6), ([0.4, -1.1], [])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,7 +82,7 @@ def runs(tmp_path_factory):
             heads.classifier_of,
             CLASSIFIER,
             fold,
-            {"threshold": 0.3 + 0.1 * fold, "temperature": TEMPERATURES[fold]},
+            {"threshold": 0.3 + 0.1 * fold, "temperature": TEMPERATURES[fold], "logit_offset": OFFSETS[fold]},
         )
         for fold in range(2)
     ]
@@ -151,7 +151,8 @@ def test_classifier(runs, exported, suffix, count):
     with torch.no_grad():
         volumes = scaled(hu, read_json(exported / "classifier.json"))
         logits = [model(volumes).double().numpy() for model in runs[1]["classifier"]]
-    folds = [np.exp(one / t) / np.exp(one / t).sum(1, keepdims=True) for one, t in zip(logits, TEMPERATURES)]
+    odds = [np.exp(one / t + np.array(offset or 0.0)) for one, t, offset in zip(logits, TEMPERATURES, OFFSETS)]
+    folds = [one / one.sum(1, keepdims=True) for one in odds]
     np.testing.assert_allclose(probabilities, np.mean(folds, axis=0), atol=1e-6)
     assert np.ptp(np.concatenate(folds)[:, 1]) > 1e-3  # the folds do not agree anyway
 

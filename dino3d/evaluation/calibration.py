@@ -45,7 +45,7 @@ class Calibration(NamedTuple):
         """Of what is known of a fold's best epoch, where its fields stand; older versions fitted none."""
         if "temperature" not in best:
             return cls(calibration_note="trained by an older version, which fitted no temperature")
-        return cls(*(best[name] for name in cls._fields))
+        return cls(**{name: best[name] for name in cls._fields if name in best})
 
     def apply(self, probabilities: np.ndarray) -> np.ndarray:
         """(N, classes) calibrated, of a model's probabilities (N, classes)."""
@@ -165,7 +165,7 @@ def _scores(
 
 def _log(probabilities: np.ndarray) -> np.ndarray:
     """(N, classes) logarithms."""
-    return np.log(np.where(probabilities > 0, probabilities, NEVER))
+    return np.log(np.where(probabilities == 0, NEVER, probabilities))  # NaN stays NaN
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
