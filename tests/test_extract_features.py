@@ -193,14 +193,12 @@ def test_points_are_the_centres_of_crops_around_them(tmp_path, capsys, weights):
     """As prepare_data.py luna16 cuts them, in the order of the table; a point off the scan has its reason."""
     from dino3d.data import images, resampling
 
-    hu = chest(3)
-    affine = np.diag([*FINE, 1.0])
+    hu, spacing = chest(3), (0.7813, 0.6563, 2.5)
+    affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -20.5, 30.25, -100
     write_nifti(tmp_path / "scans" / "sub" / "1.2.3.nii.gz", hu, affine)
-    lps = [
-        [float(-a), float(-b), float(c)]
-        for a, b, c in ((-2.1, 50, -70.3), (5.55, 42.7, -80), (900, 0, 0), (1, 50, -61))
-    ]
+    voxels = ((23.5, 30.25, 12), (33.33, 19.1, 8.01), (999, 0, 0), (27, 30, 15.75))
+    lps = [(np.array([-1, -1, 1]) * (affine[:3, 3] + spacing * np.array(voxel))).tolist() for voxel in voxels]
     rows = [
         ["7.7", 1, 2, 3, 0],
         *(["1.2.3", *point, 1] for point in lps[:3]),
@@ -221,7 +219,6 @@ def test_points_are_the_centres_of_crops_around_them(tmp_path, capsys, weights):
     assert [bool(reason) for reason in reasons] == [True, False, False, True, True, False]
     assert "outside the scan" in reasons[3] and reasons[4].startswith("not a point: x, 2, 3")
     assert np.isnan(features[[0, 3, 4]]).all() and coord[1].tolist() == lps[0]
-    affine[range(3), range(3)] = 0.7812, 0.6562, 2.5  # spacings are rounded to 1e-4 mm
     model, image = load_encoder(str(weights)).build().eval(), images.make_image(hu, affine)
     for point, row in zip((lps[0], lps[1], lps[3]), features[[1, 2, 5]]):
         crop = images.voxels_of(resampling.crop_at(image, point, SIZE, SPACING, "")).astype(np.float32)

@@ -25,12 +25,7 @@ def crop_at(
     A spacing much larger than the image's is averaged over, as pre-training does. Raises DataError for a point outside.
     """
     index = np.array(image.TransformPhysicalPointToContinuousIndex([float(p) for p in point]))
-    if not ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all():
-        raise DataError(
-            source,
-            f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1))} of "
-            f"{format_size(image.GetSize())} (RAS)",
-        )
+    require_inside(index, image.GetSize(), point, source)
     own = np.array(image.GetSpacing())
     if spacing is None:
         start = np.rint(index - (np.array(size) - 1) / 2)
@@ -39,6 +34,16 @@ def crop_at(
     fine = np.array(spacing) / factors
     start = index - (np.array(size) * factors - 1) / 2 * fine / own
     return _mean(_sample(image, start, fine, np.array(size) * factors, linear=True), factors)
+
+
+def require_inside(index: np.ndarray, size: Sequence[int], point: Sequence[float] | np.ndarray, source: str) -> None:
+    """Raise DataError for a point, (3,) LPS mm, whose continuous voxel index is outside an image of `size` voxels."""
+    if not ((index >= -0.5) & (index <= np.array(size) - 0.5)).all():
+        raise DataError(
+            source,
+            f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1))} of "
+            f"{format_size(size)} (RAS)",
+        )
 
 
 def resample(

@@ -1,8 +1,8 @@
 """What an encoder sees of a CT: windows of its input size, at its spacing.
 
 Voxels are int16 HU, (X, Y, Z) in RAS. The same scan has the same windows to the last bit from every file format: what
-headers say of it is rounded before any grid is built, and the grid of a whole scan lies along the scan's own axes, so
-that neither its place in the world nor a small tilt adds digits to where a voxel is read.
+headers say of it is rounded before any grid is built, and grids lie along the scan's own axes, so that neither its
+place in the world nor a tilt adds digits to where a voxel is read.
 """
 
 import itertools
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dino3d.data import images, resampling
-from dino3d.data.conventions import DataError, Stored
+from dino3d.data.conventions import LPS, DataError, Stored
 from dino3d.data.requirements import no_image, require_ct
-from dino3d.data.volume import Volume
+from dino3d.data.volume import Volume, padded
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -42,7 +42,7 @@ class CtScan(NamedTuple):
 class Region(NamedTuple):
     """What of a scan becomes one vector.
 
-    image: SimpleITK.Image of int16 HU at the working spacing, whose own axes are its world's
+    image: SimpleITK.Image of int16 HU at the working spacing
     starts: (N, 3) first voxels of the windows in it, those of nothing but air left out; size: (3,) voxels of each
     count: of the windows with those of air; how: "centre", "point" or "whole"
     """
@@ -80,10 +80,10 @@ def read_ct(path: Path | str, stored: Stored | None = None) -> CtScan:
 def rounded(values: np.ndarray, digits: int) -> np.ndarray:
     """Values rounded to so many digits, the same ones whichever way their last bits fell.
 
-    First to two digits more: 0.78125 mm, a field of 400 mm in 512 pixels, lies between two steps of 1e-4, and its last
-    bit would choose.
+    The border between two steps lies a quarter of one above the lower: on the half way are the numbers that scanners
+    have, such as 0.78125 mm, a field of 400 mm in 512 pixels, and there a last bit would choose.
     """
-    return np.round(np.round(values, digits + 2), digits) + 0.0  # + 0: no -0
+    return np.floor(np.asarray(values) * 10**digits + 0.75) / 10**digits + 0.0  # + 0: no -0
 
 
 def rounded_affine(affine: np.ndarray) -> np.ndarray:
@@ -129,24 +129,23 @@ def centre_region(scan: CtScan, size: Sequence[int], spacing: Sequence[float] | 
 
     At the working spacing already, and without one, it is the window of whole voxels that the classifier sees.
     """
-    image = _own_frame(scan)
-    if spacing is None or _is_same(scan.spacing, spacing):
-        start = (np.array(scan.hu.shape) - size) // 2
-        middle = (start + (np.array(size) - 1) / 2) * scan.spacing
-        return _one_window(image, middle, size, None, "centre")
-    return _one_window(image, (np.array(scan.hu.shape) - 1) / 2 * scan.spacing, size, spacing, "centre")
+    if spacing is not None and not _is_same(scan.spacing, spacing):
+        return _window_at(scan, (np.array(scan.hu.shape) - 1) / 2, size, spacing, "centre")
+    window = images.make_image(_middle(scan.hu, size), np.diag([*scan.spacing, 1.0]))
+    return Region(window, np.zeros((1, 3), int), tuple(size), 1, "centre")
 
 
 def point_region(
     scan: CtScan, point: Sequence[float], size: Sequence[int], spacing: Sequence[float] | None, source: str
 ) -> Region:
-    """The Region of one window around a point, (3,) LPS mm. source: what to call the point in an error
+    """The Region of one window around a point, (3,) LPS mm, to 0.01 of a voxel. source: what to call it in an error
 
     Raises DataError for a point outside the scan.
     """
-    image = images.make_image(scan.hu, scan.affine)
-    crop = resampling.crop_at(image, point, size, spacing, source)
-    return Region(_own_frame_of(crop), np.zeros((1, 3), int), tuple(size), 1, "point")
+    index = np.linalg.solve(LPS @ scan.affine, [*point, 1.0])[:3]
+    resampling.require_inside(index, scan.hu.shape, point, source)
+    index = np.clip(rounded(index, 2), -0.49, np.array(scan.hu.shape) - 0.51)  # rounding leads out of no scan
+    return _window_at(scan, index, size, spacing, "point")
 
 
 def whole_region(scan: CtScan, size: Sequence[int], spacing: Sequence[float] | None, source: str) -> Region:
@@ -157,7 +156,9 @@ def whole_region(scan: CtScan, size: Sequence[int], spacing: Sequence[float] | N
     image = _own_frame(scan)
     if spacing is not None and not _is_same(scan.spacing, spacing):
         image = resampling.resample(image, spacing)
-    image = _at_least(image, size)
+    if any(n < m for n, m in zip(image.GetSize(), size)):
+        whole = _middle(images.voxels_of(image), np.maximum(image.GetSize(), size))
+        image = images.make_image(whole, np.diag([*image.GetSpacing(), 1.0]))
     voxels, starts = images.voxels_of(image), window_starts(image.GetSize(), size)
     seen = [not is_air(voxels[tuple(slice(a, a + n) for a, n in zip(start, size))]) for start in starts]
     if not any(seen):
@@ -185,23 +186,21 @@ def _own_frame(scan: CtScan) -> "sitk.Image":
     return images.make_image(scan.hu, np.diag([*scan.spacing, 1.0]))
 
 
-def _own_frame_of(image: "sitk.Image") -> "sitk.Image":
-    return images.make_image(images.voxels_of(image), np.diag([*image.GetSpacing(), 1.0]))
-
-
-def _one_window(
-    image: "sitk.Image", middle: np.ndarray, size: Sequence[int], spacing: Sequence[float] | None, how: str
+def _window_at(
+    scan: CtScan, index: np.ndarray, size: Sequence[int], spacing: Sequence[float] | None, how: str
 ) -> Region:
-    """The Region of one window. image: in a frame of its own; middle: (3,) RAS mm of it"""
-    crop = resampling.crop_at(image, middle * (-1, -1, 1), size, spacing, how)
-    return Region(_own_frame_of(crop), np.zeros((1, 3), int), tuple(size), 1, how)
+    """The Region of one window around a continuous voxel index."""
+    image = _own_frame(scan)
+    point = image.TransformContinuousIndexToPhysicalPoint(index.tolist())
+    crop = resampling.crop_at(image, point, size, spacing, how)
+    window = images.make_image(images.voxels_of(crop), np.diag([*crop.GetSpacing(), 1.0]))
+    return Region(window, np.zeros((1, 3), int), tuple(size), 1, how)
 
 
-def _at_least(image: "sitk.Image", size: Sequence[int]) -> "sitk.Image":
-    """An image with air around it where it is smaller than (3,) voxels."""
-    if all(n >= m for n, m in zip(image.GetSize(), size)):
-        return image
-    whole = np.maximum(image.GetSize(), size)
-    middle = (np.array(image.GetSize()) - whole) // 2 + (whole - 1) / 2
-    point = image.TransformContinuousIndexToPhysicalPoint(middle.tolist())
-    return _own_frame_of(resampling.crop_at(image, point, whole, None, "whole"))
+def _middle(hu: np.ndarray, size: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The middle (x, y, z) voxels of a volume, air where they reach beyond it."""
+
+    def inside(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return hu[tuple(slice(a, b) for a, b in zip(low, high))]
+
+    return padded(inside, hu.shape, (np.array(hu.shape) - size) // 2, size)
