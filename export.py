@@ -13,6 +13,7 @@ where the two differ.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
@@ -485,9 +486,11 @@ def run_onnx(path: Path, crops: np.ndarray) -> list[np.ndarray]:
 def write_torch(
     path: Path, program: torch.export.ExportedProgram, source: Source, opset: int, about: dict[str, Any]
 ) -> None:
-    """What torch.export.load reads."""
+    """What torch.export.load reads. By way of memory: where a disk is full, torch would abort the process."""
+    content = io.BytesIO()
     with without_warnings():
-        torch.export.save(program, path, extra_files={"preprocessing.json": json.dumps(about)})
+        torch.export.save(program, content, extra_files={"preprocessing.json": json.dumps(about)})
+    path.write_bytes(content.getbuffer())
 
 
 def run_torch(path: Path, crops: np.ndarray) -> list[np.ndarray]:
