@@ -86,11 +86,6 @@ def runs(tmp_path_factory):
         )
         for fold in range(2)
     ]
-    for fold in range(2):  # whose folds have no temperature
-        state = torch.load(folder / "lnc" / str(fold) / "best.pth")
-        (folder / "older" / str(fold)).mkdir(parents=True)
-        del state["best"]["temperature"]
-        torch.save(state, folder / "older" / str(fold) / "best.pth")
     segmenters = [
         save_fold(folder / "lts" / str(fold), heads.segmenter_of, SEGMENTER, 5 + fold, {"dice": 0.5})
         for fold in range(2)
@@ -157,9 +152,8 @@ def test_classifier(runs, exported, suffix, count):
     assert np.ptp(np.concatenate(folds)[:, 1]) > 1e-3  # the folds do not agree anyway
 
 
-def test_classifier_gives_what_predict_gives(runs, tmp_path):
-    export.main(["--weights", str(runs[0] / "older"), "--output", str(tmp_path / "classifier.pt2")])
-    about = read_json(tmp_path / "classifier.json")
+def test_classifier_gives_what_predict_gives(runs, exported, tmp_path):
+    about = read_json(exported / "classifier.json")
     shape = [n + 4 for n in SIZE]
     voxels = np.random.default_rng(1).integers(-1200, 600, (5, *shape)).astype(np.int16)
     (tmp_path / "new").mkdir()
@@ -170,7 +164,7 @@ def test_classifier_gives_what_predict_gives(runs, tmp_path):
             "--predict",
             str(tmp_path / "new"),
             "--weights",
-            str(runs[0] / "older"),
+            str(runs[0] / "lnc"),
             "--output_dir",
             str(tmp_path / "out"),
             "--num_workers",
@@ -179,7 +173,7 @@ def test_classifier_gives_what_predict_gives(runs, tmp_path):
     )
     rows = read_table(tmp_path / "out" / "predictions.csv")
     middle = voxels[(slice(None), *(slice(2, 2 + n) for n in about["input"]["shape"][2:]))].astype(np.float32)
-    (probabilities,) = run_file(tmp_path / "classifier.pt2", middle[:, None])
+    (probabilities,) = run_file(exported / "classifier.onnx", middle[:, None])
     np.testing.assert_allclose(probabilities[:, 1], [float(row["probability"]) for row in rows], atol=1e-6)
     decided = (probabilities[:, 1] >= about["threshold"]).astype(int)
     assert decided.tolist() == [int(row["predicted"]) for row in rows] and about["threshold"] == pytest.approx(0.35)
