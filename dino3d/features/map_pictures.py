@@ -41,7 +41,7 @@ MAP_TILE = 300  # pixels: the volume's longest side in all planes
 STEP = 0.01  # to which attention and similarity are stored: finer digits would only fill the disk
 CROSS = (255, 0, 0)
 BRIGHTEST = 99.5  # percentile of the attention to tissue that is white
-DARKEST = 1.0  # percentile of the similarity of tissue that is black
+DARKEST = 50  # percentile of the similarity of tissue that is black: what is least like the point is of no interest
 PLANES = ((2, "axial", "patient's right"), (1, "coronal", "patient's right"), (0, "sagittal", "anterior"))
 SUMMARY = "maps.json"
 
@@ -129,15 +129,25 @@ def _write(
     """(names of the files, what maps.json tells of them). One volume is in memory at a time."""
     grid, files = grid_of(image), []
     hu, middle = images.voxels_of(image), tuple(n // 2 for n in image.GetSize())
+    weight = interpolate(maps.tissue.astype(np.float32), maps.grid, grid)
+    air = weight < 0.5
+    np.maximum(weight, 0.5, out=weight)
+
+    def on_voxels(values: np.ndarray) -> np.ndarray:
+        found = interpolate(values * maps.tissue, maps.grid, grid)
+        found /= weight  # air does not fade the tissue beside it
+        found[air] = 0
+        return found
 
     def save(name: str, values: np.ndarray, slope: float = 1.0) -> None:
         volume.save_map(folder / name, values, slope)
         files.append(name)
 
     def scalar(name: str, values: np.ndarray, low: float, high: float, at: tuple[int, ...]) -> Tiles:
-        found = interpolate(values, maps.grid, grid)
+        found = on_voxels(values)
         slope = max(STEP, float(np.abs(found).max()) / 32767)
         save(name, np.rint(found / slope).astype(np.int16), slope)
+        np.copyto(found, low, where=air)  # black
         return _tiles(found, at, grid, lambda plane: _heat((plane - low) / max(high - low, 1e-12)))
 
     def page(name: str, columns: Sequence[tuple[str, Tiles]], at: tuple[int, ...], legend: list) -> None:
@@ -148,7 +158,10 @@ def _write(
         low, high = clip_range
         return "CT", _tiles(hu, at, grid, lambda plane: _grey((plane.astype(np.float32) - low) / (high - low)))
 
-    colours, shares = _colours(maps, grid)
+    components = principal_components(maps.features[:, maps.tissue].T)
+    colours, shares = np.zeros((*grid.size, 3), np.uint8), components.share
+    for channel, values in enumerate(component_maps(maps.features, components)):
+        colours[..., channel] = np.clip(on_voxels(values), 0, 1) * 255
     save("pca.nii.gz", colours.view(RGB)[..., 0])
     columns = [ct(middle), ("PCA", _tiles(colours, middle, grid))]
     del colours
@@ -180,22 +193,6 @@ def _write(
             {"lps_mm": [float(p) for p in point], "voxel": np.rint(own).astype(int).tolist(), "hu": int(hu[voxel])}
         )
     return files, told
-
-
-def _colours(maps: ScanMaps, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """((X, Y, Z, 3) uint8 colours on a Grid, (3,) shares of the variance). The components are those of tissue alone."""
-    features = maps.features[:, maps.tissue].T  # (N, D)
-    components = principal_components(features)
-    weight = interpolate(maps.tissue.astype(np.float32), maps.grid, grid)
-    air = weight < 0.5
-    np.maximum(weight, 1e-6, out=weight)
-    colours = np.zeros((*grid.size, 3), np.uint8)
-    for channel, values in enumerate(component_maps(maps.features, components)):
-        found = interpolate(values * maps.tissue, maps.grid, grid)
-        found /= weight  # air does not darken the tissue beside it
-        found[air] = 0
-        colours[..., channel] = np.clip(found, 0, 1) * 255
-    return colours, components.share
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
