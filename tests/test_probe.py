@@ -188,6 +188,19 @@ def test_intervals_are_a_bootstrap_over_patients():
     assert worse["logistic_auc_minus_start"] == pytest.approx(2 * figures["logistic_auc"] - 1)
 
 
+@pytest.mark.parametrize("patients", [5, 6, 9])
+def test_few_patients_of_one_label_each(patients):
+    """Each fold tests both labels, so that the figure rests on more than a pair by chance."""
+    labels, names = np.arange(patients) % 2, [f"p{i}" for i in range(patients)]
+    x = np.random.default_rng(0).normal(size=(patients, 3))
+    x[:, 0] = labels
+    figures, values = probe.judge(x, labels, names)
+    assert figures["logistic_auc"] == 1 and np.isfinite(values).all()
+    x[0, 0] = 5  # of label 0, seen to be of label 1: wrong in every pair of its fold
+    pairs = min(PATIENTS // 4, patients // 2)
+    assert probe.judge(x, labels, names)[0]["logistic_auc"] <= 1 - 1 / (2 * pairs)
+
+
 def test_log_and_tensorboard_hold_the_same(straight):
     """Curves under one tag: the teacher's, and the constant ones beside it in folders of their own."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from augmentations import scale_intensity
 from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError
-from dino3d.evaluation.protocols import PATHS, nested_splits, one_hot, out_of_fold
+from dino3d.evaluation.protocols import PATHS, count_by_patient, nested_splits, one_hot, out_of_fold
 from dino3d.evaluation.statistics import BOOTSTRAP_ROUNDS, Bootstrap, bootstrap_weights, format_metric, with_interval
 from dino3d.evaluation.weighted_metrics import weighted_auc
 from dino3d.features.embedding import embed
@@ -277,14 +277,16 @@ def judge(
     processes: Processes = ALONE,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """({name: figure}, (N, classes) probabilities by logistic regression) of features (N, F), in PROBE_FOLDS folds by
-    patient, of which each rank takes its share.
+    patient, or as many as the rarest label has patients; each rank takes its share of them.
 
     AUCs are over the pairs of crops of one fold, with more than two classes each against the rest; None where no fold
     has such a pair. Intervals are of 95 % (BCa), by bootstrap over patients.
     start_values: (N, classes) probabilities of the encoder before training, for the difference to it
     """
     targets = one_hot(labels, labels.max() + 1)
-    (splits,) = nested_splits(patients, labels, PROBE_FOLDS, repeats=1, seed=0)
+    _, counts = count_by_patient(patients, labels)  # (P, classes)
+    folds_at_most = min(PROBE_FOLDS, (counts > 0).sum(0).min())  # so that each one tests all labels
+    (splits,) = nested_splits(patients, labels, folds_at_most, repeats=1, seed=0)
     mine = splits[processes.rank :: processes.world_size]
     found = {}
     for name, path in PATHS["classification"].items():

@@ -387,7 +387,7 @@ class Monitor:
 def probe_share(records: Sequence[Mapping[str, Any]]) -> float:
     """Share of a run's time that its probes took. records: of log.txt"""
     probes = sum(record.get("probe_seconds", 0) for record in records)
-    return probes / max(probes + sum(record["seconds"] for record in records), 1e-9)
+    return probes / max(probes + sum(record.get("seconds", 0) for record in records), 1e-9)
 
 
 def summary(output_dir: Path | str) -> str:
