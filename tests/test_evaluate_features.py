@@ -232,6 +232,9 @@ def test_tables_from_elsewhere(tmp_path):
     (tmp_path / "a.csv").write_text("file;f1;f2\nx;1;2\ny;3;5\n")
     found = read_features(str(tmp_path / "a.csv"), "a", name_column="file")
     assert found.columns == ["f1", "f2"] and found.features.tolist() == [[1, 2], [3, 5]] and found.patients is None
+    (tmp_path / "A.csv").write_text("Name,Patient,f1,f2\nx,p,1,2\ny,q,3,5\n")
+    found = read_features(str(tmp_path / "A.csv"), "A")
+    assert found.columns == ["f1", "f2"] and found.patients == ["p", "q"]
     (tmp_path / "b.csv").write_text("name,label,age,e0,e1\nx,0,50,1,2\ny,1,60,3,5\n")
     found = read_features(str(tmp_path / "b.csv"), "b", feature_columns=["e*"])
     assert found.columns == ["e0", "e1"]
@@ -320,6 +323,9 @@ def test_positive_label(tmp_path):
         ("name,feature_0\nx,nan\ny,1\n", "feature_0 of x is nan"),
         ("name,feature_0\nx,inf\ny,1\n", "feature_0 of x is inf"),
         ("name,feature_0\nx,1e200\ny,1\n", "feature_0 of x is 1e\\+200"),
+        ("name,feature_0\nx\0,1\nx\0,2\n", "x.x00 stands 2 times"),
+        ("name,coordX,coordY,coordZ,feature_0\nx,1,nan,2,1\ny,1,2,3,2\n", "the place of x is not finite"),
+        ("name;feature_0\nx;1,5\n", "column feature_0 holds '1,5' in line 2, expected a number with a decimal point"),
         ("name,feature_0\nx,three\n", "column feature_0 holds 'three' in line 2"),
         ("name,feature_0\nx,\ny,1\n", "column feature_0 is empty in line 2"),
         ("name,reason,feature_0\nx,no lung,\n", "no case with features .all 1 have a reason, such as: no lung"),
@@ -378,6 +384,7 @@ def test_bad_arrays(tmp_path):
         ("name,label\nc00,\nc01,nan\n", "none of its 2 cases has a label"),
         ("name,label\nc00,1\nc00,0\n", "c00 stands 2 times"),
         ("name,label,patient\nc00,1,\n", "the patient of c00 is empty"),
+        ("name,coordX,coordY,coordZ,label\nc00,1,2,inf,1\n", "a place is not finite"),
     ],
 )
 def test_bad_labels(noise, labels, message):
@@ -400,6 +407,9 @@ def test_labels_that_can_not_be_judged(noise):
     write_labels(noise / "infinite.csv", ["inf", *np.arange(29)])
     with pytest.raises(UserError, match="'inf' is no finite number"):
         evaluate(noise, "--task", "regression", labels="infinite.csv")
+    write_labels(noise / "large.csv", [k * 1e300 + 0.5 for k in range(30)])
+    with pytest.raises(UserError, match="2.9e.301 is too large"):
+        evaluate(noise, labels="large.csv")
     with pytest.raises(UserError, match="2 different values: too few for --task regression"):
         evaluate(noise, "--task", "regression")
 

@@ -94,33 +94,40 @@ def read_features(path: str, name: str, name_column: str = "name", feature_colum
     return _checked(path, name, *found)
 
 
-def _read_csv(path: str, name_column: str, feature_columns: Sequence[str]) -> tuple:
+def _read_csv(path: str, wanted_name: str, feature_columns: Sequence[str]) -> tuple:
     header, lines = read_cells(path)
-    if name_column not in header and "name" in header:  # a table of ours among others
-        name_column = "name"
-    if name_column not in header:
-        near = did_you_mean(name_column, header)
-        hint = near or f": name the column that tells the cases with --name_column; found {truncate_list(header)}"
-        raise UserError(f"{path}: has no column {name_column}{hint}")
+    name_column = find_column(header, wanted_name) or find_column(header, "name")  # of a table of ours among others
+    if name_column is None:
+        hint = f": name the column that tells the cases with --name_column; found {truncate_list(header)}"
+        raise UserError(f"{path}: has no column {wanted_name}{did_you_mean(wanted_name, header) or hint}")
     place = {column: i for i, column in enumerate(header)}
-    known = [name_column, "patient", "reason", *AXES]
+    patient_column, reason_column, *axes = (find_column(header, one) for one in ("patient", "reason", *AXES))
+    known = [one for one in (name_column, patient_column, reason_column, *axes) if one is not None]
     columns, notices = _feature_columns(path, header, known, feature_columns)
     names, patients, reasons, coordinates, rows = [], [], [], [], []
-    placed = all(column in place for column in AXES)
+    placed = None not in axes
     for number, cells in lines:
         names.append(cells[place[name_column]].strip())
-        patients.append(cells[place["patient"]].strip() if "patient" in place else None)
-        reasons.append(cells[place["reason"]].strip() if "reason" in place else "")
+        patients.append(cells[place[patient_column]].strip() if patient_column else None)
+        reasons.append(cells[place[reason_column]].strip() if reason_column else "")
         if placed:
-            where = [cells[place[one]] for one in AXES]
+            where = [cells[place[one]] for one in axes]
             nowhere = reasons[-1] and not any(map(str.strip, where))
-            coordinates.append(np.full(3, np.nan) if nowhere else parse_numbers(path, number, AXES, where))
+            coordinates.append(np.full(3, np.nan) if nowhere else parse_numbers(path, number, axes, where))
         values = [cells[place[column]] for column in columns]
         rows.append(np.full(len(columns), np.nan) if reasons[-1] else parse_numbers(path, number, columns, values))
     if columns and not OUR_FEATURE.fullmatch(columns[0]) and not feature_columns:
         _refuse_counters(path, columns, np.array(rows))
     features = np.array(rows).reshape(len(rows), len(columns))
-    return names, patients if "patient" in place else None, reasons, coordinates, features, columns, notices
+    return names, patients if patient_column else None, reasons, coordinates, features, columns, notices
+
+
+def find_column(header: Sequence[str], wanted: str) -> str | None:
+    """The column of this name, in letters of any case where none is exactly so; None of none, or of several."""
+    alike = [column for column in header if column == wanted] or [
+        column for column in header if column.lower() == wanted.lower()
+    ]
+    return alike[0] if len(alike) == 1 else None
 
 
 def read_cells(path: str) -> tuple[list[str], Iterable[tuple[int, list[str]]]]:
@@ -189,10 +196,11 @@ def parse_numbers(path: str, line: int, columns: Sequence[str], cells: Sequence[
             try:
                 float(cell)
             except ValueError:
-                found = f"holds '{cell.strip()[:40]}'" if cell.strip() else "is empty"
+                found = f"holds {plain_text(cell.strip()[:40])!r}" if cell.strip() else "is empty"
                 raise UserError(
-                    f"{path}: column {column} {found} in line {line}, expected a number; is it no feature, name those "
-                    "with --feature_columns; a case without features needs its reason in a column reason"
+                    f"{path}: column {column} {found} in line {line}, expected a number with a decimal point "
+                    "(columns that are no features: --feature_columns names those that are; cases without features: "
+                    "tell why in a column reason)"
                 ) from None
         raise
 
@@ -217,8 +225,8 @@ def _read_arrays(path: str, suffix: str) -> tuple:
             import h5py
 
             with h5py.File(path, "r") as file:
-                held = list(file)
-                arrays = {key: file[key][()] for key in held if key in ARRAYS and isinstance(file[key], h5py.Dataset)}
+                held = [key for key in file if isinstance(file[key], h5py.Dataset)]
+                arrays = {key: file[key][()] for key in held if key in ARRAYS}
     except Exception as error:
         if "Object arrays" in str(error):
             raise UserError(
@@ -328,13 +336,16 @@ def _checked(
     if not kept or not columns:
         why = f"all {len(keys)} have a reason, such as: {reasons[0]}" if keys and not kept else "it is empty"
         raise UserError(f"{path}: holds no case with features ({why})")
+    nowhere = [i for i in kept if len(coordinates) and not np.isfinite(coordinates[i]).all()]
+    if nowhere:
+        raise UserError(f"{path}: the place of {plain_text(names[nowhere[0]])} is not finite, expected mm")
     found = features[kept]
     bad = np.argwhere(~np.isfinite(found) | (np.abs(found) > LARGEST))
     if len(bad):
         case, column = bad[0]
         raise UserError(
-            f"{path}: {columns[column]} of {names[kept[case]]} is {found[case, column]}, expected a finite number "
-            f"below {LARGEST:g}; {len(set(bad[:, 0]))} of {len(found)} cases have such"
+            f"{path}: {columns[column]} of {plain_text(names[kept[case]])} is {found[case, column]}, expected a "
+            f"finite number below {LARGEST:g}; {len(set(bad[:, 0]))} of {len(found)} cases have such"
         )
     flat = (np.ptp(found, axis=0) == 0).sum()
     if flat == len(columns) and len(found) > 1:
@@ -345,7 +356,9 @@ def _checked(
         notices = [*notices, f"{path}: of one feature the cosine of k-NN tells its sign alone: read the other protocol"]
     chosen = None if patients is None else [patients[i] for i in kept]
     if chosen is not None and not all(chosen):
-        raise UserError(f"{path}: the patient of {names[kept[chosen.index('')]]} is empty; expected one for each case")
+        raise UserError(
+            f"{path}: the patient of {plain_text(names[kept[chosen.index('')]])} is empty; expected one for each case"
+        )
     left_out = {keys[i]: reason for i, reason in enumerate(reasons) if reason}
     return LoadedTable(name, path, [keys[i] for i in kept], chosen, left_out, found, columns, notices)
 
@@ -367,4 +380,9 @@ def case_keys(path: str, names: Sequence[str], coordinates: Sequence[Any]) -> li
 
 
 def format_key(key: tuple) -> str:
-    return key[0] + (" at " + " ".join(f"{x / 100:.2f}" for x in key[1:]) if len(key) > 1 else "")
+    return plain_text(key[0]) + (" at " + " ".join(f"{x / 100:.2f}" for x in key[1:]) if len(key) > 1 else "")
+
+
+def plain_text(text: str) -> str:
+    """Text for a message of one line: what a console can't show as plain ASCII."""
+    return text if text.isprintable() else ascii(text)[1:-1]

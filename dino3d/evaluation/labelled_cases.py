@@ -11,7 +11,15 @@ from dino3d.command_line import UserError, did_you_mean, truncate_list
 from dino3d.data.conventions import DataError, stem
 from dino3d.data.layouts import find_crops
 from dino3d.data.points import AXES
-from dino3d.evaluation.feature_tables import LoadedTable, case_keys, format_key, parse_numbers, read_cells
+from dino3d.evaluation.feature_tables import (
+    LARGEST,
+    LoadedTable,
+    case_keys,
+    find_column,
+    format_key,
+    parse_numbers,
+    read_cells,
+)
 
 MISSING = ("", "nan", "na", "n/a", "none", "null", "?")
 CASE_COLUMNS = ("name", "seriesuid", "case")  # of a table of labels, the first one that it has
@@ -62,25 +70,27 @@ def read_labels(path: str, label_column: str) -> Labels:
     except OSError as error:
         raise UserError(f"--labels {path}: can't be read ({error.strerror or error})") from error
     place = {column: i for i, column in enumerate(header)}
-    name_column = next((column for column in CASE_COLUMNS if column in place), None)
-    if name_column is None or label_column not in place:
-        missing = "name" if name_column is None else label_column
+    names_at = [column for one in CASE_COLUMNS if (column := find_column(header, one))]
+    label_at, patient_at, *axes = (find_column(header, one) for one in (label_column, "patient", *AXES))
+    if not names_at or label_at is None:
+        missing = "name" if not names_at else label_column
         hint = did_you_mean(missing, header) or f", only {truncate_list(header)}"
-        flag = "" if name_column is None else " (--label_column names the labels')"
+        flag = "" if not names_at else " (--label_column names the labels')"
         raise UserError(f"--labels {path}: has no column {missing}{hint}{flag}")
-    kept = [(number, cells) for number, cells in lines if cells[place[label_column]].strip().lower() not in MISSING]
+    kept = [(number, cells) for number, cells in lines if cells[place[label_at]].strip().lower() not in MISSING]
     if not kept:
         raise UserError(f"--labels {path}: none of its {len(lines)} cases has a label in column {label_column}")
-    names = [cells[place[name_column]].strip() for _, cells in kept]
-    placed = all(column in place for column in AXES)
+    names = [cells[place[names_at[0]]].strip() for _, cells in kept]
     coordinates = [
-        parse_numbers(path, number, AXES, [cells[place[column]] for column in AXES])
-        for number, cells in (kept if placed else [])
+        parse_numbers(path, number, axes, [cells[place[column]] for column in axes])
+        for number, cells in (kept if None not in axes else [])
     ]
-    patients = [cells[place["patient"]].strip() for _, cells in kept] if "patient" in place else None
+    if not np.isfinite(coordinates).all():
+        raise UserError(f"--labels {path}: a place is not finite, expected mm in {', '.join(AXES)}")
+    patients = [cells[place[patient_at]].strip() for _, cells in kept] if patient_at else None
     if patients is not None and not all(patients):
         raise UserError(f"--labels {path}: the patient of {names[patients.index('')]} is empty")
-    values = [cells[place[label_column]].strip() for _, cells in kept]
+    values = [cells[place[label_at]].strip() for _, cells in kept]
     return Labels(path, case_keys(path, names, coordinates), values, patients, {}, len(lines) - len(kept))
 
 
@@ -135,6 +145,8 @@ def encode_labels(values: Sequence[str], task: str, positive: str | None) -> Tar
         if positive is not None:
             raise UserError(f"--positive {positive}: is for two classes, the task is regression")
         y = np.array(numbers)
+        if max(map(abs, numbers)) > LARGEST:
+            raise UserError(f"--labels: {max(numbers, key=abs):g} is too large, expected numbers below {LARGEST:g}")
         if len(set(numbers)) < 3:
             raise UserError(
                 f"--labels: the cases have {len(set(numbers))} different values: too few for --task regression"
