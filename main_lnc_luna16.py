@@ -8,7 +8,7 @@ Four GPUs, a laptop, new crops, points in new CTs:
     python main_lnc_luna16.py --predict SCANS --points points.csv --weights OUT --output_dir PREDICTIONS
 
 The same --output_dir resumes where it stopped. It holds a folder per fold (checkpoint.pth, the newest state; best.pth,
-the best on validation; log.txt), splits.json, metrics.json, predictions.csv, curves.png, errors.png, config.json and
+the best on validation; log.txt), splits.json, metrics.json, predictions.csv, report.html, its pictures, config.json and
 TensorBoard's files.
 """
 

@@ -8,7 +8,7 @@ Four GPUs, a laptop, new CTs:
 
 The same --output_dir resumes where it stopped. It holds a folder per fold (checkpoint.pth, the newest state; best.pth,
 the best on validation; log.txt; masks and overlays of the test cases), splits.json, metrics.json, cases.csv,
-config.json, TensorBoard's files; and cache, which is only needed during training.
+report.html, config.json, TensorBoard's files; and cache, which is only needed during training.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures
 from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice, read_headers
 from dino3d.finetune.flags import FIXED_FLAGS
-from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
+from dino3d.finetune.fold_folders import collect_folds, file_name, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, segmenter_of
 from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, map_over_ranks
@@ -501,11 +501,6 @@ def mask_of(
     voxels = voxels_of(found)
     cleaned = settings.final(voxels, own.spacing)
     return found if cleaned is voxels else own.image(cleaned)
-
-
-def file_name(name: str) -> str:
-    """A case's name as a file's: no folders."""
-    return name.replace("/", "_")
 
 
 def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]:

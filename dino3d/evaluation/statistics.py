@@ -23,7 +23,7 @@ def bootstrap_interval(
     if len(set(patients)) < FEWEST_PATIENTS:
         return None
     estimate, *others = (
-        np.array([np.nan if (value := metric(row)) is None else value for row in weights.astype(float)], float)
+        np.array([np.nan if (value := metric(row.astype(float))) is None else value for row in weights], float)
         for weights in bootstrap_weights(patients, BOOTSTRAP_ROUNDS, seed)
     )
     return Bootstrap(estimate[0], *others).interval()

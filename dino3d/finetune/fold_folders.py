@@ -113,6 +113,11 @@ def is_finished(folder: Path) -> bool:
     return (folder / "metrics.json").is_file()
 
 
+def file_name(case: str) -> str:
+    """A case's name as that of its files in a fold's folder: no folders."""
+    return case.replace("/", "_")
+
+
 def collect_folds(
     output_dir: Path,
     folds: int,

@@ -9,6 +9,7 @@ from dino3d.evaluation.report import Report
 from dino3d.evaluation.statistics import format_metric
 from dino3d.files import atomic_write, read_json, read_log, read_table
 from dino3d.finetune.classification_pictures import draw_confusion, draw_reliability
+from dino3d.finetune.fold_folders import file_name
 
 PICTURED = 3  # worst cases of a segmentation whose overlays are shown, and the best one
 
@@ -102,7 +103,7 @@ def report_segmentation(output_dir: Path) -> None:
     report.table(list(rows[0]), [[shortened(value) for value in row.values()] for row in rows])
     pictured = {(row["fold"], row["case"]): row["dice"] for row in [*rows[:PICTURED], rows[-1]]}
     for (fold, case), dice in pictured.items():
-        overlay = output_dir / fold / "overlays" / f"{case.replace('/', '_')}.png"
+        overlay = output_dir / fold / "overlays" / f"{file_name(case)}.png"
         if overlay.is_file():
             report.image(
                 overlay, f"{case}, fold {fold}, Dice {float(dice):.3f}: label green, prediction red, both yellow"
@@ -134,7 +135,7 @@ def start_report(output_dir: Path, title: str, found: dict[str, Any]) -> Report:
             ],
             ["pre-trained weights", arguments["pretrained_weights"] or "none: trained from scratch"],
             ["CRC-32 of the weights", arguments["weights_crc32"] or "none"],
-            ["data", arguments["data_dir"] or ""],
+            ["data", arguments["data_dir"] or arguments.get("data_list") or ""],
             ["cases", f"{found['cases']}{patients}, {found['classes']} classes"],
             ["device", f"{config['world_size']} x {config['device']}, {arguments['precision']}"],
             ["git revision", config["git_revision"] or "unknown"],
