@@ -8,7 +8,8 @@ One machine with four GPUs, a laptop, two machines, Slurm:
 
 The same --output_dir resumes where it stopped; SIGTERM and SIGUSR1 (exit code 75) and Ctrl-C (130) make a run save and
 end. The folder holds checkpoint.pth (the newest whole state), checkpoint.1.pth (the one before), numbered copies,
-config.json, log.txt (one JSON object per epoch), data_list.txt, views.png, augmentations.png and TensorBoard's files.
+config.json, log.txt (one JSON object per epoch), data_list.txt, views.png, augmentations.png and TensorBoard's files;
+with --probe_dir also best_probe.pth, the teacher whose features were best, and probe.json, what it was compared with.
 """
 
 import argparse
