@@ -86,7 +86,8 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--data_list",
         default=None,
         metavar="FILE",
-        help="text file with one volume's path per line, relative to --data_dir, instead of searching the folder",
+        help="text file with one volume's path per line, or table (.csv) with the column path, relative to --data_dir "
+        "or else to the list's own folder, instead of searching the folder",
     )
     group.add_argument(
         "--patches_per_volume",

@@ -15,7 +15,6 @@ TensorBoard's files.
 import argparse
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from dino3d import command_line
 from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import case_names, find_crops
+from dino3d.data.lists import LABEL, crops_of_list
 from dino3d.evaluation.calibration import (
     PROBABILITY_METRICS,
     Calibration,
@@ -92,9 +92,10 @@ def get_args_parser() -> command_line.ArgumentParser:
     flags.data_flags(
         parser,
         LAYOUT,
-        predict="folder with unlabelled crops at any depth or, with --points, whole CTs; nothing is trained, "
-        "predictions.csv goes to --output_dir",
-        points=True,
+        columns="path and label (--label_column), and patient and subset if it has them",
+        predict="folder with unlabelled crops at any depth, one file, or a table (.csv) with the column path and maybe "
+        "patient; with --points: whole CTs; nothing is trained, predictions.csv goes to --output_dir",
+        labels=True,
     )
     group = parser.add_argument_group("classification")
     group.add_argument(
@@ -158,7 +159,10 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
         return
 
     # ---------------------------------------------------------------------------------------------------------- data
-    cases = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
+    cases, lines = processes.run_on_main(
+        lambda: find_cases(args.data_dir, args.data_list, args.label_column or LABEL, output_dir)
+    )
+    notices += lines
     # Splits are by patients. data: what splits.json keeps with them, size and spacing of the crops once they are known
     splits, data = processes.run_on_main(
         lambda: make_splits(
@@ -171,6 +175,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
             cases.labels.tolist(),
             cases.subsets,
             ("crop_size", "crop_spacing"),
+            cases.digest,
         )
     )
     case_splits = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
@@ -188,7 +193,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     notices += warnings_about(encoder, args.protocol, data)
     config = (
         vars(args)
-        | {"classes": cases.classes, "weights_crc32": encoder.crc32}
+        | {"classes": cases.classes, "label_names": cases.label_names, "weights_crc32": encoder.crc32}
         | {name: data.get(name) for name in ("crop_size", "crop_spacing", "crop_spacings_differ")}
     )
 
@@ -279,7 +284,10 @@ def train_one_epoch(
 
 
 class Cases(NamedTuple):
-    """The data set, sorted by path. labels: (N,) int64; classes: how many there are; crop_size: (3,) voxels of all."""
+    """The data set, sorted by path. labels: (N,) int64; classes: how many there are; crop_size: (3,) voxels of all.
+
+    label_names: of the classes, where a --data_list has words; digest: what changes when that list does
+    """
 
     names: list[str]
     paths: list[str]
@@ -288,27 +296,39 @@ class Cases(NamedTuple):
     subsets: list[str]
     classes: int
     crop_size: list[int] | None = None
+    label_names: list[str] | None = None
+    digest: str | None = None
 
 
-def find_cases(folder: str, output_dir: Path) -> Cases:
-    """The Cases below a folder. Raises UserError, also where the output folder is of another script's run."""
+def find_cases(
+    folder: str | None, data_list: str | None, label_column: str, output_dir: Path
+) -> tuple[Cases, list[str]]:
+    """(the Cases below a folder or of a table, lines on what is odd). Raises UserError, also where the output folder is
+    of another script's run."""
     refuse_pretraining_run(output_dir)
+    flag = "--data_list" if data_list else "--data_dir"
     try:
-        crops, problems = find_crops(folder)
-    except DataError as error:
-        raise UserError(f"--data_dir {error}") from error
+        if data_list:
+            crops, names, problems, lines, label_names, digest = crops_of_list(data_list, label_column)
+        else:
+            (crops, problems), names, lines, label_names, digest = find_crops(folder), [], [], None, None
+    except (DataError, UserError) as error:
+        raise UserError(f"{flag} {error}") from error
     if problems:
-        raise UserError(f"--data_dir {problems[0]}")
-    names = case_names([crop.path for crop in crops], folder)
+        raise UserError(f"{flag} {problems[0]}")
+    names = names or case_names([crop.path for crop in crops], folder)
     labels = np.array([crop.label for crop in crops])
-    return Cases(
+    cases = Cases(
         names,
         [crop.path for crop in crops],
         labels,
         [crop.patient for crop in crops],
         [crop.subset for crop in crops],
         int(labels.max()) + 1,
+        label_names=label_names,
+        digest=digest,
     )
+    return cases, lines
 
 
 def check_training_sides(case_splits: Sequence[Split], cases: Cases) -> None:
@@ -472,10 +492,10 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
     """Write predictions.csv: the mean over the folds of a run, for all crops below a folder, or for the points of a
     table in the CTs there. Raises UserError if some failed."""
     processes = runtime.processes
-    folders = processes.run_on_main(lambda: find_folds(weights, output_dir))
+    files = processes.run_on_main(lambda: find_folds(weights, output_dir))
     models, calibrations, thresholds, config = [], [], [], {}
-    for fold_folder in folders:
-        model, config, best = load_fold(fold_folder / "best.pth", classifier_of, "main_lnc_luna16.py", "protocol")
+    for file in files:
+        model, config, best = load_fold(file, classifier_of, "main_lnc_luna16.py", "protocol")
         models.append(model.to(processes.device).eval())
         calibrations.append(Calibration.from_best(best))
         thresholds.append(best["threshold"])
@@ -488,19 +508,19 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
         return [[*table_probabilities(row), int(label)] for row, label in zip(probabilities, predicted)]
 
     new = new_points if points else new_crops
-    predictions, run = new(source, points, output_dir, rows_of, config, weights_recipe(folders), runtime)
+    predictions, run = new(source, points, output_dir, rows_of, config, weights_recipe(files), runtime)
     with runtime.stop_signal:
         run()
         predictions.finish(
             lambda table: (
-                predicted_summary(table, "points" if points else "crops", len(folders), config["classes"], threshold)
+                predicted_summary(table, "points" if points else "crops", len(files), config["classes"], threshold)
                 + f"\npredictions  {predictions.table}"
             )
         )
 
 
 def new_crops(
-    folder: str,
+    source: str,
     _: None,
     output_dir: Path,
     rows_of: Callable[[Tensor], list[list[Any]]],
@@ -508,18 +528,19 @@ def new_crops(
     recipe: dict[str, Any],
     runtime: Runtime,
 ) -> tuple[Predictions, Callable[[], None]]:
-    """(Predictions of the crops below a folder, what makes them). rows_of: see `prediction.predict_windows`"""
-    found = runtime.processes.run_on_main(lambda: find_new_cases(folder))
-    paths = [os.path.join(folder, name) for name in found]
-    names = runtime.processes.run_on_main(lambda: case_names(paths, folder))
+    """(Predictions of the crops that --predict names, what makes them). rows_of: see `prediction.predict_windows`"""
+    new = runtime.processes.run_on_main(lambda: find_new_cases(source))
+    paths = new.paths
+    names = runtime.processes.run_on_main(lambda: case_names(paths, new.folder))
     predictions = Predictions(
         output_dir / "predictions.csv",
-        [*table_header(config["classes"], ["case"]), "predicted"],
+        [*table_header(config["classes"], ["case", *new.columns]), "predicted"],
         names,
         paths,
         [None] * len(paths),
         recipe,
         runtime,
+        new.known(),
     )
     for line in new_crop_lines(paths, config["crop_spacing"], runtime.processes):
         runtime.processes.print(line)

@@ -33,6 +33,7 @@ from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError, stem
 from dino3d.data.images import read_image, voxels_of
 from dino3d.data.layouts import Pair, find_task, pairs_of
+from dino3d.data.lists import is_table, pairs_of_list
 from dino3d.data.parallel import progress
 from dino3d.data.requirements import Header, case_lines, class_faults, odd_headers, require_ct, too_bright
 from dino3d.data.volume import Volume
@@ -47,7 +48,7 @@ from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, file_name, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, segmenter_of
-from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, map_over_ranks
+from dino3d.finetune.inference import NewCases, failed_cases, find_folds, find_new_cases, map_over_ranks
 from dino3d.finetune.mask_metrics import LESION_COUNTS, LESION_METRICS, lesion_metrics
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
@@ -80,7 +81,11 @@ def get_args_parser() -> command_line.ArgumentParser:
         description="Lung tumour segmentation, fold by fold. Start the same command again to resume a run.",
     )
     flags.data_flags(
-        parser, LAYOUT, predict="folder with CTs at any depth; nothing is trained, a mask of each goes to --output_dir"
+        parser,
+        LAYOUT,
+        columns="path and mask, and patient if it has it",
+        predict="folder with CTs at any depth, one file, or a table (.csv) with the columns path and maybe patient; "
+        "nothing is trained, a mask of each goes to --output_dir",
     )
     group = parser.add_argument_group("segmentation")
     group.add_argument(
@@ -172,7 +177,11 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     vars(args).update(MASKS | given)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    pairs, form = processes.run_on_main(lambda: find_cases(args.data_dir, output_dir))
+    source = args.data_list or args.data_dir
+    pairs, patients, form, lines, digest = processes.run_on_main(
+        lambda: find_cases(args.data_dir, args.data_list, output_dir)
+    )
+    notices += lines
     names = [pair.name for pair in pairs]
     splits, data = processes.run_on_main(
         lambda: make_splits(
@@ -181,13 +190,14 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
             args.k_fold,
             args.num_test,
             args.seed,
-            names,
+            patients,
             [0] * len(names),
             [""] * len(names),
             ("spacing", "classes"),
+            digest,
         )
     )
-    sides = [Split(*(of_patients(side, names) for side in split)) for split in splits]
+    sides = [Split(*(of_patients(side, patients) for side in split)) for split in splits]
 
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
@@ -203,11 +213,11 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
         Path(args.cache_dir or output_dir / "cache"), pairs, heads, args.spacing, args.cache_gb * 1e9
     )
     found = cache.make(processes, runtime.workers)
-    processes.run_on_main(lambda: check_labels(found, names, sides, args.data_dir))
+    processes.run_on_main(lambda: check_labels(found, names, sides, source))
     data |= {"spacing": args.spacing, "classes": 1 + max(max(one.classes) for one in found)}
-    cases = Cases(names, pairs, cache, data["classes"])
+    cases = Cases(names, pairs, patients, cache, data["classes"])
     label_heads = read_headers([pair.label for pair in pairs], processes)
-    notices.append(f"{len(pairs)} cases below {args.data_dir}: {form}")
+    notices.append(f"{len(pairs)} cases {'of' if args.data_list else 'below'} {source}: {form}")
     notices += case_lines(pairs, [one.classes for one in found], [one.hu for one in found], [*heads, *label_heads])
     notices += warnings_about(encoder, args, found, names)
     config = vars(args) | {"classes": cases.classes, "weights_crc32": encoder.crc32}
@@ -306,27 +316,34 @@ def dice_and_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Cases(NamedTuple):
-    """The data set, sorted by name. pairs: layouts.Pair of each; cache: ResampledCache; classes: with the
-    background."""
+    """The data set, sorted by name. pairs: layouts.Pair of each; patients: whose each is; cache: ResampledCache;
+    classes: with the background."""
 
     names: list[str]
     pairs: list[Pair]
+    patients: list[str]
     cache: ResampledCache
     classes: int
 
 
-def find_cases(folder: str, output_dir: Path) -> tuple[list[Pair], str]:
-    """([layouts.Pair] below a folder, sorted by name, the form in which they lie there). Raises UserError, also where
-    the output is of another script's run."""
+def find_cases(
+    folder: str | None, data_list: str | None, output_dir: Path
+) -> tuple[list[Pair], list[str], str, list[str], str | None]:
+    """([layouts.Pair] below a folder or of a table, sorted by name, whose each is, the form in which they lie there,
+    lines on what is odd, what changes when the table does). Raises UserError, also where the output is of another
+    script's run."""
     refuse_pretraining_run(output_dir)
     try:
+        if data_list:
+            pairs, patients, lines, digest = pairs_of_list(data_list)
+            return pairs, patients, f"of {len(set(patients))} patients", lines, digest
         task = find_task(folder)
-    except DataError as error:
-        raise UserError(f"--data_dir {error}") from error
+    except (DataError, UserError) as error:
+        raise UserError(f"{'--data_list' if data_list else '--data_dir'} {error}") from error
     pairs, problems = pairs_of(task, folder)
     if problems:
         raise UserError(f"--data_dir {problems[0]}")
-    return pairs, task.form
+    return pairs, [pair.name for pair in pairs], task.form, [], None
 
 
 def median_spacing(heads: Sequence[Header]) -> list[float]:
@@ -338,7 +355,7 @@ def check_labels(found: Sequence[CaseInfo], names: Sequence[str], sides: Sequenc
     """UserError where the labels can't be learnt from. found, names: resampled_cache.CaseInfo and name of each case."""
     faults = class_faults([one.classes for one in found], names, folder)
     if faults:
-        raise UserError(f"--data_dir {faults[0]}")
+        raise UserError(f"{'--data_list' if is_table(folder) else '--data_dir'} {faults[0]}")
     seen = {value for one in found for value in one.classes}
     for fold, side in enumerate(sides):
         missing = seen - {value for i in side.train for value in found[i].classes}
@@ -514,10 +531,13 @@ def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]
     return means | {"undefined_hausdorff95": undefined} | lesions_of(rows)[0]
 
 
-def lesions_of(rows: Sequence[Sequence[Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def lesions_of(
+    rows: Sequence[Sequence[Any]], patients: dict[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """({name: value} of LESION_COUNTS and LESION_METRICS of the cases of rows, {name_interval: 95 % interval over
-    cases}).
+    patients}).
 
+    patients: of each case, without them its own
     rows: as COLUMNS; a case's classes add up, and a case that several folds tested counts once, with their mean; of
     older versions' rows, which have no counts, all is None
     """
@@ -531,13 +551,15 @@ def lesions_of(rows: Sequence[Sequence[Any]]) -> tuple[dict[str, Any], dict[str,
         by_case[row[COLUMNS.index("case")]][row[COLUMNS.index("fold")]] += np.array(counts, float)
     counts = np.array([np.mean(list(folds.values()), axis=0) for folds in by_case.values()])  # (cases, counts)
 
+    owners = [(patients or {}).get(case, case) for case in by_case]
+
     def metrics(weights: np.ndarray) -> dict[str, float | None]:
         return lesion_metrics(*counts.T, weights)
 
     sums = [int(total) if total.is_integer() else total for total in counts.sum(0).tolist()]
     found = dict(zip(LESION_COUNTS, sums)) | metrics(np.ones(len(counts)))
     intervals = {
-        f"{name}_interval": bootstrap_interval(lambda weights, name=name: metrics(weights)[name], list(by_case))
+        f"{name}_interval": bootstrap_interval(lambda weights, name=name: metrics(weights)[name], owners)
         for name in LESION_METRICS
     }
     return found, intervals
@@ -566,30 +588,33 @@ def show_test_cases(state: FoldState, writer: Any, cases: Cases, settings: Infer
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
-def predict(folder: str, weights: str, output_dir: Path, given: dict[str, Any], runtime: Runtime) -> None:
-    """Write a mask for each volume below `folder`: the mean over the folds of a run. Raises UserError if some failed.
+def predict(source: str, weights: str, output_dir: Path, given: dict[str, Any], runtime: Runtime) -> None:
+    """Write a mask for each volume that --predict names: the mean over the folds of a run. Raises UserError if some
+    failed.
 
     given: {name: value} of those in MASKS that differ from the run's
     """
     processes = runtime.processes
-    names, folders = processes.run_on_main(lambda: find_new_scans(folder, weights, output_dir))
+    new, files = processes.run_on_main(lambda: find_new_scans(source, weights, output_dir))
+    names, paths = new.names, new.paths
     networks, config = [], None
-    for where in folders:
-        model, config, _ = load_fold(where / "best.pth", segmenter_of, "main_lts_msd.py", "decoder")
+    for file in files:
+        model, config, _ = load_fold(file, segmenter_of, "main_lts_msd.py", "decoder")
         networks.append(model.to(processes.device).eval())
     settings = inference_settings(config | given, runtime.batch_size)
-    paths, masks = ([os.path.join(folder, name) for name in names], [output_dir / mask_name(name) for name in names])
+    masks = [output_dir / mask_name(name) for name in names]
     predictions = Predictions(
         output_dir / "volumes.csv",
-        ("case", "class", "volume_ml"),
+        ("case", *new.columns, "class", "volume_ml"),
         [without_suffix(name) for name in names],
         paths,
         masks,
-        weights_recipe(folders) | {name: (config | given)[name] for name in MASKS},
+        weights_recipe(files) | {name: (config | given)[name] for name in MASKS},
         runtime,
+        new.known(),
     )
     processes.print(
-        f"{len(names)} volumes, mean of {len(folders)} fold{'s' * (len(folders) > 1)}, "
+        f"{len(names)} volumes, mean of {len(files)} fold{'s' * (len(files) > 1)}, "
         f"{format_values(config['spacing'])} mm{predictions.done_before()}"
     )
     for line in processes.run_on_main(lambda: odd_headers([paths[at] for at in predictions.todo])):
@@ -641,18 +666,19 @@ def mask_name(name: str) -> str:
     return name if name.lower().endswith((".nii", ".nii.gz")) else without_suffix(name) + ".nii.gz"
 
 
-def find_new_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[str], list[Path]]:
-    """(names of volumes below the folder, fold folders) of a prediction. Raises UserError where a mask would replace a
-    scan or be taken for one."""
-    if Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(folder)):
+def find_new_scans(source: str, weights: str, output_dir: Path) -> tuple[NewCases, list[Path]]:
+    """(NewCases, files of the folds) of a prediction. Raises UserError where a mask would replace a scan or be taken
+    for one."""
+    if os.path.isdir(source) and Path(os.path.realpath(output_dir)).is_relative_to(os.path.realpath(source)):
         raise UserError(
             f"--output_dir {output_dir}: lies in the --predict folder, where masks would replace CTs or be taken "
             "for them; choose another"
         )
-    folders = find_folds(weights, output_dir)
-    names = find_new_cases(folder)
+    files = find_folds(weights, output_dir)
+    new = find_new_cases(source)
+    names = new.names
     called = collections.Counter(map(without_suffix, names))  # in the table, where the rows of one name are one file's
-    known = {os.path.realpath(os.path.join(folder, name)) for name in names}
+    known = {os.path.realpath(path) for path in new.paths}
     lost = next((name for name in names if os.path.realpath(output_dir / mask_name(name)) in known), None)
     if lost:
         raise UserError(
@@ -660,8 +686,8 @@ def find_new_scans(folder: str, weights: str, output_dir: Path) -> tuple[list[st
         )
     twice = next((name for name in names if called[without_suffix(name)] > 1), None)
     if twice:
-        raise UserError(f"--predict {folder}: two volumes are called {without_suffix(twice)}; rename one")
-    return names, folders
+        raise UserError(f"--predict {source}: two volumes are called {without_suffix(twice)}; rename one")
+    return new, files
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown
@@ -716,7 +742,8 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
         lambda record, _: dict.fromkeys((*LESION_COUNTS, *LESION_METRICS)) | record,  # older versions counted none
     )
     rows = [[row.get(name, "") for name in COLUMNS] for table in tables for row in table]
-    together = pool_cases(rows)
+    together = pool_cases(rows, dict(zip(cases.names, cases.patients)))
+    who = "cases" if cases.patients == cases.names else "patients"
     write_json(
         output_dir / "metrics.json",
         {
@@ -753,7 +780,7 @@ def summarise(output_dir: Path, cases: Cases, folds: int) -> str:
     )
     lines.append(
         "all folds: each test case once, with the mean of its folds' Dice"
-        + ("; in brackets the 95 % interval over cases" if together["dice_interval"] else "")
+        + (f"; in brackets the 95 % interval over {who}" if together["dice_interval"] else "")
     )
     lines += lesion_lines(records, together)
     lines += [f"note: fold {record['fold']}: {note}" for record in records for note in record.get("notes", ())]
@@ -783,9 +810,10 @@ def lesion_lines(records: Sequence[dict[str, Any]], together: dict[str, Any]) ->
     return [*lines, "a lesion is found, a predicted one true, where any voxel overlaps; FP: false positives"]
 
 
-def pool_cases(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def pool_cases(rows: Sequence[Sequence[Any]], patients: dict[str, str]) -> dict[str, Any]:
     """{"cases", each of MASK_METRICS, LESION_COUNTS and LESION_METRICS, their "_interval", "notes"}: each case once,
-    the mean of its folds' and classes' figures; bootstrap over cases, which stand for patients.
+    the mean of its folds' and classes' figures; bootstrap over patients, for which cases stand
+    where none are known. patients: of each case
 
     A distance that is undefined is left out of its case's mean.
     """
@@ -798,11 +826,12 @@ def pool_cases(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
         means = np.array([np.mean(of_case) for of_case in values.values()])
         found[name] = float(means.mean()) if len(means) else None
         intervals[f"{name}_interval"] = bootstrap_interval(
-            lambda weights, means=means: float(np.average(means, weights=weights)), list(values)
+            lambda weights, means=means: float(np.average(means, weights=weights)), [patients[case] for case in values]
         )
     names = [row[COLUMNS.index("case")] for row in rows]
-    lesions, lesion_intervals = lesions_of(rows)
-    notes = interval_notes(names, "case")
+    lesions, lesion_intervals = lesions_of(rows, patients)
+    owners = [patients[name] for name in names]
+    notes = interval_notes(owners, "case" if owners == names else "patient")
     return {"cases": len(set(names)), **found, **lesions, **intervals, **lesion_intervals, "notes": notes}
 
 

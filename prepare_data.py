@@ -182,7 +182,13 @@ def get_args_parser() -> ArgumentParser:
         "folder",
         type=Path,
         metavar="FOLDER",
-        help="a folder in one of the three layouts, or a task of the Decathlon or nnU-Net",
+        help="a folder in one of the three layouts, a task of the Decathlon or nnU-Net, or a table of files (.csv) as "
+        "--data_list of the training scripts takes",
+    )
+    options.add_argument(
+        "--label_column",
+        metavar="NAME",
+        help="column of a table with the labels of crops; default: label, in a table without a column mask",
     )
     run_flags(options)
 

@@ -13,10 +13,10 @@ import numpy as np
 from dino3d.command_line import UserError, available_cores
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, one_line, stem
 from dino3d.data.geometry import other_grid
-from dino3d.data.requirements import lone_class, owners_of
+from dino3d.data.requirements import lone_class, no_image, owners_of
 from dino3d.data.scans import Found, Scan, find_scans
 from dino3d.data.volume import Volume
-from dino3d.files import atomic_write
+from dino3d.files import atomic_write, read_rows
 
 
 def find_volumes(folder: Path | str) -> list[str]:
@@ -96,9 +96,11 @@ def is_label_path(path: str) -> bool:
 
 
 def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[str]:
-    """Paths in a text file, one per line; relative ones belong to `folder` or, without it, to the list's own folder.
+    """Paths in a text file, one per line, or in the column path of a table; relative ones belong to `folder` or,
+    without it, to the list's own folder.
 
-    Names may be any bytes, in any locale. Empty lines and lines that start with # are passed over. Raises DataError.
+    A table ends in .csv or .tsv and has that column. Names may be any bytes, in any locale. Of other files empty lines
+    and lines that start with # are passed over. Raises DataError, UserError.
     """
     try:
         content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -106,9 +108,12 @@ def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[s
         raise DataError(path, f"can't be read as a list of files ({one_line(error, path)})") from error
     if b"\0" in content:
         raise DataError(path, "can't be read as a list of files (it is no text, or not in UTF-8)")
+    base = folder or os.path.dirname(path)
     lines = map(os.fsdecode, content.split(b"\n"))
-    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [os.path.join(folder or os.path.dirname(path), name) for name in names]
+    names = [os.path.join(base, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    if is_kind(path, TABLE_SUFFIXES) and names and not os.path.exists(names[0]):  # a bare list may be called so too
+        return [os.path.join(base, row["path"]) for _, row in read_rows(path, ["path"]) if row["path"]]
+    return names
 
 
 def list_volumes(folder: Path | str, index: Path | str) -> tuple[list[str], str]:
@@ -137,6 +142,7 @@ def list_volumes(folder: Path | str, index: Path | str) -> tuple[list[str], str]
 # --------------------------------------------------------------------------------------------- the layouts with labels
 
 
+TABLE_SUFFIXES = (".csv", ".tsv")  # of a list of files that is a table
 UNLABELLED = "unlabelled"  # folder in the label's place, for crops that are predicted, or pre-trained on
 
 
@@ -202,30 +208,40 @@ def find_crops(folder: Path | str) -> tuple[list[Crop], list[DataError]]:
         first = by_name.setdefault(os.path.join(os.path.dirname(crop.path), stem(crop.path)), crop.path)
         if first != crop.path:
             problems.append(DataError(crop.path, f"has the same name as {first}: expected one file of each name"))
+    return crops, problems + crops_faults(crops, folder)
+
+
+def crops_faults(crops: Sequence[Crop], source: Path | str, label: str = "label") -> list[DataError]:
+    """What keeps labelled crops from being trained on: one class alone, a gap in the classes, a class that one patient
+    has alone, a patient in two subsets.
+
+    source: folder or list that they are of; label: what to call a class, before its number
+    """
+    problems = []
     classes = sorted({crop.label for crop in crops})
     if len(classes) == 1:
-        problems.append(DataError(folder, f"has crops of one class only (label{classes[0]}), expected at least two"))
+        problems.append(DataError(source, f"has crops of one class only ({label}{classes[0]}), expected at least two"))
     elif classes != list(range(len(classes))):
         problems.append(
             DataError(
-                folder,
+                source,
                 f"has the classes {', '.join(map(str, classes))}: expected 0 to {len(classes) - 1} without a gap",
             )
         )
     else:
         owners = owners_of([[crop.label] for crop in crops], [crop.patient for crop in crops])
-        problems += lone_class(owners, [crop.patient for crop in crops], folder, "patient", "label")
+        problems += lone_class(owners, [crop.patient for crop in crops], source, "patient", label)
     subsets = {}
     for crop in crops:
         subsets.setdefault(crop.patient, set()).add(crop.subset)
     problems += [
         DataError(
-            folder, f"has patient {patient} in {' and '.join(sorted(where))}: expected every patient in one subset"
+            source, f"has patient {patient} in {' and '.join(sorted(where))}: expected every patient in one subset"
         )
         for patient, where in sorted(subsets.items())
         if len(where) > 1
     ]
-    return crops, problems
+    return problems
 
 
 def _class_of(folder: str) -> int | None:
@@ -440,4 +456,10 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         reason = other_grid(label.shape, label.affine, image.shape, image.affine)
         if reason:
             raise DataError(pair.label, reason)
-        return image.read(), label.read_labels(pair.classes), image.affine
+        voxels = image.read()
+        try:
+            return voxels, label.read_labels(pair.classes), image.affine
+        except DataError as error:
+            swapped = no_image(voxels).startswith("a mask")
+            told = f"; its image {pair.image} is a mask: are the two swapped?" if swapped else ""
+            raise DataError(error.path, error.reason + told) from error

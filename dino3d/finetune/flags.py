@@ -7,6 +7,7 @@ from typing import Any
 import augmentations
 from dino3d import command_line
 from dino3d.command_line import format_values, number
+from dino3d.data.lists import LABEL
 from dino3d.features.encoder import ENCODER
 from dino3d.finetune.splits import NUM_TEST
 from dino3d.training import checkpoint
@@ -33,17 +34,37 @@ FIXED_FLAGS = (
 )
 
 
-def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str, points: bool = False) -> None:
-    """The first group of both downstream scripts: data, output, weights. layout: of --data_dir; predict: help of
-    --predict; points: whether there is a --points."""
+def data_flags(
+    parser: command_line.ArgumentParser, layout: str, columns: str, predict: str, labels: bool = False
+) -> None:
+    """The first group of both downstream scripts: data, output, weights.
+
+    layout: of --data_dir; columns: of --data_list; predict: help of --predict; labels: whether crops are labelled, by
+    --label_column, and --points are predicted
+    """
     group = parser.add_argument_group("data, output and weights")
     group.add_argument(
         "--data_dir",
         "--data_path",
         default=None,
         metavar="DIR",
-        help=f"folder with the labelled data, {layout}; required for training",
+        help=f"folder with the labelled data, {layout}; for training this or a --data_list",
     )
+    group.add_argument(
+        "--data_list",
+        default=None,
+        metavar="CSV",
+        help=f"table of the labelled data instead of --data_dir, with the columns {columns}; relative paths belong to "
+        "the table's folder",
+    )
+    if labels:
+        group.add_argument(
+            "--label_column",
+            default=None,
+            metavar="NAME",
+            help="column of --data_list with the labels, whole numbers from 0 on, or words that become classes in "
+            f"sorted order; default: {LABEL}",
+        )
     group.add_argument(
         "--output_dir",
         default="output",
@@ -55,12 +76,12 @@ def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str, p
         default="",
         type=lambda path: os.path.abspath(path) if path else "",
         metavar="FILE",
-        help="checkpoint.pth of main_dino.py, or other code's .pth or .safetensors file, whose encoder is "
-        "fine-tuned; without it: from scratch",
+        help="checkpoint.pth of main_dino.py or its folder; best.pth of a fold of either fine-tuning, that fold or "
+        "run as a folder; or other code's .pth or .safetensors file: its encoder is fine-tuned; without: from scratch",
     )
     command_line.checkpoint_key_flag(group)
-    group.add_argument("--predict", default=None, metavar="DIR", help=predict)
-    if points:
+    group.add_argument("--predict", default=None, metavar="WHAT", help=predict)
+    if labels:
         group.add_argument(
             "--points",
             default=None,
@@ -72,7 +93,8 @@ def data_flags(parser: command_line.ArgumentParser, layout: str, predict: str, p
         "--weights",
         default=None,
         metavar="OUT",
-        help="--output_dir of a trained run, for --predict: the mean of its folds' models; OUT/0: one fold alone",
+        help="--output_dir of a trained run, for --predict: the mean of its folds' models; OUT/0, or a best.pth file: "
+        "one fold alone",
     )
 
 
@@ -229,8 +251,14 @@ def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str
         parser.error("--predict DIR and --weights OUT go together: the new data, and the run whose models judge them")
     if given.get("points") and given["predict"] is None:
         parser.error("--points CSV needs --predict DIR, the folder with the CTs that the points lie in, and --weights")
-    if given["predict"] is None and given["data_dir"] is None:
-        parser.error(f"--data_dir is missing: the folder with {layout}")
+    if given["data_dir"] is not None and given["data_list"] is not None:
+        parser.error("--data_dir and --data_list are two ways to name the data: give one of them")
+    if given["predict"] is not None and given["data_list"] is not None:
+        parser.error("--data_list is for training: --predict takes a table of new files itself, --predict LIST.csv")
+    if given.get("label_column") is not None and given["data_list"] is None:
+        parser.error("--label_column NAME is a column of --data_list, which is missing")
+    if given["predict"] is None and given["data_dir"] is None and given["data_list"] is None:
+        parser.error(f"--data_dir is missing: the folder with {layout}; or give a --data_list")
     if given["clip_range"] and given["clip_range"][0] >= given["clip_range"][1]:
         parser.error(f"--clip_range {format_values(given['clip_range'])}: the first value must be below the second")
     size, patch = (given[name] or (None if pretrained else ENCODER[name]) for name in ("input_size", "patch_size"))

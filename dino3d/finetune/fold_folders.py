@@ -14,6 +14,7 @@ from dino3d.finetune.splits import Split, save_splits
 from dino3d.training.checkpoint import load_checkpoint, load_newest
 from utils import Processes, device_name
 
+SCRIPTS = {"protocol": "main_lnc_luna16.py", "decoder": "main_lts_msd.py", "out_dim": "main_dino.py"}  # by their flags
 PARTS = ("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases")  # of a fold's checkpoint.pth
 
 
@@ -69,7 +70,10 @@ def fold_folders(path: Path | str, name: str) -> list[Path]:
     """Folders with a fold's file `name`: `path` itself, or its sub-folders 0, 1, ... in order. Raises UserError."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"--weights {path}: no such folder; expected the --output_dir of a trained run or a fold in it")
+        raise UserError(
+            f"--weights {path}: no such folder; expected the --output_dir of a trained run, a fold in it, "
+            "or its best.pth"
+        )
     if (path / name).is_file():
         return [path]
     found = sorted(
@@ -81,6 +85,12 @@ def fold_folders(path: Path | str, name: str) -> list[Path]:
     return found
 
 
+def fold_files(path: Path | str) -> list[Path]:
+    """The best.pth files that --weights names: one, a fold's, or those of a run's folds. Raises UserError."""
+    path = Path(path)
+    return [path] if path.is_file() else [folder / "best.pth" for folder in fold_folders(path, "best.pth")]
+
+
 def load_fold(
     path: Path, build: Callable[[PretrainedEncoder, dict, dict], nn.Module], script: str, known_by: str
 ) -> tuple[nn.Module, dict, dict]:
@@ -90,9 +100,15 @@ def load_fold(
     alone
     """
     state = load_checkpoint(path)
-    config = state["config"]
-    if known_by not in config:
-        raise UserError(f"--weights {path}: is no checkpoint of {script}", everywhere=True)
+    config = state.get("config")
+    if not isinstance(config, dict) or known_by not in config or "model" not in state:
+        made_by = [other for name, other in SCRIPTS.items() if isinstance(config, dict) and name in config]
+        found = f" but of {made_by[0]}" if made_by else ""
+        raise UserError(
+            f"--weights {path}: is no checkpoint of {script}{found}; expected the --output_dir of its run, a fold in "
+            "it, or a fold's best.pth",
+            everywhere=True,
+        )
     model = build(PretrainedEncoder(**{name: config[name] for name in ENCODER}), config, state["model"])
     try:
         model.load_state_dict(state["model"])

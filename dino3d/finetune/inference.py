@@ -1,7 +1,9 @@
 """Cases through a trained model: shared by the ranks, each case once, its row on every rank."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,12 +12,20 @@ from torch.utils.data import Dataset
 
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
-from dino3d.data.conventions import DataError
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind
 from dino3d.data.layouts import find_unlabelled, none_found
+from dino3d.data.lists import PATIENT, is_table, read_list
 from dino3d.finetune.crops import collate_crops, read_ahead
-from dino3d.finetune.fold_folders import fold_folders
+from dino3d.finetune.fold_folders import fold_files
 from dino3d.finetune.runtime import Runtime
 from dino3d.training.checkpoint import StopRequested
+
+
+class Known(NamedTuple):
+    """What is known of a row of a table before the prediction: its place there, and the cells behind the case."""
+
+    place: int
+    cells: tuple[Any, ...] = ()
 
 
 def map_over_ranks(
@@ -132,20 +142,56 @@ def failed_cases(names: Sequence[str], failures: dict[int, str]) -> list[str]:
 
 
 def find_folds(weights: str, output_dir: Path) -> list[Path]:
-    """Fold folders whose models predict. Raises UserError, also where the output is a trained run's."""
+    """The best.pth files of the folds whose models predict. Raises UserError, also where the output is of a run."""
     if (output_dir / "splits.json").exists():
         raise UserError(f"--output_dir {output_dir}: holds a trained run, whose results would be lost; choose another")
-    return fold_folders(weights, "best.pth")
+    return fold_files(weights)
 
 
-def find_new_cases(folder: str) -> list[str]:
-    """Volumes below the --predict folder, relative to it. Raises UserError."""
+class NewCases(NamedTuple):
+    """What --predict names. folder: that all of them lie in; names: volumes, relative to it; patients: of a table"""
+
+    folder: str
+    names: list[str]
+    patients: list[str] | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        return [os.path.join(self.folder, name) for name in self.names]
+
+    @property
+    def columns(self) -> list[str]:
+        """Those of the predictions' table that are known before."""
+        return [] if self.patients is None else [PATIENT]
+
+    def known(self) -> list[list[Known]]:
+        """What is known of each case's rows."""
+        cells = [()] * len(self.names) if self.patients is None else [(patient,) for patient in self.patients]
+        return [[Known(at, of_case)] for at, of_case in enumerate(cells)]
+
+
+def find_new_cases(source: str) -> NewCases:
+    """The NewCases that --predict names: volumes below a folder, one file, or those of a table. Raises UserError."""
+    passed_over = ""
     try:
-        names, passed_over = find_unlabelled(folder)
-    except DataError as error:
+        if os.path.isdir(source) or not os.path.exists(source):
+            names, passed_over = find_unlabelled(source)
+            new = NewCases(source, names)
+        elif is_table(source):
+            rows = read_list(source, (), [PATIENT])
+            folder = os.path.commonpath([os.path.dirname(row.path) for row in rows])
+            patients = [row.cells[PATIENT] for row in rows] if PATIENT in rows[0].cells else None
+            new = NewCases(folder, [os.path.relpath(row.path, folder) for row in rows], patients)
+        elif is_kind(source, VOLUME_SUFFIXES):
+            new = NewCases(os.path.dirname(source) or ".", [os.path.basename(source)])
+        else:
+            raise DataError(
+                source, f"is a file; expected a folder, a table (.csv), or a volume ({', '.join(VOLUME_SUFFIXES)})"
+            )
+    except (DataError, UserError) as error:
         raise UserError(f"--predict {error}") from error
-    if not names:
-        raise UserError(f"--predict {folder}: {none_found(passed_over)}")
+    if not new.names:
+        raise UserError(f"--predict {source}: {none_found(passed_over)}")
     if passed_over:
-        print(f"passed over below {folder}: {passed_over}", flush=True)
-    return names
+        print(f"passed over below {source}: {passed_over}", flush=True)
+    return new

@@ -22,7 +22,8 @@ from dino3d.data.scans import Scan
 from dino3d.data.volume import padded
 from dino3d.files import read_rows
 from dino3d.finetune.crops import centre_window, read_ahead
-from dino3d.finetune.prediction import Known, Predictions
+from dino3d.finetune.inference import Known
+from dino3d.finetune.prediction import Predictions
 from dino3d.finetune.runtime import Runtime
 from dino3d.training.checkpoint import StopRequested
 

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +20,12 @@ from dino3d.command_line import Preempted, UserError
 from dino3d.data.scans import state_of
 from dino3d.files import TEXT, append_json, file_state, read_table, write_table
 from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
-from dino3d.finetune.inference import reason_of
+from dino3d.finetune.inference import Known, reason_of
 from dino3d.finetune.runtime import Runtime
 
 JOURNALS = ".predicted.{}.jsonl"
 TABLE_EVERY = 2.0  # seconds between two versions of the table, which is written whole
 SLOW_TABLE = 5.0  # seconds, above which they are ten times as long as writing it takes
-
-
-class Known(NamedTuple):
-    """What is known of a row of the table before the prediction: its place there, and the cells behind the case."""
-
-    place: int
-    cells: tuple[Any, ...] = ()
 
 
 class Predictions:
@@ -210,9 +203,9 @@ def predict_windows(
             predictions.add(at, [row])
 
 
-def weights_recipe(folders: Sequence[Path]) -> dict[str, Any]:
-    """What a prediction depends on of the trained folds in these folders."""
-    return {"weights": [[str(folder.resolve()), *file_state(folder / "best.pth")] for folder in folders]}
+def weights_recipe(files: Sequence[Path]) -> dict[str, Any]:
+    """What a prediction depends on of these files of trained folds."""
+    return {"weights": [[str(file.parent.resolve()), *file_state(file)] for file in files]}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -75,6 +75,8 @@ def subset_splits(patients: Sequence[str], subsets: Sequence[str]) -> list[Split
     for patient, subset in zip(patients, subsets):
         members.setdefault(subset, set()).add(patient)
     names = sorted(members, key=lambda name: (len(name), name))  # subset10 after subset9
+    if names == [""]:
+        raise UserError("--folds subsets: the --data_list has no column subset; take --folds patients", everywhere=True)
     if len(names) < 3:
         raise UserError(
             "--folds subsets needs at least 3 subsets (test, validation, training), found "
@@ -99,10 +101,12 @@ def make_splits(
     labels: Sequence[int],
     subsets: Sequence[str],
     known: Sequence[str],
+    digest: str | None = None,
 ) -> tuple[list[Split], dict[str, Any]]:
     """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
 
     patients, labels, subsets: of each case; known: names that a splits.json has in its data besides
+    digest: what changes when the --data_list does, None for a --data_dir
     Raises UserError, also where splits.json is of other flags or patients.
     """
     described = {
@@ -112,6 +116,7 @@ def make_splits(
         "seed": seed,
         "cases": np.bincount(labels).tolist(),
         "patients": len(set(patients)),
+        "data_list": digest,
     }
     saved = load_splits(path, described, known)
     if saved is None:
@@ -122,7 +127,7 @@ def make_splits(
         )
         return splits, described
     if any({patient for side in split for patient in side} != set(patients) for split in saved[0]):
-        raise UserError(f"{path}: names other patients than --data_dir holds; choose another --output_dir")
+        raise UserError(f"{path}: names other patients than the data; choose another --output_dir")
     return saved
 
 

@@ -1,6 +1,7 @@
 """prepare_data.py check: what a prepared folder holds, and what the training scripts would refuse of it."""
 
 import collections
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from dino3d.data.layouts import (
     pairs_of,
     read_pair,
 )
+from dino3d.data.lists import LABEL, MASK, columns_of, crops_of_list, is_table, pairs_of_list, read_list
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.requirements import (
     Header,
@@ -60,12 +62,22 @@ class CheckedFile(NamedTuple):
         return Header(self.size, self.spacing, self.notes)
 
 
-def check(folder: Path, workers: int) -> None:
-    """Print what a folder of data holds and what the training scripts would say and refuse of it, and why."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: " + ("is no folder" if folder.exists() else "no such folder"))
+Checked = tuple[list[CheckedFile], list[DataError], list[str]]  # files, what would be refused, lines on what is odd
+
+
+def check(folder: Path, workers: int, label_column: str | None = None) -> None:
+    """Print what a folder of data, or a table of files, holds and what the training scripts would say and refuse of it,
+    and why. label_column: of a table of labelled crops"""
+    if label_column and not is_table(folder):
+        raise UserError(f"--label_column {label_column} is a column of a table (.csv), and {folder} is none")
+    if not folder.is_dir() and not (is_table(folder) and folder.is_file()):
+        raise UserError(
+            f"{folder}: " + ("is no folder, and no table (.csv)" if folder.exists() else "no such folder or table")
+        )
     kinds = ("images", "labels", "imagesTr", "labelsTr")
-    if any((folder / kind).is_dir() for kind in kinds) or (folder / "dataset.json").is_file():
+    if not folder.is_dir():
+        look = look_at_table(folder, label_column)
+    elif any((folder / kind).is_dir() for kind in kinds) or (folder / "dataset.json").is_file():
         look = check_cases
     elif any(path.is_dir() and path.name.startswith("subset") for path in folder.iterdir()):
         look = check_crops_of
@@ -86,27 +98,44 @@ def check(folder: Path, workers: int) -> None:
     print("nothing would be refused")
 
 
-Checked = tuple[list[CheckedFile], list[DataError], list[str]]  # files, what would be refused, lines on what is odd
+def look_at_table(path: Path, label_column: str | None) -> Callable[[Path, int], Checked]:
+    """What looks at a table: as masks where it has such a column and no other is asked for, as labels, or as volumes
+    alone."""
+    columns = columns_of(path, [MASK, label_column or LABEL])
+    if MASK in columns and not label_column:
+        return check_cases
+    if label_column or LABEL in columns:
+        return functools.partial(check_crops_of, label_column=label_column or LABEL)
+    return check_volumes
 
 
 def check_cases(folder: Path, workers: int) -> Checked:
-    """What main_lts_msd.py would say of a folder."""
-    task = find_task(folder)
-    pairs, problems = pairs_of(task, folder)
+    """What main_lts_msd.py would say of a folder or table."""
+    if is_table(folder):
+        found = pairs_of_list(folder)
+        pairs, problems, told = found.pairs, [], found.lines
+        form, patients = f"of {len(set(found.patients))} patients", found.patients
+    else:
+        task = find_task(folder)
+        (pairs, problems), told, form = pairs_of(task, folder), [], task.form
+        patients = [pair.name for pair in pairs]
     seen = check_files(check_pair, pairs, workers)
-    print(f"segmentation layout: {len(pairs)} cases in {folder}: {task.form}")
+    print(f"segmentation layout: {len(pairs)} cases in {folder}: {form}")
     good = [(pair, one) for pair, one in zip(pairs, seen) if not one.problem]
     print_labels([one for _, one in good])
     usable, classes = [pair for pair, _ in good], [one.classes for _, one in good]
     problems += class_faults(classes, [pair.name for pair in usable], folder)
     headers = [one.header for _, one in good] + [one.header._replace(notes=one.label_notes) for _, one in good]
-    lines = case_lines(usable, classes, [one.faults[1] for _, one in good], headers)
-    return seen, problems, lines + few_patients(len(pairs), "cases")
+    lines = told + case_lines(usable, classes, [one.faults[1] for _, one in good], headers)
+    return seen, problems, lines + few_patients(len(set(patients)), "patients" if is_table(folder) else "cases")
 
 
-def check_crops_of(folder: Path, workers: int) -> Checked:
-    """What main_lnc_luna16.py would say of a folder."""
-    crops, problems = find_crops(folder)
+def check_crops_of(folder: Path, workers: int, label_column: str = LABEL) -> Checked:
+    """What main_lnc_luna16.py would say of a folder or table."""
+    if is_table(folder):
+        crops, _, problems, odd, *_ = crops_of_list(folder, label_column)
+    else:
+        (crops, problems), odd = find_crops(folder), []
     seen = check_files(check_volume, [crop.path for crop in crops], workers)
     patients = {crop.patient for crop in crops}
     print(f"classification layout: {len(crops)} crops of {len(patients)} patients in {folder}")
@@ -115,18 +144,24 @@ def check_crops_of(folder: Path, workers: int) -> Checked:
     faults, lines = crop_faults(
         [one.path for one in good], [one.header for one in good], {one.path: one.faults for one in good}
     )
-    unlabelled = sum(name.split(os.sep)[1:2] == [UNLABELLED] for name in find_volumes(folder))
+    names = [] if is_table(folder) else find_volumes(folder)
+    unlabelled = sum(name.split(os.sep)[1:2] == [UNLABELLED] for name in names)
     told = [f"note: {unlabelled} crops in {UNLABELLED} folders are for --predict: not trained on"] if unlabelled else []
-    return seen, problems + faults, lines + told + few_patients(len(patients), "patients")
+    return seen, problems + faults, odd + lines + told + few_patients(len(patients), "patients")
 
 
 def check_volumes(folder: Path, workers: int) -> Checked:
-    """What main_dino.py would say of a folder."""
-    names, passed_over = find_unlabelled(folder)
-    paths, problems = [str(folder / name) for name in names], []
+    """What main_dino.py would say of a folder or table."""
+    if is_table(folder):
+        paths, passed_over = [row.path for row in read_list(folder)], ""
+        of_patients = ""
+    else:
+        names, passed_over = find_unlabelled(folder)
+        paths = [str(folder / name) for name in names]
+        of_patients = f" of {len({path.relative_to(folder).parts[0] for path in map(Path, paths)})} patients"
+    problems = []
     seen = check_files(check_unlabelled, paths, workers)
-    patients = {path.relative_to(folder).parts[0] for path in map(Path, paths)}
-    print(f"pre-training layout: {len(paths)} volumes of {len(patients)} patients in {folder}")
+    print(f"pre-training layout: {len(paths)} volumes{of_patients} in {folder}")
     lines = [f"passed over: {passed_over}"] if passed_over else []
     if not paths:
         told = none_found(passed_over)
