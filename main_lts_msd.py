@@ -17,7 +17,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,13 +34,11 @@ from dino3d.data.conventions import DataError, stem
 from dino3d.data.images import read_image, voxels_of
 from dino3d.data.layouts import Pair, find_task, pairs_of
 from dino3d.data.lists import is_table, pairs_of_list
-from dino3d.data.parallel import progress
 from dino3d.data.requirements import Header, case_lines, class_faults, odd_headers, require_ct, too_bright
 from dino3d.data.volume import Volume
 from dino3d.evaluation.statistics import bootstrap_interval, format_metric, interval_notes, with_interval
 from dino3d.features import sliding_window
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
-from dino3d.features.sliding_window import Windows, grid_of
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures
 from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice, read_headers
@@ -49,6 +47,14 @@ from dino3d.finetune.fold_folders import collect_folds, file_name, load_fold, re
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, segmenter_of
 from dino3d.finetune.inference import NewCases, failed_cases, find_folds, find_new_cases, map_over_ranks
+from dino3d.finetune.mask_inference import (
+    MASKS,
+    InferenceSettings,
+    inference_settings,
+    mask_and_levels,
+    mask_of,
+    predict_log_probabilities,
+)
 from dino3d.finetune.mask_metrics import LESION_COUNTS, LESION_METRICS, lesion_metrics
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
@@ -59,12 +65,12 @@ from dino3d.training.checkpoint import StopRequested
 from dino3d.training.pictures import save_picture
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk
+    pass
 
 SHOWN_CASES = 8  # test cases in TensorBoard during training
 MASK_METRICS = ("dice", "surface_dice", "hausdorff95_mm")
 COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml", *LESION_COUNTS)
-MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how final masks are made, where no flag says
+OVERLAYS, PROBABILITIES = "overlays", "probabilities"  # folders of a prediction
 AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
 # Of --data_dir
@@ -135,6 +141,12 @@ def get_args_parser() -> command_line.ArgumentParser:
         metavar="ML",
         help=f"millilitres below which a component is dropped from final masks; default: 0{AS_TRAINED}",
     )
+    command_line.boolean_flag(
+        group,
+        "--save_probabilities",
+        False,
+        "with --predict: write each CT's probability map of each foreground class too, as NIfTI on the CT's own voxels",
+    )
     group.add_argument(
         "--cache_dir",
         default=None,
@@ -172,7 +184,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     output_dir, processes = Path(args.output_dir), runtime.processes
     given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
     if args.predict:
-        predict(args.predict, args.weights, output_dir, given, runtime)
+        predict(args.predict, args.weights, output_dir, given, args.save_probabilities, runtime)
         return
     vars(args).update(MASKS | given)
 
@@ -369,54 +381,6 @@ def check_labels(found: Sequence[CaseInfo], names: Sequence[str], sides: Sequenc
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-class InferenceSettings(NamedTuple):
-    """How whole cases are segmented. tolerance: mm; final: function of a mask and its spacing that cleans it."""
-
-    windows: Windows
-    clip_range: Sequence[float]
-    tolerance: float
-    final: Callable[[np.ndarray, Sequence[float]], np.ndarray]
-
-
-def inference_settings(config: dict[str, Any], batch_size: int) -> InferenceSettings:
-    """The InferenceSettings of a run's config. batch_size: windows at a time"""
-    final = functools.partial(
-        mask_metrics.clean, largest_component=config["largest_component"], min_volume=config["min_volume"]
-    )
-    return InferenceSettings(
-        Windows(tuple(config["input_size"]), config["overlap"], batch_size),
-        config["clip_range"],
-        config["tolerance"],
-        final,
-    )
-
-
-def predict_log_probabilities(
-    networks: Sequence[Segmenter],
-    image: "sitk.Image",
-    settings: InferenceSettings,
-    runtime: Runtime,
-    shows_progress: bool = False,
-) -> Tensor:
-    """(classes, X, Y, Z) log-probabilities of an image on the working grid. Raises StopRequested."""
-    batches = len(networks) * sliding_window.count_batches(image.GetSize(), settings.windows)
-    with progress(batches, "window", shows_progress and runtime.processes.is_main) as bar:
-
-        def before_windows() -> None:
-            runtime.stop_signal.check()
-            bar.update()
-
-        return sliding_window.segment(
-            networks,
-            image,
-            settings.windows,
-            settings.clip_range,
-            runtime.processes.device,
-            runtime.autocast,
-            before_windows=before_windows,
-        )
-
-
 def validate(state: FoldState, cases: Cases, settings: InferenceSettings) -> Validation:
     """fold_loop.Validation: the mean Dice of the validation cases, on the working grid, and their loss."""
     network = state.model.eval()
@@ -502,22 +466,6 @@ def table_value(column: str, value: float) -> float | int | None:
     return None if math.isnan(value) else int(value) if column in LESION_COUNTS else float(value)
 
 
-def mask_of(
-    networks: Sequence[Segmenter],
-    image: "sitk.Image",
-    spacing: Sequence[float],
-    settings: InferenceSettings,
-    runtime: Runtime,
-) -> "sitk.Image":
-    """A SimpleITK.Image of uint8 classes on the voxels of an image in RAS; spacing: (3,) mm that the networks know."""
-    own = grid_of(image)
-    working = sliding_window.to_network_grid(image, spacing)
-    found = sliding_window.to_scan_grid(
-        predict_log_probabilities(networks, working, settings, runtime, shows_progress=True), grid_of(working), own
-    )
-    voxels = voxels_of(found)
-    cleaned = settings.final(voxels, own.spacing)
-    return found if cleaned is voxels else own.image(cleaned)
 
 
 def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]:
@@ -588,7 +536,9 @@ def show_test_cases(state: FoldState, writer: Any, cases: Cases, settings: Infer
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
-def predict(source: str, weights: str, output_dir: Path, given: dict[str, Any], runtime: Runtime) -> None:
+def predict(
+    source: str, weights: str, output_dir: Path, given: dict[str, Any], save_probabilities: bool, runtime: Runtime
+) -> None:
     """Write a mask for each volume that --predict names: the mean over the folds of a run. Raises UserError if some
     failed.
 
@@ -602,13 +552,14 @@ def predict(source: str, weights: str, output_dir: Path, given: dict[str, Any], 
         model, config, _ = load_fold(file, segmenter_of, "main_lts_msd.py", "decoder")
         networks.append(model.to(processes.device).eval())
     settings = inference_settings(config | given, runtime.batch_size)
-    masks = [output_dir / mask_name(name) for name in names]
+    outputs = [outputs_of(output_dir, name, config["classes"], save_probabilities) for name in names]
+    require_own_names(outputs, names)
     predictions = Predictions(
         output_dir / "volumes.csv",
-        ("case", *new.columns, "class", "volume_ml"),
+        ("case", *new.columns, "class", "volume_ml", "lesions"),
         [without_suffix(name) for name in names],
         paths,
-        masks,
+        [of_scan.files for of_scan in outputs],
         weights_recipe(files) | {name: (config | given)[name] for name in MASKS},
         runtime,
         new.known(),
@@ -624,36 +575,84 @@ def predict(source: str, weights: str, output_dir: Path, given: dict[str, Any], 
             for at in predictions.share():
                 runtime.stop_signal.check()
                 rows = predictions.attempt(
-                    at, lambda at=at: predict_case(paths[at], masks[at], networks, config, settings, runtime)
+                    at, lambda at=at: predict_case(paths[at], outputs[at], networks, config, settings, runtime)
                 )
                 if rows:
-                    print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml" for _, ml in rows), flush=True)
-        predictions.finish(lambda table: f"masks    {output_dir}\nvolumes  {predictions.table}")
+                    print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml in {n} lesions" for _, ml, n in rows), flush=True)
+        predictions.finish(
+            lambda table: f"masks     {output_dir}\noverlays  {output_dir / OVERLAYS}\nvolumes   {predictions.table}"
+        )
+
+
+class ScanOutputs(NamedTuple):
+    """What a scan's prediction writes: its mask, its picture, and a probability map of each foreground class, if
+    asked."""
+
+    mask: Path
+    overlay: Path
+    probabilities: list[Path]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.mask, self.overlay, *self.probabilities]
+
+
+def outputs_of(output_dir: Path, name: str, classes: int, save_probabilities: bool) -> ScanOutputs:
+    """The ScanOutputs of a volume of this name."""
+    base = without_suffix(name)
+    suffixes = [""] if classes == 2 else [f"_class{k}" for k in range(1, classes)]
+    maps = [output_dir / PROBABILITIES / f"{base}{suffix}.nii.gz" for suffix in suffixes]
+    return ScanOutputs(
+        output_dir / mask_name(name), output_dir / OVERLAYS / f"{base}.png", maps if save_probabilities else []
+    )
+
+
+def require_own_names(outputs: Sequence[ScanOutputs], names: Sequence[str]) -> None:
+    """UserError where two files of a prediction would have one name."""
+    seen = {}
+    for name, of_scan in zip(names, outputs):
+        for file in of_scan.files:
+            if (first := seen.setdefault(file, name)) != name:
+                raise UserError(f"--predict: {file} would be of {first} and of {name}; rename one", everywhere=True)
 
 
 def predict_case(
     path: str,
-    target: Path,
+    outputs: ScanOutputs,
     networks: Sequence[Segmenter],
     config: dict[str, Any],
     settings: InferenceSettings,
     runtime: Runtime,
-) -> list[tuple[int, float]]:
-    """(class, millilitres) of each foreground class in a volume, whose mask is then written. Raises DataError,
-    UserError."""
+) -> list[tuple[int, float, int]]:
+    """(class, millilitres, lesions) of each foreground class in a volume, whose mask, picture and maps are then
+    written. Raises DataError, UserError."""
     image = read_image(path)
     require_ct(voxels_of(image), path)
     if told := too_bright(voxels_of(image)):
         print(f"warning: {path}: {told}", flush=True)
-    predicted = mask_of(networks, image, config["spacing"], settings, runtime)
+    mask, levels = mask_and_levels(
+        networks, image, config["spacing"], settings, runtime, with_levels=bool(outputs.probabilities)
+    )
+    predicted = voxels_of(mask)
+    counts = np.bincount(predicted.ravel(), minlength=config["classes"])[1:]
+    rows = []
+    for k, n in enumerate(counts, 1):
+        lesions = int(mask_metrics.components(predicted[mask_metrics.bounding_box(predicted)] == k).max(initial=0))
+        rows.append((k, float(n * np.prod(image.GetSpacing()) / 1000), lesions))
+    title = f"{outputs.overlay.stem}: " + ", ".join(f"{ml:.3g} ml in {n} lesions" for _, ml, n in rows)
+    arrays = voxels_of(image), predicted, None
+    picture = mask_pictures.overlay(*arrays, image.GetSpacing(), settings.clip_range, title)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for file in outputs.files:
+            file.parent.mkdir(parents=True, exist_ok=True)
         with Volume(path) as volume:
-            volume.save_mask(target, voxels_of(predicted))
+            for file, of_class in zip(outputs.probabilities, levels if outputs.probabilities else ()):
+                volume.save_map(file, of_class, slope=1 / sliding_window.LEVELS)
+            save_picture(outputs.overlay, picture)
+            volume.save_mask(outputs.mask, predicted)
     except OSError as error:
-        raise UserError(f"{target}: can't be written ({error.strerror or error})") from error
-    counts = np.bincount(voxels_of(predicted).ravel(), minlength=config["classes"])[1:]
-    return [(k, float(n * np.prod(image.GetSpacing()) / 1000)) for k, n in enumerate(counts, 1)]
+        raise UserError(f"{outputs.mask}: can't be written ({error.strerror or error})") from error
+    return rows
 
 
 def without_suffix(name: str) -> str:

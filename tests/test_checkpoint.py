@@ -35,7 +35,7 @@ from dino3d.command_line import Preempted, UserError
 from dino3d.data.pretraining import BatchStream, epoch_order
 from dino3d.evaluation import statistics
 from dino3d.files import ChecksumReader
-from dino3d.finetune import fold_loop
+from dino3d.finetune import fold_loop, mask_inference
 from dino3d.training import checkpoint
 from dino3d.training.checkpoint import (
     Checkpoints,
@@ -811,7 +811,8 @@ def test_a_signal_while_masks_are_evaluated(tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return segment(*args, **named)
 
-    monkeypatch.setattr(main_lts_msd, "predict_log_probabilities", signalled)
+    for module in (main_lts_msd, mask_inference):
+        monkeypatch.setattr(module, "predict_log_probabilities", signalled)
     assert run("straight") == 0
     total, signals = len(calls), (1, len(calls) - 1)  # of the first validation, and of the last test
     codes = []

@@ -831,7 +831,8 @@ def test_masks_of_all_orientations(trained, new_scans, tmp_path):
     assert "6 volumes, mean of 2 folds" in out and str(tmp_path / "volumes.csv") in out
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     names = ["a/b/other.nii.gz", "a/b/scan.nii", "a/scan.nii.gz", "c/flipped.nii.gz", "hdf/scan.nii.gz", "scan.nii.gz"]
-    assert written == sorted([*names, "volumes.csv", ".predicted.0.jsonl"])
+    pictures = [f"overlays/{name.removesuffix('.gz').removesuffix('.nii')}.png" for name in names]
+    assert written == sorted([*names, *pictures, "volumes.csv", ".predicted.0.jsonl"])
     first, affine = in_ras(tmp_path / "scan.nii.gz")
     assert 0.5 < first.sum() * np.linalg.det(affine[:3, :3]) / 1000 < 30  # ml
     for name in names:
@@ -844,7 +845,7 @@ def test_masks_of_all_orientations(trained, new_scans, tmp_path):
         np.testing.assert_allclose(its_affine, affine, atol=1e-3)
         assert dice(upright, first) > 0.98, name
     rows = read_table(tmp_path / "volumes.csv")
-    assert list(rows[0]) == ["case", "class", "volume_ml", "reason"]
+    assert list(rows[0]) == ["case", "class", "volume_ml", "lesions", "reason"]
     assert [row["case"] for row in rows] == [name.replace(".gz", "").replace(".nii", "") for name in names]
     for row, name in zip(rows, names):
         expected = np.asarray(nibabel.load(tmp_path / name).dataobj).sum() * np.linalg.det(affine[:3, :3]) / 1000

@@ -1,12 +1,22 @@
 """Segmentation from tables, and what --predict leaves of a new CT: patients, overlays, probability maps."""
 
 import json
+import shutil
 
+import nibabel
+import numpy as np
 import pytest
+import scipy.ndimage
+import SimpleITK as sitk
 from raw_inputs import write_table
-from test_main_lts_msd import assert_one_error, cases, predict, run_main, smaller_model
+from test_main_lts_msd import assert_one_error, cases, phantom, predict, run_main, save, smaller_model
 
+import main_lts_msd
+from dino3d.data.conventions import DataError
+from dino3d.data.images import voxels_of
+from dino3d.features.sliding_window import LEVELS, Grid, to_scan_grid, to_scan_levels
 from dino3d.files import read_json, read_table
+from dino3d.finetune.mask_inference import segment_volume
 
 __all__ = ["cases", "smaller_model"]  # fixtures
 QUICK = ["--epochs", 1, "--patches_per_case", 2, "--lr", 0.01]
@@ -84,3 +94,132 @@ def test_new_scans_of_a_table_and_a_file(listed, cases, tmp_path):
     code, _, errors = predict(cases / names[0], weights / "0" / "best.pth", tmp_path / "file")
     assert code == 0 and not errors and read_table(tmp_path / "file" / "volumes.csv")[0]["case"] == "lung_000"
     assert_one_error(predict(table.with_name("none.csv"), weights, tmp_path / "x"), "none.csv: no such folder")
+
+
+# ------------------------------------------------------------------------------------------- what is left of a new CT
+
+
+@pytest.fixture(scope="module")
+def new(listed, cases, tmp_path_factory):
+    """(folder of new CTs in several forms and orientations, folder of what was predicted of them)."""
+    folder = tmp_path_factory.mktemp("new")
+    for i, axes in enumerate(("LPS", "RAS", "IRP")):
+        save(folder / "scans" / f"scan{i}.nii.gz", *phantom(20 + i)[::2], axes)
+    voxels, _, affine = phantom(23, spacing=(2.0, 2.0, 3.0))
+    turned = affine @ rotation(9, 2)
+    nibabel.save(nibabel.Nifti1Image(voxels, turned), folder / "scans" / "turned.nii")
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
+    image.SetSpacing((1.5, 2.5, 3.5))
+    sitk.WriteImage(image, str(folder / "scans" / "itk.nrrd"))
+    code, said, errors = predict(folder / "scans", listed[0], folder / "out", "--save_probabilities", "true")
+    assert code == 0 and not errors, errors
+    assert f"overlays  {folder / 'out' / 'overlays'}" in said
+    return folder / "scans", folder / "out"
+
+
+def rotation(degrees, axis):
+    """(4, 4) matrix that turns around an axis."""
+    matrix, (a, b) = np.eye(4), [i for i in range(3) if i != axis]
+    matrix[a, a] = matrix[b, b] = np.cos(np.radians(degrees))
+    matrix[a, b], matrix[b, a] = -np.sin(np.radians(degrees)), np.sin(np.radians(degrees))
+    return matrix
+
+
+def test_probability_maps_lie_on_their_scans_and_agree_with_the_masks(new):
+    """Opened by nibabel and by ITK, at the scan's place; above one half exactly where the mask is."""
+    scans, out = new
+    spread = 0
+    for path in sorted(scans.iterdir()):
+        name = path.name.split(".")[0]
+        mask = next(file for file in out.iterdir() if file.name.startswith(name))
+        found = nibabel.load(out / "probabilities" / f"{name}.nii.gz")
+        values, inside = np.asarray(found.dataobj), np.asarray(nibabel.load(mask).dataobj) > 0
+        assert 0 <= values.min() and values.max() <= 1 and inside.any()
+        np.testing.assert_array_equal(values > 0.5, inside)
+        spread += len(np.unique(values))
+        image = sitk.ReadImage(str(out / "probabilities" / f"{name}.nii.gz"))
+        np.testing.assert_allclose(sitk.GetArrayFromImage(image).transpose(2, 1, 0), values, atol=1e-6)
+        scan = sitk.ReadImage(str(path))
+        for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+            np.testing.assert_allclose(getattr(image, get)(), getattr(scan, get)(), atol=1e-4)
+        if path.suffix != ".nrrd":
+            header, own = found.header, nibabel.load(path).header
+            for field in ("dim", "pixdim", "sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"):
+                np.testing.assert_array_equal(header[field], own[field])
+    assert spread > 1000
+
+
+def test_every_new_ct_has_a_picture_and_its_lesions_are_counted(new):
+    from PIL import Image
+
+    scans, out = new
+    for path in scans.iterdir():
+        name = path.name.split(".")[0]
+        pixels = np.asarray(Image.open(out / "overlays" / f"{name}.png"))
+        assert ((pixels == (255, 0, 0)).all(-1)).sum() > 20  # the outline
+        row = next(row for row in read_table(out / "volumes.csv") if row["case"] == name)
+        mask = nibabel.load(next(file for file in out.iterdir() if file.name.startswith(name)))
+        assert int(row["lesions"]) == scipy.ndimage.label(np.asarray(mask.dataobj), np.ones((3, 3, 3)))[1] > 0
+
+
+def test_what_is_missing_is_made_by_the_same_command(new, listed, tmp_path, monkeypatch):
+    """An earlier prediction without maps gets them; what is there is not made again."""
+    scans, out = new
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "probabilities" / "scan1.nii.gz").unlink()
+    done, predict_case = [], main_lts_msd.predict_case
+    monkeypatch.setattr(main_lts_msd, "predict_case", lambda *given: done.append(given[0]) or predict_case(*given))
+    assert predict(scans, listed[0], tmp_path / "out", "--save_probabilities", "true")[0] == 0
+    assert done == [str(scans / "scan1.nii.gz")]
+    assert (tmp_path / "out" / "probabilities" / "scan1.nii.gz").is_file()
+
+
+def test_a_map_never_takes_the_place_of_a_mask(new, listed, tmp_path):
+    shutil.copytree(new[0], tmp_path / "scans")
+    (tmp_path / "scans" / "probabilities").mkdir()
+    shutil.copy(new[0] / "scan0.nii.gz", tmp_path / "scans" / "probabilities" / "scan0.nii.gz")
+    found = predict(tmp_path / "scans", listed[0], tmp_path / "out", "--save_probabilities", "true")
+    assert_one_error(found, "probabilities/scan0.nii.gz would be of ")
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_levels_are_the_probabilities_of_interpolated_logarithms(classes):
+    """Against scipy, on a grid of another spacing that reaches beyond."""
+    rng = np.random.default_rng(0)
+    logs = np.log(rng.dirichlet(np.ones(classes), (9, 8, 7))).transpose(3, 0, 1, 2).astype(np.float32)
+    working = Grid((9, 8, 7), (2.0, 2.0, 3.0), (0.0, 0.0, 0.0), tuple(np.eye(3).ravel()))
+    own = Grid((12, 11, 9), (1.5, 1.5, 2.5), (0.0, 0.0, 0.0), tuple(np.eye(3).ravel()))
+    index = np.stack(
+        np.meshgrid(*(np.arange(n) * a / b for n, a, b in zip(own.size, own.spacing, working.spacing)), indexing="ij")
+    )
+    expected = np.stack([scipy.ndimage.map_coordinates(one, index, order=1, mode="nearest") for one in logs])
+    expected = np.exp(expected) / np.exp(expected).sum(0)
+    levels = to_scan_levels(logs, working, own)
+    assert levels.dtype == np.uint16 and levels.shape == (classes - 1, *own.size)
+    assert np.abs(levels / LEVELS - expected[1:]).max() < 1e-4
+    mask = voxels_of(to_scan_grid(logs, working, own))
+    if classes == 2:
+        np.testing.assert_array_equal(levels[0] > LEVELS / 2, mask)
+
+
+# ------------------------------------------------------------------------------------------------------------ from code
+
+
+@pytest.mark.parametrize("name", ["scan0", "scan2", "turned"])
+def test_an_array_gets_the_mask_that_its_file_gets(new, listed, name):
+    scans, out = new
+    path = next(path for path in scans.iterdir() if path.name.startswith(name))
+    image = nibabel.load(path)
+    mask = segment_volume(listed[0], np.asarray(image.dataobj), image.affine)
+    assert mask.dtype == np.uint8 and mask.shape == image.shape
+    np.testing.assert_array_equal(mask, np.asarray(nibabel.load(out / path.name).dataobj))
+
+
+def test_an_array_that_is_no_ct_is_refused(listed):
+    for voxels, said in (
+        (np.zeros((9, 9, 9), np.int16), "constant"),
+        (np.zeros((9, 9)), "2D"),
+        (np.full((9, 9, 9), np.nan), "NaN"),
+    ):
+        with pytest.raises(DataError, match=said):
+            segment_volume(listed[0], voxels, np.eye(4))

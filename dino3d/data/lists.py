@@ -146,7 +146,7 @@ def _patient_in_dicom(path: str) -> str | None:
     return None
 
 
-def _digest(rows: Sequence[tuple[str, ...]]) -> str:
+def _rows_digest(rows: Sequence[tuple[str, ...]]) -> str:
     """What changes when the rows do, and says how many there are."""
     return f"{len(rows)} files, {zlib.crc32(repr(sorted(rows)).encode(errors='surrogateescape')):08x}"
 
@@ -168,7 +168,7 @@ def crops_of_list(path: Path | str, label_column: str = LABEL) -> LabelledCrops:
     subsets = [row.cells.get(SUBSET, "") for row in rows]
     crops = [Crop(row.path, *rest) for row, *rest in zip(rows, classes, patients, subsets)]
     names = [row.name for row in rows]
-    digest = _digest(list(zip(names, map(str, classes), patients, subsets)))
+    digest = _rows_digest(list(zip(names, map(str, classes), patients, subsets)))
     return LabelledCrops(crops, names, crops_faults(crops, path, f"{label_column} "), lines, label_names, digest)
 
 
@@ -177,7 +177,7 @@ def classes_of(labels: Sequence[tuple[int, str]], path: Path | str, column: str)
 
     Raises DataError for numbers that are no classes, words among numbers, and too many classes.
     """
-    numbers = [(line, text, _number(text)) for line, text in labels]
+    numbers = [(line, text, _number_in(text)) for line, text in labels]
     words = [(line, text) for line, text, number in numbers if number is None]
     expected = "expected whole numbers from 0 on, or words"
     if words and len(words) < len(labels):
@@ -194,7 +194,7 @@ def classes_of(labels: Sequence[tuple[int, str]], path: Path | str, column: str)
     return [int(number) for *_, number in numbers], None
 
 
-def _number(text: str) -> float | None:
+def _number_in(text: str) -> float | None:
     """The number that a cell is, None for a word; nan and inf are words."""
     number = re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d{1,2})?", text, re.I)
     return float(text.replace(",", ".")) if number else None
@@ -223,5 +223,5 @@ def pairs_of_list(path: Path | str) -> MaskedImages:
             raise DataError(path, f"lines {other.line} and {row.line}: results of both would be called {row.name}")
         pairs.append(Pair(row.name, row.path, mask))
     labels = names_of([pair.label for pair in pairs])
-    digest = _digest([(pair.name, label, patient) for pair, label, patient in zip(pairs, labels, patients)])
+    digest = _rows_digest([(pair.name, label, patient) for pair, label, patient in zip(pairs, labels, patients)])
     return MaskedImages(pairs, patients, lines, digest)

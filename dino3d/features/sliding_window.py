@@ -11,7 +11,7 @@ Images are as in dino3d/data/images.py. Volumes of log-probabilities are (classe
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from dino3d.data import images, resampling
 from dino3d.data.conventions import AIR
 from dino3d.data.layouts import Pair, read_pair
 
+LEVELS = 65535  # steps of a probability that is stored as a whole number
 BLOCK = 64  # voxels per side of what is interpolated at once
 MARGIN = 1.25  # of a device's memory: what stitching takes besides the volumes that are counted
 
@@ -240,10 +241,45 @@ def to_scan_grid(log_probabilities: Tensor | np.ndarray, working: Grid, own: Gri
         axes, flips = same
         return own.image(_most_probable(maps).transpose(axes)[flips])
     mask = np.zeros(own.size, np.uint8)
-    for low in itertools.product(*(range(0, n, BLOCK) for n in own.size)):
-        high = np.minimum(np.add(low, BLOCK), own.size)
+    for low, high in _blocks(own.size):
         mask[tuple(map(slice, low, high))] = _block_of(maps, working, own.part(low, high), to_index, low)
     return own.image(mask)
+
+
+def to_scan_levels(log_probabilities: Tensor | np.ndarray, working: Grid, own: Grid) -> np.ndarray:
+    """(classes - 1, X, Y, Z) uint16 on the scan's own Grid: LEVELS times the probability of each foreground class.
+
+    log_probabilities: as `to_scan_grid` takes them, and to the same end: with two classes its mask is where the level
+    is above half of LEVELS.
+    """
+    maps = np.asarray(log_probabilities)
+    to_index = np.linalg.solve(working.affine, own.affine)
+    same = _flips_and_axes(to_index, working.size, own.size)
+    levels = np.zeros((len(maps) - 1, *own.size), np.uint16)
+    for low, high in _blocks(own.size):
+        block, here = own.part(low, high), tuple(map(slice, low, high))
+        if same:
+            axes, flips = same
+            values = np.stack([one.transpose(axes)[flips][here] for one in maps])
+            beyond = None
+        else:
+            part, place, beyond = _around(maps, working, block, to_index, low)
+            values = np.stack([interpolate(one, place, block) for one in part])  # (classes, x, y, z)
+        found = np.exp(values - values.max(0))
+        found = np.rint(found[1:] / found.sum(0) * LEVELS)
+        if len(maps) == 2:  # what rounds to the middle goes where the mask has it
+            found[0] = np.where(values[1] > values[0], np.maximum(found[0], LEVELS // 2 + 1), found[0])
+            found[0] = np.where(values[1] > values[0], found[0], np.minimum(found[0], LEVELS // 2))
+        if beyond is not None:
+            found[:, beyond] = 0
+        levels[(slice(None), *here)] = found
+    return levels
+
+
+def _blocks(size: Sequence[int]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """(first voxel, the one behind the last) of the blocks that a volume of `size` (3,) voxels is cut into."""
+    for low in itertools.product(*(range(0, n, BLOCK) for n in size)):
+        yield low, np.minimum(np.add(low, BLOCK), size)
 
 
 def _flips_and_axes(
@@ -285,22 +321,32 @@ def _most_probable(maps: Iterable[np.ndarray]) -> np.ndarray:
 
 def _block_of(maps: np.ndarray, working: Grid, block: Grid, to_index: np.ndarray, low: Sequence[int]) -> np.ndarray:
     """(x, y, z) uint8 classes of a part of the own grid. block: its Grid, from the own voxel `low` on."""
-    reached = (to_index @ _corners(low, np.add(low, block.size)))[:3]  # (3, 8) working voxels of its corners
-    limit = np.array(working.size)[:, None]
-    first = np.clip(np.floor(reached.min(1)) - 1, 0, limit[:, 0] - 1).astype(int)
-    last = np.clip(np.ceil(reached.max(1)) + 1, 0, limit[:, 0] - 1).astype(int)
-    part = maps[(slice(None), *map(slice, first, last + 1))]  # (classes, x, y, z)
+    part, place, beyond = _around(maps, working, block, to_index, low)
     found = _most_probable(part)
     if (found == found[0, 0, 0]).all():  # and what is interpolated between is of this class too
         classes = np.full(block.size, found[0, 0, 0], np.uint8)
     else:
-        place = working.part(first, last + 1)
         classes = _most_probable(interpolate(one, place, block) for one in part)
+    if beyond is not None:
+        classes[beyond] = 0
+    return classes
+
+
+def _around(
+    maps: np.ndarray, working: Grid, block: Grid, to_index: np.ndarray, low: Sequence[int]
+) -> tuple[np.ndarray, Grid, np.ndarray | None]:
+    """((classes, x, y, z) the part of the maps around a block of the own grid, its Grid, (x, y, z) bool voxels of the
+    block beyond the maps, or None)."""
+    reached = (to_index @ _corners(low, np.add(low, block.size)))[:3]  # (3, 8) working voxels of its corners
+    limit = np.array(working.size)[:, None]
+    first = np.clip(np.floor(reached.min(1)) - 1, 0, limit[:, 0] - 1).astype(int)
+    last = np.clip(np.ceil(reached.max(1)) + 1, 0, limit[:, 0] - 1).astype(int)
+    beyond = None
     if ((reached < -1.5) | (reached > limit + 0.5)).any():
         index = np.indices(block.size, np.float32).reshape(3, -1) + np.reshape(low, (3, 1))
         index = to_index[:3, :3] @ index + to_index[:3, 3:]  # (3, voxels)
-        classes[((index < -1.5) | (index > limit + 0.5)).any(0).reshape(block.size)] = 0
-    return classes
+        beyond = ((index < -1.5) | (index > limit + 0.5)).any(0).reshape(block.size)
+    return maps[(slice(None), *map(slice, first, last + 1))], working.part(first, last + 1), beyond
 
 
 def interpolate(values: np.ndarray, working: Grid, own: Grid) -> np.ndarray:

@@ -51,21 +51,6 @@ def data_flags(
         help=f"folder with the labelled data, {layout}; for training this or a --data_list",
     )
     group.add_argument(
-        "--data_list",
-        default=None,
-        metavar="CSV",
-        help=f"table of the labelled data instead of --data_dir, with the columns {columns}; relative paths belong to "
-        "the table's folder",
-    )
-    if labels:
-        group.add_argument(
-            "--label_column",
-            default=None,
-            metavar="NAME",
-            help="column of --data_list with the labels, whole numbers from 0 on, or words that become classes in "
-            f"sorted order; default: {LABEL}",
-        )
-    group.add_argument(
         "--output_dir",
         default="output",
         metavar="DIR",
@@ -80,6 +65,21 @@ def data_flags(
         "run as a folder; or other code's .pth or .safetensors file: its encoder is fine-tuned; without: from scratch",
     )
     command_line.checkpoint_key_flag(group)
+    group.add_argument(
+        "--data_list",
+        default=None,
+        metavar="CSV",
+        help=f"table of the labelled data instead of --data_dir, with the columns {columns}; relative paths belong to "
+        "the table's folder",
+    )
+    if labels:
+        group.add_argument(
+            "--label_column",
+            default=None,
+            metavar="NAME",
+            help="column of --data_list with the labels, whole numbers from 0 on, or words that become classes in "
+            f"sorted order; default: {LABEL}",
+        )
     group.add_argument("--predict", default=None, metavar="WHAT", help=predict)
     if labels:
         group.add_argument(

@@ -32,7 +32,7 @@ class Predictions:
     """The rows of a prediction: those on disk and those that this rank adds.
 
     table: path of the CSV; columns: of it, "case" first; a last one, "reason", says why a file has no prediction
-    names, paths: of the files, in the table's order; outputs: of each the file that must stand beside its rows, or None
+    names, paths: of the files, in the table's order; outputs: of each the files that must stand beside its rows
     recipe: {name: value} of all that the rows depend on besides the files
     known: of each file the Known rows that it leads to, such as one for each point in it; by default one, of nothing
     unit: what to call what a row stands for
@@ -45,7 +45,7 @@ class Predictions:
         columns: Sequence[str],
         names: Sequence[str],
         paths: Sequence[str],
-        outputs: Sequence[Path | None],
+        outputs: Sequence[Sequence[Path]],
         recipe: dict[str, Any],
         runtime: Runtime,
         known: Sequence[Sequence[Known]] | None = None,
@@ -75,10 +75,10 @@ class Predictions:
             kept |= {line["case"]: line for line in lines[1:] if "case" in line}
             path.unlink()
         done = {}
-        for at, (name, path, output) in enumerate(zip(self.names, self.paths, self.outputs)):
+        for at, (name, path, outputs) in enumerate(zip(self.names, self.paths, self.outputs)):
             line = kept.get(name)
             whole = line and not line["reason"] and line["state"] == state_of(path)
-            if whole and (output is None or output.is_file()):
+            if whole and all(output.is_file() for output in outputs):
                 done[at] = line
         self._append({"recipe": self.recipe}, *done.values())
         return set(done)
