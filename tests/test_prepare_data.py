@@ -1326,7 +1326,10 @@ def test_all_that_would_be_refused_is_told(layouts, run):
 
 def test_check_of_no_folder(tmp_path, run):
     (tmp_path / "file").touch()
-    for path, reason in ((tmp_path / "gone", "no such folder"), (tmp_path / "file", "is no folder")):
+    for path, reason in (
+        (tmp_path / "gone", "no such folder"),
+        (tmp_path / "file", "is no folder, and no table of files (.csv)"),
+    ):
         result = run("check", path)
         assert result.code == 1 and result.errors == [f"error: {path}: {reason}"]
 

@@ -187,6 +187,7 @@ SNIPPETS = (
     "onnxruntime",
     "embed_volume",
     "scan_maps",
+    "segment_volume",
 )  # a word of each, see below
 
 
@@ -330,3 +331,23 @@ def test_maps_snippet(tmp_path, monkeypatch):
     exec(snippet("scan_maps").replace("/path/to/output/checkpoint.pth", "w.pth"), names)
     assert [one.shape for one in names["colours"]] == [(3, 4, 3, 3)] * 2 and names["like"].shape == (4, 3, 3)
     assert names["on_voxels"].shape == (20, 18, 16) and names["like"].max() == pytest.approx(1)
+
+
+def test_segmentation_snippet(tmp_path):
+    import nibabel
+
+    from dino3d.features.encoder import PretrainedEncoder
+    from dino3d.finetune.heads import build_segmenter
+
+    sizes = {"arch": "vit_micro", "patch_size": [8, 8, 4], "input_size": [16, 16, 8], "clip_range": [-1000.0, 400.0]}
+    config = sizes | {"spacing": [2.0, 2.0, 3.0], "decoder": "linear", "classes": 2, "freeze_encoder": True}
+    config |= {"overlap": 0.25, "largest_component": False, "min_volume": 0.0, "tolerance": 2.0}
+    model = build_segmenter(PretrainedEncoder(**sizes, spacing=None), 0.0, "linear", 2, True)
+    (tmp_path / "OUT" / "0").mkdir(parents=True)
+    torch.save({"model": model.state_dict(), "config": config, "best": {}}, tmp_path / "OUT" / "0" / "best.pth")
+    voxels = np.random.default_rng(0).integers(-1000, 400, (20, 18, 9)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-2.0, -2, 3, 1])), tmp_path / "scan.nii.gz")
+    names = {}
+    code = snippet("segment_volume").replace("scan.nii.gz", str(tmp_path / "scan.nii.gz"))
+    exec(code.replace('"OUT"', repr(str(tmp_path / "OUT"))), names)
+    assert names["mask"].shape == (20, 18, 9) and set(np.unique(names["mask"])) <= {0, 1}

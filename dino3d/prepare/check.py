@@ -71,9 +71,9 @@ def check(folder: Path, workers: int, label_column: str | None = None) -> None:
     if label_column and not is_table(folder):
         raise UserError(f"--label_column {label_column} is a column of a table (.csv), and {folder} is none")
     if not folder.is_dir() and not (is_table(folder) and folder.is_file()):
-        raise UserError(
-            f"{folder}: " + ("is no folder, and no table (.csv)" if folder.exists() else "no such folder or table")
-        )
+        if not folder.exists():
+            raise UserError(f"{folder}: no such " + ("table" if is_table(folder) else "folder"))
+        raise UserError(f"{folder}: is no folder" + ("" if is_table(folder) else ", and no table of files (.csv)"))
     kinds = ("images", "labels", "imagesTr", "labelsTr")
     if not folder.is_dir():
         look = look_at_table(folder, label_column)
