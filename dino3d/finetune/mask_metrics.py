@@ -138,5 +138,7 @@ def clean(mask: np.ndarray, spacing: Sequence[float], largest_component: bool, m
 
 def components(mask: np.ndarray, min_size: int = 0) -> np.ndarray:
     """Numbers of the components of a mask with `min_size` voxels or more, 1 for the largest; 0 elsewhere."""
+    if not mask.any():
+        return np.zeros(mask.shape, np.uint32)  # where it has no voxels either, ITK would end the process
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     return sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(image, True), min_size))
