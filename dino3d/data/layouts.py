@@ -111,7 +111,7 @@ def read_data_list(path: Path | str, folder: Path | str | None = None) -> list[s
     base = folder or os.path.dirname(path)
     lines = map(os.fsdecode, content.split(b"\n"))
     names = [os.path.join(base, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
-    if is_kind(path, TABLE_SUFFIXES) and names and not os.path.exists(names[0]):  # a bare list may be called so too
+    if is_kind(path, LIST_SUFFIXES) and names and not os.path.exists(names[0]):  # a bare list may be called so too
         return [os.path.join(base, row["path"]) for _, row in read_rows(path, ["path"]) if row["path"]]
     return names
 
@@ -142,7 +142,7 @@ def list_volumes(folder: Path | str, index: Path | str) -> tuple[list[str], str]
 # --------------------------------------------------------------------------------------------- the layouts with labels
 
 
-TABLE_SUFFIXES = (".csv", ".tsv")  # of a list of files that is a table
+LIST_SUFFIXES = (".csv", ".tsv")  # of a list of files that is a table
 UNLABELLED = "unlabelled"  # folder in the label's place, for crops that are predicted, or pre-trained on
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
 from dino3d.data.dicom import is_dicom, read_header
 from dino3d.data.dicom_series import folder_and_uid
-from dino3d.data.layouts import TABLE_SUFFIXES, Crop, Pair, crops_faults
+from dino3d.data.layouts import LIST_SUFFIXES, Crop, Pair, crops_faults
 from dino3d.files import read_rows, walk_files
 
 LABEL, MASK, PATIENT, SUBSET = "label", "mask", "patient", "subset"  # columns besides path
@@ -52,7 +52,7 @@ class MaskedImages(NamedTuple):
 
 def is_table(path: Path | str) -> bool:
     """Whether a path is that of a table, by its suffix."""
-    return is_kind(path, TABLE_SUFFIXES)
+    return is_kind(path, LIST_SUFFIXES)
 
 
 def columns_of(path: Path | str, columns: Sequence[str]) -> set[str]:
@@ -86,7 +86,7 @@ def read_list(path: Path | str, columns: Sequence[str] = (), optional: Sequence[
             if not text:
                 raise DataError(path, f"line {line} has nothing in the column {name}")
     files = [_file_at(path, line, row["path"]) for line, row in rows]
-    names, seen = names_of(files), {}
+    names, seen = names_of_files(files), {}
     for (line, _), file, name in zip(rows, files, names):
         for key in (os.path.realpath(file), name):
             if (first := seen.setdefault(key, line)) != line:
@@ -110,7 +110,7 @@ def _file_at(table: Path | str, line: int, text: str) -> str:
     return os.path.normpath(file)
 
 
-def names_of(files: Sequence[str]) -> list[str]:
+def names_of_files(files: Sequence[str]) -> list[str]:
     """What to call files: their paths below the folder that all of them lie in, without suffix."""
     shared = os.path.commonpath([os.path.dirname(file) for file in files])
     inside = [os.path.relpath(file, shared) for file in files]
@@ -222,6 +222,6 @@ def pairs_of_list(path: Path | str) -> MaskedImages:
         if (other := names.setdefault(row.name.replace("/", "_"), row)) is not row:
             raise DataError(path, f"lines {other.line} and {row.line}: results of both would be called {row.name}")
         pairs.append(Pair(row.name, row.path, mask))
-    labels = names_of([pair.label for pair in pairs])
+    labels = names_of_files([pair.label for pair in pairs])
     digest = _rows_digest([(pair.name, label, patient) for pair, label, patient in zip(pairs, labels, patients)])
     return MaskedImages(pairs, patients, lines, digest)
