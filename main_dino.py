@@ -38,6 +38,7 @@ from dino3d.data.layouts import list_volumes, none_found, read_data_list
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
+from dino3d.features.encoder import find_weights
 from dino3d.features.probe import PROBE_EVERY, Probe
 from dino3d.files import truncate_log, write_config
 from dino3d.training import checkpoint
@@ -77,9 +78,9 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--pretrained_weights",
         default="",
         metavar="FILE",
-        help="checkpoint (.pth or .safetensors, ours or others') whose weights a new run starts from; its position "
-        "embedding is interpolated to another --input_size. A run of your own is resumed by its --output_dir instead; "
-        "without it: random weights",
+        help="checkpoint (.pth or .safetensors, ours or others'), or the folder of a pre-training or fine-tuned run, "
+        "whose weights a new run starts from; its position embedding is interpolated to another --input_size. A run of "
+        "your own is resumed by its --output_dir instead; without it: random weights",
     )
     command_line.checkpoint_key_flag(group)
     group.add_argument(
@@ -912,7 +913,9 @@ def build_model(
 
 
 def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str) -> list[str]:
-    """Load the backbone, and the head beside it if the file has one that fits; returns notices."""
+    """Load the backbone, and the head beside it if the file has one that fits; returns notices. path: see
+    `encoder.find_weights`"""
+    path, found = find_weights(path)
     try:
         checkpoint = weights.load_file(path)
         network = weights.find_network(model.backbone, checkpoint, path, checkpoint_key)
@@ -925,10 +928,10 @@ def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str
         if head.path != beside:
             raise ValueError("another network's")
         weights.fit_network(model.head, head, checkpoint, path)
-        return [f"starting from {path}: {network.origin}", *notices]
+        return [*found, f"starting from {path}: {network.origin}", *notices]
     except ValueError:
         new = "the head is new, the file has none of this shape"
-        return [f"starting from the backbone of {path}: {network.origin}; {new}", *notices]
+        return [*found, f"starting from the backbone of {path}: {network.origin}; {new}", *notices]
 
 
 def wrap_ddp(

@@ -466,8 +466,6 @@ def table_value(column: str, value: float) -> float | int | None:
     return None if math.isnan(value) else int(value) if column in LESION_COUNTS else float(value)
 
 
-
-
 def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]:
     """{figure: mean over cases, classes alike}, and how many Hausdorff distances are undefined. rows: as COLUMNS"""
     means = {}
@@ -578,7 +576,7 @@ def predict(
                     at, lambda at=at: predict_case(paths[at], outputs[at], networks, config, settings, runtime)
                 )
                 if rows:
-                    print(f"{names[at]}: " + ", ".join(f"{ml:.3g} ml in {n} lesions" for _, ml, n in rows), flush=True)
+                    print(f"{names[at]}: " + told_volumes(rows), flush=True)
         predictions.finish(
             lambda table: f"masks     {output_dir}\noverlays  {output_dir / OVERLAYS}\nvolumes   {predictions.table}"
         )
@@ -639,7 +637,7 @@ def predict_case(
     for k, n in enumerate(counts, 1):
         lesions = int(mask_metrics.components(predicted[mask_metrics.bounding_box(predicted)] == k).max(initial=0))
         rows.append((k, float(n * np.prod(image.GetSpacing()) / 1000), lesions))
-    title = f"{outputs.overlay.stem}: " + ", ".join(f"{ml:.3g} ml in {n} lesions" for _, ml, n in rows)
+    title = f"{outputs.overlay.stem}: " + told_volumes(rows)
     arrays = voxels_of(image), predicted, None
     picture = mask_pictures.overlay(*arrays, image.GetSpacing(), settings.clip_range, title)
     try:
@@ -653,6 +651,11 @@ def predict_case(
     except OSError as error:
         raise UserError(f"{outputs.mask}: can't be written ({error.strerror or error})") from error
     return rows
+
+
+def told_volumes(rows: Sequence[tuple[int, float, int]]) -> str:
+    """What was found of each class. rows: of `predict_case`"""
+    return ", ".join(f"{ml:.3g} ml in {n} lesion{'s' * (n != 1)}" for _, ml, n in rows)
 
 
 def without_suffix(name: str) -> str:
