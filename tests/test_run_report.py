@@ -81,6 +81,10 @@ def test_the_probabilities_are_the_calibrated_ones(run):
     assert fitted == 2  # otherwise the draw has to be another
     together = said["all_folds"]
     assert together["brier_change"] == pytest.approx(together["brier"] - together["brier_uncalibrated"])
+    (rejected, false), (missed, hit) = together["confusion_matrix"]
+    assert together["sensitivity"] == pytest.approx(hit / (hit + missed))
+    assert together["specificity"] == pytest.approx(rejected / (rejected + false))
+    assert together["accuracy"] == pytest.approx((hit + rejected) / together["cases"])
     assert "temperature" in printed and max(map(len, printed.splitlines())) < 200
 
 

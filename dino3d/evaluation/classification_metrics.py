@@ -248,7 +248,14 @@ def pool_predictions(
         predicted = probabilities.argmax(1)
         confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
     patients = [cases.patients[i] for i in numbers]
-    interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
+    scores = {
+        "auc": lambda weights: area_under_roc(labels, probabilities, weights),
+        "average_precision": lambda weights: average_precision(labels, probabilities, weights),
+        "accuracy": lambda weights: _defined(wm.weighted_accuracy(labels, predicted, weights)),
+        "sensitivity": lambda weights: _defined(wm.weighted_sensitivity(labels, predicted, weights, k)),
+        "specificity": lambda weights: _defined(wm.weighted_specificity(labels, predicted, weights, k)),
+    }
+    once = np.ones(len(labels))
     return PooledPredictions(
         numbers,
         patients,
@@ -258,11 +265,7 @@ def pool_predictions(
         predicted,
         thresholds,
         confidence,
-        {
-            "auc": area_under_roc(labels, probabilities),
-            "auc_interval": interval,
-            "average_precision": average_precision(labels, probabilities),
-            "accuracy": float((predicted == labels).mean()),
-            "notes": interval_notes(patients),
-        },
+        {name: score(once) for name, score in scores.items()}
+        | {f"{name}_interval": bootstrap_interval(score, patients) for name, score in scores.items()}
+        | {"notes": interval_notes(patients)},
     )

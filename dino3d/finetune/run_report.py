@@ -204,7 +204,7 @@ def draw_learning_curves(
     ]
     for axes, (name, heading) in zip(figure.subplots(1, len(panels)), panels):
         for fold, (log, best) in enumerate(zip(logs, best_epochs)):
-            points = {record["epoch"]: record[name] for record in log if record.get(name) is not None}
+            points = {record["epoch"]: record[name] for record in log if None not in map(record.get, ("epoch", name))}
             axes.plot(list(points), list(points.values()), color=f"C{fold}", linewidth=1.2, label=f"fold {fold}")
             if best in points:
                 axes.plot(best, points[best], "o", color=f"C{fold}")
