@@ -223,7 +223,8 @@ def whole_ct(
     limit = f"crops of {format_size(trained_shape)} voxels" if trained_shape else "a nodule in the middle of a crop"
     return (
         f"is a whole CT, not a crop: {format_size(shape)} voxels over "
-        f"{format_size(np.rint(np.array(shape) * spacing))} mm, expected {limit}; prepare_data.py luna16 cuts them"
+        f"{format_size(np.rint(np.array(shape) * spacing))} mm, expected {limit}; prepare_data.py luna16 cuts "
+        "them, and --predict with --points does so for points in new CTs"
     )
 
 
