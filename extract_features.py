@@ -471,8 +471,11 @@ def find_map_jobs(
         inside = folder and Path(os.path.realpath(args.maps)).is_relative_to(os.path.realpath(folder))
         if inside and os.path.isdir(folder):  # the next run would find them
             raise UserError(f"--maps {args.maps}: lies in {flag} {folder}, where maps would be taken for scans")
-    if os.path.exists(args.maps) and not os.path.isdir(args.maps):
-        raise UserError(f"--maps {args.maps}: is a file, expected a folder")
+    whole = Path(os.path.abspath(args.maps))
+    there = next(path for path in (whole, *whole.parents) if path.exists())  # told before hours of work
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is a file, expected a folder"
+        raise UserError(f"--maps {args.maps}: {there} {why}; choose another folder")
     settings = {
         "weights": encoder.crc32,
         **encoder.settings(),

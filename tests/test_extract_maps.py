@@ -142,7 +142,7 @@ def test_maps_are_not_mixed_with_others(tmp_path, capsys, weights, scans):
         (["--queries", "a"], 2, "--queries and --same_patient go with --neighbours"),
         (["--maps", "scans/maps"], 1, "lies in --input"),
         (["--maps", "a file"], 1, "is a file, expected a folder"),
-        (["--maps", "a file/maps"], 1, "can't be written"),
+        (["--maps", "a file/maps/deep"], 1, "a file is a file, expected a folder"),
         (
             ["--neighbours", "2", "--queries", "p1/t0/scam"],
             1,

@@ -394,6 +394,21 @@ def test_files_of_points_that_are_gone_go_too(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("sim*")) == ["similarity1.nii.gz", "similarity1.png"]
 
 
+def test_without_attention_the_other_maps_are_written(tmp_path):
+    path = tmp_path / "scan.hdf5"
+    write_volume(path, volume_of((20, 12, 8)), np.diag([1.0, 1, 1, 1]))
+    image = images.read_image(path)
+    maps = scan_maps(Convolutional(), image, None, CLIP)
+    save_maps(tmp_path / "out", path, image, maps, [(-3, -3, 3)], CLIP, "scan", {})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("pca.nii.gz", "maps.png", "similarity1.nii.gz", "similarity1.png", "maps.json")
+    }
+    maps.features[0, 1, 1, 1] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        save_maps(tmp_path / "other", path, image, maps, [], CLIP, "scan", {})
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_even_scan_is_drawn(tmp_path):
     assert (made(tmp_path, {}) / "maps.png").is_file()
 

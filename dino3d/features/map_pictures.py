@@ -93,6 +93,8 @@ def save_maps(
     voxels = [voxel_at(image, point, f"point {number}") for number, point in enumerate(points, 1)]
     if maps.tissue.sum() < 2:
         raise DataError(path, f"holds nothing but air: no two patches have a mean of {AIR_BELOW:g} HU or more")
+    if not np.isfinite(maps.features).all():
+        raise DataError(path, "its features are not finite (NaN): see --precision")
     for number, point in enumerate(points, 1):
         if not maps.tissue[patch_at(maps, point)]:
             raise DataError(
