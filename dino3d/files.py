@@ -126,6 +126,16 @@ def append_json(path: str | Path, record: Any) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, as far as they are whole; none where it can't be read."""
+    lines = []
+    with contextlib.suppress(OSError), open(path, **TEXT) as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):  # the last one of a run that was killed
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a log.txt, oldest first; none where there is no file."""
     records = []

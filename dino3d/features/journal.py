@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dino3d.command_line import UserError
-from dino3d.files import TEXT, append_json
+from dino3d.files import append_json, read_json_lines
 from utils import Processes
 
 JOURNAL_FILES = "journal.{}.jsonl"
@@ -48,7 +48,7 @@ class Journal:
         """Bring what earlier runs have done into one file."""
         kept = {}
         for path in sorted(self.folder.glob(JOURNAL_FILES.format("*"))):
-            lines = _whole_lines(path)
+            lines = read_json_lines(path)
             found = lines[0].get("recipe") if lines else self.recipe
             if found != self.recipe:
                 found = found if isinstance(found, dict) else {}
@@ -81,7 +81,7 @@ class Journal:
     def read(self) -> dict[str, tuple[dict[str, np.ndarray], str]]:
         """{key: (rows, reason)} of all ranks."""
         lines = [
-            line for path in sorted(self.folder.glob(JOURNAL_FILES.format("*"))) for line in _whole_lines(path)[1:]
+            line for path in sorted(self.folder.glob(JOURNAL_FILES.format("*"))) for line in read_json_lines(path)[1:]
         ]
         return {
             line["key"]: (
@@ -102,13 +102,3 @@ class Journal:
 
 def _is_row(line: Any) -> bool:
     return isinstance(line, dict) and line.keys() >= {"key", "state", "reason", "rows"}
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal, as far as they are whole."""
-    lines = []
-    with contextlib.suppress(OSError), open(path, **TEXT) as file:
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):  # the last one of a run that was killed
-                lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]

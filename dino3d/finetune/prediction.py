@@ -4,7 +4,6 @@ A rank appends what it has done to a journal of its own, `.predicted.<rank>.json
 made of all journals. The same command goes on with the files that have no rows yet, have failed or have changed.
 """
 
-import contextlib
 import itertools
 import json
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.scans import state_of
-from dino3d.files import TEXT, append_json, file_state, read_table, write_table
+from dino3d.files import append_json, file_state, read_json_lines, read_table, write_table
 from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
 from dino3d.finetune.inference import Known, reason_of
 from dino3d.finetune.runtime import Runtime
@@ -64,7 +63,7 @@ class Predictions:
         """Numbers of the files that are done; the journals are brought into one."""
         kept = {}
         for path in sorted(self.table.parent.glob(JOURNALS.format("*"))):
-            lines = _read_lines(path)
+            lines = read_json_lines(path)
             if lines and lines[0].get("recipe") != self.recipe:
                 found = lines[0].get("recipe") if isinstance(lines[0].get("recipe"), dict) else {}
                 different = [name for name in self.recipe if found.get(name) != self.recipe[name]] or ["another recipe"]
@@ -120,7 +119,7 @@ class Predictions:
 
     def write(self) -> list[tuple[str, str]]:
         """Write the table of all ranks' rows so far; returns (case, reason) of the rows without a prediction."""
-        lines = [_read_lines(path) for path in sorted(self.table.parent.glob(JOURNALS.format("*")))]
+        lines = [read_json_lines(path) for path in sorted(self.table.parent.glob(JOURNALS.format("*")))]
         lines = {line["case"]: line for line in itertools.chain.from_iterable(lines) if "case" in line}
         rows, failed = [], []
         for name in (name for name in self.names if name in lines):
@@ -206,13 +205,3 @@ def predict_windows(
 def weights_recipe(files: Sequence[Path]) -> dict[str, Any]:
     """What a prediction depends on of these files of trained folds."""
     return {"weights": [[str(file.parent.resolve()), *file_state(file)] for file in files]}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal, as far as they are whole."""
-    lines = []
-    with contextlib.suppress(OSError), open(path, **TEXT) as file:
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):  # the last one of a run that was killed
-                lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
