@@ -61,7 +61,7 @@ def count_lesions(predicted: np.ndarray, label: np.ndarray) -> dict[str, int]:
     connected. One of the label is found where a predicted voxel lies in it, one of the prediction is a false positive
     where no voxel of the label does (any overlap, as in the WMH and autoPET challenges).
     """
-    truth, found = (components(mask) if mask.any() else np.zeros(mask.shape, np.uint8) for mask in (label, predicted))
+    truth, found = components(label), components(predicted)
     hit, right = (len(np.unique(parts[(truth > 0) & (found > 0)])) for parts in (truth, found))
     lesions, lesions_predicted = int(truth.max(initial=0)), int(found.max(initial=0))
     return {
