@@ -336,7 +336,7 @@ def extract(
     processes: utils.Processes,
     stop_signal: StopSignal,
 ) -> None:
-    """Add this rank's rows to the journal, until a signal comes."""
+    """Add this rank's rows to the journal, until a signal comes, and tell what all ranks have read."""
     groups = collections.defaultdict(list)  # rows of one scan, which is read once
     for key, subject in zip(keys, subjects):
         if key not in journal.done:
@@ -345,26 +345,24 @@ def extract(
     counts, notes = collections.Counter(), {}
     with progress(sum(len(rows) for _, rows in mine), "row", processes.is_main) as bar:
         scans = read_ahead_scans([path for path, _ in mine], args.num_workers)
-        for (path, rows), scan in zip(mine, scans):
-            for key, subject in rows:
-                if stop_signal.received:
-                    return
-                try:
-                    found, told = features_of(subject, scan, embedder, encoder, args, stop_signal)
-                except StopRequested:
-                    return
-                except (UserError, Preempted):  # concern all rows
-                    raise
-                except Exception as error:
-                    reason = reason_of(error)
-                    journal.add(key, {}, reason)
-                    print(f"{subject.name}: no features: {reason}", flush=True)
-                else:
-                    journal.add(key, found)
-                    counts.update(told)
-                bar.update()
-            if isinstance(scan, CtScan):
+        for path, scan, key, subject in ((path, scan, *row) for (path, rows), scan in zip(mine, scans) for row in rows):
+            if stop_signal.received:
+                break
+            try:
+                found, told = features_of(subject, scan, embedder, encoder, args, stop_signal)
+            except StopRequested:
+                break
+            except (UserError, Preempted):  # concern all rows
+                raise
+            except Exception as error:
+                reason = reason_of(error)
+                journal.add(key, {}, reason)
+                print(f"{subject.name}: no features: {reason}", flush=True)
+            else:
+                journal.add(key, found)
+                counts.update(told)
                 notes[path] = scan.notes
+            bar.update()
     gathered = processes.all_gather((counts, notes))
     notes = {path: lines for _, of_rank in gathered for path, lines in of_rank.items()}
     totals = sum((of_rank for of_rank, _ in gathered), collections.Counter())

@@ -349,8 +349,13 @@ def test_a_run_that_was_killed_or_ended_resumes_to_the_same_table(tmp_path, caps
         if key == "2":
             os.kill(os.getpid(), signal.SIGTERM)
 
+    gathered, all_gather = [], utils.Processes.all_gather
+    monkeypatch.setattr(
+        utils.Processes, "all_gather", lambda self, value: gathered.append(type(value)) or all_gather(self, value)
+    )
     monkeypatch.setattr(extract_features.Journal, "add", ended)
     assert extract(capsys, *flags, tmp_path / "ended.csv")[0] == 75
+    assert gathered[:2] == [tuple, bool]  # as a process that no signal has reached
     assert not (tmp_path / "ended.csv").exists()
     monkeypatch.undo()
     code, out, _ = extract(capsys, *flags, tmp_path / "ended.csv")
