@@ -57,7 +57,7 @@ TRAINED = {
 }
 MODELS = ("encoder", *TRAINED)
 OPSET = 20
-TOLERANCE = 1e-4  # of the largest value of an output: what single precision leaves is a hundredth of it
+TOLERANCE = 1e-3  # of the largest value of an output; single precision leaves 2e-5, more where windows are flat
 MEASURED = 7  # crops, in batches of 1, 3 and 3
 LARGEST_PROTOBUF = 1_800_000_000  # bytes of weights; ONNX keeps more than 2 GB beside the graph, in FILE.data
 
