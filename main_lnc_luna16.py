@@ -513,7 +513,7 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
         run()
         predictions.finish(
             lambda table: (
-                predicted_summary(table, "points" if points else "crops", len(files), config["classes"], threshold)
+                predicted_summary(table, "points" if points else "crops", len(files), config, threshold)
                 + f"\npredictions  {predictions.table}"
             )
         )
@@ -584,10 +584,16 @@ def new_points(
     return predictions, lambda: point_prediction.predict_points(rows_of, scans, crops, predictions, runtime)
 
 
-def predicted_summary(table: Sequence[dict[str, str]], unit: str, folds: int, classes: int, threshold: float) -> str:
+def predicted_summary(
+    table: Sequence[dict[str, str]], unit: str, folds: int, config: dict[str, Any], threshold: float
+) -> str:
     """How many crops or points were predicted to be of which class. table: rows of predictions.csv"""
+    classes = config["classes"]
+    names = [f"label{k}" for k in range(classes)]
+    if words := config.get("label_names"):  # of a --data_list; the table has the numbers
+        names = [f"{name} ({word})" for name, word in zip(names, words)]
     predicted = np.array([int(row["predicted"]) for row in table if row["predicted"]], int)
-    counts = ", ".join(f"label{k}: {n}" for k, n in enumerate(np.bincount(predicted, minlength=classes)))
+    counts = ", ".join(f"{name}: {n}" for name, n in zip(names, np.bincount(predicted, minlength=classes)))
     told = f" (threshold {threshold:.3f})" if classes == 2 else ""
     return f"{len(predicted)} {unit}, mean of {folds} fold{'s' * (folds > 1)}; {counts}{told}"
 

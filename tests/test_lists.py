@@ -169,6 +169,7 @@ def test_words_are_remembered_and_subsets_rotate(crops, tmp_path, capsys, run):
         capsys, "--predict", new, "--weights", tmp_path / "out", "--output_dir", tmp_path / "new", tiny=[]
     )
     assert code == 0 and not errors
+    assert "label0 (benign): " in said and "label1 (malignant): " in said
     found = read_table(tmp_path / "new" / "predictions.csv")
     assert [row["patient"] for row in found] == [rows[3][2], rows[0][2]]
     one = crops / rows[0][0]
