@@ -268,8 +268,19 @@ def test_every_form_of_output_holds_the_same(tmp_path, capsys, weights):
             np.testing.assert_array_equal(file["y_hat"][:], features[at])
             assert dict(file.attrs) == {"name": columns["name"][at], "patient": columns["name"][at]}
     (tmp_path / "in" / "broken.nrrd").unlink()
+    (tmp_path / "in" / "a.nii.gz").rename(tmp_path / "in" / os.fsdecode(b"\xe4.nii.gz"))  # any bytes
+    (tmp_path / "t" / "mine.h5").touch()
     code, _, _ = extract(capsys, *flags, "--output", tmp_path / "t")
-    assert code == 0 and not (tmp_path / "t" / "failed.csv").exists()
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "t").glob("[!.]*")) == ["_.h5", "b_c.h5", "mine.h5"]
+    with h5py.File(tmp_path / "t" / "_.h5") as file:
+        np.testing.assert_array_equal(file["y_hat"][:], features[0])
+    for name in ("n.npz", "n.h5", "n.csv"):
+        assert extract(capsys, *flags, "--output", tmp_path / name)[0] == 0
+    with np.load(tmp_path / "n.npz") as table, h5py.File(tmp_path / "n.h5") as same:
+        assert table["name"].tolist() == ["b/c", os.fsdecode(b"\xe4")]
+        assert same["name"][:].tolist() == [b"b/c", b"\xe4"] and b"\n\xe4,\xe4,," in (tmp_path / "n.csv").read_bytes()
+    (tmp_path / "in" / os.fsdecode(b"\xe4.nii.gz")).rename(tmp_path / "in" / "a.nii.gz")
     code, _, _ = extract(capsys, *flags, "--output", tmp_path / "t.csv")
     np.testing.assert_array_equal(read_csv(tmp_path / "t.csv")[1], features[:2])
 

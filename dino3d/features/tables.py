@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dino3d.data.points import AXES
-from dino3d.files import atomic_write, write_table
+from dino3d.files import TEXT, atomic_write, read_json, write_json, write_table
 
 SUFFIXES = (".csv", ".npz", ".h5")
+FOLDER_INDEX = ".written.json"  # names of the files in a folder of rows
 
 
 class FeatureTable(NamedTuple):
@@ -39,10 +40,10 @@ def write_features(path: Path, table: FeatureTable) -> None:
 
         with atomic_write(path) as part, h5py.File(part, "w", track_order=True) as file:
             for name, values in _arrays(table).items():
-                text = values.dtype.kind == "U"
-                file.create_dataset(
-                    name, data=values.astype(object) if text else values, dtype=_text() if text else None
-                )
+                if values.dtype.kind == "U":
+                    file.create_dataset(name, data=[_bytes(text) for text in values], dtype=h5py.string_dtype())
+                else:
+                    file[name] = values
     else:
         _write_folder(path, table)
 
@@ -54,10 +55,9 @@ def _arrays(table: FeatureTable) -> dict[str, np.ndarray]:
     return {**arrays, **coords, "features": table.features}
 
 
-def _text() -> np.dtype:
-    import h5py
-
-    return h5py.string_dtype()
+def _bytes(text: str) -> bytes:
+    """Text as HDF5 holds it: names of files may be any bytes, which h5py would refuse."""
+    return str(text).encode(**TEXT)
 
 
 def _write_csv(path: Path, table: FeatureTable) -> None:
@@ -85,17 +85,23 @@ def _number(value: float) -> str:
 
 
 def _write_folder(folder: Path, table: FeatureTable) -> None:
-    """<name>.h5 of each row with y_hat (F,), and failed.csv of those without features."""
+    """<name>.h5 of each row with y_hat (F,), and failed.csv of those without features. Files that an earlier call has
+    written of rows that are no more are removed."""
     import h5py
 
     folder.mkdir(parents=True, exist_ok=True)
-    for at, (name, file_name) in enumerate(zip(table.names, file_names(table.names))):
+    written, current = folder / FOLDER_INDEX, file_names(table.names)
+    for gone in set(read_json(written) if written.is_file() else ()) - set(current):
+        (folder / gone).unlink(missing_ok=True)
+    write_json(written, current)
+    for at, (name, file_name) in enumerate(zip(table.names, current)):
         if table.reasons[at]:
             (folder / file_name).unlink(missing_ok=True)
             continue
         with atomic_write(folder / file_name) as part, h5py.File(part, "w") as file:
             file["y_hat"] = table.features[at]
-            file.attrs["name"], file.attrs["patient"] = name, table.patients[at]
+            for key, text in (("name", name), ("patient", table.patients[at])):
+                file.attrs.create(key, _bytes(text), dtype=h5py.string_dtype())
             if table.coords is not None:
                 file.attrs["coord"] = table.coords[at]
     failed = [at for at, reason in enumerate(table.reasons) if reason]
