@@ -8,6 +8,7 @@ Loads no torch.
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -20,7 +21,14 @@ import numpy as np
 
 from dino3d.command_line import ArgumentParser, UserError, exit_status, git_revision, help_flags, number
 from dino3d.evaluation import comparison
-from dino3d.evaluation.feature_report import METRIC_NAMES, difference_of, figure_of, write_page, write_results
+from dino3d.evaluation.feature_report import (
+    METRIC_NAMES,
+    RESULT_FILES,
+    difference_of,
+    figure_of,
+    write_page,
+    write_results,
+)
 from dino3d.evaluation.feature_tables import LoadedTable, expand_patterns, read_features, table_names
 from dino3d.evaluation.labelled_cases import SharedCases, Target, encode_labels, join, read_labels
 from dino3d.evaluation.protocols import NEIGHBOURS, PENALTIES, STRENGTHS
@@ -142,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_patients(target, cases.patients, args.folds)
     for table, rows in zip(tables, cases.rows):
         refuse_labels_among_features(table, table.features[rows], target, bool(args.feature_columns))
-    make_folder(args.output_dir)
+    make_folder(args.output_dir, [*(table.path for table in tables), args.labels])
 
     # -------------------------------------------------------------------------------------------------------- protocol
 
@@ -238,21 +246,40 @@ def refuse_labels_among_features(table: LoadedTable, features: np.ndarray, targe
     """Raise UserError where a column of a table from elsewhere is the label itself, whatever it is called."""
     if chosen or table.columns[0] == "feature_0":
         return
+    count, y = len(target.y), target.y
+    orders = math.lgamma(count + 1) - sum(math.lgamma(size + 1) for size in np.unique(y, return_counts=True)[1])
+    by_chance = math.log(2 * len(table.columns)) - orders  # logarithm: that one of the columns has the labels' order
     for column, values in zip(table.columns, features.T):
         if target.classes:
-            pairs = len(set(zip(values, target.y)))
+            pairs = len(set(zip(values, y)))
             same = pairs == len(set(values)) == len(target.classes)
         else:
-            same = bool((values == target.y).all())
-        if same:
+            same = bool((values == y).all())
+        if same or by_chance < math.log(1e-6) and tells_order(values, y):
             raise UserError(
                 f"{table.path}: column {column} tells the label of every case: is it the label itself? Name the "
                 "columns of features with --feature_columns"
             )
 
 
-def make_folder(folder: Path) -> None:
-    """The folder for results, before anything takes time. Raises UserError."""
+def tells_order(values: np.ndarray, y: np.ndarray) -> bool:
+    """Whether values rise, or fall, with y, and are apart where y is. values, y: (N,)"""
+    lowest, highest = (np.array([extreme(values[y == one]) for one in np.unique(y)]) for extreme in (np.min, np.max))
+    return bool((highest[:-1] < lowest[1:]).all() or (lowest[:-1] > highest[1:]).all())
+
+
+def make_folder(folder: Path, inputs: Sequence[str]) -> None:
+    """The folder for results, before anything takes time. inputs: what is read, which no result may replace. Raises
+    UserError."""
+    for path in (folder / name for name in RESULT_FILES):
+        if path.is_dir():
+            raise UserError(f"--output_dir {folder}: {path} is a folder, expected room for a file of results")
+        given = next((one for one in inputs if path.exists() and path.samefile(one)), None)
+        if given is not None:
+            raise UserError(
+                f"--output_dir {folder}: {given} is read here and would be replaced by results of that name: give "
+                "another folder"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -267,19 +294,22 @@ def print_results(
     found: Sequence[comparison.Difference],
     plan: comparison.Plan,
 ) -> None:
-    """The main metric of each table, and every difference with what may be said of it."""
+    """The main metric of each table, and how the first one differs from each other, with what may be said of it."""
     main = comparison.MAIN_METRIC[plan.target.task]
     for protocol in measured[0].metrics:
         print(f"\n{METRIC_NAMES[main]}, {protocol}, with 95 % intervals")
         for one in [*measured, *(one for one in entries if one.members)]:
             print(f"  {figure_of(one.metrics[protocol][main], plan.draws)}  {one.name}")
     pairs = [pair for pair in found if pair.metric == main]
+    told = [pair for pair in pairs if pair.one == entries[0].name]
     for protocol in measured[0].metrics if pairs else ():
         print(f"\nDifference of {METRIC_NAMES[main]}, {protocol}")
-        for pair in pairs:
+        for pair in told:
             if pair.protocol == protocol:
                 said = comparison.verdict(pair, len(pairs))
                 print(f"  {difference_of(pair)}  {pair.one} minus {pair.other}: {said}")
+    if len(told) < len(pairs):
+        print(f"\nThe other {len(pairs) - len(told)} comparisons are in report.html and differences.csv")
     print()
 
 

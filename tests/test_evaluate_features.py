@@ -11,7 +11,7 @@ from test_report import Parsed
 import evaluate_features
 from dino3d.command_line import UserError
 from dino3d.data.points import AXES
-from dino3d.evaluation import comparison
+from dino3d.evaluation import comparison, feature_report
 from dino3d.evaluation.feature_tables import read_features
 from dino3d.evaluation.labelled_cases import encode_labels, join, read_labels
 from dino3d.features.tables import FeatureTable, write_features
@@ -327,6 +327,9 @@ def test_positive_label(tmp_path):
         ("name,coordX,coordY,coordZ,feature_0\nx,1,nan,2,1\ny,1,2,3,2\n", "the place of x is not finite"),
         ("name;feature_0\nx;1,5\n", "column feature_0 holds '1,5' in line 2, expected a number with a decimal point"),
         ("name,feature_0\nx,three\n", "column feature_0 holds 'three' in line 2"),
+        ("name,feature_0\nx,1_0\n", "column feature_0 holds '1_0' in line 2"),
+        ("name,feature_0\nx,10000.000\ny,10000.001\n", "all 2 cases have the same features, to six digits"),
+        ("n\0a\0m\0e\0,\0f\0", "is UTF-16 or no text"),
         ("name,feature_0\nx,\ny,1\n", "column feature_0 is empty in line 2"),
         ("name,reason,feature_0\nx,no lung,\n", "no case with features .all 1 have a reason, such as: no lung"),
         ("name,feature_0\nx,1\ny,1\n", "all 2 cases have the same features"),
@@ -355,6 +358,7 @@ def test_bad_arrays(tmp_path):
         ({"name": names.astype(object), "features": features}, "holds Python objects, which may run code"),
         ({"name": names, "features": features[0]}, "of shape \\(2,\\), expected numbers of shape"),
         ({"name": names, "features": features.astype(str)}, "its features are <U"),
+        ({"name": names, "names": names[::-1], "features": features}, "holds name and names, expected one"),
         ({"name": names[:1], "features": features}, "its name has shape \\(1,\\)"),
         ({"name": names, "features": features, "coord": features}, "its coord has shape"),
     ]:
@@ -384,6 +388,7 @@ def test_bad_arrays(tmp_path):
         ("name,label\nc00,\nc01,nan\n", "none of its 2 cases has a label"),
         ("name,label\nc00,1\nc00,0\n", "c00 stands 2 times"),
         ("name,label,patient\nc00,1,\n", "the patient of c00 is empty"),
+        ("name,label,Patient ID\nc00,1,p\n", "has no column patient, but Patient ID: does it tell whose"),
         ("name,coordX,coordY,coordZ,label\nc00,1,2,inf,1\n", "a place is not finite"),
     ],
 )
@@ -412,6 +417,84 @@ def test_labels_that_can_not_be_judged(noise):
         evaluate(noise, labels="large.csv")
     with pytest.raises(UserError, match="2 different values: too few for --task regression"):
         evaluate(noise, "--task", "regression")
+
+
+def test_labels_and_patients_that_differ_in_case_alone(noise, capsys):
+    with pytest.raises(UserError, match="labels Benign, benign differ in upper and lower case alone"):
+        encode_labels(["malignant", "benign", "Benign"], "auto", None)
+    with pytest.raises(UserError, match="'1_0' is no finite number"):
+        encode_labels(["1_0", "2", "3"], "regression", None)
+    write_labels(noise / "labels.csv", np.arange(30) % 2, patient=["pP"[i % 2] + str(i // 2) for i in range(30)])
+    assert evaluate(noise, "--curves", "off")["patients"] == 30
+    assert "patients p0 and P0 differ in upper and lower case alone, and are taken for two" in capsys.readouterr().out
+
+
+def test_names_that_mean_something_to_matplotlib(noise):
+    """Formulas between $, and a leading underscore: all stand in the report and in the legends as they are."""
+    names = ["$x_$.csv", "_hidden.csv"]
+    for name, old in zip(names, "ab"):
+        (noise / f"{old}.csv").rename(noise / name)
+    write_labels(noise / "labels.csv", np.where(np.arange(30) % 2, "$y_$", "<i>n</i>"))
+    found = evaluate(noise, features=names)
+    assert list(found["tables"]) == ["$x_$", "_hidden"]
+    figure = feature_report._figure(1, 2)[0]
+    for name in found["tables"]:
+        figure.axes[0].plot([0, 1], label=feature_report._in_figure(name))
+    shown = figure.axes[0].legend().get_texts()
+    assert [text.get_text() for text in shown] == [r"\$x_\$", " _hidden"]
+    figure.canvas.draw()
+
+
+def test_results_replace_no_table_that_is_read(noise):
+    (noise / "out").mkdir()
+    (noise / "b.csv").rename(noise / "out" / "predictions.csv")
+    before = (noise / "out" / "predictions.csv").read_bytes()
+    with pytest.raises(UserError, match="predictions.csv is read here and would be replaced"):
+        evaluate(noise, features=["a.csv", "out/predictions.csv"])
+    (noise / "labels.csv").rename(noise / "out" / "metrics.csv")
+    with pytest.raises(UserError, match="metrics.csv is read here and would be replaced"):
+        evaluate(noise, features=["a.csv"], labels="out/metrics.csv")
+    assert (noise / "out" / "predictions.csv").read_bytes() == before and len(list((noise / "out").iterdir())) == 2
+    (noise / "out" / "metrics.csv").rename(noise / "labels.csv")
+    (noise / "out" / "report.html").mkdir()
+    with pytest.raises(UserError, match="report.html is a folder"):
+        evaluate(noise, features=["a.csv"])
+
+
+def test_a_column_that_sorts_the_cases_by_their_label(tmp_path):
+    """Volume in other units, say, where the label is a threshold of it, or the volume itself; not where chance may."""
+    rng = np.random.default_rng(0)
+    volume = rng.lognormal(size=30)
+    for labels, flags in (((volume > 1).astype(int), []), (volume, ["--task", "regression"])):
+        write_labels(tmp_path / "labels.csv", labels)
+        for sign in (-1, 1):
+            write_cases(
+                tmp_path / "a.csv", np.column_stack([rng.normal(size=30), sign * volume**3 + 7]), columns=["f", "ml"]
+            )
+            with pytest.raises(UserError, match="column ml tells the label of every case"):
+                evaluate(tmp_path, *flags, features=["a.csv"])
+    write_labels(tmp_path / "labels.csv", np.arange(30) < 4)  # 4 of 30: so easily met by chance that it may stand
+    write_cases(
+        tmp_path / "a.csv",
+        np.column_stack([rng.normal(size=30), rng.normal(size=30) + 9 * (np.arange(30) < 4)]),
+        columns=["f", "g"],
+    )
+    assert evaluate(tmp_path, "--curves", "off", features=["a.csv"])["cases"] == 30
+
+
+def test_the_console_compares_the_first_table_and_files_all(noise, capsys):
+    rng = np.random.default_rng(1)
+    for name in "cdef":
+        write_cases(noise / f"{name}.csv", rng.normal(size=(30, 2)))
+    found = evaluate(
+        noise, "--curves", "off", "--group", str(noise / "[ef].csv"), features=[f"{n}.csv" for n in "bacd"]
+    )
+    lines = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines() if " minus " in line]
+    others = ["a", "c", "d", "mean of 2: [ef].csv"]
+    assert [line.split(": ")[0] for line in lines] == [f"b minus {name}".split(": ")[0] for name in others] * 2
+    pairs = [pair for pair in found["differences"] if pair["metric"] == "auc"]
+    assert len(pairs) == 20 and {pair["one"] for pair in pairs} == {"b", "a", "c", "d"}
+    assert sum(row["metric"] == "auc" for row in csv.DictReader(open(noise / "out" / "differences.csv"))) == 20
 
 
 def test_a_column_that_is_the_label_under_another_name(tmp_path):

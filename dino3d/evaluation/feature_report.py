@@ -44,6 +44,7 @@ TABLES = {  # of the page, as wide as it
     ),
     "regression": (METRICS["regression"],),
 }
+RESULT_FILES = ("metrics.csv", "differences.csv", "curves.csv", "predictions.csv", "results.json", "report.html")
 MAX_CURVES = 10  # lines in one figure that can be told apart
 
 
@@ -259,6 +260,12 @@ def _cut(entries: Sequence[Measured]) -> str:
     return f"; the first {MAX_CURVES} of {len(entries)} tables" if len(entries) > MAX_CURVES else ""
 
 
+def _in_figure(name: str) -> str:
+    """A name as matplotlib shows it as it stands: what is between two $ would be a formula, and legends leave out what
+    begins with an underscore."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _figure(columns: int, height: float) -> tuple[Any, np.ndarray]:
     from matplotlib.figure import Figure
 
@@ -306,7 +313,9 @@ def _bars(
         if interval:
             ax.plot(interval, [at, at], color="C0", linewidth=2, alpha=0.6)
         ax.plot(value, at, "o", color="C0", fillstyle="full" if full else "none")
-    ax.set_yticks(range(len(names)), [name if len(name) < 50 else "…" + name[-49:] for name in names], fontsize=8)
+    ax.set_yticks(
+        range(len(names)), [_in_figure(name if len(name) < 50 else "…" + name[-49:]) for name in names], fontsize=8
+    )
     ax.set_ylim(len(names) - 0.4, -0.6)
 
 
@@ -319,7 +328,15 @@ def _curves(entries: Sequence[Measured], kind: str, sizes: Sequence[float], what
         places = np.array(sizes) * 1.02 ** (number - len(shown) / 2)  # side by side, or bars hide each other
         middle = np.array([at[0] for at in values])
         low, high = np.array(bands).T
-        ax.errorbar(places, middle, [middle - low, high - middle], marker="o", capsize=2, linewidth=1, label=one.name)
+        ax.errorbar(
+            places,
+            middle,
+            [middle - low, high - middle],
+            marker="o",
+            capsize=2,
+            linewidth=1,
+            label=_in_figure(one.name),
+        )
     ax.axhline(0.5 if plan.target.classes else 0, color="0.6", linewidth=1, linestyle=":")
     ax.set(xscale="log", xlabel=what, ylabel=METRIC_NAMES[MAIN_METRIC[plan.target.task]])
     ax.set_xticks(sizes, [f"{100 * size:g} %" if kind == "share" else f"{size:g}" for size in sizes])
@@ -337,7 +354,7 @@ def _roc_figure(shown: Sequence[Measured], plan: Plan) -> Any:
                 _true_positive_rates(plan.target.y == 1, repeat.values[:, 1], grid)
                 for repeat in one.predictions[protocol]
             ]
-            ax.plot(grid, np.mean(rates, 0), label=one.name, linewidth=1.2)
+            ax.plot(grid, np.mean(rates, 0), label=_in_figure(one.name), linewidth=1.2)
         ax.plot([0, 1], [0, 1], ":", color="0.6", linewidth=1)
         ax.set(title=protocol, xlabel="false positive rate", ylabel="sensitivity", aspect="equal")
     axes[0].legend(fontsize=8)
@@ -363,10 +380,14 @@ def _reliability_figure(shown: Sequence[Measured], plan: Plan) -> Any:
             bins = reliability_bins(
                 np.tile(plan.target.y, len(repeats)), np.concatenate([repeat.values for repeat in repeats])
             )
-            (line,) = ax.plot(bins.predicted, bins.observed, linewidth=1, label=one.name)
+            (line,) = ax.plot(bins.predicted, bins.observed, linewidth=1, label=_in_figure(one.name))
             ax.scatter(bins.predicted, bins.observed, 150 * bins.counts / bins.counts.sum(), color=line.get_color())
         ax.plot([0, 1], [0, 1], ":", color="0.6", linewidth=1)
-        what = f"label {plan.target.classes[1]}" if len(plan.target.classes) == 2 else "the most probable class"
+        what = (
+            f"label {_in_figure(plan.target.classes[1])}"
+            if len(plan.target.classes) == 2
+            else "the most probable class"
+        )
         ax.set(title=protocol, xlabel=f"predicted probability of {what}", ylabel="share that came true")
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     axes[0].legend(fontsize=8)

@@ -13,6 +13,7 @@ import numpy as np
 
 from dino3d.command_line import UserError, did_you_mean, truncate_list
 from dino3d.data.points import AXES
+from dino3d.evaluation.protocols import never_varies
 from dino3d.files import TEXT, delimiter_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".npz", ".h5", ".hdf5")
@@ -134,7 +135,10 @@ def read_cells(path: str) -> tuple[list[str], Iterable[tuple[int, list[str]]]]:
     """(header, [(line, cells)]) of a CSV separated by commas, semicolons or tabs. Raises UserError, OSError."""
     try:
         with open(path, newline="", encoding="utf-8-sig", errors=TEXT["errors"]) as file:
-            delimiter = delimiter_of(file.readline(), ())
+            first = file.readline()
+            if "\0" in first:
+                raise UserError(f"{path}: is UTF-16 or no text: save it as CSV in UTF-8")
+            delimiter = delimiter_of(first, ())
             file.seek(0)
             table = csv.reader(file, delimiter=delimiter)
             header = [column.strip() for column in next(table, [])]
@@ -187,14 +191,21 @@ def _feature_columns(
     return others, [f"{path}: features are {len(others)} columns: {truncate_list(others)}"]
 
 
+def parse_number(cell: str) -> float:
+    """A cell as a number. Raises ValueError, also for 1_0, which is 10 to Python alone."""
+    if "_" in cell:
+        raise ValueError(cell)
+    return float(cell)
+
+
 def parse_numbers(path: str, line: int, columns: Sequence[str], cells: Sequence[str]) -> np.ndarray:
     """The cells of a line as numbers. Raises UserError for the first that is none."""
     try:
-        return np.array(cells, float)
+        return np.array(list(map(parse_number, cells)))
     except ValueError:
         for column, cell in zip(columns, cells):
             try:
-                float(cell)
+                parse_number(cell)
             except ValueError:
                 found = f"holds {plain_text(cell.strip()[:40])!r}" if cell.strip() else "is empty"
                 raise UserError(
@@ -235,6 +246,9 @@ def _read_arrays(path: str, suffix: str) -> tuple:
         if isinstance(error, FileNotFoundError):
             raise
         raise UserError(f"{path}: can't be read as {suffix[1:]} ({' '.join(str(error).split())[:200]})") from error
+    twice = next((key for key in arrays if key + "s" in arrays), None)
+    if twice is not None:
+        raise UserError(f"{path}: holds {twice} and {twice}s, expected one of them")
     arrays = {key.rstrip("s") if key != "features" else key: np.asarray(array) for key, array in arrays.items()}
     for key in ("name", "features"):
         if key not in arrays:
@@ -265,7 +279,7 @@ ARRAYS = ("name", "names", "patient", "patients", "reason", "reasons", "coord", 
 
 
 def _texts(array: np.ndarray) -> list[str]:
-    return [one.decode(**TEXT) if isinstance(one, bytes) else str(one) for one in array.tolist()]
+    return [(one.decode(**TEXT) if isinstance(one, bytes) else str(one)).strip() for one in array.tolist()]
 
 
 def _read_folder(path: str) -> tuple:
@@ -286,7 +300,7 @@ def _read_folder(path: str) -> tuple:
                 if "y_hat" not in file:
                     raise UserError(f"{where}: has no data set y_hat, only {truncate_list(list(file)) or 'nothing'}")
                 values = np.asarray(file["y_hat"][()], float)
-                attributes = {key: str(file.attrs[key]) for key in ("name", "patient") if key in file.attrs}
+                attributes = {key: str(file.attrs[key]).strip() for key in ("name", "patient") if key in file.attrs}
                 coordinates += [np.asarray(file.attrs["coord"], float)] if "coord" in file.attrs else []
         except UserError:
             raise
@@ -347,11 +361,18 @@ def _checked(
             f"{path}: {columns[column]} of {plain_text(names[kept[case]])} is {found[case, column]}, expected a "
             f"finite number below {LARGEST:g}; {len(set(bad[:, 0]))} of {len(found)} cases have such"
         )
-    flat = (np.ptp(found, axis=0) == 0).sum()
-    if flat == len(columns) and len(found) > 1:
-        raise UserError(f"{path}: all {len(found)} cases have the same features: nothing can be told by them")
-    if flat:
-        notices = [*notices, f"{path}: {flat} of {len(columns)} features are the same for all cases, and tell nothing"]
+    flat = never_varies(found)
+    if flat.all() and len(found) > 1:
+        raise UserError(
+            f"{path}: all {len(found)} cases have the same features, to six digits: nothing can be told by them; are "
+            "they large numbers that differ by little, subtract their mean"
+        )
+    if flat.any():
+        notices = [
+            *notices,
+            f"{path}: {flat.sum()} of {len(columns)} features are the same for all cases (to six digits), and tell "
+            "nothing",
+        ]
     if len(columns) == 1:
         notices = [*notices, f"{path}: of one feature the cosine of k-NN tells its sign alone: read the other protocol"]
     chosen = None if patients is None else [patients[i] for i in kept]

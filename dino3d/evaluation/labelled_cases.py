@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,17 +18,20 @@ from dino3d.evaluation.feature_tables import (
     case_keys,
     find_column,
     format_key,
+    parse_number,
     parse_numbers,
     read_cells,
 )
 
 MISSING = ("", "nan", "na", "n/a", "none", "null", "?")
+LIKE_PATIENT = re.compile(r"(patient|subject|participant|person)[ _]?(id|no|nr|uid|number|name|key)?|pid|mrn", re.I)
 CASE_COLUMNS = ("name", "seriesuid", "case")  # of a table of labels, the first one that it has
 
 
 class Labels(NamedTuple):
     """What is known of cases. keys: as in LoadedTable; values: as they stand in the table; patients: None where not
-    told; other_names: {further name of a case: its number}; without: cases that have no label"""
+    told; other_names: {further name of a case: its number}; without: cases that have no label; maybe_patient: a column
+    that by its name tells patients"""
 
     path: str
     keys: list[tuple]
@@ -35,6 +39,7 @@ class Labels(NamedTuple):
     patients: list[str] | None
     other_names: dict[str, int]
     without: int
+    maybe_patient: str | None = None
 
 
 class Target(NamedTuple):
@@ -91,7 +96,8 @@ def read_labels(path: str, label_column: str) -> Labels:
     if patients is not None and not all(patients):
         raise UserError(f"--labels {path}: the patient of {names[patients.index('')]} is empty")
     values = [cells[place[label_at]].strip() for _, cells in kept]
-    return Labels(path, case_keys(path, names, coordinates), values, patients, {}, len(lines) - len(kept))
+    maybe = next((column for column in header if column not in names_at and LIKE_PATIENT.fullmatch(column)), None)
+    return Labels(path, case_keys(path, names, coordinates), values, patients, {}, len(lines) - len(kept), maybe)
 
 
 def _labels_of_folders(path: str) -> Labels:
@@ -155,6 +161,12 @@ def encode_labels(values: Sequence[str], task: str, positive: str | None) -> Tar
     if len(set(numbers)) > len(distinct):
         raise UserError("--labels: some values differ by less than a millionth: such are no classes")
     values = [f"{number:g}" for number in numbers] if numeric else values
+    alike = [name for name in distinct if [other.lower() for other in distinct].count(name.lower()) > 1]
+    if alike:
+        raise UserError(
+            f"--labels: labels {truncate_list(alike)} differ in upper and lower case alone: write those of one class "
+            "alike"
+        )
     if len(distinct) < 2:
         raise UserError(f"--labels: all {len(values)} cases have label {distinct[0]}: two classes are the least")
     if positive is not None:
@@ -173,7 +185,7 @@ def encode_labels(values: Sequence[str], task: str, positive: str | None) -> Tar
 
 def _finite_number(text: str) -> float | None:
     try:
-        value = float(text)
+        value = parse_number(text)
     except ValueError:
         return None
     return value if math.isfinite(value) else None
@@ -265,6 +277,11 @@ def _patients_of(
         chosen, source = [labels.patients[number] for number in shared], labels.path
     elif told:
         source, chosen = next(iter(told.items()))
+    elif labels.maybe_patient:
+        raise UserError(
+            f"{labels.path}: has no column patient, but {labels.maybe_patient}: does it tell whose the cases are, call "
+            "it patient, so that no patient is in two folds; else leave it out"
+        )
     else:
         return [format_key(labels.keys[number]) for number in shared], [
             f"neither {labels.path} nor the tables have a column patient: each case is taken for a patient of its own; "
@@ -278,6 +295,13 @@ def _patients_of(
                     "patient of --labels"
                 )
             return chosen, [f"{path}: groups the cases to other patients than {source}, whose are taken"]
+    written = {}
+    for patient in chosen:
+        other = written.setdefault(patient.lower(), patient)
+        if other != patient:
+            return chosen, [
+                f"{source}: patients {other} and {patient} differ in upper and lower case alone, and are taken for two"
+            ]
     return chosen, []
 
 

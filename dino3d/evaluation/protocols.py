@@ -274,9 +274,14 @@ def _standardised(train: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, np
     """Both with the training cases' mean taken off and divided by their deviation; what does not vary there is 0."""
     train, tested = train.astype(np.float64), tested.astype(np.float64)
     mean, deviation = train.mean(0), train.std(0)
-    flat = deviation <= 1e-6 * np.abs(mean)  # a float32 that is always the same may vary in its last digit
-    scale = np.where(flat, np.inf, deviation)
+    scale = np.where(never_varies(train), np.inf, deviation)
     return (train - mean) / scale, (tested - mean) / scale
+
+
+def never_varies(features: np.ndarray) -> np.ndarray:
+    """(F,) whether a feature is the same in all cases to six digits: a float32 that is always the same may vary in its
+    last one. features: (N, F)"""
+    return features.std(0) <= 1e-6 * np.abs(features.mean(0))
 
 
 def _rotated(train: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
