@@ -497,6 +497,17 @@ def test_the_console_compares_the_first_table_and_files_all(noise, capsys):
     assert sum(row["metric"] == "auc" for row in csv.DictReader(open(noise / "out" / "differences.csv"))) == 20
 
 
+def test_more_differences_than_fit_into_a_figure(noise, monkeypatch):
+    """Seventy tables make a figure of 90,000 pixels, minutes of drawing; the table of the report holds all of them."""
+    monkeypatch.setattr(feature_report, "MAX_BARS", 4)
+    write_cases(noise / "c.csv", np.random.default_rng(1).normal(size=(30, 2)))
+    evaluate(noise, "--curves", "off", features=["a.csv", "b.csv", "c.csv"])
+    page = (noise / "out" / "report.html").read_text()
+    assert "those of a alone, the table above has all 6" in page and page.count("<td>b</td><td>c</td>") == 2
+    evaluate(noise, "--curves", "off")
+    assert "those of a alone" not in (noise / "out" / "report.html").read_text()
+
+
 def test_a_column_that_is_the_label_under_another_name(tmp_path):
     labels = np.arange(30) % 2
     features = np.column_stack([np.random.default_rng(0).normal(size=30), labels])

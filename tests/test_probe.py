@@ -16,6 +16,8 @@ from torch import nn
 
 import main_dino
 import vision_transformer
+from augmentations import MultiCropAugmentation
+from dino3d.command_line import UserError
 from dino3d.evaluation.protocols import NEIGHBOURS, STRENGTHS, nested_splits
 from dino3d.evaluation.statistics import bootstrap_interval
 from dino3d.evaluation.weighted_metrics import weighted_auc
@@ -38,6 +40,18 @@ def make_smaller(monkeypatch):
     small = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
     monkeypatch.setitem(vision_transformer.ARCHITECTURES, "vit_tiny", small)
     monkeypatch.setattr(main_dino, "DINOHead", functools.partial(DINOHead, hidden_dim=64))
+    # A third of a run's start: the same for all runs of these sizes, and pictures of them
+    monkeypatch.setattr(MultiCropAugmentation, "_patch_size", patch_size)
+    monkeypatch.setattr(main_dino, "show_pictures", lambda *args: (args[-1].output_dir / "views.png").touch())
+
+
+drawn_sizes, draw_size = {}, MultiCropAugmentation._patch_size
+
+
+def patch_size(crops):
+    key = repr((crops.policy, crops.global_size, crops.local_size, crops.spacing))
+    crops.patch_size = drawn_sizes[key] if key in drawn_sizes else drawn_sizes.setdefault(key, draw_size(crops))
+    return crops.patch_size
 
 
 def write_crops(folder, patients=PATIENTS, shape=(26, 24, 14), affine=(-1, -1, 2, 1), labels=2):
@@ -280,22 +294,15 @@ def test_an_encoder_is_left_as_it_was():
     assert encoder.training and torch.is_grad_enabled()
 
 
-def test_two_ranks_give_the_figures_of_one(noise, crops, tmp_path):
+def test_two_ranks_give_the_figures_of_one(noise, crops, tmp_path, capsys):
     """To the last digit, of weights that stay as they are: two ranks train on other sums than one does."""
     flags = [*TINY, "--data_dir", noise, "--probe_dir", crops, "--probe_every", 1, "--epochs", 1, "--lr", 0]
     flags += ["--min_lr", 0]
-    runs = [
-        start(
-            [*flags, "--batch_size_per_gpu", 4 // n, "--output_dir", tmp_path / str(n)],
-            tmp_path / "p",
-            n,
-            "run_small.py",
-        )
-        for n in (1, 2)
-    ]
-    for ranks in runs:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-        assert all(rank.returncode == 0 for rank in ranks), errors
+    out = ["--batch_size_per_gpu", 2, "--output_dir", tmp_path / "2"]
+    ranks = start([*flags, *out], tmp_path / "p", 2, "run_small.py")
+    run(capsys, [*flags[len(TINY) :], "--batch_size_per_gpu", 4], tmp_path / "1")
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), errors
     one, two = (json.loads((tmp_path / name / "probe.json").read_text()) for name in "12")
     assert one == two and len(one["start_values"]) == 2 * PATIENTS
     assert probed(tmp_path / "1") == probed(tmp_path / "2")
@@ -425,6 +432,29 @@ def test_the_best_epochs_weights_are_kept(flags, tmp_path, capsys, monkeypatch):
     assert notice.startswith("starting from") and torch.equal(
         model.head.mlp[0].weight, best["teacher"]["head.mlp.0.weight"]
     )
+
+
+def test_a_full_disk_costs_the_best_weights_and_not_the_run(flags, tmp_path, capsys, monkeypatch):
+    """The file of the first probe can't be written; that of the second is, although it be worse than the first."""
+    scores, judge, save, full = iter([0.9, 0.8]), probe.judge, probe.save_checkpoint, iter([True, False])
+
+    def judged(*args):
+        figures, values = judge(*args)
+        if args[3] is not None:
+            figures["logistic_auc"] = next(scores)
+        return figures, values
+
+    def failing(path, state):
+        if next(full):
+            raise UserError(f"{path}: the checkpoint can't be written (No space left on device)")
+        save(path, state)
+
+    monkeypatch.setattr(probe, "judge", judged)
+    monkeypatch.setattr(probe, "save_checkpoint", failing)
+    said = run(capsys, flags, tmp_path, "--epochs", 2)
+    assert "best_probe.pth: the checkpoint can't be written (No space left on device); the best teacher so far" in said
+    assert "no best_probe.pth yet" in said and [one["probe_best_epoch"] for one in probed(tmp_path)] == [None, 2]
+    assert read_state(tmp_path / "best_probe.pth")["epoch"] == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- crops

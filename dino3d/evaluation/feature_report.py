@@ -45,6 +45,7 @@ TABLES = {  # of the page, as wide as it
     "regression": (METRICS["regression"],),
 }
 RESULT_FILES = ("metrics.csv", "differences.csv", "curves.csv", "predictions.csv", "results.json", "report.html")
+MAX_BARS = 180  # differences in one figure: ten tables, two protocols
 MAX_CURVES = 10  # lines in one figure that can be told apart
 
 
@@ -200,7 +201,11 @@ def write_page(
                 for pair in pairs
             ],
         )
-        report.figure(_forest_of_differences(pairs), "Differences with their 95 % intervals; filled where shown")
+        drawn = pairs if len(pairs) <= MAX_BARS else [pair for pair in pairs if pair.one == pairs[0].one]
+        caption = "Differences with their 95 % intervals; filled where shown"
+        if len(drawn) < len(pairs):
+            caption += f"; those of {pairs[0].one} alone, the table above has all {len(pairs)}"
+        report.figure(_forest_of_differences(drawn), caption)
     report.heading("Figures")
     for protocol in protocols:
         report.text(f"{protocol}: mean over the repeats (95 % interval)")

@@ -98,8 +98,8 @@ class Probe:
     def measure(self, teacher: nn.Module, epoch: int, step: int) -> ProbeResult | None:
         """What the teacher's features are worth after an epoch, where it is time; keeps the best one's weights.
 
-        Features that can't be had, where storage fails or weights are not finite, are told and end nothing. Raises
-        UserError, on all ranks, where the weights can't be written.
+        Features that can't be had, where storage fails or weights are not finite, are told and end nothing, and so are
+        weights of a probe that can't be written: the run's own checkpoint is what its training needs.
         """
         if epoch % self.every and epoch != self.epochs:
             return None
@@ -163,13 +163,16 @@ class Probe:
     # --------------------------------------------------------------------------------------------- on the main process
 
     def _keep_best(self, figures: dict[str, Any], teacher: nn.Module, epoch: int, step: int) -> int | None:
-        """Save the teacher's weights if they are the best so far; returns the best epoch. Raises UserError."""
+        """Save the teacher's weights if they are the best so far; returns the epoch of the best ones in the file."""
         score = figures[LOGISTIC]
         if score is not None and (self.best is None or score > self.best[LOGISTIC]):
             best = {"epoch": epoch, "step": step, "crops": self.crops.identity, **figures}
             state = {"teacher": to_cpu(teacher.state_dict()), "config": self.config, "epoch": epoch, "step": step}
-            save_checkpoint(self.output_dir / BEST_PROBE, state | {"probe": best})
-            self.best = best
+            try:
+                save_checkpoint(self.output_dir / BEST_PROBE, state | {"probe": best})
+                self.best = best
+            except UserError as error:
+                tqdm.write(f"warning: {error.args[0]}; the best teacher so far, after epoch {epoch}, is not kept")
         return self.best["epoch"] if self.best else None
 
     def _load_reference(self) -> dict[str, Any] | None:
@@ -244,7 +247,8 @@ class Probe:
         return (
             f"probe after epoch {epoch}: AUC by logistic regression {auc}, minus that before training {minus_start}; "
             f"by kNN {format_metric(figures['knn_auc'])}; of trivial figures at best {format_metric(trivial[best])} "
-            f"({best}); best probe after epoch {figures['best_epoch']}"
+            f"({best}); "
+            + (f"best probe after epoch {figures['best_epoch']}" if figures["best_epoch"] else f"no {BEST_PROBE} yet")
         )
 
     def _trivial(self) -> dict[str, float | None]:
