@@ -18,7 +18,7 @@ from dino3d.data.volume import Volume
 from dino3d.finetune.crops import Header
 from dino3d.finetune.resampled_cache import ResampledCache
 from dino3d.finetune.runtime import Runtime
-from main_lts_msd import inference_settings, predict_case
+from main_lts_msd import ScanOutputs, inference_settings, predict_case
 from utils import Processes
 
 SHAPE, MARKED = (14, 12, 20), (3, 8, 6)
@@ -118,9 +118,12 @@ def of_prediction(path, folder):
             "tolerance": 1.0,
         }
     runtime = Runtime(Processes(), torch.float32, 64, 0)
-    predict_case(str(path), folder / "mask.nii.gz", [Thresholding()], config, inference_settings(config, 64), runtime)
-    mask, scan = nibabel.load(folder / "mask.nii.gz"), nibabel.load(path)
-    assert type(mask) is type(scan)
+    outputs = ScanOutputs(folder / "mask.nii.gz", folder / "overlay.png", [folder / "probability.nii.gz"])
+    predict_case(str(path), outputs, [Thresholding()], config, inference_settings(config, 64), runtime)
+    mask, scan, probability = (nibabel.load(one) for one in (outputs.mask, path, outputs.probabilities[0]))
+    assert type(mask) is type(scan) is type(probability)
+    np.testing.assert_array_equal(np.argwhere(probability.get_fdata() > 0.5), [MARKED])
+    np.testing.assert_array_equal(probability.affine, mask.affine)
     np.testing.assert_array_equal(np.argwhere(np.asarray(mask.dataobj)), [MARKED])
     for name in ("qform_code", "sform_code", "pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "xyzt_units"):
         np.testing.assert_array_equal(mask.header[name], scan.header[name], err_msg=name)
