@@ -157,11 +157,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = comparison.make_plan(
         target, cases.patients, args.folds, args.repeats, args.draws, args.seed, args.curves == "on"
     )
+    compared = len(tables) - sum(len(members) - 1 for _, members in groups)
     said = [
         *(notice for table in tables for notice in table.notices),
         *cases.notices,
         f"{len(cases.names)} cases of {len(set(cases.patients))} patients, in {len(tables)} tables; {target.said}",
         *plan.notices,
+        *comparison.too_few_draws(compared, plan),
         comparison.expected_width(target, cases.patients),
     ]
     print(*said, sep="\n")

@@ -497,6 +497,29 @@ def test_the_console_compares_the_first_table_and_files_all(noise, capsys):
     assert sum(row["metric"] == "auc" for row in csv.DictReader(open(noise / "out" / "differences.csv"))) == 20
 
 
+def test_too_few_draws_for_so_many_tables(noise, capsys):
+    """Perfect features against noise: the notice names as many draws as it takes, and not one more."""
+    for name in "cde":
+        write_cases(noise / f"{name}.csv", np.random.default_rng(ord(name)).normal(size=(30, 2)))
+    write_cases(noise / "a.csv", np.arange(30)[:, None] % 2 + np.random.default_rng(0).normal(0, 0.01, (30, 2)))
+    tables = [f"{name}.csv" for name in "abcde"]  # 20 comparisons
+    for draws in (400, 401):
+        found = evaluate(noise, "--curves", "off", "--draws", str(draws), features=tables)
+        said = f"20 comparisons of 5 tables and groups: with --draws {draws} none can be shown"
+        assert (said in capsys.readouterr().out) == (draws == 400) == any(said in line for line in found["said"])
+        assert any(pair["shown"] for pair in found["differences"] if pair["metric"] == "auc") == (draws == 401)
+    evaluate(noise, "--curves", "off", "--group", str(noise / "[cde].csv"), features=["a.csv", "b.csv"])
+    assert "none can be shown" not in capsys.readouterr().out  # 6 comparisons, 200 draws
+
+
+def test_rows_in_another_order_are_the_same_cases(noise):
+    rows = list(csv.reader(open(noise / "a.csv")))
+    write_csv(noise / "b.csv", rows[0], [rows[1:][i] for i in np.random.default_rng(0).permutation(30)])
+    found = evaluate(noise)
+    assert found["tables"]["a"] == found["tables"]["b"]
+    assert all(pair["value"] == 0 for pair in found["differences"])
+
+
 def test_more_differences_than_fit_into_a_figure(noise, monkeypatch):
     """Seventy tables make a figure of 90,000 pixels, minutes of drawing; the table of the report holds all of them."""
     monkeypatch.setattr(feature_report, "MAX_BARS", 4)

@@ -95,6 +95,7 @@ def make_plan(
     """The Plan, the same for every table."""
     strata = target.y if target.task == "classification" else strata_of_values(target.y)
     how, found, notices = (list(patients), strata, folds, repeats, seed), {}, []
+    too_few = "a class would have no training case" if target.classes else "too few patients"
     if curves:
         for shots in SHOTS if target.task == "classification" else ():
             splits = few_shot_splits(*how, shots)
@@ -107,7 +108,7 @@ def make_plan(
         for share in SHARES:
             splits = fraction_splits(*how, share)
             if splits is None:
-                notices.append(f"no figure of {100 * share:g} % of the labels: a class would have no training case")
+                notices.append(f"no figure of {100 * share:g} % of the labels: {too_few}")
             else:
                 found["share", share] = splits
     weights = np.concatenate(bootstrap_weights(patients, draws, seed))
@@ -251,6 +252,18 @@ def verdict(one: Difference, pairs: int) -> str:
     if not one.shown:
         return f"not shown: the interval leaves out 0, but not after Holm's adjustment for {pairs} comparisons"
     return f"shown: {one.one if one.value > 0 else one.other} is higher"
+
+
+def too_few_draws(compared: int, plan: Plan) -> list[str]:
+    """A notice where the smallest p-value, 1 / draws, is too large after Holm's adjustment for any difference of so
+    many tables and groups to be shown."""
+    pairs = math.comb(compared, 2) * len(PATHS[plan.target.task])
+    if pairs < LEVEL * plan.draws:
+        return []
+    return [
+        f"{pairs} comparisons of {compared} tables and groups: with --draws {plan.draws} none can be shown, however "
+        f"large; give fewer tables, a --group, or --draws {math.floor(pairs / LEVEL) + 1} or more"
+    ]
 
 
 def expected_width(target: Target, patients: Sequence[str]) -> str:
