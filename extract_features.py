@@ -30,7 +30,7 @@ from dino3d.data import images
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError
 from dino3d.data.geometry import other_grid
 from dino3d.data.parallel import progress
-from dino3d.data.requirements import note_lines, require_ct
+from dino3d.data.requirements import hu_problem, hu_warnings, note_lines, require_ct
 from dino3d.data.scans import state_of
 from dino3d.data.volume import Volume
 from dino3d.features.cases import Subject, find_subjects
@@ -229,8 +229,11 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
     # ---------------------------------------------------------------------------------------------------------- data
     output = Path(args.output)
     work = work_folder(output)
-    processes.run_on_main(lambda: check_output(output, work))
+    processes.run_on_main(lambda: check_output(output, work, list(table_widths(1, args))))
     subjects, lines = processes.run_on_main(lambda: find_subjects(args.input, args.scans, output))
+    if args.masks and not os.path.isdir(args.masks):
+        raise UserError(f"--masks {args.masks}: no such folder", everywhere=True)
+    check_queries(args.queries or [], [one.name for one in subjects], range(len(subjects)))
 
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.weights, args.checkpoint_key, flag="--weights")
@@ -342,7 +345,7 @@ def extract(
         if key not in journal.done:
             groups[subject.path].append((key, subject))
     mine = list(groups.items())[processes.rank :: processes.world_size]
-    counts, notes = collections.Counter(), {}
+    counts, notes, odd_hu = collections.Counter(), {}, {}
     with progress(sum(len(rows) for _, rows in mine), "row", processes.is_main) as bar:
         scans = read_ahead_scans([path for path, _ in mine], args.num_workers)
         for path, scan, key, subject in ((path, scan, *row) for (path, rows), scan in zip(mine, scans) for row in rows):
@@ -361,12 +364,13 @@ def extract(
             else:
                 journal.add(key, found)
                 counts.update(told)
-                notes[path] = scan.notes
+                if path not in notes:  # of a scan's many points the first
+                    notes[path], odd_hu[path] = scan.notes, hu_problem(scan.hu)
             bar.update()
-    gathered = processes.all_gather((counts, notes))
-    notes = {path: lines for _, of_rank in gathered for path, lines in of_rank.items()}
-    totals = sum((of_rank for of_rank, _ in gathered), collections.Counter())
-    for line in [*region_lines(totals), *note_lines([*notes], [*notes.values()])]:
+    gathered = processes.all_gather((counts, notes, odd_hu))
+    totals = sum((of_rank for of_rank, _, _ in gathered), collections.Counter())
+    notes, odd_hu = (dict(pair for one in gathered for pair in one[k].items()) for k in (1, 2))
+    for line in [*region_lines(totals), *hu_lines(odd_hu), *note_lines([*notes], [*notes.values()])]:
         processes.print(line)
 
 
@@ -434,7 +438,7 @@ def read_mask(subject: Subject, scan: CtScan, masks: str) -> np.ndarray:
     """(X, Y, Z) uint8 of the mask of a scan's name. Raises DataError."""
     path = mask_path(subject, masks)
     if path is None:
-        raise DataError(masks, f"has no mask {subject.name} of any of {', '.join(VOLUME_SUFFIXES)}")
+        raise DataError(masks, f"no mask: {masks} has no {subject.name} with any of {', '.join(VOLUME_SUFFIXES)}")
     with Volume(path) as volume:
         if reason := other_grid(volume.shape, volume.affine, scan.hu.shape, scan.affine):
             raise DataError(path, f"mask {path} {reason}")
@@ -574,13 +578,7 @@ def draw_neighbours(
     features = np.stack([found[key][0].get(MAIN, np.full(width, np.nan, np.float32)) for key in keys])
     there = [at for at in range(len(subjects)) if np.isfinite(features[at]).all() and width]
     if args.queries:
-        chosen = {name: [at for at in there if subjects[at].name == name] for name in args.queries}
-        missing = [name for name, rows in chosen.items() if not rows]
-        if missing:
-            known = [one.name for one in subjects]
-            hint = command_line.did_you_mean(missing[0], known) if missing[0] not in known else ": it has no features"
-            raise UserError(f"--queries {missing[0]}: no row with features of this name{hint}")
-        queries = [at for rows in chosen.values() for at in rows]
+        queries = check_queries(args.queries, [one.name for one in subjects], there)
     else:
         queries = spread(there, QUERIES)
     folder = output.with_name(f"{output.stem if output.suffix in SUFFIXES else output.name}.neighbours")
@@ -589,6 +587,9 @@ def draw_neighbours(
         folder.mkdir(parents=True, exist_ok=True)
         for at, file_name in zip(queries, file_names([subjects[at].name for at in queries])):
             neighbours = nearest(features, patients, at, args.neighbours, args.same_patient)
+            if not neighbours:
+                others = "no other row" if args.same_patient else "no row of another patient (see --same_patient)"
+                print(f"note: {subjects[at].name} has no neighbours: {others} has features", flush=True)
             rows += [
                 [subjects[at].name, patients[at], rank, subjects[one.row].name, patients[one.row], one.similarity]
                 for rank, one in enumerate(neighbours, 1)
@@ -605,6 +606,18 @@ def draw_neighbours(
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror or error})") from error
     return folder
+
+
+def check_queries(queries: Sequence[str], names: Sequence[str], there: Sequence[int]) -> list[int]:
+    """Numbers of the rows of these names. there: rows that can be. Raises UserError for a name without any."""
+    found = []
+    for query in queries:
+        rows = [at for at in there if names[at] == query]
+        if not rows:
+            hint = ": it has no features" if query in names else command_line.did_you_mean(query, names)
+            raise UserError(f"--queries {query}: no row with features of this name{hint}", everywhere=True)
+        found += rows
+    return found
 
 
 def label_of(subject: Subject) -> str:
@@ -628,8 +641,11 @@ def seen_volume(
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def check_output(output: Path, work: Path) -> None:
-    """UserError where the output is something else than its name says, or was not written by this script."""
+def check_output(output: Path, work: Path, tables: Sequence[str]) -> None:
+    """UserError where the output is something else than its name says, or was not written by this script.
+
+    tables: names of those that are written, see `table_path`
+    """
     if output.suffix in SUFFIXES and output.is_dir():
         raise UserError(f"--output {output}: is a folder, expected a file by its suffix; choose another name")
     if output.suffix not in SUFFIXES and output.exists() and not output.is_dir():
@@ -640,6 +656,12 @@ def check_output(output: Path, work: Path) -> None:
     if not work.is_dir() and any(path.exists() for path in others):
         raise UserError(
             f"--output {output}: is there already and not of this script (no {work}): remove it, or choose another name"
+        )
+    beside = [path for name in tables if name != MAIN and (path := table_path(output, name)).exists()]
+    if not work.is_dir() and beside:
+        raise UserError(
+            f"--output {output}: {beside[0]} is there already, which this command would write; remove it, or choose "
+            "another name"
         )
 
 
@@ -691,7 +713,7 @@ def table_path(output: Path, name: str) -> Path:
 def write_tables(
     output: Path, subjects: Sequence[Subject], keys: Sequence[str], journal: Journal, widths: dict[str, int]
 ) -> list[tuple[str, str]]:
-    """Write the tables of all rows; returns (name, reason) of those without features."""
+    """Write the tables of all rows; returns (name, reason) of those without features. Raises UserError."""
     found = journal.read()
     rows = [found[key] for key in keys]
     reasons = [reason for _, reason in rows]
@@ -699,16 +721,20 @@ def write_tables(
     coords = np.array(points, float) if any(one.point is not None for one in subjects) else None
     for name, width in widths.items():
         empty = np.full(width, np.nan, np.float32)
-        write_features(
-            table_path(output, name),
-            FeatureTable(
-                [one.name for one in subjects],
-                [one.patient for one in subjects],
-                reasons,
-                np.stack([values.get(name, empty) for values, _ in rows]),
-                coords,
-            ),
+        table = FeatureTable(
+            [one.name for one in subjects],
+            [one.patient for one in subjects],
+            reasons,
+            np.stack([values.get(name, empty) for values, _ in rows]),
+            coords,
         )
+        try:
+            write_features(table_path(output, name), table)
+        except OSError as error:
+            raise UserError(
+                f"{table_path(output, name)}: can't be written ({error.strerror or error}); what is done is kept: "
+                "start the same command again"
+            ) from error
     return [(one.name, reason) for one, reason in zip(subjects, reasons) if reason]
 
 
@@ -728,6 +754,15 @@ def run_summary(
         f"{format_values(encoder.input_size)} voxels{spacing}, HU {format_values(encoder.clip_range)}; "
         f"{args.precision} on {device}"
     )
+
+
+def hu_lines(problems: dict[str, str]) -> list[str]:
+    """[] or [one line]: files read all the same that are no CT in HU, as crops may be that hold soft tissue alone.
+
+    problems: {path: `hu_problem`}
+    """
+    sure = {path: text if text.startswith("not in HU") else "" for path, text in problems.items()}
+    return hu_warnings([*sure], [*sure.values()]) or hu_warnings([*problems], [*problems.values()], share=0.5)
 
 
 def region_lines(counts: collections.Counter[str]) -> list[str]:

@@ -100,6 +100,8 @@ def read_rows(
                 if exact:
                     names[wanted] = exact[0]
             for row in table:
+                if not any(row.values()):  # nothing but separators, as spreadsheets leave below a table
+                    continue
                 if any(row.get(None) or ()):
                     raise UserError(
                         f"{path}: line {table.line_num} has more cells than the header ({len(table.fieldnames)}): are "

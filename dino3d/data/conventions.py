@@ -6,7 +6,7 @@ superior side. Affines are 4 x 4, from voxel indices to RAS millimetres.
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,12 @@ class Stored(NamedTuple):
     take: Callable[[tuple[slice, ...]], np.ndarray]
     notes: tuple[str, ...] = ()
     converted: bool = False
+
+
+def swap_lps_ras(point: Sequence[float]) -> tuple[float, ...]:
+    """(3,) mm of a point in LPS as RAS has them, or the other way round."""
+    x, y, z = point
+    return -x, -y, z
 
 
 def is_kind(path: Path | str, suffixes: tuple[str, ...]) -> bool:

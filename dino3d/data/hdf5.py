@@ -1,6 +1,7 @@
 """ITK HDF5 files: what a conversion writes, in chunks that random crops are read from quickly."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -70,8 +71,7 @@ def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compr
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     voxels = np.ascontiguousarray(volume.T)  # (z, y, x)
-    # In memory first: on a full disk plain writing raises OSError, which the HDF5 library can't be trusted to do
-    with h5py.File(path, "w", driver="core", backing_store=False) as file:
+    with fill_hdf5(path) as file:
         file["ITKVersion"], file["HDFVersion"] = ["5.4"], [f"HDF5 library version: {h5py.version.hdf5_version}"]
         image = file.create_group("ITKImage/0")
         image["Dimension"] = np.array(volume.shape, np.uint64)
@@ -81,6 +81,17 @@ def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compr
         image.create_dataset(
             "VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape), **FILTERS[compression]()
         )
+
+
+@contextlib.contextmanager
+def fill_hdf5(path: Path | str, **options: bool) -> Iterator[h5py.File]:
+    """An HDF5 file to fill, which is on disk, whole, when the block has ended without an error. Raises OSError.
+
+    options: of h5py.File. In memory first: on a full disk plain writing raises OSError, but the HDF5 library may end
+    the process.
+    """
+    with h5py.File(path, "w", driver="core", backing_store=False, **options) as file:
+        yield file
         file.flush()
         with atomic_write(path) as part:
             part.write_bytes(file.id.get_file_image())

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import SimpleITK as sitk
 
-from dino3d.data.conventions import AIR, DataError, format_size
+from dino3d.data.conventions import AIR, DataError, format_size, swap_lps_ras
 from dino3d.data.images import UPRIGHT, axes_of, voxels_of
+
+MAY_BE_RAS = "; with the signs of the first two changed it is inside: is it in RAS?"
 
 
 def crop_at(
@@ -24,8 +26,11 @@ def crop_at(
     source: what to call the point in an error
     A spacing much larger than the image's is averaged over, as pre-training does. Raises DataError for a point outside.
     """
-    index = np.array(image.TransformPhysicalPointToContinuousIndex([float(p) for p in point]))
-    require_inside(index, image.GetSize(), point, source)
+    index, mirrored = (
+        np.array(image.TransformPhysicalPointToContinuousIndex([float(p) for p in one]))
+        for one in (point, swap_lps_ras(point))
+    )
+    require_inside(index, image.GetSize(), point, source, mirrored)
     own = np.array(image.GetSpacing())
     if spacing is None:
         start = np.rint(index - (np.array(size) - 1) / 2)
@@ -36,13 +41,27 @@ def crop_at(
     return _mean(_sample(image, start, fine, np.array(size) * factors, linear=True), factors)
 
 
-def require_inside(index: np.ndarray, size: Sequence[int], point: Sequence[float] | np.ndarray, source: str) -> None:
-    """Raise DataError for a point, (3,) LPS mm, whose continuous voxel index is outside an image of `size` voxels."""
-    if not ((index >= -0.5) & (index <= np.array(size) - 0.5)).all():
+def require_inside(
+    index: np.ndarray,
+    size: Sequence[int],
+    point: Sequence[float] | np.ndarray,
+    source: str,
+    mirrored: np.ndarray | None = None,
+) -> None:
+    """Raise DataError for a point, (3,) LPS mm, whose continuous voxel index is outside an image of `size` voxels.
+
+    mirrored: that of the point with its first two signs changed, which tells points in RAS
+    """
+
+    def is_inside(one: np.ndarray) -> bool:
+        return bool(((one >= -0.5) & (one <= np.array(size) - 0.5)).all())
+
+    if not is_inside(index):
+        hint = MAY_BE_RAS if mirrored is not None and is_inside(mirrored) else ""
         raise DataError(
             source,
-            f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1))} of "
-            f"{format_size(size)} (RAS)",
+            f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1) + 0.0)} of "
+            f"{format_size(size)} (RAS){hint}",
         )
 
 

@@ -12,6 +12,8 @@ from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
 from dino3d.data.layouts import find_unlabelled_scans, none_found, read_data_list
 from dino3d.data.points import AXES, patient_of_scan, read_points, scans_of_series, why_no_scan
 from dino3d.data.scans import Scan
+from dino3d.features.map_pictures import is_map
+from dino3d.features.tables import is_features
 from dino3d.files import read_rows
 
 # Where patients and crops are known by their folders: <patient> is the last one
@@ -38,11 +40,12 @@ def find_subjects(source: str, scans: str | None = None, output: Path | None = N
     (.txt, one per line), a table (.csv) of them or of points.
 
     scans: folder with the scans of a table of points; None: the table's own
-    output: file or folder that is written, in which no scan is looked for, nor in those of its random encoders
+    output: file or folder that is written, in which no scan is looked for, nor in those of its random encoders; files
+        of features and of maps that earlier calls have written elsewhere are no scans either
     Raises UserError where there is nothing to take, and where two of a table share a name.
     """
     if is_kind(source, (".csv",)):
-        return _of_table(source, scans)
+        return _of_table(source, scans, output)
     if scans:
         raise UserError(f"--scans {scans}: goes with a table of points, --input points.csv, not with {source}")
     if os.path.isdir(source):
@@ -67,7 +70,7 @@ def _of_folder(folder: str, output: Path | None) -> tuple[list[Subject], list[st
         found, passed_over = find_unlabelled_scans(folder)
     except DataError as error:
         raise UserError(f"--input {error}") from error
-    found = [scan for scan in found if not _is_output(os.path.join(folder, scan.name), output)]
+    found = [scan for scan in found if not _is_written(os.path.join(folder, scan.name), output)]
     if not found:
         raise UserError(f"--input {folder}: {none_found(passed_over)}")
     paths = [os.path.join(folder, scan.name) for scan in found]
@@ -96,7 +99,7 @@ def _of_paths(rows: Sequence[tuple[str, str, str]], source: str) -> list[Subject
     ]
 
 
-def _of_table(table: str, folder: str | None) -> tuple[list[Subject], list[str]]:
+def _of_table(table: str, folder: str | None, output: Path | None) -> tuple[list[Subject], list[str]]:
     if not os.path.isfile(table):
         raise UserError(f"--input {table}: is a folder" if os.path.isdir(table) else f"--input {table}: no such file")
     if "path" in header_of_table(table):
@@ -117,20 +120,37 @@ def _of_table(table: str, folder: str | None) -> tuple[list[Subject], list[str]]
         )
     folder = folder or os.path.dirname(table) or "."
     points = read_points(table)
-    rows = [row for _, row in read_rows(table, ["seriesuid"], ["patient"])]
-    patients = {row["seriesuid"]: row["patient"] for row in rows if "patient" in row}
+    patients = _patients_of_table(table)
     found, refused = scans_of_series(folder, [], set(points), available_cores())
     numbered = []
     for series, of_series in points.items():
-        scans = found.get(series, [])
+        scans = [scan for scan in found.get(series, []) if not _is_written(os.path.join(folder, scan.name), output)]
         problem = why_no_scan(scans, refused.get(series, ""), folder)
         path = "" if problem else os.path.join(folder, scans[0].name)
         patient = patients.get(series) or (owner_of(path, scans[0], series) if path else series)
         numbered += [
-            (point.line, Subject(series, patient, path, point.position or None, problem=problem or point.problem))
+            (
+                point.line,
+                Subject(
+                    series, patient, path, None if point.problem else point.position, problem=problem or point.problem
+                ),
+            )
             for point in of_series
         ]
     return [subject for _, subject in sorted(numbered, key=lambda pair: pair[0])], []
+
+
+def _patients_of_table(table: str) -> dict[str, str]:
+    """{series: patient} of a table of points, where it says so. Raises UserError for a series of two."""
+    patients = {}
+    for line, row in read_rows(table, ["seriesuid"], ["patient"]):
+        patient = row.get("patient")
+        if patient and patients.setdefault(row["seriesuid"], patient) != patient:
+            raise UserError(
+                f"--input {table}: line {line} has patient {patient} for {row['seriesuid']}, another line "
+                f"{patients[row['seriesuid']]}: a scan is of one"
+            )
+    return patients
 
 
 def header_of_table(path: str) -> list[str]:
@@ -146,16 +166,22 @@ def names_of(paths: Sequence[str], folder: str) -> list[str]:
     """Names of scans: their paths relative to `folder` without suffix, which stays where several would share one."""
     inside = [os.path.relpath(path, folder) for path in paths]
     plain = [os.path.join(os.path.dirname(one), stem(one)) for one in inside]
-    counts = collections.Counter(plain)
-    # A series in the folder itself has its UID alone
-    return [_slashes(a if counts[a] == 1 else b).removeprefix(".#") for a, b in zip(plain, inside)]
+    counts, files = collections.Counter(plain), set(inside)
+    # A series in the folder itself has its UID alone; a.nii.nii is not called a.nii beside that
+    alone = [counts[a] == 1 and (a == b or a not in files) for a, b in zip(plain, inside)]
+    return [_slashes(a if one else b).removeprefix(".#") for a, b, one in zip(plain, inside, alone)]
+
+
+def _is_written(path: str, output: Path | None) -> bool:
+    """Whether a file is one of features or maps: of --output, or of an earlier call."""
+    return _is_output(path, output) or is_features(path) or is_map(path)
 
 
 def _is_output(path: str, output: Path | None) -> bool:
     """Whether a file is a table that is written for --output, or in a folder that is."""
     if output is None:
         return False
-    path, output = Path(os.path.abspath(path)), Path(os.path.abspath(output))
+    path, output = Path(os.path.realpath(path)), Path(os.path.realpath(output))
     if output.parent not in path.parents:
         return False
     written = rf"{re.escape(output.stem)}(\.random\d+|\.trivial-\w+)?{re.escape(output.suffix)}"

@@ -105,7 +105,7 @@ def load_encoder(
     Raises UserError for a file that is missing, broken or of another architecture, and for other flags that contradict
     it.
     """
-    config, given, notices = {}, given or dict.fromkeys(ENCODER), ()
+    config, given, notices, has_flags = {}, given or dict.fromkeys(ENCODER), (), given is not None
     if path:
         path, notices = find_weights(path, flag)
         try:
@@ -139,9 +139,13 @@ def load_encoder(
         network = find_network(model, checkpoint, path, checkpoint_key)
         fitted = fit_network(model, network, checkpoint, path)
     except ValueError as error:
-        arch = f"; is --arch {encoder.arch} right?" if "does not fit" in str(error) else ""
-        raise UserError(f"{flag} {error}{arch}", everywhere=True) from error
+        hint = f"; is --arch {encoder.arch} right?" if has_flags else ""
+        if not has_flags and not config.get("arch"):
+            hint = f"; it does not say its architecture, and {encoder.arch} was taken: see docs/features.md"
+        raise UserError(f"{flag} {error}{hint if 'does not fit' in str(error) else ''}", everywhere=True) from error
     notices = (*notices, f"weights of {path}: {network.origin}", *fitted)
+    if not has_flags and not config.get("clip_range"):
+        notices += (f"{path} does not say its clip range: HU {format_values(encoder.clip_range)} become 0 and 1",)
     crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict()})
     crop_spacing = None if config.get("crop_spacings_differ") else config.get("crop_spacing")
     return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=crop_spacing)

@@ -63,6 +63,11 @@ def are_done(folder: Path, recipe: dict[str, Any]) -> bool:
     return bool(files) and found["recipe"] == recipe and all((folder / name).is_file() for name in files)
 
 
+def is_map(path: Path | str) -> bool:
+    """Whether a file is one of `save_maps`, and no scan."""
+    return Path(path).name in _summary(Path(path).parent).get("files", [])
+
+
 def _summary(folder: Path) -> dict[str, Any]:
     """What maps.json in a folder says; {} where there is none or it can't be read."""
     try:

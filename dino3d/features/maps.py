@@ -16,8 +16,9 @@ from torch import Tensor
 
 from augmentations import scale_intensity
 from dino3d.data import images
-from dino3d.data.conventions import AIR, DataError, format_size
+from dino3d.data.conventions import AIR, DataError, format_size, swap_lps_ras
 from dino3d.data.parallel import progress
+from dino3d.data.resampling import MAY_BE_RAS
 from dino3d.features.sliding_window import Grid, Windows, count_batches, grid_of, stitch, to_network_grid
 from vision_transformer import Encoder
 
@@ -197,8 +198,7 @@ def voxel_at(image: sitk.Image, point: Sequence[float], source: str) -> tuple[in
     """
     found = _nearest_voxel(image, point)
     if found is None:
-        mirrored = _nearest_voxel(image, (-point[0], -point[1], point[2]))
-        hint = "; with the signs of the first two changed it is inside: is it in RAS?" if mirrored else ""
+        hint = MAY_BE_RAS if _nearest_voxel(image, swap_lps_ras(point)) else ""
         index = image.TransformPhysicalPointToContinuousIndex([float(p) for p in point])
         raise DataError(
             source,

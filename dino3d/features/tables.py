@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 
+from dino3d.data.conventions import is_kind
+from dino3d.data.hdf5 import fill_hdf5
 from dino3d.data.points import AXES
 from dino3d.files import TEXT, atomic_write, read_json, write_json, write_table
 
 SUFFIXES = (".csv", ".npz", ".h5")
+NAME_BYTES = 200  # of a file's name
 FOLDER_INDEX = ".written.json"  # names of the files in a folder of rows
 
 
@@ -36,9 +40,7 @@ def write_features(path: Path, table: FeatureTable) -> None:
         with atomic_write(path) as part, open(part, "wb") as file:
             np.savez(file, **_arrays(table))
     elif path.suffix == ".h5":
-        import h5py
-
-        with atomic_write(path) as part, h5py.File(part, "w", track_order=True) as file:
+        with fill_hdf5(path, track_order=True) as file:
             for name, values in _arrays(table).items():
                 if values.dtype.kind == "U":
                     file.create_dataset(name, data=[_bytes(text) for text in values], dtype=h5py.string_dtype())
@@ -87,8 +89,6 @@ def _number(value: float) -> str:
 def _write_folder(folder: Path, table: FeatureTable) -> None:
     """<name>.h5 of each row with y_hat (F,), and failed.csv of those without features. Files that an earlier call has
     written of rows that are no more are removed."""
-    import h5py
-
     folder.mkdir(parents=True, exist_ok=True)
     written, current = folder / FOLDER_INDEX, file_names(table.names)
     for gone in set(read_json(written) if written.is_file() else ()) - set(current):
@@ -98,7 +98,7 @@ def _write_folder(folder: Path, table: FeatureTable) -> None:
         if table.reasons[at]:
             (folder / file_name).unlink(missing_ok=True)
             continue
-        with atomic_write(folder / file_name) as part, h5py.File(part, "w") as file:
+        with fill_hdf5(folder / file_name) as file:
             file["y_hat"] = table.features[at]
             for key, text in (("name", name), ("patient", table.patients[at])):
                 file.attrs.create(key, _bytes(text), dtype=h5py.string_dtype())
@@ -113,11 +113,26 @@ def _write_folder(folder: Path, table: FeatureTable) -> None:
         (folder / "failed.csv").unlink(missing_ok=True)
 
 
+def is_features(path: Path | str) -> bool:
+    """Whether a file is HDF5 as `write_features` writes it, and no scan."""
+    if not is_kind(path, (".h5",)):
+        return False
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return "y_hat" in file or {"name", "patient", "features"} <= file.keys()
+    except OSError:  # it is told when its turn comes
+        return False
+
+
 def file_names(names: list[str]) -> list[str]:
-    """Of each row its file in a folder: the name without separators; what would stand twice is numbered."""
+    """Of each row its file in a folder: the name without separators; what would stand twice is numbered.
+
+    No longer than any file system takes: 255 bytes with what is put before and behind it.
+    """
     counts, found = {}, {}  # as a set that keeps its order
     for name in names:
-        plain = own = re.sub(r"[^\w.+=#@-]", "_", name).lstrip(".")[:200] or "scan"
+        plain = re.sub(r"[^\w.+=#@-]", "_", name).lstrip(".").encode()[:NAME_BYTES].decode(errors="ignore") or "scan"
+        own = plain
         while own in found:  # also where another one is called plain_2
             counts[plain] = counts.get(plain, 1) + 1
             own = f"{plain}_{counts[plain]}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dino3d.data import images, resampling
-from dino3d.data.conventions import LPS, DataError, Stored
+from dino3d.data.conventions import LPS, DataError, Stored, swap_lps_ras
 from dino3d.data.requirements import no_image, require_ct
 from dino3d.data.volume import Volume, padded
 
@@ -27,16 +27,26 @@ REGIONS = ("auto", "centre", "whole")
 
 
 class CtScan(NamedTuple):
-    """A CT as it is seen here. hu: (X, Y, Z) int16; affine: (4, 4) to RAS mm, rounded; notes: lines on its file"""
+    """A CT as it is seen here.
 
-    hu: np.ndarray
+    frame: SimpleITK.Image of int16 HU as if its axes were the world's and its first voxel the origin: fewer digits to
+        differ. Made once: a scan may have thousands of points
+    affine: (4, 4) to RAS mm, rounded; notes: lines on its file
+    """
+
+    frame: "sitk.Image"
     affine: np.ndarray
     notes: tuple[str, ...] = ()
 
     @property
+    def hu(self) -> np.ndarray:
+        """(X, Y, Z) int16, read-only."""
+        return images.voxels_of(self.frame)
+
+    @property
     def spacing(self) -> np.ndarray:
         """(3,) mm."""
-        return rounded(np.linalg.norm(self.affine[:3, :3], axis=0), 4)
+        return rounded_spacing(self.affine)
 
 
 class Region(NamedTuple):
@@ -74,7 +84,13 @@ def read_ct(path: Path | str, stored: Stored | None = None) -> CtScan:
         hu, notes = volume.read(), volume.notes
         if fault := no_image(hu):
             raise DataError(path, fault)
-        return CtScan(hu, rounded_affine(volume.affine), tuple(notes))
+        affine = rounded_affine(volume.affine)
+        return CtScan(images.make_image(hu, np.diag([*rounded_spacing(affine), 1.0])), affine, tuple(notes))
+
+
+def rounded_spacing(affine: np.ndarray) -> np.ndarray:
+    """(3,) mm, rounded, of an affine (4, 4)."""
+    return rounded(np.linalg.norm(affine[:3, :3], axis=0), 4)
 
 
 def rounded(values: np.ndarray, digits: int) -> np.ndarray:
@@ -142,8 +158,8 @@ def point_region(
 
     Raises DataError for a point outside the scan.
     """
-    index = np.linalg.solve(LPS @ scan.affine, [*point, 1.0])[:3]
-    resampling.require_inside(index, scan.hu.shape, point, source)
+    index, mirrored = (np.linalg.solve(LPS @ scan.affine, [*one, 1.0])[:3] for one in (point, swap_lps_ras(point)))
+    resampling.require_inside(index, scan.hu.shape, point, source, mirrored)
     index = np.clip(rounded(index, 2), -0.49, np.array(scan.hu.shape) - 0.51)  # rounding leads out of no scan
     return _window_at(scan, index, size, spacing, "point")
 
@@ -153,7 +169,7 @@ def whole_region(scan: CtScan, size: Sequence[int], spacing: Sequence[float] | N
 
     Raises DataError for a scan of nothing but air.
     """
-    image = _own_frame(scan)
+    image = scan.frame
     if spacing is not None and not _is_same(scan.spacing, spacing):
         image = resampling.resample(image, spacing)
     if any(n < m for n, m in zip(image.GetSize(), size)):
@@ -181,18 +197,12 @@ def _is_same(spacing: np.ndarray, other: Sequence[float]) -> bool:
     return np.allclose(spacing, other, rtol=SAME, atol=0)
 
 
-def _own_frame(scan: CtScan) -> "sitk.Image":
-    """The image of a scan as if its axes were the world's and its first voxel the origin: fewer digits to differ."""
-    return images.make_image(scan.hu, np.diag([*scan.spacing, 1.0]))
-
-
 def _window_at(
     scan: CtScan, index: np.ndarray, size: Sequence[int], spacing: Sequence[float] | None, how: str
 ) -> Region:
     """The Region of one window around a continuous voxel index."""
-    image = _own_frame(scan)
-    point = image.TransformContinuousIndexToPhysicalPoint(index.tolist())
-    crop = resampling.crop_at(image, point, size, spacing, how)
+    point = scan.frame.TransformContinuousIndexToPhysicalPoint(index.tolist())
+    crop = resampling.crop_at(scan.frame, point, size, spacing, how)
     window = images.make_image(images.voxels_of(crop), np.diag([*crop.GetSpacing(), 1.0]))
     return Region(window, np.zeros((1, 3), int), tuple(size), 1, how)
 
