@@ -134,6 +134,28 @@ def test_the_same_command_goes_on(run, tmp_path, monkeypatch):
     assert again[0] == 0 and "15 of them were done before" in again[1] and len(done) == 3
 
 
+def test_a_start_that_fails_loses_no_results(run, tmp_path, monkeypatch):
+    """Journals of two processes are brought into one: where the disk is full then, both are still there."""
+    for name in ("a", "b"):
+        save(tmp_path / "new" / f"{name}.nii.gz", scan(1), AFFINE)
+    assert predict(tmp_path / "new", run, tmp_path / "out")[0] == 0
+    first = tmp_path / "out" / prediction.JOURNALS.format(0)
+    recipe, a, b = first.read_text().splitlines(keepends=True)
+    second = tmp_path / "out" / prediction.JOURNALS.format(1)
+    first.write_text(recipe + a)
+    second.write_text(recipe + b)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "append_json", full)
+        assert_one_error(predict(tmp_path / "new", run, tmp_path / "out"), ("can't be written", "No space left"))
+    assert (first.read_text(), second.read_text()) == (recipe + a, recipe + b)
+    assert "2 of them were done before" in predict(tmp_path / "new", run, tmp_path / "out")[1]
+    assert first.read_text() == recipe + a + b and not second.exists()
+
+
 def test_what_a_header_or_a_folder_stands_for_is_seen_to_change(run, tmp_path):
     """A DICOM series' slices, and the voxels beside a MetaImage header: no row and no mask of what was there before."""
     new, out = tmp_path / "new", tmp_path / "out"

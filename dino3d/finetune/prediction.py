@@ -17,7 +17,7 @@ from torch import Tensor
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.scans import state_of
-from dino3d.files import append_json, file_state, read_json_lines, read_table, write_table
+from dino3d.files import append_json, atomic_write, file_state, read_json_lines, read_table, write_table
 from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
 from dino3d.finetune.inference import Known, reason_of
 from dino3d.finetune.runtime import Runtime
@@ -61,8 +61,8 @@ class Predictions:
 
     def _start(self) -> set[int]:
         """Numbers of the files that are done; the journals are brought into one."""
-        kept = {}
-        for path in sorted(self.table.parent.glob(JOURNALS.format("*"))):
+        kept, journals = {}, sorted(self.table.parent.glob(JOURNALS.format("*")))
+        for path in journals:
             lines = read_json_lines(path)
             if lines and lines[0].get("recipe") != self.recipe:
                 found = lines[0].get("recipe") if isinstance(lines[0].get("recipe"), dict) else {}
@@ -72,14 +72,21 @@ class Predictions:
                     "folder, or remove it"
                 )
             kept |= {line["case"]: line for line in lines[1:] if "case" in line}
-            path.unlink()
         done = {}
         for at, (name, path, outputs) in enumerate(zip(self.names, self.paths, self.outputs)):
             line = kept.get(name)
             whole = line and not line["reason"] and line["state"] == state_of(path)
             if whole and all(output.is_file() for output in outputs):
                 done[at] = line
-        self._append({"recipe": self.recipe}, *done.values())
+        try:  # the others go when the one is whole: a run that is killed here loses nothing
+            with atomic_write(self._journal) as part:
+                for line in ({"recipe": self.recipe}, *done.values()):
+                    append_json(part, line)
+            for path in journals:
+                if path != self._journal:
+                    path.unlink()
+        except OSError as error:
+            raise UserError(f"{self._journal}: can't be written ({error.strerror or error})") from error
         return set(done)
 
     def done_before(self, what: str = "of them") -> str:
