@@ -59,6 +59,9 @@ def test_words_become_classes_in_sorted_order(crops):
     found = crops_of_list(table, "finding")
     assert [crop.label for crop in found.crops] == [row[1] for row in rows_of(crops)]
     assert found.label_names == ["a", "b"] and "a = 0, b = 1" in found.lines[1]
+    write_table(table, COLUMNS[:1] + ["finding"], [row[:2] for row in rows_of(crops, "ac".__getitem__)])
+    renamed = crops_of_list(table, "finding")
+    assert renamed.crops == found.crops and renamed.digest != found.digest  # else a run would have both names
     assert "no column patient: each of 15 files" in found.lines[0] and len({crop.patient for crop in found.crops}) == 15
 
 
@@ -95,6 +98,11 @@ def test_what_is_wrong_with_a_table(crops, spoil, said):
 def test_what_keeps_a_table_from_being_trained_on(crops, spoil, said):
     problems = crops_of_list(write_table(crops / "list.csv", COLUMNS, spoil(rows_of(crops)))).problems
     assert len(problems) == 1 and said in str(problems[0])
+
+
+def test_check_says_what_it_takes_a_table_without_labels_for(crops, run):
+    said = run("check", write_table(crops / "plain.csv", ["path", "grade"], [row[:2] for row in rows_of(crops)]))
+    assert said.code == 0 and "has no column label or mask: checked for pre-training and --predict alone" in said.out
 
 
 def test_missing_columns_and_tables(crops, tmp_path):

@@ -163,12 +163,13 @@ def crops_of_list(path: Path | str, label_column: str = LABEL) -> LabelledCrops:
     patients, lines = _patients(path, rows)
     classes, label_names = classes_of([(row.line, row.cells[label_column]) for row in rows], path, label_column)
     if label_names:
-        told = ", ".join(f"{name} = {k}" for k, name in enumerate(label_names))
-        lines.append(f"labels of {path} in sorted order: {told}")
+        numbered = ", ".join(f"{name} = {k}" for k, name in enumerate(label_names))
+        lines.append(f"labels of {path} in sorted order: {numbered}")
     subsets = [row.cells.get(SUBSET, "") for row in rows]
     crops = [Crop(row.path, *rest) for row, *rest in zip(rows, classes, patients, subsets)]
     names = [row.name for row in rows]
-    digest = _rows_digest(list(zip(names, map(str, classes), patients, subsets)))
+    told = [label_names[k] for k in classes] if label_names else map(str, classes)
+    digest = _rows_digest(list(zip(names, told, patients, subsets)))
     return LabelledCrops(crops, names, crops_faults(crops, path, f"{label_column} "), lines, label_names, digest)
 
 

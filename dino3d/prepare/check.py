@@ -155,6 +155,10 @@ def check_volumes(folder: Path, workers: int) -> Checked:
     if is_table(folder):
         paths, passed_over = [row.path for row in read_list(folder)], ""
         of_patients = ""
+        print(
+            f"note: {folder} has no column {LABEL} or {MASK}: checked for pre-training and --predict alone; "
+            "--label_column names a column of labels"
+        )
     else:
         names, passed_over = find_unlabelled(folder)
         paths = [str(folder / name) for name in names]
