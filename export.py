@@ -568,6 +568,7 @@ def describe(source: Source) -> dict[str, Any]:
     }
     if source.model == "classifier":
         about["classes"] = config["classes"]
+        about["label_names"] = config.get("label_names")  # of a --data_list with words
         about["threshold"] = float(np.mean([best["threshold"] for best in source.best]))
         calibrations = list(map(Calibration.from_best, source.best))
         about["temperatures"] = [one.temperature for one in calibrations]

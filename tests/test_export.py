@@ -25,7 +25,14 @@ from vision_transformer import ARCHITECTURES, VisionTransformer
 
 SIZE, PATCH, CLIP = [12, 12, 6], [6, 6, 3], [-1350.0, 150.0]
 SETTINGS = {"arch": "vit_tiny", "patch_size": PATCH, "input_size": SIZE, "clip_range": CLIP, "spacing": None}
-CLASSIFIER = {"protocol": "finetune", "knn_k": None, "classes": 2, "crop_size": SIZE, "crop_spacing": [0.7, 0.7, 1.4]}
+CLASSIFIER = {
+    "protocol": "finetune",
+    "knn_k": None,
+    "classes": 2,
+    "label_names": ["benign", "malignant"],
+    "crop_size": SIZE,
+    "crop_spacing": [0.7, 0.7, 1.4],
+}
 SEGMENTER = {
     "spacing": [1.0, 1.0, 2.0],
     "decoder": "unetr",
@@ -255,6 +262,8 @@ def test_the_json_names_what_is_there(exported):
         ]
         assert shapes == [about["input"]["shape"], *(out["shape"] for out in about["outputs"])]
         assert [value.name for value in graph.output] == [out["name"] for out in about["outputs"]]
+        if name == "classifier":
+            assert about["label_names"] == CLASSIFIER["label_names"] and len(about["label_names"]) == about["classes"]
         assert about["input"]["outside_of_the_scan_hu"] == AIR and shapes[0] == ["batch", 1, *SIZE]
     assert sorted(path.name for path in exported.iterdir()) == sorted(
         ["encoder.json", "encoder.onnx", "encoder.pt2", "encoder.safetensors", "classifier.json", "classifier.onnx"]
