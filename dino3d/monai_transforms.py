@@ -58,10 +58,15 @@ class RandAugmentation(RandomizableTransform):
         return self.in_kind_of(img, self.apply(volume[None])[0], volume.dtype)
 
     def volume_of(self, img: Any) -> Tensor:
-        """(C, X, Y, Z) of a tensor or array. Raises ValueError for another rank."""
+        """(C, X, Y, Z) of a tensor or array. Raises ValueError for another rank, or the channel last."""
         volume = convert_to_tensor(img, track_meta=False)
         if volume.ndim != 4:
             raise ValueError(f"{type(self).__name__} takes one volume (C, X, Y, Z), got shape {tuple(volume.shape)}")
+        if volume.shape[-1] == 1 < volume.shape[0]:  # would be turned as a stack of slices
+            raise ValueError(
+                f"{type(self).__name__} takes one volume (C, X, Y, Z), got shape {tuple(volume.shape)}, whose channel "
+                "seems to be last; MONAI's EnsureChannelFirst brings it to the front"
+            )
         return volume
 
     def in_kind_of(self, img: Any, volume: Tensor, dtype: Any) -> Any:

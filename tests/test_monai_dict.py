@@ -235,3 +235,11 @@ def test_each_has_its_dictionary_version():
         monai_transforms.RandRotationd(KEYS, "linear")
     with pytest.raises(ValueError):
         monai_transforms.RandRotationd(KEYS, ["bilinear"])
+
+
+def test_channels_that_are_last_are_refused():
+    for shape in ((17, 14, 11, 1), (2, 14, 11, 1)):
+        with pytest.raises(ValueError, match="channel seems to be last"):
+            transform("RandRotationd", "image", "bilinear")({"image": np.zeros(shape, np.float32)})
+    thin = np.zeros((1, 14, 11, 1), np.float32)
+    assert transform("RandRotationd", "image", "bilinear")({"image": thin})["image"].shape == thin.shape
