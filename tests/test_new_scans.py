@@ -222,4 +222,6 @@ def test_an_array_that_is_no_ct_is_refused(listed):
         (np.full((9, 9, 9), np.nan), "NaN"),
     ):
         with pytest.raises(DataError, match=said):
-            segment_volume(listed[0], voxels, np.eye(4))
+            segment_volume(listed[0], voxels.tolist(), np.eye(4))
+    with pytest.raises(DataError, match="an affine of 3 x 4, expected 4 x 4"):
+        segment_volume(listed[0], np.zeros((9, 9, 9)), np.eye(4)[:3])

@@ -22,6 +22,8 @@ def require_geometry(path: Path | str, shape: Sequence[int], affine: np.ndarray)
     """
     if len(shape) != 3:
         raise DataError(path, f"is a {len(shape)}D image of {format_size(shape)} voxels, expected a 3D volume")
+    if np.shape(affine) != (4, 4):
+        raise DataError(path, f"has an affine of {format_size(np.shape(affine)) or 'one number'}, expected 4 x 4")
     if min(shape) < 1:
         raise DataError(path, f"is empty: {format_size(shape)} voxels")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)

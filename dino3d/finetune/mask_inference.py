@@ -117,7 +117,8 @@ def segment_volume(
     config = loaded[-1][1]
     dtype = utils.PRECISIONS[utils.choose_precision(None, None, device)[0]]
     runtime = Runtime(utils.Processes(device=device), dtype, batch_size=1, workers=0)
-    stored = Stored(volume.shape, np.asarray(affine, float), lambda slices: np.asarray(volume)[slices])
+    volume = np.asarray(volume)
+    stored = Stored(volume.shape, np.asarray(affine, float), lambda slices: volume[slices])
     with Volume("array", stored) as scan:
         image = make_image(scan.read(), scan.affine)
         require_ct(voxels_of(image), "array")
