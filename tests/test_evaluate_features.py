@@ -593,3 +593,15 @@ def test_a_folder_that_can_not_be_written_to(noise):
     (noise / "out").write_text("a file")
     with pytest.raises(UserError, match="--output_dir .*out: can't be written to"):
         evaluate(noise)
+
+
+def test_points_that_stand_several_times_count_once(noise, capsys):
+    """As in LUNA16's tables, where two readers marked one place; with other figures or labels they are refused."""
+    for name in ("a.csv", "labels.csv"):
+        lines = (noise / name).read_text().splitlines()
+        (noise / f"more_{name}").write_text("\n".join([*lines, lines[3], lines[3], lines[7]]) + "\n")
+    once = evaluate(noise, features=["a.csv"])
+    capsys.readouterr()
+    more = evaluate(noise, features=["more_a.csv"], labels="more_labels.csv")
+    assert "3 rows repeat others to the last digit: each counts once" in capsys.readouterr().out
+    assert [*once["tables"].values()] == [*more["tables"].values()]

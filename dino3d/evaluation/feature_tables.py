@@ -6,7 +6,7 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -345,6 +345,13 @@ def _checked(
     notices: list[str],
 ) -> LoadedTable:
     """The table without the cases that have a reason, if nothing is wrong with it."""
+    places = [np.asarray(one, float).tobytes() for one in coordinates] or names
+    once = first_of_each([*zip(names, patients or names, reasons, places, map(np.ndarray.tobytes, features))])
+    if len(once) < len(names):
+        notices = [*notices, f"{path}: {len(names) - len(once)} rows repeat others to the last digit: each counts once"]
+        names, reasons, features = [names[i] for i in once], [reasons[i] for i in once], features[once]
+        patients = patients and [patients[i] for i in once]
+        coordinates = [coordinates[i] for i in once if len(coordinates)]
     keys = case_keys(path, names, coordinates)
     kept = [i for i, reason in enumerate(reasons) if not reason]
     if not kept or not columns:
@@ -382,6 +389,11 @@ def _checked(
         )
     left_out = {keys[i]: reason for i, reason in enumerate(reasons) if reason}
     return LoadedTable(name, path, [keys[i] for i in kept], chosen, left_out, found, columns, notices)
+
+
+def first_of_each(rows: Sequence[Hashable]) -> list[int]:
+    """Numbers of the rows but those that repeat an earlier one, as two readers mark one point."""
+    return sorted({row: at for at, row in reversed([*enumerate(rows)])}.values())
 
 
 def case_keys(path: str, names: Sequence[str], coordinates: Sequence[Any]) -> list[tuple]:

@@ -17,6 +17,7 @@ from dino3d.evaluation.feature_tables import (
     LoadedTable,
     case_keys,
     find_column,
+    first_of_each,
     format_key,
     parse_number,
     parse_numbers,
@@ -83,6 +84,9 @@ def read_labels(path: str, label_column: str) -> Labels:
         flag = "" if not names_at else " (--label_column names the labels')"
         raise UserError(f"--labels {path}: has no column {missing}{hint}{flag}")
     kept = [(number, cells) for number, cells in lines if cells[place[label_at]].strip().lower() not in MISSING]
+    without = len(lines) - len(kept)
+    columns = [place[one] for one in (names_at[0], label_at, patient_at, *axes) if one is not None]
+    kept = [kept[i] for i in first_of_each([tuple(cells[one].strip() for one in columns) for _, cells in kept])]
     if not kept:
         raise UserError(f"--labels {path}: none of its {len(lines)} cases has a label in column {label_column}")
     names = [cells[place[names_at[0]]].strip() for _, cells in kept]
@@ -97,7 +101,7 @@ def read_labels(path: str, label_column: str) -> Labels:
         raise UserError(f"--labels {path}: the patient of {names[patients.index('')]} is empty")
     values = [cells[place[label_at]].strip() for _, cells in kept]
     maybe = next((column for column in header if column not in names_at and LIKE_PATIENT.fullmatch(column)), None)
-    return Labels(path, case_keys(path, names, coordinates), values, patients, {}, len(lines) - len(kept), maybe)
+    return Labels(path, case_keys(path, names, coordinates), values, patients, {}, without, maybe)
 
 
 def _labels_of_folders(path: str) -> Labels:
