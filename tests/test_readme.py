@@ -188,6 +188,7 @@ SNIPPETS = (
     "embed_volume",
     "scan_maps",
     "segment_volume",
+    "load_file",
 )  # a word of each, see below
 
 
@@ -210,6 +211,21 @@ def test_old_imports_have_a_new_home():
     for old, new, names in lines:
         exec(new, {})
         assert len(old.split(", ")) == len(names.split(", "))
+
+
+def test_config_snippet(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    from dino3d.features.encoder import load_encoder
+    from vision_transformer import vit_tiny
+
+    state = vit_tiny((96, 96, 48), (12, 12, 6)).state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet("load_file"), {})
+    encoder = load_encoder("with_config.pth")
+    assert encoder.arch == "vit_tiny" and encoder.spacing == [1, 1, 2]
+    assert all((encoder.state[name] == tensor).all() for name, tensor in state.items())
 
 
 def test_encoder_snippet(tmp_path):
