@@ -12,7 +12,7 @@ Sources:
     Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -290,13 +290,18 @@ class VisionTransformer(nn.Module):
             ValueError: `n` names no block, or not blocks of this model in ascending order.
         """
         grid = self._grid(x.shape[2:]) if x.ndim == 5 else ()
-        return [tokens[:, 1:].transpose(1, 2).unflatten(2, grid) for tokens in self.intermediate_tokens(x, n, norm)]
+        return [tokens[:, 1:].transpose(1, 2).unflatten(2, grid) for tokens in self._tokens_of(x, n, norm)]
 
     def intermediate_tokens(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool | str = True) -> list[Tensor]:
         """All tokens after some blocks, shallowest first, each (B, 1 + N, D), the class token first.
 
         x, n, norm, errors: as of `get_intermediate_layers`.
         """
+        return list(self._tokens_of(x, n, norm))
+
+    def _tokens_of(self, x: Tensor, n: int | Sequence[int], norm: bool | str) -> Iterator[Tensor]:
+        """Gives the tokens of each block that is asked for, before the next one runs: gradients of what is made of them
+        are then summed in that order, and the same seed gives the same weights to the last bit."""
         depth = len(self.blocks)
         indices = n if isinstance(n, Sequence) else range(depth - n, depth)
         ascending = all(a < b for a, b in pairwise(indices))
@@ -306,13 +311,11 @@ class VisionTransformer(nn.Module):
                 f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order"
             )
         x, _ = self._embed(x)
-        found = []
         draws = self.stochastic_depth(x.shape[0], x.device)
         for i, (block, scales) in enumerate(zip(self.blocks[: indices[-1] + 1], draws)):
             x = self._run(block, x, None, scales)
             if i in indices:
-                found.append(self.norm(x) if norm is True or norm == "last" and i == depth - 1 else x)  # (B, 1 + N, D)
-        return found
+                yield self.norm(x) if norm is True or norm == "last" and i == depth - 1 else x  # (B, 1 + N, D)
 
     def layer_of(self, name: str) -> int:
         """0 for what embeds patches and positions, i + 1 for block i, depth + 1 for the final norm."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dino3d.baselines import load_into_monai
-from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer, vit_tiny
+from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer, vit_micro, vit_tiny
 
 SMALL = {"img_size": (16, 12, 6), "patch_size": (4, 3, 2), "embed_dim": 48, "depth": 3, "num_heads": 4}  # grid 4 4 3
 
@@ -513,3 +513,21 @@ def test_wrong_inputs_are_refused(method, shape, message):
     with pytest.raises(ValueError, match=message) as error:
         getattr(small_vit(), method)(torch.zeros(shape))
     assert "\n" not in str(error.value)
+
+
+def test_gradients_of_maps_are_summed_block_by_block():
+    """To the last bit as in the loop written out: a run of a fixed seed must not change with where maps are formed."""
+    torch.manual_seed(0)
+    model, volumes = vit_micro(img_size=(24, 24, 24), patch_size=(6, 6, 6)), torch.rand(2, 1, 24, 24, 24)
+
+    def gradients(maps):
+        model.zero_grad()
+        sum((one * torch.linspace(-1, 1, one.numel()).view(one.shape)).square().sum() for one in maps).backward()
+        return torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+
+    tokens, grid = model._embed(volumes)
+    maps = []
+    for block in model.blocks:
+        tokens = block(tokens)
+        maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))
+    assert torch.equal(gradients(model.get_intermediate_layers(volumes, 4, norm=False)), gradients(maps))
