@@ -67,7 +67,8 @@ def test_weights_are_found_in_the_folders_of_runs(tmp_path):
         f"{tmp_path / 'tuned' / '1'}",
     )
     notices = load_encoder(str(tmp_path / "tuned"), flag="--weights").notices
-    assert notices == (*lines, f"weights of {folds[0]}: key 'model', prefix 'encoder.'")
+    unsaid = f"{folds[0]} does not say its clip range: HU -1000 1000 become 0 and 1"
+    assert notices == (*lines, f"weights of {folds[0]}: key 'model', prefix 'encoder.'", unsaid)
 
 
 def test_folders_without_weights_are_refused_by_the_flag(tmp_path):
