@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dino3d import __version__
-from dino3d.command_line import UserError, git_revision
+from dino3d.command_line import UserError, git_revision, truncate_list
 
 # Of every text file, whatever the locale: names of files may be any bytes
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
@@ -95,7 +95,7 @@ def read_rows(
                 if len(exact) > 1:
                     raise UserError(f"{path}: has {len(exact)} columns {wanted}, expected one")
                 if not exact and wanted in columns:
-                    found = " ".join(", ".join(table.fieldnames or ["nothing"]).split())[:200]
+                    found = " ".join(truncate_list(table.fieldnames or ["nothing"], 8).split())[:200]
                     raise UserError(f"{path}: has no column {wanted}, only {found}")
                 if exact:
                     names[wanted] = exact[0]
