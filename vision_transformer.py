@@ -270,10 +270,7 @@ class VisionTransformer(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D)."""
-        x, _ = self._embed(x)
-        for block, scales in zip(self.blocks, self.stochastic_depth(x.shape[0], x.device)):
-            x = self._run(block, x, None, scales)
-        return self.norm(x)
+        return self.intermediate_tokens(x)[0]
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool | str = True) -> list[Tensor]:
         """Feature maps of some blocks, shallowest first, each (B, D, x, y, z).

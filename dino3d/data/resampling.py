@@ -26,11 +26,7 @@ def crop_at(
     source: what to call the point in an error
     A spacing much larger than the image's is averaged over, as pre-training does. Raises DataError for a point outside.
     """
-    index, mirrored = (
-        np.array(image.TransformPhysicalPointToContinuousIndex([float(p) for p in one]))
-        for one in (point, swap_lps_ras(point))
-    )
-    require_inside(index, image.GetSize(), point, source, mirrored)
+    index = index_inside(image, point, source)
     own = np.array(image.GetSpacing())
     if spacing is None:
         start = np.rint(index - (np.array(size) - 1) / 2)
@@ -41,12 +37,21 @@ def crop_at(
     return _mean(_sample(image, start, fine, np.array(size) * factors, linear=True), factors)
 
 
+def index_inside(image: sitk.Image, point: Sequence[float] | np.ndarray, source: str) -> np.ndarray:
+    """(3,) continuous voxel index of a point, LPS mm, in an image. source: what to call the point in an error
+
+    Raises DataError for a point outside.
+    """
+    index, mirrored = (
+        np.array(image.TransformPhysicalPointToContinuousIndex([float(p) for p in one]))
+        for one in (point, swap_lps_ras(point))
+    )
+    require_inside(index, image.GetSize(), point, source, mirrored)
+    return index
+
+
 def require_inside(
-    index: np.ndarray,
-    size: Sequence[int],
-    point: Sequence[float] | np.ndarray,
-    source: str,
-    mirrored: np.ndarray | None = None,
+    index: np.ndarray, size: Sequence[int], point: Sequence[float] | np.ndarray, source: str, mirrored: np.ndarray
 ) -> None:
     """Raise DataError for a point, (3,) LPS mm, whose continuous voxel index is outside an image of `size` voxels.
 
@@ -57,7 +62,7 @@ def require_inside(
         return bool(((one >= -0.5) & (one <= np.array(size) - 0.5)).all())
 
     if not is_inside(index):
-        hint = MAY_BE_RAS if mirrored is not None and is_inside(mirrored) else ""
+        hint = MAY_BE_RAS if is_inside(mirrored) else ""
         raise DataError(
             source,
             f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1) + 0.0)} of "

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from augmentations import scale_intensity
-from dino3d.data import images
-from dino3d.data.conventions import AIR, DataError, format_size, swap_lps_ras
+from dino3d.data import images, resampling
+from dino3d.data.conventions import AIR
 from dino3d.data.parallel import progress
-from dino3d.data.resampling import MAY_BE_RAS
 from dino3d.features.sliding_window import Grid, Windows, count_batches, grid_of, stitch, to_network_grid
 from vision_transformer import Encoder
 
@@ -196,22 +195,8 @@ def voxel_at(image: sitk.Image, point: Sequence[float], source: str) -> tuple[in
 
     source: what to call the point in an error
     """
-    found = _nearest_voxel(image, point)
-    if found is None:
-        hint = MAY_BE_RAS if _nearest_voxel(image, swap_lps_ras(point)) else ""
-        index = image.TransformPhysicalPointToContinuousIndex([float(p) for p in point])
-        raise DataError(
-            source,
-            f"outside the scan: {format_size(point)} mm (LPS) is voxel {format_size(np.round(index, 1))} of "
-            f"{format_size(image.GetSize())} (RAS){hint}",
-        )
-    return found
-
-
-def _nearest_voxel(image: sitk.Image, point: Sequence[float]) -> tuple[int, ...] | None:
-    index = np.rint(image.TransformPhysicalPointToContinuousIndex([float(p) for p in point]))
-    inside = ((index >= 0) & (index < image.GetSize())).all()
-    return tuple(int(i) for i in index) if inside else None
+    index = np.rint(resampling.index_inside(image, point, source))
+    return tuple(np.clip(index, 0, np.array(image.GetSize()) - 1).astype(int).tolist())
 
 
 def patch_at(maps: ScanMaps, point: Sequence[float]) -> tuple[int, ...]:
