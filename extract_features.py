@@ -36,7 +36,7 @@ from dino3d.data.volume import Volume
 from dino3d.features.cases import Subject, find_subjects
 from dino3d.features.embedding import POOLS, Embedder, embedding_width
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
-from dino3d.features.journal import Journal
+from dino3d.features.journal import FeatureJournal
 from dino3d.features.map_pictures import are_done, save_maps
 from dino3d.features.maps import has_attention, scan_maps, voxel_at
 from dino3d.features.neighbours import NEIGHBOUR_COLUMNS, nearest, neighbour_picture, spread
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
     output = Path(args.output)
     work = work_folder(output)
     processes.run_on_main(lambda: check_output(output, work, list(table_widths(1, args))))
-    subjects, lines = processes.run_on_main(lambda: find_subjects(args.input, args.scans, output))
+    subjects, lines = processes.run_on_main(lambda: find_subjects(args.input, args.scans))
     if args.masks and not os.path.isdir(args.masks):
         raise UserError(f"--masks {args.masks}: no such folder", everywhere=True)
     check_queries(args.queries or [], [one.name for one in subjects], range(len(subjects)))
@@ -238,7 +238,13 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.weights, args.checkpoint_key, flag="--weights")
     precision, _ = utils.choose_precision(args.precision, None, processes.device)
-    map_jobs = processes.run_on_main(lambda: find_map_jobs(subjects, encoder, precision, args))
+    settings = {
+        "weights": encoder.crc32,
+        **encoder.settings(),
+        "spacing": encoder.working_spacing,
+        "precision": precision,
+    }
+    map_jobs = processes.run_on_main(lambda: find_map_jobs(subjects, settings | {"overlap": args.overlap}, args))
     models = [encoder.build(), *(random_encoder(encoder, seed) for seed in range(args.random))]
     if args.layers > len(models[0].blocks):
         raise UserError(
@@ -248,18 +254,21 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
         processes.print(line)
 
     # ---------------------------------------------------------------------------------------------------- extraction
-    recipe = {
-        "weights": encoder.crc32,
-        **encoder.settings(),
-        "spacing": encoder.working_spacing,
-        **{name: getattr(args, name) for name in ("pool", "layers", "region", "random", "trivial", "masks")},
-        "precision": precision,
-        "device": processes.device.type,
-    }
+    flags = ("pool", "layers", "region", "random", "trivial", "masks")
+    recipe = settings | {name: getattr(args, name) for name in flags} | {"device": processes.device.type}
     with utils.own_output_dir(work, processes, "--output"), StopSignal(processes, work / "preempted") as stop_signal:
         keys = keys_of(subjects)
         states = processes.run_on_main(lambda: states_of(subjects, args.masks))
-        journal = Journal(work, recipe, keys, states, f"--output {args.output}", processes)
+        journal = FeatureJournal(
+            work,
+            recipe,
+            dict(zip(keys, states)),
+            lambda other: (
+                f"--output {args.output}: was begun with another {other}; choose another output, or remove {work} and "
+                "it to begin anew"
+            ),
+            processes,
+        )
         if journal.done:
             processes.print(f"resumed: {len(journal.done)} of {len(subjects)} rows were done before")
         autocast = functools.partial(
@@ -332,7 +341,7 @@ def spacing_lines(encoder: PretrainedEncoder) -> list[str]:
 def extract(
     subjects: Sequence[Subject],
     keys: Sequence[str],
-    journal: Journal,
+    journal: FeatureJournal,
     embedder: Embedder,
     encoder: PretrainedEncoder,
     args: argparse.Namespace,
@@ -359,10 +368,10 @@ def extract(
                 raise
             except Exception as error:
                 reason = reason_of(error)
-                journal.add(key, {}, reason)
+                journal.add_features(key, {}, reason)
                 print(f"{subject.name}: no features: {reason}", flush=True)
             else:
-                journal.add(key, found)
+                journal.add_features(key, found)
                 counts.update(told)
                 if path not in notes:  # of a scan's many points the first
                     notes[path], odd_hu[path] = scan.notes, hu_problem(scan.hu)
@@ -407,8 +416,7 @@ def features_of(
         raise DataError(subject.path, subject.problem)
     if isinstance(scan, Exception):
         raise scan
-    how = "centre" if args.region == "auto" and subject.is_crop else args.region
-    region = region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
+    region = region_of_subject(subject, scan, encoder, args)
     rows = embedder(region.windows(), stop_signal.check)  # (encoders, F)
     if not np.isfinite(rows).all():
         raise DataError(subject.path, "its features are not finite (NaN): see --precision")
@@ -418,14 +426,17 @@ def features_of(
     return found, {region.how: 1, f"{region.how} windows": len(region.starts), f"{region.how} count": region.count}
 
 
+def region_of_subject(subject: Subject, scan: CtScan, encoder: PretrainedEncoder, args: argparse.Namespace) -> Region:
+    """What a row's features are of. Raises DataError."""
+    how = "centre" if args.region == "auto" and subject.is_crop else args.region
+    return region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
+
+
 def trivial_of(subject: Subject, scan: CtScan, region: Region, masks: str | None) -> dict[str, np.ndarray]:
     """{name: (F,) float32} trivial figures, the mean over the windows. Raises DataError where the mask is unusable."""
-    found = [trivial_figures(hu, region.spacing) for hu in region.windows()]
-    found = {name: np.mean([one[name] for one in found], 0, np.float64) for name in found[0]}
-    if masks:
-        found["size"] = mask_volume(read_mask(subject, scan, masks), scan.spacing)
-        found["all"] = np.concatenate([found["all"], found["size"]])
-    return {name: values.astype(np.float32) for name, values in found.items()}
+    size = mask_volume(read_mask(subject, scan, masks), scan.spacing) if masks else None
+    found = [trivial_figures(hu, region.spacing, size) for hu in region.windows()]
+    return {name: np.mean([one[name] for one in found], 0, np.float64).astype(np.float32) for name in found[0]}
 
 
 def mask_path(subject: Subject, masks: str) -> Path | None:
@@ -463,10 +474,8 @@ class MapJob(NamedTuple):
     problem: str
 
 
-def find_map_jobs(
-    subjects: Sequence[Subject], encoder: PretrainedEncoder, precision: str, args: argparse.Namespace
-) -> list[MapJob]:
-    """The scans of --maps, each once. Raises UserError, also where a folder holds maps of other weights."""
+def find_map_jobs(subjects: Sequence[Subject], settings: dict[str, Any], args: argparse.Namespace) -> list[MapJob]:
+    """The scans of --maps, each once. Raises UserError, also where a folder holds maps of other settings."""
     if not args.maps:
         return []
     for flag, folder in (("--input", args.input), ("--scans", args.scans)):
@@ -478,13 +487,6 @@ def find_map_jobs(
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "may not be written to" if there.is_dir() else "is a file, expected a folder"
         raise UserError(f"--maps {args.maps}: {there} {why}; choose another folder")
-    settings = {
-        "weights": encoder.crc32,
-        **encoder.settings(),
-        "spacing": encoder.working_spacing,
-        "overlap": args.overlap,
-        "precision": precision,
-    }
     of_scan = {}
     for one in subjects:
         of_scan.setdefault(one.path or one.name, []).append(one)
@@ -498,7 +500,7 @@ def find_map_jobs(
                 f"--maps: {rows[0].name} has {len(points)} points, each of them a map of its own, expected at most "
                 f"{MOST_POINTS}: give a table with fewer, or the scans themselves as --input"
             )
-        name, path, where = rows[0].name, rows[0].path, Path(args.maps) / folder.removesuffix(".h5")
+        name, path, where = rows[0].name, rows[0].path, Path(args.maps) / folder
         recipe = {"settings": settings, "file": state_of(path) if path else "", "points": points}
         recipe = json.loads(json.dumps(recipe))  # as it is read again
         problem = "" if path else rows[0].problem
@@ -555,7 +557,8 @@ def draw_maps(
             except (UserError, Preempted):  # concern all scans
                 raise
             except Exception as error:
-                failures[job.name] = str(error) if isinstance(error, DataError) else reason_of(error)
+                told = str(error) if isinstance(error, DataError) else reason_of(error)
+                failures[job.name] = job.problem or told
                 print(f"{job.name}: no maps: {failures[job.name]}", flush=True)
             else:
                 print(f"{job.name}: maps in {time.monotonic() - started:.0f} s", *lines, sep="; ", flush=True)
@@ -568,12 +571,12 @@ def draw_neighbours(
     output: Path,
     subjects: Sequence[Subject],
     keys: Sequence[str],
-    journal: Journal,
+    journal: FeatureJournal,
     encoder: PretrainedEncoder,
     args: argparse.Namespace,
 ) -> Path:
     """Write the folder NAME.neighbours: a picture for each query, and neighbours.csv. Raises UserError."""
-    found = journal.read()
+    found = journal.features()
     width = next((len(values[MAIN]) for values, _ in found.values() if MAIN in values), 0)
     features = np.stack([found[key][0].get(MAIN, np.full(width, np.nan, np.float32)) for key in keys])
     there = [at for at in range(len(subjects)) if np.isfinite(features[at]).all() and width]
@@ -601,7 +604,7 @@ def draw_neighbours(
             ]
             seen = [seen_volume(subjects[row], encoder, args) for row, _ in shown]
             picture = neighbour_picture(*zip(*seen), [label for _, label in shown])
-            save_picture(folder / file_name.replace(".h5", ".png"), picture)
+            save_picture(folder / f"{file_name}.png", picture)
         write_table(folder / "neighbours.csv", NEIGHBOUR_COLUMNS, rows)
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror or error})") from error
@@ -630,9 +633,7 @@ def seen_volume(
     subject: Subject, encoder: PretrainedEncoder, args: argparse.Namespace
 ) -> tuple[np.ndarray, Sequence[float]]:
     """((X, Y, Z) grey values in [0, 1], (3,) mm) of what a row's features are of."""
-    how = "centre" if args.region == "auto" and subject.is_crop else args.region
-    scan = read_ct(subject.path)
-    region = region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
+    region = region_of_subject(subject, read_ct(subject.path), encoder, args)
     hu = images.voxels_of(region.image) if region.how == "whole" else next(region.windows())
     low, high = encoder.clip_range
     return np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1), region.spacing
@@ -695,8 +696,7 @@ def table_widths(width: int, args: argparse.Namespace) -> dict[str, int]:
     """{name: F} of the tables that are written. width: of an embedding"""
     widths = {MAIN: width, **{f"random{k}": width for k in range(args.random)}}
     if args.trivial:
-        some = np.zeros((1, 1, 1), np.int16)
-        figures = trivial_figures(some, (1, 1, 1), some if args.masks else None)
+        figures = trivial_figures(np.zeros((1, 1, 1), np.int16), (1, 1, 1), np.zeros(1) if args.masks else None)
         widths |= {f"trivial-{name}": len(values) for name, values in figures.items()}
     return widths
 
@@ -711,10 +711,10 @@ def table_path(output: Path, name: str) -> Path:
 
 
 def write_tables(
-    output: Path, subjects: Sequence[Subject], keys: Sequence[str], journal: Journal, widths: dict[str, int]
+    output: Path, subjects: Sequence[Subject], keys: Sequence[str], journal: FeatureJournal, widths: dict[str, int]
 ) -> list[tuple[str, str]]:
     """Write the tables of all rows; returns (name, reason) of those without features. Raises UserError."""
-    found = journal.read()
+    found = journal.features()
     rows = [found[key] for key in keys]
     reasons = [reason for _, reason in rows]
     points = [(np.nan,) * 3 if one.point is None else one.point for one in subjects]

@@ -112,7 +112,7 @@ def test_trivial_figures(shape, spacing):
     hu = np.random.default_rng(0).integers(-1100, 600, shape).astype(np.int16)
     mask = np.zeros(shape, np.uint8)
     mask[2:5, 3:5, 1:3] = 2
-    found = trivial.trivial_figures(hu, spacing, mask)
+    found = trivial.trivial_figures(hu, spacing, trivial.mask_volume(mask, spacing))
     assert all(values.dtype == np.float32 for values in found.values())
     np.testing.assert_allclose(found["radial"], shells(hu, spacing), rtol=1e-6)
     np.testing.assert_allclose(found["mean"], [hu.mean(), hu.std()], rtol=1e-6)

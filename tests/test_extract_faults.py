@@ -73,9 +73,10 @@ def test_rows_of_points_that_are_none(tmp_path, capsys, weights, scans):
     assert np.isfinite(features).all(1).tolist() == [True, False, False, False, True]
     assert columns["coordX"] == ["-20.0", "", "", "20.0", "-20.0"]
     assert columns["reason"][3].endswith("with the signs of the first two changed it is inside: is it in RAS?")
-    flags[3] = with_points(tmp_path / "fewer.csv", *rows[:3])
+    flags[3] = with_points(tmp_path / "fewer.csv", *rows[:3], "9,1,2,3")
     code, out, _ = extract(capsys, *flags, "--output", tmp_path / "u.csv", "--maps", tmp_path / "maps", "--overlap", 0)
-    assert "point 1: -20 -20 20 mm (LPS) is voxel 10 10 5" in out and "no maps" not in out
+    assert "point 1: -20 -20 20 mm (LPS) is voxel 10 10 5" in out
+    assert out.count("no maps") == 1 and "9: no maps: no scan of this series" in out
 
 
 def test_a_scan_is_of_one_patient(tmp_path, capsys, weights, scans):

@@ -19,6 +19,7 @@ import utils
 from dino3d.data.volume import Volume, write_volume
 from dino3d.features.embedding import embed_volume
 from dino3d.features.encoder import load_encoder
+from dino3d.features.journal import Journal
 from vision_transformer import vit_micro
 
 SIZE, PATCH, SPACING = (24, 24, 12), (12, 12, 6), [2.0, 2.0, 4.0]
@@ -353,7 +354,7 @@ def test_a_run_that_was_killed_or_ended_resumes_to_the_same_table(tmp_path, caps
     code, out, _ = extract(capsys, *flags, tmp_path / "killed.csv")
     assert code == 0 and "resumed: 5 of 8 rows were done before" in out and tables("killed") == whole
 
-    add = extract_features.Journal.add
+    add = Journal.add
 
     def ended(self, key, *what):
         add(self, key, *what)
@@ -364,7 +365,7 @@ def test_a_run_that_was_killed_or_ended_resumes_to_the_same_table(tmp_path, caps
     monkeypatch.setattr(
         utils.Processes, "all_gather", lambda self, value: gathered.append(type(value)) or all_gather(self, value)
     )
-    monkeypatch.setattr(extract_features.Journal, "add", ended)
+    monkeypatch.setattr(Journal, "add", ended)
     assert extract(capsys, *flags, tmp_path / "ended.csv")[0] == 75
     assert gathered[:2] == [tuple, bool]  # as a process that no signal has reached
     assert not (tmp_path / "ended.csv").exists()

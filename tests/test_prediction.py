@@ -14,7 +14,7 @@ from test_main_lts_msd import Thresholding, assert_one_error, predict, save
 
 import main_lts_msd
 from dino3d.data.hdf5 import write_volume
-from dino3d.features import sliding_window
+from dino3d.features import journal, sliding_window
 from dino3d.features.sliding_window import Windows, count_batches
 from dino3d.files import read_table
 from dino3d.finetune import prediction
@@ -149,7 +149,7 @@ def test_a_start_that_fails_loses_no_results(run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "append_json", full)
+        patch.setattr(journal, "append_json", full)
         assert_one_error(predict(tmp_path / "new", run, tmp_path / "out"), ("can't be written", "No space left"))
     assert (first.read_text(), second.read_text()) == (recipe + a, recipe + b)
     assert "2 of them were done before" in predict(tmp_path / "new", run, tmp_path / "out")[1]

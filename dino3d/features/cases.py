@@ -35,21 +35,19 @@ class Subject(NamedTuple):
     problem: str = ""
 
 
-def find_subjects(source: str, scans: str | None = None, output: Path | None = None) -> tuple[list[Subject], list[str]]:
+def find_subjects(source: str, scans: str | None = None) -> tuple[list[Subject], list[str]]:
     """(Subjects, lines on what was passed over) of --input: a folder, a scan's file or DICOM series, a list of them
-    (.txt, one per line), a table (.csv) of them or of points.
+    (.txt, one per line), a table (.csv) of them or of points. Files of features and maps in a folder are no scans.
 
     scans: folder with the scans of a table of points; None: the table's own
-    output: file or folder that is written, in which no scan is looked for, nor in those of its random encoders; files
-        of features and of maps that earlier calls have written elsewhere are no scans either
     Raises UserError where there is nothing to take, and where two of a table share a name.
     """
     if is_kind(source, (".csv",)):
-        return _of_table(source, scans, output)
+        return _of_table(source, scans)
     if scans:
         raise UserError(f"--scans {scans}: goes with a table of points, --input points.csv, not with {source}")
     if os.path.isdir(source):
-        return _of_folder(source, output)
+        return _of_folder(source)
     if is_kind(source, (".txt",)):
         try:
             return _of_paths([(path, "", "") for path in read_data_list(source)], source), []
@@ -65,12 +63,12 @@ def find_subjects(source: str, scans: str | None = None, output: Path | None = N
     return _of_paths([(source, "", "")], source), []
 
 
-def _of_folder(folder: str, output: Path | None) -> tuple[list[Subject], list[str]]:
+def _of_folder(folder: str) -> tuple[list[Subject], list[str]]:
     try:
         found, passed_over = find_unlabelled_scans(folder)
     except DataError as error:
         raise UserError(f"--input {error}") from error
-    found = [scan for scan in found if not _is_written(os.path.join(folder, scan.name), output)]
+    found = [scan for scan in found if not _is_written(os.path.join(folder, scan.name))]
     if not found:
         raise UserError(f"--input {folder}: {none_found(passed_over)}")
     paths = [os.path.join(folder, scan.name) for scan in found]
@@ -99,10 +97,11 @@ def _of_paths(rows: Sequence[tuple[str, str, str]], source: str) -> list[Subject
     ]
 
 
-def _of_table(table: str, folder: str | None, output: Path | None) -> tuple[list[Subject], list[str]]:
+def _of_table(table: str, folder: str | None) -> tuple[list[Subject], list[str]]:
     if not os.path.isfile(table):
         raise UserError(f"--input {table}: is a folder" if os.path.isdir(table) else f"--input {table}: no such file")
-    if "path" in header_of_table(table):
+    header = header_of_table(table)
+    if "path" in header:
         if folder:
             raise UserError(f"--scans {folder}: goes with a table of points; {table} has a column path")
         here = os.path.dirname(table)
@@ -113,10 +112,9 @@ def _of_table(table: str, folder: str | None, output: Path | None) -> tuple[list
             if row["path"]
         ]
         return _of_paths(rows, table), []
-    if "seriesuid" not in header_of_table(table):
+    if "seriesuid" not in header:
         raise UserError(
-            f"--input {table}: has neither a column path nor seriesuid, {', '.join(AXES)}, only "
-            f"{', '.join(header_of_table(table))}"
+            f"--input {table}: has neither a column path nor seriesuid, {', '.join(AXES)}, only {', '.join(header)}"
         )
     folder = folder or os.path.dirname(table) or "."
     points = read_points(table)
@@ -124,7 +122,7 @@ def _of_table(table: str, folder: str | None, output: Path | None) -> tuple[list
     found, refused = scans_of_series(folder, [], set(points), available_cores())
     numbered = []
     for series, of_series in points.items():
-        scans = [scan for scan in found.get(series, []) if not _is_written(os.path.join(folder, scan.name), output)]
+        scans = [scan for scan in found.get(series, []) if not _is_written(os.path.join(folder, scan.name))]
         problem = why_no_scan(scans, refused.get(series, ""), folder)
         path = "" if problem else os.path.join(folder, scans[0].name)
         patient = patients.get(series) or (owner_of(path, scans[0], series) if path else series)
@@ -172,20 +170,9 @@ def names_of(paths: Sequence[str], folder: str) -> list[str]:
     return [_slashes(a if one else b).removeprefix(".#") for a, b, one in zip(plain, inside, alone)]
 
 
-def _is_written(path: str, output: Path | None) -> bool:
-    """Whether a file is one of features or maps: of --output, or of an earlier call."""
-    return _is_output(path, output) or is_features(path) or is_map(path)
-
-
-def _is_output(path: str, output: Path | None) -> bool:
-    """Whether a file is a table that is written for --output, or in a folder that is."""
-    if output is None:
-        return False
-    path, output = Path(os.path.realpath(path)), Path(os.path.realpath(output))
-    if output.parent not in path.parents:
-        return False
-    written = rf"{re.escape(output.stem)}(\.random\d+|\.trivial-\w+)?{re.escape(output.suffix)}"
-    return bool(re.fullmatch(written, path.relative_to(output.parent).parts[0]))
+def _is_written(path: str) -> bool:
+    """Whether a file is one of features or maps that an earlier call has written."""
+    return is_features(path) or is_map(path)
 
 
 def owner_of(path: str, scan: Scan | None, name: str) -> str:

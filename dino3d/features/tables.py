@@ -90,7 +90,7 @@ def _write_folder(folder: Path, table: FeatureTable) -> None:
     """<name>.h5 of each row with y_hat (F,), and failed.csv of those without features. Files that an earlier call has
     written of rows that are no more are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    written, current = folder / FOLDER_INDEX, file_names(table.names)
+    written, current = folder / FOLDER_INDEX, [f"{name}.h5" for name in file_names(table.names)]
     for gone in set(read_json(written) if written.is_file() else ()) - set(current):
         (folder / gone).unlink(missing_ok=True)
     write_json(written, current)
@@ -125,7 +125,7 @@ def is_features(path: Path | str) -> bool:
 
 
 def file_names(names: list[str]) -> list[str]:
-    """Of each row its file in a folder: the name without separators; what would stand twice is numbered.
+    """What to call each row's file, without a suffix: its name without separators; what would stand twice is numbered.
 
     No longer than any file system takes: 255 bytes with what is put before and behind it.
     """
@@ -137,4 +137,4 @@ def file_names(names: list[str]) -> list[str]:
             counts[plain] = counts.get(plain, 1) + 1
             own = f"{plain}_{counts[plain]}"
         found[own] = None
-    return [f"{own}.h5" for own in found]
+    return list(found)

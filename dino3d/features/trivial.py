@@ -3,7 +3,7 @@
 Regions are (X, Y, Z) int16 HU arrays around something in their middle, spacing (3,) mm per voxel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,12 +61,10 @@ def distance_from_middle(shape: Sequence[int], spacing: Sequence[float]) -> np.n
 TRIVIAL = {"centre": centre_hu, "histogram": hu_histogram, "mean": hu_mean_and_deviation, "radial": radial_profile}
 
 
-def trivial_figures(
-    hu: np.ndarray, spacing: Sequence[float], mask: np.ndarray | None = None
-) -> Mapping[str, np.ndarray]:
-    """{name: (F,) float32} of a region: TRIVIAL's, the size where there is a mask (X, Y, Z), and all of them."""
+def trivial_figures(hu: np.ndarray, spacing: Sequence[float], size: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """{name: (F,) float32} of a region: TRIVIAL's, the size where it is known (`mask_volume`), and all of them."""
     found = {name: figure(hu, spacing) for name, figure in TRIVIAL.items()}
-    if mask is not None:
-        found["size"] = mask_volume(mask, spacing)
+    if size is not None:
+        found["size"] = size
     found["all"] = np.concatenate(list(found.values()))
     return {name: values.astype(np.float32) for name, values in found.items()}

@@ -5,7 +5,6 @@ made of all journals. The same command goes on with the files that have no rows 
 """
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor
 from augmentations import scale_intensity
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.scans import state_of
-from dino3d.files import append_json, atomic_write, file_state, read_json_lines, read_table, write_table
+from dino3d.features.journal import Journal
+from dino3d.files import file_state, read_table, write_table
 from dino3d.finetune.crops import EvaluationCrops, collate_crops, read_ahead
 from dino3d.finetune.inference import Known, reason_of
 from dino3d.finetune.runtime import Runtime
@@ -53,45 +53,24 @@ class Predictions:
         self.table, self.columns, self.names, self.paths = table, [*columns, "reason"], names, paths
         self.outputs, self.runtime, self.unit = outputs, runtime, unit
         self.known = dict(zip(names, known or [[Known(at)] for at in range(len(names))]))
-        self.recipe = json.loads(json.dumps(recipe))
-        self._written, self._pause = 0.0, TABLE_EVERY
-        self._journal = table.parent / JOURNALS.format(runtime.processes.rank)
-        self.before = runtime.processes.run_on_main(self._start)
-        self.todo = [at for at in range(len(names)) if at not in self.before]
+        self._written, self._pause, files = 0.0, TABLE_EVERY, dict(zip(names, zip(paths, outputs)))
 
-    def _start(self) -> set[int]:
-        """Numbers of the files that are done; the journals are brought into one."""
-        kept, journals = {}, sorted(self.table.parent.glob(JOURNALS.format("*")))
-        for path in journals:
-            lines = read_json_lines(path)
-            if lines and lines[0].get("recipe") != self.recipe:
-                found = lines[0].get("recipe") if isinstance(lines[0].get("recipe"), dict) else {}
-                different = [name for name in self.recipe if found.get(name) != self.recipe[name]] or ["another recipe"]
-                raise UserError(
-                    f"--output_dir {self.table.parent}: holds predictions with another {different[0]}; choose another "
-                    "folder, or remove it"
-                )
-            kept |= {line["case"]: line for line in lines[1:] if "case" in line}
-        done = {}
-        for at, (name, path, outputs) in enumerate(zip(self.names, self.paths, self.outputs)):
-            line = kept.get(name)
-            whole = line and not line["reason"] and line["state"] == state_of(path)
-            if whole and all(output.is_file() for output in outputs):
-                done[at] = line
-        try:  # the others go when the one is whole: a run that is killed here loses nothing
-            with atomic_write(self._journal) as part:
-                for line in ({"recipe": self.recipe}, *done.values()):
-                    append_json(part, line)
-            for path in journals:
-                if path != self._journal:
-                    path.unlink()
-        except OSError as error:
-            raise UserError(f"{self._journal}: can't be written ({error.strerror or error})") from error
-        return set(done)
+        def is_done(name: str, state: str) -> bool:
+            path, beside = files.get(name, (None, ()))
+            return path is not None and state == state_of(path) and all(output.is_file() for output in beside)
+
+        def refusal(other: str) -> str:
+            return (
+                f"--output_dir {table.parent}: holds predictions with another {other}; choose another folder, or "
+                "remove it"
+            )
+
+        self.journal = Journal(table.parent, JOURNALS, recipe, is_done, refusal, runtime.processes)
+        self.todo = [at for at, name in enumerate(names) if name not in self.journal.done]
 
     def done_before(self, what: str = "of them") -> str:
         """What to say of files that an earlier run has done. what: they are"""
-        return f"; {len(self.before)} {what} were done before" if self.before else ""
+        return f"; {len(self.journal.done)} {what} were done before" if self.journal.done else ""
 
     def share(self) -> list[int]:
         """Numbers of the files that this rank is to predict."""
@@ -100,8 +79,7 @@ class Predictions:
     def add(self, at: int, rows: Sequence[Sequence[Any]], reason: str = "") -> None:
         """Keep what has become of a file. rows: of the table, behind what is known of them and without a reason; one
         that has none is the reason itself, a text"""
-        line = {"case": self.names[at], "state": state_of(self.paths[at]), "rows": rows, "reason": reason}
-        self._append(*([] if self._journal.exists() else [{"recipe": self.recipe}]), line)
+        self.journal.add(self.names[at], state_of(self.paths[at]), rows, reason)
         if self.runtime.processes.is_main and time.monotonic() - self._written > self._pause:
             self.write()
 
@@ -126,9 +104,7 @@ class Predictions:
 
     def write(self) -> list[tuple[str, str]]:
         """Write the table of all ranks' rows so far; returns (case, reason) of the rows without a prediction."""
-        lines = [read_json_lines(path) for path in sorted(self.table.parent.glob(JOURNALS.format("*")))]
-        lines = {line["case"]: line for line in itertools.chain.from_iterable(lines) if "case" in line}
-        rows, failed = [], []
+        lines, rows, failed = self.journal.read(), [], []
         for name in (name for name in self.names if name in lines):
             known = self.known[name]
             made = lines[name]["rows"] if not lines[name]["reason"] else [lines[name]["reason"]] * len(known)
@@ -163,13 +139,6 @@ class Predictions:
                 f"{self.table}",
                 everywhere=True,
             )
-
-    def _append(self, *lines: dict[str, Any]) -> None:
-        try:
-            for line in lines:
-                append_json(self._journal, line)
-        except OSError as error:
-            raise UserError(f"{self._journal}: can't be written ({error.strerror or error})") from error
 
 
 def predict_windows(
