@@ -15,8 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +43,13 @@ from dino3d.features.tables import SUFFIXES, FeatureTable, file_names, write_fea
 from dino3d.features.trivial import mask_volume, trivial_figures
 from dino3d.features.windows import REGIONS, CtScan, Region, read_ct, region_of
 from dino3d.files import write_table
+from dino3d.finetune.crops import read_ahead
 from dino3d.finetune.inference import reason_of
 from dino3d.training.checkpoint import StopRequested, StopSignal
 from dino3d.training.pictures import save_picture
 
 MAIN = "features"  # name of the table of --weights among those of one run
-SCANS_AHEAD = 2  # scans
+SCANS_AT_ONCE = 2  # that are read
 QUERIES = 6  # rows whose neighbours are shown
 MOST_POINTS = 16  # of a scan, each with a map
 TOKENS_AT_ONCE = 8192  # patches in a batch of windows of --maps
@@ -356,8 +356,10 @@ def extract(
     mine = list(groups.items())[processes.rank :: processes.world_size]
     counts, notes, odd_hu = collections.Counter(), {}, {}
     with progress(sum(len(rows) for _, rows in mine), "row", processes.is_main) as bar:
-        scans = read_ahead_scans([path for path, _ in mine], args.num_workers)
-        for path, scan, key, subject in ((path, scan, *row) for (path, rows), scan in zip(mine, scans) for row in rows):
+        workers = command_line.available_cores() if args.num_workers is None else args.num_workers
+        scans = read_ahead(scan_or_error, [path for path, _ in mine], 1, min(workers, SCANS_AT_ONCE))
+        each = ((path, scan, *row) for (path, rows), (scan,) in zip(mine, scans) for row in rows)
+        for path, scan, key, subject in each:
             if stop_signal.received:
                 break
             try:
@@ -383,24 +385,12 @@ def extract(
         processes.print(line)
 
 
-def read_ahead_scans(paths: Sequence[str], workers: int | None) -> Iterator[CtScan | Exception]:
-    """The CtScan of each path, or why there is none; a few are read before they are asked for."""
-    workers = command_line.available_cores() if workers is None else workers
-
-    def read(path: str) -> CtScan | Exception:
-        try:
-            return read_ct(path) if path else DataError("", "no scan")
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(max(1, min(workers, SCANS_AHEAD))) as pool:
-        waiting = collections.deque()
-        for path in paths:
-            waiting.append(pool.submit(read, path))
-            if len(waiting) > SCANS_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def scan_or_error(path: str) -> CtScan | Exception:
+    """The CtScan of a path, or why there is none."""
+    try:
+        return read_ct(path) if path else DataError("", "no scan")
+    except Exception as error:
+        return error
 
 
 def features_of(

@@ -23,6 +23,7 @@ from dino3d.finetune.crops import (
     WindowAugmentation,
     centre_window,
     check_crops,
+    collate_crops,
     read_ahead,
     read_crop,
 )
@@ -511,13 +512,14 @@ def test_batches_are_read_ahead_in_order_and_not_all_at_once(workers):
             return "broken" if case == 99 else (np.full((2, 2, 2), case, np.int16), case, True, None)
 
     cases, seen = [5, 3, 8, 1, 9, 2, 7, 4, 6, 0, 11], []
-    for batch in read_ahead(Cases(), cases, 2, workers):
+    for batch in map(collate_crops, read_ahead(Cases().__getitem__, cases, 2, workers)):
         assert (batch.crops == batch.cases[:, None, None, None]).all()
         seen += batch.cases.tolist()
         assert len(asked) <= len(seen) + 2 * READ_AHEAD
     assert seen == cases and sorted(asked) == sorted(cases)
-    assert [batch.fatal for batch in read_ahead(Cases(), [1, 99, 2], 2, workers)] == ["broken", ""]
-    assert not list(read_ahead(Cases(), [], 2, workers))
+    broken = map(collate_crops, read_ahead(Cases().__getitem__, [1, 99, 2], 2, workers))
+    assert [batch.fatal for batch in broken] == ["broken", ""]
+    assert not list(read_ahead(Cases().__getitem__, [], 2, workers))
 
 
 def test_a_score_has_a_direction():

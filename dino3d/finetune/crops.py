@@ -275,15 +275,9 @@ def collate_crops(samples: Sequence[tuple[Any, ...] | str]) -> CropBatch:
     return CropBatch(torch.from_numpy(np.stack(crops)), torch.tensor(cases), torch.tensor(counted), group, masks)
 
 
-def read_ahead(
-    dataset: Dataset,
-    cases: Sequence[int],
-    batch_size: int,
-    workers: int,
-    collate: Callable[[list[Any]], Any] = collate_crops,
-) -> Iterator[Any]:
-    """What `collate` makes of the samples of batches of cases in their order, by default CropBatches; read by threads,
-    at most READ_AHEAD batches before they are asked for.
+def read_ahead(read: Callable[[Any], Any], cases: Sequence[Any], batch_size: int, workers: int) -> Iterator[list[Any]]:
+    """What `read` gives for each case, in batches in the order of cases; read by threads, at most READ_AHEAD batches
+    before they are asked for.
 
     Threads, and not a DataLoader's processes: those would be forked anew for every validation, while threads of the
     collectives before it may still be at work, and in Python 3.11 such a fork can hang.
@@ -291,11 +285,11 @@ def read_ahead(
     with ThreadPoolExecutor(max(1, workers)) as pool:
         waiting = collections.deque()
         for at in range(0, len(cases), batch_size):
-            waiting.append([pool.submit(dataset.__getitem__, case) for case in cases[at : at + batch_size]])
+            waiting.append([pool.submit(read, case) for case in cases[at : at + batch_size]])
             if len(waiting) > READ_AHEAD:
-                yield collate([sample.result() for sample in waiting.popleft()])
+                yield [sample.result() for sample in waiting.popleft()]
         for samples in waiting:
-            yield collate([sample.result() for sample in samples])
+            yield [sample.result() for sample in samples]
 
 
 class TrainingBatches(Sampler):

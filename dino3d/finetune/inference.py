@@ -76,7 +76,7 @@ def infer_windows(
     """
     processes = runtime.processes
     mine = [int(case) for case in cases[processes.rank :: processes.world_size]]  # no rank repeats a case to fill up
-    batches, rows = read_ahead(dataset, mine, runtime.batch_size, runtime.workers, list), {}
+    batches, rows = read_ahead(dataset.__getitem__, mine, runtime.batch_size, runtime.workers), {}
     for first in range(0, len(mine), runtime.batch_size):
         if runtime.stop_signal.received:
             break

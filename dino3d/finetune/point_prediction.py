@@ -18,6 +18,7 @@ from dino3d.data.conventions import AIR, VOLUME_SUFFIXES, DataError, is_kind, st
 from dino3d.data.images import voxels_of
 from dino3d.data.points import AXES, Point, crop_around, open_ct, read_points, scans_of_series, why_no_scan
 from dino3d.data.requirements import no_image
+from dino3d.data.resampling import MAY_BE_RAS
 from dino3d.data.scans import Scan
 from dino3d.data.volume import padded
 from dino3d.files import read_rows
@@ -114,20 +115,10 @@ def predict_points(
         except DataError as error:
             return error
 
-    opened = read_ahead(_Items(open_scan), mine, 1, 1, lambda items: items[0])  # the next scans while one is predicted
+    opened = read_ahead(open_scan, mine, 1, 1)  # the next scans while one is predicted
     with ThreadPoolExecutor(max(1, runtime.workers)) as pool, contextlib.suppress(StopRequested):
-        for at, found in zip(mine, opened):
+        for at, (found,) in zip(mine, opened):
             predictions.attempt(at, lambda at=at, found=found: _rows(rows_of, scans[at], found, crops, pool, runtime))
-
-
-class _Items:
-    """What a function gives, as a data set."""
-
-    def __init__(self, function: Callable[[int], Any]):
-        self.function = function
-
-    def __getitem__(self, at: int) -> Any:
-        return self.function(at)
 
 
 def _rows(
@@ -163,7 +154,7 @@ def _rows(
             with torch.no_grad(), runtime.autocast():
                 made = iter(rows_of(scale_intensity(batch, *crops.clip_range)[:, None]))  # (B, 1, X, Y, Z)
         rows += [window if isinstance(window, str) else next(made) for window in windows]
-    for line in coordinate_lines(image, scan, rows):
+    for line in coordinate_lines(scan, rows):
         print(line, flush=True)
     return rows
 
@@ -181,14 +172,10 @@ def window_at(image: sitk.Image, point: Point, crops: PointCrops) -> np.ndarray:
     return centre_window(padded(inside, crop.shape, (crop.shape - whole) // 2, whole), crops.window)
 
 
-def coordinate_lines(image: sitk.Image, scan: PointScan, rows: Sequence[list[Any] | str]) -> list[str]:
+def coordinate_lines(scan: PointScan, rows: Sequence[list[Any] | str]) -> list[str]:
     """[] or [one line]: points outside a scan that would lie inside it with x and y the other way round, as in RAS."""
     outside = [p.position for p, row in zip(scan.points, rows) if isinstance(row, str) and row.startswith("outside")]
-    size = np.array(image.GetSize())
-    inside = 0
-    for x, y, z in outside:
-        index = np.array(image.TransformPhysicalPointToContinuousIndex((-x, -y, z)))
-        inside += bool(((index >= -0.5) & (index <= size - 0.5)).all())
+    inside = sum(isinstance(row, str) and row.endswith(MAY_BE_RAS) for row in rows)
     if not outside or inside <= RAS_SHARE * len(outside):
         return []
     return [

@@ -159,7 +159,7 @@ def predict_windows(
         with torch.no_grad(), runtime.autocast():
             return rows_of(volumes)
 
-    samples = read_ahead(dataset, mine, runtime.batch_size, runtime.workers, list)
+    samples = read_ahead(dataset.__getitem__, mine, runtime.batch_size, runtime.workers)
     for first in range(0, len(mine), runtime.batch_size):
         if runtime.stop_signal.received:
             return
