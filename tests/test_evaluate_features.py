@@ -6,6 +6,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 from test_report import Parsed
 
 import evaluate_features
@@ -179,6 +180,18 @@ def test_intervals_hold_the_repeats_and_are_those_of_patients():
     assert 0.85 < widths[1] / widths[0] < 1.2
 
 
+def test_roc_curves_have_scikit_learns_area():
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    target = encode_labels([str(k) for k in labels], "auto", None)
+    plan = comparison.make_plan(target, [str(i) for i in range(40)], 5, 2, 1, 0, curves=False)
+    measured = comparison.measure("a", rng.normal(size=(40, 3)) + labels[:, None], plan)
+    for ax, repeats in zip(feature_report._roc_figure([measured], plan).axes, measured.predictions.values()):
+        x, y = ax.lines[0].get_data()
+        expected = np.mean([roc_auc_score(labels, repeat.values[:, 1]) for repeat in repeats])
+        assert np.trapezoid(y, x) == pytest.approx(expected, abs=0.003)  # in steps of 0.005
+
+
 def test_a_difference_is_shown_only_if_it_stands_after_holm():
     rng = np.random.default_rng(0)
     target = encode_labels([str(i % 2) for i in range(40)], "auto", None)
@@ -296,7 +309,7 @@ def test_labels_of_crop_folders(tmp_path):
     assert found["cases"] == 24 and found["patients"] == 12 and found["classes"] == ["0", "1"]
 
 
-def test_positive_label(tmp_path):
+def test_positive_label():
     target = encode_labels(["malignant", "benign", "benign"], "auto", None)
     assert target.classes == ["benign", "malignant"] and target.y.tolist() == [1, 0, 0]
     target = encode_labels(["malignant", "benign", "benign"], "auto", "benign")

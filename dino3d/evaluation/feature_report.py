@@ -71,7 +71,8 @@ def write_results(
     facts: dict[str, Any],
 ) -> None:
     """metrics.csv, differences.csv, curves.csv, predictions.csv and results.json. Raises OSError."""
-    groups = [one for one in entries if one.members]
+    groups, main = [one for one in entries if one.members], MAIN_METRIC[plan.target.task]
+    pairs = sum(pair.metric == main for pair in found)
     write_table(
         folder / "metrics.csv",
         ["table", "protocol", "metric", "value", "low", "high"],
@@ -82,7 +83,6 @@ def write_results(
             for metric, values in metrics.items()
         ],
     )
-    pairs = [pair for pair in found if pair.metric == MAIN_METRIC[plan.target.task]]
     write_table(
         folder / "differences.csv",
         ["protocol", "metric", "table", "minus", "difference", "low", "high", "p", "p_holm", "shown"],
@@ -98,14 +98,7 @@ def write_results(
         folder / "curves.csv",
         ["table", "protocol", "metric", "kind", "size", "value", "low", "high"],
         [
-            [
-                one.name,
-                CURVE_PROTOCOL[plan.target.task],
-                MAIN_METRIC[plan.target.task],
-                kind,
-                size,
-                *_cells(values, plan.draws),
-            ]
+            [one.name, CURVE_PROTOCOL[plan.target.task], main, kind, size, *_cells(values, plan.draws)]
             for one in [*measured, *groups]
             for (kind, size), values in one.curves.items()
         ],
@@ -145,7 +138,7 @@ def write_results(
                 {
                     **pair._asdict(),
                     "value": None if np.isnan(pair.value) else pair.value,
-                    **({"verdict": verdict(pair, len(pairs))} if pair in pairs else {}),
+                    **({"verdict": verdict(pair, pairs)} if pair.metric == main else {}),
                 }
                 for pair in found
             ],
@@ -351,30 +344,19 @@ def _curves(entries: Sequence[Measured], kind: str, sizes: Sequence[float], what
 
 
 def _roc_figure(shown: Sequence[Measured], plan: Plan) -> Any:
+    from sklearn.metrics import roc_curve
+
     figure, axes = _figure(len(shown[0].predictions), 5)
     grid = np.linspace(0, 1, 201)
     for ax, protocol in zip(axes, shown[0].predictions):
         for one in shown:
-            rates = [
-                _true_positive_rates(plan.target.y == 1, repeat.values[:, 1], grid)
-                for repeat in one.predictions[protocol]
-            ]
+            curves = [roc_curve(plan.target.y == 1, repeat.values[:, 1]) for repeat in one.predictions[protocol]]
+            rates = [np.interp(grid, false_positives, hits) for false_positives, hits, _ in curves]
             ax.plot(grid, np.mean(rates, 0), label=_in_figure(one.name), linewidth=1.2)
         ax.plot([0, 1], [0, 1], ":", color="0.6", linewidth=1)
         ax.set(title=protocol, xlabel="false positive rate", ylabel="sensitivity", aspect="equal")
     axes[0].legend(fontsize=8)
     return figure
-
-
-def _true_positive_rates(positive: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Sensitivity at each false positive rate, straight lines between the thresholds."""
-    best = {1.0: 1.0}  # sensitivity at a false positive rate, where several thresholds give that the highest
-    for threshold in np.unique(scores):
-        rate = float((scores[~positive] >= threshold).mean())
-        best[rate] = max(best.get(rate, 0.0), float((scores[positive] >= threshold).mean()))
-    best.setdefault(0.0, 0.0)
-    alarms = sorted(best)
-    return np.interp(grid, alarms, [best[rate] for rate in alarms])
 
 
 def _reliability_figure(shown: Sequence[Measured], plan: Plan) -> Any:
