@@ -63,7 +63,18 @@ def test_where_none_can_be_fitted_it_stays_1_with_a_note():
     same = fit_calibration(labels, np.full((20, 2), 0.5))
     assert same.temperature == 1 and "equally probable" in same.calibration_note
     wrong_way = fit_calibration(labels, told_apart[:, ::-1])
-    assert wrong_way.temperature == HIGHEST and "wrong way" in wrong_way.calibration_note
+    assert wrong_way.temperature == HIGHEST and "nearly the same probability" in wrong_way.calibration_note
+
+
+def test_the_highest_temperature_is_no_word_on_the_order():
+    """All nodules above all others, but all on one side of 0.5: no temperature moves them to theirs."""
+    labels = np.repeat([0, 1], [30, 10])
+    p = np.where(labels, 0.6, 0.55)
+    p = np.stack([1 - p, p], 1)
+    found = fit_calibration(labels, p)
+    assert area_under_roc(labels, p) == 1 and found.temperature == HIGHEST
+    losses = [log_loss(labels, Calibration(t).apply(p)) for t in (1, 2, 10, HIGHEST)]
+    assert losses == sorted(losses, reverse=True) and "whether or not their order is right" in found.calibration_note
 
 
 def test_nearly_told_apart_leaves_no_ties():

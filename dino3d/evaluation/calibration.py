@@ -33,7 +33,7 @@ PROBABILITY_METRICS = (
 class Calibration(NamedTuple):
     """softmax(log p / temperature + logit_offset) of a model's probabilities p; as it stands here, p itself.
 
-    logit_offset: (classes,); empty: none; calibration_note: why no temperature was fitted
+    logit_offset: (classes,); empty: none; calibration_note: why no temperature was fitted, or the highest was
     """
 
     temperature: float = 1.0
@@ -75,7 +75,7 @@ def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, logit_offset:
     """The temperature with the least log loss on validation cases (Guo et al. 2017, arXiv 1706.04599), given an offset.
 
     labels: (N,); probabilities: (N, classes). It stays 1, with a note, where a class has fewer than FEWEST_OF_CLASS
-    cases, or where every case's most probable class is right, so that the least would be at 0.
+    cases, or where every case's most probable class is right, so that the least would be at 0. HIGHEST has a note too.
     """
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     if counts.min() < FEWEST_OF_CLASS:
@@ -99,10 +99,10 @@ def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, logit_offset:
     def slope(inverse: float) -> float:  # of the log loss, which is convex in 1 / temperature
         return float(((_softmax(logs * inverse + offset) * logs).sum(1) - logs[rows, labels]).mean())
 
-    low, high = min(1 / HIGHEST, STEEPEST / spread), STEEPEST / spread
+    low, high = 1 / HIGHEST, STEEPEST / spread  # logarithms of doubles are at most 745 apart: low is below high
     if slope(low) >= 0:
-        note = f"temperature {1 / low:g}, the highest: on validation the probabilities point the wrong way"
-        return Calibration(1 / low, logit_offset, note)
+        note = f"temperature {HIGHEST:g}, the highest: on validation the log loss is least where all cases get nearly "
+        return Calibration(HIGHEST, logit_offset, note + "the same probability, whether or not their order is right")
     for _ in range(100):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
