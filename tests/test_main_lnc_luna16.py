@@ -20,7 +20,7 @@ import utils
 from augmentations import scale_intensity
 from dino3d.data.volume import Volume
 from dino3d.evaluation import statistics
-from dino3d.evaluation.classification_metrics import CASE_METRICS, choose_threshold, evaluate_cases, pairs_in_order
+from dino3d.evaluation.classification_metrics import CASE_METRICS, area_under_roc, choose_threshold, evaluate_cases
 from dino3d.features.encoder import PretrainedEncoder
 from dino3d.files import read_log, read_table
 from dino3d.finetune import fold_loop
@@ -185,9 +185,10 @@ def test_weighted_auc_is_scikit_learns():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         labels, scores, weights = rng.random(40) < 0.4, rng.integers(8, size=40) / 8, rng.integers(3, size=40)
-        assert pairs_in_order(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+        p = np.stack([1 - scores, scores], 1)
+        assert area_under_roc(labels, p) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
         expected = roc_auc_score(labels, scores, sample_weight=weights)
-        assert pairs_in_order(labels, scores, weights) == pytest.approx(expected, abs=1e-12)
+        assert area_under_roc(labels, p, weights) == pytest.approx(expected, abs=1e-12)
 
 
 def test_auc_of_one_class_is_undefined():

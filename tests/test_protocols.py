@@ -8,7 +8,8 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
-from dino3d.evaluation import classification_metrics, protocols, weighted_metrics
+from dino3d.evaluation import classification_metrics, comparison, protocols, weighted_metrics
+from dino3d.evaluation.labelled_cases import encode_labels
 
 
 def cases(count=90, features=40, classes=2, signal=0.6, seed=0):
@@ -152,15 +153,18 @@ def test_folds_of_values_hold_low_and_high_ones():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_frozen_auc(classes):
-    """1 of features that tell everything, 0.5 of noise, on the mean of 20 tables: pooled folds would fall below."""
+def test_auc_of_what_tells_everything_and_of_noise(classes):
+    """1, and 0.5 on the mean of 20 tables: pooled folds would fall below."""
     rng = np.random.default_rng(0)
     labels, patients = np.arange(60) % classes, [str(i // 2) for i in range(60)]
     perfect = protocols.one_hot(labels, classes) + 0.01 * rng.normal(size=(60, classes))
-    assert protocols.frozen_auc(perfect, labels, patients, repeats=1) == {"knn": 1, "logistic": 1}
-    found = [protocols.frozen_auc(rng.normal(size=(60, 5)), labels, patients, repeats=1) for _ in range(20)]
+    target = encode_labels([str(label) for label in labels], "classification", None)
+    plan = comparison.make_plan(target, patients, folds=5, repeats=1, draws=1, seed=0, curves=False)
+    tables = [perfect, *(rng.normal(size=(60, 5)) for _ in range(20))]
+    measured = [comparison.measure("", features, plan).metrics for features in tables]
     for name in ("knn", "logistic"):
-        values = [one[name] for one in found]
+        at_once, *values = (metrics[name]["auc"][0] for metrics in measured)
+        assert at_once == 1
         assert abs(np.mean(values) - 0.5) < 3 * np.std(values) / 20**0.5
 
 

@@ -19,18 +19,23 @@ def evaluate_cases(
     labels: (N,); probabilities: (N, classes). With more than two classes they are means over the classes, each against
     the rest, and the most probable class stands for the threshold. None where a class is missing.
     """
-    predicted = decide(probabilities, threshold)
-    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    hits = [(predicted[labels == k] == k) for k in classes]
-    rejections = [(predicted[labels != k] != k) for k in classes]
-    interval = bootstrap_interval(lambda weights: area_under_roc(labels, probabilities, weights), patients)
+    scores, once = _case_scores(labels, probabilities, decide(probabilities, threshold)), np.ones(len(labels))
+    return {name: score(once) for name, score in scores.items()} | {
+        "auc_interval": bootstrap_interval(scores["auc"], patients)
+    }
+
+
+def _case_scores(
+    labels: np.ndarray, probabilities: np.ndarray, predicted: np.ndarray
+) -> dict[str, Callable[[np.ndarray], float | None]]:
+    """{name: function of (N,) weights} of CASE_METRICS."""
+    k = probabilities.shape[1]
     return {
-        "auc": area_under_roc(labels, probabilities),
-        "auc_interval": interval,
-        "average_precision": average_precision(labels, probabilities),
-        "accuracy": float((predicted == labels).mean()),
-        "sensitivity": float(np.mean([h.mean() for h in hits])) if all(map(len, hits)) else None,
-        "specificity": float(np.mean([r.mean() for r in rejections])) if all(map(len, rejections)) else None,
+        "auc": lambda weights: area_under_roc(labels, probabilities, weights),
+        "average_precision": lambda weights: average_precision(labels, probabilities, weights),
+        "accuracy": lambda weights: _defined(wm.weighted_accuracy(labels, predicted, weights)),
+        "sensitivity": lambda weights: _defined(wm.weighted_sensitivity(labels, predicted, weights, k)),
+        "specificity": lambda weights: _defined(wm.weighted_specificity(labels, predicted, weights, k)),
     }
 
 
@@ -41,38 +46,9 @@ def decide(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     return probabilities.argmax(1)
 
 
-def one_vs_rest(
-    score: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None
-) -> float | None:
-    """Mean over the classes of a score, each against the rest (with two: label 1's); None where one has no case or all.
-
-    score: of (N,) bool, (N,) probabilities and (N,) weights
-    """
-    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    counts = np.ones(len(labels)) if weights is None else weights
-    values = []
-    for k in classes:
-        if not 0 < counts[labels == k].sum() < counts.sum():
-            return None
-        values.append(score(labels == k, probabilities[:, k], sample_weight=weights))
-    return float(np.mean(values))
-
-
 def area_under_roc(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
     """Area under the ROC curve. labels: (N,); probabilities: (N, classes); weights: (N,) of the cases."""
-    return one_vs_rest(pairs_in_order, labels, probabilities, weights)
-
-
-def pairs_in_order(positive: np.ndarray, scores: np.ndarray, sample_weight: np.ndarray | None = None) -> float:
-    """Share of the pairs of a positive and a negative case in which the positive has the higher score; ties count half.
-
-    What scikit-learn's roc_auc_score gives, a hundred times faster on few cases: the bootstrap takes a thousand.
-    """
-    weights = np.ones(len(scores)) if sample_weight is None else sample_weight
-    values, place = np.unique(scores, return_inverse=True)
-    positives = np.bincount(place, weights * positive, len(values))  # at each score, ascending
-    negatives = np.bincount(place, weights * ~positive, len(values))
-    return positives @ (negatives.cumsum() - negatives / 2) / (positives.sum() * negatives.sum())
+    return _defined(wm.weighted_auc(labels, probabilities, _weights_of(labels, weights)))
 
 
 def average_precision(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:
@@ -135,11 +111,7 @@ def reliability_bins(
     ones share a bin, as in scikit-learn's calibration_curve(strategy="uniform").
     labels: (N,); probabilities: (N, classes); weights: (N,) of the cases
     """
-    if probabilities.shape[1] == 2:
-        scores, true = probabilities[:, 1], labels == 1
-    else:
-        scores, true = probabilities.max(1), probabilities.argmax(1) == labels
-    place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], scores)
+    scores, true, place = wm.reliability_of(labels, probabilities, bins)
     weights = _weights_of(labels, weights)
     counts, predicted, observed = (np.bincount(place, weights * what, bins) for what in (1, scores, true))
     full = counts > 0
@@ -248,14 +220,7 @@ def pool_predictions(
         predicted = probabilities.argmax(1)
         confidence = probabilities.max(1) - np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]
     patients = [cases.patients[i] for i in numbers]
-    scores = {
-        "auc": lambda weights: area_under_roc(labels, probabilities, weights),
-        "average_precision": lambda weights: average_precision(labels, probabilities, weights),
-        "accuracy": lambda weights: _defined(wm.weighted_accuracy(labels, predicted, weights)),
-        "sensitivity": lambda weights: _defined(wm.weighted_sensitivity(labels, predicted, weights, k)),
-        "specificity": lambda weights: _defined(wm.weighted_specificity(labels, predicted, weights, k)),
-    }
-    once = np.ones(len(labels))
+    scores, once = _case_scores(labels, probabilities, predicted), np.ones(len(labels))
     return PooledPredictions(
         numbers,
         patients,

