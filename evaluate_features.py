@@ -87,8 +87,8 @@ def get_args_parser() -> ArgumentParser:
         default=[],
         metavar="PATTERN",
         help="columns of the CSVs of --features that are features, by name or shell pattern in quotes; needed where "
-        "others might be taken for features (not given: feature_0, feature_1, ..., else all but name, patient, "
-        "reason and coordinates)",
+        "others might be taken for features; default: feature_0, feature_1, ..., else all but name, patient, reason "
+        "and coordinates",
     )
     group = parser.add_argument_group("protocol")
     group.add_argument(
@@ -101,7 +101,7 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--positive",
         metavar="LABEL",
-        help="label whose probability is judged, of two (not given: the higher one, or the later one in the alphabet)",
+        help="label whose probability is judged, of two; default: the higher one, or the later one in the alphabet",
     )
     group.add_argument(
         "--folds", type=number(int, 2), default=5, help="outer folds by patient; each class needs as many patients"
@@ -230,9 +230,8 @@ def read_tables(args: argparse.Namespace) -> tuple[list[LoadedTable], list[tuple
 
 def require_patients(target: Target, patients: Sequence[str], folds: int) -> None:
     """Raise UserError where there are too few patients, of a class or in all, for the folds or for an interval."""
-    count = len(set(patients))
-    if count < max(FEWEST_PATIENTS, 2 * folds if not target.classes else folds):
-        needed = max(FEWEST_PATIENTS, 2 * folds if not target.classes else folds)
+    count, needed = len(set(patients)), max(FEWEST_PATIENTS, folds if target.classes else 2 * folds)
+    if count < needed:
         raise UserError(f"--labels: {count} patients are too few, --folds {folds} takes at least {needed}")
     for k, name in enumerate(target.classes):
         owners = {patient for patient, y in zip(patients, target.y) if y == k}
@@ -336,8 +335,8 @@ def protocol_in_words(args: argparse.Namespace, plan: comparison.Plan, cases: Sh
         "folds by patient, by the squared error. The folds are the same for every table.",
         f"{within}, as models of different folds are on no common scale. {threshold}",
         f"Intervals: BCa bootstrap of {args.draws} draws of patients, the same for every table, each draw with one "
-        "of the repeats. They hold the chance of which patients and folds these are; not that of other training "
-        "sets or of other runs of pre-training.",
+        "of the repeats, so that with many repeats they are too wide rather than too narrow. They hold the chance of "
+        "which patients and folds these are; not that of other training sets or of other runs of pre-training.",
     ]
 
 

@@ -253,7 +253,7 @@ class HelpFormatter(argparse.HelpFormatter):
     """Defaults as they are typed, and short placeholders: N for a whole number, F for any other."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", argparse.SUPPRESS) or action.const is True and action.nargs == 0:
+        if action.default in (None, "", [], argparse.SUPPRESS) or action.const is True and action.nargs == 0:
             return action.help
         return f"{action.help} (default: {format_values(action.default)})"
 

@@ -52,7 +52,7 @@ def test_help_opens_with_data_and_output_and_ends_with_older_flags(script, monke
 )
 def test_help_has_short_placeholders_and_defaults_as_typed(script, command, monkeypatch, capsys):
     text = help_of(script, *command, monkeypatch=monkeypatch, capsys=capsys)
-    assert "{" not in text and "default: [" not in text and "default: (" not in text
+    assert "{" not in text and "default: [" not in text and "default: (" not in text and "default: )" not in text
     assert not re.search(r"default: (True|False|None)", text)
     for line in re.findall(r"^  (?:--?\w.*?)(?:  |$)", text, re.M):
         assert len(line) <= 70, line
