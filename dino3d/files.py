@@ -129,24 +129,18 @@ def append_json(path: str | Path, record: Any) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, as far as they are whole; none where it can't be read."""
+    """The objects in a file of JSON lines, as far as they are whole; none where there is no file. Raises OSError."""
     lines = []
-    with contextlib.suppress(OSError), open(path, **TEXT) as file:
+    with contextlib.suppress(FileNotFoundError), open(path, **TEXT) as file:
         for line in file:
-            with contextlib.suppress(ValueError, RecursionError):  # the last one of a run that was killed
+            with contextlib.suppress(ValueError, RecursionError):  # one that a kill cut off
                 lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict)]
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log.txt, oldest first; none where there is no file."""
-    records = []
-    for line in Path(path).read_text(**TEXT).splitlines() if Path(path).is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError):  # a line that a crash cut off: its epoch was not saved either
-            continue
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+    """The records of a log.txt, oldest first, as far as they are whole; none where there is no file."""
+    return [record for record in read_json_lines(path) if isinstance(record.get("step"), int)]
 
 
 def truncate_log(path: str | Path, step: int) -> None:
