@@ -93,7 +93,8 @@ def test_new_scans_of_a_table_and_a_file(listed, cases, tmp_path):
     assert [(row["case"], row["patient"]) for row in rows] == [("lung_001", "Jane"), ("lung_000", "Joe")]
     code, _, errors = predict(cases / names[0], weights / "0" / "best.pth", tmp_path / "file")
     assert code == 0 and not errors and read_table(tmp_path / "file" / "volumes.csv")[0]["case"] == "lung_000"
-    assert_one_error(predict(table.with_name("none.csv"), weights, tmp_path / "x"), "none.csv: no such folder")
+    missing = predict(table.with_name("none.csv"), weights, tmp_path / "x")
+    assert_one_error(missing, "none.csv: can't be read (No such file")
 
 
 # ------------------------------------------------------------------------------------------- what is left of a new CT

@@ -174,14 +174,14 @@ def find_new_cases(source: str) -> NewCases:
     """The NewCases that --predict names: volumes below a folder, one file, or those of a table. Raises UserError."""
     passed_over = ""
     try:
-        if os.path.isdir(source) or not os.path.exists(source):
-            names, passed_over = find_unlabelled(source)
-            new = NewCases(source, names)
-        elif is_table(source):
+        if is_table(source) and not os.path.isdir(source):
             rows = read_list(source, (), [PATIENT])
             folder = os.path.commonpath([os.path.dirname(row.path) for row in rows])
             patients = [row.cells[PATIENT] for row in rows] if PATIENT in rows[0].cells else None
             new = NewCases(folder, [os.path.relpath(row.path, folder) for row in rows], patients)
+        elif os.path.isdir(source) or not os.path.exists(source):
+            names, passed_over = find_unlabelled(source)
+            new = NewCases(source, names)
         elif is_kind(source, VOLUME_SUFFIXES):
             new = NewCases(os.path.dirname(source) or ".", [os.path.basename(source)])
         else:
