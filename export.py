@@ -39,10 +39,10 @@ from dino3d.command_line import UserError, format_values, git_revision, number
 from dino3d.data.conventions import AIR, DataError
 from dino3d.data.layouts import find_unlabelled, none_found
 from dino3d.evaluation.calibration import NEVER, Calibration
-from dino3d.features.encoder import BEST, ENCODER, find_weights, load_encoder
+from dino3d.features.encoder import ENCODER, find_weights, load_encoder
 from dino3d.files import versions, write_json
 from dino3d.finetune.crops import centre_window, read_crop
-from dino3d.finetune.fold_folders import fold_folders, load_fold
+from dino3d.finetune.fold_folders import SCRIPTS, fold_files, load_fold
 from dino3d.finetune.heads import classifier_of, segmenter_of
 from dino3d.prepare.phantoms import chest_phantom
 from dino3d.weights import SAFETENSORS_CONFIG, config_of, crc32_of_tensors, load_file
@@ -50,11 +50,8 @@ from dino3d.weights import SAFETENSORS_CONFIG, config_of, crc32_of_tensors, load
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 WRONG_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".json", ".engine", ".tflite", ".h5")
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": (), "safetensors": ("safetensors",)}
-# {model: (script that trains it, name in the config of that script's runs alone, what builds it)}
-TRAINED = {
-    "classifier": ("main_lnc_luna16.py", "protocol", classifier_of),
-    "segmenter": ("main_lts_msd.py", "decoder", segmenter_of),
-}
+# {model: (name in the config of its runs alone, what builds it)}
+TRAINED = {"classifier": ("protocol", classifier_of), "segmenter": ("decoder", segmenter_of)}
 MODELS = ("encoder", *TRAINED)
 OPSET = 20
 TOLERANCE = 1e-3  # of the largest value of an output; single precision leaves 2e-5, more where windows are flat
@@ -161,9 +158,13 @@ def run(args: argparse.Namespace) -> None:
                 write_safetensors(path, source)
                 told = "weights are the same to the last bit"
             else:
-                write, compute = (write_onnx, run_onnx) if kind == "onnx" else (write_torch, run_torch)
-                write(path, program, source, args.opset, about)
-                differences[kind] = compare(compute(path, crops), expected, source.outputs, folder / path.name)
+                if kind == "onnx":
+                    write_onnx(path, program, source, args.opset, about)
+                    found = run_onnx(path, crops)
+                else:
+                    write_torch(path, program, about)
+                    found = run_torch(path, crops)
+                differences[kind] = compare(found, expected, source.outputs, folder / path.name)
                 told = f"largest difference to torch on {origin}: " + ", ".join(
                     f"{out} {one['largest']:.1e} of {one['up_to']:.3g}" for out, one in differences[kind].items()
                 )
@@ -243,14 +244,14 @@ def load_source(weights: str, model: str | None, checkpoint_key: str) -> Source:
     if model != trained:
         article = "an" if trained == "encoder" else "a"
         raise UserError(f"--model {model}: --weights {files[0]} holds {article} {trained}, and no {model}")
-    script, known_by, build = TRAINED[model]
+    known_by, build = TRAINED[model]
     networks, configs, best = [], [], []
     for file in files:
         try:
-            network, config, known = load_fold(file, build, script, known_by)
+            network, config, known = load_fold(file, build, known_by)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"--weights {file}: is no whole checkpoint of {script} ({reason})") from error
+            raise UserError(f"--weights {file}: is no whole checkpoint of {SCRIPTS[known_by]} ({reason})") from error
         networks.append(network.eval())
         configs.append(config)
         best.append(known)
@@ -302,7 +303,7 @@ def weight_files(weights: str) -> list[Path]:
     """The best epochs of a fine-tuned run's folds, or what `find_weights` takes. Raises UserError."""
     file, _ = find_weights(weights, "--weights")
     in_folds = Path(weights).is_dir() and Path(file).parent != Path(weights)
-    return [folder / BEST for folder in fold_folders(weights, BEST)] if in_folds else [Path(file)]
+    return fold_files(weights) if in_folds else [Path(file)]
 
 
 def what_it_is(file: Path) -> str:
@@ -313,7 +314,7 @@ def what_it_is(file: Path) -> str:
         raise UserError(f"--weights {error}") from error
     config = config_of(state)
     if isinstance(config, dict) and isinstance(state, dict) and "model" in state and "best" in state:
-        return next((name for name, (_, known_by, _) in TRAINED.items() if known_by in config), "encoder")
+        return next((name for name, (known_by, _) in TRAINED.items() if known_by in config), "encoder")
     return "encoder"
 
 
@@ -483,9 +484,7 @@ def run_onnx(path: Path, crops: np.ndarray) -> list[np.ndarray]:
     return joined([session.run(None, {"hu": batch}) for batch in in_batches(crops)])
 
 
-def write_torch(
-    path: Path, program: torch.export.ExportedProgram, source: Source, opset: int, about: dict[str, Any]
-) -> None:
+def write_torch(path: Path, program: torch.export.ExportedProgram, about: dict[str, Any]) -> None:
     """What torch.export.load reads. By way of memory: where a disk is full, torch would abort the process."""
     content = io.BytesIO()
     with without_warnings():

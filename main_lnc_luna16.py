@@ -495,7 +495,7 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
     files = processes.run_on_main(lambda: find_folds(weights, output_dir))
     models, calibrations, thresholds, config = [], [], [], {}
     for file in files:
-        model, config, best = load_fold(file, classifier_of, "main_lnc_luna16.py", "protocol")
+        model, config, best = load_fold(file, classifier_of, "protocol")
         models.append(model.to(processes.device).eval())
         calibrations.append(Calibration.from_best(best))
         thresholds.append(best["threshold"])

@@ -547,7 +547,7 @@ def predict(
     names, paths = new.names, new.paths
     networks, config = [], None
     for file in files:
-        model, config, _ = load_fold(file, segmenter_of, "main_lts_msd.py", "decoder")
+        model, config, _ = load_fold(file, segmenter_of, "decoder")
         networks.append(model.to(processes.device).eval())
     settings = inference_settings(config | given, runtime.batch_size)
     outputs = [outputs_of(output_dir, name, config["classes"], save_probabilities) for name in names]

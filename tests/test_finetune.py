@@ -27,7 +27,7 @@ from dino3d.finetune.crops import (
     read_ahead,
     read_crop,
 )
-from dino3d.finetune.fold_folders import fold_folders
+from dino3d.finetune.fold_folders import fold_files
 from dino3d.finetune.fold_loop import FoldProgress, TrainConfig
 from dino3d.finetune.inference import gather_rows
 from dino3d.finetune.layer_decay import layer_groups, set_learning_rate
@@ -486,15 +486,15 @@ def test_weights_that_are_missing_or_broken(pretrained, tmp_path):
 
 def test_folds_of_a_run(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        fold_folders(tmp_path / "nowhere", "best.pth")
+        fold_files(tmp_path / "nowhere")
     for fold in (0, 2, 10):
         (tmp_path / str(fold)).mkdir()
     with pytest.raises(UserError, match="no trained fold"):
-        fold_folders(tmp_path, "best.pth")
+        fold_files(tmp_path)
     for fold in (0, 2, 10):
         (tmp_path / str(fold) / "best.pth").touch()
-    assert [folder.name for folder in fold_folders(tmp_path, "best.pth")] == ["0", "2", "10"]
-    assert fold_folders(tmp_path / "2", "best.pth") == [tmp_path / "2"]
+    assert fold_files(tmp_path) == [tmp_path / fold / "best.pth" for fold in ("0", "2", "10")]
+    assert fold_files(tmp_path / "2") == [tmp_path / "2" / "best.pth"] == fold_files(tmp_path / "2" / "best.pth")
 
 
 def test_json_is_readable(tmp_path):

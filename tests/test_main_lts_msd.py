@@ -196,7 +196,7 @@ def metrics(folder):
 
 
 def network_of(path):
-    return load_fold(path, segmenter_of, "main_lts_msd.py", "decoder")[0].eval()
+    return load_fold(path, segmenter_of, "decoder")[0].eval()
 
 
 def models(folder, fold, name="checkpoint.pth"):

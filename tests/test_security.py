@@ -203,7 +203,7 @@ def test_hostile_checkpoints_are_refused(form, tmp_path, trace, recwarn):
         (lambda path: utils.load_pretrained_weights(vit_tiny(), path), ValueError),
         (checkpoint.load_checkpoint, command_line.UserError),
         (load_encoder, command_line.UserError),
-        (lambda path: load_fold(path, None, "a script", "protocol"), command_line.UserError),
+        (lambda path: load_fold(path, None, "protocol"), command_line.UserError),
     ):
         with pytest.raises(kind, match="best.pth: can't be read as a checkpoint"):
             read(path)

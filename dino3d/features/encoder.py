@@ -56,6 +56,12 @@ class PretrainedEncoder(NamedTuple):
 CHECKPOINT, BEST = "checkpoint.pth", "best.pth"  # newest state of a run, best epoch of a fold
 
 
+def best_epochs(folder: Path) -> list[Path]:
+    """The best.pth files of a run's folds 0, 1, ..., in order."""
+    found = [one for one in folder.glob(f"*/{BEST}") if one.parent.name.isdecimal() and one.is_file()]
+    return sorted(found, key=lambda one: int(one.parent.name))
+
+
 def find_weights(path: str, flag: str = "--pretrained_weights") -> tuple[str, tuple[str, ...]]:
     """(file, lines on which it is) of weights: a file; the output folder of a pre-training run, whose newest state is
     taken; of a fold of a fine-tuned run, its best epoch; or of such a run, its first fold.
@@ -69,15 +75,12 @@ def find_weights(path: str, flag: str = "--pretrained_weights") -> tuple[str, tu
                 f"{flag} {path}: no such file; expected a checkpoint, or the output folder of a run", everywhere=True
             )
         return path, ()
-    folds = sorted(
-        (one for one in folder.iterdir() if one.name.isdigit() and (one / BEST).is_file()),
-        key=lambda one: int(one.name),
-    )
+    folds = best_epochs(folder)
     newest = (folder / CHECKPOINT).is_file()
     if folds and newest and not (folder / BEST).is_file():
         raise UserError(
             f"{flag} {path}: holds both a pre-training run ({CHECKPOINT}) and a fine-tuned one "
-            f"({folds[0].name}/{BEST}): give the file itself",
+            f"({folds[0].relative_to(folder)}): give the file itself",
             everywhere=True,
         )
     if (folder / BEST).is_file():
@@ -85,8 +88,8 @@ def find_weights(path: str, flag: str = "--pretrained_weights") -> tuple[str, tu
     if newest:
         return str(folder / CHECKPOINT), ()
     if folds:
-        others = f", the first of {len(folds)} folds; another one: {folder / folds[1].name}" if len(folds) > 1 else ""
-        return str(folds[0] / BEST), (f"{flag} {path}: taken is {folds[0] / BEST}{others}",)
+        others = f", the first of {len(folds)} folds; another one: {folds[1].parent}" if len(folds) > 1 else ""
+        return str(folds[0]), (f"{flag} {path}: taken is {folds[0]}{others}",)
     raise UserError(
         f"{flag} {path}: holds no checkpoint; expected {CHECKPOINT} of a pre-training run, {BEST} of a fold, or folds "
         f"0, 1, ... with {BEST}",

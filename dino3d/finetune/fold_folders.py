@@ -8,7 +8,7 @@ from torch import nn
 
 from dino3d.command_line import UserError
 from dino3d.evaluation.statistics import mean_and_deviation
-from dino3d.features.encoder import ENCODER, PretrainedEncoder
+from dino3d.features.encoder import BEST, ENCODER, PretrainedEncoder, best_epochs
 from dino3d.files import read_json, read_table, write_config, write_table
 from dino3d.finetune.splits import Split, save_splits
 from dino3d.training.checkpoint import load_checkpoint, load_newest
@@ -66,38 +66,27 @@ def start_run(
         save_splits(output_dir / "splits.json", splits, data)
 
 
-def fold_folders(path: Path | str, name: str) -> list[Path]:
-    """Folders with a fold's file `name`: `path` itself, or its sub-folders 0, 1, ... in order. Raises UserError."""
+def fold_files(path: Path | str) -> list[Path]:
+    """The best.pth files that --weights names: one, a fold's, or those of a run's folds in order. Raises UserError."""
     path = Path(path)
+    if path.is_file():
+        return [path]
     if not path.is_dir():
         raise UserError(
-            f"--weights {path}: no such folder; expected the --output_dir of a trained run, a fold in it, "
-            "or its best.pth"
+            f"--weights {path}: no such folder; expected the --output_dir of a trained run, a fold in it, or its {BEST}"
         )
-    if (path / name).is_file():
-        return [path]
-    found = sorted(
-        (folder for folder in path.iterdir() if folder.name.isdigit() and (folder / name).is_file()),
-        key=lambda folder: int(folder.name),
-    )
+    found = [path / BEST] if (path / BEST).is_file() else best_epochs(path)
     if not found:
-        raise UserError(f"--weights {path}: holds no trained fold (looked for {name} there and in 0, 1, ...)")
+        raise UserError(f"--weights {path}: holds no trained fold (looked for {BEST} there and in 0, 1, ...)")
     return found
 
 
-def fold_files(path: Path | str) -> list[Path]:
-    """The best.pth files that --weights names: one, a fold's, or those of a run's folds. Raises UserError."""
-    path = Path(path)
-    return [path] if path.is_file() else [folder / "best.pth" for folder in fold_folders(path, "best.pth")]
-
-
 def load_fold(
-    path: Path, build: Callable[[PretrainedEncoder, dict, dict], nn.Module], script: str, known_by: str
+    path: Path, build: Callable[[PretrainedEncoder, dict, dict], nn.Module], known_by: str
 ) -> tuple[nn.Module, dict, dict]:
     """(model, its config, what was known of its best epoch) of a fold's best.pth. Raises UserError.
 
-    build: gives the model of (PretrainedEncoder, config, state dict); known_by: name in the config of `script`'s runs
-    alone
+    build: gives the model of (PretrainedEncoder, config, state dict); known_by: key of SCRIPTS, whose run it must be of
     """
     state = load_checkpoint(path)
     config = state.get("config")
@@ -105,8 +94,8 @@ def load_fold(
         made_by = [other for name, other in SCRIPTS.items() if isinstance(config, dict) and name in config]
         found = f" but of {made_by[0]}" if made_by else ""
         raise UserError(
-            f"--weights {path}: is no checkpoint of {script}{found}; expected the --output_dir of its run, a fold in "
-            "it, or a fold's best.pth",
+            f"--weights {path}: is no checkpoint of {SCRIPTS[known_by]}{found}; expected the --output_dir of its run, "
+            "a fold in it, or a fold's best.pth",
             everywhere=True,
         )
     model = build(PretrainedEncoder(**{name: config[name] for name in ENCODER}), config, state["model"])

@@ -113,7 +113,7 @@ def segment_volume(
     device: a GPU if there is one. Raises UserError for the weights, DataError for what is no CT in HU.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = [load_fold(file, segmenter_of, "main_lts_msd.py", "decoder") for file in fold_files(weights)]
+    loaded = [load_fold(file, segmenter_of, "decoder") for file in fold_files(weights)]
     config = loaded[-1][1]
     dtype = utils.PRECISIONS[utils.choose_precision(None, None, device)[0]]
     runtime = Runtime(utils.Processes(device=device), dtype, batch_size=1, workers=0)
