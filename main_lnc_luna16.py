@@ -507,8 +507,17 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
         predicted = decide(probabilities, threshold)
         return [[*table_probabilities(row), int(label)] for row, label in zip(probabilities, predicted)]
 
-    new = new_points if points else new_crops
-    predictions, run = new(source, points, output_dir, rows_of, config, weights_recipe(files), runtime)
+    def start(
+        columns: Sequence[str], names: list[str], paths: list[str], recipe: dict[str, Any], **more: Any
+    ) -> Predictions:
+        header = [*table_header(config["classes"], ["case", *columns]), "predicted"]
+        recipe, table = weights_recipe(files) | recipe, output_dir / "predictions.csv"
+        return Predictions(table, header, names, paths, [()] * len(paths), recipe, runtime, **more)
+
+    if points:
+        predictions, run = new_points(source, points, output_dir, start, rows_of, config, runtime)
+    else:
+        predictions, run = new_crops(source, start, rows_of, config, runtime)
     with runtime.stop_signal:
         run()
         predictions.finish(
@@ -521,27 +530,20 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
 
 def new_crops(
     source: str,
-    _: None,
-    output_dir: Path,
+    start: Callable[..., Predictions],
     rows_of: Callable[[Tensor], list[list[Any]]],
     config: dict[str, Any],
-    recipe: dict[str, Any],
     runtime: Runtime,
 ) -> tuple[Predictions, Callable[[], None]]:
-    """(Predictions of the crops that --predict names, what makes them). rows_of: see `prediction.predict_windows`"""
+    """(Predictions of the crops that --predict names, what makes them).
+
+    start: gives the Predictions of (columns, names, paths, recipe), of all that is theirs alone
+    rows_of: see `prediction.predict_windows`
+    """
     new = runtime.processes.run_on_main(lambda: find_new_cases(source))
     paths = new.paths
     names = runtime.processes.run_on_main(lambda: case_names(paths, new.folder))
-    predictions = Predictions(
-        output_dir / "predictions.csv",
-        [*table_header(config["classes"], ["case", *new.columns]), "predicted"],
-        names,
-        paths,
-        [()] * len(paths),
-        recipe,
-        runtime,
-        new.known(),
-    )
+    predictions = start(new.columns, names, paths, {}, known=new.known())
     for line in new_crop_lines(paths, config["crop_spacing"], runtime.processes):
         runtime.processes.print(line)
     dataset = EvaluationCrops(paths, config["input_size"], trained=(config["crop_size"], config["crop_spacing"]))
@@ -552,26 +554,26 @@ def new_points(
     source: str,
     points: str,
     output_dir: Path,
+    start: Callable[..., Predictions],
     rows_of: Callable[[Tensor], list[list[Any]]],
     config: dict[str, Any],
-    recipe: dict[str, Any],
     runtime: Runtime,
 ) -> tuple[Predictions, Callable[[], None]]:
-    """(Predictions of a table's points in the CTs below a folder, what makes them); crops are cut as training's."""
+    """(Predictions of a table's points in the CTs below a folder, what makes them); crops are cut as training's.
+
+    start, rows_of: see `new_crops`
+    """
     from dino3d.finetune import point_prediction  # loads ITK, which crops don't need
 
     scans, lines = runtime.processes.run_on_main(lambda: point_prediction.find_points(points, source, output_dir))
     spacing = None if config.get("crop_spacings_differ") else config["crop_spacing"]
     crops = point_prediction.PointCrops(config["crop_size"], spacing, config["input_size"], config["clip_range"])
-    predictions = Predictions(
-        output_dir / "predictions.csv",
-        [*table_header(config["classes"], ["case", *point_prediction.AXES]), "predicted"],
+    predictions = start(
+        point_prediction.AXES,
         [scan.series for scan in scans],
         [scan.path for scan in scans],
-        [()] * len(scans),
-        recipe | point_prediction.points_recipe(scans),
-        runtime,
-        point_prediction.known_points(scans),
+        point_prediction.points_recipe(scans),
+        known=point_prediction.known_points(scans),
         unit="points",
     )
     cut = f"{format_values(spacing)} mm" if spacing else "each scan's own voxels, as training's had several spacings"

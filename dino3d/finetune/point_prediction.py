@@ -65,7 +65,11 @@ def find_points(table: str, source: str, output_dir: Path) -> tuple[list[PointSc
     if Path(source).is_file() and is_kind(source, VOLUME_SUFFIXES):
         root, found, refused = str(Path(source).parent), {stem(source): [Scan(Path(source).name, [])]}, {}
     else:
-        root, (found, refused) = source, _scans_below(source, output_dir, points)
+        root = source
+        try:
+            found, refused = scans_of_series(source, [output_dir], set(points), available_cores())
+        except (DataError, UserError) as error:
+            raise UserError(f"--predict {error}") from error
     without = len(found.keys() - points.keys())
     if without:
         lines.append(f"note: scans below {source} without a point in {table}: {without}")
@@ -75,15 +79,6 @@ def find_points(table: str, source: str, output_dir: Path) -> tuple[list[PointSc
         path = str(Path(root, series if problem else found[series][0].name))
         scans.append(PointScan(series, path, of_series, problem))
     return scans, lines
-
-
-def _scans_below(folder: str, output_dir: Path, points: dict[str, Any]) -> tuple[dict[str, list[Scan]], dict[str, str]]:
-    try:
-        return scans_of_series(folder, [output_dir], set(points), available_cores())
-    except DataError as error:
-        raise UserError(f"--predict {error}") from error
-    except UserError as error:
-        raise UserError(f"--predict {error}") from None
 
 
 def known_points(scans: Sequence[PointScan]) -> list[list[Known]]:

@@ -33,7 +33,7 @@ class Predictions:
     table: path of the CSV; columns: of it, "case" first; a last one, "reason", says why a file has no prediction
     names, paths: of the files, in the table's order; outputs: of each the files that must stand beside its rows
     recipe: {name: value} of all that the rows depend on besides the files
-    known: of each file the Known rows that it leads to, such as one for each point in it; by default one, of nothing
+    known: of each file the Known rows that it leads to, such as one for each point in it
     unit: what to call what a row stands for
     Raises UserError, on all ranks, where the folder holds predictions of another recipe.
     """
@@ -47,12 +47,12 @@ class Predictions:
         outputs: Sequence[Sequence[Path]],
         recipe: dict[str, Any],
         runtime: Runtime,
-        known: Sequence[Sequence[Known]] | None = None,
+        known: Sequence[Sequence[Known]],
         unit: str = "files",
     ):
         self.table, self.columns, self.names, self.paths = table, [*columns, "reason"], names, paths
         self.outputs, self.runtime, self.unit = outputs, runtime, unit
-        self.known = dict(zip(names, known or [[Known(at)] for at in range(len(names))]))
+        self.known = dict(zip(names, known))
         self._written, self._pause, files = 0.0, TABLE_EVERY, dict(zip(names, zip(paths, outputs)))
 
         def is_done(name: str, state: str) -> bool:
