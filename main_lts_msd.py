@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from dino3d.data.layouts import Pair, find_task, pairs_of
 from dino3d.data.lists import is_table, pairs_of_list
 from dino3d.data.requirements import Header, case_lines, class_faults, odd_headers, require_ct, too_bright
 from dino3d.data.volume import Volume
-from dino3d.evaluation.statistics import bootstrap_interval, format_metric, interval_notes, with_interval
+from dino3d.evaluation.statistics import format_metric, with_interval
 from dino3d.features import sliding_window
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.files import write_json, write_table
@@ -55,7 +55,15 @@ from dino3d.finetune.mask_inference import (
     mask_of,
     predict_log_probabilities,
 )
-from dino3d.finetune.mask_metrics import LESION_COUNTS, LESION_METRICS, lesion_metrics
+from dino3d.finetune.mask_metrics import (
+    COLUMNS,
+    LESION_COUNTS,
+    LESION_METRICS,
+    MASK_METRICS,
+    mean_metrics,
+    pool_cases,
+    table_value,
+)
 from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.run_report import report_segmentation
@@ -64,12 +72,7 @@ from dino3d.finetune.splits import Split, make_splits, of_patients
 from dino3d.training.checkpoint import StopRequested
 from dino3d.training.pictures import save_picture
 
-if TYPE_CHECKING:
-    pass
-
 SHOWN_CASES = 8  # test cases in TensorBoard during training
-MASK_METRICS = ("dice", "surface_dice", "hausdorff95_mm")
-COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml", *LESION_COUNTS)
 OVERLAYS, PROBABILITIES = "overlays", "probabilities"  # folders of a prediction
 AS_TRAINED = " (with --predict: as in training)"
 SCORE = Score("dice", "dice")  # by which the best epoch is chosen
@@ -461,56 +464,6 @@ def test_case(
     return np.array([[np.nan if row[figure] is None else row[figure] for figure in COLUMNS[3:]] for row in figures])
 
 
-def table_value(column: str, value: float) -> float | int | None:
-    """A figure of a case as it stands in cases.csv; NaN is undefined."""
-    return None if math.isnan(value) else int(value) if column in LESION_COUNTS else float(value)
-
-
-def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]:
-    """{figure: mean over cases, classes alike}, and how many Hausdorff distances are undefined. rows: as COLUMNS"""
-    means = {}
-    for name in MASK_METRICS:
-        values = [row[COLUMNS.index(name)] for row in rows]
-        defined = [value for value in values if value is not None]
-        means[name] = float(np.mean(defined)) if defined else None
-    undefined = sum(row[COLUMNS.index("hausdorff95_mm")] is None for row in rows)
-    return means | {"undefined_hausdorff95": undefined} | lesions_of(rows)[0]
-
-
-def lesions_of(
-    rows: Sequence[Sequence[Any]], patients: dict[str, str] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({name: value} of LESION_COUNTS and LESION_METRICS of the cases of rows, {name_interval: 95 % interval over
-    patients}).
-
-    patients: of each case, without them its own
-    rows: as COLUMNS; a case's classes add up, and a case that several folds tested counts once, with their mean; of
-    older versions' rows, which have no counts, all is None
-    """
-    by_case = collections.defaultdict(lambda: collections.defaultdict(lambda: np.zeros(len(LESION_COUNTS))))
-    for row in rows:
-        counts = row[COLUMNS.index(LESION_COUNTS[0]) :]
-        if any(count in (None, "") for count in counts):
-            return dict.fromkeys((*LESION_COUNTS, *LESION_METRICS)), {
-                f"{name}_interval": None for name in LESION_METRICS
-            }
-        by_case[row[COLUMNS.index("case")]][row[COLUMNS.index("fold")]] += np.array(counts, float)
-    counts = np.array([np.mean(list(folds.values()), axis=0) for folds in by_case.values()])  # (cases, counts)
-
-    owners = [(patients or {}).get(case, case) for case in by_case]
-
-    def metrics(weights: np.ndarray) -> dict[str, float | None]:
-        return lesion_metrics(*counts.T, weights)
-
-    sums = [int(total) if total.is_integer() else total for total in counts.sum(0).tolist()]
-    found = dict(zip(LESION_COUNTS, sums)) | metrics(np.ones(len(counts)))
-    intervals = {
-        f"{name}_interval": bootstrap_interval(lambda weights, name=name: metrics(weights)[name], owners)
-        for name in LESION_METRICS
-    }
-    return found, intervals
-
-
 def show_test_cases(state: FoldState, writer: Any, cases: Cases, settings: InferenceSettings) -> None:
     """Put the window around the lesion of the first test cases into TensorBoard: how their outlines grow."""
     network = state.model.eval()
@@ -632,10 +585,11 @@ def predict_case(
         networks, image, config["spacing"], settings, runtime, with_levels=bool(outputs.probabilities)
     )
     predicted = voxels_of(mask)
-    counts = np.bincount(predicted.ravel(), minlength=config["classes"])[1:]
+    foreground = predicted[mask_metrics.bounding_box(predicted)]
+    counts = np.bincount(foreground.ravel(), minlength=config["classes"])[1:]
     rows = []
     for k, n in enumerate(counts, 1):
-        lesions = int(mask_metrics.components(predicted[mask_metrics.bounding_box(predicted)] == k).max(initial=0))
+        lesions = int(mask_metrics.components(foreground == k).max(initial=0))
         rows.append((k, float(n * np.prod(image.GetSpacing()) / 1000), lesions))
     title = f"{outputs.overlay.stem}: " + told_volumes(rows)
     arrays = voxels_of(image), predicted, None
@@ -810,31 +764,6 @@ def lesion_lines(records: Sequence[dict[str, Any]], together: dict[str, Any]) ->
         figures[0] = with_interval(values["lesion_sensitivity"], values.get("lesion_sensitivity_interval"))
         lines.append(row(name, found, *figures))
     return [*lines, "a lesion is found, a predicted one true, where any voxel overlaps; FP: false positives"]
-
-
-def pool_cases(rows: Sequence[Sequence[Any]], patients: dict[str, str]) -> dict[str, Any]:
-    """{"cases", each of MASK_METRICS, LESION_COUNTS and LESION_METRICS, their "_interval", "notes"}: each case once,
-    the mean of its folds' and classes' figures; bootstrap over patients, for which cases stand
-    where none are known. patients: of each case
-
-    A distance that is undefined is left out of its case's mean.
-    """
-    found, intervals = {}, {}
-    for name in MASK_METRICS:
-        values = collections.defaultdict(list)
-        for row in rows:
-            if row[COLUMNS.index(name)] not in (None, ""):
-                values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index(name)]))
-        means = np.array([np.mean(of_case) for of_case in values.values()])
-        found[name] = float(means.mean()) if len(means) else None
-        intervals[f"{name}_interval"] = bootstrap_interval(
-            lambda weights, means=means: float(np.average(means, weights=weights)), [patients[case] for case in values]
-        )
-    names = [row[COLUMNS.index("case")] for row in rows]
-    lesions, lesion_intervals = lesions_of(rows, patients)
-    owners = [patients[name] for name in names]
-    notes = interval_notes(owners, "case" if owners == names else "patient")
-    return {"cases": len(set(names)), **found, **lesions, **intervals, **lesion_intervals, "notes": notes}
 
 
 if __name__ == "__main__":

@@ -202,6 +202,24 @@ def test_lesions_of_several_cts():
     assert metrics([0, 2, 0, 0]) == [0.0, None, 0.0, 0.0]
 
 
+def test_intervals_of_several_cts_are_over_patients():
+    """Cases that a patient has twice tell no more than once; taken for other patients they would."""
+    rng = np.random.default_rng(0)
+    once = [[f"c{i}", 0, 1, *rng.random(5), *rng.integers(1, 4, 4)] for i in range(8)]
+    twice = once + [[f"again{row[0]}", *row[1:]] for row in once]
+    single = mask_metrics.pool_cases(once, {row[0]: row[0] for row in once})
+    paired = mask_metrics.pool_cases(twice, {row[0]: row[0].removeprefix("again") for row in twice})
+    apart = mask_metrics.pool_cases(twice, {row[0]: row[0] for row in twice})
+    assert not single["notes"] and paired["cases"] == 16
+    for name in ("dice", "lesion_sensitivity", "lesion_f1"):
+        assert paired[name] == pytest.approx(single[name]) == apart[name]
+        assert paired[f"{name}_interval"] == pytest.approx(single[f"{name}_interval"])
+        assert np.ptp(apart[f"{name}_interval"]) < 0.9 * np.ptp(paired[f"{name}_interval"])
+    four = [row for row in twice if row[0][-1] in "0123"]
+    notes = mask_metrics.pool_cases(four, {row[0]: row[0].removeprefix("again") for row in four})["notes"]
+    assert notes == ["no 95 % interval: 4 patients, and it takes 5 to give one"]
+
+
 def test_the_tolerance_includes_its_own_value():
     """Whatever the last digit of spacing times voxels is: 3 x 0.7 is a little less than 2.1, 3 x 1.1 more than 3.3."""
     label, predicted = np.zeros((2, 9, 5, 5), np.uint8)

@@ -1,17 +1,24 @@
-"""What is measured and cleaned of a mask: overlap, surface distances, lesions found and missed, components.
+"""What is measured and cleaned of masks: overlap, surface distances, lesions found and missed, components; and the
+figures of several cases.
 
 Masks are (X, Y, Z) uint8 of classes in RAS order, 0 is the background; spacing is (3,) mm. What lies outside a volume
 is background: where a mask touches the volume's border, its voxels there are surface.
 """
 
+import collections
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
+from dino3d.evaluation.statistics import bootstrap_interval, interval_notes
+
+MASK_METRICS = ("dice", "surface_dice", "hausdorff95_mm")
 LESION_COUNTS = ("lesions_found", "lesions_missed", "lesions_predicted", "false_positives")  # of a CT
 LESION_METRICS = ("lesion_sensitivity", "lesion_precision", "lesion_f1", "false_positives_per_ct")  # of several
+COLUMNS = ("case", "fold", "class", *MASK_METRICS, "volume_ml", "predicted_ml", *LESION_COUNTS)  # of cases.csv
 
 
 def evaluate_masks(
@@ -112,6 +119,76 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     others = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
     found = [np.flatnonzero(mask.any(axis=axes)) for axes in others]
     return tuple(slice(int(f[0]), int(f[-1]) + 1) if len(f) else slice(0, 0) for f in found)
+
+
+# -------------------------------------------------------------------------------------------------------- several cases
+
+
+def table_value(column: str, value: float) -> float | int | None:
+    """A figure of a case as it stands in cases.csv; NaN is undefined."""
+    return None if math.isnan(value) else int(value) if column in LESION_COUNTS else float(value)
+
+
+def mean_metrics(rows: Sequence[Sequence[Any]]) -> dict[str, float | int | None]:
+    """{figure: mean over cases, classes alike}, and how many Hausdorff distances are undefined. rows: as COLUMNS"""
+    means = {}
+    for name in MASK_METRICS:
+        values = [row[COLUMNS.index(name)] for row in rows]
+        defined = [value for value in values if value is not None]
+        means[name] = float(np.mean(defined)) if defined else None
+    undefined = sum(row[COLUMNS.index("hausdorff95_mm")] is None for row in rows)
+    return means | {"undefined_hausdorff95": undefined} | lesions_of(rows)
+
+
+def lesions_of(rows: Sequence[Sequence[Any]], patients: dict[str, str] | None = None) -> dict[str, Any]:
+    """{name: value} of LESION_COUNTS and LESION_METRICS of the cases of rows and, given the patient of each case,
+    {name_interval: 95 % interval over patients}.
+
+    rows: as COLUMNS; a case's classes add up, and a case that several folds tested counts once, with their mean; of
+    older versions' rows, which have no counts, all is None
+    """
+    names = [f"{name}_interval" for name in LESION_METRICS if patients is not None]
+    by_case = collections.defaultdict(lambda: collections.defaultdict(lambda: np.zeros(len(LESION_COUNTS))))
+    for row in rows:
+        counts = row[COLUMNS.index(LESION_COUNTS[0]) :]
+        if any(count in (None, "") for count in counts):
+            return dict.fromkeys((*LESION_COUNTS, *LESION_METRICS, *names))
+        by_case[row[COLUMNS.index("case")]][row[COLUMNS.index("fold")]] += np.array(counts, float)
+    counts = np.array([np.mean(list(folds.values()), axis=0) for folds in by_case.values()])  # (cases, counts)
+
+    def metrics(weights: np.ndarray) -> dict[str, float | None]:
+        return lesion_metrics(*counts.T, weights)
+
+    sums = [int(total) if total.is_integer() else total for total in counts.sum(0).tolist()]
+    found = dict(zip(LESION_COUNTS, sums)) | metrics(np.ones(len(counts)))
+    for name, metric in zip(names, LESION_METRICS):
+        found[name] = bootstrap_interval(
+            lambda weights, metric=metric: metrics(weights)[metric], [patients[case] for case in by_case]
+        )
+    return found
+
+
+def pool_cases(rows: Sequence[Sequence[Any]], patients: dict[str, str]) -> dict[str, Any]:
+    """{"cases", each of MASK_METRICS, LESION_COUNTS and LESION_METRICS, their "_interval", "notes"}: each case once,
+    the mean of its folds' and classes' figures; bootstrap over patients. patients: of each case
+
+    A distance that is undefined is left out of its case's mean.
+    """
+    found, intervals = {}, {}
+    for name in MASK_METRICS:
+        values = collections.defaultdict(list)
+        for row in rows:
+            if row[COLUMNS.index(name)] not in (None, ""):
+                values[row[COLUMNS.index("case")]].append(float(row[COLUMNS.index(name)]))
+        means = np.array([np.mean(of_case) for of_case in values.values()])
+        found[name] = float(means.mean()) if len(means) else None
+        intervals[f"{name}_interval"] = bootstrap_interval(
+            lambda weights, means=means: float(np.average(means, weights=weights)), [patients[case] for case in values]
+        )
+    names = [row[COLUMNS.index("case")] for row in rows]
+    owners = [patients[name] for name in names]
+    notes = interval_notes(owners, "case" if owners == names else "patient")
+    return {"cases": len(set(names)), **found, **intervals, **lesions_of(rows, patients), "notes": notes}
 
 
 # ------------------------------------------------------------------------------------------------------------ cleaning
