@@ -19,7 +19,7 @@ from dino3d.evaluation import statistics
 from dino3d.evaluation.calibration import Calibration
 from dino3d.files import read_table
 from dino3d.finetune.classification_pictures import wilson_interval
-from dino3d.finetune.run_report import draw_learning_curves
+from dino3d.finetune.run_report import cell_text, draw_learning_curves
 from vision_transformer import ARCHITECTURES
 
 
@@ -212,6 +212,12 @@ def test_learning_curves_show_what_the_log_says(tmp_path, monkeypatch):
     ]
     assert validation.lines[0].get_xydata().tolist() == [[2, 0.7], [4, 0.6]]
     assert score.lines[0].get_xydata().tolist() == [[2, 0.8]] == score.lines[1].get_xydata().tolist()
+
+
+def test_names_that_look_like_numbers_stand_as_they_are():
+    for name in ("10_002", "1e5", "nan", "0.5"):
+        assert cell_text("case", name) == name
+    assert (cell_text("dice", "0.5"), cell_text("hausdorff95_mm", ""), cell_text("fold", "1")) == ("0.500", "", "1")
 
 
 def test_wilson_interval_is_the_solution_of_its_equation():

@@ -10,6 +10,7 @@ from dino3d.evaluation.statistics import format_metric
 from dino3d.files import atomic_write, read_json, read_log, read_table
 from dino3d.finetune.classification_pictures import draw_confusion, draw_reliability
 from dino3d.finetune.fold_folders import file_name
+from dino3d.finetune.mask_metrics import MASK_METRICS
 
 PICTURED = 3  # worst cases of a segmentation whose overlays are shown, and the best one
 
@@ -93,14 +94,14 @@ def report_segmentation(output_dir: Path) -> None:
     }
     results_table(report, found, figures)
     report.text(
-        "In brackets the 95 % interval by bootstrap over cases. All folds: each tested case once, with the mean of its "
-        "folds. A lesion is a connected component of a mask, however small; it is found, and a predicted one is true, "
-        "where any voxel of the other mask lies in it."
+        "In brackets the 95 % interval by bootstrap over patients, or cases where none are known. All folds: each "
+        "tested case once, with the mean of its folds. A lesion is a connected component of a mask, however small; it "
+        "is found, and a predicted one is true, where any voxel of the other mask lies in it."
     )
     show_learning_curves(report, output_dir, found["folds"], "dice", "Dice")
     report.heading("Cases, worst first")
     rows.sort(key=lambda row: float(row["dice"]))
-    report.table(list(rows[0]), [[shortened(value) for value in row.values()] for row in rows])
+    report.table(list(rows[0]), [[cell_text(*cell) for cell in row.items()] for row in rows])
     pictured = {(row["fold"], row["case"]): row["dice"] for row in [*rows[:PICTURED], rows[-1]]}
     for (fold, case), dice in pictured.items():
         overlay = output_dir / fold / "overlays" / f"{file_name(case)}.png"
@@ -111,12 +112,10 @@ def report_segmentation(output_dir: Path) -> None:
     finish_report(report, output_dir, found)
 
 
-def shortened(value: str) -> str:
-    """A cell of a table, numbers with three digits."""
-    try:
-        return value if value.isdigit() else f"{float(value):.3f}"
-    except ValueError:
-        return value
+def cell_text(column: str, text: str) -> str:
+    """A cell of cases.csv: measures with three digits, and names, counts and what is undefined as they stand."""
+    measured = text and column in (*MASK_METRICS, "volume_ml", "predicted_ml")
+    return f"{float(text):.3f}" if measured else text
 
 
 def start_report(output_dir: Path, title: str, found: dict[str, Any]) -> Report:
