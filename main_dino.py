@@ -45,10 +45,12 @@ from dino3d.training import checkpoint
 from dino3d.training.loading import next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
+from dino3d.training.objectives import sinkhorn_offsets
 from utils import cosine_schedule, linear_schedule
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
 
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
+CENTER_MOMENTUM = 0.9
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -168,10 +170,19 @@ def get_args_parser() -> command_line.ArgumentParser:
     )
     group.add_argument(
         "--center_momentum",
-        default=0.9,
+        default=CENTER_MOMENTUM,
         type=number(float, 0, 1),
         help="momentum of the running mean of the teacher's outputs, the centre; lower it for a centre "
         "that follows faster",
+    )
+    group.add_argument(
+        "--centering",
+        default="mean",
+        choices=("mean", "sinkhorn"),
+        help="what keeps the teacher's outputs spread over the prototypes: mean: their running mean, the centre, is "
+        "taken off; sinkhorn: each batch is shared out evenly (Sinkhorn-Knopp, 3 iterations, as in SwAV and DINOv2), "
+        "where a teacher with a centre falls to few prototypes. The batch is --batch_size_per_gpu x processes: with "
+        "--accumulate_steps each small batch is shared out by itself",
     )
     group.add_argument(
         "--freeze_last_layer",
@@ -399,7 +410,9 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     if args.compile:
         notices += compile_blocks((student, teacher), processes.device)
     network, teacher = wrap_ddp(student, teacher, args.use_bn_in_head, args.accumulate_steps, processes)
-    dino_loss = DINOLoss(args.out_dim, args.center_momentum).to(processes.device)
+    dino_loss = DINOLoss(args.out_dim, args.center_momentum, args.centering).to(processes.device)
+    if args.centering == "sinkhorn" and args.center_momentum != CENTER_MOMENTUM:
+        notices.append("--center_momentum has no effect on training with --centering sinkhorn, which has no centre")
 
     # -------------------------------------------------------------------------------------------------- optimisation
     optimizer = utils.make_optimizer(args.optimizer, utils.parameter_groups(student))
@@ -671,7 +684,9 @@ def train_step(
                 if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
                     mean_center = state.processes.mean_async(torch.cat(centers).mean(0, keepdim=True))
                 student_logits = state.network(views)  # ((2 + L) B, out_dim)
-            losses, winning = state.dino_loss(student_logits, teacher_logits, scheduled["teacher_temp"])
+            losses, winning = state.dino_loss(
+                student_logits, teacher_logits, scheduled["teacher_temp"], state.processes
+            )
             state.scaler.scale(losses["loss"] / state.accumulate_steps).backward()
         terms.append(torch.stack([term.detach() for term in losses.values()]))
         air.append(air_share(views))
@@ -708,30 +723,44 @@ class DINOLoss(nn.Module):
     """Cross-entropy between the teacher's view of a sample and the student's other views of it (eq. 1 to 4).
 
     out_dim: prototypes; center_momentum: of the running mean of the teacher's logits
+    centering: "mean": that mean is taken off the teacher's logits; "sinkhorn": the batch's `sinkhorn_offsets` are added
+        to them instead, and the mean is only kept up, to be shown and for a run that goes back to it
     """
 
-    def __init__(self, out_dim: int, center_momentum: float):
+    def __init__(self, out_dim: int, center_momentum: float, centering: str = "mean") -> None:
         super().__init__()
-        self.center_momentum = center_momentum
+        self.center_momentum, self.centering = center_momentum, centering
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        teacher_temp: float,
+        processes: utils.Processes = checkpoint.ALONE,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """student_logits: (V B, K) of all V views; teacher_logits: (2 B, K) of the global ones, which come first.
+        """student_logits: (V B, K) of all V views; teacher_logits: (2 B, K) of the global ones, which come first;
+        processes: whose samples Sinkhorn-Knopp takes together.
 
         Returns {name: ()}: "loss", which is to be minimised, and what the monitor shows of it, the mean KL divergence
         and the teacher's mean entropy, in nats; and the largest prototype of each teacher output (2 B,).
         """
         batch, out_dim = len(teacher_logits) // 2, teacher_logits.shape[1]
         dtype = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 and fp16 are too coarse for a softmax
-        log_teacher = ((teacher_logits.to(dtype) - self.center) / teacher_temp).log_softmax(-1)  # (2 B, K)
+        log_teacher = self.log_teacher(teacher_logits.to(dtype), teacher_temp, processes)  # (2 B, K)
         teacher = log_teacher.exp()
         views = student_logits.view(-1, batch, out_dim)  # (V, B, K)
         pairs = 2 * (len(views) - 1)
         loss = CrossEntropy.apply(views, *teacher.view(2, batch, out_dim)).mean() / pairs
         entropy = -(teacher * log_teacher).sum(-1).mean()
         return {"loss": loss, "kl": loss.detach() - entropy, "teacher_entropy": entropy}, teacher.argmax(-1)
+
+    def log_teacher(self, logits: Tensor, temp: float, processes: utils.Processes) -> Tensor:
+        """(2 B, K) logarithms of the teacher's probabilities, the targets."""
+        if self.centering == "mean":
+            return ((logits - self.center) / temp).log_softmax(-1)
+        scores = logits / temp
+        return (scores + sinkhorn_offsets(scores, processes)).log_softmax(-1)
 
     def batch_center(self, teacher_logits: Tensor) -> Tensor:
         """(1, K) mean of a micro-batch's teacher logits."""

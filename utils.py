@@ -150,6 +150,14 @@ class Processes:
         there.record()
         return lambda: there.synchronize() or count.item() > 0
 
+    def stack(self, tensor: Tensor) -> Tensor:
+        """(world_size, ...) the tensors of all ranks, of one shape, without gradients."""
+        if self.world_size == 1:
+            return tensor[None]
+        tensors = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(tensors, tensor)
+        return torch.stack(tensors)
+
     def all_gather(self, value: Any) -> list[Any]:
         """[value of rank 0, of rank 1, ...] on every rank; any value that pickle can store, of any size."""
         if self.world_size == 1:
