@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dino3d import __version__
+from dino3d import __version__, flag_files
 
 
 class UserError(Exception):
@@ -267,24 +267,44 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors in one line that name what was probably meant. -h and --version: see `help_flags`."""
+    """argparse with errors in one line that name what was probably meant, and where it stands in a file of flags
+    (`@FILE`). -h and --version: see `help_flags`."""
 
     def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("epilog", "@FILE among the flags stands for those in a file, see docs/recipes.md")
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, add_help=False, **kwargs)
+        self._words = []  # those that are being parsed
 
     def error(self, message: str) -> NoReturn:
-        print_error(message if message.endswith("?") else f"{message} (see --help)", True)
+        message, *suggestion = message.partition(": did you mean")
+        message += flag_files.place_of_error(self._words, self._option_string_actions)
+        print_error(message + ("".join(suggestion) or " (see --help)"), True)
         sys.exit(2)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        args = sys.argv[1:] if args is None else list(args)
+        try:
+            args = flag_files.expand(sys.argv[1:] if args is None else args, self._option_string_actions)
+        except ValueError as error:
+            self.error(str(error))
         for word in args:
             flag = word.partition("=")[0]
             if not word.startswith("-") and self._subparsers:  # what follows a sub-command is for its own parser
                 break
             if flag.startswith("--") and flag != "--" and " " not in flag and flag not in self._option_string_actions:
-                self.error(f"unrecognized argument {flag}" + did_you_mean(flag, self._option_string_actions))
-        return super().parse_known_args(args, namespace)
+                unknown = f"unrecognized argument {flag}" + flag_files.place_of(word)
+                self.error(unknown + did_you_mean(flag, self._option_string_actions))
+        self._words = args
+        namespace, extras = super().parse_known_args(args, namespace)
+        self._words = []
+        for word in extras:
+            if isinstance(word, flag_files.FileWord):
+                self.error(f"{word}: no flag takes it{flag_files.place_of(word)}")
+        return namespace, extras
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.nargs == argparse.PARSER:  # words for a sub-command, whose parser is to know their places
+            return arg_string
+        return super()._get_value(action, str(arg_string))  # a plain one: it goes into config.json and checkpoints
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
