@@ -77,7 +77,8 @@ def _read_text(path: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"@{path}: can't be read ({reason}): expected a file of flags; a value that begins with @ is given as --data_dir=@NAME"
+            f"@{path}: can't be read ({reason}): expected a file of flags; a value that begins with @ is given as "
+            "--data_dir=@NAME"
         ) from error
     try:
         text = data.decode("utf-8-sig")
