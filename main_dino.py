@@ -47,7 +47,7 @@ from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from dino3d.training.objectives import sinkhorn_offsets
 from utils import cosine_schedule, linear_schedule
-from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper
+from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, build_encoder, has_setting
 
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 CENTER_MOMENTUM = 0.9
@@ -105,7 +105,8 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--arch",
         default="vit_small",
         type=command_line.architecture(ARCHITECTURES),
-        help="one of " + ", ".join(ARCHITECTURES) + "; vit_micro and vit_tiny for CPUs, vit_small as in the paper",
+        help="one of " + ", ".join(ARCHITECTURES) + "; vit_micro and vit_tiny for CPUs, vit_small as in the paper, "
+        "resnet50 as in the paper's comparison",
     )
     group.add_argument(
         "--patch_size",
@@ -113,14 +114,14 @@ def get_args_parser() -> command_line.ArgumentParser:
         nargs=3,
         type=number(int, 1),
         metavar=xyz,
-        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost",
+        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost; not for ResNets",
     )
     group.add_argument(
         "--drop_path_rate",
         default=0.1,
         type=number(float, 0, below=1),
         help="stochastic depth: probability that the student's last block is skipped, less for those "
-        "before it; 0 for small data and short runs",
+        "before it; 0 for small data and short runs; not for ResNets",
     )
     flag(
         group,
@@ -253,7 +254,7 @@ def get_args_parser() -> command_line.ArgumentParser:
         nargs=3,
         type=number(int, 1),
         metavar=xyz,
-        help="voxels of a global view, a multiple of --patch_size; smaller for CPUs",
+        help="voxels of a global view, a multiple of --patch_size (ResNets: any); smaller for CPUs",
     )
     group.add_argument(
         "--local_crops_number", default=8, type=number(int, 0), help="local views per sample; fewer are faster"
@@ -262,7 +263,8 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--local_crops_scale",
         default=0.25,
         type=number(float, above=0, high=1),
-        help="side of a local view relative to a global one; its voxels must be a multiple of --patch_size",
+        help="side of a local view relative to a global one; its voxels must be a multiple of --patch_size "
+        "(ResNets: any)",
     )
     group.add_argument(
         "--spacing",
@@ -345,7 +347,15 @@ def get_args_parser() -> command_line.ArgumentParser:
 def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what is wrong whatever the data (exit code 2), and add args.local_size, (3,) voxels of a local view."""
     args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
+    for name in ("patch_size", "drop_path_rate"):
+        if has_setting(args.arch, name):
+            continue
+        if parser.is_given(args, name):
+            parser.error(f"--{name} {format_values(getattr(args, name))}: {args.arch} has none; leave it out")
+        setattr(args, name, None)
     for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
+        if args.patch_size is None:  # a network that takes any size
+            break
         if any(n % p for n, p in zip(size, args.patch_size)) and (size is args.input_size or args.local_crops_number):
             parser.error(
                 f"{flag}: a view of {format_values(size)} voxels is not a multiple of --patch_size "
@@ -398,7 +408,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head
     )
     student = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing)
-    teacher = build(drop_path_rate=0.0, norm_last_layer=True)  # follows the student without gradients
+    teacher = build(drop_path_rate=None, norm_last_layer=True)  # follows the student without gradients
     if args.pretrained_weights:
         notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
     teacher.load_state_dict(student.state_dict())  # both start from the same weights
@@ -927,17 +937,15 @@ def find_data(folder: str | None, data_list: str | None, index: Path) -> list[st
 def build_model(
     arch: str,
     input_size: Sequence[int],
-    patch_size: Sequence[int],
+    patch_size: Sequence[int] | None,
     out_dim: int,
     use_bn_in_head: bool,
-    drop_path_rate: float,
+    drop_path_rate: float | None,
     norm_last_layer: bool,
     grad_checkpointing: bool = False,
 ) -> MultiCropWrapper:
     """A new student or teacher: backbone and DINO head."""
-    backbone = ARCHITECTURES[arch](
-        img_size=input_size, patch_size=patch_size, drop_path_rate=drop_path_rate, grad_checkpointing=grad_checkpointing
-    )
+    backbone = build_encoder(arch, input_size, patch_size, drop_path_rate, grad_checkpointing)
     return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))
 
 

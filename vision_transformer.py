@@ -1,4 +1,4 @@
-"""3D vision transformer and DINO head.
+"""3D vision transformer, the table of architectures, and the DINO head.
 
 Volumes follow one axis convention everywhere: tensors are (B, C, X, Y, Z) in RAS, and whatever is given
 per axis (sizes, patches, grids) is in that order, in voxels. Tokens run over the patch grid with x slowest
@@ -12,6 +12,7 @@ Sources:
     Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
+
+from resnet3d import Stage, resnet18, resnet34, resnet50, resnet101
 
 # Mean grey value of thorax CT scaled from [-1000, 1000] HU to [0, 1], between air (0), lung (0.1) and tissue (0.5)
 MEAN_GREY = 0.3
@@ -134,21 +137,24 @@ class Block(nn.Module):
 class Encoder(Protocol):
     """What the scripts and their heads need of a backbone, whatever its architecture; `VisionTransformer` is one.
 
-    embed_dim: width D of the embedding and of the feature maps
-    img_size, patch_size: (3,) voxels that it is trained on, and of one position of its feature maps
+    embed_dim: width D of the embedding and of the last feature map
+    img_size, patch_size: (3,) voxels that it is trained on, and of one position of its last feature map
     blocks: its repeated parts in order, which are compiled one by one
+    stages: where its maps change their size and channels, for a decoder; () where all are like the last
     """
 
     embed_dim: int
     img_size: tuple[int, ...]
     patch_size: tuple[int, ...]
     blocks: nn.ModuleList
+    stages: tuple[Stage, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> embedding (B, D)."""
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int], norm: bool | str) -> list[Tensor]:
-        """(B, C, X, Y, Z) -> feature maps of some blocks, shallowest first, each (B, D, x, y, z)."""
+        """(B, C, X, Y, Z) -> feature maps of some blocks, shallowest first, each (B, D, x, y, z); where there are
+        stages, with their channels for D."""
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: 0 for what comes before the first block, i + 1 for block i, len(blocks) + 1 after
@@ -177,6 +183,8 @@ class VisionTransformer(nn.Module):
         ValueError: a size is not a multiple of the patch, `embed_dim` not one of `num_heads`, or the rate is
             outside [0, 1); from every method that takes a volume, if its rank, channels or size don't fit.
     """
+
+    stages = ()
 
     def __init__(
         self,
@@ -359,7 +367,29 @@ ARCHITECTURES = {
     "vit_base": vit_base,
     "vit_large": vit_large,
     "vit_huge": vit_huge,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
 }
+
+
+def has_setting(arch: str, name: str) -> bool:
+    """Whether an architecture has a setting such as patch_size or drop_path_rate, which its constructor then takes."""
+    return name in inspect.signature(ARCHITECTURES[arch]).parameters
+
+
+def build_encoder(
+    arch: str,
+    img_size: Sequence[int],
+    patch_size: Sequence[int] | None = None,
+    drop_path_rate: float | None = None,
+    grad_checkpointing: bool = False,
+) -> Encoder:
+    """A new encoder by its name. patch_size, drop_path_rate: None: as the architecture has it, or has none."""
+    settings = {"patch_size": patch_size, "drop_path_rate": drop_path_rate}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return ARCHITECTURES[arch](img_size=img_size, grad_checkpointing=grad_checkpointing, **settings)
 
 
 class DINOHead(nn.Module):

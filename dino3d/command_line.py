@@ -275,6 +275,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, add_help=False, **kwargs)
         self._words = []  # those that are being parsed
 
+    def is_given(self, args: argparse.Namespace, name: str) -> bool:
+        """Whether a flag was given, also with its default's value. For numbers with a point and lists, which are new
+        objects where they are parsed; small whole numbers are not."""
+        return getattr(args, name) is not self.get_default(name)
+
     def error(self, message: str) -> NoReturn:
         message, *suggestion = message.partition(": did you mean")
         message += flag_files.place_of_error(self._words, self._option_string_actions)
@@ -474,8 +479,9 @@ def architecture(known: Collection[str]) -> Callable[[str], str]:
     def parse(name: str) -> str:
         if name in known:
             return name
-        why = "ResNets are not available yet" if name.startswith("resnet") else "unknown architecture"
-        raise argparse.ArgumentTypeError(f"{name}: {why}, choose one of {', '.join(known)}" + did_you_mean(name, known))
+        raise argparse.ArgumentTypeError(
+            f"{name}: unknown architecture, choose one of {', '.join(known)}" + did_you_mean(name, known)
+        )
 
     return parse
 

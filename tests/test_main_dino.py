@@ -551,7 +551,9 @@ def test_all_files_bad(tmp_path, capsys, kind, says):
         (["--clip_range", "1000", "-1000"], "--clip_range"),
         (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu"),
         (["--arch", "vit_enormous"], "vit_enormous"),
-        (["--arch", "resnet50"], "ResNets are not available yet"),
+        (["--arch", "resnet18", "--patch_size", "12", "12", "6"], "--patch_size 12 12 6: resnet18 has none"),
+        (["--arch", "resnet18", "--drop_path_rate", "0.1"], "--drop_path_rate 0.1: resnet18 has none"),
+        (["--arch", "resnet500"], "did you mean resnet50?"),
         (["--lr", "nan"], "--lr"),
         (["--epochs", "ten"], "--epochs"),
         (["--use_flip", "perhaps"], "--use_flip"),
@@ -753,7 +755,7 @@ def test_one_rank_alone_that_fails_ends_the_run(volumes, tmp_path):
 
 
 def test_plain_python_and_one_line_errors(tmp_path):
-    done = command("--data_dir", tmp_path, "--arch", "resnet50")
+    done = command("--data_dir", tmp_path, "--arch", "resnet500")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
     done = command("--data_dir", tmp_path / "nowhere", "--output_dir", tmp_path / "out")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not done.stdout

@@ -958,7 +958,7 @@ def test_bad_data(crops, tmp_path, capsys, spoil, flags, says):
         (["--num_test", "0"], "--num_test"),
         (["--protocol", "svm"], "--protocol"),
         (["--folds", "random"], "--folds"),
-        (["--arch", "resnet50"], "ResNets are not available yet"),
+        (["--arch", "resnet500"], "did you mean resnet50?"),
         (["--lr", "nan"], "--lr"),
         (["--layer_decay", "0"], "--layer_decay"),
         (["--negatives", "-1"], "--negatives"),

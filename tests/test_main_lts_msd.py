@@ -1132,7 +1132,7 @@ def test_bad_data(cases, tmp_path, what):
         (["--cache_gb", -1], "--cache_gb"),
         (["--min_volume", "nan"], "--min_volume"),
         (["--clip_range", 1000, -1000], "--clip_range"),
-        (["--arch", "resnet50"], "--arch"),
+        (["--arch", "resnet500"], "--arch"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError, format_values
 from dino3d.weights import config_of, crc32_of_tensors, find_network, fit_network, load_file
-from vision_transformer import ARCHITECTURES, Encoder
+from vision_transformer import ARCHITECTURES, Encoder, build_encoder, has_setting
 
 # Where neither a flag nor the checkpoint's config says
 ENCODER = {
@@ -20,12 +20,13 @@ ENCODER = {
 class PretrainedEncoder(NamedTuple):
     """A pre-trained encoder: what to build it with, its weights (None: from scratch), and what to tell of them.
 
+    patch_size: None for an architecture without patches
     crc32: of the weights in their file; "" without
     crop_spacing: (3,) mm of the crops that a fine-tuned one was trained on, where its file says so and they had one
     """
 
     arch: str
-    patch_size: list[int]
+    patch_size: list[int] | None
     input_size: list[int]
     clip_range: list[float]
     spacing: list[float] | None
@@ -36,9 +37,7 @@ class PretrainedEncoder(NamedTuple):
 
     def build(self, drop_path_rate: float = 0.0) -> Encoder:
         """A new one with these weights, or random ones."""
-        encoder = ARCHITECTURES[self.arch](
-            img_size=self.input_size, patch_size=self.patch_size, drop_path_rate=drop_path_rate
-        )
+        encoder = build_encoder(self.arch, self.input_size, self.patch_size, drop_path_rate or None)
         if self.state is not None:
             encoder.load_state_dict(self.state)
         return encoder
@@ -127,7 +126,12 @@ def load_encoder(
                 everywhere=True,
             )
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
-    if any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
+    if not has_setting(chosen["arch"], "patch_size"):
+        if given["patch_size"] is not None:
+            patch = format_values(given["patch_size"])
+            raise UserError(f"--patch_size {patch}: {chosen['arch']} has none; leave it out", everywhere=True)
+        chosen["patch_size"] = None
+    if chosen["patch_size"] and any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
         source = f"{flag} {path}: " if path else ""
         raise UserError(
             f"{source}an input of {format_values(chosen['input_size'])} voxels is not a multiple of the patch size "
@@ -149,7 +153,7 @@ def load_encoder(
     notices = (*notices, f"weights of {path}: {network.origin}", *fitted)
     if not has_flags and not config.get("clip_range"):
         notices += (f"{path} does not say its clip range: HU {format_values(encoder.clip_range)} become 0 and 1",)
-    crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict()})
+    crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict() if name in network.tensors})
     crop_spacing = None if config.get("crop_spacings_differ") else config.get("crop_spacing")
     return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=crop_spacing)
 

@@ -1,0 +1,224 @@
+"""3D residual networks (resnet18, 34, 50, 101), an encoder as `vision_transformer.Encoder` has it.
+
+Volumes are (B, C, X, Y, Z) in RAS, as everywhere. The first convolution halves x and y and leaves z, as Hara et al.
+leave time: CT has fewer and thicker slices than rows, and a view of 96x96x48 voxels is a cube of 24 positions after the
+first convolution and pooling. Names of parameters are those of torchvision, MONAI and MedicalNet.
+
+Sources:
+    He et al. 2016, Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
+    Hara et al. 2018, Can Spatiotemporal 3D CNNs Retrace the History of 2D CNNs and ImageNet?,
+        https://arxiv.org/abs/1711.09577
+    Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+STEM_STRIDE = (2, 2, 1)  # of the first convolution (Hara 2018, table 1, with z in the place of time)
+
+
+class Stage(NamedTuple):
+    """Feature maps of one size. block: the last one that gives it; channels: its width; stride: (3,) voxels between two
+    of its positions"""
+
+    block: int
+    channels: int
+    stride: tuple[int, ...]
+
+
+def convolution(in_chans: int, channels: int, kernel: int, stride: int | tuple[int, ...] = 1) -> nn.Conv3d:
+    """Without a bias, which the batch normalisation after it would take off again."""
+    return nn.Conv3d(in_chans, channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3x3 convolutions and a shortcut (He 2016, figure 5, left).
+
+    (B, in_chans, x, y, z) -> (B, width, x', y', z'); a stride of 2 gives ceil(x / 2) positions. The shortcut is then,
+    as with other channels, a 1x1x1 convolution (He's option B).
+    """
+
+    expansion = 1
+
+    def __init__(self, in_chans: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = convolution(in_chans, width, 3, stride)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.conv2 = convolution(width, width, 3)
+        self.bn2 = nn.BatchNorm3d(width)
+        self.downsample = shortcut(in_chans, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.relu_(self.bn1(self.conv1(x)))
+        residual = self.bn2(self.conv2(residual))
+        return F.relu_(residual + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1x1, 3x3x3 and 1x1x1 convolutions and a shortcut (He 2016, figure 5, right): four times `width` channels.
+
+    The 3x3x3 convolution has the stride, as in torchvision and MONAI, and not the first.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_chans: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = convolution(in_chans, width, 1)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.conv2 = convolution(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm3d(width)
+        self.conv3 = convolution(width, 4 * width, 1)
+        self.bn3 = nn.BatchNorm3d(4 * width)
+        self.downsample = shortcut(in_chans, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.relu_(self.bn1(self.conv1(x)))
+        residual = F.relu_(self.bn2(self.conv2(residual)))
+        residual = self.bn3(self.conv3(residual))
+        return F.relu_(residual + self.downsample(x))
+
+
+def shortcut(in_chans: int, channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_chans == channels:
+        return nn.Identity()
+    return nn.Sequential(convolution(in_chans, channels, 1, stride), nn.BatchNorm3d(channels))
+
+
+class ResNet(nn.Module):
+    """Residual network (He 2016, table 1) in 3D (Hara 2018), without a classifier: volumes of any size.
+
+    Feature maps have ceil(size / stride) positions on each axis, of which the last stage's is (32, 32, 16) voxels: also
+    a small view gives at least one. Training normalises over the batch: a single sample of one last position is torch's
+    ValueError then.
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        depths: residual blocks of each of the four stages.
+        img_size: training size (X, Y, Z) in voxels; nothing of the network depends on it.
+        in_chans: channels of the input.
+        grad_checkpointing: keep each block's input alone for the backward pass and compute the block once more there
+            (Chen 2016): the same gradients for a fraction of the memory, at a third more time. An attribute too.
+
+    Raises:
+        ValueError: img_size has not three axes; from every method that takes a volume, if its rank or channels don't
+            fit.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        img_size: Sequence[int] = (96, 96, 48),
+        in_chans: int = 1,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(img_size) != 3 or min(img_size) < 1:
+            raise ValueError(f"img_size {tuple(img_size)} must be three positive numbers of voxels (X, Y, Z)")
+        self.img_size, self.in_chans, self.grad_checkpointing = tuple(img_size), in_chans, grad_checkpointing
+        self.conv1 = convolution(in_chans, 64, 7, STEM_STRIDE)
+        self.bn1 = nn.BatchNorm3d(64)
+        self.maxpool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
+        channels, stride, last, stages = 64, [2 * n for n in STEM_STRIDE], -1, []
+        for i, depth in enumerate(depths):
+            width, step = 64 * 2**i, 1 if i == 0 else 2
+            first = block(channels, width, step)
+            channels, stride, last = width * block.expansion, [n * step for n in stride], last + depth
+            setattr(self, f"layer{i + 1}", nn.Sequential(first, *(block(channels, width) for _ in range(1, depth))))
+            stages.append(Stage(last, channels, tuple(stride)))
+        self.stages, self.embed_dim, self.patch_size = tuple(stages), channels, stages[-1].stride
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):  # He et al. 2015, arXiv 1502.01852, as torchvision and MONAI
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The residual blocks of all stages, in order."""
+        return nn.ModuleList(self._blocks())
+
+    def _blocks(self) -> list[nn.Module]:
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean of the last feature map: (B, C, X, Y, Z) -> (B, D)."""
+        (x,) = self._maps(x, (self.stages[-1].block,))  # (B, D, x, y, z)
+        return x.mean((2, 3, 4))
+
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool | str = True) -> list[Tensor]:
+        """Feature maps of some residual blocks, shallowest first, each (B, channels, x, y, z), see `stages`.
+
+        Entry [..., i, j, k] is the surrounding of voxel (i, j, k) * stride.
+
+        Args:
+            x: volumes (B, C, X, Y, Z).
+            n: how many of the last blocks, or which blocks: ascending indices, 0 the first block's.
+            norm: there is no final norm: the maps are the same whatever it says.
+
+        Raises:
+            ValueError: `n` names no block, or not blocks of this model in ascending order.
+        """
+        depth = self.stages[-1].block + 1
+        indices = n if isinstance(n, Sequence) else range(depth - n, depth)
+        ascending = all(a < b for a, b in pairwise(indices))
+        if not (indices and ascending and 0 <= indices[0] and indices[-1] < depth):
+            raise ValueError(
+                f"n is {n}; the model has {depth} blocks to take feature maps from: give a number of last "
+                f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order"
+            )
+        return list(self._maps(x, indices))
+
+    def _maps(self, x: Tensor, indices: Sequence[int]) -> Iterator[Tensor]:
+        if x.ndim != 5 or x.shape[1] != self.in_chans:
+            raise ValueError(f"expected a volume of shape (B, {self.in_chans}, X, Y, Z), found {tuple(x.shape)}")
+        x = self.maxpool(F.relu_(self.bn1(self.conv1(x))))  # (B, 64, X / 4, Y / 4, Z / 2)
+        for i, block in enumerate(self._blocks()[: indices[-1] + 1]):
+            x = self._run(block, x)
+            if i in indices:
+                yield x
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        """What a block makes of x."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            contexts = partial(_contexts, block)
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return block(x)
+
+    def layer_of(self, name: str) -> int:
+        """0 for the first convolution and its norm, i + 1 for residual block i."""
+        part, _, rest = name.partition(".")
+        if not part.startswith("layer"):
+            return 0
+        stage = int(part.removeprefix("layer")) - 1
+        return (self.stages[stage - 1].block + 1 if stage else 0) + int(rest.split(".")[0]) + 1
+
+
+def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), _statistics_kept(block)
+
+
+@contextlib.contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """A block that is computed once more must not let its running means and variances follow the same batch twice."""
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in before:
+                buffer.copy_(old)
+
+
+# Each is called as resnet50(img_size=(96, 96, 48), in_chans=1).
+resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
+resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
+resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
+resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))
