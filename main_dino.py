@@ -33,11 +33,11 @@ import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line, weights
 from dino3d.command_line import UserError, format_values, number
-from dino3d.data.conventions import HDF5_SUFFIXES, DataError, is_kind
-from dino3d.data.layouts import list_volumes, none_found, read_data_list
+from dino3d.data.conventions import HDF5_SUFFIXES, is_kind
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
+from dino3d.data.sources import data_changes, find_data, source_fault
 from dino3d.features.encoder import find_weights
 from dino3d.features.probe import PROBE_EVERY, Probe
 from dino3d.files import truncate_log, write_config
@@ -66,9 +66,10 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--data_dir",
         "--data_path",
         default=None,
+        nargs="+",
         metavar="DIR",
-        help="folder with the CT volumes (.hdf5, .h5, .nii, .nii.gz) at any depth; required, unless "
-        "there is a --data_list",
+        help="folder with the CT volumes (.hdf5, .h5, .nii, .nii.gz) at any depth, or several folders; required, "
+        "unless there is a --data_list",
     )
     group.add_argument(
         "--output_dir",
@@ -86,6 +87,15 @@ def get_args_parser() -> command_line.ArgumentParser:
     )
     command_line.checkpoint_key_flag(group)
     group.add_argument(
+        "--data_weights",
+        default=None,
+        nargs="+",
+        type=number(int, 1),
+        metavar="N",
+        help="one for each folder of --data_dir: how many times --patches_per_volume each of its volumes gives samples "
+        "in an epoch; raise that of a folder with few or small volumes; default: 1 for each",
+    )
+    group.add_argument(
         "--data_list",
         default=None,
         metavar="FILE",
@@ -96,8 +106,8 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--patches_per_volume",
         default=1,
         type=number(int, 1),
-        help="samples of each volume per epoch, read up to 8 at a time; raise it for slow storage or "
-        "few volumes, and lower --epochs as much",
+        help="samples of each volume per epoch, up to 8 of them soon after each other, in a batch of as many volumes "
+        "as there are; raise it for slow storage or few volumes, and lower --epochs as much",
     )
 
     group = parser.add_argument_group("model")
@@ -363,8 +373,10 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
             )
     if args.clip_range[0] >= args.clip_range[1]:
         parser.error(f"--clip_range {format_values(args.clip_range)}: the first value must be below the second")
-    if args.data_dir is None and args.data_list is None:
-        parser.error("--data_dir is missing: the folder with the volumes, or give a --data_list")
+    if fault := source_fault(args.data_dir or [], args.data_weights, args.data_list):
+        parser.error(fault)
+    if args.data_dir and len(args.data_dir) == 1:
+        (args.data_dir,) = args.data_dir  # as config.json and checkpoints have it
     if args.probe_every and args.probe_dir is None:
         parser.error("--probe_every needs --probe_dir: the folder with the labelled crops to probe the features on")
 
@@ -384,13 +396,16 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
 
     # ---------------------------------------------------------------------------------------------------------- data
-    paths = processes.run_on_main(lambda: find_data(args.data_dir, args.data_list, output_dir / "data_list.txt"))
+    paths, weights = processes.run_on_main(
+        lambda: find_data(args.data_dir, args.data_weights, args.data_list, output_dir / "data_list.txt")
+    )
     notices += processes.run_on_main(lambda: odd_headers(paths))
     policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
-    dataset = PretrainingPatches(paths, crops, args.seed, args.patches_per_volume, args.strict_data, max_bad)
-    samples_per_epoch = len(paths) * args.patches_per_volume
+    patches_per_volume = [args.patches_per_volume * weight for weight in weights]
+    dataset = PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad)
+    samples_per_epoch = args.samples_per_epoch = sum(patches_per_volume)
     global_batch = args.batch_size_per_gpu * processes.world_size * args.accumulate_steps
     steps_per_epoch = samples_per_epoch // global_batch
     if not steps_per_epoch:
@@ -482,7 +497,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
 
     stream = BatchStream(
         len(paths),
-        args.patches_per_volume,
+        patches_per_volume,
         args.batch_size_per_gpu,
         processes.rank,
         processes.world_size,
@@ -916,24 +931,6 @@ def diagnose_batch(state: TrainState, micro_batches: Sequence[Batch], teacher_te
 # ------------------------------------------------------------------------------------------------- parts of the run
 
 
-def find_data(folder: str | None, data_list: str | None, index: Path) -> list[str]:
-    """Paths of all volumes, from a list or from below a folder; UserError where there is none."""
-    try:
-        paths, passed_over = (read_data_list(data_list, folder), "") if data_list else list_volumes(folder, index)
-    except DataError as error:
-        flag = "--data_list" if data_list else "--data_dir"
-        raise UserError(f"{flag} {error}") from error
-    if not paths:
-        raise UserError(
-            f"--data_list {data_list}: names no file"
-            if data_list
-            else f"--data_dir {folder}: {none_found(passed_over)}"
-        )
-    if passed_over:
-        print(f"passed over below {folder}: {passed_over}", flush=True)
-    return paths
-
-
 def build_model(
     arch: str,
     input_size: Sequence[int],
@@ -1054,7 +1051,10 @@ def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Prog
     if saved is None:
         return Progress()
     checkpoint.load_parts(parts, saved, path)
-    return checkpoint.load_progress(Progress, saved, path)
+    progress = checkpoint.load_progress(Progress, saved, path)
+    for line in data_changes(saved["config"], config, progress.position):
+        state.processes.print(line)
+    return progress
 
 
 def run_summary(

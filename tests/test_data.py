@@ -29,6 +29,7 @@ from dino3d.data.hdf5 import CHUNK, FILTERS, write_volume
 from dino3d.data.layouts import find_volumes, list_volumes, read_data_list
 from dino3d.data.pretraining import (
     PATCHES_PER_READ,
+    RUNS_AT_ONCE,
     BatchStream,
     PretrainingPatches,
     block_mean,
@@ -951,31 +952,71 @@ def test_views_do_not_depend_on_who_shares_the_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "volumes, per_volume", [(1, 1), (7, 1), (50, 3), (9, PATCHES_PER_READ), (11, PATCHES_PER_READ + 3), (5, 24), (1, 9)]
+    "volumes, per_volume",
+    [(1, 1), (7, 1), (50, 3), (9, PATCHES_PER_READ), (11, PATCHES_PER_READ + 3), (5, 24), (1, 9), (3, [1, 30, 2])],
 )
-def test_epoch_holds_every_sample_once_in_runs(volumes, per_volume):
-    orders = {}
+def test_epoch_holds_every_sample_once(volumes, per_volume):
+    orders, samples = {}, int(np.broadcast_to(per_volume, volumes).sum())
     for seed, epoch in itertools.product(range(2), range(3)):
         order = epoch_order(volumes, per_volume, seed, epoch)
-        assert sorted(order.tolist()) == list(range(volumes * per_volume))
-        for previous, sample in itertools.pairwise([None, *order.tolist()]):
-            if sample % per_volume % PATCHES_PER_READ:
-                assert previous == sample - 1  # a run stays together and within its volume
+        assert sorted(order.tolist()) == list(range(samples))
         np.random.seed(epoch)
         np.testing.assert_array_equal(order, epoch_order(volumes, per_volume, seed, epoch))
         orders[seed, epoch] = tuple(order.tolist())
-    if volumes * -(-per_volume // PATCHES_PER_READ) > 8:
+    if volumes > 8:
         assert len(set(orders.values())) == len(orders)
 
 
-def test_runs_are_shuffled_evenly():
-    """3000 epochs of 6 runs: each is at each place about 500 times, with 6 standard deviations allowed."""
-    counts = np.zeros((6, 6))
+@pytest.mark.parametrize("volumes", [1, 2, 30, 2 * RUNS_AT_ONCE + 3])
+def test_one_patch_per_volume_has_the_order_that_it_always_had(volumes):
+    for epoch in range(3):
+        drawn = np.random.default_rng(np.random.SeedSequence((5, epoch))).permutation(np.arange(volumes))
+        np.testing.assert_array_equal(epoch_order(volumes, 1, 5, epoch), drawn)
+
+
+def volumes_of(order, per_volume, volumes):
+    return np.repeat(np.arange(volumes), np.broadcast_to(per_volume, volumes))[order]
+
+
+@pytest.mark.parametrize(
+    "volumes, per_volume, batch, least",
+    [(100, 8, 36, 36), (1000, 16, 64, 63.9), (600, 8, 256, 240), (20, 32, 36, 20), (20, 32, 16, 14), (3, 40, 24, 3)],
+)
+def test_a_batch_holds_as_many_volumes_as_there_are(volumes, per_volume, batch, least):
+    """Mean over an epoch; batches that lie over the border of two rounds may hold a volume twice."""
+    order = volumes_of(epoch_order(volumes, per_volume, 0, 1), per_volume, volumes)
+    whole = order[: len(order) // batch * batch].reshape(-1, batch)
+    assert np.mean([len(set(one)) for one in whole]) >= least
+
+
+def test_patches_of_a_run_are_near_each_other():
+    """Slow storage has a file ready for 8 patches at a time: these lie within as many batches as RUNS_AT_ONCE fill."""
+    order = epoch_order(2000, 2 * PATCHES_PER_READ, 0, 0)
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(order))
+    runs = np.sort(place.reshape(-1, PATCHES_PER_READ))
+    assert np.ptp(runs, 1).max() < 2 * RUNS_AT_ONCE * PATCHES_PER_READ
+    halves = place.reshape(2000, 2, -1).mean(2)  # the two runs of a volume: one in each half of the epoch
+    assert ((halves < len(order) / 2).sum(1) == 1).mean() > 0.95
+
+
+def test_weighted_volumes_are_spread_over_the_epoch():
+    """20 volumes with 24 samples among 480 with one: every batch of 50 holds about as many of either."""
+    counts = [24] * 20 + [1] * 480
+    often = volumes_of(epoch_order(500, counts, 0, 0), counts, 500) < 20
+    shares = often[:950].reshape(-1, 50).sum(1)
+    assert abs(shares - 25).max() <= 12, shares  # a draw without order would have a deviation of 3.5
+
+
+def test_volumes_are_shuffled_evenly():
+    """3000 epochs of 6 volumes: each is at each place of a round about 500 times, 6 standard deviations allowed."""
+    counts = np.zeros((2, 6, 6))
     for epoch in range(3000):
-        order = epoch_order(3, PATCHES_PER_READ + 1, 0, epoch)
-        volume, sample = np.divmod(order, PATCHES_PER_READ + 1)
-        counts[range(6), (2 * volume + (sample == PATCHES_PER_READ))[(sample == 0) | (sample == PATCHES_PER_READ)]] += 1
-    assert np.abs(counts - 500).max() < 6 * (3000 * 1 / 6 * 5 / 6) ** 0.5
+        first = volumes_of(epoch_order(6, PATCHES_PER_READ + 1, 0, epoch), PATCHES_PER_READ + 1, 6)
+        counts[0, range(6), first[:6]] += 1
+        counts[1, range(6), volumes_of(epoch_order(6, 2, 0, epoch), 2, 6)[6:]] += 1
+    assert np.abs(counts[1] - 500).max() < 6 * (3000 * 1 / 6 * 5 / 6) ** 0.5
+    assert np.abs(counts[0] - 500).max() < 6 * (3000 * 1 / 6 * 5 / 6) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -1098,17 +1139,19 @@ def test_batches_of_two_ranks_are_the_batch_of_one(volumes):
     for whole, *halves in zip(one, first, second):
         np.testing.assert_array_equal(whole.patches, np.concatenate([half.patches for half in halves]))
         for group, shares in zip(whole.groups, zip(*(half.groups for half in halves))):
-            for part, *parts in zip(values_of(group), *map(values_of, shares)):
+            for part, *parts in zip(*(values_of(one, like=group) for one in (group, *shares)), strict=True):
                 parts = [p.reshape(-1, 3, *p.shape[1:]) for p in parts]  # (V, B, ...)
                 np.testing.assert_array_equal(part, np.concatenate(parts, 1).reshape(part.shape))
 
 
-def values_of(group):
-    """Control points of all views, then the values of each intensity augmentation, NaN where it does not act."""
+def values_of(group, like):
+    """Control points of all views, then the values of each intensity augmentation of `like`, NaN where it acts not."""
     parts = [group.control.numpy()]
-    for indices, values in (group.intensity[name] for name in ("gaussian", "histogram")):
-        parts.append(np.full((len(group.control), *values.shape[1:]), np.nan, np.float32))
-        parts[-1][indices] = values
+    for name, (_, width) in like.intensity.items():
+        parts.append(np.full((len(group.control), *width.shape[1:]), np.nan, np.float32))
+        if name in group.intensity:
+            indices, values = group.intensity[name]
+            parts[-1][indices] = values
     return parts
 
 

@@ -12,7 +12,8 @@ from dino3d.data.conventions import DataError
 from dino3d.data.requirements import pretraining_fault
 from dino3d.data.volume import Volume
 
-PATCHES_PER_READ = 8  # patches of one volume that follow each other in an epoch, read with one opening of its file
+PATCHES_PER_READ = 8  # patches of one volume that are near each other in an epoch: slow storage then has its file ready
+RUNS_AT_ONCE = 256  # runs whose patches take turns, so that a batch holds as many different ones as possible
 
 
 class Sample(NamedTuple):
@@ -56,7 +57,7 @@ class PretrainingPatches(Dataset):
     """A random base patch of each volume and the parameters of its views, for keys (epoch, sample).
 
     paths: the volumes; multi_crop: augmentations.MultiCropAugmentation; seed: of all draws
-    patches_per_volume: sample // patches_per_volume is the volume
+    patches_per_volume: samples of each volume, one number or one for each: those of the first volume come first
     strict: an unreadable file ends the run; otherwise the next readable one in the list takes its place
     max_bad: unreadable files of an epoch that one worker puts up with; None: any number
     """
@@ -66,26 +67,29 @@ class PretrainingPatches(Dataset):
         paths: Sequence[str],
         multi_crop: MultiCropAugmentation,
         seed: int,
-        patches_per_volume: int = 1,
+        patches_per_volume: int | Sequence[int] = 1,
         strict: bool = False,
         max_bad: int | None = None,
     ) -> None:
         self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
-        self.patches_per_volume, self.strict = patches_per_volume, strict
+        self.strict = strict
+        self._ends = np.cumsum(np.broadcast_to(patches_per_volume, len(paths)))  # (volumes,) sample behind each one's
         self.max_bad = len(paths) if max_bad is None else max_bad
         self._epoch, self._bad = None, {}  # {path: reason} that this worker has met in the epoch: not tried again
         self._looked_at = set()  # files of others that this worker knows to be CTs in HU
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
-        """The samples of a batch, or [Failure]; neighbours from one volume share one opening of its file."""
-        samples, opened = [], None
+        """The samples of a batch, or [Failure]; those of one volume share one opening of its file."""
+        volumes = np.searchsorted(self._ends, [sample for _, sample in keys], side="right").tolist()
+        met = {volume: place for place, volume in reversed(list(enumerate(volumes)))}  # where each volume comes first
+        samples, opened = [None] * len(keys), None
         try:
-            for epoch, sample in keys:
-                bad = []
+            for place in sorted(range(len(keys)), key=lambda place: met[volumes[place]]):
+                (epoch, sample), bad = keys[place], []
                 if epoch != self._epoch:  # what failed may have been the network's fault, which passes
                     self._epoch, self._bad = epoch, {}
                 for attempt in range(len(self.paths)):
-                    path = self.paths[(sample // self.patches_per_volume + attempt) % len(self.paths)]
+                    path = self.paths[(volumes[place] + attempt) % len(self.paths)]
                     try:
                         if path in self._bad:
                             raise DataError(path, self._bad[path])
@@ -96,7 +100,7 @@ class PretrainingPatches(Dataset):
                             opened = Volume(path)
                             self._require_ct(opened)
                         patch, views, spacing = self._draw(opened, epoch, sample)
-                        samples.append(Sample(patch, views, bad, path, spacing))
+                        samples[place] = Sample(patch, views, bad, path, spacing)
                         break
                     except DataError as error:
                         self._bad[path] = error.reason
@@ -208,18 +212,39 @@ def collate(samples: list[Sample] | list[Failure]) -> Batch:
     )
 
 
-def epoch_order(volumes: int, patches_per_volume: int, seed: int, epoch: int) -> np.ndarray:
-    """(volumes * patches_per_volume,) sample numbers in the order of an epoch, the same on every rank.
+def epoch_order(volumes: int, patches_per_volume: int | Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """(samples,) numbers of all samples in the order of an epoch, the same on every rank.
 
-    Up to PATCHES_PER_READ patches of one volume follow each other, so that its file is opened once for them.
+    patches_per_volume: samples of each volume, one number or one for each: those of the first volume come first
+    A volume's samples are cut into runs of up to PATCHES_PER_READ, which are spread evenly over the epoch. RUNS_AT_ONCE
+    or more runs take turns, one sample each, so that neighbours in the order are of different volumes as far as there
+    are any, while those of one run are near enough for storage that is slow at the first opening of a file.
     """
-    run = min(patches_per_volume, PATCHES_PER_READ)
-    starts = np.arange(0, patches_per_volume, run)
-    runs = (np.arange(volumes)[:, None] * patches_per_volume + starts).ravel()  # first sample of each run
-    runs = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(runs)
-    order = (runs[:, None] + np.arange(run)).ravel()  # (runs * run,)
-    ends = (runs // patches_per_volume + 1) * patches_per_volume
-    return order[order < np.repeat(ends, run)]  # a volume's last run may be shorter
+    counts = np.broadcast_to(patches_per_volume, volumes)
+    volume, turn = _turns(-(-counts // PATCHES_PER_READ))  # (R,) whose each run is, and which of its volume's
+    first = (np.cumsum(counts) - counts)[volume] + turn * PATCHES_PER_READ  # (R,) sample
+    length = np.minimum(counts[volume] - turn * PATCHES_PER_READ, PATCHES_PER_READ)  # (R,) samples
+    drawn = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(len(volume))
+    drawn = drawn[_evenly(turn[drawn], -(-counts // PATCHES_PER_READ)[volume[drawn]], np.arange(len(drawn)))]
+    order = []
+    for group in np.array_split(drawn, max(1, len(drawn) // RUNS_AT_ONCE)):
+        run, turn = _turns(length[group])  # (samples,) which run of the group, which of its samples
+        order.append((first[group][run] + turn)[_evenly(turn, length[group][run], run)])
+    return np.concatenate(order)
+
+
+def _turns(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """((n,) which one, (n,) which of its turns) of those that have `counts` turns each, one after the other."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _evenly(turn: np.ndarray, turns: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """(n,) order in which whoever has `turns` turns has one in each of as many equal parts of the time, by rank in it.
+
+    turn, turns: (n,) which of how many; rank: (n,) whole numbers from 0 on
+    """
+    return np.argsort((turn + rank / (rank.max() + 1)) / turns, kind="stable")
 
 
 class BatchStream(Sampler):
@@ -238,7 +263,7 @@ class BatchStream(Sampler):
     def __init__(
         self,
         volumes: int,
-        patches_per_volume: int,
+        patches_per_volume: int | Sequence[int],
         batch_size: int,
         rank: int,
         world_size: int,
