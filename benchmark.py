@@ -105,7 +105,7 @@ def get_args_parser() -> command_line.ArgumentParser:
         command_line.help_flags(group)
         return sub, timed
 
-    xyz = ("X", "Y", "Z")
+    xyz = command_line.XYZ
     sub, group = command(augment, 10, ["cpu", "cuda"])
     group.add_argument(
         "--samples",

@@ -28,29 +28,28 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import augmentations
 import utils
 from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
 from dino3d import command_line, weights
-from dino3d.command_line import UserError, format_values, number
+from dino3d.command_line import UserError, format_values
 from dino3d.data.conventions import HDF5_SUFFIXES, is_kind
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
-from dino3d.data.sources import data_changes, find_data, source_fault
+from dino3d.data.sources import data_changes, find_data
 from dino3d.features.encoder import find_weights
-from dino3d.features.probe import PROBE_EVERY, Probe
+from dino3d.features.probe import Probe
 from dino3d.files import truncate_log, write_config
+from dino3d.pretraining_flags import CENTER_MOMENTUM, PROBE_EVERY, add_pretraining_flags, check_pretraining_flags
 from dino3d.training import checkpoint
 from dino3d.training.loading import next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from dino3d.training.objectives import sinkhorn_offsets
 from utils import cosine_schedule, linear_schedule
-from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, build_encoder, has_setting
+from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
 
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
-CENTER_MOMENTUM = 0.9
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -59,332 +58,14 @@ def get_args_parser() -> command_line.ArgumentParser:
         usage="main_dino.py --data_dir DIR --output_dir DIR [flags]",
         description="DINO pre-training of a 3D ViT on CT volumes. Start the same command again to resume a run.",
     )
-    flag, xyz = command_line.boolean_flag, ("X", "Y", "Z")
-
-    group = parser.add_argument_group("data and output")
-    group.add_argument(
-        "--data_dir",
-        "--data_path",
-        default=None,
-        nargs="+",
-        metavar="DIR",
-        help="folder with the CT volumes (.hdf5, .h5, .nii, .nii.gz) at any depth, or several folders; required, "
-        "unless there is a --data_list",
-    )
-    group.add_argument(
-        "--output_dir",
-        default="output",
-        metavar="DIR",
-        help="folder for all results; a run whose checkpoint is there is resumed",
-    )
-    group.add_argument(
-        "--pretrained_weights",
-        default="",
-        metavar="FILE",
-        help="checkpoint (.pth or .safetensors, ours or others'), or the folder of a pre-training or fine-tuned run, "
-        "whose weights a new run starts from; its position embedding is interpolated to another --input_size. A run of "
-        "your own is resumed by its --output_dir instead; without it: random weights",
-    )
-    command_line.checkpoint_key_flag(group)
-    group.add_argument(
-        "--data_weights",
-        default=None,
-        nargs="+",
-        type=number(int, 1),
-        metavar="N",
-        help="one for each folder of --data_dir: how many times --patches_per_volume each of its volumes gives samples "
-        "in an epoch; raise that of a folder with few or small volumes; default: 1 for each",
-    )
-    group.add_argument(
-        "--data_list",
-        default=None,
-        metavar="FILE",
-        help="text file with one volume's path per line, or table (.csv) with the column path, relative to --data_dir "
-        "or else to the list's own folder, instead of searching the folder",
-    )
-    group.add_argument(
-        "--patches_per_volume",
-        default=1,
-        type=number(int, 1),
-        help="samples of each volume per epoch, up to 8 of them soon after each other, in a batch of as many volumes "
-        "as there are; raise it for slow storage or few volumes, and lower --epochs as much",
-    )
-
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--arch",
-        default="vit_small",
-        type=command_line.architecture(ARCHITECTURES),
-        help="one of " + ", ".join(ARCHITECTURES) + "; vit_micro and vit_tiny for CPUs, vit_small as in the paper, "
-        "resnet50 as in the paper's comparison",
-    )
-    group.add_argument(
-        "--patch_size",
-        default=[12, 12, 6],
-        nargs=3,
-        type=number(int, 1),
-        metavar=xyz,
-        help="voxels per token; smaller patches mean more tokens, finer maps and a higher cost; not for ResNets",
-    )
-    group.add_argument(
-        "--drop_path_rate",
-        default=0.1,
-        type=number(float, 0, below=1),
-        help="stochastic depth: probability that the student's last block is skipped, less for those "
-        "before it; 0 for small data and short runs; not for ResNets",
-    )
-    flag(
-        group,
-        "--grad_checkpointing",
-        False,
-        "activation (gradient) checkpointing: keep less of each block for the backward pass and compute it again "
-        "there; the same result with far less memory, about a third slower; for vit_large, vit_huge and small GPUs",
-    )
-
-    group = parser.add_argument_group("DINO")
-    group.add_argument(
-        "--out_dim",
-        default=65536,
-        type=number(int, 2),
-        help="prototypes, the outputs of the head; fewer (1024) for small data",
-    )
-    flag(
-        group,
-        "--norm_last_layer",
-        True,
-        "keep the prototypes at unit length; false trains slightly better, less stably",
-    )
-    group.add_argument(
-        "--momentum_teacher",
-        default=0.996,
-        type=number(float, 0, 1),
-        help="momentum of the teacher's exponential moving average (EMA) at the start, rising to 1 "
-        "over the run; 0.9995 for small batches",
-    )
-    group.add_argument(
-        "--warmup_teacher_temp",
-        default=0.04,
-        type=number(float, above=0),
-        help="teacher's temperature at the start; lower it if the loss does not fall",
-    )
-    group.add_argument(
-        "--teacher_temp",
-        default=0.04,
-        type=number(float, above=0),
-        help="teacher's temperature after its warm-up; above 0.07 the teacher may become uniform",
-    )
-    group.add_argument(
-        "--warmup_teacher_temp_epochs",
-        default=0,
-        type=number(float, 0),
-        help="epochs over which the teacher's temperature goes from --warmup_teacher_temp to --teacher_temp",
-    )
-    group.add_argument(
-        "--center_momentum",
-        default=CENTER_MOMENTUM,
-        type=number(float, 0, 1),
-        help="momentum of the running mean of the teacher's outputs, the centre; lower it for a centre "
-        "that follows faster",
-    )
-    group.add_argument(
-        "--centering",
-        default="mean",
-        choices=("mean", "sinkhorn"),
-        help="what keeps the teacher's outputs spread over the prototypes: mean: their running mean, the centre, is "
-        "taken off; sinkhorn: each batch is shared out evenly (Sinkhorn-Knopp, 3 iterations, as in SwAV and DINOv2), "
-        "where a teacher with a centre falls to few prototypes. The batch is --batch_size_per_gpu x processes: with "
-        "--accumulate_steps each small batch is shared out by itself",
-    )
-    group.add_argument(
-        "--freeze_last_layer",
-        default=1,
-        type=number(int, 0),
-        help="epochs at the start in which the prototypes stay as they are; more if the loss does not fall",
-    )
-    flag(group, "--use_bn_in_head", False, "batch normalisation in the head; several processes need GPUs for it")
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the volumes")
-    group.add_argument(
-        "--batch_size_per_gpu",
-        default=64,
-        type=number(int, 1),
-        help="samples (base patches) per process at a time; lower it when memory runs out",
-    )
-    group.add_argument(
-        "--accumulate_steps",
-        default=1,
-        type=number(int, 1),
-        help="gradient accumulation: batches per process that make one step; raise it as much as "
-        "--batch_size_per_gpu is lowered, and training stays the same",
-    )
-    group.add_argument(
-        "--lr",
-        default=0.0005,
-        type=number(float, 0),
-        help="peak learning rate for a global batch of 256; scaled linearly with --batch_size_per_gpu x "
-        "processes x --accumulate_steps",
-    )
-    group.add_argument(
-        "--warmup_epochs",
-        default=10,
-        type=number(float, 0),
-        help="epochs over which the learning rate rises linearly to --lr; fewer for short runs",
-    )
-    group.add_argument("--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end of its cosine")
-    group.add_argument(
-        "--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start of its cosine"
-    )
-    group.add_argument(
-        "--weight_decay_end", default=0.4, type=number(float, 0), help="weight decay at the end of its cosine"
-    )
-    command_line.precision_flag(group)
-    flag(
-        group,
-        "--compile",
-        False,
-        "fuse the transformer blocks' operations (torch.compile), at the cost of a minute at the start; needs a C++ "
-        "compiler, on GPUs Triton, and continues without where it does not work",
-    )
-    group.add_argument(
-        "--clip_grad",
-        default=3.0,
-        type=number(float, 0),
-        help="gradient clipping: largest norm of each parameter tensor's gradient; 0: none",
-    )
-    group.add_argument(
-        "--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="adamw, sgd or lars; adamw for ViTs"
-    )
-    command_line.max_skipped_steps_flag(group)
-
-    group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
-    group.add_argument(
-        "--input_size",
-        default=[96, 96, 48],
-        nargs=3,
-        type=number(int, 1),
-        metavar=xyz,
-        help="voxels of a global view, a multiple of --patch_size (ResNets: any); smaller for CPUs",
-    )
-    group.add_argument(
-        "--local_crops_number", default=8, type=number(int, 0), help="local views per sample; fewer are faster"
-    )
-    group.add_argument(
-        "--local_crops_scale",
-        default=0.25,
-        type=number(float, above=0, high=1),
-        help="side of a local view relative to a global one; its voxels must be a multiple of --patch_size "
-        "(ResNets: any)",
-    )
-    group.add_argument(
-        "--spacing",
-        default=None,
-        nargs=3,
-        type=number(float, above=0),
-        metavar=xyz,
-        help="mm per voxel that views are resampled to, for data of mixed spacings; angles and scales "
-        "then act in mm; default: the volumes' own voxels, as in the paper",
-    )
-    group.add_argument(
-        "--clip_range",
-        default=[-1000.0, 1000.0],
-        nargs=2,
-        type=number(float),
-        metavar=("LOW", "HIGH"),
-        help="window: Hounsfield units that become 0 and 1",
-    )
-    augmentations.add_augmentation_flags(group)
-
-    group = parser.add_argument_group("probe (what the teacher's features are worth on labelled crops, as it trains)")
-    group.add_argument(
-        "--probe_dir",
-        default=None,
-        metavar="DIR",
-        help="folder with labelled crops, subset*/label0|label1/<patient>/<name>.nii.gz, as main_lnc_luna16.py takes "
-        "them: kNN and logistic regression on the teacher's features, folds by patient, beside the same of the encoder "
-        "before training and of trivial figures; training itself stays the same to the last bit. Default: no probe",
-    )
-    group.add_argument(
-        "--probe_every",
-        default=None,
-        type=number(int, 1),
-        metavar="EPOCHS",
-        help=f"epochs between probes, one after the last epoch besides; raise it where they take a large share of the "
-        f"time, which each says; default: {PROBE_EVERY} with --probe_dir",
-    )
-
-    group = parser.add_argument_group("run")
-    command_line.num_workers_flag(group)
-    checkpoint.add_saving_flags(group, besides="each epoch's end")
-    group.add_argument(
-        "--saveckp_freq",
-        default=20,
-        type=number(int, 0),
-        help="epochs between numbered copies of the checkpoint, which stay; 0: none",
-    )
-    group.add_argument(
-        "--max_steps",
-        default=None,
-        type=number(int, 1),
-        help="stop after this many steps in all, with a checkpoint to resume from; schedules still "
-        "follow --epochs; default: run to the last epoch",
-    )
-    group.add_argument("--log_every", default=10, type=number(int, 1), help="steps between entries in TensorBoard")
-    group.add_argument(
-        "--seed",
-        default=0,
-        type=number(int, 0),
-        help="seed of weights, order, crops and augmentations; the same seed gives the same run",
-    )
-    group.add_argument(
-        "--max_bad_files",
-        default=0.1,
-        type=number(float, 0, 1),
-        metavar="SHARE",
-        help="share of the volumes that may be unreadable in an epoch, rounded up to whole files, "
-        "before the run ends; others take their place, see bad_files.csv. Raise it for data known to be damaged",
-    )
-    flag(
-        group, "--strict_data", False, "end the run at the first unreadable file instead of taking another in its place"
-    )
-    command_line.read_timeout_flag(group)
-    command_line.help_flags(group)
-
-    command_line.older_flags(parser)
+    add_pretraining_flags(parser)
     return parser
-
-
-def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what is wrong whatever the data (exit code 2), and add args.local_size, (3,) voxels of a local view."""
-    args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
-    for name in ("patch_size", "drop_path_rate"):
-        if has_setting(args.arch, name):
-            continue
-        if parser.is_given(args, name):
-            parser.error(f"--{name} {format_values(getattr(args, name))}: {args.arch} has none; leave it out")
-        setattr(args, name, None)
-    for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
-        if args.patch_size is None:  # a network that takes any size
-            break
-        if any(n % p for n, p in zip(size, args.patch_size)) and (size is args.input_size or args.local_crops_number):
-            parser.error(
-                f"{flag}: a view of {format_values(size)} voxels is not a multiple of --patch_size "
-                f"{format_values(args.patch_size)} along each axis"
-            )
-    if args.clip_range[0] >= args.clip_range[1]:
-        parser.error(f"--clip_range {format_values(args.clip_range)}: the first value must be below the second")
-    if fault := source_fault(args.data_dir or [], args.data_weights, args.data_list):
-        parser.error(fault)
-    if args.data_dir and len(args.data_dir) == 1:
-        (args.data_dir,) = args.data_dir  # as config.json and checkpoints have it
-    if args.probe_every and args.probe_dir is None:
-        parser.error("--probe_every needs --probe_dir: the folder with the labelled crops to probe the features on")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    check_flags(parser, args)
+    check_pretraining_flags(parser, args)
     processes, output_dir = utils.distributed_init(), Path(args.output_dir)
     with utils.own_output_dir(output_dir, processes):
         pretrain(args, output_dir, processes)
@@ -400,33 +81,14 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         lambda: find_data(args.data_dir, args.data_weights, args.data_list, output_dir / "data_list.txt")
     )
     notices += processes.run_on_main(lambda: odd_headers(paths))
-    policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
-    crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
-    max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
-    patches_per_volume = [args.patches_per_volume * weight for weight in weights]
-    dataset = PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad)
-    samples_per_epoch = args.samples_per_epoch = sum(patches_per_volume)
+    dataset = make_dataset(args, paths, weights)
+    samples_per_epoch = args.samples_per_epoch = sum(dataset.patches_per_volume)
     global_batch = args.batch_size_per_gpu * processes.world_size * args.accumulate_steps
     steps_per_epoch = samples_per_epoch // global_batch
-    if not steps_per_epoch:
-        raise UserError(
-            f"{len(paths)} volumes with --patches_per_volume {args.patches_per_volume} make less than one "
-            f"batch of {global_batch} ({args.batch_size_per_gpu} x {processes.world_size} processes x "
-            f"{args.accumulate_steps} accumulated): lower --batch_size_per_gpu or --accumulate_steps, or raise "
-            "--patches_per_volume",
-            everywhere=True,
-        )
+    require_a_step(args, paths, steps_per_epoch, global_batch, processes)
 
     # --------------------------------------------------------------------------------------------------------- model
-    torch.manual_seed(args.seed)
-    build = functools.partial(
-        build_model, args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head
-    )
-    student = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing)
-    teacher = build(drop_path_rate=None, norm_last_layer=True)  # follows the student without gradients
-    if args.pretrained_weights:
-        notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
-    teacher.load_state_dict(student.state_dict())  # both start from the same weights
+    student, teacher = build_models(args, notices)
     student, teacher = student.to(processes.device), teacher.to(processes.device).requires_grad_(False)
     probe = utils.Silent()
     if args.probe_dir is not None:
@@ -442,19 +104,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     # -------------------------------------------------------------------------------------------------- optimisation
     optimizer = utils.make_optimizer(args.optimizer, utils.parameter_groups(student))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.precision == "fp16")
-    epoch_length = steps_per_epoch * global_batch  # samples; schedules are functions of samples seen
-    schedules = Schedules(
-        total=args.epochs * epoch_length,
-        lr=args.lr * global_batch / 256,
-        min_lr=args.min_lr,
-        warmup=args.warmup_epochs * epoch_length,
-        weight_decay=args.weight_decay,
-        weight_decay_end=args.weight_decay_end,
-        momentum_teacher=args.momentum_teacher,
-        teacher_temp=args.teacher_temp,
-        warmup_teacher_temp=args.warmup_teacher_temp,
-        temp_warmup=args.warmup_teacher_temp_epochs * epoch_length,
-    )
+    schedules = Schedules.of_run(args, steps_per_epoch, global_batch)
 
     # ------------------------------------------------------------------------------------------------------ training
     state = TrainState(
@@ -465,7 +115,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         optimizer=optimizer,
         scaler=scaler,
         schedules=schedules,
-        crops=crops,
+        crops=dataset.multi_crop,
         clip_range=tuple(args.clip_range),
         dtype=utils.PRECISIONS[args.precision],
         clip_grad=args.clip_grad,
@@ -493,36 +143,19 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
             output_dir / "config.json", vars(args), processes, utils.device_name(processes.device), volumes=len(paths)
         )
         truncate_log(output_dir / "log.txt", progress.step)
-    processes.print(run_summary(args, processes, paths, crops, steps_per_epoch, global_batch, progress))
+    processes.print(run_summary(args, processes, paths, dataset.multi_crop, steps_per_epoch, global_batch, progress))
 
-    stream = BatchStream(
-        len(paths),
-        patches_per_volume,
-        args.batch_size_per_gpu,
-        processes.rank,
-        processes.world_size,
-        args.seed,
-        progress.epoch,
-        progress.position,
-        args.epochs,
-        args.accumulate_steps,
-    )
-    workers, prefetch, loader_notices = reading_processes(
-        args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(crops.patch_size)
-    )
-    for notice in loader_notices:
-        processes.print(notice)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=stream,
-        collate_fn=collate,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        worker_init_fn=start_reading_process,
-        pin_memory=processes.device.type == "cuda",
-    )
+    loader = make_loader(dataset, args, progress, processes)
     monitor = Monitor(
-        output_dir, processes, args.out_dim, args.log_every, last_step, progress.step, global_batch, len(paths), max_bad
+        output_dir,
+        processes,
+        args.out_dim,
+        args.log_every,
+        last_step,
+        progress.step,
+        global_batch,
+        len(paths),
+        dataset.max_bad,
     )
     saving = checkpoint.Saving(args.save_every_steps, args.save_every_minutes, args.keep_last)
     checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()
@@ -885,6 +518,22 @@ class Schedules:
     warmup_teacher_temp: float
     temp_warmup: float
 
+    @classmethod
+    def of_run(cls, args: argparse.Namespace, steps_per_epoch: int, global_batch: int) -> "Schedules":
+        epoch = steps_per_epoch * global_batch  # samples
+        return cls(
+            total=args.epochs * epoch,
+            lr=args.lr if args.lr_unscaled else args.lr * global_batch / 256,
+            min_lr=args.min_lr,
+            warmup=args.warmup_epochs * epoch,
+            weight_decay=args.weight_decay,
+            weight_decay_end=args.weight_decay_end,
+            momentum_teacher=args.momentum_teacher,
+            teacher_temp=args.teacher_temp,
+            warmup_teacher_temp=args.warmup_teacher_temp,
+            temp_warmup=args.warmup_teacher_temp_epochs * epoch,
+        )
+
     def at(self, samples: int) -> dict[str, float]:
         """{name: value} for the step that begins after so many samples."""
         return {
@@ -931,6 +580,81 @@ def diagnose_batch(state: TrainState, micro_batches: Sequence[Batch], teacher_te
 # ------------------------------------------------------------------------------------------------- parts of the run
 
 
+def require_a_step(
+    args: argparse.Namespace, paths: Sequence[str], steps: int, global_batch: int, processes: utils.Processes
+) -> None:
+    """Raise UserError where an epoch has no whole batch."""
+    if not steps:
+        raise UserError(
+            f"{len(paths)} volumes with --patches_per_volume {args.patches_per_volume} make less than one "
+            f"batch of {global_batch} ({args.batch_size_per_gpu} x {processes.world_size} processes x "
+            f"{args.accumulate_steps} accumulated): lower --batch_size_per_gpu or --accumulate_steps, or raise "
+            "--patches_per_volume",
+            everywhere=True,
+        )
+
+
+def make_dataset(args: argparse.Namespace, paths: Sequence[str], weights: Sequence[int]) -> PretrainingPatches:
+    policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
+    crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
+    max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
+    patches_per_volume = [args.patches_per_volume * weight for weight in weights]
+    return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad)
+
+
+def make_loader(
+    dataset: PretrainingPatches, args: argparse.Namespace, progress: Progress, processes: utils.Processes
+) -> DataLoader:
+    """This rank's batches from `progress` to the last epoch."""
+    stream = BatchStream(
+        len(dataset.paths),
+        dataset.patches_per_volume,
+        args.batch_size_per_gpu,
+        processes.rank,
+        processes.world_size,
+        args.seed,
+        progress.epoch,
+        progress.position,
+        args.epochs,
+        args.accumulate_steps,
+    )
+    workers, prefetch, notices = reading_processes(
+        args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(dataset.multi_crop.patch_size)
+    )
+    for notice in notices:
+        processes.print(notice)
+    return DataLoader(
+        dataset,
+        batch_sampler=stream,
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        worker_init_fn=start_reading_process,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
+def build_models(args: argparse.Namespace, notices: list[str]) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """New student and teacher, backbone and DINO head each, with equal weights. notices: gets what there is to say."""
+    torch.manual_seed(args.seed)
+    build = functools.partial(
+        build_model,
+        args.arch,
+        args.input_size,
+        args.patch_size,
+        args.out_dim,
+        args.use_bn_in_head,
+        hidden_dim=args.head_hidden_dim,
+        bottleneck_dim=args.head_bottleneck_dim,
+    )
+    student = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing)
+    teacher = build(drop_path_rate=None, norm_last_layer=True)  # follows the student without gradients
+    if args.pretrained_weights:
+        notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher
+
+
 def build_model(
     arch: str,
     input_size: Sequence[int],
@@ -940,10 +664,11 @@ def build_model(
     drop_path_rate: float | None,
     norm_last_layer: bool,
     grad_checkpointing: bool = False,
+    **head: int,
 ) -> MultiCropWrapper:
-    """A new student or teacher: backbone and DINO head."""
+    """A new student or teacher: backbone and DINO head. head: what else DINOHead takes."""
     backbone = build_encoder(arch, input_size, patch_size, drop_path_rate, grad_checkpointing)
-    return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer))
+    return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer, **head))
 
 
 def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str) -> list[str]:
@@ -1040,6 +765,8 @@ def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Prog
         "spacing",
         "clip_range",
         "out_dim",
+        "head_hidden_dim",
+        "head_bottleneck_dim",
         "use_bn_in_head",
         "norm_last_layer",
         "optimizer",

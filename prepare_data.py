@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, help_flags, number
+from dino3d.command_line import XYZ, ArgumentParser, UserError, available_cores, exit_status, help_flags, number
 from dino3d.data.conventions import DataError, format_size
 from dino3d.data.hdf5 import FILTERS
 from dino3d.prepare.check import check
@@ -37,7 +37,7 @@ def get_args_parser() -> ArgumentParser:
         title="commands", prog=parser.prog, dest="command", metavar="command", required=True
     )
     help_flags(parser.add_argument_group("help"))
-    xyz = ("X", "Y", "Z")
+    xyz = XYZ
 
     def command(name: str, run: Callable[..., None], summary: str, usage: str) -> tuple[Any, Any]:
         sub = commands.add_parser(name, help=summary, usage=f"{parser.prog} {name} {usage}", description=summary)

@@ -41,6 +41,7 @@ class Preempted(Exception):
 
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+XYZ = ("X", "Y", "Z")  # metavar of what is given per axis
 ENOUGH_FILES = 1 << 16
 EXIT_INTERRUPTED = 130  # as shells tell that Ctrl-C ended a program
 # Seconds in which a second signal is no second request: a launcher passes on what all have got already

@@ -18,7 +18,7 @@ import utils  # noqa: E402
 from vision_transformer import DINOHead, VisionTransformer  # noqa: E402
 
 main_dino.ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
-main_dino.DINOHead = functools.partial(DINOHead, hidden_dim=64)
+main_dino.DINOHead = lambda *args, **more: DINOHead(*args, **(more | {"hidden_dim": 64}))
 if "FLOAT64" in os.environ:
     torch.set_default_dtype(torch.float64)
 kind, *where, first, last = os.environ.get("PLANT", "no 0 0").split()

@@ -85,6 +85,7 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
     "dino3d.training": 1,
     "dino3d.monai_transforms": 1,
     "dino3d.evaluation": 2,
+    "dino3d.pretraining_flags": 2,
     "dino3d.features": 3,
     "dino3d.finetune": 4,
     "dino3d.prepare": 4,

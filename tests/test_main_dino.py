@@ -51,7 +51,7 @@ def smaller_model(monkeypatch):
     """What is called in this process trains a model of 0.1 and not 11 million weights; `command` takes the real one."""
     small = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
     monkeypatch.setitem(vision_transformer.ARCHITECTURES, "vit_tiny", small)
-    monkeypatch.setattr(main_dino, "DINOHead", functools.partial(DINOHead, hidden_dim=64))
+    monkeypatch.setattr(main_dino, "DINOHead", lambda *args, **more: DINOHead(*args, **(more | {"hidden_dim": 64})))
 
 
 def run_main(capsys, *flags):
@@ -827,3 +827,42 @@ def test_gpu_run(volumes, tmp_path, capsys, precision):
     )
     assert code == 0 and not errors
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path)["teacher"].values())
+
+
+def test_a_smaller_head_and_a_rate_as_it_stands(volumes, tmp_path, capsys, monkeypatch):
+    widths = []
+    monkeypatch.setattr(main_dino, "DINOHead", lambda *args, **more: widths.append(more) or DINOHead(*args, **more))
+    head = ("--head_hidden_dim", 24, "--head_bottleneck_dim", 8, "--warmup_epochs", 0, "--epochs", 2)
+    code, *_ = run_main(
+        capsys,
+        "--data_dir",
+        volumes,
+        "--batch_size_per_gpu",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+        *head,
+        "--lr",
+        0.002,
+        "--lr_unscaled",
+        "--max_steps",
+        1,
+    )
+    assert code == 0 and widths == [{"hidden_dim": 24, "bottleneck_dim": 8}] * 2
+    state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    assert state["student"]["head.mlp.0.weight"].shape[0] == 24
+    assert state["student"]["head.mlp.4.weight"].shape == (8, 24)
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.002  # of the first step, at the top of the cosine
+    code, _, errors = run_main(
+        capsys,
+        "--data_dir",
+        volumes,
+        "--batch_size_per_gpu",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+        *head[4:],
+        "--head_hidden_dim",
+        24,
+    )
+    assert code == 1 and "head_bottleneck_dim" in errors[-1]

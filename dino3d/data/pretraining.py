@@ -73,7 +73,8 @@ class PretrainingPatches(Dataset):
     ) -> None:
         self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
         self.strict = strict
-        self._ends = np.cumsum(np.broadcast_to(patches_per_volume, len(paths)))  # (volumes,) sample behind each one's
+        self.patches_per_volume = np.broadcast_to(patches_per_volume, len(paths)).tolist()
+        self._ends = np.cumsum(self.patches_per_volume)  # (volumes,) sample behind each one's
         self.max_bad = len(paths) if max_bad is None else max_bad
         self._epoch, self._bad = None, {}  # {path: reason} that this worker has met in the epoch: not tried again
         self._looked_at = set()  # files of others that this worker knows to be CTs in HU

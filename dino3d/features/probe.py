@@ -32,7 +32,6 @@ from dino3d.training.monitor import ProbeResult
 from utils import Processes
 from vision_transformer import Encoder
 
-PROBE_EVERY = 10  # epochs
 PROBE_FOLDS = 5
 PROBE_POOL = "cls+mean"
 BEST_PROBE, COMPARED = "best_probe.pth", "probe.json"

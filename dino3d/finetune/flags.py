@@ -6,14 +6,13 @@ from typing import Any
 
 import augmentations
 from dino3d import command_line
-from dino3d.command_line import format_values, number
+from dino3d.command_line import XYZ, format_values, number
 from dino3d.data.lists import LABEL
 from dino3d.features.encoder import ENCODER
 from dino3d.finetune.splits import NUM_TEST
 from dino3d.training import checkpoint
 from vision_transformer import ARCHITECTURES
 
-XYZ = ("X", "Y", "Z")
 # What must not change while a run is resumed fold by fold, besides the flags of a script's own
 FIXED_FLAGS = (
     *ENCODER,
