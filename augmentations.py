@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -36,6 +35,15 @@ from dino3d.bspline import (  # noqa: F401  some are part of this module's inter
     warp,
 )
 from dino3d.command_line import boolean_flag
+from dino3d.intensity import (  # noqa: F401  some are part of this module's interface
+    average_blocks,
+    averaging_blocks,
+    draw_curve,
+    draw_sigma,
+    gaussian_smooth,
+    histogram_shift,
+    scale_intensity,
+)
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
 MIN_IOU = 0.25  # of two global windows of a sample, before rotation and scale (the paper's rule)
@@ -72,59 +80,6 @@ def draw_axis(rng: np.random.RandomState, _: int) -> int:
 def draw_elastic(rng: np.random.RandomState, limit: float) -> tuple[float, int]:
     """(largest displacement, seed of the displacements' own generator: how many there are depends on the lattice)."""
     return rng.uniform(0, limit), rng.randint(2**31)
-
-
-def draw_sigma(rng: np.random.RandomState, limit: float) -> np.ndarray:
-    """(3,) standard deviations in voxels."""
-    return rng.uniform(0, limit, 3)
-
-
-def gaussian_smooth(views: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian smoothing, integrated over each voxel, with the border repeated outwards.
-
-    views: (N, C, X, Y, Z); sigma: (N, 3) standard deviations in voxels, 0: no smoothing along that axis.
-    Along each axis it is a product with the matrix of weights from every voxel to every other.
-    """
-    for axis, n in enumerate(views.shape[2:]):
-        edges = torch.arange(1, n, dtype=views.dtype, device=views.device) - 0.5
-        at = torch.arange(n, dtype=views.dtype, device=views.device)
-        width = sigma[:, axis].to(views.dtype).clamp_min(1e-3)[:, None, None] * math.sqrt(2)
-        below = 0.5 * (1 + torch.erf((edges - at[:, None]) / width))  # (N, n, n - 1): share of i's weight below edge j
-        weights = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=2)  # (N, n, n): from voxel j to voxel i
-        shape = views.shape
-        if axis == 2:
-            views = (views.reshape(shape[0], -1, n) @ weights.mT).reshape(shape)
-        else:
-            columns = views.reshape(shape[0], math.prod(shape[1 : 2 + axis]), n, -1)  # (N, before, n, after the axis)
-            views = (weights[:, None] @ columns).reshape(shape)
-    return views
-
-
-def draw_curve(rng: np.random.RandomState, points: int) -> np.ndarray:
-    """(points,) non-decreasing curve from 0 to 1, drawn as MONAI's `RandHistogramShift` draws it."""
-    curve = np.linspace(0, 1, max(points, 2))
-    for i in range(1, len(curve) - 1):
-        curve[i] = rng.uniform(curve[i - 1], curve[i + 1])
-    return curve
-
-
-def histogram_shift(views: Tensor, curve: Tensor) -> Tensor:
-    """Map each view's grey values through a piecewise linear curve with equally spaced knots.
-
-    views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range.
-    """
-    views_shape, knots = views.shape, curve.shape[1]
-    views, curve = views.flatten(1), curve.to(views.dtype)
-    low, high = views.aminmax(dim=1, keepdim=True)
-    tiny = knots * torch.finfo(views.dtype).tiny  # knots times: a view of one value would give 0 * inf
-    t = (views - low) * ((knots - 1) / (high - low).clamp_min(tiny))
-    # The knots are equally spaced: the curve is a sum of ramps, one from each knot on, without search or gather
-    slopes = curve.diff(dim=1)
-    bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)
-    shifted = torch.addcmul(low + curve[:, :1] * (high - low), t, bends[:, :1])
-    for k in range(1, knots - 1):
-        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k : k + 1])
-    return shifted.reshape(views_shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -319,10 +274,12 @@ class ViewParameters(NamedTuple):
 
     control: (N, gx, gy, gz, 3) float32, the base-patch position in voxels at each control point of the view's spline
     intensity: N times {name: values}, the intensity augmentations that act on the view
+    blocks: N times (kx, ky, kz), the voxels of the patch over which it is averaged before the view is sampled
     """
 
     control: np.ndarray
     intensity: list[dict[str, Any]]
+    blocks: Sequence[tuple[int, ...]] = ()
 
 
 class ViewBatch(NamedTuple):
@@ -331,14 +288,20 @@ class ViewBatch(NamedTuple):
     control: (N, gx, gy, gz, 3) float32
     intensity: {name: (indices (n,), values (n, ...) float32)} of the views that each acts on, in the table's order.
                They are found on the CPU, so that the device works on those alone without the host waiting for it.
+    blocks: {(kx, ky, kz): indices (n,)} of the views that are sampled from the averaged patch; None: none is
     """
 
     control: Tensor
     intensity: dict[str, tuple[Tensor, Tensor]]
+    blocks: dict[tuple[int, ...], Tensor] | None = None
 
     def to(self, device: torch.device | str) -> "ViewBatch":
         move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
-        return ViewBatch(move(self.control), {name: tuple(map(move, pair)) for name, pair in self.intensity.items()})
+        return ViewBatch(
+            move(self.control),
+            {name: tuple(map(move, pair)) for name, pair in self.intensity.items()},
+            self.blocks and {blocks: move(indices) for blocks, indices in self.blocks.items()},
+        )
 
 
 class MultiCropAugmentation:
@@ -348,10 +311,14 @@ class MultiCropAugmentation:
     global_size, local_size: (3,) voxels of a view; local_number: how many local views (two views are global)
     spacing: (3,) mm per voxel of a view; None: a view's voxels are the volume's, whatever they measure
     min_iou: of two global windows before rotation and scale; 1: they lie in the middle of the patch
+    global_scale, local_scale: (low, high) of resized crops: the side of a view's window relative to global_size, one
+        for its three axes, drawn uniformly in [low, high] for each view; None: a view's window has its own voxels
 
-    core: (3,) the box that holds all unrotated windows, in which two global ones overlap by an IoU of min_iou
+    core: (3,) the box that holds all unrotated windows, in which two global ones overlap by an IoU of min_iou. Where
+        their sides differ, as much of the smaller one lies in the other as of each of two equal ones: 2 IoU / (1 + IoU)
     patch_size: (3,) the core and a margin, so that fewer than 5 % of global views see more than 1 % outside it;
-                both in voxels of a view
+                both in voxels of a view that is not resized
+    finest: (3,) the least of such voxels that a voxel of any view covers along each axis, at most 1
     """
 
     def __init__(
@@ -362,16 +329,32 @@ class MultiCropAugmentation:
         local_number: int,
         spacing: ArrayLike | None = None,
         min_iou: float = MIN_IOU,
+        global_scale: tuple[float, float] | None = None,
+        local_scale: tuple[float, float] | None = None,
     ) -> None:
         self.policy, self.local_number, self.spacing = policy, local_number, spacing
         self.global_size, self.local_size = tuple(global_size), tuple(local_size)
+        self.global_scale, self.local_scale = global_scale, local_scale
         # Two windows of size n shifted by f n along every axis: IoU = (1 - f)^3 / (2 - (1 - f)^3)
-        max_shift = 1 - (2 * min_iou / (1 + min_iou)) ** (1 / 3)
-        self.core = tuple(n + int(max_shift * n) for n in self.global_size)
+        self._max_shift = 1 - (2 * min_iou / (1 + min_iou)) ** (1 / 3)
+        largest = [n * (global_scale or (1, 1))[1] for n in self.global_size]
+        self.core = tuple(math.ceil(n - 1e-6) + int(self._max_shift * n) for n in largest)
+        finest = [np.ones(3)]
+        for size, scale in ((self.global_size, global_scale), (self.local_size, local_scale)):
+            if scale is not None:
+                finest.append(scale[0] * np.array(self.global_size) / size)
+        self.finest = np.min(finest, 0)
         self.lattices = [
             Lattice.for_views(size, policy, self.global_size) for size in (self.global_size, self.local_size)
         ]
         self.patch_size = self._patch_size()
+
+    @property
+    def local_stretch(self) -> np.ndarray:
+        """(3,) how much longer a local view's voxels are along each axis than along the shortest, relative to a global
+        view's: not 1 where resized crops are of another shape than global views."""
+        stretch = np.ones(3) if self.local_scale is None else np.array(self.global_size) / self.local_size
+        return stretch / stretch.min()
 
     def draw(
         self,
@@ -393,8 +376,8 @@ class MultiCropAugmentation:
                 groups.append(None)
                 continue
             views = [self._draw_view(next(rngs), lattice, shape, patch_spacing) for _ in range(number)]
-            control, intensity = zip(*views)
-            groups.append(ViewParameters(np.stack(control).astype(np.float32), list(intensity)))
+            control, intensity, blocks = zip(*views)
+            groups.append(ViewParameters(np.stack(control).astype(np.float32), list(intensity), blocks))
         return groups
 
     def _draw_view(
@@ -404,16 +387,30 @@ class MultiCropAugmentation:
         patch_shape: Sequence[int],
         patch_spacing: ArrayLike | None,
         names: Iterable[str] = AUGMENTATIONS,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """(control (gx, gy, gz, 3), intensity {name: values}) of one view. names: see `Policy.draw`."""
-        size, core, patch_size = np.array(lattice.size), np.array(self.core), np.array(self.patch_size)
+    ) -> tuple[np.ndarray, dict[str, Any], tuple[int, ...]]:
+        """(control (gx, gy, gz, 3), intensity {name: values}, blocks (kx, ky, kz)) of one view. names: see
+        `Policy.draw`."""
+        size, patch_size = np.array(lattice.size), np.array(self.patch_size)
+        window, box = self._draw_window(rng, lattice)
         # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
-        start = (patch_size - core) // 2 + rng.randint(0, core - size + 1)
-        shift = start + (size - 1) / 2 - (patch_size - 1) / 2  # of the view's centre from the patch's
+        start = (patch_size - box) / 2 + rng.randint(0, np.floor(box - window + 1e-6).astype(int) + 1)
+        shift = start + (window - 1) / 2 - (patch_size - 1) / 2  # of the view's centre from the patch's
         matrix, displacements, intensity = self.policy.draw(rng, lattice.shape, names)
+        zoom = window / size  # voxels of a view that is not resized, per voxel of this one
         mm = (1.0, 1.0) if self.spacing is None else (np.array(self.spacing), np.array(patch_spacing))  # view, patch
         centre = (np.array(patch_shape) - 1) / 2 + shift * mm[0] / mm[1]
-        return lattice.control(matrix, centre, displacements, *mm), intensity
+        steps = zoom * mm[0] / mm[1]  # (3,) voxels of the patch per voxel of the view
+        blocks = averaging_blocks(steps) if self.global_scale or self.local_scale else (1, 1, 1)
+        return lattice.control(matrix, centre, displacements, zoom * mm[0], mm[1]), intensity, blocks
+
+    def _draw_window(self, rng: np.random.RandomState, lattice: Lattice) -> tuple[np.ndarray, np.ndarray]:
+        """(window (3,), box (3,)): the sides of a view's window, and of the box in the patch's middle that holds it."""
+        is_global = lattice is self.lattices[0]
+        scale, window = self.global_scale if is_global else self.local_scale, np.array(lattice.size)
+        if scale is not None:
+            low, high = scale  # equal ones draw nothing: at unit scale views are those that are not resized
+            window = np.array(self.global_size) * (rng.uniform(low, high) if low < high else low)
+        return window, window + (self._max_shift * window).astype(int) if is_global else np.array(self.core)
 
     def _patch_size(self, views: int = 1200, points: int = 9) -> tuple[int, ...]:
         """The `enclosing_patch` of views that are drawn for it."""
@@ -433,20 +430,40 @@ class MultiCropAugmentation:
         clip_range: HU that become 0 and 1
         """
         with torch.autocast(patches.device.type, enabled=False):  # positions need more than bf16's three digits
-            patches = scale_intensity(patches, *clip_range)[:, None]  # (B, 1, X, Y, Z)
-            return [render_views(patches, lattice, group) for lattice, group in zip(self.lattices, groups) if group]
+
+            @functools.cache  # for both sizes of view
+            def averaged(blocks: tuple[int, ...]) -> Tensor:
+                """(B, 1, X, Y, Z) grey values. Averaged in HU and then clipped, as a coarser scan would have them."""
+                hounsfield = patches[:, None].to(torch.get_default_dtype())
+                return scale_intensity(average_blocks(hounsfield, blocks), *clip_range)
+
+            scaled = scale_intensity(patches, *clip_range)[:, None]  # (B, 1, X, Y, Z)
+            return [
+                render_views(scaled, lattice, group, averaged) for lattice, group in zip(self.lattices, groups) if group
+            ]
 
 
-def scale_intensity(volume: Tensor, low: float, high: float) -> Tensor:
-    """Hounsfield units to [0, 1]: low (HU) and below become 0, high and above 1. Any shape; the default float type."""
-    return (volume.to(torch.get_default_dtype()) - low).div_(high - low).clamp_(0, 1)
+def render_views(
+    patches: Tensor, lattice: Lattice, group: ViewBatch, averaged: Callable[[tuple[int, ...]], Tensor] | None = None
+) -> Tensor:
+    """(V B, 1, x, y, z) views: geometry, then intensities.
 
-
-def render_views(patches: Tensor, lattice: Lattice, group: ViewBatch) -> Tensor:
-    """(V B, 1, x, y, z) views: geometry, then intensities. patches: (B, 1, X, Y, Z); group: ViewBatch of V B views."""
-    views = torch.cat(
-        [warp(patches, control.to(patches.dtype), lattice) for control in group.control.split(len(patches))]
-    )  # (V B, 1, x, y, z)
+    patches: (B, 1, X, Y, Z) grey values; group: ViewBatch of V B views
+    averaged: blocks -> the patches averaged as by `average_blocks`, for the views of group.blocks
+    """
+    if group.blocks is None:
+        views = torch.cat(
+            [warp(patches, control.to(patches.dtype), lattice) for control in group.control.split(len(patches))]
+        )  # (V B, 1, x, y, z)
+    else:
+        views = patches.new_empty(len(group.control), 1, *lattice.size)
+        for blocks, indices in group.blocks.items():
+            control, source = group.control.to(patches.dtype), patches
+            if max(blocks) > 1:
+                control = torch.stack([(at + 0.5) / k + 0.5 for at, k in zip(control.unbind(-1), blocks)], -1)
+                source = averaged(blocks)
+            for part in indices.split(len(patches)):  # as many at a time as there are patches, of which each is a copy
+                views.index_copy_(0, part, warp(source[part % len(patches)], control[part], lattice))
     for name, (indices, values) in group.intensity.items():
         views.index_copy_(0, indices, AUGMENTATIONS[name].apply(views[indices], values))
     return views
@@ -466,5 +483,7 @@ def collate_views(samples: Sequence[Sequence[ViewParameters | None]]) -> list[Vi
             if indices:
                 values = np.stack([views[i][name] for i in indices]).astype(np.float32)
                 intensity[name] = torch.tensor(indices), torch.from_numpy(values)
-        groups.append(ViewBatch(control, intensity))
+        sides = list(itertools.chain(*zip(*(part.blocks for part in group))))
+        blocks = {side: torch.tensor([i for i, s in enumerate(sides) if s == side]) for side in sorted(set(sides))}
+        groups.append(ViewBatch(control, intensity, blocks if any(max(side) > 1 for side in blocks) else None))
     return groups

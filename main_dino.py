@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import utils
-from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, paper_policy
+from augmentations import MultiCropAugmentation
 from dino3d import command_line, weights
-from dino3d.command_line import UserError, format_values
+from dino3d.command_line import UserError
 from dino3d.data.conventions import HDF5_SUFFIXES, is_kind
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
@@ -46,6 +46,7 @@ from dino3d.training.loading import next_batch, reading_processes, start_reading
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from dino3d.training.objectives import sinkhorn_offsets
+from dino3d.training.view_flags import describe_views, multi_crop
 from utils import cosine_schedule, linear_schedule
 from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
 
@@ -547,7 +548,9 @@ class Schedules:
 def show_pictures(state: TrainState, batch: Batch, progress: Progress, monitor: Monitor) -> None:
     """Pictures of an epoch's first batch, and of the augmentations when the run is new."""
     spacings = batch.spacings if state.crops.spacing is None else [state.crops.spacing] * len(batch.paths)
-    monitor.show_views(state.render(batch), batch.paths, spacings, progress.step)
+    monitor.show_views(
+        state.render(batch), batch.paths, spacings, progress.step, local_stretch=state.crops.local_stretch
+    )
     if progress.step == 0:
         monitor.show_augmentations(batch, state.crops, state.clip_range, progress.step)
 
@@ -595,8 +598,7 @@ def require_a_step(
 
 
 def make_dataset(args: argparse.Namespace, paths: Sequence[str], weights: Sequence[int]) -> PretrainingPatches:
-    policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
-    crops = MultiCropAugmentation(policy, args.input_size, args.local_size, args.local_crops_number, args.spacing)
+    crops = multi_crop(args)
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
     patches_per_volume = [args.patches_per_volume * weight for weight in weights]
     return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad)
@@ -797,8 +799,7 @@ def run_summary(
     lines = [
         f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
         f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
-        f"base patch {format_values(crops.patch_size)}, 2 global views {format_values(crops.global_size)}, "
-        f"{crops.local_number} local views {format_values(crops.local_size)}; " + ", ".join(crops.policy.on) + " on",
+        f"{describe_views(crops)}; " + ", ".join(crops.policy.on) + " on",
     ]
     raw = [path for path in paths if not is_kind(path, HDF5_SUFFIXES)]
     if raw:

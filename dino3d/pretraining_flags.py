@@ -2,11 +2,11 @@
 
 import argparse
 
-import augmentations
 from dino3d import command_line
 from dino3d.command_line import XYZ, format_values, number
 from dino3d.data.sources import source_fault
 from dino3d.training import checkpoint
+from dino3d.training.view_flags import add_view_flags, check_view_flags
 from vision_transformer import ARCHITECTURES, has_setting
 
 PROBE_EVERY = 10  # epochs
@@ -244,46 +244,6 @@ def add_optimisation_flags(parser: command_line.ArgumentParser) -> None:
     command_line.max_skipped_steps_flag(group)
 
 
-def add_view_flags(parser: command_line.ArgumentParser) -> None:
-    group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
-    group.add_argument(
-        "--input_size",
-        default=[96, 96, 48],
-        nargs=3,
-        type=number(int, 1),
-        metavar=XYZ,
-        help="voxels of a global view, a multiple of --patch_size (ResNets: any); smaller for CPUs",
-    )
-    group.add_argument(
-        "--local_crops_number", default=8, type=number(int, 0), help="local views per sample; fewer are faster"
-    )
-    group.add_argument(
-        "--local_crops_scale",
-        default=0.25,
-        type=number(float, above=0, high=1),
-        help="side of a local view relative to a global one; its voxels must be a multiple of --patch_size "
-        "(ResNets: any)",
-    )
-    group.add_argument(
-        "--spacing",
-        default=None,
-        nargs=3,
-        type=number(float, above=0),
-        metavar=XYZ,
-        help="mm per voxel that views are resampled to, for data of mixed spacings; angles and scales "
-        "then act in mm; default: the volumes' own voxels, as in the paper",
-    )
-    group.add_argument(
-        "--clip_range",
-        default=[-1000.0, 1000.0],
-        nargs=2,
-        type=number(float),
-        metavar=("LOW", "HIGH"),
-        help="window: Hounsfield units that become 0 and 1",
-    )
-    augmentations.add_augmentation_flags(group)
-
-
 def add_probe_flags(parser: command_line.ArgumentParser) -> None:
     group = parser.add_argument_group("probe (what the teacher's features are worth on labelled crops, as it trains)")
     group.add_argument(
@@ -345,14 +305,15 @@ def add_run_flags(parser: command_line.ArgumentParser) -> None:
 
 def check_pretraining_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what is wrong whatever the data (exit code 2), and add args.local_size, (3,) voxels of a local view."""
-    args.local_size = [max(1, round(n * args.local_crops_scale)) for n in args.input_size]
+    check_view_flags(parser, args)
     for name in ("patch_size", "drop_path_rate"):
         if has_setting(args.arch, name):
             continue
         if parser.is_given(args, name):
             parser.error(f"--{name} {format_values(getattr(args, name))}: {args.arch} has none; leave it out")
         setattr(args, name, None)
-    for flag, size in (("--input_size", args.input_size), ("--local_crops_scale", args.local_size)):
+    local = "--local_crops_size" if args.local_crops_size else "--local_crops_scale"
+    for flag, size in (("--input_size", args.input_size), (local, args.local_size)):
         if args.patch_size is None:  # a network that takes any size
             break
         if any(n % p for n, p in zip(size, args.patch_size)) and (size is args.input_size or args.local_crops_number):
@@ -360,8 +321,6 @@ def check_pretraining_flags(parser: command_line.ArgumentParser, args: argparse.
                 f"{flag}: a view of {format_values(size)} voxels is not a multiple of --patch_size "
                 f"{format_values(args.patch_size)} along each axis"
             )
-    if args.clip_range[0] >= args.clip_range[1]:
-        parser.error(f"--clip_range {format_values(args.clip_range)}: the first value must be below the second")
     if fault := source_fault(args.data_dir or [], args.data_weights, args.data_list):
         parser.error(fault)
     if args.data_dir and len(args.data_dir) == 1:

@@ -701,7 +701,7 @@ def all_drawn(groups, points=10):
         (control, *(np.float32(intensity.get(name, none)) for name, none in plain.items()))
         for group in groups
         if group
-        for control, intensity in zip(*group)
+        for control, intensity in zip(group.control, group.intensity)
     ]
 
 

@@ -7,7 +7,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from augmentations import PATCH_VIEW, MultiCropAugmentation, ViewBatch, ViewParameters, collate_views, keyed_rng
+from augmentations import (
+    PATCH_VIEW,
+    MultiCropAugmentation,
+    ViewBatch,
+    ViewParameters,
+    averaging_blocks,
+    collate_views,
+    keyed_rng,
+)
 from dino3d.data.conventions import DataError
 from dino3d.data.requirements import pretraining_fault
 from dino3d.data.volume import Volume
@@ -137,12 +145,13 @@ class PretrainingPatches(Dataset):
     ) -> tuple[np.ndarray, list[ViewParameters | None], tuple[float, ...]]:
         """(patch (x, y, z) int16, views, (3,) mm per voxel of the patch) of one sample.
 
-        Where the views have a spacing of their own, a much finer volume is averaged over blocks of voxels first.
+        Where the views have a spacing of their own, a much finer volume is averaged over blocks of voxels first, as far
+        as its finest views allow.
         """
         crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
         spacing = np.array(volume.spacing)
         stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # file's voxels per view's
-        factors = np.where(stretch > 1.5, np.rint(stretch), 1).astype(int)  # (3,) sides of the blocks
+        factors = np.array(averaging_blocks(stretch * crops.finest))  # (3,) sides of the blocks
         # Spacings in files are rounded: - 1e-3 keeps a view's voxels on the file's where both are meant to be equal
         size = np.ceil(np.array(crops.patch_size) * stretch / factors - 1e-3).astype(int) * factors
         start = place_patch(

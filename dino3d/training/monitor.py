@@ -350,13 +350,14 @@ class Monitor:
         spacings: Sequence[ArrayLike],
         step: int,
         most: int = 4,
+        local_stretch: ArrayLike = 1.0,
     ) -> None:
         """Picture of the current views: per sample two global ones (axial and coronal) and its local ones (axial).
 
-        paths, spacings: of each sample's scan, (3,) mm per voxel of its views
+        paths, spacings: of each sample's scan, (3,) mm per voxel of its views; local_stretch: see `view_rows`
         """
         if self.processes.is_main:
-            rows, labels = view_rows(views, [scan_name(path) for path in paths], spacings, most)
+            rows, labels = view_rows(views, [scan_name(path) for path in paths], spacings, most, local_stretch)
             self.picture("views", montage(rows, labels, f"what the networks see at step {step}; {EVEN}"), step)
 
     def show_augmentations(
@@ -366,7 +367,7 @@ class Monitor:
         varies most."""
         if self.processes.is_main:
             middles = [
-                patch[tuple(slice((n - m) // 2, (n + m) // 2) for n, m in zip(patch.shape, crops.global_size))]
+                patch[tuple(slice(max(0, (n - m) // 2), (n + m) // 2) for n, m in zip(patch.shape, crops.global_size))]
                 for patch in batch.patches[:16]
             ]
             shown = max(range(len(middles)), key=lambda i: middles[i].float().clamp(*clip_range).std().item())

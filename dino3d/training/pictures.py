@@ -151,18 +151,24 @@ def scan_name(path: Path | str) -> str:
 
 
 def view_rows(
-    views: Sequence[Tensor], names: Sequence[str], spacings: Sequence[ArrayLike], most: int
+    views: Sequence[Tensor],
+    names: Sequence[str],
+    spacings: Sequence[ArrayLike],
+    most: int = 4,
+    local_stretch: ArrayLike = 1.0,
 ) -> tuple[list[list[np.ndarray]], list[str]]:
     """(rows, labels) of tiles for `montage`: at most `most` samples, those of different scans first.
 
     views: [global (2 B, 1, ...), local (L B, 1, ...)]; names: (B,) of the scans; spacings: (B, 3) mm per voxel
+    local_stretch: sides of a local view's voxels relative to a global one's, (3,) where they differ by axis
     A sample of which a tile is nearly all air is left out where there are others.
     """
     rows = []
     for sample, spacing in enumerate(spacings):
         row = [tile for view in views[0][sample :: len(names)] for tile in planes(view[0], spacing)]
         for local in views[1:]:
-            row += [magnified(planes(view[0], spacing)[0], row[0].shape[0]) for view in local[sample :: len(names)]]
+            mm = np.asarray(spacing) * local_stretch
+            row += [magnified(planes(view[0], mm)[0], row[0].shape[0]) for view in local[sample :: len(names)]]
         rows.append(row)
     tissue = [min(np.mean(tile > NO_TISSUE) for tile in row) for row in rows]
     shown = [sample for sample, share in enumerate(tissue) if share > NEARLY_AIR] or [int(np.argmax(tissue))]
@@ -185,7 +191,8 @@ def example_views(
     makes it, and labelled where the policy has it off.
     """
     patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
-    size = np.array(crops.global_size)
+    zoom = min(1.0, (crops.global_scale or (1, 1))[1])  # a patch for smaller windows is smaller than a plain view
+    size = np.array(crops.global_size) * zoom
     centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
     examples = {}
     for name in (None, *AUGMENTATIONS):
@@ -194,7 +201,9 @@ def example_views(
         matrices, displacements, intensity = zip(
             *(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws))
         )
-        control = np.stack([lattice.control(matrix, centre, move) for matrix, move in zip(matrices, displacements)])
+        control = np.stack(
+            [lattice.control(matrix, centre, move, zoom) for matrix, move in zip(matrices, displacements)]
+        )
         (group,) = collate_views([[ViewParameters(control, list(intensity))]])
         on = name is None or name in crops.policy.on
         examples[(name or "plain") + ("" if on else " (off)")] = render_views(patches, lattice, group.to(patch.device))

@@ -1,0 +1,86 @@
+"""Grey values of patches and views, on any device: from Hounsfield units, averaged, smoothed, shifted.
+
+Batches are (N, C, X, Y, Z), or (B, C, X, Y, Z) for patches.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scale_intensity(volume: Tensor, low: float, high: float) -> Tensor:
+    """Hounsfield units to [0, 1]: low (HU) and below become 0, high and above 1. Any shape; the default float type."""
+    return (volume.to(torch.get_default_dtype()) - low).div_(high - low).clamp_(0, 1)
+
+
+def averaging_blocks(steps: np.ndarray) -> tuple[int, ...]:
+    """(3,) voxels to average along each axis before sampling every so many: below one and a half none, which linear
+    interpolation does not alias by much."""
+    return tuple(np.where(steps > 1.5, np.rint(steps), 1).astype(int).tolist())
+
+
+def average_blocks(patches: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Mean over blocks of voxels. patches: (B, C, X, Y, Z) floats; returns (B, C, ceil(X / kx) + 2, ...).
+
+    One block is added at either end, where the border repeats, so that what lies beyond a patch is what it would be
+    without averaging. Position p of the patch is (p + 0.5) / k + 0.5 of the result.
+    """
+    sides = [(k, k + -n % k) for n, k in zip(patches.shape[2:], blocks)]
+    padded = F.pad(patches, [side for pair in sides[::-1] for side in pair], mode="replicate")
+    return F.avg_pool3d(padded, blocks)
+
+
+def draw_sigma(rng: np.random.RandomState, limit: float) -> np.ndarray:
+    """(3,) standard deviations in voxels."""
+    return rng.uniform(0, limit, 3)
+
+
+def gaussian_smooth(views: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian smoothing, integrated over each voxel, with the border repeated outwards.
+
+    views: (N, C, X, Y, Z); sigma: (N, 3) standard deviations in voxels, 0: no smoothing along that axis.
+    Along each axis it is a product with the matrix of weights from every voxel to every other.
+    """
+    for axis, n in enumerate(views.shape[2:]):
+        edges = torch.arange(1, n, dtype=views.dtype, device=views.device) - 0.5
+        at = torch.arange(n, dtype=views.dtype, device=views.device)
+        width = sigma[:, axis].to(views.dtype).clamp_min(1e-3)[:, None, None] * math.sqrt(2)
+        below = 0.5 * (1 + torch.erf((edges - at[:, None]) / width))  # (N, n, n - 1): share of i's weight below edge j
+        weights = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=2)  # (N, n, n): from voxel j to voxel i
+        shape = views.shape
+        if axis == 2:
+            views = (views.reshape(shape[0], -1, n) @ weights.mT).reshape(shape)
+        else:
+            columns = views.reshape(shape[0], math.prod(shape[1 : 2 + axis]), n, -1)  # (N, before, n, after the axis)
+            views = (weights[:, None] @ columns).reshape(shape)
+    return views
+
+
+def draw_curve(rng: np.random.RandomState, points: int) -> np.ndarray:
+    """(points,) non-decreasing curve from 0 to 1, drawn as MONAI's `RandHistogramShift` draws it."""
+    curve = np.linspace(0, 1, max(points, 2))
+    for i in range(1, len(curve) - 1):
+        curve[i] = rng.uniform(curve[i - 1], curve[i + 1])
+    return curve
+
+
+def histogram_shift(views: Tensor, curve: Tensor) -> Tensor:
+    """Map each view's grey values through a piecewise linear curve with equally spaced knots.
+
+    views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range.
+    """
+    views_shape, knots = views.shape, curve.shape[1]
+    views, curve = views.flatten(1), curve.to(views.dtype)
+    low, high = views.aminmax(dim=1, keepdim=True)
+    tiny = knots * torch.finfo(views.dtype).tiny  # knots times: a view of one value would give 0 * inf
+    t = (views - low) * ((knots - 1) / (high - low).clamp_min(tiny))
+    # The knots are equally spaced: the curve is a sum of ramps, one from each knot on, without search or gather
+    slopes = curve.diff(dim=1)
+    bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)
+    shifted = torch.addcmul(low + curve[:, :1] * (high - low), t, bends[:, :1])
+    for k in range(1, knots - 1):
+        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k : k + 1])
+    return shifted.reshape(views_shape)
