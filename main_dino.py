@@ -42,6 +42,7 @@ from dino3d.features.probe import Probe
 from dino3d.files import truncate_log, write_config
 from dino3d.pretraining_flags import CENTER_MOMENTUM, PROBE_EVERY, add_pretraining_flags, check_pretraining_flags
 from dino3d.training import checkpoint
+from dino3d.training.collapse import TeacherOutputs
 from dino3d.training.loading import next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
@@ -288,10 +289,10 @@ def train_one_epoch(
         step = train_step(state, map(state.render, micro_batches), scheduled, frozen)
         progress.count_step(state.global_batch)
 
-        monitor.step(step.finite, step.metrics, step.winners, waited)
+        monitor.step(step.finite, step.metrics, step.teacher, waited)
         state.nonfinite.count(step.finite)
         if progress.step % monitor.log_every == 0 or index == steps - 1:
-            monitor.flush(progress.step, scheduled, state.dino_loss.center.norm(), step.features)
+            monitor.flush(progress.step, scheduled, state.dino_loss.center.norm())
         if state.nonfinite.too_many(progress.step):
             abort_run(
                 monitor.output_dir,
@@ -309,14 +310,12 @@ class Step(NamedTuple):
 
     finite: () bool, False if the loss or a gradient was not finite: then nothing has changed
     metrics: {name: ()} whatever the monitor is to average and show, in the order of log.txt
-    winners: (2 B per micro-batch,) largest prototype of each teacher output
-    features: (2 B, D) teacher's embeddings of the last micro-batch
+    teacher: its outputs, by which a collapse is told
     """
 
     finite: Tensor
     metrics: dict[str, Tensor]
-    winners: Tensor
-    features: Tensor
+    teacher: TeacherOutputs
 
 
 def train_step(
@@ -331,7 +330,7 @@ def train_step(
     batch_norms = [*state.student.buffers(), *state.teacher.buffers()]  # statistics, put back if the step is skipped
     buffers_before = [buffer.clone() for buffer in batch_norms]
     state.optimizer.zero_grad(set_to_none=True)
-    terms, air, centers, winners = [], [], [], []
+    terms, air, centers, winners, means = [], [], [], [], []
     for micro, views in enumerate(micro_batches, 1):
         last = micro == state.accumulate_steps
         with no_sync(state.network, enabled=not last):
@@ -343,13 +342,14 @@ def train_step(
                 if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
                     mean_center = state.processes.mean_async(torch.cat(centers).mean(0, keepdim=True))
                 student_logits = state.network(views)  # ((2 + L) B, out_dim)
-            losses, winning = state.dino_loss(
+            losses, teacher = state.dino_loss(
                 student_logits, teacher_logits, scheduled["teacher_temp"], state.processes
             )
             state.scaler.scale(losses["loss"] / state.accumulate_steps).backward()
         terms.append(torch.stack([term.detach() for term in losses.values()]))
         air.append(air_share(views))
-        winners.append(winning)
+        winners.append(teacher.argmax(-1))
+        means.append(teacher.mean(0))
 
     for group in state.optimizer.param_groups:
         group["lr"] = scheduled["lr"]
@@ -370,7 +370,7 @@ def train_step(
         buffer.copy_(torch.where(finite, buffer, old))
     metrics = dict(zip(losses, torch.stack(terms).mean(0)))  # over the micro-batches
     metrics |= {"grad_norm": norm, "air_views": torch.stack(air).mean()}
-    return Step(finite, metrics, torch.cat(winners), features)
+    return Step(finite, metrics, TeacherOutputs(torch.cat(winners), torch.stack(means).mean(0), features))
 
 
 def no_sync(network: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
@@ -402,7 +402,7 @@ class DINOLoss(nn.Module):
         processes: whose samples Sinkhorn-Knopp takes together.
 
         Returns {name: ()}: "loss", which is to be minimised, and what the monitor shows of it, the mean KL divergence
-        and the teacher's mean entropy, in nats; and the largest prototype of each teacher output (2 B,).
+        and the teacher's mean entropy, in nats; and (2 B, K) the teacher's probabilities.
         """
         batch, out_dim = len(teacher_logits) // 2, teacher_logits.shape[1]
         dtype = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 and fp16 are too coarse for a softmax
@@ -412,7 +412,7 @@ class DINOLoss(nn.Module):
         pairs = 2 * (len(views) - 1)
         loss = CrossEntropy.apply(views, *teacher.view(2, batch, out_dim)).mean() / pairs
         entropy = -(teacher * log_teacher).sum(-1).mean()
-        return {"loss": loss, "kl": loss.detach() - entropy, "teacher_entropy": entropy}, teacher.argmax(-1)
+        return {"loss": loss, "kl": loss.detach() - entropy, "teacher_entropy": entropy}, teacher
 
     def log_teacher(self, logits: Tensor, temp: float, processes: utils.Processes) -> Tensor:
         """(2 B, K) logarithms of the teacher's probabilities, the targets."""

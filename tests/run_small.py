@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_dino  # noqa: E402
 import utils  # noqa: E402
+from dino3d.training.collapse import TeacherOutputs  # noqa: E402
 from vision_transformer import DINOHead, VisionTransformer  # noqa: E402
 
 main_dino.ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
@@ -42,8 +43,7 @@ def planted_step(run, micro_batches, scheduled, frozen):
         return main_dino.Step(
             finite=torch.tensor(False),
             metrics=dict.fromkeys(names, torch.tensor(0.0)),
-            winners=torch.zeros(2, dtype=torch.int64),
-            features=torch.zeros(2, 8),
+            teacher=TeacherOutputs(torch.zeros(2, dtype=torch.int64), torch.zeros(16), torch.zeros(2, 192)),
         )
     return train_step(run, micro_batches, scheduled, frozen)
 

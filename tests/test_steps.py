@@ -284,7 +284,7 @@ def test_the_host_waits_for_no_tensor_in_a_step(tmp_path, enabled):
         step = main_dino.train_step(run, [views], VALUES, True)
         run.nonfinite.count(step.finite)
         for _ in range(2):
-            monitor.step(step.finite, step.metrics, step.winners, waited=0.0)
+            monitor.step(step.finite, step.metrics, step.teacher, waited=0.0)
         weighted_step(model, optimizer, run.scaler, losses, weights, utils.Processes())
     monitor.close()
     # The CPU's fused kernel looks at its own step counter, where CUDA's hands the pointer on
@@ -342,7 +342,7 @@ def test_accumulating_equals_one_large_batch(volumes, tmp_path, capsys):
             assert close, f"{name} {part}: {worst}"
     for name, other in (("whole", "four"), ("whole", "ranks"), ("whole32", "four32")):
         for one, two in zip(*(read_log(tmp_path / n / "log.txt") for n in (name, other))):
-            for metric in ("loss", "kl", "teacher_entropy", "air_views"):
+            for metric in ("loss", "kl", "teacher_entropy", "mutual_information", "air_views"):
                 assert one[metric] == pytest.approx(two[metric], abs=1e-5), (other, metric)
             assert one["lr"] == two["lr"] and one["momentum_teacher"] == two["momentum_teacher"]
             assert one["winning_prototypes"] == two["winning_prototypes"]

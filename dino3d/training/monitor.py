@@ -20,53 +20,15 @@ from tqdm import tqdm
 from augmentations import MultiCropAugmentation
 from dino3d.command_line import UserError
 from dino3d.files import TEXT, append_json, read_log, read_table, write_table
+from dino3d.training.collapse import CollapseWatch, TeacherOutputs, TeacherStatistics
 from dino3d.training.events import EventWriter
 from dino3d.training.pictures import EVEN, NO_TISSUE, example_views, montage, planes, save_picture, scan_name, view_rows
 from utils import Processes, Silent
-
-# A healthy teacher is neither uniform nor constant. Measured on small CPU runs (width 192, out_dim 1024, real CT):
-# healthy ones kept the entropy between 0.6 and 0.95 of ln(out_dim) with 6 to 20 prototypes winning; without a centre
-# it fell below 0.1 with 2 winning, at teacher temperature 0.1 it stood above 0.97 with a KL divergence below 0.05.
-# vit_tiny on two CTs: healthy from 0.68 to 0.91 with 5 to 16 winning; one that went uniform passed 0.98 and 0.03 by
-# step 20 and ended at 1.00 and 0.0004, with 9 to 35 winning: their number alone does not tell a uniform teacher.
-UNIFORM_ENTROPY, UNIFORM_KL = 0.97, 0.05
-CONSTANT_ENTROPY, CONSTANT_WINNERS = 0.1, 2
-PATIENCE = 3  # log entries in a row before a warning: a single one may be chance
-ENOUGH_VIEWS = 32  # teacher outputs that an entry must rest on to count prototypes
-
-
-def collapse_warning(entropy: float, kl: float, winners: int, out_dim: int, views: int) -> str | None:
-    """What to tell the user about a teacher that has become useless, or None.
-
-    entropy: mean entropy of the teacher's outputs in nats; kl: divergence of the student from it
-    winners: prototypes that are the largest output of any of `views` teacher outputs
-    """
-    share = entropy / math.log(out_dim)
-    if share > UNIFORM_ENTROPY and kl < UNIFORM_KL:
-        return (
-            f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
-            "Lower --teacher_temp and --warmup_teacher_temp (0.04), or raise --lr"
-        )
-    if share < CONSTANT_ENTROPY or (winners <= CONSTANT_WINNERS and views >= ENOUGH_VIEWS):
-        return (
-            f"the teacher answers nearly the same to every view (entropy {share:.2f} of ln(out_dim), {winners} "
-            "prototypes winning): it has collapsed. Lower --lr, use --norm_last_layer true and a "
-            "--center_momentum of 0.9, raise --warmup_teacher_temp, or lower --out_dim for small data"
-        )
-    return None
 
 
 def air_share(views: Sequence[Tensor]) -> Tensor:
     """() share of the views that hold no tissue. views: [global (2 B, 1, x, y, z), local (L B, 1, x, y, z)]."""
     return torch.cat([(view.flatten(1).amax(1) < NO_TISSUE).float() for view in views]).mean()
-
-
-def effective_rank(features: Tensor) -> Tensor:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007). features: (B, D); 1 to min(B, D)."""
-    features = features.float()
-    shares = torch.linalg.svdvals(features - features.mean(0))
-    shares = shares / shares.sum().clamp_min(1e-12)
-    return torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())
 
 
 def peak_memory(device: torch.device) -> int:
@@ -187,7 +149,7 @@ class Monitor:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
-        self._warned, self._streak, self._names = set(), 0, None
+        self._names, self._watch = None, CollapseWatch(out_dim, read_log(self.output_dir / "log.txt"))
         self.writer, self.bar, self._curves, self._done_steps = Silent(), Silent(), {}, done_steps
         if processes.is_main:
             self.writer = EventWriter(self.output_dir / "tensorboard", done_steps)
@@ -200,6 +162,7 @@ class Monitor:
                 file=sys.stderr,
                 mininterval=0.5 if sys.stderr.isatty() else 60,
             )
+        self._teacher = TeacherStatistics(out_dim, processes)
         self._reset_window()
         self.start_epoch(None)
 
@@ -211,29 +174,29 @@ class Monitor:
 
     def _reset_window(self) -> None:
         self._sums = 0.0  # (names + 1,) of the metrics, in the order of the first step's, and of the steps taken
-        self._wins = torch.zeros(self.out_dim, device=self.processes.device)
-        self._steps, self._waited, self._began, self._views = 0, 0.0, time.perf_counter(), 0
+        self._teacher.reset()
+        self._steps, self._waited, self._began = 0, 0.0, time.perf_counter()
 
     def print(self, message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
-    def step(self, finite: Tensor, metrics: Mapping[str, Tensor], winners: Tensor, waited: float) -> None:
+    def step(self, finite: Tensor, metrics: Mapping[str, Tensor], teacher: TeacherOutputs, waited: float) -> None:
         """Take note of one step; of one that was skipped, only that.
 
         finite: () bool; metrics: {name: ()} the same names in each step, "kl" and "teacher_entropy" among them
-        winners: (2 B,) prototypes of the teacher's outputs; waited: seconds without data
+        waited: seconds without data
         """
         self._names = self._names or tuple(metrics)
         values = torch.stack([metrics[name].to(metrics["kl"].dtype) for name in self._names])
         self._sums = self._sums + torch.where(finite, torch.cat([values, torch.ones_like(values[:1])]), 0)
-        self._wins.index_add_(0, winners, finite.to(self._wins.dtype).expand(len(winners)))
-        self._steps, self._waited, self._views = self._steps + 1, self._waited + waited, self._views + len(winners)
+        self._teacher.add(teacher, finite)
+        self._steps, self._waited = self._steps + 1, self._waited + waited
         self.bar.update()
 
-    def flush(self, step: int, schedules: Mapping[str, float], center_norm: Tensor, features: Tensor) -> None:
+    def flush(self, step: int, schedules: Mapping[str, float], center_norm: Tensor) -> None:
         """Fetch what was collected since the last entry and show it. Raises UserError for too many unreadable files.
 
-        schedules: {name: value}; features: (B, D) embeddings of this rank's last global views
+        schedules: {name: value}
         """
         self.bad_files.gather()
         *sums, finite = self.processes.mean(self._sums).tolist()
@@ -241,11 +204,16 @@ class Monitor:
             round(finite),
             {name: value / finite for name, value in zip(self._names, sums)} if finite else {},
         )
-        wins, views = self.processes.sum(self._wins), self._views * self.processes.world_size * finite // self._steps
-        seconds, winners = time.perf_counter() - self._began, int((wins > 0).sum())
+        teacher = self._teacher.gather()
+        if finite:
+            values |= {
+                "effective_rank": teacher.effective_rank,
+                "mutual_information": teacher.marginal_entropy - values["teacher_entropy"],
+            }
+        seconds, winners = time.perf_counter() - self._began, int((teacher.wins > 0).sum())
         rate, waiting = self._steps * self.global_batch / seconds, self._waited / seconds
         self._epoch.append((self._steps, finite, values, self._waited))
-        self._epoch_wins += wins
+        self._epoch_wins += teacher.wins
         if self.processes.is_main:
             shown = {"dino/" + name: value for name, value in values.items()}
             if finite:
@@ -253,8 +221,6 @@ class Monitor:
                     "dino/teacher_entropy_share": values["teacher_entropy"] / math.log(self.out_dim),
                     "dino/winning_prototypes": winners,
                 }
-            if features.isfinite().all():
-                shown["dino/effective_rank"] = effective_rank(features).item()
             shown |= {
                 "dino/center_norm": center_norm.item(),
                 "dino/skipped_steps": self._steps - finite,
@@ -272,17 +238,9 @@ class Monitor:
                     f"{self._steps - finite} of the {self._steps} steps up to step {step} were skipped and changed "
                     "nothing: their loss or gradient was not finite"
                 )
-            if finite:
-                self._watch(values, winners, views)
+            if finite and (warning := self._watch.look(values, winners, teacher.views)):
+                self.print(f"warning: {warning}")
         self._reset_window()
-
-    def _watch(self, values: Mapping[str, float], winners: int, views: int) -> None:
-        warning = collapse_warning(values["teacher_entropy"], values["kl"], winners, self.out_dim, views)
-        self._streak = self._streak + 1 if warning else 0
-        kind = warning and warning.split("(")[0]
-        if self._streak >= PATIENCE and kind not in self._warned:
-            self._warned.add(kind)
-            self.print(f"warning: {warning}")
 
     def log_epoch(self, epoch: int, step: int, schedules: dict[str, float], probed: ProbeResult | None = None) -> None:
         """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are
@@ -293,14 +251,16 @@ class Monitor:
         finite = sum(count for count, _ in entries)
         means = {
             name: sum(count * values[name] for count, values in entries) / finite if finite else None
-            for name in self._names
+            for name in (*self._names, "effective_rank", "mutual_information")
         }
         if self.processes.is_main:
             self.bad_files.report(self.print)
             if finite:
                 tqdm.write(
                     f"epoch {epoch}, step {step}/{self.bar.total}: KL divergence {means['kl']:.3f}, teacher entropy "
-                    f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), {seconds:.1f} s"
+                    f"{means['teacher_entropy'] / math.log(self.out_dim):.2f} of ln(out_dim), effective rank "
+                    f"{means['effective_rank']:.1f}, mutual information {means['mutual_information']:.2f} nats, "
+                    f"{seconds:.1f} s"
                 )
             append_json(
                 self.output_dir / "log.txt",
@@ -311,6 +271,7 @@ class Monitor:
                     "winning_prototypes": int((self._epoch_wins > 0).sum()),
                     # of this epoch, or of it since the run was resumed
                     "kl_first_steps": entries[0][1]["kl"] if finite else None,
+                    "effective_rank_first_steps": entries[0][1]["effective_rank"] if finite else None,
                     "skipped_steps": steps - finite,
                     "seconds": round(seconds, 2),
                     # samples: older logs and what reads them have this name
@@ -404,6 +365,12 @@ def summary(output_dir: Path | str) -> str:
             f"first steps of epoch {first['epoch']}, {last['kl']:.3f} over the last epoch; teacher entropy "
             f"{last['teacher_entropy_share']:.2f} of ln(out_dim); {last['winning_prototypes']} prototypes win"
         )
+        if "effective_rank" in last:  # which older logs don't have
+            lines.append(
+                f"effective rank of the features {first.get('effective_rank_first_steps', math.nan):.1f} at first, "
+                f"{last['effective_rank']:.1f} over the last epoch; mutual information of view and prototype "
+                f"{last['mutual_information']:.2f} nats"
+            )
     if skipped:
         lines.append(f"{skipped} steps were skipped, see skipped_steps in log.txt")
     figures = ("probe_logistic_auc", "probe_start_logistic_auc", "probe_best_epoch")
