@@ -1,7 +1,6 @@
 """Files of flags: `@FILE` on every script's command line, and the recipes that are such files."""
 
 import argparse
-import importlib
 import json
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from test_command_line import SCRIPTS, parser_of
 
 from dino3d.command_line import ArgumentParser, number
 from dino3d.flag_files import FileWord, read_flags
+from dino3d.pretraining_flags import check_pretraining_flags
 
 RECIPES = sorted(ROOT.glob("recipes/*.txt"))
 PAPER = (  # flags of the paper's scripts that make up a recipe
@@ -81,7 +81,7 @@ def test_files_stand_where_they_are_named_and_later_flags_win(write):
     assert parser.parse_args([recipe, "--epochs", "9"]).epochs == 9
     assert parser.parse_args(["--epochs", "9", recipe]).epochs == 7
     assert parser.parse_args([recipe, write("--epochs 8", "later.txt")]).epochs == 8
-    assert parser.parse_args(["--data_dir=@x"]).data_dir == "@x"
+    assert parser.parse_args(["--output_dir=@x"]).output_dir == "@x"
     expected = vars(
         parser.parse_args(shlex.split("--epochs 7 --lr=0.25 --input_size 24 24 12 --use_flip --clip_range -5 9"))
     )
@@ -174,9 +174,8 @@ def test_recipe_is_understood_and_says_why(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     comments = [line for line in path.read_text().splitlines()[:3] if line.startswith("# ")]
     assert [line.split(":")[0].split(" (")[0] for line in comments] == ["# Why", "# For", "# Measured"]
-    main_dino = importlib.import_module("main_dino")
-    parser = main_dino.get_args_parser()
-    main_dino.check_flags(parser, parser.parse_args([f"@{path.relative_to(ROOT)}", "--data_dir", "x"]))
+    parser = parser_of("main_dino")
+    check_pretraining_flags(parser, parser.parse_args([f"@{path.relative_to(ROOT)}", "--data_dir", "x"]))
     page = (ROOT / "docs/recipes.md").read_text()
     assert f"recipes/{path.name}" in page
 
