@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_dino  # noqa: E402
 import utils  # noqa: E402
 from dino3d.training.collapse import TeacherOutputs  # noqa: E402
-from vision_transformer import DINOHead, VisionTransformer  # noqa: E402
+from vision_transformer import ARCHITECTURES, DINOHead, VisionTransformer  # noqa: E402
 
-main_dino.ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
+ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
 main_dino.DINOHead = lambda *args, **more: DINOHead(*args, **(more | {"hidden_dim": 64}))
 if "FLOAT64" in os.environ:
     torch.set_default_dtype(torch.float64)
