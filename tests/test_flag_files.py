@@ -183,7 +183,10 @@ def test_recipe_is_understood_and_says_why(path, monkeypatch):
 def test_the_papers_recipe_is_the_defaults():
     parser = parser_of("main_dino")
     words = [f"@{ROOT / 'recipes/paper.txt'}"]
-    assert vars(parser.parse_args(words)) == vars(parser.parse_args([]))
+    recipe, defaults = (parser.parse_args([*given, "--data_dir", "x"]) for given in (words, []))
+    for args in (recipe, defaults):
+        check_pretraining_flags(parser, args)
+    assert vars(recipe) == vars(defaults)
     given = {word.removeprefix("--") for word in read_flags(words[0][1:]) if word.startswith("--")}
     assert given >= set(PAPER)
     assert given >= {"center_momentum"}  # DINO's, which the paper doesn't name
