@@ -832,7 +832,7 @@ def infer(device: str, repeats: int, arch: str, batch_size: int, precision: str,
 
     torch.manual_seed(0)
     encoder = ARCHITECTURES[arch](img_size=GLOBAL)
-    decoder = UnetrDecoder(encoder.embed_dim, len(encoder.blocks), encoder.patch_size, 2)
+    decoder = UnetrDecoder(encoder, 2)
     networks = {"baseline": Segmenter(baselines.ViT(encoder), decoder), "ours": Segmenter(encoder, decoder)}
     networks = {name: network.to(device).eval() for name, network in networks.items()}
     volume, _, origin = scan(size)

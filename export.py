@@ -283,14 +283,13 @@ def encoder_source(files: Sequence[Path], checkpoint_key: str) -> Source:
     """The Source of a checkpoint's encoder; of several folds the first one's."""
     encoder = load_encoder(str(files[0]), checkpoint_key, flag="--weights")
     network = encoder.build().eval()
-    grid = [n // p for n, p in zip(encoder.input_size, encoder.patch_size)]
-    outputs = {
-        "embedding": (["batch", network.embed_dim], "class token after the final norm"),
-        "patch_tokens": (
-            ["batch", network.embed_dim, *grid],
-            "the other tokens; [:, :, i, j, k] is the patch that starts at voxel (i, j, k) * patch_size",
-        ),
-    }
+    shape = ["batch", network.embed_dim, *(-(-n // p) for n, p in zip(encoder.input_size, network.patch_size))]
+    if network.has_class_token:
+        what = "the other tokens; [:, :, i, j, k] is the patch that starts at voxel (i, j, k) * patch_size"
+        outputs = {"embedding": (shape[:2], "class token after the final norm"), "patch_tokens": (shape, what)}
+    else:
+        what = f"[:, :, i, j, k] is what lies around voxel (i, j, k) * ({', '.join(map(str, network.patch_size))})"
+        outputs = {"embedding": (shape[:2], "mean of feature_map"), "feature_map": (shape, what)}
     notices = list(encoder.notices)
     if len(files) > 1:
         notices.append(f"encoder of fold {files[0].parent.name} alone, the first of {len(files)}")
@@ -327,15 +326,14 @@ def grey_values(hu: Tensor, clip_range: Sequence[float]) -> Tensor:
 
 
 class EncoderGraph(nn.Module):
-    """HU (B, 1, X, Y, Z) -> embedding (B, D), patch_tokens (B, D, x, y, z)."""
+    """HU (B, 1, X, Y, Z) -> embedding (B, D), feature map (B, D, x, y, z)."""
 
     def __init__(self, encoder: nn.Module, clip_range: Sequence[float]) -> None:
         super().__init__()
         self.encoder, self.clip_range = encoder, clip_range
 
     def forward(self, hu: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.encoder.forward_tokens(grey_values(hu, self.clip_range))  # (B, 1 + N, D)
-        return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, self.encoder.grid_size)
+        return self.encoder.embeddings_and_maps(grey_values(hu, self.clip_range), 1)[0]
 
 
 class ClassifierGraph(nn.Module):
@@ -546,7 +544,7 @@ def describe(source: Source) -> dict[str, Any]:
         "architecture": {
             "arch": config["arch"],
             "input_size": source.size,
-            "patch_size": list(config["patch_size"]),
+            "patch_size": config["patch_size"] and list(config["patch_size"]),
             "embed_dim": getattr(source.networks[0], "encoder", source.networks[0]).embed_dim,
             **{name: config[name] for name in ("protocol", "decoder") if name in config},
         },

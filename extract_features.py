@@ -33,7 +33,7 @@ from dino3d.data.requirements import hu_problem, hu_warnings, note_lines, requir
 from dino3d.data.scans import state_of
 from dino3d.data.volume import Volume
 from dino3d.features.cases import Subject, find_subjects
-from dino3d.features.embedding import POOLS, Embedder, embedding_width
+from dino3d.features.embedding import POOLS, Embedder, embedding_width, pool_problem
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.features.journal import FeatureJournal
 from dino3d.features.map_pictures import are_done, save_maps
@@ -52,7 +52,7 @@ MAIN = "features"  # name of the table of --weights among those of one run
 SCANS_AT_ONCE = 2  # that are read
 QUERIES = 6  # rows whose neighbours are shown
 MOST_POINTS = 16  # of a scan, each with a map
-TOKENS_AT_ONCE = 8192  # patches in a batch of windows of --maps
+TOKENS_AT_ONCE, VOXELS_AT_ONCE = 8192, 1 << 21  # in a batch of windows of --maps, of a ViT and of other encoders
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -94,14 +94,15 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--pool",
         default="cls",
         choices=POOLS,
-        help="cls: class token; mean: mean of the patch tokens; cls+mean: both, one after the other",
+        help="cls: class token; mean: mean of the patch tokens; cls+mean: both, one after the other. A ResNet has no "
+        "class token: cls is the mean of its last feature map, as mean is",
     )
     group.add_argument(
         "--layers",
         default=1,
         type=number(int, 1),
-        help="last blocks whose tokens are concatenated, as in DINO's linear evaluation (4 there); cls+mean takes the "
-        "patch tokens of the last one alone",
+        help="last blocks whose tokens, or means of feature maps, are concatenated, as in DINO's linear evaluation (4 "
+        "there); cls+mean takes the patch tokens of the last one alone",
     )
     group.add_argument(
         "--region",
@@ -141,7 +142,7 @@ def get_args_parser() -> command_line.ArgumentParser:
         metavar="DIR",
         help="folder for maps of each scan, as NIfTI on its own voxels and as pictures beside the CT: attention of the "
         "class token, principal components of the patches as colours, similarity to points; from overlapping windows "
-        "over all of the scan",
+        "over all of the scan. Of a ResNet those of its last feature map, without attention",
     )
     group.add_argument(
         "--point",
@@ -250,6 +251,8 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
         raise UserError(
             f"--layers {args.layers}: {encoder.arch} has {len(models[0].blocks)} blocks; give at most that", True
         )
+    if problem := pool_problem(models[0], args.pool):
+        raise UserError(f"--pool {args.pool}: {encoder.arch}: {problem}; take cls", everywhere=True)
     for line in [*encoder.notices, *lines, *spacing_lines(encoder), run_summary(args, encoder, processes, subjects)]:
         processes.print(line)
 
@@ -515,7 +518,10 @@ def draw_maps(
     model = encoder.build().to(processes.device).eval()
     if not has_attention(model):
         processes.print(f"note: {encoder.arch} has no class token: its maps have no attention")
-    tokens = math.prod(n // p for n, p in zip(encoder.input_size, encoder.patch_size))
+    if encoder.patch_size:
+        batch_size = TOKENS_AT_ONCE // math.prod(n // p for n, p in zip(encoder.input_size, encoder.patch_size))
+    else:
+        batch_size = VOXELS_AT_ONCE // math.prod(encoder.input_size)
     failures = {}
     with contextlib.suppress(StopRequested):  # the scan at hand is not done
         for job in todo[processes.rank :: processes.world_size]:
@@ -535,7 +541,7 @@ def draw_maps(
                     encoder.working_spacing,
                     encoder.clip_range,
                     overlap,
-                    max(1, TOKENS_AT_ONCE // tokens),
+                    max(1, batch_size),
                     processes.device,
                     autocast,
                     stop_signal.check,

@@ -14,15 +14,16 @@ dependencies = ["torch", "numpy"]
 
 # Other repositories have a `vision_transformer` too, facebookresearch/dino among them, and a process has one module of
 # that name: theirs is put aside while ours is imported, and ours makes way for whoever asks for it next
-_theirs = sys.modules.pop("vision_transformer", None)
+_ours = ("vision_transformer", "resnet3d")
+_theirs = {name: sys.modules.pop(name) for name in _ours if name in sys.modules}
 if str(_Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(_Path(__file__).parent))
 try:
     import dino3d.features.encoder as _encoder
 finally:
-    sys.modules.pop("vision_transformer", None)
-    if _theirs:
-        sys.modules["vision_transformer"] = _theirs
+    for _name in _ours:
+        sys.modules.pop(_name, None)
+    sys.modules.update(_theirs)
 
 
 def encoder(
@@ -33,12 +34,12 @@ def encoder(
     patch_size: _Sequence[int] | None = None,
     drop_path_rate: float = 0.0,
 ) -> "_encoder.Encoder":
-    """A 3D vision transformer in evaluation mode: (B, 1, X, Y, Z) with values in [0, 1] -> (B, D).
+    """A 3D vision transformer or ResNet in evaluation mode: (B, 1, X, Y, Z) with values in [0, 1] -> (B, D).
 
     weights: a checkpoint, or the output folder of a run, of which its architecture and sizes are; "": random ones
     checkpoint_key: which network of the file, where it holds several: teacher, student, ...
     arch, img_size (3,), patch_size (3,): where the checkpoint does not say; another img_size interpolates positions
-    drop_path_rate: stochastic depth, for training on
+    drop_path_rate: stochastic depth, for training on; like patch_size of a vision transformer alone
     Attributes clip_range (HU that become 0 and 1) and spacing (mm per voxel, or None) say what it was trained on.
     """
     given = {"arch": arch, "input_size": img_size and list(img_size), "patch_size": patch_size and list(patch_size)}

@@ -189,7 +189,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
     notices += encoder.notices
-    vars(args).update(encoder.settings())
+    vars(args).update(flags.encoder_settings(encoder, args.drop_path_rate))
     notices += warnings_about(encoder, args.protocol, data)
     config = (
         vars(args)

@@ -45,7 +45,7 @@ from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice
 from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, file_name, load_fold, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
-from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, segmenter_of
+from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, choose_decoder, segmenter_of
 from dino3d.finetune.inference import NewCases, failed_cases, find_folds, find_new_cases, map_over_ranks
 from dino3d.finetune.mask_inference import (
     MASKS,
@@ -99,10 +99,11 @@ def get_args_parser() -> command_line.ArgumentParser:
     group = parser.add_argument_group("segmentation")
     group.add_argument(
         "--decoder",
-        default="unetr",
+        default=None,
         choices=tuple(DECODERS),
-        help="unetr: convolutions from the tokens up to the image's resolution; linear: linear probe, "
-        "one layer on the tokens, to judge frozen features (--freeze_encoder true)",
+        help="unetr: convolutions from a ViT's tokens up to the image's resolution; unet: from the feature maps of a "
+        "ResNet's stages; linear: linear probe, one layer on the last map, to judge frozen features (--freeze_encoder "
+        "true); default: unetr or unet, as the encoder is",
     )
     group.add_argument(
         "--patches_per_case",
@@ -217,11 +218,12 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
     notices += encoder.notices
+    args.decoder = args.decoder or choose_decoder(encoder)
     heads = read_headers([pair.image for pair in pairs], processes)
     if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
         trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})
         encoder = encoder._replace(spacing=data.get("spacing") or median_spacing([heads[i] for i in trained]))
-    vars(args).update(encoder.settings())
+    vars(args).update(flags.encoder_settings(encoder, args.drop_path_rate))
 
     # ------------------------------------------------------------------------------------------------ resampled cache
     cache = ResampledCache(

@@ -107,11 +107,14 @@ class ResNet(nn.Module):
         in_chans: channels of the input.
         grad_checkpointing: keep each block's input alone for the backward pass and compute the block once more there
             (Chen 2016): the same gradients for a fraction of the memory, at a third more time. An attribute too.
+        width: channels of the first convolution and of the first stage, which double with each stage.
 
     Raises:
         ValueError: img_size has not three axes; from every method that takes a volume, if its rank or channels don't
             fit.
     """
+
+    first_position, has_class_token = (0.0, 0.0, 0.0), False
 
     def __init__(
         self,
@@ -120,20 +123,22 @@ class ResNet(nn.Module):
         img_size: Sequence[int] = (96, 96, 48),
         in_chans: int = 1,
         grad_checkpointing: bool = False,
+        width: int = 64,
     ) -> None:
         super().__init__()
         if len(img_size) != 3 or min(img_size) < 1:
             raise ValueError(f"img_size {tuple(img_size)} must be three positive numbers of voxels (X, Y, Z)")
         self.img_size, self.in_chans, self.grad_checkpointing = tuple(img_size), in_chans, grad_checkpointing
-        self.conv1 = convolution(in_chans, 64, 7, STEM_STRIDE)
-        self.bn1 = nn.BatchNorm3d(64)
+        self.conv1 = convolution(in_chans, width, 7, STEM_STRIDE)
+        self.bn1 = nn.BatchNorm3d(width)
         self.maxpool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
-        channels, stride, last, stages = 64, [2 * n for n in STEM_STRIDE], -1, []
+        channels, stride, last, stages = width, [2 * n for n in STEM_STRIDE], -1, []
         for i, depth in enumerate(depths):
-            width, step = 64 * 2**i, 1 if i == 0 else 2
-            first = block(channels, width, step)
-            channels, stride, last = width * block.expansion, [n * step for n in stride], last + depth
-            setattr(self, f"layer{i + 1}", nn.Sequential(first, *(block(channels, width) for _ in range(1, depth))))
+            step = 1 if i == 0 else 2
+            first = block(channels, width * 2**i, step)
+            channels, stride, last = width * 2**i * block.expansion, [n * step for n in stride], last + depth
+            others = (block(channels, width * 2**i) for _ in range(1, depth))
+            setattr(self, f"layer{i + 1}", nn.Sequential(first, *others))
             stages.append(Stage(last, channels, tuple(stride)))
         self.stages, self.embed_dim, self.patch_size = tuple(stages), channels, stages[-1].stride
         for module in self.modules():
@@ -175,6 +180,13 @@ class ResNet(nn.Module):
                 f"blocks from 1 to {depth}, or indices from 0 to {depth - 1} in ascending order"
             )
         return list(self._maps(x, indices))
+
+    def embeddings_and_maps(self, x: Tensor, n: int | Sequence[int] = 1) -> list[tuple[Tensor, Tensor]]:
+        """(mean (B, channels) of it, feature map (B, channels, x, y, z)) of some residual blocks, shallowest first.
+
+        x, n, errors: as of `get_intermediate_layers`.
+        """
+        return [(one.mean((2, 3, 4)), one) for one in self.get_intermediate_layers(x, n)]
 
     def _maps(self, x: Tensor, indices: Sequence[int]) -> Iterator[Tensor]:
         if x.ndim != 5 or x.shape[1] != self.in_chans:

@@ -141,6 +141,8 @@ class Encoder(Protocol):
     img_size, patch_size: (3,) voxels that it is trained on, and of one position of its last feature map
     blocks: its repeated parts in order, which are compiled one by one
     stages: where its maps change their size and channels, for a decoder; () where all are like the last
+    first_position: (3,) voxel, maybe between two, that the middle of each map's first position lies at
+    has_class_token: whether the embedding is a token of its own; otherwise it is the mean of the last map
     """
 
     embed_dim: int
@@ -148,6 +150,8 @@ class Encoder(Protocol):
     patch_size: tuple[int, ...]
     blocks: nn.ModuleList
     stages: tuple[Stage, ...]
+    first_position: tuple[float, ...]
+    has_class_token: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> embedding (B, D)."""
@@ -155,6 +159,9 @@ class Encoder(Protocol):
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int], norm: bool | str) -> list[Tensor]:
         """(B, C, X, Y, Z) -> feature maps of some blocks, shallowest first, each (B, D, x, y, z); where there are
         stages, with their channels for D."""
+
+    def embeddings_and_maps(self, x: Tensor, n: int | Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """(B, C, X, Y, Z) -> (embedding (B, D), feature map (B, D, x, y, z)) of some blocks in one pass, likewise."""
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: 0 for what comes before the first block, i + 1 for block i, len(blocks) + 1 after
@@ -184,7 +191,7 @@ class VisionTransformer(nn.Module):
             outside [0, 1); from every method that takes a volume, if its rank, channels or size don't fit.
     """
 
-    stages = ()
+    stages, has_class_token = (), True
 
     def __init__(
         self,
@@ -214,6 +221,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, embed_dim))  # the class token's comes first
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.first_position = tuple((n - 1) / 2 for n in self.patch_size)
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -296,6 +304,14 @@ class VisionTransformer(nn.Module):
         """
         grid = self._grid(x.shape[2:]) if x.ndim == 5 else ()
         return [tokens[:, 1:].transpose(1, 2).unflatten(2, grid) for tokens in self._tokens_of(x, n, norm)]
+
+    def embeddings_and_maps(self, x: Tensor, n: int | Sequence[int] = 1) -> list[tuple[Tensor, Tensor]]:
+        """(class token (B, D), feature map (B, D, x, y, z)) of some blocks after the final norm, shallowest first.
+
+        x, n, errors: as of `get_intermediate_layers`.
+        """
+        grid = self._grid(x.shape[2:]) if x.ndim == 5 else ()
+        return [(one[:, 0], one[:, 1:].transpose(1, 2).unflatten(2, grid)) for one in self._tokens_of(x, n, True)]
 
     def intermediate_tokens(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool | str = True) -> list[Tensor]:
         """All tokens after some blocks, shallowest first, each (B, 1 + N, D), the class token first.

@@ -1126,7 +1126,7 @@ def test_bad_data(cases, tmp_path, what):
         (["--predict", "DIR"], "--weights"),
         (["--weights", "OUT"], "--predict"),
         (["--k_fold", 1], "--k_fold"),
-        (["--decoder", "unet"], "--decoder"),
+        (["--decoder", "resunet"], "--decoder"),
         (["--patches_per_case", 0], "--patches_per_case"),
         (["--tolerance", -1], "--tolerance"),
         (["--cache_gb", -1], "--cache_gb"),

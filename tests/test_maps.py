@@ -81,6 +81,7 @@ class Convolutional(torch.nn.Module):
     """An encoder without a class token."""
 
     embed_dim, img_size, patch_size = 5, SIZE, PATCH
+    first_position = tuple((n - 1) / 2 for n in PATCH)
 
     def __init__(self):
         super().__init__()
@@ -261,7 +262,7 @@ def test_points_outside_are_told_from_those_in_ras():
 
 def test_the_grid_of_patches_lies_on_their_middles():
     grid = Grid((8, 6, 4), (1.0, 2.0, 3.0), (10.0, 20.0, 30.0), tuple(AXES["oblique"].ravel()))
-    patches = patch_grid(grid, (4, 3, 2), (2, 2, 2))
+    patches = patch_grid(grid, (4, 3, 2), (1.5, 1, 0.5), (2, 2, 2))
     for patch in itertools.product(range(2), repeat=3):
         voxels = list(itertools.product(*(range(p * n, p * n + n) for p, n in zip(patch, (4, 3, 2)))))
         middle = np.mean([grid.affine @ [*voxel, 1] for voxel in voxels], 0)
@@ -281,7 +282,7 @@ def test_interpolation_is_linear_and_stays_so_at_the_border():
 class Marker(torch.nn.Module):
     """An encoder whose features tell the mean of a patch, and whose attention is to bright ones."""
 
-    embed_dim, img_size, patch_size = 2, (6, 6, 6), (2, 2, 2)
+    embed_dim, img_size, patch_size, first_position = 2, (6, 6, 6), (2, 2, 2), (0.5, 0.5, 0.5)
 
     def features_and_attention(self, x):
         mean = torch.nn.functional.avg_pool3d(x, 2)  # (B, 1, 3, 3, 3)

@@ -20,27 +20,38 @@ POOLS = ("cls", "mean", "cls+mean")
 
 
 def embed(encoder: Encoder, volumes: Tensor, pool: str = "cls", layers: int = 1) -> Tensor:
-    """(B, F) embeddings of volumes (B, 1, X, Y, Z) with values in [0, 1], each block's tokens after the final norm.
+    """(B, F) embeddings of volumes (B, 1, X, Y, Z) with values in [0, 1], of a ViT each after the final norm.
 
-    pool: cls: the class tokens of the last `layers` blocks, F = layers * D; mean: the means of their patch tokens,
-        F = layers * D; cls+mean: those class tokens and the mean of the last block's patch tokens, F = (layers + 1) * D
-        (Caron 2021, linear evaluation)
+    pool: cls: the class tokens of the last `layers` blocks; mean: the means of their patch tokens; cls+mean: those
+        class tokens and the mean of the last block's patch tokens (Caron 2021, linear evaluation). Without class
+        tokens cls is what mean is, and cls+mean would be the same twice
     Blocks come shallowest first. Raises ValueError for another pool, and for more layers than the encoder has blocks.
     """
-    if pool not in POOLS:
-        raise ValueError(f"pool is {pool}; expected one of {', '.join(POOLS)}")
+    if pool_problem(encoder, pool):
+        raise ValueError(f"pool is {pool}; {pool_problem(encoder, pool)}")
     if pool == "cls" and layers == 1:
         return encoder(volumes)  # (B, D); spares the last block what nothing would read
     if pool == "mean":
         return torch.cat([one.flatten(2).mean(2) for one in encoder.get_intermediate_layers(volumes, layers, True)], 1)
-    tokens = encoder.intermediate_tokens(volumes, layers)  # of each block (B, 1 + N, D)
-    parts = [one[:, 0] for one in tokens] + ([tokens[-1][:, 1:].mean(1)] if pool == "cls+mean" else [])
-    return torch.cat(parts, 1)
+    blocks = encoder.embeddings_and_maps(volumes, layers)  # of each ((B, D), (B, D, x, y, z))
+    parts = [embedding for embedding, _ in blocks]
+    return torch.cat(parts + ([blocks[-1][1].flatten(2).mean(2)] if pool == "cls+mean" else []), 1)
+
+
+def pool_problem(encoder: Encoder, pool: str) -> str:
+    """Why an encoder has no such `embed`, or ""."""
+    if pool not in POOLS:
+        return f"expected one of {', '.join(POOLS)}"
+    if pool == "cls+mean" and not encoder.has_class_token:
+        return "the encoder has no class token, its embedding is the mean of its last map: both would be the same"
+    return ""
 
 
 def embedding_width(encoder: Encoder, pool: str, layers: int) -> int:
     """F of `embed`."""
-    return encoder.embed_dim * (layers + (pool == "cls+mean"))
+    depth = len(encoder.blocks)
+    widths = [next((s.channels for s in encoder.stages if i <= s.block), encoder.embed_dim) for i in range(depth)]
+    return sum(widths[-layers:]) + (pool == "cls+mean") * encoder.embed_dim
 
 
 class Embedder:

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dino3d.command_line import UserError, format_values
 from dino3d.weights import config_of, crc32_of_tensors, find_network, fit_network, load_file
 from vision_transformer import ARCHITECTURES, Encoder, build_encoder, has_setting
 
-# Where neither a flag nor the checkpoint's config says
+# Where neither a flag nor the checkpoint's config says; patch_size: of an architecture that has one
 ENCODER = {
     "arch": "vit_small",
     "patch_size": [12, 12, 6],
@@ -35,12 +37,19 @@ class PretrainedEncoder(NamedTuple):
     crc32: str = ""
     crop_spacing: list[float] | None = None
 
-    def build(self, drop_path_rate: float = 0.0) -> Encoder:
-        """A new one with these weights, or random ones."""
+    def build(self, drop_path_rate: float | None = None) -> Encoder:
+        """A new one with these weights, or random ones. Raises UserError for a drop_path_rate that it has not."""
+        if drop_path_rate and not has_setting(self.arch, "drop_path_rate"):
+            raise UserError(lacks_setting("drop_path_rate", drop_path_rate, self.arch), everywhere=True)
         encoder = build_encoder(self.arch, self.input_size, self.patch_size, drop_path_rate or None)
         if self.state is not None:
             encoder.load_state_dict(self.state)
         return encoder
+
+    def outline(self) -> Encoder:
+        """One without values, for its sizes."""
+        with torch.device("meta"):
+            return build_encoder(self.arch, self.input_size, self.patch_size)
 
     @property
     def working_spacing(self) -> list[float] | None:
@@ -128,10 +137,9 @@ def load_encoder(
         chosen[name] = next((value for value in (given[name], trained) if value is not None), default)
     if not has_setting(chosen["arch"], "patch_size"):
         if given["patch_size"] is not None:
-            patch = format_values(given["patch_size"])
-            raise UserError(f"--patch_size {patch}: {chosen['arch']} has none; leave it out", everywhere=True)
+            raise UserError(lacks_setting("patch_size", given["patch_size"], chosen["arch"]), everywhere=True)
         chosen["patch_size"] = None
-    if chosen["patch_size"] and any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
+    elif any(n % p for n, p in zip(chosen["input_size"], chosen["patch_size"])):
         source = f"{flag} {path}: " if path else ""
         raise UserError(
             f"{source}an input of {format_values(chosen['input_size'])} voxels is not a multiple of the patch size "
@@ -156,6 +164,11 @@ def load_encoder(
     crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict() if name in network.tensors})
     crop_spacing = None if config.get("crop_spacings_differ") else config.get("crop_spacing")
     return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=crop_spacing)
+
+
+def lacks_setting(name: str, value: Any, arch: str) -> str:
+    """What to say of a flag for something that an architecture has not."""
+    return f"--{name} {format_values(value)}: {arch} has none; leave it out"
 
 
 def encoder_config(checkpoint: dict[str, Any], path: str, flag: str = "--pretrained_weights") -> dict[str, Any]:

@@ -28,7 +28,7 @@ SHOWN = (1.0, 99.0)  # percentiles of a principal component that become 0 and 1
 class ScanMaps(NamedTuple):
     """What an encoder sees of a scan, patch by patch.
 
-    features: (D, x, y, z) float32, after the final norm
+    features: (D, x, y, z) float32, of a ViT after the final norm
     attention: (heads, x, y, z) float32, 1 where a patch gets as much as if all of its window got the same; None where
         the encoder has no attention
     tissue: (x, y, z) bool, False for patches of air, where the maps are 0
@@ -96,7 +96,7 @@ def scan_maps(
     working = to_network_grid(image, image.GetSpacing() if spacing is None else spacing, upright=False)
     patch = np.array(encoder.patch_size)
     in_patches = _by_patches(images.voxels_of(working), patch)  # (1, px * py * pz, x, y, z)
-    windows = Windows(tuple((np.array(encoder.img_size) // patch).tolist()), overlap, batch_size)
+    windows = Windows(tuple((-(-np.array(encoder.img_size) // patch)).tolist()), overlap, batch_size)  # rounded up
     heads = 0
 
     def outputs_of(hu: Tensor) -> Tensor:
@@ -122,13 +122,17 @@ def scan_maps(
     batches = count_batches(in_patches.shape[2:], windows)
     with progress(batches, "window", shows_progress) as bar:
         found = stitch(outputs_of, in_patches, windows, torch.device(device)).cpu().numpy()  # (D + heads, x, y, z)
-    tissue = (in_patches[0].mean(0) >= AIR_BELOW).numpy()
+    # What a position stands for lies around it, and its patch may begin there
+    before = np.ceil((patch - 1) / 2 - encoder.first_position).astype(int)
+    around = np.pad(images.voxels_of(working), [(n, 0) for n in before], mode="edge") if before.any() else None
+    around = in_patches if around is None else _by_patches(around, patch)[:, :, *map(slice, found.shape[1:])]
+    tissue = (around[0].mean(0) >= AIR_BELOW).numpy()
     found *= tissue
     return ScanMaps(
         found[: len(found) - heads],
         found[len(found) - heads :] if heads else None,
         tissue,
-        patch_grid(grid_of(working), patch, tissue.shape),
+        patch_grid(grid_of(working), patch, encoder.first_position, tissue.shape),
     )
 
 
@@ -144,10 +148,10 @@ def _by_patches(voxels: np.ndarray, patch: np.ndarray) -> Tensor:
     return x.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)[None]
 
 
-def patch_grid(grid: Grid, patch: Sequence[int] | np.ndarray, counts: Sequence[int]) -> Grid:
-    """The Grid of the patches of `patch` (3,) voxels over a Grid, `counts` (3,) along its axes, from its first voxel
-    on."""
-    middle = grid.affine @ [*((np.array(patch) - 1) / 2), 1]
+def patch_grid(grid: Grid, patch: Sequence[int] | np.ndarray, first: Sequence[float], counts: Sequence[int]) -> Grid:
+    """The Grid of the patches of `patch` (3,) voxels over a Grid, `counts` (3,) along its axes; `first` (3,): the voxel
+    that the first one's middle lies at."""
+    middle = grid.affine @ [*first, 1]
     spacing = tuple((np.array(grid.spacing) * patch).tolist())
     return grid._replace(size=tuple(int(n) for n in counts), spacing=spacing, origin=tuple(middle[:3].tolist()))
 

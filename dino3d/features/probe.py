@@ -33,7 +33,7 @@ from utils import Processes
 from vision_transformer import Encoder
 
 PROBE_FOLDS = 5
-PROBE_POOL = "cls+mean"
+PROBE_POOL = "cls+mean"  # cls where there are no class tokens
 BEST_PROBE, COMPARED = "best_probe.pth", "probe.json"
 TRIVIAL_CURVE = "trivial-"  # before the names of curves
 PROBE_AUCS = ("logistic_auc", "knn_auc")
@@ -135,7 +135,8 @@ class Probe:
                 for number in self.crops.mine():
                     windows = torch.from_numpy(self.crops.windows(number)).to(self.processes.device)  # (B, x, y, z)
                     volumes = scale_intensity(windows, *self.config["clip_range"])[:, None]  # (B, 1, x, y, z)
-                    mine[number] = embed(encoder, volumes, PROBE_POOL).float().cpu().numpy()  # (B, F)
+                    pool = PROBE_POOL if encoder.has_class_token else "cls"
+                    mine[number] = embed(encoder, volumes, pool).float().cpu().numpy()  # (B, F)
         except DataError as error:
             problem = str(error)
         found = self.processes.all_gather((mine, problem))

@@ -6,13 +6,14 @@ from typing import Any
 
 import augmentations
 from dino3d import command_line
-from dino3d.command_line import XYZ, format_values, number
+from dino3d.command_line import XYZ, UserError, format_values, number
 from dino3d.data.lists import LABEL
-from dino3d.features.encoder import ENCODER
+from dino3d.features.encoder import ENCODER, PretrainedEncoder, lacks_setting
 from dino3d.finetune.splits import NUM_TEST
 from dino3d.training import checkpoint
-from vision_transformer import ARCHITECTURES
+from vision_transformer import ARCHITECTURES, has_setting
 
+DROP_PATH_RATE = 0.1  # where no flag says
 # What must not change while a run is resumed fold by fold, besides the flags of a script's own
 FIXED_FLAGS = (
     *ENCODER,
@@ -117,7 +118,7 @@ def add_finetune_flags(
         nargs=3,
         type=number(int, 1),
         metavar=XYZ,
-        help=f"voxels per token; without weights {format_values(ENCODER['patch_size'])}",
+        help=f"voxels per token of a ViT; without weights {format_values(ENCODER['patch_size'])}; ResNets have none",
     )
     group.add_argument(
         "--input_size",
@@ -125,8 +126,9 @@ def add_finetune_flags(
         nargs=3,
         type=number(int, 1),
         metavar=XYZ,
-        help="voxels that the encoder sees at a time; another size than the weights were trained on interpolates "
-        f"their position embedding; without weights {format_values(ENCODER['input_size'])}",
+        help="voxels that the encoder sees at a time; another size than the weights were trained on interpolates a "
+        "ViT's position embedding, and must be a multiple of its --patch_size; without weights "
+        f"{format_values(ENCODER['input_size'])}",
     )
     group.add_argument(
         "--clip_range",
@@ -139,10 +141,10 @@ def add_finetune_flags(
     group.add_argument("--spacing", default=None, nargs=3, type=number(float, above=0), metavar=XYZ, help=spacing)
     group.add_argument(
         "--drop_path_rate",
-        default=0.1,
+        default=None,
         type=number(float, 0, below=1),
-        help="stochastic depth: probability that the encoder's last block is skipped in training, less for those "
-        "before it; 0 for small data and short runs",
+        help="stochastic depth: probability that a ViT's last block is skipped in training, less for those before it; "
+        f"0 for small data and short runs; default: {DROP_PATH_RATE}; ResNets have none",
     )
     command_line.boolean_flag(group, "--freeze_encoder", False, "leave the encoder as it is and train the head alone")
 
@@ -260,9 +262,25 @@ def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str
         parser.error(f"--data_dir is missing: the folder with {layout}; or give a --data_list")
     if given["clip_range"] and given["clip_range"][0] >= given["clip_range"][1]:
         parser.error(f"--clip_range {format_values(given['clip_range'])}: the first value must be below the second")
+    arch = given["arch"] or (None if pretrained else ENCODER["arch"])
+    for name in ("patch_size", "drop_path_rate") if arch else ():
+        if given[name] is not None and not has_setting(arch, name):
+            parser.error(lacks_setting(name, given[name], arch))
+    if arch and not has_setting(arch, "patch_size"):
+        return
     size, patch = (given[name] or (None if pretrained else ENCODER[name]) for name in ("input_size", "patch_size"))
     if size and patch and any(n % p for n, p in zip(size, patch)):
         parser.error(
             f"--input_size {format_values(size)} is not a multiple of --patch_size {format_values(patch)} along "
             "each axis"
         )
+
+
+def encoder_settings(encoder: PretrainedEncoder, drop_path_rate: float | None) -> dict[str, Any]:
+    """{name: value} that a run's encoder is built with. drop_path_rate: the flag. Raises UserError where there is none
+    to set."""
+    if has_setting(encoder.arch, "drop_path_rate"):
+        drop_path_rate = DROP_PATH_RATE if drop_path_rate is None else drop_path_rate
+    elif drop_path_rate is not None:
+        raise UserError(lacks_setting("drop_path_rate", drop_path_rate, encoder.arch), everywhere=True)
+    return encoder.settings() | {"drop_path_rate": drop_path_rate}

@@ -38,7 +38,7 @@ from dino3d.training.checkpoint import (
 )
 from dino3d.training.events import EventWriter
 from dino3d.training.loading import next_batch, start_reading_process
-from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
+from dino3d.training.nonfinite import BuffersOfStep, NonFiniteSteps, abort_run, describe_sample, step_if_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,7 @@ class FoldState:
     best: dict | None = None
     checkpoints: Checkpoints | utils.Silent = field(default_factory=utils.Silent)
     _batch: CropBatch | None = None  # of the step at hand
+    _buffers: BuffersOfStep | None = None  # before it
     _sums: Tensor | None = None  # weighted losses, weights and skipped steps of this epoch, on the device
     _waited: float = 0.0  # seconds of this epoch without data
 
@@ -176,6 +177,7 @@ class FoldState:
             utils.seed_step(self.config.seed, self.progress.step, self.runtime.processes.rank)
             rate = self.config.learning_rate(self.epoch_length, self.progress.cases)
             set_learning_rate(self.optimizer, rate)
+            self._buffers = BuffersOfStep(self.model)
             yield self._batch
             if index < steps - 1:
                 save_if_due(self)
@@ -187,6 +189,7 @@ class FoldState:
         """
         processes = self.runtime.processes
         finite, sums = weighted_step(self.network, self.optimizer, self.scaler, losses, weights, processes)
+        self._buffers.undo_unless(finite)
         self._sums += sums
         self.progress.count_step(min(self.global_batch, self.epoch_length - self.progress.position), self.epoch_length)
         self.nonfinite.count(finite)
@@ -240,6 +243,9 @@ def run_fold(
         return None
     processes.run_on_main(lambda: start_folder(fold.folder))
     model = model.to(processes.device)
+    epoch_length = len(epoch_order(0))
+    if train_config.epochs:
+        runtime.check_batch_norm(model, epoch_length)
     groups = layer_groups(model, "encoder.", model.encoder, train_config.layer_decay, train_config.weight_decay)
     state = FoldState(
         fold=fold,
@@ -252,7 +258,7 @@ def run_fold(
         optimizer=utils.make_optimizer(train_config.optimizer, groups) if groups else None,
         scaler=torch.amp.GradScaler(processes.device.type, enabled=runtime.dtype == torch.float16),
         nonfinite=NonFiniteSteps(train_config.max_skipped_steps, processes.device),
-        epoch_length=len(epoch_order(0)),
+        epoch_length=epoch_length,
     )
     if saved:
         restore_fold(state, saved, path)

@@ -1,7 +1,7 @@
 """What stands on the encoder for a task with labels: one module = encoder + head, one forward, so that DDP sees it all.
 
-Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]. A classifier reads the encoder's class embedding (B, D),
-a segmenter its feature maps (B, D, x, y, z), one entry per patch.
+Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]. A classifier reads the encoder's embedding (B, D), of a
+ViT its class token, of a ResNet the mean of its last feature map; a segmenter feature maps (B, D, x, y, z).
 """
 
 import math
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino3d.command_line import UserError
 from dino3d.features.encoder import PretrainedEncoder
+from vision_transformer import Encoder
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Caron et al. 2021, section 4)
 
@@ -36,7 +38,7 @@ class OnEncoder(nn.Module):
     def train(self, mode: bool = True) -> "OnEncoder":
         super().train(mode)
         if self.freeze_encoder:
-            self.encoder.eval()  # no stochastic depth in features that nothing is trained on
+            self.encoder.eval()  # no stochastic depth, no batch's own statistics in features that nothing is trained on
         return self
 
     def encoding(self) -> torch.set_grad_enabled:
@@ -127,7 +129,7 @@ class NearestNeighbours(nn.Module):
 
 
 def build_classifier(
-    protocol: str, encoder: PretrainedEncoder, drop_path_rate: float, classes: int, known: int, knn_k: int | None
+    protocol: str, encoder: PretrainedEncoder, drop_path_rate: float | None, classes: int, known: int, knn_k: int | None
 ) -> Classifier:
     """The Classifier of a protocol. encoder: PretrainedEncoder; known: training cases that a k-NN head remembers."""
     model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
@@ -149,7 +151,7 @@ def classifier_of(encoder: PretrainedEncoder, config: dict[str, Any], state: dic
 class Segmenter(OnEncoder):
     """Encoder and decoder: (B, 1, X, Y, Z) -> logits (B, classes, X, Y, Z), in float32 at least.
 
-    encoder: a `vision_transformer.Encoder`; volumes are of any size that is a multiple of its patch
+    encoder: a `vision_transformer.Encoder`; volumes are of any size that it takes, of a ViT a multiple of its patch
     decoder: one of `DECODERS`. Its `layers` are the indices of the blocks it reads, ascending, the encoder's last at
         the end; called with the volumes and those blocks' maps, it gives the logits
     freeze_encoder: the encoder stays as it is, to the last bit, and always in evaluation mode
@@ -160,7 +162,7 @@ class Segmenter(OnEncoder):
         self.decoder = decoder
 
     def features(self, volumes: Tensor) -> list[Tensor]:
-        """(B, 1, X, Y, Z) -> one map (B, D, x, y, z) per block in `decoder.layers`, the last after the final norm."""
+        """(B, 1, X, Y, Z) -> one map (B, D, x, y, z) per block in `decoder.layers`, the last after a final norm."""
         with self.encoding():
             return self.encoder.get_intermediate_layers(volumes, self.decoder.layers, norm="last")
 
@@ -196,11 +198,11 @@ class UnetrDecoder(nn.Module):
     resolution from the volume. For a patch of 16^3 and 12 blocks it is MONAI's UNETR, but for the blocks that skips
     come from: 3, 6 and 9 as in the paper, where MONAI takes 4, 7 and 10.
 
-    embed_dim, depth, patch_size: the encoder's, which needs a block for every stage (ValueError otherwise)
+    encoder: whose maps are all of one size, with a block for every stage at least (ValueError otherwise)
     feature_size: channels at full resolution; they double with every stage below
     """
 
-    def __init__(self, embed_dim: int, depth: int, patch_size: Sequence[int], classes: int, feature_size: int = 16):
+    def __init__(self, encoder: Encoder, classes: int, feature_size: int = 16):
         super().__init__()
         # Imported here: it takes seconds, of which only segmentation has any use
         from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
@@ -212,6 +214,9 @@ class UnetrDecoder(nn.Module):
         def upsampling(in_channels: int, channels: int, factor: Sequence[int]) -> nn.Module:
             return UnetrPrUpBlock(3, in_channels, channels, 0, 3, 1, factor, "instance")
 
+        if encoder.stages:
+            raise ValueError("it reads feature maps of one size, and this encoder's become smaller; take unet")
+        width, patch_size, depth = encoder.embed_dim, encoder.patch_size, len(encoder.blocks)
         factors = upsampling_factors(patch_size)
         stages = len(factors)
         if depth < stages:
@@ -224,7 +229,7 @@ class UnetrDecoder(nn.Module):
 
         self.skips = nn.ModuleList()
         for stage in range(stages - 1):
-            steps = [upsampling(embed_dim, channels[stage], factors[0])]
+            steps = [upsampling(width, channels[stage], factors[0])]
             for factor in factors[1 : stage + 1]:
                 steps.append(upsampling(channels[stage], channels[stage], factor))
                 steps.append(convolutions(channels[stage], channels[stage]))
@@ -232,7 +237,7 @@ class UnetrDecoder(nn.Module):
         self.skips.append(convolutions(1, feature_size))
         self.stages = nn.ModuleList(
             UnetrUpBlock(3, *widths, 3, factor, "instance", res_block=True)
-            for widths, factor in zip(pairwise([embed_dim, *channels]), factors)
+            for widths, factor in zip(pairwise([width, *channels]), factors)
         )
         self.head = UnetOutBlock(3, feature_size, classes)
 
@@ -244,33 +249,120 @@ class UnetrDecoder(nn.Module):
         return full_precision(self.head, x)
 
 
-class LinearDecoder(nn.Module):
-    """A linear layer on each patch of the last block, then trilinear upsampling: shows what frozen features hold.
+class UpStage(nn.Module):
+    """A step of `UnetDecoder`: (B, in_channels, x, y, z) -> (B, channels, X, Y, Z), enlarged by `factor`, joined with a
+    skip of `skip_channels` (0: none) of that size, two convolutions with a residual."""
 
-    embed_dim, depth: the encoder's; patch_size is not needed, the volume tells the size
+    def __init__(self, in_channels: int, skip_channels: int, channels: int, factor: Sequence[int]):
+        super().__init__()
+        from monai.networks.blocks import UnetResBlock  # see UnetrDecoder
+
+        self.skip_channels = skip_channels
+        self.upsample = nn.ConvTranspose3d(in_channels, channels, factor, factor, bias=False)
+        self.convolutions = UnetResBlock(3, channels + skip_channels, channels, 3, 1, "instance")
+
+    def forward(self, x: Tensor, skips: list[Tensor], size: Sequence[int]) -> Tensor:
+        """skips: deepest first, of which the first is taken where there is to be one; size: (3,) X, Y, Z."""
+        x = self.upsample(x)
+        # A map whose size was rounded up becomes too large. Position i of it lies at voxel i * stride, so that what is
+        # beyond is at the end
+        x = x[:, :, : size[0], : size[1], : size[2]]
+        return self.convolutions(torch.cat((x, skips.pop(0)), 1) if self.skip_channels else x)
+
+
+class UnetDecoder(nn.Module):
+    """A U-Net's decoder for maps that become smaller from stage to stage (Ronneberger et al. 2015, arXiv 1505.04597).
+
+    From the smallest map up: enlarge by a transposed convolution, join the map of that size, two convolutions with a
+    residual; at full resolution the volume itself is joined. Steps in which an axis is enlarged by more than a prime
+    factor are taken one after the other. Volumes may have any size.
+
+    encoder: with maps of several sizes; the stride of each is a multiple of the one before, and its img_size leaves the
+        first stage more than one position, to be normalised over (ValueError otherwise)
+    feature_size: channels at full resolution; they double with every stage below
     """
 
-    def __init__(self, embed_dim: int, depth: int, patch_size: Sequence[int], classes: int):
+    def __init__(self, encoder: Encoder, classes: int, feature_size: int = 16):
         super().__init__()
-        self.layers = (depth - 1,)
-        self.head = nn.Conv3d(embed_dim, classes, 1)
+        from monai.networks.blocks import UnetOutBlock  # see UnetrDecoder
+
+        if not encoder.stages:
+            raise ValueError("it reads feature maps of several sizes, and this encoder's are all of one; take unetr")
+        self.layers = tuple(stage.block for stage in encoder.stages)
+        steps, channels, stride = [], 1, (1, 1, 1)  # (channels of the skip, factor, stride after it), finest first
+        for stage in encoder.stages:
+            if any(c % f for c, f in zip(stage.stride, stride)):
+                raise ValueError(f"a map with a stride of {stage.stride} voxels does not fit the one of {stride}")
+            for factor in reversed(upsampling_factors([c // f for c, f in zip(stage.stride, stride)])):
+                steps.append((channels, factor, stride))
+                stride, channels = tuple(s * f for s, f in zip(stride, factor)), 0
+            channels = stage.channels
+        channels = [feature_size * 2**i for i in range(len(steps))]
+        self.strides = [stride for _, _, stride in reversed(steps)]
+        if math.prod(self.sizes(encoder.img_size)[0]) == 1:
+            raise ValueError(
+                f"an input of {encoder.img_size} voxels is too small to train it on: more than {self.strides[0]} are "
+                "needed along an axis"
+            )
+        self.stages = nn.ModuleList(
+            UpStage(below, skip, own, factor)
+            for below, own, (skip, factor, _) in reversed([*zip([*channels[1:], encoder.embed_dim], channels, steps)])
+        )
+        self.head = UnetOutBlock(3, feature_size, classes)
+
+    def sizes(self, size: Sequence[int]) -> list[tuple[int, ...]]:
+        """(3,) positions that each stage puts out for a volume of `size` (3,) voxels."""
+        return [tuple(-(-n // s) for n, s in zip(size, stride)) for stride in self.strides]
+
+    def forward(self, volumes: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """volumes (B, 1, X, Y, Z), maps of the blocks `layers` (B, D_i, x_i, y_i, z_i) -> logits (B, classes, X, Y,
+        Z)."""
+        x, *skips = *reversed(maps), volumes  # deepest first
+        for stage, size in zip(self.stages, self.sizes(volumes.shape[2:])):
+            x = stage(x, skips, size)  # (B, channels, x, y, z), a step larger and at the end (B, F, X, Y, Z)
+        return full_precision(self.head, x)
+
+
+class LinearDecoder(nn.Module):
+    """A linear layer on each position of the last block's map, then trilinear upsampling: shows what frozen features
+    hold."""
+
+    def __init__(self, encoder: Encoder, classes: int):
+        super().__init__()
+        self.layers = (len(encoder.blocks) - 1,)
+        in_patches = encoder.first_position == tuple((n - 1) / 2 for n in encoder.patch_size)
+        self.stride = None if in_patches else encoder.patch_size  # position i is a patch's middle, or voxel i * stride
+        self.head = nn.Conv3d(encoder.embed_dim, classes, 1)
 
     def forward(self, volumes: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """volumes (B, 1, X, Y, Z), the last block's map [(B, D, x, y, z)] -> logits (B, classes, X, Y, Z)."""
         logits = full_precision(self.head, maps[-1])  # (B, classes, x, y, z)
-        return F.interpolate(logits, size=volumes.shape[2:], mode="trilinear", align_corners=False)
+        if self.stride is None:
+            return F.interpolate(logits, size=volumes.shape[2:], mode="trilinear", align_corners=False)
+        reach = [(n - 1) * s + 1 for n, s in zip(logits.shape[2:], self.stride)]  # from the first to the last of them
+        logits = F.interpolate(logits, size=reach, mode="trilinear", align_corners=True)
+        beyond = [n - r for n, r in zip(volumes.shape[2:], reach)]
+        return F.pad(logits, (0, beyond[2], 0, beyond[1], 0, beyond[0]), mode="replicate")
 
 
-# Each is called as UnetrDecoder(embed_dim, depth, patch_size, classes).
-DECODERS = {"unetr": UnetrDecoder, "linear": LinearDecoder}
+# Each is called as UnetrDecoder(encoder, classes).
+DECODERS = {"unetr": UnetrDecoder, "unet": UnetDecoder, "linear": LinearDecoder}
+
+
+def choose_decoder(encoder: PretrainedEncoder) -> str:
+    """Name of the decoder that suits an encoder's maps: all of one size, or smaller from stage to stage."""
+    return "unet" if encoder.outline().stages else "unetr"
 
 
 def build_segmenter(
-    encoder: PretrainedEncoder, drop_path_rate: float, decoder: str, classes: int, freeze_encoder: bool
+    encoder: PretrainedEncoder, drop_path_rate: float | None, decoder: str, classes: int, freeze_encoder: bool
 ) -> Segmenter:
-    """The Segmenter. encoder: PretrainedEncoder; decoder: its name."""
+    """The Segmenter. encoder: PretrainedEncoder; decoder: its name. Raises UserError where the two don't fit."""
     model = encoder.build(0.0 if freeze_encoder else drop_path_rate)
-    head = DECODERS[decoder](model.embed_dim, len(model.blocks), model.patch_size, classes)
+    try:
+        head = DECODERS[decoder](model, classes)
+    except ValueError as error:
+        raise UserError(f"--decoder {decoder} with --arch {encoder.arch}: {error}", everywhere=True) from error
     return Segmenter(model, head, freeze_encoder)
 
 

@@ -1,15 +1,18 @@
 """How a process of a fine-tuning run computes: processes, precision, batches, reading workers, signals, time limits."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import utils
 from dino3d import command_line
+from dino3d.command_line import UserError, format_values
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.training.checkpoint import StopSignal
 from dino3d.training.loading import cores_per_process
@@ -32,6 +35,23 @@ class Runtime(NamedTuple):
     def batches_of(self, loader: DataLoader) -> Iterator[Any]:
         """An iterator over a DataLoader's batches that ends the process where a file can't be read in time."""
         return with_read_timeout(loader, self.read_timeout, command_line.end_process)
+
+    def check_batch_norm(self, model: nn.Module, epoch_length: int) -> None:
+        """UserError where a step is too small to be normalised over: a single sample whose last map is one position.
+
+        model: a `heads.OnEncoder`; epoch_length: samples
+        """
+        encoder, batch = model.encoder, self.batch_size * self.processes.world_size
+        if model.freeze_encoder or not any(isinstance(one, nn.BatchNorm3d) for one in encoder.modules()):
+            return
+        positions = math.prod(math.ceil(n / p) for n, p in zip(encoder.img_size, encoder.patch_size))
+        if positions == max(epoch_length % batch or batch, self.processes.world_size) == 1:
+            raise UserError(
+                f"--batch_size_per_gpu {batch}: the last step of {epoch_length} samples has a single one, over which "
+                "batch normalisation can't train where the last map is one position, as of windows up to "
+                f"{format_values(encoder.patch_size)} voxels; choose another batch size or a larger --input_size",
+                everywhere=True,
+            )
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)

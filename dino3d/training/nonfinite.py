@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino3d.command_line import UserError, truncate_list
 from dino3d.files import write_json
@@ -27,6 +27,20 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """
     optimizer.found_inf = (~finite).float()
     optimizer.step()
+
+
+class BuffersOfStep:
+    """What a model's forward pass changes besides its gradients, as it was before: running means and variances of batch
+    normalisation, in which one value that is not finite would stay for good."""
+
+    def __init__(self, model: nn.Module) -> None:
+        training = (module for module in model.modules() if module.training)
+        self._before = [(one, one.clone()) for module in training for one in module.buffers(recurse=False)]
+
+    def undo_unless(self, finite: Tensor) -> None:
+        """Put them back if not `finite`, a bool tensor () on their device."""
+        for buffer, before in self._before:
+            buffer.copy_(torch.where(finite, buffer, before))
 
 
 class NonFiniteSteps:
