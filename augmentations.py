@@ -7,16 +7,13 @@ stored as the control points of a cubic B-spline: such a spline reproduces affin
 positions says everything about a view's geometry, and the device expands it at the view's own voxels only and
 interpolates once. Gaussian smoothing and histogram shift follow on the view, with parameters of its own.
 
-The table AUGMENTATIONS has a row for each augmentation; flags, policies, pictures and MONAI transforms follow from it.
-The six and their ranges are those of "Evaluating Task-Specific Augmentations in Self-Supervised
-Pre-Training for 3D Medical Image Analysis" (SPIE Medical Imaging 2024, doi 10.1117/12.3000850).
+The augmentations themselves are the table of dino3d/policy.py.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, make_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,20 +31,27 @@ from dino3d.bspline import (  # noqa: F401  some are part of this module's inter
     sampling_grid,
     warp,
 )
-from dino3d.command_line import boolean_flag
-from dino3d.intensity import (  # noqa: F401  some are part of this module's interface
+from dino3d.intensity import (  # noqa: F401  as above
     average_blocks,
     averaging_blocks,
-    draw_curve,
-    draw_sigma,
     gaussian_smooth,
     histogram_shift,
     scale_intensity,
+    show_window,
+)
+from dino3d.policy import (  # noqa: F401  as above
+    AUGMENTATION_FLAGS,
+    AUGMENTATIONS,
+    MAX_BENT,
+    PAPER,
+    Augmentation,
+    Policy,
+    add_augmentation_flags,
+    paper_policy,
 )
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
 MIN_IOU = 0.25  # of two global windows of a sample, before rotation and scale (the paper's rule)
-MAX_BENT = 0.4  # elastic control points move by less than 1 / 2.479 of their spacing: no fold (see elastic_moves)
 
 
 def keyed_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.RandomState:
@@ -57,213 +61,6 @@ def keyed_rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Random
     """
     # view + 1, and not view: SeedSequence takes a missing word for 0, so (s, e, i) and (s, e, i, 0) are one seed
     return np.random.RandomState(np.random.PCG64(np.random.SeedSequence((seed, epoch, sample, view + 1))))
-
-
-# ------------------------------------------------------------------------------- the augmentations: drawn and applied
-
-
-def draw_angles(rng: np.random.RandomState, degrees: float) -> np.ndarray:
-    """(3,) radians about x, y and z."""
-    return np.radians(rng.uniform(-degrees, degrees, 3))
-
-
-def draw_factors(rng: np.random.RandomState, amount: float) -> np.ndarray:
-    """(3,) factors, one along each axis."""
-    return rng.uniform(1 - amount, 1 + amount, 3)
-
-
-def draw_axis(rng: np.random.RandomState, _: int) -> int:
-    """The axis to mirror."""
-    return rng.randint(3)
-
-
-def draw_elastic(rng: np.random.RandomState, limit: float) -> tuple[float, int]:
-    """(largest displacement, seed of the displacements' own generator: how many there are depends on the lattice)."""
-    return rng.uniform(0, limit), rng.randint(2**31)
-
-
-# ---------------------------------------------------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """One augmentation: all that flags, policies, views, pictures and MONAI transforms know of it.
-
-    strength: what its flag switches on; 0 of its type is off
-    limits: (low, high) of strengths that make sense; 0 is always allowed and switches it off
-    unit: what the strength is
-    on: whether --use_<name> is on by default; help: of that flag
-    kind: "affine", "deformation" or "intensity": what it acts on
-    draw: (rng, strength) -> values, all that is random about it in one view; called whether it is on or not
-    apply: affine:      values -> (3, 3) matrix from offsets in the view to offsets in the patch
-           deformation: values, (gx, gy, gz) -> (gx, gy, gz, 3) displacements in control point spacings
-           intensity:   (N, C, X, Y, Z) views, (N, ...) float32 tensor of their values -> views, on any device
-    monai: name of its class in dino3d/monai_transforms.py; argument: what the strength is called there (None: fixed)
-    """
-
-    strength: float
-    limits: tuple[float, float]
-    unit: str
-    on: bool
-    help: str
-    kind: str
-    draw: Callable[[np.random.RandomState, Any], Any]
-    apply: Callable[..., Any]
-    monai: str
-    argument: str | None
-
-
-# A view's draws are made in this order. Affine maps are multiplied and intensities applied in it too. A new row goes to
-# the end: its draws then come after the others', and runs begun before it keep theirs.
-AUGMENTATIONS = {
-    "rotation": Augmentation(
-        strength=30.0,
-        limits=(0, 180),
-        unit="degrees, about each axis, drawn from [-rotation, rotation]",
-        on=True,
-        help="turn by up to 30 degrees about each axis",
-        kind="affine",
-        draw=draw_angles,
-        apply=rotation_matrix,
-        monai="RandRotation",
-        argument="degrees",
-    ),
-    "scale": Augmentation(
-        strength=0.25,
-        limits=(0, 0.99),
-        unit="relative, along each axis; 0.25 draws from [0.75, 1.25], more than 1 shows more of the patch",
-        on=True,
-        help="scale by up to 25 % along each axis",
-        kind="affine",
-        draw=draw_factors,
-        apply=np.diag,
-        monai="RandScale",
-        argument="amount",
-    ),
-    "flip": Augmentation(
-        strength=1,
-        limits=(0, 1),
-        unit="1 mirrors one axis, drawn at random",
-        on=True,
-        help="mirror one axis, drawn at random",
-        kind="affine",
-        draw=draw_axis,
-        apply=mirror_matrix,
-        monai="RandFlip",
-        argument=None,
-    ),
-    "elastic": Augmentation(
-        strength=MAX_BENT,
-        limits=(0, MAX_BENT),
-        unit="furthest that a control point moves along an axis, in control point spacings",
-        on=False,
-        help="bend space, without folds",
-        kind="deformation",
-        draw=draw_elastic,
-        apply=elastic_moves,
-        monai="RandElastic",
-        argument="amount",
-    ),
-    "gaussian": Augmentation(
-        strength=2.0,
-        limits=(0, math.inf),
-        unit="voxels, largest standard deviation along each axis",
-        on=False,
-        help="smooth with a sigma of up to 2 voxels along each axis",
-        kind="intensity",
-        draw=draw_sigma,
-        apply=gaussian_smooth,
-        monai="RandGaussianSmooth",
-        argument="sigma",
-    ),
-    "histogram": Augmentation(
-        strength=10,
-        limits=(3, math.inf),
-        unit="control points of the grey-value curve",
-        on=False,
-        help="shift grey values by a curve with 10 control points",
-        kind="intensity",
-        draw=draw_curve,
-        apply=histogram_shift,
-        monai="RandHistogramShift",
-        argument="points",
-    ),
-}
-# The paper's six and their strengths; rows after them are not the paper's
-PAPER = {name: row.strength for name, row in itertools.islice(AUGMENTATIONS.items(), 6)}
-AUGMENTATION_FLAGS = {f"use_{name}": name for name in AUGMENTATIONS}  # as argparse stores them
-
-
-def add_augmentation_flags(group: Any) -> None:
-    """--use_rotation and the others, to an argparse group."""
-    for flag, name in AUGMENTATION_FLAGS.items():
-        row = AUGMENTATIONS[name]
-        boolean_flag(group, f"--{flag}", row.on, row.help.replace("%", "%%"))
-
-
-FIELDS = [(name, type(row.strength), type(row.strength)(0)) for name, row in AUGMENTATIONS.items()]  # default: off
-
-
-@dataclass(frozen=True)
-class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen=True)):
-    """Which augmentations are on and how strong: a strength for each row of AUGMENTATIONS, where 0 switches it off.
-
-    prob: probability of each augmentation, for each view on its own
-    """
-
-    def __post_init__(self) -> None:
-        for name, row in AUGMENTATIONS.items():
-            value, (low, high) = getattr(self, name), row.limits
-            if not (value == 0 or low <= value <= high):
-                raise ValueError(f"{name} = {value}: must be 0 (off) or lie between {low} and {high} ({row.unit})")
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f"prob = {self.prob}: must lie between 0 and 1")
-
-    @property
-    def on(self) -> list[str]:
-        """Names of the augmentations that are on."""
-        return [name for name in AUGMENTATIONS if getattr(self, name)]
-
-    @property
-    def has_elastic(self) -> bool:
-        return any(AUGMENTATIONS[name].kind == "deformation" for name in self.on)
-
-    @property
-    def sequence(self) -> list[str]:
-        """Names for `draw_points` where many views come from one generator, so that a new row's draws would shift the
-        next view's: the paper's six in any case, later rows only where they are on."""
-        return [name for name in AUGMENTATIONS if name in PAPER or name in self.on]
-
-    def draw(
-        self, rng: np.random.RandomState, lattice: tuple[int, ...], names: Iterable[str] = AUGMENTATIONS
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """(matrix, displacements, intensity) of one view: `Lattice.control` takes the first two.
-
-        lattice: (gx, gy, gz) control points; names: whose draws are made, in the table's order
-        matrix: (3, 3) from offsets in the view to offsets in the patch: rotation times scale times flip. The order and
-                the signs are MONAI's `Affine(rotate_params, scale_params)`: intrinsic rotations about x, y, z.
-        displacements: (gx, gy, gz, 3) displacements in control point spacings
-        intensity: {name: values} of those that act on this view
-        """
-        matrix, displacements, intensity = np.eye(3), np.zeros((*lattice, 3)), {}
-        for name in names:
-            row, strength = AUGMENTATIONS[name], getattr(self, name)
-            # Drawn whether it is on or not: switching one off leaves the others as they were
-            acts, values = rng.rand() < self.prob, row.draw(rng, strength)
-            if not (acts and strength):
-                continue
-            if row.kind == "affine":
-                matrix = matrix @ row.apply(values)
-            elif row.kind == "deformation":
-                displacements = displacements + row.apply(values, lattice)
-            else:
-                intensity[name] = values
-        return matrix, displacements, intensity
-
-
-def paper_policy(names: Iterable[str]) -> Policy:
-    """The Policy that has the augmentations of these names on, as strong as in AUGMENTATIONS."""
-    return Policy(**{name: AUGMENTATIONS[name].strength for name in names})
 
 
 # ------------------------------------------------------------------------------------------------------- multi-crop
@@ -415,7 +212,8 @@ class MultiCropAugmentation:
     def _patch_size(self, views: int = 1200, points: int = 9) -> tuple[int, ...]:
         """The `enclosing_patch` of views that are drawn for it."""
         self.patch_size = self.core  # the draws below measure from its centre
-        lattice, rng, names = self.lattices[0], np.random.RandomState(0), self.policy.sequence
+        lattice, rng = self.lattices[0], np.random.RandomState(0)
+        names = [name for name in self.policy.sequence if AUGMENTATIONS[name].kind != "window"]  # the patch is the same
         controls = np.stack([self._draw_view(rng, lattice, self.core, self.spacing, names)[0] for _ in range(views)])
         return enclosing_patch(controls, lattice, self.core, points)
 
@@ -430,42 +228,62 @@ class MultiCropAugmentation:
         clip_range: HU that become 0 and 1
         """
         with torch.autocast(patches.device.type, enabled=False):  # positions need more than bf16's three digits
-
-            @functools.cache  # for both sizes of view
-            def averaged(blocks: tuple[int, ...]) -> Tensor:
-                """(B, 1, X, Y, Z) grey values. Averaged in HU and then clipped, as a coarser scan would have them."""
-                hounsfield = patches[:, None].to(torch.get_default_dtype())
-                return scale_intensity(average_blocks(hounsfield, blocks), *clip_range)
-
-            scaled = scale_intensity(patches, *clip_range)[:, None]  # (B, 1, X, Y, Z)
+            windows = clip_range if self.policy.has_windows else None
+            source = patch_source(patches, clip_range, self.policy)  # for both sizes of view
             return [
-                render_views(scaled, lattice, group, averaged) for lattice, group in zip(self.lattices, groups) if group
+                render_views(source, lattice, group, windows) for lattice, group in zip(self.lattices, groups) if group
             ]
 
 
+def patch_source(patches: Tensor, clip_range: Sequence[float], policy: Policy) -> Callable[[tuple[int, ...]], Tensor]:
+    """A function: blocks -> (B, 1, X, Y, Z) what views are sampled from, averaged over blocks of voxels in HU.
+
+    Grey values in [0, 1], or, where the policy draws windows, HU, to be clipped view by view.
+    patches: (B, X, Y, Z) int16 HU
+    """
+
+    @functools.cache
+    def source(blocks: tuple[int, ...] = (1, 1, 1)) -> Tensor:
+        hounsfield = patches[:, None]
+        if policy.has_windows or max(blocks) > 1:
+            hounsfield = hounsfield.to(torch.get_default_dtype())
+        if max(blocks) > 1:
+            hounsfield = average_blocks(hounsfield, blocks)
+        return hounsfield if policy.has_windows else scale_intensity(hounsfield, *clip_range)
+
+    return source
+
+
 def render_views(
-    patches: Tensor, lattice: Lattice, group: ViewBatch, averaged: Callable[[tuple[int, ...]], Tensor] | None = None
+    source: Callable[..., Tensor], lattice: Lattice, group: ViewBatch, windows: Sequence[float] | None = None
 ) -> Tensor:
     """(V B, 1, x, y, z) views: geometry, then intensities.
 
-    patches: (B, 1, X, Y, Z) grey values; group: ViewBatch of V B views
-    averaged: blocks -> the patches averaged as by `average_blocks`, for the views of group.blocks
+    source: see `patch_source`; group: ViewBatch of V B views
+    windows: where the source is in HU, the (low, high) that become 0 and 1 in views for which no window is drawn
     """
     if group.blocks is None:
+        patches = source()
         views = torch.cat(
             [warp(patches, control.to(patches.dtype), lattice) for control in group.control.split(len(patches))]
         )  # (V B, 1, x, y, z)
     else:
-        views = patches.new_empty(len(group.control), 1, *lattice.size)
+        views = source().new_empty(len(group.control), 1, *lattice.size)
         for blocks, indices in group.blocks.items():
-            control, source = group.control.to(patches.dtype), patches
+            control, patches = group.control.to(views.dtype), source(blocks)
             if max(blocks) > 1:
                 control = torch.stack([(at + 0.5) / k + 0.5 for at, k in zip(control.unbind(-1), blocks)], -1)
-                source = averaged(blocks)
             for part in indices.split(len(patches)):  # as many at a time as there are patches, of which each is a copy
-                views.index_copy_(0, part, warp(source[part % len(patches)], control[part], lattice))
+                views.index_copy_(0, part, warp(patches[part % len(patches)], control[part], lattice))
+    if windows is not None:
+        ranges = torch.stack([views.new_full((len(views),), bound) for bound in windows], 1)  # (V B, 2)
+        if "window" in group.intensity:
+            indices, values = group.intensity["window"]
+            ranges.index_copy_(0, indices, values.to(ranges.dtype))
+        views = show_window(views, ranges)
     for name, (indices, values) in group.intensity.items():
-        views.index_copy_(0, indices, AUGMENTATIONS[name].apply(views[indices], values))
+        if AUGMENTATIONS[name].kind == "intensity":
+            views.index_copy_(0, indices, AUGMENTATIONS[name].apply(views[indices], values))
     return views
 
 

@@ -47,7 +47,7 @@ from dino3d.training.loading import next_batch, reading_processes, start_reading
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from dino3d.training.objectives import sinkhorn_offsets
-from dino3d.training.view_flags import describe_views, multi_crop
+from dino3d.training.view_flags import describe_views, idle_strengths, multi_crop
 from utils import cosine_schedule, linear_schedule
 from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Processes) -> None:
     """Train from where the checkpoint in the output folder is, or from the start."""
     args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
-    notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank)
+    notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank) + idle_strengths(args)
 
     # ---------------------------------------------------------------------------------------------------------- data
     paths, weights = processes.run_on_main(
@@ -799,7 +799,7 @@ def run_summary(
     lines = [
         f"{args.arch} on {processes.world_size} x {utils.device_name(processes.device)}, {args.precision}; "
         f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
-        f"{describe_views(crops)}; " + ", ".join(crops.policy.on) + " on",
+        describe_views(crops),
     ]
     raw = [path for path in paths if not is_kind(path, HDF5_SUFFIXES)]
     if raw:

@@ -94,6 +94,16 @@ def warp(patch: Tensor, control: Tensor, lattice: Lattice, mode: str = "bilinear
     return F.grid_sample(patch, grid, mode=mode, padding_mode="border", align_corners=True)
 
 
+def draw_angles(rng: np.random.RandomState, degrees: float) -> np.ndarray:
+    """(3,) radians about x, y and z."""
+    return np.radians(rng.uniform(-degrees, degrees, 3))
+
+
+def draw_factors(rng: np.random.RandomState, amount: float) -> np.ndarray:
+    """(3,) factors, one along each axis."""
+    return rng.uniform(1 - amount, 1 + amount, 3)
+
+
 def rotation_matrix(angles: np.ndarray) -> np.ndarray:
     """(3, 3) rotation about x, then the turned y, then the turned z; angles in radians."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
@@ -103,11 +113,21 @@ def rotation_matrix(angles: np.ndarray) -> np.ndarray:
     return about_x @ about_y @ about_z
 
 
+def draw_axis(rng: np.random.RandomState, _: int) -> int:
+    """The axis to mirror."""
+    return rng.randint(3)
+
+
 def mirror_matrix(axis: int) -> np.ndarray:
     """(3, 3) that mirrors one axis."""
     signs = np.ones(3)
     signs[axis] = -1
     return np.diag(signs)
+
+
+def draw_elastic(rng: np.random.RandomState, limit: float) -> tuple[float, int]:
+    """(largest displacement, seed of the displacements' own generator: how many there are depends on the lattice)."""
+    return rng.uniform(0, limit), rng.randint(2**31)
 
 
 def elastic_moves(drawn: tuple[float, int], lattice: tuple[int, ...]) -> np.ndarray:

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# HU that become 0 and 1: as radiologists look at the lung (centre -600, width 1500) and at soft tissue (40, 400), and
+# the paper's clip range
+WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240), "wide": (-1000, 1000)}
+
 
 def scale_intensity(volume: Tensor, low: float, high: float) -> Tensor:
     """Hounsfield units to [0, 1]: low (HU) and below become 0, high and above 1. Any shape; the default float type."""
@@ -31,6 +35,17 @@ def average_blocks(patches: Tensor, blocks: tuple[int, ...]) -> Tensor:
     sides = [(k, k + -n % k) for n, k in zip(patches.shape[2:], blocks)]
     padded = F.pad(patches, [side for pair in sides[::-1] for side in pair], mode="replicate")
     return F.avg_pool3d(padded, blocks)
+
+
+def draw_window(rng: np.random.RandomState, _: int) -> np.ndarray:
+    """(2,) HU that become 0 and 1, of one of WINDOWS."""
+    return np.array(list(WINDOWS.values())[rng.randint(len(WINDOWS))], float)
+
+
+def show_window(views: Tensor, ranges: Tensor) -> Tensor:
+    """[0, 1] of views in HU. views: (N, C, X, Y, Z); ranges: (N, 2) HU that become 0 and 1 in each."""
+    low, high = ranges.to(views.dtype)[..., None, None, None, None].unbind(1)  # (N, 1, 1, 1, 1)
+    return ((views - low) / (high - low)).clamp(0, 1)
 
 
 def draw_sigma(rng: np.random.RandomState, limit: float) -> np.ndarray:

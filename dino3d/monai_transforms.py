@@ -29,6 +29,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from torch import Tensor
 
 from augmentations import AUGMENTATIONS, Augmentation, Lattice, Policy, keyed_rng, warp
+from dino3d.intensity import WINDOWS, show_window
 
 MODES = ("bilinear", "nearest")  # of interpolation
 
@@ -88,7 +89,7 @@ class RandSpatial(RandAugmentation):
 
     def __init__(self, prob: float = 0.5, **strengths: float) -> None:
         super().__init__(prob, **strengths)
-        self.names = [name for name in self.policy.sequence if AUGMENTATIONS[name].kind != "intensity"]
+        self.names = [name for name in self.policy.sequence if AUGMENTATIONS[name].is_spatial]
         if not strengths.keys() <= set(self.names):
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.names)}, got {', '.join(strengths)}")
 
@@ -135,6 +136,18 @@ class RandIntensity(RandAugmentation):
         for name, values in self.drawn.items():
             volumes = AUGMENTATIONS[name].apply(volumes, torch.as_tensor(values, device=volumes.device)[None])
         return volumes
+
+
+class RandWindowing(RandIntensity):
+    """HU to [0, 1]: of the window that is drawn, and of clip_range where none is."""
+
+    def __init__(self, clip_range: Sequence[float], prob: float, **strengths: float) -> None:
+        super().__init__(prob, **strengths)
+        self.clip_range = tuple(clip_range)
+
+    def apply(self, volumes: Tensor) -> Tensor:
+        (window,) = self.drawn.values() or (self.clip_range,)
+        return show_window(volumes, torch.tensor([list(window)], dtype=torch.float64, device=volumes.device))
 
 
 class RandAugmentationd(MapTransform, RandomizableTransform):
@@ -199,10 +212,11 @@ class RandSpatiald(RandAugmentationd):
 
 def transform_class(name: str, row: Augmentation) -> type:
     """The MONAI transform of one row: row.monai(<row.argument>=row.strength, prob=0.5)."""
-    base = RandIntensity if row.kind == "intensity" else RandSpatial
+    base = RandSpatial if row.is_spatial else RandWindowing if row.kind == "window" else RandIntensity
 
     def make(self: Any, prob: float, **given: Any) -> None:
-        base.__init__(self, prob, **{name: given.get(row.argument, row.strength)})
+        strength = given.pop(row.argument, row.strength)
+        base.__init__(self, prob=prob, **given, **{name: strength})
 
     return _new_class(row.monai, base, _arguments(row) | {"prob": 0.5}, make, row)
 
@@ -210,7 +224,7 @@ def transform_class(name: str, row: Augmentation) -> type:
 def dictionary_class(row: Augmentation) -> type:
     """The dictionary version: row.monai + "d"(keys, mode, <row.argument>=row.strength, prob=0.5,
     allow_missing_keys=False), without a mode where it acts on grey values."""
-    modes = {} if row.kind == "intensity" else {"mode": Parameter.empty}
+    modes = {"mode": Parameter.empty} if row.is_spatial else {}
     arguments = {"keys": Parameter.empty} | modes | _arguments(row) | {"prob": 0.5, "allow_missing_keys": False}
 
     def make(self: Any, keys: KeysCollection, allow_missing_keys: bool, mode: Any = None, **given: Any) -> None:
@@ -220,6 +234,9 @@ def dictionary_class(row: Augmentation) -> type:
 
 
 def _arguments(row: Augmentation) -> dict[str, Any]:
+    """{name: default} of what is a row's own."""
+    if row.kind == "window":
+        return {"clip_range": WINDOWS["wide"]}
     return {row.argument: row.strength} if row.argument else {}
 
 

@@ -612,10 +612,12 @@ def test_labels_move_with_the_image_and_stay_labels():
 def test_each_row_has_its_transform():
     from dino3d import monai_transforms
 
-    assert set(TRANSFORMS) - {"RandSpatial"} == {row.monai for row in AUGMENTATIONS.values()}
+    assert set(TRANSFORMS) - {"RandSpatial"} == {AUGMENTATIONS[name].monai for name in augmentations.PAPER}
     for name, row in AUGMENTATIONS.items():
         made = getattr(monai_transforms, row.monai)
         arguments = {row.argument: row.strength} if row.argument else {}
+        if name == "window":
+            arguments = {"clip_range": (-1000, 1000)}
         assert {key: p.default for key, p in signature(made).parameters.items()} == {**arguments, "prob": 0.5}
         assert made().policy == paper_policy([name])
         assert (
@@ -768,7 +770,7 @@ def test_the_table_is_the_papers():
     assert list(STRENGTHS.items()) == list(augmentations.PAPER.items())
     assert paper_policy(STRENGTHS) == PAPER and paper_policy([]) == Policy() and PAPER.on == list(STRENGTHS)
     assert paper_policy(["scale", "elastic"]).on == ["scale", "elastic"]
-    assert {row.kind for row in AUGMENTATIONS.values()} <= {"affine", "deformation", "intensity"}
+    assert {row.kind for row in AUGMENTATIONS.values()} <= {"affine", "deformation", "intensity", "window"}
     assert pickle.loads(pickle.dumps(PAPER)) == PAPER  # spawned workers get it so
 
 

@@ -81,6 +81,7 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
     "dino3d.run_lock": 0,
     "dino3d.bspline": 0,
     "dino3d.intensity": 0,
+    "dino3d.policy": 0,
     "dino3d.weights": 0,
     "dino3d.data": 1,
     "dino3d.training": 1,

@@ -219,8 +219,8 @@ def test_missing_keys_and_sizes_that_differ():
 def test_each_has_its_dictionary_version():
     for name, row in AUGMENTATIONS.items():
         made = getattr(monai_transforms, f"{row.monai}d")
-        modes = [] if name in ("gaussian", "histogram") else ["mode"]
-        strength = [row.argument] if row.argument else []
+        modes = [] if name in ("gaussian", "histogram", "window") else ["mode"]
+        strength = [row.argument] if row.argument else ["clip_range"] * (name == "window")
         assert [*signature(made).parameters] == ["keys", *modes, *strength, "prob", "allow_missing_keys"]
         one = made("image", *["nearest" for _ in modes], prob=1.0)
         assert one.augmentation.policy == getattr(monai_transforms, row.monai)(prob=1.0).policy

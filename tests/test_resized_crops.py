@@ -242,7 +242,8 @@ def test_what_a_run_says_of_its_views():
     flags = "--data_dir x --global_crops_scale 0.5 1 --local_crops_size 36 36 36 --local_crops_scale 0.2 0.4"
     args = parser.parse_args(flags.split())
     check_pretraining_flags(parser, args)
-    assert describe_views(multi_crop(args)).endswith(
+    assert (
         ", 2 global views 96 96 48 (resized from 0.5 to 1 of 96 96 48), 8 local views 36 36 36 (resized from 0.2 to "
-        "0.4 of 96 96 48); local views' voxels are 2 2 1 times as long as if all axes were resized alike"
-    )
+        "0.4 of 96 96 48); local views' voxels are 2 2 1 times as long as if all axes were resized alike; "
+        "rotation, scale, flip on"
+    ) in describe_views(multi_crop(args))

@@ -20,8 +20,8 @@ from augmentations import (
     ViewParameters,
     collate_views,
     keyed_rng,
+    patch_source,
     render_views,
-    scale_intensity,
     warp,
 )
 from dino3d.command_line import UserError, format_values
@@ -200,7 +200,8 @@ class WindowAugmentation:
     def render(self, crops: torch.Tensor, group: ViewBatch, clip_range: Sequence[float]) -> torch.Tensor:
         """(B, 1, x, y, z) windows with grey values in [0, 1]. crops: (B, X, Y, Z) int16; group: of `collate_views`."""
         with torch.autocast(crops.device.type, enabled=False):  # positions need more than bf16's three digits
-            return render_views(scale_intensity(crops, *clip_range)[:, None], self.lattice, group)
+            windows = clip_range if self.policy.has_windows else None
+            return render_views(patch_source(crops, clip_range, self.policy), self.lattice, group, windows)
 
     def render_masks(self, masks: torch.Tensor, group: ViewBatch) -> torch.Tensor:
         """(B, x, y, z) int64 classes: the same geometry by nearest neighbour. masks: (B, X, Y, Z) uint8."""

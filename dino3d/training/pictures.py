@@ -4,7 +4,6 @@ montage."""
 import collections
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,11 @@ from augmentations import (
     AUGMENTATIONS,
     Lattice,
     MultiCropAugmentation,
+    Policy,
     ViewParameters,
     collate_views,
-    paper_policy,
+    patch_source,
     render_views,
-    scale_intensity,
 )
 from dino3d.files import atomic_write
 
@@ -190,13 +189,13 @@ def example_views(
     without resampling to a spacing. For a look at what the flags do: every augmentation is shown as strong as its flag
     makes it, and labelled where the policy has it off.
     """
-    patches = scale_intensity(patch, *clip_range)[None, None]  # (1, 1, X, Y, Z)
     zoom = min(1.0, (crops.global_scale or (1, 1))[1])  # a patch for smaller windows is smaller than a plain view
     size = np.array(crops.global_size) * zoom
     centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
     examples = {}
     for name in (None, *AUGMENTATIONS):
-        policy = replace(paper_policy([name] if name else []), prob=1.0)
+        strength = {name: getattr(crops.policy, name) or AUGMENTATIONS[name].strength} if name else {}
+        policy = Policy(**strength, prob=1.0)
         lattice, rng = Lattice.for_views(crops.global_size, policy), np.random.RandomState(0)
         matrices, displacements, intensity = zip(
             *(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws))
@@ -206,5 +205,10 @@ def example_views(
         )
         (group,) = collate_views([[ViewParameters(control, list(intensity))]])
         on = name is None or name in crops.policy.on
-        examples[(name or "plain") + ("" if on else " (off)")] = render_views(patches, lattice, group.to(patch.device))
+        examples[(name or "plain") + ("" if on else " (off)")] = render_views(
+            patch_source(patch[None], clip_range, policy),
+            lattice,
+            group.to(patch.device),
+            clip_range if policy.has_windows else None,
+        )
     return examples

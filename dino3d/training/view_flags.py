@@ -1,18 +1,20 @@
 """The flags of pre-training's views: crops and augmentations, and what they must be to make sense."""
 
 import argparse
+import math
 from typing import Any
 
-from augmentations import AUGMENTATION_FLAGS, MultiCropAugmentation, add_augmentation_flags, paper_policy
+from augmentations import AUGMENTATION_FLAGS, AUGMENTATIONS, MultiCropAugmentation, Policy, add_augmentation_flags
 from dino3d.command_line import XYZ, format_values, number
 
+PROBABILITY = Policy().prob
 LARGEST_GLOBAL = 2  # the base patch grows with its cube
 ZOOMS = (0.1, 10)  # voxels of an unresized view per voxel of a resized one: beyond, it shows next to nothing
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
     """Crops and augmentations."""
-    group = parser.add_argument_group("crops and augmentations (each with probability 0.5, for each view on its own)")
+    group = parser.add_argument_group("crops and augmentations (each drawn for each view on its own)")
     group.add_argument(
         "--input_size",
         default=[96, 96, 48],
@@ -43,6 +45,55 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
         help="window: Hounsfield units that become 0 and 1",
     )
     add_augmentation_flags(group)
+    add_strength_flags(group)
+
+
+def add_strength_flags(group: Any) -> None:
+    """--augment_prob, and the flag of each row of AUGMENTATIONS whose strength can be set."""
+    group.add_argument(
+        "--augment_prob",
+        default=PROBABILITY,
+        type=number(float, above=0, high=1),
+        metavar="P",
+        help="probability of each augmentation that is on, for each view on its own",
+    )
+    for name, row in AUGMENTATIONS.items():
+        if row.strength_flag:
+            flag, text, factor = row.strength_flag
+            low, high = (limit * factor for limit in row.limits)
+            group.add_argument(
+                f"--{flag}",
+                default=row.strength * factor,
+                type=number(type(row.strength), low or -math.inf, high, above=None if low else 0),
+                help=f"--use_{name}: {text}",
+            )
+
+
+def policy_of(args: argparse.Namespace) -> Policy:
+    """The augmentations that the flags switch on, as strong as they say."""
+    strengths = {}
+    for flag, name in AUGMENTATION_FLAGS.items():
+        row = AUGMENTATIONS[name]
+        if getattr(args, flag):
+            typed = getattr(args, row.strength_flag.name) if row.strength_flag else None
+            strengths[name] = row.strength if typed is None else typed / row.strength_flag.factor
+            strengths[name] = type(row.strength)(strengths[name])
+    return Policy(**strengths, prob=args.augment_prob)
+
+
+def idle_strengths(args: argparse.Namespace) -> list[str]:
+    """Notices of strengths other than the defaults whose augmentation is off."""
+    notices = []
+    for flag, name in AUGMENTATION_FLAGS.items():
+        row = AUGMENTATIONS[name]
+        if row.strength_flag and not getattr(args, flag):
+            value = getattr(args, row.strength_flag.name)
+            if value != row.strength * row.strength_flag.factor:
+                text = f"--{row.strength_flag.name} {format_values(value)}"
+                notices.append(f"{text} has no effect: {name} is off, --{flag} switches it on")
+    if args.augment_prob != PROBABILITY and not any(getattr(args, flag) for flag in AUGMENTATION_FLAGS):
+        notices.append(f"--augment_prob {args.augment_prob:g} has no effect: no augmentation is on")
+    return notices
 
 
 def add_resized_crop_flags(group: Any) -> None:
@@ -126,9 +177,8 @@ def check_resized_crops(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 def multi_crop(args: argparse.Namespace) -> MultiCropAugmentation:
     """The views that the flags ask for."""
-    policy = paper_policy(name for flag, name in AUGMENTATION_FLAGS.items() if getattr(args, flag))
     return MultiCropAugmentation(
-        policy,
+        policy_of(args),
         args.input_size,
         args.local_size,
         args.local_crops_number,
@@ -139,7 +189,7 @@ def multi_crop(args: argparse.Namespace) -> MultiCropAugmentation:
 
 
 def describe_views(crops: MultiCropAugmentation) -> str:
-    """Sizes of base patch and views, for a run's summary."""
+    """Sizes of base patch and views, and the augmentations, for a run's summary."""
 
     def resized(scale: tuple[float, float] | None) -> str:
         if scale is None:
@@ -155,4 +205,16 @@ def describe_views(crops: MultiCropAugmentation) -> str:
     stretch = crops.local_stretch
     if max(stretch) > 1.01 * min(stretch):
         text += f"; local views' voxels are {format_values(stretch)} times as long as if all axes were resized alike"
-    return text
+    return f"{text}; {describe_policy(crops.policy)}"
+
+
+def describe_policy(policy: Policy) -> str:
+    """Names of the augmentations that are on, with their strengths and probability where these are not the paper's."""
+    parts = []
+    for name in policy.on:
+        row, strength = AUGMENTATIONS[name], getattr(policy, name)
+        flag = row.strength_flag
+        other = flag and strength != row.strength
+        parts.append(f"{name} ({flag.name} {format_values(strength * flag.factor)})" if other else name)
+    probability = "" if policy.prob == PROBABILITY or not parts else f", each with probability {policy.prob:g}"
+    return ", ".join(parts) + f" on{probability}"
