@@ -41,7 +41,7 @@ from dino3d.features.encoder import find_weights
 from dino3d.features.probe import Probe
 from dino3d.files import truncate_log, write_config
 from dino3d.pretraining_flags import CENTER_MOMENTUM, PROBE_EVERY, add_pretraining_flags, check_pretraining_flags
-from dino3d.training import checkpoint
+from dino3d.training import batch_norm, checkpoint
 from dino3d.training.collapse import TeacherOutputs
 from dino3d.training.loading import next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
@@ -98,7 +98,8 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         probe = Probe(args.probe_dir, every, args.epochs, output_dir, processes, teacher.backbone, vars(args))
     if args.compile:
         notices += compile_blocks((student, teacher), processes.device)
-    network, teacher = wrap_ddp(student, teacher, args.use_bn_in_head, args.accumulate_steps, processes)
+    notices += batch_norm.notices_on(student, args.batch_size_per_gpu, args.accumulate_steps)
+    network, teacher = wrap_ddp(student, teacher, args.accumulate_steps, processes)
     dino_loss = DINOLoss(args.out_dim, args.center_momentum, args.centering).to(processes.device)
     if args.centering == "sinkhorn" and args.center_momentum != CENTER_MOMENTUM:
         notices.append("--center_momentum has no effect on training with --centering sinkhorn, which has no centre")
@@ -696,19 +697,12 @@ def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str
 
 
 def wrap_ddp(
-    student: MultiCropWrapper,
-    teacher: MultiCropWrapper,
-    use_bn_in_head: bool,
-    accumulate_steps: int,
-    processes: utils.Processes,
+    student: MultiCropWrapper, teacher: MultiCropWrapper, accumulate_steps: int, processes: utils.Processes
 ) -> tuple[nn.Module, MultiCropWrapper]:
-    """The student inside DDP, where there are several processes, and the teacher."""
+    """The student inside DDP, where there are several processes, and the teacher; batch norms see all their batches."""
     if processes.world_size == 1:
         return student, teacher
-    if use_bn_in_head:
-        if processes.device.type == "cpu":
-            raise UserError("--use_bn_in_head true with several processes needs GPUs", everywhere=True)
-        student.head, teacher.head = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student.head, teacher.head))
+    student, teacher = (batch_norm.sync_batch_norms(network, processes.device) for network in (student, teacher))
     devices = None if processes.device.type == "cpu" else [processes.device]
     # A static graph spares DDP the search for what each step uses; it does not work with no_sync (pytorch issue 143580)
     return DistributedDataParallel(
@@ -721,7 +715,8 @@ def compile_blocks(
 ) -> list[str]:
     """Let torch.compile fuse what happens between the matrix products of each block, in place; returns notices.
 
-    Block by block, since all blocks share their code: it is compiled once per shape, which takes a minute and not many.
+    Block by block, since blocks of one width share their code: it is compiled once per shape, which takes a minute and
+    not many.
     backend: see torch.compile
     """
     trial = nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device)
@@ -733,6 +728,9 @@ def compile_blocks(
             f"--compile: torch.compile does not work here, continuing without ({lines[0][:200] if lines else error!r})"
         ]
     for model in models:
+        # Where blocks differ in their widths each has its own code; torch's limit is 8 for all of them together
+        limit = 4 * len(model.backbone.blocks)  # of two shapes, with gradients and without
+        torch.compiler.config.recompile_limit = max(limit, torch.compiler.config.recompile_limit)
         for block in model.backbone.blocks:
             block.compile(dynamic=False, backend=backend)  # two shapes, those of global and of local views
     return []

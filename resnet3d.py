@@ -12,7 +12,8 @@ Sources:
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -129,6 +130,7 @@ class ResNet(nn.Module):
         if len(img_size) != 3 or min(img_size) < 1:
             raise ValueError(f"img_size {tuple(img_size)} must be three positive numbers of voxels (X, Y, Z)")
         self.img_size, self.in_chans, self.grad_checkpointing = tuple(img_size), in_chans, grad_checkpointing
+        self.shortcut_adds_channels = block is BasicBlock  # which then can be without weights
         self.conv1 = convolution(in_chans, width, 7, STEM_STRIDE)
         self.bn1 = nn.BatchNorm3d(width)
         self.maxpool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
@@ -191,7 +193,7 @@ class ResNet(nn.Module):
     def _maps(self, x: Tensor, indices: Sequence[int]) -> Iterator[Tensor]:
         if x.ndim != 5 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected a volume of shape (B, {self.in_chans}, X, Y, Z), found {tuple(x.shape)}")
-        x = self.maxpool(F.relu_(self.bn1(self.conv1(x))))  # (B, 64, X / 4, Y / 4, Z / 2)
+        x = self.maxpool(F.relu_(self.bn1(self.conv1(x))))  # (B, width, X / 4, Y / 4, Z / 2)
         for i, block in enumerate(self._blocks()[: indices[-1] + 1]):
             x = self._run(block, x)
             if i in indices:
@@ -212,6 +214,41 @@ class ResNet(nn.Module):
         stage = int(part.removeprefix("layer")) - 1
         return (self.stages[stage - 1].block + 1 if stage else 0) + int(rest.split(".")[0]) + 1
 
+    def adapt_weights(self, found: dict[str, Tensor], prefix: str = "") -> list[str]:
+        """Bring weights of another ResNet of the same blocks, {name: tensor}, to this one's form, in place; returns
+        notices.
+
+        Its first convolution may have other channels, its shortcuts a bias (MONAI's default), which goes into the
+        running mean after them, or no weights at all (He's option A: MedicalNet's resnet18 and resnet34).
+        prefix: of this network's names
+        """
+        notices, first = [], found.get(prefix + "conv1.weight")
+        if first is not None and first.ndim == 5 and self.in_chans == 1 < first.shape[1]:
+            found[prefix + "conv1.weight"] = first.sum(1, keepdim=True)
+            notices.append(f"the first convolution's {first.shape[1]} channels are summed, as of equal inputs")
+        weightless = not any(name.startswith(prefix) and ".downsample." in name for name in found)
+        for name, wanted in self.state_dict().items():
+            stem, _, kind = (prefix + name).rpartition(".")
+            if kind == "num_batches_tracked":  # files of before torch 0.4.1 have none
+                found.setdefault(prefix + name, wanted)
+            if not name.endswith(".downsample.0.weight"):
+                continue
+            norm = stem.removesuffix("0") + "1."
+            bias = found.pop(stem + ".bias", None)
+            if bias is not None and norm + "running_mean" in found:
+                found[norm + "running_mean"] = found[norm + "running_mean"] - bias
+            if weightless and self.shortcut_adds_channels:
+                found[prefix + name] = torch.eye(*wanted.shape[:2])[:, :, None, None, None]
+                ones, eps = torch.ones(len(wanted)), nn.BatchNorm3d(1).eps
+                found |= {norm + "weight": ones, norm + "bias": 0 * ones, norm + "running_mean": 0 * ones}
+                found[norm + "running_var"] = ones - eps
+        if weightless and self.shortcut_adds_channels:
+            notices.append(
+                "its shortcuts have no weights (option A): they become equal convolutions, whose batch norm is the "
+                "identity in evaluation and normalises them once they are trained"
+            )
+        return notices
+
 
 def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     return contextlib.nullcontext(), _statistics_kept(block)
@@ -229,8 +266,21 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
                 buffer.copy_(old)
 
 
+def architecture_of(names: Iterable[str]) -> str | None:
+    """Which of the ResNets below has these names of parameters, whatever their prefix; None: none of them."""
+    depths, bottleneck = [0] * 4, False
+    for name in names:
+        if match := re.search(r"(?:^|\.)layer([1-4])\.(\d+)\.conv([1-3])\.weight$", name):
+            stage, block, number = map(int, match.groups())
+            depths[stage - 1], bottleneck = max(depths[stage - 1], block + 1), bottleneck or number == 3
+    kind = Bottleneck if bottleneck else BasicBlock
+    return next((name for name, build in RESNETS.items() if build.args == (kind, tuple(depths))), None)
+
+
 # Each is called as resnet50(img_size=(96, 96, 48), in_chans=1).
 resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
 resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
 resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
 resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))
+
+RESNETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from resnet3d import Stage, resnet18, resnet34, resnet50, resnet101
+from resnet3d import RESNETS, Stage
 
 # Mean grey value of thorax CT scaled from [-1000, 1000] HU to [0, 1], between air (0), lung (0.1) and tissue (0.5)
 MEAN_GREY = 0.3
@@ -383,10 +383,7 @@ ARCHITECTURES = {
     "vit_base": vit_base,
     "vit_large": vit_large,
     "vit_huge": vit_huge,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
+    **RESNETS,
 }
 
 

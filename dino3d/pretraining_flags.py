@@ -183,7 +183,7 @@ def add_dino_flags(parser: command_line.ArgumentParser) -> None:
         help="epochs at the start in which the prototypes stay as they are; more if the loss does not fall",
     )
     command_line.boolean_flag(
-        group, "--use_bn_in_head", False, "batch normalisation in the head; several processes need GPUs for it"
+        group, "--use_bn_in_head", False, "batch normalisation in the head, over the batch of all processes"
     )
 
 

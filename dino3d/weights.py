@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dino3d.command_line import format_values, truncate_list
 from dino3d.files import ZIP_START, open_verified
+from resnet3d import architecture_of
 from vision_transformer import resize_pos_embed
 
 # Words for the network whose weights are an average of the other's over time, and for that other one
@@ -199,6 +200,7 @@ def find_network(model: nn.Module, checkpoint: Any, path: Path | str, checkpoint
                 network.tensors[modern_name(name[len(network.prefix) :], wanted)] = tensor
                 network.doubled.extend([name] * (name in doubled))
     if 2 * most < len(wanted):
+        require_kind(wanted, [name for tensors, _ in groups.values() for name in tensors], path)
         problem = tensor_misfit(wanted, next(iter(networks.values())).tensors if networks else {})
         names = [".".join((*keys, name)) for keys, (tensors, _) in groups.items() for name in tensors]
         only = f"no tensors, only {printed_list(checkpoint)}" if checkpoint else "nothing"
@@ -315,6 +317,9 @@ def fit_network(model: nn.Module, network: Network, checkpoint: dict[str, Any], 
     if network.doubled:
         raise ValueError(f"{path}: has two tensors each that could be {truncate_list(network.doubled)}")
     notices = fit_pos_embed(model, found, checkpoint, path)
+    for name, module in model.named_modules():
+        if hasattr(module, "adapt_weights"):
+            notices += [f"{path}: {one}" for one in module.adapt_weights(found, name + "." if name else "")]
     modules = {name.partition(".")[0] for name in wanted if "." in name}
     beyond = [
         name
@@ -337,9 +342,22 @@ def fit_network(model: nn.Module, network: Network, checkpoint: dict[str, Any], 
         except RuntimeError as error:  # sparse, or without storage: there are many kinds of tensors that don't copy
             problem = refusal(error)
     if problem:
+        require_kind(wanted, found, path)
         raise ValueError(f"{path}: does not fit the model: {problem}")
     model.load_state_dict(state)
     return notices
+
+
+def require_kind(wanted: Iterable[str], found: Iterable[str], path: Path | str) -> None:
+    """ValueError where names of parameters tell that a file's network is another kind of encoder than the model."""
+
+    def kind(names: Iterable[str]) -> str | None:
+        transformer = any(name.endswith("patch_embed.proj.weight") for name in names)
+        return "a vision transformer" if transformer else architecture_of(names)
+
+    names = (kind(list(wanted)), kind(list(found)))
+    if None not in names and names[0] != names[1]:
+        raise ValueError(f"{path}: does not fit the model: it has the weights of {names[1]}, the model is {names[0]}")
 
 
 def is_of_trunk(name: str) -> bool:

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_dino  # noqa: E402
 import utils  # noqa: E402
 from dino3d.training.collapse import TeacherOutputs  # noqa: E402
+from resnet3d import BasicBlock, ResNet  # noqa: E402
 from vision_transformer import ARCHITECTURES, DINOHead, VisionTransformer  # noqa: E402
 
+ARCHITECTURES["resnet18"] = functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), width=8)
 ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
 main_dino.DINOHead = lambda *args, **more: DINOHead(*args, **(more | {"hidden_dim": 64}))
 if "FLOAT64" in os.environ:

@@ -20,6 +20,7 @@ from dino3d.data.hdf5 import write_volume
 from dino3d.files import read_log, truncate_log
 from dino3d.training.collapse import TeacherOutputs, collapse_warning
 from dino3d.training.monitor import Monitor
+from resnet3d import BasicBlock, ResNet
 from vision_transformer import DINOHead, VisionTransformer
 
 TINY = [
@@ -52,6 +53,8 @@ def smaller_model(monkeypatch):
     """What is called in this process trains a model of 0.1 and not 11 million weights; `command` takes the real one."""
     small = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
     monkeypatch.setitem(vision_transformer.ARCHITECTURES, "vit_tiny", small)
+    smaller = functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), width=8)
+    monkeypatch.setitem(vision_transformer.ARCHITECTURES, "resnet18", smaller)
     monkeypatch.setattr(main_dino, "DINOHead", lambda *args, **more: DINOHead(*args, **(more | {"hidden_dim": 64})))
 
 
@@ -830,6 +833,8 @@ def test_gpu_run(volumes, tmp_path, capsys, precision):
 
 def test_a_smaller_head_and_a_rate_as_it_stands(volumes, tmp_path, capsys, monkeypatch):
     widths = []
+    smaller = functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), width=8)
+    monkeypatch.setitem(vision_transformer.ARCHITECTURES, "resnet18", smaller)
     monkeypatch.setattr(main_dino, "DINOHead", lambda *args, **more: widths.append(more) or DINOHead(*args, **more))
     head = ("--head_hidden_dim", 24, "--head_bottleneck_dim", 8, "--warmup_epochs", 0, "--epochs", 2)
     code, *_ = run_main(

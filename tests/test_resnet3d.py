@@ -5,6 +5,7 @@ import torch
 from monai.networks.nets import resnet as monai_resnet
 
 import resnet3d
+from dino3d.weights import load_pretrained_weights
 from vision_transformer import ARCHITECTURES, build_encoder, has_setting
 
 SMALL = {name: getattr(resnet3d, name) for name in ("resnet18", "resnet50")}
@@ -112,3 +113,80 @@ def test_settings_that_it_has_not():
     assert build_encoder("resnet18", (16, 16, 8)).img_size == (16, 16, 8)
     with pytest.raises(TypeError):
         build_encoder("resnet18", (16, 16, 8), patch_size=(4, 4, 4))
+
+
+# -------------------------------------------------------------------------------------------------- weights of others
+
+
+@pytest.fixture(scope="module")
+def volumes():
+    return torch.rand(2, 1, 20, 24, 17, generator=torch.Generator().manual_seed(1))
+
+
+def load(model, state, folder, key="teacher"):
+    torch.save(state, folder / "weights.pth")
+    load_pretrained_weights(model, folder / "weights.pth", key)
+    return model.eval()
+
+
+def test_monai_weights_of_its_defaults_load(volumes, tmp_path):
+    """With a bias in the shortcuts, a classifier beside, DataParallel's prefix: the same embedding in evaluation, and
+    in training, where the bias is taken off again."""
+    theirs = spread(monai_of("resnet50", bias_downsample=True)).double().eval()
+    state = {f"module.{name}": one for name, one in theirs.state_dict().items()}
+    state["module.fc.bias"], volumes = torch.ones(2), volumes.double()
+    ours = load(SMALL["resnet50"]().double(), {"state_dict": state}, tmp_path)
+    with torch.no_grad():
+        for training in (False, True, False):
+            a, b = ours.train(training)(volumes), theirs.train(training)(volumes)
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_shortcuts_without_weights_load(volumes, tmp_path):
+    """MedicalNet's resnet18: option A, and no num_batches_tracked."""
+    theirs = spread(monai_of("resnet18", shortcut_type="A")).eval()
+    state = {f"module.{name}": one for name, one in theirs.state_dict().items() if "num_batches" not in name}
+    assert not any("downsample" in name for name in state)
+    with pytest.warns(UserWarning, match="shortcuts have no weights"):
+        ours = load(SMALL["resnet18"](), {"state_dict": state}, tmp_path)
+    with torch.no_grad():
+        assert (ours(volumes) - theirs(volumes)).abs().max() <= 1e-5 * theirs(volumes).abs().max()
+
+
+def test_a_first_convolution_of_other_channels(volumes, tmp_path):
+    theirs = spread(monai_of("resnet18", n_input_channels=3)).eval()
+    with pytest.warns(UserWarning, match="3 channels are summed"):
+        ours = load(SMALL["resnet18"](), theirs.state_dict(), tmp_path)
+    with torch.no_grad():
+        wanted = theirs(volumes.expand(-1, 3, -1, -1, -1))
+        assert (ours(volumes) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    with pytest.raises(ValueError, match=r"conv1.weight \(64, 3, 7, 7, 7\) instead of \(64, 2, 7, 7, 7\)"):
+        load(resnet3d.resnet18(in_chans=2), theirs.state_dict(), tmp_path)
+
+
+def test_our_own_checkpoints_load(volumes, tmp_path):
+    teacher, student = spread(SMALL["resnet18"]()), SMALL["resnet18"]()
+    state = {
+        part: {f"{prefix}backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+        for part, prefix, network in (("teacher", "", teacher), ("student", "module.", student))
+    }
+    for key, network in (("teacher", teacher), ("student", student)):
+        ours = load(SMALL["resnet18"](), state, tmp_path, key)
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), network.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    "file, model, says",
+    [
+        ("vit_micro", "resnet18", "it has the weights of a vision transformer, the model is resnet18"),
+        ("resnet18", "vit_micro", "it has the weights of resnet18, the model is a vision transformer"),
+        ("resnet18", "resnet34", "it has the weights of resnet18, the model is resnet34"),
+        ("resnet34", "resnet18", "it has the weights of resnet34, the model is resnet18"),
+        ("resnet18", "resnet50", "it has the weights of resnet18, the model is resnet50"),
+    ],
+)
+def test_another_architecture_is_named(file, model, says, tmp_path):
+    sizes = {"img_size": (24, 24, 12)}
+    with pytest.raises(ValueError, match=says) as raised:
+        load(ARCHITECTURES[model](**sizes), {"teacher": ARCHITECTURES[file](**sizes).state_dict()}, tmp_path)
+    assert "\n" not in str(raised.value)
