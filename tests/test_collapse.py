@@ -1,11 +1,20 @@
 """What is measured of the teacher's outputs, against formulas written out, and when a collapse is told."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import utils
-from dino3d.training.collapse import TeacherOutputs, TeacherStatistics, effective_rank
+from dino3d.training.collapse import (
+    CollapseWatch,
+    TeacherFigures,
+    TeacherOutputs,
+    TeacherStatistics,
+    collapse_warning,
+    effective_rank,
+)
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (300, 8)])
@@ -60,3 +69,89 @@ def test_the_rank_rests_on_the_last_embeddings_of_an_entry():
         )
     expected = effective_rank(torch.cat(steps)[-256:])
     assert statistics.gather().effective_rank == pytest.approx(expected.item())
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+
+
+# (entropy over ln(out_dim), KL divergence, winning prototypes, effective rank) of each 10th step of measured runs, see
+# docs/LOG.md
+RUNS = {
+    "centre of momentum 0.9": [
+        *[(0.76, 0.72, 26, 20.7), (0.75, 0.56, 25, 20.8), (0.65, 0.58, 10, 17.5), (0.57, 0.61, 4, 14.5)],
+        *[
+            (0.58, 0.52, 4, 12.4),
+            (0.59, 0.5, 3, 10.2),
+            (0.62, 0.39, 3, 8.8),
+            (0.69, 0.37, 2, 7.9),
+            (0.74, 0.34, 3, 7.1),
+        ],
+        *[(0.78, 0.31, 3, 6.4), (0.80, 0.30, 3, 6.1), (0.83, 0.31, 3, 6.2), (0.83, 0.32, 5, 5.4)],
+        *[(0.84, 0.31, 6, 5.4)],
+    ],
+    "centre of momentum 0.999": [
+        *[(0.68, 0.89, 21, 20.7), (0.53, 0.94, 14, 21.0), (0.26, 1.06, 8, 17.8), (0.07, 0.87, 3, 14.8)],
+        *[(0.02, 0.63, 2, 12.6), (0.01, 0.43, 2, 10.2), (0.01, 0.37, 2, 8.7), (0.01, 0.36, 2, 7.7), (0.02, 0.36, 2, 7)],
+    ],
+    "Sinkhorn-Knopp": [
+        *[(0.81, 0.91, 178, 20.4), (0.81, 0.87, 175, 21.0), (0.8, 0.86, 176, 19.9), (0.78, 0.95, 184, 19.4)],
+        *[(0.78, 0.9, 181, 16.4), (0.78, 0.89, 177, 14.7), (0.77, 0.87, 166, 13.3), (0.76, 0.9, 177, 12.4)] * 3,
+    ],
+    "the demo": [
+        *[(0.87, 0.53, 43, 22.2), (0.91, 0.37, 41, 20.7), (0.93, 0.29, 44, 23.7), (0.95, 0.18, 31, 20.6)],
+        *[(0.96, 0.16, 31, 17.3), (0.97, 0.11, 21, 14.1), (0.97, 0.10, 14, 12.4), (0.96, 0.11, 20, 9.7)],
+        *[(0.97, 0.11, 18, 12.3), (0.96, 0.11, 16, 10.5), (0.97, 0.09, 17, 9.1), (0.96, 0.10, 20, 9.4)],
+    ],
+}
+
+
+def told(run, out_dim=1024, watch=None, views=256):
+    """[(entry, warning)] of a run."""
+    watch, found = watch or CollapseWatch(out_dim), []
+    for entry, (share, kl, winners, rank) in enumerate(run, 1):
+        values = {"teacher_entropy": share * math.log(out_dim), "kl": kl}
+        warning = watch.look(values, winners, TeacherFigures(torch.zeros(0), 720, 0.0, rank, views))
+        found += [(entry, warning)] * bool(warning)
+    return found
+
+
+def test_runs_that_fell_are_told_once_and_early():
+    ((entry, warning),) = told(RUNS["centre of momentum 0.9"])
+    assert entry == 8 and "few dimensions (effective rank 7.9, 20.8 at first, 2 prototypes winning)" in warning
+    assert "--centering sinkhorn" in warning and "--probe_dir" in warning
+    ((entry, warning),) = told(RUNS["centre of momentum 0.999"])
+    assert entry == 6 and "nearly the same to every view" in warning and "--center_momentum of 0.9" in warning
+
+
+@pytest.mark.parametrize("name", ["Sinkhorn-Knopp", "the demo"])
+def test_runs_that_did_not_are_not(name):
+    assert not told(RUNS[name], 256 if name == "Sinkhorn-Knopp" else 1024)
+
+
+def test_a_resumed_run_is_compared_with_its_beginning():
+    fallen = RUNS["centre of momentum 0.9"][-3:] * 2
+    assert not told(fallen)  # nothing says that it was ever higher, as in a log of an older version
+    assert not told(fallen, watch=CollapseWatch(1024, [{"epoch": 1, "kl": 0.3}, {"effective_rank": None}]))
+    records = [{"effective_rank_first_steps": 20.8, "effective_rank": 14.0}, {"effective_rank": 6.0}]
+    ((entry, warning),) = told(fallen, watch=CollapseWatch(1024, records))
+    assert entry == 3 and "20.8 at first" in warning
+
+
+def test_the_few_views_of_an_epochs_last_steps_are_not_judged():
+    watch = CollapseWatch(1024)
+    assert not told([(0.8, 0.3, 6, 18.0)], watch=watch)
+    assert not told([(0.8, 0.3, 6, 7.0)] * 5, watch=watch, views=100)
+    assert told([(0.8, 0.3, 6, 7.0)] * 5, watch=watch)
+
+
+def test_warnings_follow_the_measured_limits():
+    top = math.log(1024)
+    assert collapse_warning(0.8 * top, 0.4, 12, 1024, 640) is None
+    assert "uniform" in collapse_warning(0.98 * top, 0.02, 12, 1024, 640)
+    assert collapse_warning(0.98 * top, 0.2, 12, 1024, 640) is None
+    assert "collapsed" in collapse_warning(0.05 * top, 0.2, 12, 1024, 640)
+    assert "collapsed" in collapse_warning(0.8 * top, 0.2, 2, 1024, 640)
+    assert collapse_warning(0.8 * top, 0.2, 2, 1024, 4) is None  # four views can't fill many prototypes
+    assert "few dimensions" in collapse_warning(0.8 * top, 0.2, 8, 1024, 640, 4.9, 10.0)
+    assert collapse_warning(0.8 * top, 0.2, 9, 1024, 640, 4.9, 10.0) is None
+    assert collapse_warning(0.8 * top, 0.2, 8, 1024, 640, 5.1, 10.0) is None

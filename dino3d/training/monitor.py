@@ -149,7 +149,8 @@ class Monitor:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
-        self._names, self._watch = None, CollapseWatch(out_dim, read_log(self.output_dir / "log.txt"))
+        records = read_log(self.output_dir / "log.txt") if processes.is_main else ()
+        self._names, self._watch = None, CollapseWatch(out_dim, records)
         self.writer, self.bar, self._curves, self._done_steps = Silent(), Silent(), {}, done_steps
         if processes.is_main:
             self.writer = EventWriter(self.output_dir / "tensorboard", done_steps)
@@ -230,7 +231,8 @@ class Monitor:
             for name, value in shown.items():
                 self.writer.add_scalar(name, value, step)
             self.bar.set_postfix_str(
-                f"KL {values.get('kl', math.nan):.3f}, {rate:.1f} samples/s, {waiting:.0%} waiting for data",
+                f"KL {values.get('kl', math.nan):.3f}, rank {teacher.effective_rank:.1f}, {rate:.1f} samples/s, "
+                f"{waiting:.0%} waiting for data",
                 refresh=False,
             )
             if finite < self._steps:
@@ -238,7 +240,7 @@ class Monitor:
                     f"{self._steps - finite} of the {self._steps} steps up to step {step} were skipped and changed "
                     "nothing: their loss or gradient was not finite"
                 )
-            if finite and (warning := self._watch.look(values, winners, teacher.views)):
+            if finite and (warning := self._watch.look(values, winners, teacher)):
                 self.print(f"warning: {warning}")
         self._reset_window()
 
@@ -366,9 +368,11 @@ def summary(output_dir: Path | str) -> str:
             f"{last['teacher_entropy_share']:.2f} of ln(out_dim); {last['winning_prototypes']} prototypes win"
         )
         if "effective_rank" in last:  # which older logs don't have
+            began = first.get("effective_rank_first_steps")
             lines.append(
-                f"effective rank of the features {first.get('effective_rank_first_steps', math.nan):.1f} at first, "
-                f"{last['effective_rank']:.1f} over the last epoch; mutual information of view and prototype "
+                "effective rank of the features "
+                + (f"{began:.1f} in the first steps, " if began else "")
+                + f"{last['effective_rank']:.1f} over the last epoch; mutual information of view and prototype "
                 f"{last['mutual_information']:.2f} nats"
             )
     if skipped:
