@@ -28,10 +28,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from inspect import getsource
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 # NumPy's linear algebra reads these when it is first imported; torch is told in main, by --threads
@@ -47,6 +48,7 @@ import main_dino
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines, command_line
+from dino3d.block_masks import BlockMasks, collate_masks
 from dino3d.command_line import UserError, number
 from dino3d.data.conventions import LPS, format_size
 from dino3d.data.hdf5 import write_volume
@@ -72,6 +74,12 @@ VALUES = {
     "teacher_temp": 0.04,
 }  # of every step's schedules
 CLOSE = {"fp32": 1e-4, "bf16": 0.05}  # relative difference that two ways to take a step may have in their first loss
+# Whose cost a step's benchmark tells, with the weights that DINOv2 gives them
+OBJECTIVES = {
+    "--centering sinkhorn": {"centering": "sinkhorn"},
+    "--koleo 0.1": {"koleo": 0.1},
+    "--ibot 1": {"ibot": 1.0},
+}
 AUGMENTED = [f"--use_{name}" for name in PAPER]
 
 
@@ -515,12 +523,15 @@ def step(
     device: str, repeats: int, arch: str, out_dim: int, batch_size: int, precision: str, compile: bool
 ) -> dict[str, Any]:
     """A whole training step on ready views: teacher, student, loss, backward pass, clipping, AdamW, teacher's
-    average."""
+    average; and what each further objective adds to it."""
     settings = {"arch": arch, "out_dim": out_dim, "batch_size": batch_size, "device": device, "precision": precision}
     sides = {"baseline": baseline_step(**settings), "ours": our_step(**settings, compiled=compile)}
     first, ours = (float(take()) for take in sides.values())
     if not abs(ours - first) <= CLOSE[precision] * abs(first):
         raise UserError(f"the first losses differ: {first} of the baseline, {ours} of ours")
+    for flags, objective in OBJECTIVES.items():
+        if batch_size > 1 or "koleo" not in objective:  # which needs a neighbour
+            sides[flags] = our_step(**settings, compiled=compile, objective=objective)
     times = take_turns(
         {name: (lambda turn, take=take: (take(), synchronise(device)), batch_size) for name, take in sides.items()},
         repeats,
@@ -550,6 +561,10 @@ def step(
         },
     )
     result["teraflops"] = flops / result["ours"] / 1e12
+    result["objectives"] = {}
+    for flags in filter(times.get, OBJECTIVES):
+        ratios = [seconds / plain for seconds, plain in zip(times[flags], times["ours"])]
+        result["objectives"][flags] = {"ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
     return result
 
 
@@ -572,10 +587,17 @@ def our_step(
     compiled: bool = False,
     size: Sequence[int] = GLOBAL,
     local_number: int = LOCAL_NUMBER,
+    objective: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[], Tensor]:
-    """A function that takes a step of main_dino.py on random views and returns its loss, on the device."""
+    """A function that takes a step of main_dino.py on random views and returns its loss, on the device.
+
+    objective: of OBJECTIVES
+    """
     torch.manual_seed(0)
-    student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
+    weight, patch, targets = objective.get("ibot", 0.0), (12, 12, 6), (out_dim, 0.9, objective.get("centering", "mean"))
+    student, teacher = (
+        main_dino.build_model(arch, size, patch, out_dim, False, 0.0, True, ibot=weight > 0) for _ in range(2)
+    )
     teacher.load_state_dict(student.state_dict())
     device = torch.device(device)
     student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
@@ -585,7 +607,9 @@ def our_step(
         network=student,
         student=student,
         teacher=teacher,
-        dino_loss=main_dino.DINOLoss(out_dim, 0.9).to(device),
+        dino_loss=main_dino.DINOLoss(*targets).to(device),
+        koleo=objective.get("koleo", 0.0),
+        ibot=main_dino.PatchLoss(weight, *targets, main_dino.STUDENT_TEMP).to(device) if weight else None,
         optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
         scaler=torch.amp.GradScaler(device.type, enabled=False),
         schedules=None,
@@ -599,7 +623,9 @@ def our_step(
         nonfinite=NonFiniteSteps(20, device),
     )
     views = random_views(batch_size, device, size, local_number)
-    return lambda: main_dino.train_step(run, [views], VALUES, frozen=False).metrics["loss"]
+    draw = BlockMasks(tuple(n // p for n, p in zip(size, patch))).draw
+    masks = [collate_masks([draw(0, 0, i) for i in range(batch_size)]).to(device) if weight else None]
+    return lambda: main_dino.train_step(run, [views], VALUES, frozen=False, masks=masks).metrics["loss"]
 
 
 def baseline_step(arch: str, out_dim: int, batch_size: int, device: str, precision: str) -> Callable[[], float]:
@@ -1083,6 +1109,9 @@ def print_report(result: dict[str, Any]) -> None:
         print(
             f"ours: {result['teraflops']:.3g} TFLOP/s" + (f" of {rate:.3g} in a large matrix product" if rate else "")
         )
+    for flags, cost in result.get("objectives", {}).items():
+        low, high = cost["spread"]
+        print(f"a step with {flags} takes {cost['ratio']:.2f} times as long ({low:.2f} to {high:.2f} within a repeat)")
     if "samples_per_second" in result:
         print(
             f"ours: {result['samples_per_second']:.4g} samples per second, {result['waiting_for_data']:.1%} of "

@@ -15,6 +15,7 @@ with --probe_dir also best_probe.pth, the teacher whose features were best, and 
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 import utils
 from augmentations import MultiCropAugmentation
 from dino3d import command_line, weights
+from dino3d.block_masks import BlockMasks, PatchMasks
 from dino3d.command_line import UserError
 from dino3d.data.conventions import HDF5_SUFFIXES, is_kind
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
@@ -43,10 +45,11 @@ from dino3d.files import truncate_log, write_config
 from dino3d.pretraining_flags import CENTER_MOMENTUM, PROBE_EVERY, add_pretraining_flags, check_pretraining_flags
 from dino3d.training import batch_norm, checkpoint
 from dino3d.training.collapse import TeacherOutputs
+from dino3d.training.layer_decay import layer_groups
 from dino3d.training.loading import next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
-from dino3d.training.objectives import sinkhorn_offsets
+from dino3d.training.objectives import Centering, MaskedMultiCrop, PatchLoss, koleo_loss
 from dino3d.training.view_flags import describe_views, idle_strengths, multi_crop
 from utils import cosine_schedule, linear_schedule
 from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
@@ -100,12 +103,9 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         notices += compile_blocks((student, teacher), processes.device)
     notices += batch_norm.notices_on(student, args.batch_size_per_gpu, args.accumulate_steps)
     network, teacher = wrap_ddp(student, teacher, args.accumulate_steps, processes)
-    dino_loss = DINOLoss(args.out_dim, args.center_momentum, args.centering).to(processes.device)
-    if args.centering == "sinkhorn" and args.center_momentum != CENTER_MOMENTUM:
-        notices.append("--center_momentum has no effect on training with --centering sinkhorn, which has no centre")
 
     # -------------------------------------------------------------------------------------------------- optimisation
-    optimizer = utils.make_optimizer(args.optimizer, utils.parameter_groups(student))
+    optimizer = utils.make_optimizer(args.optimizer, optimizer_groups(student, args.layer_decay, args.patch_embed_lr))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.precision == "fp16")
     schedules = Schedules.of_run(args, steps_per_epoch, global_batch)
 
@@ -114,7 +114,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         network=network,
         student=student,
         teacher=teacher,
-        dino_loss=dino_loss,
+        **build_losses(args, processes.device, notices),
         optimizer=optimizer,
         scaler=scaler,
         schedules=schedules,
@@ -227,6 +227,8 @@ class TrainState:
     seed: int
     processes: utils.Processes
     nonfinite: NonFiniteSteps
+    koleo: float = 0.0
+    ibot: PatchLoss | None = None
     accumulate_steps: int = 1
     copy_stream: torch.cuda.Stream | None = None
 
@@ -238,6 +240,7 @@ class TrainState:
             "optimizer": self.optimizer,
             "scaler": self.scaler,
             "dino_loss": self.dino_loss,
+            "ibot": self.ibot,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -287,7 +290,8 @@ def train_one_epoch(
 
         utils.seed_step(state.seed, progress.step, state.processes.rank)
         scheduled = state.schedules.at(progress.samples)
-        step = train_step(state, map(state.render, micro_batches), scheduled, frozen)
+        masks = [batch.masks and batch.masks.to(state.processes.device) for batch in micro_batches]
+        step = train_step(state, map(state.render, micro_batches), scheduled, frozen, masks)
         progress.count_step(state.global_batch)
 
         monitor.step(step.finite, step.metrics, step.teacher, waited)
@@ -320,45 +324,63 @@ class Step(NamedTuple):
 
 
 def train_step(
-    state: TrainState, micro_batches: Iterable[list[Tensor]], scheduled: dict[str, float], frozen: bool
+    state: TrainState,
+    micro_batches: Iterable[list[Tensor]],
+    scheduled: dict[str, float],
+    frozen: bool,
+    masks: Iterable[PatchMasks | None] = itertools.repeat(None),
 ) -> Step:
     """One step of DINO (Caron et al. 2021, algorithm 1), on the mean loss of the micro-batches.
 
     micro_batches: gives state.accumulate_steps times the views of B samples, [global (2 B, 1, x, y, z),
         local (L B, 1, x, y, z)], the first view of all samples first
     scheduled: what the schedules say
+    masks: of each micro-batch, where iBOT is on
     """
     batch_norms = [*state.student.buffers(), *state.teacher.buffers()]  # statistics, put back if the step is skipped
     buffers_before = [buffer.clone() for buffer in batch_norms]
     state.optimizer.zero_grad(set_to_none=True)
-    terms, air, centers, winners, means = [], [], [], [], []
-    for micro, views in enumerate(micro_batches, 1):
+    terms, air, centers, patch_sums, winners, means = [], [], [], [], [], []
+    for micro, (views, masked) in enumerate(zip(micro_batches, masks), 1):
         last = micro == state.accumulate_steps
         with no_sync(state.network, enabled=not last):
             with torch.autocast(state.processes.device.type, state.dtype, enabled=state.dtype != torch.float32):
+                masked = state.ibot and state.ibot.hide(masked, views[0])
+                tokens, hidden = ([masked.tokens], [masked.hidden]) if masked else ([], [])
                 with torch.no_grad():
-                    # (2 B, out_dim), (2 B, D)
-                    teacher_logits, features = state.teacher(views[:1], return_embeddings=True)
+                    # (2 B, out_dim), (2 B, D), with iBOT (M, out_dim)
+                    teacher_logits, features, *teacher_patches = state.teacher(views[:1], True, *tokens)
                 centers.append(state.dino_loss.batch_center(teacher_logits))
-                if last:  # the ranks' mean is needed at the step's end: it is formed while the student works
+                if masked:
+                    patch_sums.append(state.ibot.batch_sum(*teacher_patches, masked))
+                if last:  # the ranks' means are needed at the step's end: they are formed while the student works
                     mean_center = state.processes.mean_async(torch.cat(centers).mean(0, keepdim=True))
-                student_logits = state.network(views)  # ((2 + L) B, out_dim)
-            losses, teacher = state.dino_loss(
-                student_logits, teacher_logits, scheduled["teacher_temp"], state.processes
-            )
+                    mean_patches = masked and state.processes.mean_async(torch.cat(patch_sums).mean(0, keepdim=True))
+                # ((2 + L) B, out_dim), ((2 + L) B, D), with iBOT (M, out_dim)
+                student_logits, embeddings, *student_patches = state.network(views, True, *tokens, *hidden)
+            teacher_temp = scheduled["teacher_temp"]
+            losses, teacher = state.dino_loss(student_logits, teacher_logits, teacher_temp, state.processes)
+            if state.koleo:  # of each global view by itself: two views of a sample are to stay close
+                losses["koleo"] = sum(map(koleo_loss, embeddings[: len(teacher_logits)].chunk(2)))
+                losses["loss"] = losses["loss"] + state.koleo * losses["koleo"]
+            if masked:
+                losses |= state.ibot(*student_patches, *teacher_patches, masked, teacher_temp, state.processes)
+                losses["loss"] = losses["loss"] + state.ibot.weight * losses["ibot"]
             state.scaler.scale(losses["loss"] / state.accumulate_steps).backward()
         terms.append(torch.stack([term.detach() for term in losses.values()]))
         air.append(air_share(views))
         winners.append(teacher.argmax(-1))
         means.append(teacher.mean(0))
 
-    for group in state.optimizer.param_groups:
-        group["lr"] = scheduled["lr"]
-    state.optimizer.param_groups[0]["weight_decay"] = scheduled["weight_decay"]  # the other group has none
+    for index, group in enumerate(state.optimizer.param_groups):
+        group["lr"] = scheduled["lr"] * group.get("scale", 1)
+        if group.get("decays", index == 0):
+            group["weight_decay"] = scheduled["weight_decay"]
     state.scaler.unscale_(state.optimizer)
     if frozen:
-        for parameter in state.student.head.last_layer.parameters():
-            parameter.grad = None
+        for name, parameter in state.student.named_parameters():
+            if ".last_layer." in name:  # of both heads
+                parameter.grad = None
     norm = clip_gradients(state.student, state.clip_grad)
     # NaN on one rank is NaN on all after DDP's all-reduce. In fp16, steps are also skipped while the scaler is still
     # looking for a loss scale
@@ -367,6 +389,8 @@ def train_step(
     state.scaler.update()
     update_teacher(state.student, state.teacher, scheduled["momentum_teacher"], finite)
     state.dino_loss.update_center(mean_center(), finite)
+    if mean_patches:
+        state.ibot.update_from_sum(mean_patches(), finite)
     for buffer, old in zip(batch_norms, buffers_before):
         buffer.copy_(torch.where(finite, buffer, old))
     metrics = dict(zip(losses, torch.stack(terms).mean(0)))  # over the micro-batches
@@ -379,18 +403,11 @@ def no_sync(network: nn.Module, enabled: bool) -> contextlib.AbstractContextMana
     return network.no_sync() if enabled and isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
 
 
-class DINOLoss(nn.Module):
+class DINOLoss(Centering):
     """Cross-entropy between the teacher's view of a sample and the student's other views of it (eq. 1 to 4).
 
-    out_dim: prototypes; center_momentum: of the running mean of the teacher's logits
-    centering: "mean": that mean is taken off the teacher's logits; "sinkhorn": the batch's `sinkhorn_offsets` are added
-        to them instead, and the mean is only kept up, to be shown and for a run that goes back to it
+    Made of prototypes, the centre's momentum and the way to spread the teacher's outputs: see `Centering`.
     """
-
-    def __init__(self, out_dim: int, center_momentum: float, centering: str = "mean") -> None:
-        super().__init__()
-        self.center_momentum, self.centering = center_momentum, centering
-        self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(
         self,
@@ -415,22 +432,9 @@ class DINOLoss(nn.Module):
         entropy = -(teacher * log_teacher).sum(-1).mean()
         return {"loss": loss, "kl": loss.detach() - entropy, "teacher_entropy": entropy}, teacher
 
-    def log_teacher(self, logits: Tensor, temp: float, processes: utils.Processes) -> Tensor:
-        """(2 B, K) logarithms of the teacher's probabilities, the targets."""
-        if self.centering == "mean":
-            return ((logits - self.center) / temp).log_softmax(-1)
-        scores = logits / temp
-        return (scores + sinkhorn_offsets(scores, processes)).log_softmax(-1)
-
     def batch_center(self, teacher_logits: Tensor) -> Tensor:
         """(1, K) mean of a micro-batch's teacher logits."""
         return teacher_logits.to(self.center.dtype).mean(0, keepdim=True)
-
-    @torch.no_grad()
-    def update_center(self, mean: Tensor, finite: Tensor) -> None:
-        """Running mean of the teacher's logits (eq. 4). mean: (1, K) over batch and ranks; finite: () bool, False: the
-        step was skipped and the centre stays as it is."""
-        self.center.lerp_(torch.where(finite, mean, self.center), 1 - self.center_momentum)
 
 
 def reference_cross_entropy(views: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -602,7 +606,8 @@ def make_dataset(args: argparse.Namespace, paths: Sequence[str], weights: Sequen
     crops = multi_crop(args)
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
     patches_per_volume = [args.patches_per_volume * weight for weight in weights]
-    return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad)
+    masks = BlockMasks(tuple(n // p for n, p in zip(args.input_size, args.patch_size))) if args.ibot else None
+    return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad, masks)
 
 
 def make_loader(
@@ -647,10 +652,15 @@ def build_models(args: argparse.Namespace, notices: list[str]) -> tuple[MultiCro
         args.patch_size,
         args.out_dim,
         args.use_bn_in_head,
+        ibot=args.ibot > 0,
         hidden_dim=args.head_hidden_dim,
         bottleneck_dim=args.head_bottleneck_dim,
     )
-    student = build(args.drop_path_rate, args.norm_last_layer, args.grad_checkpointing)
+    student = build(
+        drop_path_rate=args.drop_path_rate,
+        norm_last_layer=args.norm_last_layer,
+        grad_checkpointing=args.grad_checkpointing,
+    )
     teacher = build(drop_path_rate=None, norm_last_layer=True)  # follows the student without gradients
     if args.pretrained_weights:
         notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
@@ -667,11 +677,37 @@ def build_model(
     drop_path_rate: float | None,
     norm_last_layer: bool,
     grad_checkpointing: bool = False,
+    ibot: bool = False,
     **head: int,
 ) -> MultiCropWrapper:
-    """A new student or teacher: backbone and DINO head. head: what else DINOHead takes."""
+    """A new student or teacher: backbone and DINO head. head: what else DINOHead takes.
+
+    ibot: with a second head, for patches, which has no batch norm: how many it sees is left to chance
+    """
     backbone = build_encoder(arch, input_size, patch_size, drop_path_rate, grad_checkpointing)
-    return MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer, **head))
+    dino_head = DINOHead(backbone.embed_dim, out_dim, use_bn_in_head, norm_last_layer, **head)
+    if not ibot:
+        return MultiCropWrapper(backbone, dino_head)
+    return MaskedMultiCrop(backbone, dino_head, DINOHead(backbone.embed_dim, out_dim, False, norm_last_layer, **head))
+
+
+def build_losses(args: argparse.Namespace, device: torch.device, notices: list[str]) -> dict[str, Any]:
+    """What a TrainState has of losses: DINO's, KoLeo's weight, iBOT's or None. notices: gets what there is to say."""
+    if args.centering == "sinkhorn" and args.center_momentum != CENTER_MOMENTUM:
+        notices.append("--center_momentum has no effect on training with --centering sinkhorn, which has no centre")
+    targets = (args.out_dim, args.center_momentum, args.centering)
+    tissue = args.patch_size if args.ibot_tissue else None
+    ibot = PatchLoss(args.ibot, *targets, STUDENT_TEMP, tissue).to(device) if args.ibot else None
+    return {"dino_loss": DINOLoss(*targets).to(device), "koleo": args.koleo, "ibot": ibot}
+
+
+def optimizer_groups(model: MultiCropWrapper, layer_decay: float, patch_embed_lr: float) -> list[dict[str, Any]]:
+    """Groups of a student's parameters: two, or with rates by layer more, which have "scale", of the learning rate, and
+    "decays", whether weight decay is for them."""
+    if layer_decay == patch_embed_lr == 1:
+        return utils.parameter_groups(model)
+    groups = layer_groups(model, "backbone.", model.backbone, layer_decay, 1.0, patch_embed_lr)
+    return [group | {"decays": group["weight_decay"] > 0} for group in groups]
 
 
 def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str) -> list[str]:
@@ -684,16 +720,22 @@ def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str
         notices = weights.fit_network(model.backbone, network, checkpoint, path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
-    beside = "head".join(network.path.rsplit("backbone", 1))
-    try:
-        head = weights.find_network(model.head, checkpoint, path, beside)
-        if head.path != beside:
-            raise ValueError("another network's")
-        weights.fit_network(model.head, head, checkpoint, path)
+    lacking = []
+    for name, part in model.named_children():
+        beside = name.join(network.path.rsplit("backbone", 1))
+        if part is model.backbone:
+            continue
+        try:
+            head = weights.find_network(part, checkpoint, path, beside)
+            if head.path != beside:
+                raise ValueError("another network's")
+            weights.fit_network(part, head, checkpoint, path)
+        except ValueError:
+            lacking.append(name.replace("_", " "))
+    if not lacking:
         return [*found, f"starting from {path}: {network.origin}", *notices]
-    except ValueError:
-        new = "the head is new, the file has none of this shape"
-        return [*found, f"starting from the backbone of {path}: {network.origin}; {new}", *notices]
+    new = "; ".join(f"the {name} is new, the file has none of this shape" for name in lacking)
+    return [*found, f"starting from the backbone of {path}: {network.origin}; {new}", *notices]
 
 
 def wrap_ddp(
@@ -770,6 +812,8 @@ def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Prog
         "use_bn_in_head",
         "norm_last_layer",
         "optimizer",
+        "layer_decay",
+        "patch_embed_lr",
     )
     path, parts = output_dir / "checkpoint.pth", state.parts()
     saved = checkpoint.load_on_all(
@@ -777,6 +821,12 @@ def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Prog
     )
     if saved is None:
         return Progress()
+    if "ibot" in saved and state.ibot is None:
+        raise UserError(
+            f"{path}: is of a run with --ibot, whose patch head and mask token it holds; resume with --ibot or choose "
+            "another --output_dir",
+            everywhere=True,
+        )
     checkpoint.load_parts(parts, saved, path)
     progress = checkpoint.load_progress(Progress, saved, path)
     for line in data_changes(saved["config"], config, progress.position):

@@ -244,12 +244,17 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         return resize_pos_embed(self.pos_embed, self.grid_size, grid)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Tokens that enter the first block, (B, 1 + N, D), and their patch grid (x, y, z)."""
+    def _embed(
+        self, x: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """Tokens that enter the first block, (B, 1 + N, D), and their patch grid (x, y, z). hidden: (B, N) bool, the
+        patches in whose place `mask_token` (D,) stands, before their positions are added (Zhou 2022)."""
         if x.ndim != 5 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected a volume of shape (B, {self.in_chans}, X, Y, Z), found {tuple(x.shape)}")
         grid = self._grid(x.shape[2:])
         x = self.patch_embed(x)  # (B, N, D)
+        if hidden is not None:
+            x = torch.where(hidden[:, :, None], mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, 1 + N, D)
         return x + self.interpolate_pos_embed(grid), grid
 
@@ -284,9 +289,15 @@ class VisionTransformer(nn.Module):
             x = self._run(block, x, 1 if i == last else None, scales)  # (B, 1 + N, D), in the end (B, 1, D)
         return self.norm(x[:, 0])
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D)."""
-        return self.intermediate_tokens(x)[0]
+    def forward_tokens(self, x: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D).
+
+        hidden: (B, N) bool, patches that the model does not see; mask_token: (D,), what it sees instead
+        """
+        x, _ = self._embed(x, hidden, mask_token)
+        for block, scales in zip(self.blocks, self.stochastic_depth(x.shape[0], x.device)):
+            x = self._run(block, x, None, scales)  # (B, 1 + N, D)
+        return self.norm(x)
 
     def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, norm: bool | str = True) -> list[Tensor]:
         """Feature maps of some blocks, shallowest first, each (B, D, x, y, z).

@@ -18,6 +18,7 @@ def add_pretraining_flags(parser: command_line.ArgumentParser) -> None:
     add_data_flags(parser)
     add_model_flags(parser)
     add_dino_flags(parser)
+    add_objective_flags(parser)
     add_optimisation_flags(parser)
     add_view_flags(parser)
     add_probe_flags(parser)
@@ -187,6 +188,47 @@ def add_dino_flags(parser: command_line.ArgumentParser) -> None:
     )
 
 
+def add_objective_flags(parser: command_line.ArgumentParser) -> None:
+    group = parser.add_argument_group("objectives besides DINO's (weight 0: off)")
+    group.add_argument(
+        "--koleo",
+        default=0.0,
+        type=number(float, 0),
+        metavar="WEIGHT",
+        help="weight of KoLeo, which pushes each sample's embedding away from its nearest neighbour in the batch of "
+        "one process, for each global view; for features that crowd together; 0.1 as in DINOv2; 0: off",
+    )
+    group.add_argument(
+        "--ibot",
+        default=0.0,
+        type=number(float, 0),
+        metavar="WEIGHT",
+        help="weight of iBOT: blocks of 10 to 50 %% of the patches of every second global view are hidden from the "
+        "student, whose outputs there, by a head of their own, are to be the teacher's; for maps and segmentation; "
+        "ViTs alone; 1 as in iBOT and DINOv2; 0: off",
+    )
+    command_line.boolean_flag(
+        group,
+        "--ibot_tissue",
+        False,
+        "with --ibot: patches that are air on average (below -900 HU with the default --clip_range) stay in view; for "
+        "scans with much air around the patient",
+    )
+
+
+def check_objective_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.patch_size is None:
+        for name in ("ibot", "patch_embed_lr"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} {getattr(args, name):g}: {args.arch} has no patches; take a ViT")
+    elif args.ibot and list(args.input_size) == list(args.patch_size):
+        parser.error("--ibot: a view of one patch leaves nothing in view; raise --input_size or lower --patch_size")
+    if args.ibot_tissue and not args.ibot:
+        parser.error("--ibot_tissue needs --ibot: without it nothing is hidden")
+    if args.koleo and args.batch_size_per_gpu < 2:
+        parser.error("--koleo needs a --batch_size_per_gpu of at least 2: a sample's neighbour is one of its batch")
+
+
 def add_optimisation_flags(parser: command_line.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", default=100, type=number(int, 1), help="passes over the volumes")
@@ -240,6 +282,21 @@ def add_optimisation_flags(parser: command_line.ArgumentParser) -> None:
     )
     group.add_argument(
         "--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="adamw, sgd or lars; adamw for ViTs"
+    )
+    group.add_argument(
+        "--layer_decay",
+        default=1.0,
+        type=number(float, above=0, high=1),
+        help="learning rate of each layer of the encoder relative to the one above; below 1 (0.9) to go on from "
+        "--pretrained_weights without losing what their lower layers know",
+    )
+    group.add_argument(
+        "--patch_embed_lr",
+        default=1.0,
+        type=number(float, 0),
+        metavar="FACTOR",
+        help="learning rate of the patch embedding relative to what it is without this flag; 0.2 in DINOv2, 0 to keep "
+        "it as --pretrained_weights has it; ViTs alone",
     )
     command_line.max_skipped_steps_flag(group)
 
@@ -321,6 +378,7 @@ def check_pretraining_flags(parser: command_line.ArgumentParser, args: argparse.
                 f"{flag}: a view of {format_values(size)} voxels is not a multiple of --patch_size "
                 f"{format_values(args.patch_size)} along each axis"
             )
+    check_objective_flags(parser, args)
     if fault := source_fault(args.data_dir or [], args.data_weights, args.data_list):
         parser.error(fault)
     if args.data_dir and len(args.data_dir) == 1:

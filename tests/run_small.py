@@ -37,7 +37,7 @@ def planted_render(run, batch):
     return views
 
 
-def planted_step(run, micro_batches, scheduled, frozen):
+def planted_step(run, micro_batches, scheduled, frozen, *masks):
     global step
     step += 1
     if kind == "nothing" and step in steps:
@@ -47,7 +47,7 @@ def planted_step(run, micro_batches, scheduled, frozen):
             metrics=dict.fromkeys(names, torch.tensor(0.0)),
             teacher=TeacherOutputs(torch.zeros(2, dtype=torch.int64), torch.zeros(16), torch.zeros(2, 192)),
         )
-    return train_step(run, micro_batches, scheduled, frozen)
+    return train_step(run, micro_batches, scheduled, frozen, *masks)
 
 
 main_dino.TrainState.render, main_dino.train_step = planted_render, planted_step

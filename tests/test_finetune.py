@@ -30,7 +30,6 @@ from dino3d.finetune.crops import (
 from dino3d.finetune.fold_folders import fold_files
 from dino3d.finetune.fold_loop import FoldProgress, TrainConfig
 from dino3d.finetune.inference import gather_rows
-from dino3d.finetune.layer_decay import layer_groups, set_learning_rate
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.splits import (
     count_by_patient,
@@ -41,6 +40,7 @@ from dino3d.finetune.splits import (
     save_splits,
     subset_splits,
 )
+from dino3d.training.layer_decay import layer_groups, set_learning_rate
 from utils import Processes
 from vision_transformer import ARCHITECTURES, VisionTransformer
 

@@ -16,6 +16,7 @@ from augmentations import (
     collate_views,
     keyed_rng,
 )
+from dino3d.block_masks import BlockMasks, PatchMasks, collate_masks
 from dino3d.data.conventions import DataError
 from dino3d.data.requirements import pretraining_fault
 from dino3d.data.volume import Volume
@@ -26,13 +27,14 @@ RUNS_AT_ONCE = 256  # runs whose patches take turns, so that a batch holds as ma
 
 class Sample(NamedTuple):
     """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met
-    on the way, as (path, reason); spacing: (3,) mm per voxel of the patch."""
+    on the way, as (path, reason); spacing: (3,) mm per voxel of the patch; masks: what `BlockMasks.draw` gave."""
 
     patch: np.ndarray
     views: list[ViewParameters | None]
     bad: list[tuple[str, str]]
     path: str = ""
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    masks: np.ndarray | None = None
 
 
 class Failure(NamedTuple):
@@ -44,7 +46,7 @@ class Failure(NamedTuple):
 
 class Batch(NamedTuple):
     """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
-    paths, spacings: the file of each patch, and its (3,) mm per voxel."""
+    paths, spacings: the file of each patch, and its (3,) mm per voxel; masks: of the global views, with iBOT."""
 
     patches: torch.Tensor
     groups: list[ViewBatch | None]
@@ -52,6 +54,7 @@ class Batch(NamedTuple):
     fatal: str
     paths: tuple[str, ...] = ()
     spacings: tuple[tuple[float, ...], ...] = ()
+    masks: PatchMasks | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on a device."""
@@ -68,6 +71,7 @@ class PretrainingPatches(Dataset):
     patches_per_volume: samples of each volume, one number or one for each: those of the first volume come first
     strict: an unreadable file ends the run; otherwise the next readable one in the list takes its place
     max_bad: unreadable files of an epoch that one worker puts up with; None: any number
+    block_masks: which patches of the global views are hidden from the student; None: none
     """
 
     def __init__(
@@ -78,8 +82,9 @@ class PretrainingPatches(Dataset):
         patches_per_volume: int | Sequence[int] = 1,
         strict: bool = False,
         max_bad: int | None = None,
+        block_masks: BlockMasks | None = None,
     ) -> None:
-        self.paths, self.multi_crop, self.seed = paths, multi_crop, seed
+        self.paths, self.multi_crop, self.seed, self.block_masks = paths, multi_crop, seed, block_masks
         self.strict = strict
         self.patches_per_volume = np.broadcast_to(patches_per_volume, len(paths)).tolist()
         self._ends = np.cumsum(self.patches_per_volume)  # (volumes,) sample behind each one's
@@ -109,7 +114,8 @@ class PretrainingPatches(Dataset):
                             opened = Volume(path)
                             self._require_ct(opened)
                         patch, views, spacing = self._draw(opened, epoch, sample)
-                        samples[place] = Sample(patch, views, bad, path, spacing)
+                        masks = self.block_masks and self.block_masks.draw(self.seed, epoch, sample)
+                        samples[place] = Sample(patch, views, bad, path, spacing, masks)
                         break
                     except DataError as error:
                         self._bad[path] = error.reason
@@ -219,6 +225,7 @@ def collate(samples: list[Sample] | list[Failure]) -> Batch:
         "",
         tuple(sample.path for sample in samples),
         tuple(sample.spacing for sample in samples),
+        None if samples[0].masks is None else collate_masks([sample.masks for sample in samples]),
     )
 
 

@@ -25,7 +25,6 @@ from dino3d.evaluation.statistics import format_metric
 from dino3d.files import append_json, truncate_log
 from dino3d.finetune.crops import CropBatch, TrainingBatches, collate_crops
 from dino3d.finetune.fold_folders import PARTS, is_finished, load_best, start_folder
-from dino3d.finetune.layer_decay import layer_groups, set_learning_rate
 from dino3d.finetune.runtime import Runtime
 from dino3d.training.checkpoint import (
     Checkpoints,
@@ -37,6 +36,7 @@ from dino3d.training.checkpoint import (
     save_checkpoint,
 )
 from dino3d.training.events import EventWriter
+from dino3d.training.layer_decay import layer_groups, set_learning_rate
 from dino3d.training.loading import next_batch, start_reading_process
 from dino3d.training.nonfinite import BuffersOfStep, NonFiniteSteps, abort_run, describe_sample, step_if_finite
 
