@@ -45,7 +45,11 @@ def planted_step(run, micro_batches, scheduled, frozen, *masks):
         return main_dino.Step(
             finite=torch.tensor(False),
             metrics=dict.fromkeys(names, torch.tensor(0.0)),
-            teacher=TeacherOutputs(torch.zeros(2, dtype=torch.int64), torch.zeros(16), torch.zeros(2, 192)),
+            teacher=TeacherOutputs(
+                torch.zeros(2, dtype=torch.int64),
+                torch.zeros(run.dino_loss.center.shape[1]),
+                torch.zeros(2, run.student.backbone.embed_dim),
+            ),
         )
     return train_step(run, micro_batches, scheduled, frozen, *masks)
 
