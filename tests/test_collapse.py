@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import main_dino
 import utils
+from dino3d.files import append_json, read_log
 from dino3d.training.collapse import (
     CollapseWatch,
     TeacherFigures,
@@ -15,6 +17,7 @@ from dino3d.training.collapse import (
     collapse_warning,
     effective_rank,
 )
+from dino3d.training.monitor import Monitor, summary
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (300, 8)])
@@ -155,3 +158,56 @@ def test_warnings_follow_the_measured_limits():
     assert "few dimensions" in collapse_warning(0.8 * top, 0.2, 8, 1024, 640, 4.9, 10.0)
     assert collapse_warning(0.8 * top, 0.2, 9, 1024, 640, 4.9, 10.0) is None
     assert collapse_warning(0.8 * top, 0.2, 8, 1024, 640, 5.1, 10.0) is None
+
+
+def test_sinkhorn_tells_views_that_look_alike_from_others():
+    """It weighs prototypes and not views: views of one answer have no mutual information with prototypes."""
+    torch.manual_seed(0)
+    loss, one = main_dino.DINOLoss(16, 0.9, "sinkhorn"), torch.nn.functional.normalize(torch.randn(64, 16))
+    found = []
+    for logits in (one, one[:1] + 1e-4 * torch.randn(64, 16)):
+        log_teacher = loss.log_teacher(logits, 0.04, utils.Processes())
+        mean = log_teacher.exp().mean(0)
+        assert torch.special.entr(mean).sum().item() == pytest.approx(math.log(16), abs=0.05)  # after 3 iterations
+        found.append((torch.special.entr(mean).sum() + (log_teacher.exp() * log_teacher).sum(-1).mean()).item())
+    assert found[0] > 1 and abs(found[1]) < 1e-3
+
+
+def test_logs_of_older_versions_are_read(tmp_path):
+    """A run that an older version began, whose first epochs have neither figure, is resumed and summed up."""
+    old = {"epoch": 1, "step": 4, "kl": 0.4, "kl_first_steps": 0.5, "teacher_entropy_share": 0.8}
+    old |= {"winning_prototypes": 9, "seconds": 1.0, "skipped_steps": 0}
+    append_json(tmp_path / "log.txt", old)
+    assert "9 prototypes win" in summary(tmp_path) and "effective rank" not in summary(tmp_path)
+    append_json(tmp_path / "log.txt", old | {"epoch": 2, "step": 8, "effective_rank": 3.5, "mutual_information": 0.25})
+    assert "effective rank of the features 3.5 over the last epoch" in summary(tmp_path)
+    assert "mutual information of view and prototype 0.25 nats" in summary(tmp_path)
+    (tmp_path / "log.txt").unlink()
+    new = {"effective_rank_first_steps": 9.0, "effective_rank": 3.5, "mutual_information": 0}
+    append_json(tmp_path / "log.txt", old | new)
+    assert "effective rank of the features 9.0 in the first steps, 3.5 over the last epoch" in summary(tmp_path)
+
+
+def test_a_warning_reaches_the_console_and_a_resumed_run(tmp_path, capsys):
+    """Through the monitor: of entries whose embeddings lie along one direction, after others that did not."""
+
+    def run(epoch, entries, rank):
+        sizes = {"total_steps": 9, "done_steps": 0, "global_batch": 64, "volumes": 1, "max_bad": 0}
+        monitor = Monitor(tmp_path, utils.Processes(), 64, log_every=1, **sizes)
+        monitor.start_epoch(epoch)
+        for step in range(entries):
+            features = torch.randn(128, rank) @ torch.randn(rank, 32)
+            outputs = TeacherOutputs(torch.arange(128) % 5, torch.ones(64) / 64, features)
+            metrics = {"kl": torch.tensor(0.3), "teacher_entropy": torch.tensor(3.0)}
+            monitor.step(torch.tensor(True), metrics, outputs, 0.0)
+            monitor.flush(step, {}, torch.tensor(0.0))
+        monitor.log_epoch(epoch, epoch * entries, {})
+        monitor.close()
+        return capsys.readouterr().err
+
+    torch.manual_seed(0)
+    assert "warning" not in run(1, 4, 16)
+    assert run(2, 5, 2).count("warning: the teacher's features have fallen into few dimensions") == 1
+    first, second = read_log(tmp_path / "log.txt")
+    assert 8 < first["effective_rank_first_steps"] < 16 and 1.5 < second["effective_rank"] < 2.1
+    assert second["mutual_information"] == pytest.approx(math.log(64) - 3, abs=1e-5)
