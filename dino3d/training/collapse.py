@@ -23,6 +23,7 @@ CONSTANT_ENTROPY, CONSTANT_WINNERS = 0.1, 2
 # above 0.55 of the start's over 700 steps. The demo's fell to 0.45 too, but with 17 to 20 winning. The mutual
 # information tells this case from neither: 0.6 nats, as before training.
 FALLEN_RANK, FEW_WINNERS = 0.5, 8
+FLAT_ENTROPY = 0.95  # with it, a teacher temperature of 0.1 was the cause; else the entropy stayed below 0.9
 PATIENCE = 3  # log entries in a row before a warning: a single one may be chance
 ENOUGH_VIEWS = 32  # teacher outputs that an entry must rest on to count prototypes
 RANK_VIEWS = 256  # the last so many embeddings of an entry give its effective rank
@@ -126,12 +127,13 @@ def collapse_warning(
             f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
             "Lower --teacher_temp and --warmup_teacher_temp (0.04), or raise --lr"
         )
+    advice = "Lower --teacher_temp" if share > FLAT_ENTROPY else "--centering sinkhorn --teacher_temp 0.02 keeps more"
     few = winners <= FEW_WINNERS and views >= ENOUGH_VIEWS
     if share >= CONSTANT_ENTROPY and few and rank < FALLEN_RANK * first_rank:
         return (
             f"the teacher's features have fallen into few dimensions (effective rank {rank:.1f}, {first_rank:.1f} at "
-            f"first, {winners} prototypes winning): it sorts views into few kinds, and recovers slowly. "
-            "--centering sinkhorn with --teacher_temp 0.02 keeps more; what they are worth, only --probe_dir tells"
+            f"first, {winners} prototypes winning): it sorts views into few kinds, and recovers slowly. {advice}; what "
+            "the features are worth, only --probe_dir tells"
         )
     if share < CONSTANT_ENTROPY or (winners <= CONSTANT_WINNERS and views >= ENOUGH_VIEWS):
         return (
