@@ -35,9 +35,24 @@ class Stage(NamedTuple):
     stride: tuple[int, ...]
 
 
-def convolution(in_chans: int, channels: int, kernel: int, stride: int | tuple[int, ...] = 1) -> nn.Conv3d:
+class Convolution(nn.Conv3d):
+    """nn.Conv3d whose gradients hold in bf16 on CPUs too.
+
+    There oneDNN 3.12 (torch 2.13, AVX-512 with bf16) takes what lies in memory for part of the weights' gradient, where
+    the kernel is longer than the map along its first axis, as with 3x3x3 on a map of 2x2x3: such a map is small, and
+    is convolved in single precision instead.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and 1 < x.shape[2] < self.kernel_size[0]:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
+def convolution(in_chans: int, channels: int, kernel: int, stride: int | tuple[int, ...] = 1) -> Convolution:
     """Without a bias, which the batch normalisation after it would take off again."""
-    return nn.Conv3d(in_chans, channels, kernel, stride, padding=kernel // 2, bias=False)
+    return Convolution(in_chans, channels, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class BasicBlock(nn.Module):

@@ -107,6 +107,25 @@ def test_checkpointing_changes_nothing_else():
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), saving.buffers()))
 
 
+def test_gradients_in_bf16_are_those_of_its_rounding():
+    """Also of maps that the kernel reaches across, where a library took what lay in memory for gradients."""
+    torch.manual_seed(0)
+    ours = resnet3d.convolution(32, 32, 3)
+    for size in ((2, 2, 3), (2, 3, 3), (3, 3, 3), (1, 2, 3)):
+        x, found = torch.rand(4, 32, *size), {}
+        for dtype in (torch.float32, torch.bfloat16):
+            left = [torch.full((n,), 3e38) for n in range(10_000, 200_000, 10_000)]  # memory that is used again
+            del left
+            ours.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                y = ours(x.to(dtype))
+            assert y.dtype == dtype
+            y.float().square().sum().backward()
+            found[dtype] = ours.weight.grad.clone()
+        exact = found[torch.float32]
+        assert (found[torch.bfloat16] - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
 def test_settings_that_it_has_not():
     assert not has_setting("resnet50", "patch_size") and has_setting("vit_tiny", "patch_size")
     assert all(has_setting(arch, "in_chans") for arch in ARCHITECTURES)
