@@ -50,6 +50,14 @@ class Convolution(nn.Conv3d):
         return super().forward(x)
 
 
+def right_in_bf16(model: nn.Module) -> nn.Module:
+    """Make a model's 3D convolutions, such as another library's, those above, in place."""
+    for module in model.modules():
+        if type(module) is nn.Conv3d:
+            module.__class__ = Convolution  # its parameters and settings are the same ones
+    return model
+
+
 def convolution(in_chans: int, channels: int, kernel: int, stride: int | tuple[int, ...] = 1) -> Convolution:
     """Without a bias, which the batch normalisation after it would take off again."""
     return Convolution(in_chans, channels, kernel, stride, padding=kernel // 2, bias=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino3d.command_line import UserError
 from dino3d.features.encoder import PretrainedEncoder
+from resnet3d import right_in_bf16
 from vision_transformer import Encoder
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Caron et al. 2021, section 4)
@@ -159,7 +160,7 @@ class Segmenter(OnEncoder):
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, freeze_encoder: bool = False):
         super().__init__(encoder, freeze_encoder)
-        self.decoder = decoder
+        self.decoder = right_in_bf16(decoder)
 
     def features(self, volumes: Tensor) -> list[Tensor]:
         """(B, 1, X, Y, Z) -> one map (B, D, x, y, z) per block in `decoder.layers`, the last after a final norm."""
