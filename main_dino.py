@@ -48,7 +48,7 @@ from dino3d.training.collapse import TeacherOutputs
 from dino3d.training.layer_decay import layer_groups
 from dino3d.training.loading import next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
-from dino3d.training.nonfinite import NonFiniteSteps, abort_run, describe_sample, step_if_finite
+from dino3d.training.nonfinite import BuffersOfStep, NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from dino3d.training.objectives import Centering, MaskedMultiCrop, PatchLoss, koleo_loss
 from dino3d.training.view_flags import describe_views, idle_strengths, multi_crop
 from utils import cosine_schedule, linear_schedule
@@ -337,8 +337,7 @@ def train_step(
     scheduled: what the schedules say
     masks: of each micro-batch, where iBOT is on
     """
-    batch_norms = [*state.student.buffers(), *state.teacher.buffers()]  # statistics, put back if the step is skipped
-    buffers_before = [buffer.clone() for buffer in batch_norms]
+    buffers = BuffersOfStep(state.student, state.teacher)
     state.optimizer.zero_grad(set_to_none=True)
     terms, air, centers, patch_sums, winners, means = [], [], [], [], [], []
     for micro, (views, masked) in enumerate(zip(micro_batches, masks), 1):
@@ -391,8 +390,7 @@ def train_step(
     state.dino_loss.update_center(mean_center(), finite)
     if mean_patches:
         state.ibot.update_from_sum(mean_patches(), finite)
-    for buffer, old in zip(batch_norms, buffers_before):
-        buffer.copy_(torch.where(finite, buffer, old))
+    buffers.undo_unless(finite)
     metrics = dict(zip(losses, torch.stack(terms).mean(0)))  # over the micro-batches
     metrics |= {"grad_norm": norm, "air_views": torch.stack(air).mean()}
     return Step(finite, metrics, TeacherOutputs(torch.cat(winners), torch.stack(means).mean(0), features))

@@ -62,11 +62,12 @@ def test_a_checkpoint_by_torch_hub(checkpoint, tmp_path, entry):
 
 def test_modules_of_the_same_names(checkpoint, tmp_path):
     """Those of the user's own folder, loaded before or after, stay his."""
-    for name in ("vision_transformer", "utils", "augmentations"):
+    for name in ("vision_transformer", "utils", "augmentations", "resnet3d"):
         (tmp_path / f"{name}.py").write_text(f"mine = {name!r}\n")
     load = 'model = torch.hub.load(REPO, "encoder", source="local", weights="checkpoint.pth")\n'
-    before = "import vision_transformer, utils, augmentations\n"
-    after = "\nimport vision_transformer, utils, augmentations\nassert vision_transformer.mine and utils.mine\n"
+    before = "import vision_transformer, utils, augmentations, resnet3d\n"
+    after = "\nimport vision_transformer, utils, resnet3d\n"
+    after += "assert vision_transformer.mine and utils.mine and resnet3d.mine\n"
     for code in (before + load + after, load + after):
         assert json.loads(run(code + REPORT, tmp_path).stdout)["shape"] == [2, 128]
 
@@ -87,7 +88,15 @@ import warnings
 load = lambda entry, **more: torch.hub.load(REPO, entry, source="local", **more)
 model = load("vit_tiny", img_size=(24, 24, 24), patch_size=(6, 6, 6), drop_path_rate=0.1)
 print(model(torch.rand(1, 1, 24, 24, 24)).shape, model.grid_size, model.drop_path_rate)
-for entry, more in (("vit_small", {"weights": "checkpoint.pth"}), ("encoder", {"weights": "nothing.pth"})):
+model = load("resnet18", img_size=(24, 24, 24))
+print(model(torch.rand(1, 1, 24, 24, 24)).shape, model.training, model.clip_range)
+for entry, more in (
+    ("vit_small", {"weights": "checkpoint.pth"}),
+    ("encoder", {"weights": "nothing.pth"}),
+    ("resnet18", {"weights": "checkpoint.pth"}),
+    ("resnet18", {"drop_path_rate": 0.1}),
+    ("resnet18", {"patch_size": (6, 6, 6)}),
+):
     try:
         load(entry, **more)
     except Exception as error:
@@ -99,6 +108,10 @@ print([str(one.message)[-72:] for one in caught])
 """
     lines = run(code, tmp_path).stdout.splitlines()
     assert lines[0] == "torch.Size([1, 192]) (4, 4, 4) 0.1"
-    assert lines[1].startswith("--arch vit_small contradicts weights checkpoint.pth, which has vit_micro")
-    assert lines[2].startswith("weights nothing.pth: no such file")
-    assert "interpolated (trilinear) from 2 x 2 x 2 patches to 4 x 2 x 2" in lines[3]
+    assert lines[1] == "torch.Size([1, 512]) False [-1000.0, 1000.0]"
+    assert lines[2].startswith("--arch vit_small contradicts weights checkpoint.pth, which has vit_micro")
+    assert lines[3].startswith("weights nothing.pth: no such file")
+    assert lines[4].startswith("--arch resnet18 contradicts weights checkpoint.pth, which has vit_micro")
+    assert lines[5] == "--drop_path_rate 0.1: resnet18 has none; leave it out"
+    assert lines[6] == "--patch_size 6 6 6: resnet18 has none; leave it out"
+    assert "interpolated (trilinear) from 2 x 2 x 2 patches to 4 x 2 x 2" in lines[7]

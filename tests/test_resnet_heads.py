@@ -20,7 +20,8 @@ from dino3d.finetune.heads import (
     build_segmenter,
     choose_decoder,
 )
-from dino3d.finetune.layer_decay import layer_groups
+from dino3d.training.batch_norm import warm_up
+from dino3d.training.layer_decay import layer_groups
 from dino3d.training.nonfinite import BuffersOfStep
 from resnet3d import BasicBlock, Bottleneck, ResNet
 from vision_transformer import VisionTransformer
@@ -187,6 +188,20 @@ def test_a_step_that_is_skipped_leaves_no_statistics():
     moved = mean.clone()
     buffers.undo_unless(torch.tensor(True))
     assert torch.equal(mean, moved) and not torch.equal(mean, before["encoder.bn1.running_mean"])
+
+
+def test_statistics_from_scratch_are_the_mean_of_the_first_batches():
+    norm, batches = torch.nn.BatchNorm3d(3), torch.rand(14, 4, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    for step, batch in enumerate(batches):
+        warm_up(norm, step)
+        norm(batch)
+        if step == 9:
+            torch.testing.assert_close(norm.running_mean, batches[:10].mean((0, 1, 3, 4, 5)))
+            torch.testing.assert_close(norm.running_var, batches[:10].transpose(1, 2).flatten(2).var(2).mean(0))
+    mean = batches[:10].mean((0, 1, 3, 4, 5))
+    for batch in batches[10:]:
+        mean = 0.9 * mean + 0.1 * batch.mean((0, 2, 3, 4))
+    torch.testing.assert_close(norm.running_mean, mean)
 
 
 def test_learning_rates_fall_block_by_block():

@@ -26,6 +26,7 @@ from dino3d.files import append_json, truncate_log
 from dino3d.finetune.crops import CropBatch, TrainingBatches, collate_crops
 from dino3d.finetune.fold_folders import PARTS, is_finished, load_best, start_folder
 from dino3d.finetune.runtime import Runtime
+from dino3d.training import batch_norm
 from dino3d.training.checkpoint import (
     Checkpoints,
     Saving,
@@ -177,6 +178,8 @@ class FoldState:
             utils.seed_step(self.config.seed, self.progress.step, self.runtime.processes.rank)
             rate = self.config.learning_rate(self.epoch_length, self.progress.cases)
             set_learning_rate(self.optimizer, rate)
+            if not self.run_config.get("pretrained_weights"):
+                batch_norm.warm_up(self.model, self.progress.step)
             self._buffers = BuffersOfStep(self.model)
             yield self._batch
             if index < steps - 1:
@@ -265,6 +268,7 @@ def run_fold(
     else:
         fit(state)
     if processes.world_size > 1 and groups:
+        model = state.model = batch_norm.sync_batch_norms(model, processes.device)
         devices = None if processes.device.type == "cpu" else [processes.device]
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
         warnings.filterwarnings("ignore", "Grad strides do not match")  # the class token's: one small copy more

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+MOMENTUM = 0.1  # torch's default
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -29,6 +30,18 @@ def sync_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
         if isinstance(module, BATCH_NORMS):
             module.__class__ = CPUSyncBatchNorm  # its parameters, buffers and settings are the same ones
     return model
+
+
+def warm_up(model: nn.Module, step: int) -> None:
+    """Let the running statistics of a model that began with random weights be the mean of its first batches, and only
+    then follow at torch's rate.
+
+    They begin at mean 0 and variance 1, of which 0.9^28 = 5 % are left after 28 steps: much, where the true variance
+    is 0.003 as after the first convolution of grey values. step: that is to come
+    """
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.momentum = max(MOMENTUM, 1 / (step + 1))
 
 
 class CPUSyncBatchNorm(nn.BatchNorm3d):

@@ -30,11 +30,11 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 class BuffersOfStep:
-    """What a model's forward pass changes besides its gradients, as it was before: running means and variances of batch
-    normalisation, in which one value that is not finite would stay for good."""
+    """What the forward pass of models changes, as it was before: running means and variances of batch normalisation, in
+    which one value that is not finite would stay for good."""
 
-    def __init__(self, model: nn.Module) -> None:
-        training = (module for module in model.modules() if module.training)
+    def __init__(self, *models: nn.Module) -> None:
+        training = (module for model in models for module in model.modules() if module.training)
         self._before = [(one, one.clone()) for module in training for one in module.buffers(recurse=False)]
 
     def undo_unless(self, finite: Tensor) -> None:
