@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 from test_main_dino import checkpoint, command, run_main, same, smaller_model  # noqa: F401
-from test_objectives import FLOAT64, SMALL
 
 import main_dino
 from dino3d.files import read_log
 
+SMALL, FLOAT64 = ROOT / "tests" / "run_small.py", {"FLOAT64": "1"}
 SIZES = (2, 4)  # of the two ranks' batches
 RANKS = """
 import sys, torch, torch.distributed as dist
