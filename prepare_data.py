@@ -5,6 +5,7 @@
     python prepare_data.py msd    --input Task06_Lung --output data/msd      images and label masks
     python prepare_data.py check  data/luna16                                what the training scripts would say of it
     python prepare_data.py demo   --output demo/data                         small data in all three layouts
+    python prepare_data.py phantoms --output phantoms                        synthetic chests to try a study on
 
 Everything is brought to RAS and int16 Hounsfield units. A run that was stopped in any way resumes where it was when it
 is started again. What became of every input stands in manifest.csv.
@@ -24,6 +25,7 @@ from dino3d.prepare.demo import demo
 from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
+from dino3d.prepare.phantom_study import make_phantoms
 
 
 def get_args_parser() -> ArgumentParser:
@@ -201,6 +203,16 @@ def get_args_parser() -> ArgumentParser:
         action="store_true",
         help="synthetic chest phantoms only, and fetch nothing; without it, only where the fetch fails",
     )
+    help_flags(options)
+
+    required, options = command(
+        "phantoms",
+        make_phantoms,
+        "synthetic chests, for pre-training (pretrain/) and to tell nodules from vessels (luna16/)",
+        "--output DIR [flags]",
+    )
+    required.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
+    options.add_argument("--count", type=number(int, 4), default=20, help="patients, in four subsets")
     help_flags(options)
     return parser
 

@@ -1,0 +1,199 @@
+"""Arms compared: means over seeds, intervals over patients and seeds, paired differences, the paper's claims."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from dino3d.evaluation.comparison import LEVEL
+from dino3d.evaluation.statistics import FEWEST_PATIENTS, Bootstrap, holm
+from dino3d.study.scores import TaskScores
+
+SHOWN, NOT_SHOWN, OPPOSITE = "shown", "not shown", "opposite"
+LITTLE = 0.01  # of AUC: what "adds little" may add at most
+
+
+class Effect(NamedTuple):
+    """A mean of arms minus a mean of others, over the seeds that all of them have. weights: {arm: weight};
+    interval: None with too few patients; p: against `null`"""
+
+    task: str
+    weights: dict[str, float]
+    value: float | None
+    interval: list[float] | None
+    p: float | None
+    p_holm: float | None
+    seeds: list[int]
+    null: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """Of "above null": shown only if the interval leaves it out and the p-value stands after Holm's adjustment."""
+        if self.interval is None or self.p_holm is None or self.p_holm >= LEVEL:
+            return NOT_SHOWN
+        return SHOWN if self.interval[0] > self.null else OPPOSITE if self.interval[1] < self.null else NOT_SHOWN
+
+
+class Claim(NamedTuple):
+    """What the paper found. arms: {arm: weight}; above: whether it is said to lie above `null`, or below"""
+
+    text: str
+    task: str
+    arms: dict[str, float]
+    above: bool = True
+    null: float = 0.0
+
+
+def mean_of(*arms: str, sign: float = 1.0) -> dict[str, float]:
+    return {arm: sign / len(arms) for arm in arms}
+
+
+CLAIMS = (
+    Claim(
+        "scaling and rotation matter most for classification: their mean lies above that of the other four",
+        "classification",
+        mean_of("rotation", "scale") | mean_of("flip", "elastic", "gaussian", "histogram", sign=-1),
+    ),
+    Claim(
+        f"intensity augmentation adds little to classification, or hurts: less than {LITTLE:g} above none",
+        "classification",
+        mean_of("gaussian", "histogram") | {"none": -1.0},
+        above=False,
+        null=LITTLE,
+    ),
+    Claim(
+        "histogram shift helps segmentation most: it lies above the mean of the other five",
+        "segmentation",
+        {"histogram": 1.0} | mean_of("rotation", "scale", "flip", "elastic", "gaussian", sign=-1),
+    ),
+    Claim("pre-trained beats from scratch in classification", "classification", {"paper": 1.0, "scratch": -1.0}),
+    Claim("pre-trained beats from scratch in segmentation", "segmentation", {"paper": 1.0, "scratch": -1.0}),
+)
+
+
+class Judged(NamedTuple):
+    """A claim beside what the study found. effect: None where it lacks arms; why: of the verdict"""
+
+    claim: Claim
+    effect: Effect | None
+    verdict: str
+    why: str
+
+
+class Comparison(NamedTuple):
+    """All that a study shows. means: Effects of one arm each; pairs: of every two; claims: the paper's"""
+
+    means: list[Effect]
+    pairs: list[Effect]
+    claims: list[Judged]
+
+
+def over_seeds(values: Sequence[np.ndarray], draws: int) -> np.ndarray:
+    """(1 + draws + P,) means over seeds, which are drawn too, as a sample of all seeds.
+
+    One less than there are is drawn, with replacement: then the variance of the mean over draws is that of a mean of n
+    seeds, s^2 / n, where as many as there are make (n - 1) / n of it, half with two (McCarthy and Snowden 1985). The
+    same seeds in each draw for all arms: runs of one seed share their first weights and their folds. values: of each
+    seed, (1 + draws + P,)
+    """
+    stacked, count = np.stack(values), len(values)
+    mean = stacked.mean(0)
+    if count > 1:
+        picks = np.random.default_rng(count).integers(count, size=(count - 1, draws))
+        mean[1 : 1 + draws] = stacked[picks, 1 + np.arange(draws)].mean(0)
+    return mean
+
+
+def effect_of(scores: TaskScores, weights: Mapping[str, float], null: float = 0.0) -> Effect:
+    """The Effect of weighted arms; None for what no seed of all of them tells. p_holm: not yet adjusted, None."""
+    seeds = sorted(set.intersection(*(set(scores.values.get(arm, {})) for arm in weights)))
+    if not seeds:
+        return Effect(scores.task, dict(weights), None, None, None, None, [], null)
+    of_seeds = [sum(weight * scores.values[arm][seed] for arm, weight in weights.items()) for seed in seeds]
+    values = over_seeds(of_seeds, scores.draws)
+    if scores.patients < FEWEST_PATIENTS:
+        interval = p = None
+    else:
+        found = Bootstrap(values[0], values[1 : 1 + scores.draws], values[1 + scores.draws :])
+        interval, p = found.interval(), found.p_value(null)
+    value = None if np.isnan(values[0]) else float(values[0])
+    return Effect(scores.task, dict(weights), value, interval, p, None, seeds, null)
+
+
+def compare(scores: Sequence[TaskScores], arms: Sequence[str]) -> Comparison:
+    """Every arm, every pair of arms and every claim; Holm's adjustment is over all pairs of all tasks and the claims
+    that are no pair."""
+    means, pairs = [], []
+    for one in scores:
+        present = [arm for arm in arms if arm in one.values]
+        means += [effect_of(one, {arm: 1.0}) for arm in present]
+        pairs += [effect_of(one, {a: 1.0, b: -1.0}) for a, b in combinations(present, 2)]
+    of_task = {one.task: one for one in scores}
+    contrasts = []
+    for claim in CLAIMS:
+        known = of_task[claim.task].values if claim.task in of_task else {}
+        whole = set(claim.arms) <= set(known) and not is_pair(claim)
+        contrasts.append(effect_of(of_task[claim.task], claim.arms, claim.null) if whole else None)
+    tested = [*pairs, *(one for one in contrasts if one)]
+    adjusted = iter([one._replace(p_holm=p) for one, p in zip(tested, holm([one.p for one in tested]))])
+    pairs = [next(adjusted) for _ in pairs]
+    contrasts = [next(adjusted) if one else None for one in contrasts]
+    claims = [judge(claim, one or as_pair(claim, pairs)) for claim, one in zip(CLAIMS, contrasts)]
+    return Comparison(means, pairs, claims)
+
+
+def is_pair(claim: Claim) -> bool:
+    return claim.null == 0 and sorted(claim.arms.values()) == [-1.0, 1.0]
+
+
+def as_pair(claim: Claim, pairs: Sequence[Effect]) -> Effect | None:
+    """The Effect among the pairs that a claim is about."""
+    if not is_pair(claim):
+        return None
+    above, below = sorted(claim.arms, key=claim.arms.get, reverse=True)
+    found = difference_between(pairs, claim.task, above, below)
+    return found if found and found.seeds else None
+
+
+def difference_between(pairs: Sequence[Effect], task: str, one: str, other: str) -> Effect | None:
+    """one minus other among the pairs, whichever of them stands first there."""
+    for pair in pairs:
+        if pair.task == task and set(pair.weights) == {one, other}:
+            return pair if pair.weights[one] > 0 else turned(pair)
+    return None
+
+
+def turned(pair: Effect) -> Effect:
+    """The same difference from the other side."""
+    return pair._replace(
+        weights={arm: -weight for arm, weight in reversed(pair.weights.items())},
+        value=None if pair.value is None else -pair.value,
+        interval=pair.interval and [-pair.interval[1], -pair.interval[0]],
+    )
+
+
+def judge(claim: Claim, effect: Effect | None) -> Judged:
+    """A claim beside what was found of it."""
+    if effect is None or not effect.seeds:
+        return Judged(claim, None, NOT_SHOWN, f"not run: it takes {claim.task} of arms {', '.join(claim.arms)}")
+    if effect.interval is None:
+        return Judged(claim, effect, NOT_SHOWN, "no interval: too few patients")
+    found = effect.verdict
+    if not claim.above:
+        found = {SHOWN: OPPOSITE, OPPOSITE: SHOWN, NOT_SHOWN: NOT_SHOWN}[found]
+    return Judged(claim, effect, found, reason(effect))
+
+
+def reason(effect: Effect) -> str:
+    """Why a difference is shown or not."""
+    if effect.value is None or not effect.seeds:
+        return "undefined"
+    if effect.interval is None:
+        return "no interval: too few patients"
+    beyond = f"{effect.null:g}"
+    if effect.interval[0] <= effect.null <= effect.interval[1]:
+        return f"the interval holds {beyond}"
+    if effect.p_holm is None or effect.p_holm >= LEVEL:
+        return f"the interval leaves out {beyond}, but not after Holm's adjustment"
+    return f"the interval leaves out {beyond}, after Holm's adjustment too"

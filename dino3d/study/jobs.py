@@ -1,0 +1,122 @@
+"""The jobs of a study: which script with which flags, what it needs, and whether it is done."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dino3d.study.arms import RANDOM, SCRATCH, Arm
+from dino3d.study.definition import PRETRAIN, Study
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {
+    PRETRAIN: "main_dino.py",
+    "classification": "main_lnc_luna16.py",
+    "segmentation": "main_lts_msd.py",
+    "probe": "extract_features.py",
+}
+RESULTS = {  # the file that a script writes last, below the job's folder
+    PRETRAIN: "checkpoint.pth",
+    "classification": "metrics.json",
+    "segmentation": "metrics.json",
+    "probe": "features.csv",
+}
+# A step that changes nothing: what is saved is the encoder before training, with its geometry, as pre-training of the
+# same seed begins with it
+UNTRAINED = ("--max_steps", "1", "--lr", "0", "--min_lr", "0")
+
+
+class Job(NamedTuple):
+    """A run of a script. flags: of the script; unit: folder of the arm and seed; needs: the stage before it, if any"""
+
+    arm: str
+    seed: int
+    stage: str
+    flags: tuple[str, ...]
+    unit: Path
+    needs: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} seed {self.seed} {self.stage}"
+
+    @property
+    def folder(self) -> Path:
+        return self.unit / self.stage
+
+    @property
+    def log(self) -> Path:
+        """What the script says on its console."""
+        return self.unit / f"{self.stage}.log"
+
+    @property
+    def marker(self) -> Path:
+        """Written when the script has ended well."""
+        return self.unit / f"{self.stage}.done.json"
+
+    def is_done(self) -> bool:
+        return self.marker.is_file() and (self.folder / RESULTS[self.stage]).is_file()
+
+
+def unit_folder(study: Study, arm: str, seed: int) -> Path:
+    return study.folder / "arms" / arm / f"seed{seed}"
+
+
+def all_units(study: Study) -> list[list[Job]]:
+    """The jobs of each arm and seed, in their order; all arms of a seed stand before the next seed, so that what is
+    done first can be compared. No unit needs another one."""
+    return [jobs for seed in study.seeds for arm in study.arms if (jobs := jobs_of(study, arm, seed))]
+
+
+def jobs_of(study: Study, arm: Arm, seed: int) -> list[Job]:
+    """The jobs of an arm and seed. From scratch has no probe: the encoder before training is that of RANDOM."""
+    unit = unit_folder(study, arm.name, seed)
+    tasks = [task for task in study.tasks if not (arm.kind == SCRATCH and task == "probe")]
+    if not tasks:
+        return []
+    jobs, needs, weights = [], None, arm.weights_of(seed)
+    if not weights:
+        flags = (*study.flags.get(PRETRAIN, ()), *arm.flags, *pretraining_paths(study, unit / PRETRAIN, seed))
+        if arm.kind in (SCRATCH, RANDOM):
+            flags += UNTRAINED
+        jobs.append(Job(arm.name, seed, PRETRAIN, flags, unit, None))
+        weights, needs = str(unit / PRETRAIN / RESULTS[PRETRAIN]), PRETRAIN
+    for task in tasks:
+        flags = task_flags(study, task, arm.kind, weights, unit / task, seed)
+        jobs.append(Job(arm.name, seed, task, flags, unit, needs))
+    return jobs
+
+
+def pretraining_paths(study: Study, folder: Path, seed: int) -> tuple[str, ...]:
+    data = ("--data_dir", study.data[PRETRAIN]) if PRETRAIN in study.data else ()
+    return (*data, "--output_dir", str(folder), "--seed", str(seed))
+
+
+def task_flags(study: Study, task: str, kind: str, weights: str, folder: Path, seed: int) -> tuple[str, ...]:
+    """The flags of a task's script. kind: of the arm"""
+    given, data = study.flags.get(task, ()), study.data[task]
+    if task == "probe":
+        return (*given, "--weights", weights, "--input", data, "--output", str(folder / RESULTS[task]))
+    source = "--data_list" if os.path.isfile(data) else "--data_dir"
+    flags = (*given, source, data, "--pretrained_weights", weights, "--output_dir", str(folder), "--seed", str(seed))
+    if kind == RANDOM:
+        flags += ("--freeze_encoder", "true")
+    if kind == SCRATCH and not has_flag(given, "--layer_decay"):  # lower rates below are for layers that know something
+        flags += ("--layer_decay", "1")
+    if task == "segmentation" and not has_flag(given, "--cache_dir"):
+        flags += ("--cache_dir", str(study.folder / "cache"))
+    return flags
+
+
+def has_flag(words: Sequence[str], flag: str) -> bool:
+    return any(word.partition("=")[0] == flag for word in words)
+
+
+def command_of(job: Job, processes: int, workers: int) -> list[str]:
+    """The command line of a job. processes: more than one are started by torchrun; workers: of each, to load data"""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    loading = [] if has_flag(job.flags, "--num_workers") else ["--num_workers", str(workers)]
+    return [*launcher, str(ROOT / SCRIPTS[job.stage]), *job.flags, *loading]

@@ -1,0 +1,188 @@
+"""What the finished jobs of a study say of each case, as one figure per weighting of the patients."""
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dino3d.command_line import UserError
+from dino3d.data.conventions import DataError
+from dino3d.data.lists import pairs_of_list
+from dino3d.evaluation.classification_metrics import read_probabilities
+from dino3d.evaluation.feature_tables import read_features
+from dino3d.evaluation.labelled_cases import encode_labels, join, read_labels
+from dino3d.evaluation.protocols import PATHS, nested_splits, one_hot, out_of_fold
+from dino3d.evaluation.statistics import bootstrap_weights
+from dino3d.evaluation.weighted_metrics import weighted_auc
+from dino3d.files import read_json, read_table
+from dino3d.study.definition import Study
+from dino3d.study.jobs import RESULTS, Job
+
+METRIC = {"classification": "AUC", "segmentation": "Dice", "probe": "AUC"}
+PROBE = "logistic"  # of dino3d.evaluation.protocols
+PROBE_FOLDS, PROBE_REPEATS = 5, 10
+WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
+
+
+class Tested(NamedTuple):
+    """Cases as one model, or several on parts of them, judged them. patients: whose each is; labels: (N,) classes, or
+    None of masks; values: (N, classes) probabilities, or (N,) Dice; folds: (N,) which models judged a case"""
+
+    patients: list[str]
+    labels: np.ndarray | None
+    values: np.ndarray
+    folds: np.ndarray
+
+    def score(self, weights: np.ndarray) -> np.ndarray:
+        """(...,) AUC of pairs of cases that the same models judged, or mean Dice, under (..., N) weights."""
+        if self.labels is not None:
+            return weighted_auc(self.labels, self.values, weights, self.folds)
+        total = weights.sum(-1)
+        return np.where(total > 0, weights @ self.values, np.nan) / np.where(total > 0, total, 1)
+
+
+class TaskScores(NamedTuple):
+    """What a task came to. values: {arm: {seed: (1 + draws + P,) figures}}: of all patients, of drawn ones, without
+    each; cases, patients: how many; notices: what was odd"""
+
+    task: str
+    values: dict[str, dict[int, np.ndarray]]
+    cases: int
+    patients: int
+    draws: int
+    notices: list[str]
+
+
+def score_task(study: Study, task: str, jobs: Sequence[Job], draws: int) -> TaskScores | None:
+    """TaskScores of the jobs of a task that are done; None where none is. Raises UserError for results that do not
+    belong together."""
+    done = [job for job in jobs if job.stage == task and job.is_done()]
+    if not done:
+        return None
+    notices: list[str] = []
+    if task == "probe":
+        tested = probe_cases(study.data[task], done, notices)
+    else:
+        read = classified_cases if task == "classification" else segmented_cases
+        owners = owners_of(study.data[task]) if task == "segmentation" else {}
+        tested = {(job.arm, job.seed): [read(job.folder, owners)] for job in done}
+    require_same_cases(tested, task)
+    names = sorted({patient for runs in tested.values() for patient in runs[0].patients})
+    cases = max(len(runs[0].patients) for runs in tested.values())
+    weights = np.concatenate(bootstrap_weights(names, draws, seed=0))  # the same patients drawn for every run
+    values: dict[str, dict[int, np.ndarray]] = {}
+    for (arm, seed), runs in tested.items():
+        values.setdefault(arm, {})[seed] = under_weights(runs, names, weights, draws)
+    return TaskScores(task, values, cases, len(names), draws, notices)
+
+
+def under_weights(runs: Sequence[Tested], names: Sequence[str], weights: np.ndarray, draws: int) -> np.ndarray:
+    """(1 + draws + P,) figures of a run's repeats: the mean of all; a repeat in each draw, so that what another split
+    into folds changes is part of the interval; the first one without each patient.
+
+    weights: (1 + draws + P, patients)
+    """
+    place = {name: i for i, name in enumerate(names)}
+    total = np.zeros(len(weights))
+    for number, one in enumerate(runs):
+        drawn = np.arange(1 + number, 1 + draws, len(runs))
+        left_out = np.arange(1 + draws, len(weights)) if number == 0 else []
+        rows = np.concatenate([[0], drawn, left_out]).astype(int)
+        mine = [place[patient] for patient in one.patients]
+        parts = np.array_split(rows, -(-len(rows) * len(mine) // WEIGHTS_IN_MEMORY))
+        found = np.concatenate([one.score(weights[part][:, mine].astype(float)) for part in parts])
+        total[0] += found[0] / len(runs)
+        total[rows[1:]] = found[1:]
+    return total
+
+
+def require_same_cases(tested: dict[tuple[str, int], list[Tested]], task: str) -> None:
+    """Raise UserError where arms of one seed were tested on different cases: data that changed meanwhile."""
+    first: dict[int, tuple[str, list]] = {}
+    for (arm, seed), runs in tested.items():
+        cases = sorted(zip(runs[0].patients, runs[0].labels.tolist() if runs[0].labels is not None else runs[0].folds))
+        other, known = first.setdefault(seed, (arm, cases))
+        if known != cases:
+            raise UserError(
+                f"{task}, seed {seed}: arms {other} ({len(known)} cases) and {arm} ({len(cases)} cases) were tested on "
+                "different cases, so they can't be compared; did the data change meanwhile? Remove the task's folders "
+                "of the older arms, and start again"
+            )
+
+
+def classified_cases(folder: Path, owners: dict[str, str]) -> Tested:
+    """Tested of a run of main_lnc_luna16.py: each case once, with the mean of its folds' probabilities."""
+    classes, rows = int(read_result(folder)["classes"]), {}
+    table = read_table(folder / "predictions.csv")
+    for row, probabilities in zip(table, read_probabilities(table, classes)):
+        rows.setdefault(row["case"], []).append((row["patient"], int(row["label"]), row["fold"], probabilities))
+    names = sorted(rows)
+    return Tested(
+        [rows[name][0][0] for name in names],
+        np.array([rows[name][0][1] for name in names]),
+        np.stack([np.mean([probabilities for *_, probabilities in rows[name]], 0) for name in names]),
+        numbered([" ".join(sorted(fold for _, _, fold, _ in rows[name])) for name in names]),
+    )
+
+
+def segmented_cases(folder: Path, owners: dict[str, str]) -> Tested:
+    """Tested of a run of main_lts_msd.py: each case once, with the mean Dice of its folds and classes. owners:
+    {case: patient} where they differ"""
+    found = collections.defaultdict(list)
+    for row in read_table(folder / "cases.csv"):
+        if row["dice"]:  # undefined where neither mask has the class
+            found[row["case"]].append(float(row["dice"]))
+    read_result(folder)
+    names = sorted(found)
+    means = np.array([np.mean(found[name]) for name in names])
+    return Tested([owners.get(name, name) for name in names], None, means, np.zeros(len(names), int))
+
+
+def probe_cases(data: str, jobs: Sequence[Job], notices: list[str]) -> dict[tuple[str, int], list[Tested]]:
+    """{(arm, seed): a Tested for each repeat}: logistic regression on frozen features, in nested folds by patient,
+    which are the same for all arms and seeds."""
+    labels = read_labels(data, "label")
+    tables = [read_features(str(job.folder / RESULTS["probe"]), job.name) for job in jobs]
+    cases = join(tables, labels)
+    target = encode_labels([labels.values[i] for i in cases.numbers], "classification", None)
+    per_class = [len({p for p, y in zip(cases.patients, target.y) if y == k}) for k in range(len(target.classes))]
+    folds = min(PROBE_FOLDS, *per_class)
+    if folds < 2:
+        lone = target.classes[int(np.argmin(per_class))]
+        raise UserError(f"--probe {data}: label {lone} has cases of one patient, expected two or more")
+    if folds < PROBE_FOLDS:
+        notices.append(f"probe: {folds} folds, as a label has no more patients")
+    splits = nested_splits(cases.patients, target.y, folds, PROBE_REPEATS, seed=0)
+    y, path = one_hot(target.y, len(target.classes)), PATHS["classification"][PROBE]
+    found = {}
+    for job, table, rows in zip(jobs, tables, cases.rows):
+        repeats = [out_of_fold(path, table.features[rows], y, one) for one in splits]
+        found[job.arm, job.seed] = [Tested(cases.patients, target.y, one.values, one.folds) for one in repeats]
+    return found
+
+
+def owners_of(data: str) -> dict[str, str]:
+    """{case: patient} of a table of masks; of a folder each case is a patient of its own."""
+    if not data.lower().endswith((".csv", ".tsv")):
+        return {}
+    try:
+        pairs, patients, *_ = pairs_of_list(data)
+    except DataError as error:
+        raise UserError(f"--segmentation {error}") from error
+    return {pair.name: patient for pair, patient in zip(pairs, patients)}
+
+
+def read_result(folder: Path) -> dict:
+    """A run's metrics.json. Raises UserError."""
+    path = folder / "metrics.json"
+    try:
+        return dict(read_json(path))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read ({error}); remove its folder, and start again") from error
+
+
+def numbered(texts: Sequence[str]) -> np.ndarray:
+    """(N,) a number for each different text."""
+    return np.unique(texts, return_inverse=True)[1]
