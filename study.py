@@ -83,7 +83,8 @@ def get_args_parser() -> ArgumentParser:
         group.add_argument(
             f"--{stage}_flags",
             metavar="FLAGS",
-            help=f"flags of {script} for all arms, in quotes; one alone as --{stage}_flags=--FLAG=VALUE",
+            help=f"flags of {script} for all arms, as --{stage}_flags='--FLAG VALUE ...'; @FILE in them is a file of "
+            "flags",
         )
     group = parser.add_argument_group("statistics")
     group.add_argument(

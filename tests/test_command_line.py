@@ -12,7 +12,7 @@ from dino3d import __version__
 from dino3d.command_line import ArgumentParser, did_you_mean, format_values, number
 
 TRAINING = ("main_dino", "main_lnc_luna16", "main_lts_msd")
-SCRIPTS = (*TRAINING, "prepare_data", "benchmark", "export", "evaluate_features")
+SCRIPTS = (*TRAINING, "prepare_data", "benchmark", "export", "evaluate_features", "study")
 
 
 def parser_of(script):
@@ -43,7 +43,7 @@ def test_help_opens_with_data_and_output_and_ends_with_older_flags(script, monke
     "script, command",
     [
         *((script, ()) for script in SCRIPTS),
-        *(("prepare_data", (name,)) for name in ("nlst", "luna16", "msd", "check", "demo")),
+        *(("prepare_data", (name,)) for name in ("nlst", "luna16", "msd", "check", "demo", "phantoms")),
         *(
             ("benchmark", (name,))
             for name in ("augment", "read", "convert", "data", "step", "train", "infer", "growth")

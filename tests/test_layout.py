@@ -19,6 +19,7 @@ WITHOUT_TORCH = (
     "dino3d.prepare",
     "dino3d.evaluation",
     "dino3d.finetune.splits",
+    "dino3d.study",
 )
 BUT = ("dino3d.data.pretraining",)  # reads patches for torch's DataLoader
 
@@ -92,12 +93,13 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
     "dino3d.features": 3,
     "dino3d.finetune": 4,
     "dino3d.prepare": 4,
+    "dino3d.study": 4,
     "dino3d.baselines": 4,
     "benchmark": 6,
 }
 
 
-SCRIPTS = ("prepare_data", "benchmark", "extract_features", "evaluate_features", "export", "hubconf")
+SCRIPTS = ("prepare_data", "benchmark", "extract_features", "evaluate_features", "export", "study", "hubconf")
 
 
 def is_script(name):

@@ -25,6 +25,7 @@ SCRIPTS = (
     "extract_features",
     "evaluate_features",
     "export",
+    "study",
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INLINE = re.compile(r"`([^`\n]+)`")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from dino3d.command_line import UserError, did_you_mean
 from dino3d.files import crc32_of
+from dino3d.flag_files import read_flags
 
 PAPER = ("rotation", "scale", "flip", "elastic", "gaussian", "histogram")  # its augmentations
 PAPERS_THREE = ("rotation", "scale", "flip")  # that are on by default
@@ -76,7 +77,7 @@ def read_arms(path: str) -> dict[str, Arm]:
         elif words and not words[0].startswith(("-", "@")):
             raise UserError(f"{where}: {name} begins with {words[0]}, expected a flag, or one checkpoint alone")
         else:
-            arms[name] = Arm(name, flags=absolute_files(words))
+            arms[name] = Arm(name, flags=expand_flags(words, where))
     if not arms:
         raise UserError(f"--arms_file {path}: names no arm, expected lines as `name: flags of main_dino.py`")
     return arms
@@ -96,13 +97,17 @@ def choose_arms(names: Sequence[str] | None, of_file: dict[str, Arm]) -> list[Ar
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def absolute_files(words: Iterable[str]) -> tuple[str, ...]:
-    """Flags whose files of further flags, @FILE, are named whatever the current folder."""
-    return tuple("@" + os.path.abspath(word[1:]) if word.startswith("@") else word for word in words)
+def expand_flags(words: Iterable[str], where: str) -> tuple[str, ...]:
+    """Flags with each @FILE replaced by those in it, so that a study holds what was run. where: they stand. Raises
+    UserError."""
+    try:
+        return tuple(str(word) for one in words for word in (read_flags(one[1:]) if one.startswith("@") else [one]))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def checksum(path: str) -> str:
-    """CRC-32 of a file that a flag names. Raises UserError."""
+    """CRC-32 of the weights of an arm. Raises UserError."""
     try:
         with open(path, "rb") as file:
             return f"{crc32_of(file, os.stat(path).st_size):08x}"

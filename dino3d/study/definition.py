@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError, truncate_list
 from dino3d.files import read_json, write_json
-from dino3d.study.arms import NAME, RANDOM, SCRATCH, TRAINED, Arm, absolute_files, checksum
+from dino3d.study.arms import NAME, RANDOM, SCRATCH, TRAINED, Arm, checksum, expand_flags
 
 FORMAT = 1
 PRETRAIN = "pretrain"
@@ -30,8 +30,8 @@ OWN_FLAGS = {
 
 class Study(NamedTuple):
     """A study. data: {stage: folder or table}; flags: {stage: flags that all arms share}; processes: of a job; threads:
-    of each process on CPUs; work_dir: that relative paths in flags belong to; files: {path: CRC-32} of what flags and
-    arms name"""
+    of each process on CPUs; work_dir: that relative paths in flags belong to; files: {path: CRC-32} of the arms'
+    weights"""
 
     folder: Path
     data: dict[str, str]
@@ -62,7 +62,7 @@ class Given(NamedTuple):
 def split_flags(stage: str, text: str) -> tuple[str, ...]:
     """The flags of a stage. Raises UserError for one that the study gives its jobs itself."""
     try:
-        words = absolute_files(shlex.split(text))
+        words = expand_flags(shlex.split(text), f"--{stage}_flags")
     except ValueError as error:
         raise UserError(f"--{stage}_flags '{text}': can't be split into flags ({error})") from error
     refuse_own_flags(stage, words, f"--{stage}_flags")
@@ -205,17 +205,13 @@ def check_arms(study: Study) -> None:
     for arm in study.arms:  # some disks take names in letters of either case for the same
         if (other := folders.setdefault(arm.name.lower(), arm.name)) != arm.name:
             raise UserError(f"arms {other} and {arm.name}: their folders would be one on some disks; rename one")
-        if arm.weights and "--data_dir" in arm.flags:
-            raise UserError(f"arm {arm.name}: has weights and flags, expected one of them")
     if all(arm.kind == SCRATCH for arm in study.arms) and study.tasks == ["probe"]:
         raise UserError("--arms scratch: trains nothing for --probe; the frozen encoder before training is arm random")
 
 
 def checked_files(study: Study) -> dict[str, str]:
-    """{path: CRC-32} of the files that flags and arms name. Raises UserError where one has changed."""
-    words = [word for flags in (*study.flags.values(), *(arm.flags for arm in study.arms)) for word in flags]
-    paths = [word[1:] for word in words if word.startswith("@")]
-    paths += [arm.weights_of(seed) for arm in study.arms if arm.weights for seed in study.seeds]
+    """{path: CRC-32} of the arms' weights. Raises UserError where some have changed."""
+    paths = [arm.weights_of(seed) for arm in study.arms if arm.weights for seed in study.seeds]
     found = {path: checksum(path) for path in dict.fromkeys(paths)}
     for path, crc32 in found.items():
         if study.files.get(path, crc32) != crc32:

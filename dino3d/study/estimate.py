@@ -17,7 +17,7 @@ from dino3d.command_line import UserError
 from dino3d.files import TEXT, read_json, read_json_lines, walk_files, write_json
 from dino3d.study.arms import TRAINED
 from dino3d.study.definition import PRETRAIN, Study
-from dino3d.study.jobs import RESULTS, ROOT, SCRIPTS, UNTRAINED, Job, pretraining_paths, task_flags
+from dino3d.study.jobs import RESULTS, UNTRAINED, Job, pretraining_paths, script_of, task_flags
 from dino3d.study.pool import TIMES, Pool, format_seconds
 
 STEPS = 5  # of pre-training that are measured
@@ -27,10 +27,11 @@ KINDS = (PRETRAIN, INITIAL, "classification", "segmentation", "probe")
 PER_EPOCH = re.compile(r"(\d+) steps of \d+ samples per epoch")  # as main_dino.py says it
 # Parses each command by the script's own parser, and prints what came of it
 PARSE = """
-import importlib, json, sys
-sys.path.insert(0, sys.argv[1])
+import importlib, json, os, sys
 for number, (script, words) in enumerate(json.load(sys.stdin)):
-    module = importlib.import_module(script.removesuffix(".py"))
+    folder, name = os.path.split(script.removesuffix(".py"))
+    sys.path[:1] = [folder]
+    module = importlib.import_module(name)
     parser = module.get_args_parser()
     try:
         args = parser.parse_args(words)
@@ -56,8 +57,8 @@ def kind_of(job: Job) -> str:
 def parse_flags(jobs: Sequence[Job], work_dir: str) -> list[dict[str, Any]]:
     """{flag: value} of each job as its script understands it. Raises ValueError, one line, for what it refuses."""
     done = subprocess.run(
-        [sys.executable, "-c", PARSE, str(ROOT)],
-        input=json.dumps([(SCRIPTS[job.stage], job.flags) for job in jobs]),
+        [sys.executable, "-c", PARSE],
+        input=json.dumps([(str(script_of(job.stage)), job.flags) for job in jobs]),
         capture_output=True,
         cwd=work_dir,
         **TEXT,
@@ -66,7 +67,9 @@ def parse_flags(jobs: Sequence[Job], work_dir: str) -> list[dict[str, Any]]:
     if parsed and set(parsed[-1]) == {"failed"}:
         job = jobs[parsed[-1]["failed"]]
         said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise ValueError(f"{job.name}: {SCRIPTS[job.stage]} refuses its flags: {(said or ['no run is asked for'])[-1]}")
+        raise ValueError(
+            f"{job.name}: {script_of(job.stage).name} refuses its flags: {(said or ['no run is asked for'])[-1]}"
+        )
     if len(parsed) != len(jobs):
         said = (done.stderr.strip() or "no reason given").splitlines()[-1]
         raise UserError(f"the flags of the study's jobs could not be checked: {said}")

@@ -23,8 +23,8 @@ RESULTS = {  # the file that a script writes last, below the job's folder
     "probe": "features.csv",
 }
 # A step that changes nothing: what is saved is the encoder before training, with its geometry, as pre-training of the
-# same seed begins with it
-UNTRAINED = ("--max_steps", "1", "--lr", "0", "--min_lr", "0")
+# same seed begins with it, also where --pretrain_flags begin from other weights
+UNTRAINED = ("--pretrained_weights=", "--max_steps", "1", "--lr", "0", "--min_lr", "0")
 
 
 class Job(NamedTuple):
@@ -113,10 +113,14 @@ def has_flag(words: Sequence[str], flag: str) -> bool:
     return any(word.partition("=")[0] == flag for word in words)
 
 
+def script_of(stage: str) -> Path:
+    return ROOT / SCRIPTS[stage]
+
+
 def command_of(job: Job, processes: int, workers: int) -> list[str]:
     """The command line of a job. processes: more than one are started by torchrun; workers: of each, to load data"""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     loading = [] if has_flag(job.flags, "--num_workers") else ["--num_workers", str(workers)]
-    return [*launcher, str(ROOT / SCRIPTS[job.stage]), *job.flags, *loading]
+    return [*launcher, str(script_of(job.stage)), *job.flags, *loading]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dino3d.command_line import EXIT_PREEMPTED, Preempted, git_revision
+from dino3d.command_line import EXIT_PREEMPTED, ONE_REQUEST, Preempted, git_revision
 from dino3d.files import TEXT, append_json, versions, write_json
 from dino3d.study.devices import Slot
 from dino3d.study.jobs import Job, command_of
@@ -23,14 +23,21 @@ except ImportError:  # another system: jobs outlive a study that is killed
     fcntl = None
 
 TIMES = "times.txt"  # of a unit, apart from results: a JSON object per attempt at a job
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL = 0.1  # seconds
 WAITING = 120.0  # seconds for a job that outlived an earlier call to save and end
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class Failure(NamedTuple):
+    """A job that failed, or needs one that did."""
+
     job: Job
     reason: str
+
+    @property
+    def told(self) -> str:
+        return f"failed: {self.reason} (all it said: {self.job.log})"
 
 
 class Running(NamedTuple):
@@ -40,6 +47,10 @@ class Running(NamedTuple):
     slot: int
     process: subprocess.Popen
     began: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
 
 
 class Pool:
@@ -65,15 +76,13 @@ class Pool:
                 while waiting or running:
                     for one in [one for one in running if one.process.poll() is not None]:
                         running.remove(one)
-                        if reason := self._finish(one):
-                            failures.append(Failure(one.job, reason))
-                            self.say(f"{one.job.name}: failed: {reason} (all it said: {one.job.log})")
-                        else:
-                            done += 1
-                            seconds = time.monotonic() - one.began
-                            self.say(f"{one.job.name}: done in {format_seconds(seconds)} ({done} of {total})")
+                        failure = self._finish(one)
+                        failures += [failure] if failure else []
+                        done += not failure
+                        told = failure.told if failure else f"done in {format_seconds(one.seconds)} ({done} of {total})"
+                        self.say(f"{one.job.name}: {told}")
                     failed = {(failure.job.unit, failure.job.stage) for failure in failures}
-                    for job in [job for job in waiting if job.needs and (job.unit, job.needs) in failed]:
+                    for job in [job for job in waiting if (job.unit, job.needs) in failed]:
                         waiting.remove(job)
                         failures.append(Failure(job, f"not run: its {job.needs} failed"))
                     for slot in sorted(set(range(len(self.slots))) - {one.slot for one in running}):
@@ -81,13 +90,19 @@ class Pool:
                             waiting.remove(job)
                             self.say(f"{job.name}: begins")
                             running.append(self._start(job, slot))
-                    if self._signal:
-                        raise Preempted("ended by a signal; the jobs have saved: start again to resume", EXIT_PREEMPTED)
+                    self._raise_signal()
                     time.sleep(POLL)
             except BaseException:
                 self._end(running)
                 raise
         return failures
+
+    def _raise_signal(self) -> None:
+        """Raise what a signal asks for, if one came."""
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal:
+            raise Preempted("ended by a signal; the jobs have saved: start again to resume", EXIT_PREEMPTED)
 
     def _start(self, job: Job, slot: int) -> Running:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -108,17 +123,18 @@ class Pool:
             )
         return Running(job, slot, process, time.monotonic())
 
-    def _finish(self, one: Running) -> str:
-        """Note that a job has ended; returns why it failed, "" where it did not."""
+    def _finish(self, one: Running) -> Failure | None:
+        """Note that a job has ended; its Failure, if it is one."""
         job, code = one.job, one.process.returncode
         note_time(one)
         if code:
-            return last_words(job.log) if code > 0 else f"ended by signal {-code}; {last_words(job.log)}"
+            by = f"ended by signal {-code}; " if code < 0 else ""
+            return Failure(job, by + last_words(job.log))
         write_json(job.marker, {"flags": job.flags} | self._made_with)
-        if not job.is_done():
-            job.marker.unlink()
-            return "ended without an error and without a result"
-        return ""
+        if job.is_done():
+            return None
+        job.marker.unlink()
+        return Failure(job, "ended without an error and without a result")
 
     def _end(self, running: Sequence[Running]) -> None:
         """Let all jobs save and end; a second signal ends them at once."""
@@ -128,12 +144,11 @@ class Pool:
         for one in running:
             signal_group(one.process, signal.SIGTERM)
         began = time.monotonic()
-        with contextlib.suppress(KeyboardInterrupt):
-            self._signal = 0
-            while any(one.process.poll() is None for one in running):
-                if self._signal and time.monotonic() - began > 1:
-                    break
-                time.sleep(POLL)
+        self._signal = 0
+        while any(one.process.poll() is None for one in running):
+            if self._signal and time.monotonic() - began > ONE_REQUEST:
+                break
+            time.sleep(POLL)
         for one in running:
             if one.process.poll() is None:
                 signal_group(one.process, signal.SIGKILL)
@@ -142,7 +157,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _heeding_signals(self) -> Any:
-        """SIGTERM and SIGUSR1 are noted while the block runs."""
+        """Signals are noted while the block runs: an exception amid the start of a process would lose it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -150,7 +165,7 @@ class Pool:
         def heed(number: int, frame: Any) -> None:
             self._signal = number
 
-        before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, heed) for number in STOPS}
         try:
             yield
         finally:
@@ -164,7 +179,7 @@ def note_time(one: Running) -> None:
         one.job.unit / TIMES,
         {
             "stage": one.job.stage,
-            "seconds": round(time.monotonic() - one.began, 2),
+            "seconds": round(one.seconds, 2),
             "exit_code": one.process.returncode,
             "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
         },

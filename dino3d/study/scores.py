@@ -22,7 +22,7 @@ from dino3d.study.jobs import RESULTS, Job
 
 METRIC = {"classification": "AUC", "segmentation": "Dice", "probe": "AUC"}
 PROBE = "logistic"  # of dino3d.evaluation.protocols
-PROBE_FOLDS, PROBE_REPEATS = 5, 10
+PROBE_FOLDS, PROBE_REPEATS = 5, 3  # few repeats: the seeds are repeats too
 WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
 
 
