@@ -22,12 +22,12 @@ from dino3d.evaluation.comparison import LEVEL
 from dino3d.run_lock import own_folder
 from dino3d.study import estimate
 from dino3d.study.arms import BUILT_IN, choose_arms, read_arms
-from dino3d.study.contrasts import compare
+from dino3d.study.contrasts import compare_arms
 from dino3d.study.definition import PRETRAIN, STAGES, TASKS, Given, Study, define, save_study
 from dino3d.study.devices import make_slots, memory_for, require_one_process, visible_gpus
-from dino3d.study.jobs import Job, all_units
+from dino3d.study.jobs import StudyJob, all_units
 from dino3d.study.outcome import made_with, outcome_lines, tested, write_outcome
-from dino3d.study.pool import Failure, Pool
+from dino3d.study.pool import FailedJob, Pool
 from dino3d.study.scores import score_task
 
 
@@ -73,7 +73,7 @@ def get_args_parser() -> ArgumentParser:
         "--arms_file",
         metavar="FILE",
         help="text with an arm in each line, `name: flags of main_dino.py`, which stand after --pretrain_flags, or "
-        "`name: checkpoint`, which is not pre-trained; {seed} in its path stands for the seed",
+        "`name: checkpoint`, which is not pre-trained; see docs/study.md",
     )
     group.add_argument(
         "--seeds", nargs="+", type=number(int, 0), metavar="N", help="seeds of every arm; default: 0 1 2"
@@ -171,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
         else:
             costs = estimate.measured_costs(study.folder) | estimate.finished_costs(jobs)
-            kinds = {estimate.kind_of(job) for job in jobs if not job.is_done()}
+            kinds = {estimate.job_kind(job) for job in jobs if not job.is_done()}
             if kinds - costs.keys():
                 print(f"measuring {estimate.STEPS} steps of pre-training and one epoch of each task")
-                by_stage = {estimate.kind_of(job): args_of for job, args_of in zip(jobs, parsed)}
+                by_stage = {estimate.job_kind(job): args_of for job, args_of in zip(jobs, parsed)}
                 costs = estimate.measure_jobs(study, pool_for(study, args.parallel, None), by_stage) | costs
             slots = pool_for(study, args.parallel, memory_for(estimate.peak_memory_of_jobs()))
             print(*estimate.forecast(study, jobs, costs, len(slots.slots)), sep="\n")
@@ -208,7 +208,7 @@ def pool_for(study: Study, parallel: int | None, memory: int | None) -> Pool:
     return Pool(slots, study.processes, study.work_dir, lambda line: print(f"{time.strftime('%H:%M:%S')} {line}"))
 
 
-def list_units(units: Sequence[Sequence[Job]], folder: Path) -> None:
+def list_units(units: Sequence[Sequence[StudyJob]], folder: Path) -> None:
     """The units, and how a Slurm array runs them."""
     for number_of_unit, unit in enumerate(units):
         done = sum(job.is_done() for job in unit)
@@ -220,11 +220,11 @@ def list_units(units: Sequence[Sequence[Job]], folder: Path) -> None:
     )
 
 
-def finish(study: Study, jobs: Sequence[Job], draws: int, failures: Sequence[Failure]) -> None:
+def finish(study: Study, jobs: Sequence[StudyJob], draws: int, failures: Sequence[FailedJob]) -> None:
     """Write the tables from what is done, and tell them. Raises UserError where a job failed."""
     scores = [one for task in study.tasks if (one := score_task(study, task, jobs, draws)) is not None]
     if scores:
-        found = compare(scores, [arm.name for arm in study.arms])
+        found = compare_arms(scores, [arm.name for arm in study.arms])
         notices = [notice for one in scores for notice in one.notices]
         missing = [job.name for job in jobs if not job.is_done()]
         if missing:

@@ -1,4 +1,4 @@
-"""study.py with small scripts in place of those that train: run_study.py SCRIPTS [flags of study.py]."""
+"""study.py with small scripts in place of those that train: run_study.py STAGE_SCRIPTS [flags of study.py]."""
 
 import sys
 from pathlib import Path
@@ -110,7 +110,7 @@ if __name__ == "__main__":
 def write_stubs(folder):
     """The four scripts, in a folder."""
     folder.mkdir(exist_ok=True)
-    for name in jobs.SCRIPTS.values():
+    for name in jobs.STAGE_SCRIPTS.values():
         (folder / name).write_text(STUB)
     return folder
 

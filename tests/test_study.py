@@ -17,7 +17,7 @@ from run_study import write_stubs
 import study
 from dino3d.command_line import UserError
 from dino3d.study import definition, devices, estimate, jobs, pool
-from dino3d.study.arms import BUILT_IN, PAPER, choose_arms, read_arms
+from dino3d.study.arms import BUILT_IN, PAPERS_SIX, choose_arms, read_arms
 
 RESULTS = ("results.csv", "seeds.csv", "differences.csv", "claims.csv", "results.json", "study.png", "report.html")
 
@@ -65,13 +65,13 @@ def test_arms_are_the_papers_augmentations():
     """As augmentations.py has them, which the study does not load; none and all set each."""
     import augmentations
 
-    assert list(augmentations.AUGMENTATIONS)[: len(PAPER)] == list(PAPER)
+    assert list(augmentations.AUGMENTATIONS)[: len(PAPERS_SIX)] == list(PAPERS_SIX)
     on = {
-        name: [PAPER[i // 2] for i in range(1, 12, 2) if arm.flags[i] == "true"]
+        name: [PAPERS_SIX[i // 2] for i in range(1, 12, 2) if arm.flags[i] == "true"]
         for name, arm in BUILT_IN.items()
         if arm.flags
     }
-    assert on["none"] == [] and on["all"] == list(PAPER) and all(on[name] == [name] for name in PAPER)
+    assert on["none"] == [] and on["all"] == list(PAPERS_SIX) and all(on[name] == [name] for name in PAPERS_SIX)
     defaults = [name for name, row in augmentations.AUGMENTATIONS.items() if row.on]
     assert on["paper"] == defaults
 
@@ -418,7 +418,7 @@ def test_environment_of_a_job():
 
 
 def test_several_processes_are_started_by_torchrun(tmp_path):
-    job = jobs.Job("a", 0, "pretrain", ("--lr", "1"), tmp_path, None)
+    job = jobs.StudyJob("a", 0, "pretrain", ("--lr", "1"), tmp_path, None)
     assert jobs.command_of(job, 1, 3) == [sys.executable, str(ROOT / "main_dino.py"), "--lr", "1", "--num_workers", "3"]
     assert jobs.command_of(job, 4, 3)[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
     with_workers = job._replace(flags=("--num_workers=2",))
@@ -435,8 +435,8 @@ def test_time_until_all_is_done(tmp_path):
         job
         for one in unit
         for job in (
-            jobs.Job("a", 0, "pretrain", (), one, None),
-            jobs.Job("a", 0, "classification", (), one, "pretrain"),
+            jobs.StudyJob("a", 0, "pretrain", (), one, None),
+            jobs.StudyJob("a", 0, "classification", (), one, "pretrain"),
         )
     ]
     costs = {"pretrain": estimate.Cost(10, 1), "classification": estimate.Cost(4, 1)}
@@ -450,7 +450,7 @@ def test_time_until_all_is_done(tmp_path):
 def test_cost_of_a_whole_run_from_a_few_steps(tmp_path, data, stubs):
     """The stub says 20 steps of an epoch and 0.5 s for each of them: 5 epochs, two of which are kept besides."""
     folder = tmp_path / "m"
-    job = jobs.Job("a", 0, "pretrain", (), folder, None)
+    job = jobs.StudyJob("a", 0, "pretrain", (), folder, None)
     job.folder.mkdir(parents=True)
     (job.folder / "checkpoint.pth").write_bytes(b"x" * 1000)
     (job.folder / "log.txt").write_text('{"epoch": 0, "step": 5, "seconds": 2.5}\n')

@@ -20,7 +20,7 @@ from dino3d.prepare.nlst import nlst
 SUBSETS = 4  # that patients are shared out to, for --folds subsets
 NEGATIVES = 6  # vessels of each patient
 SHAPE, SPACING = (128, 104, 58), (2.5, 2.5, 5.0)  # voxels, mm: a chest of 320 x 260 x 290 mm
-CROP, CROP_SPACING = (32, 32, 32), (2.5, 2.5, 2.5)  # voxels, mm
+CROP_VOXELS, CROP_SPACING = (32, 32, 32), (2.5, 2.5, 2.5)  # voxels, mm
 FIRST_SEED = 100  # of the patients: none of the demo's
 
 
@@ -55,7 +55,7 @@ def make_phantoms(output: Path, count: int) -> None:
             raw / "luna16",
             output / "luna16",
             workers,
-            size=list(CROP),
+            size=list(CROP_VOXELS),
             spacing=list(CROP_SPACING),
             negatives_per_scan=NEGATIVES,
             seed=0,

@@ -11,18 +11,18 @@ from dino3d.command_line import UserError, did_you_mean
 from dino3d.files import crc32_of
 from dino3d.flag_files import read_flags
 
-PAPER = ("rotation", "scale", "flip", "elastic", "gaussian", "histogram")  # its augmentations
+PAPERS_SIX = ("rotation", "scale", "flip", "elastic", "gaussian", "histogram")  # its augmentations
 PAPERS_THREE = ("rotation", "scale", "flip")  # that are on by default
-TRAINED, SCRATCH, RANDOM = "trained", "scratch", "random"  # kinds of arms
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # names folders too
+PRETRAINED, SCRATCH, RANDOM = "trained", "scratch", "random"  # kinds of arms
+ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")  # names folders too
 
 
 class Arm(NamedTuple):
-    """An arm. kind: TRAINED, SCRATCH or RANDOM; flags: of main_dino.py, after those that all arms share; weights: a
+    """An arm. kind: PRETRAINED, SCRATCH or RANDOM; flags: of main_dino.py, after those that all arms share; weights: a
     checkpoint instead of pre-training, in which {seed} stands for the seed"""
 
     name: str
-    kind: str = TRAINED
+    kind: str = PRETRAINED
     flags: tuple[str, ...] = ()
     weights: str = ""
 
@@ -32,16 +32,16 @@ class Arm(NamedTuple):
 
 def with_augmentations(name: str, chosen: Sequence[str]) -> Arm:
     """The arm of some of the paper's augmentations."""
-    return Arm(name, flags=tuple(word for one in PAPER for word in (f"--use_{one}", str(one in chosen).lower())))
+    return Arm(name, flags=tuple(word for one in PAPERS_SIX for word in (f"--use_{one}", str(one in chosen).lower())))
 
 
 BUILT_IN = {
     arm.name: arm
     for arm in (
         with_augmentations("none", ()),
-        *(with_augmentations(one, [one]) for one in PAPER),
+        *(with_augmentations(one, [one]) for one in PAPERS_SIX),
         with_augmentations("paper", PAPERS_THREE),
-        with_augmentations("all", PAPER),
+        with_augmentations("all", PAPERS_SIX),
         Arm("scratch", SCRATCH),
         Arm("random", RANDOM),
     )
@@ -61,7 +61,7 @@ def read_arms(path: str) -> dict[str, Arm]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         where, (name, colon, value) = f"--arms_file {path}: line {number}", map(str.strip, line.partition(":"))
-        if not colon or not NAME.fullmatch(name):
+        if not colon or not ARM_NAME.fullmatch(name):
             raise UserError(
                 f"{where} is '{line.strip()[:60]}', expected `name: flags of main_dino.py` or `name: checkpoint`, the "
                 "name of letters, digits and _ . + -"

@@ -10,7 +10,7 @@ from dino3d.evaluation.comparison import LEVEL
 from dino3d.evaluation.statistics import FEWEST_PATIENTS, Bootstrap, holm
 from dino3d.study.scores import TaskScores
 
-SHOWN, NOT_SHOWN, OPPOSITE = "shown", "not shown", "opposite"
+IS_SHOWN, NOT_SHOWN, OPPOSITE = "shown", "not shown", "opposite"
 LITTLE = 0.01  # of AUC: what "adds little" may add at most
 
 
@@ -32,7 +32,7 @@ class Effect(NamedTuple):
         """Of "above null": shown only if the interval leaves it out and the p-value stands after Holm's adjustment."""
         if self.interval is None or self.p_holm is None or self.p_holm >= LEVEL:
             return NOT_SHOWN
-        return SHOWN if self.interval[0] > self.null else OPPOSITE if self.interval[1] < self.null else NOT_SHOWN
+        return IS_SHOWN if self.interval[0] > self.null else OPPOSITE if self.interval[1] < self.null else NOT_SHOWN
 
 
 class Claim(NamedTuple):
@@ -45,7 +45,7 @@ class Claim(NamedTuple):
     null: float = 0.0
 
 
-def mean_of(*arms: str, sign: float = 1.0) -> dict[str, float]:
+def share_of(*arms: str, sign: float = 1.0) -> dict[str, float]:
     return {arm: sign / len(arms) for arm in arms}
 
 
@@ -53,19 +53,19 @@ CLAIMS = (
     Claim(
         "scaling and rotation matter most for classification: their mean lies above that of the other four",
         "classification",
-        mean_of("rotation", "scale") | mean_of("flip", "elastic", "gaussian", "histogram", sign=-1),
+        share_of("rotation", "scale") | share_of("flip", "elastic", "gaussian", "histogram", sign=-1),
     ),
     Claim(
         f"intensity augmentation adds little to classification, or hurts: less than {LITTLE:g} above none",
         "classification",
-        mean_of("gaussian", "histogram") | {"none": -1.0},
+        share_of("gaussian", "histogram") | {"none": -1.0},
         above=False,
         null=LITTLE,
     ),
     Claim(
         "histogram shift helps segmentation most: it lies above the mean of the other five",
         "segmentation",
-        {"histogram": 1.0} | mean_of("rotation", "scale", "flip", "elastic", "gaussian", sign=-1),
+        {"histogram": 1.0} | share_of("rotation", "scale", "flip", "elastic", "gaussian", sign=-1),
     ),
     Claim("pre-trained beats from scratch in classification", "classification", {"paper": 1.0, "scratch": -1.0}),
     Claim("pre-trained beats from scratch in segmentation", "segmentation", {"paper": 1.0, "scratch": -1.0}),
@@ -121,7 +121,7 @@ def effect_of(scores: TaskScores, weights: Mapping[str, float], null: float = 0.
     return Effect(scores.task, dict(weights), value, interval, p, None, seeds, null)
 
 
-def compare(scores: Sequence[TaskScores], arms: Sequence[str]) -> Comparison:
+def compare_arms(scores: Sequence[TaskScores], arms: Sequence[str]) -> Comparison:
     """Every arm, every pair of arms and every claim; Holm's adjustment is over all pairs of all tasks and the claims
     that are no pair."""
     means, pairs = [], []
@@ -139,7 +139,7 @@ def compare(scores: Sequence[TaskScores], arms: Sequence[str]) -> Comparison:
     adjusted = iter([one._replace(p_holm=p) for one, p in zip(tested, holm([one.p for one in tested]))])
     pairs = [next(adjusted) for _ in pairs]
     contrasts = [next(adjusted) if one else None for one in contrasts]
-    claims = [judge(claim, one or as_pair(claim, pairs)) for claim, one in zip(CLAIMS, contrasts)]
+    claims = [judge_claim(claim, one or as_pair(claim, pairs)) for claim, one in zip(CLAIMS, contrasts)]
     return Comparison(means, pairs, claims)
 
 
@@ -173,7 +173,7 @@ def turned(pair: Effect) -> Effect:
     )
 
 
-def judge(claim: Claim, effect: Effect | None) -> Judged:
+def judge_claim(claim: Claim, effect: Effect | None) -> Judged:
     """A claim beside what was found of it."""
     if effect is None or not effect.seeds:
         return Judged(claim, None, NOT_SHOWN, f"not run: it takes {claim.task} of arms {', '.join(claim.arms)}")
@@ -181,7 +181,7 @@ def judge(claim: Claim, effect: Effect | None) -> Judged:
         return Judged(claim, effect, NOT_SHOWN, "no interval: too few patients")
     found = effect.verdict
     if not claim.above:
-        found = {SHOWN: OPPOSITE, OPPOSITE: SHOWN, NOT_SHOWN: NOT_SHOWN}[found]
+        found = {IS_SHOWN: OPPOSITE, OPPOSITE: IS_SHOWN, NOT_SHOWN: NOT_SHOWN}[found]
     return Judged(claim, effect, found, reason(effect))
 
 

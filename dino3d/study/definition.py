@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError, truncate_list
 from dino3d.files import read_json, write_json
-from dino3d.study.arms import NAME, RANDOM, SCRATCH, TRAINED, Arm, checksum, expand_flags
+from dino3d.study.arms import ARM_NAME, PRETRAINED, RANDOM, SCRATCH, Arm, checksum, expand_flags
 
 FORMAT = 1
 PRETRAIN = "pretrain"
@@ -101,7 +101,11 @@ def load_study(folder: Path) -> Study | None:
             str(saved["work_dir"]),
             dict(saved["files"]),
         )
-        odd = [arm.name for arm in arms if not NAME.fullmatch(arm.name) or arm.kind not in (TRAINED, SCRATCH, RANDOM)]
+        odd = [
+            arm.name
+            for arm in arms
+            if not ARM_NAME.fullmatch(arm.name) or arm.kind not in (PRETRAINED, SCRATCH, RANDOM)
+        ]
         if odd or set(study.data) - set(STAGES) or set(study.flags) - set(STAGES):
             raise ValueError(f"it has {truncate_list(odd or [*study.data, *study.flags])}")
         return study
@@ -222,7 +226,7 @@ def checked_files(study: Study) -> dict[str, str]:
     return found
 
 
-def describe(study: Study) -> dict[str, Any]:
+def study_in_words(study: Study) -> dict[str, Any]:
     """What the study is, in words, for its report."""
     return {
         "arms": {arm.name: arm.weights or shlex.join(arm.flags) or arm.kind for arm in study.arms},

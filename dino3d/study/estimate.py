@@ -15,13 +15,13 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.files import TEXT, read_json, read_json_lines, walk_files, write_json
-from dino3d.study.arms import TRAINED
+from dino3d.study.arms import PRETRAINED
 from dino3d.study.definition import PRETRAIN, Study
-from dino3d.study.jobs import RESULTS, UNTRAINED, Job, pretraining_paths, script_of, task_flags
+from dino3d.study.jobs import RESULTS, UNTRAINED, StudyJob, pretraining_paths, script_of, task_flags
 from dino3d.study.pool import TIMES, Pool, format_seconds
 
 STEPS = 5  # of pre-training that are measured
-MEASURED = "measured"
+MEASURING = "measured"
 INITIAL = "untrained"  # kind of a job: pre-training that ends before its first step
 KINDS = (PRETRAIN, INITIAL, "classification", "segmentation", "probe")
 PER_EPOCH = re.compile(r"(\d+) steps of \d+ samples per epoch")  # as main_dino.py says it
@@ -50,11 +50,11 @@ class Cost(NamedTuple):
     size: float
 
 
-def kind_of(job: Job) -> str:
+def job_kind(job: StudyJob) -> str:
     return INITIAL if job.stage == PRETRAIN and job.flags[-len(UNTRAINED) :] == UNTRAINED else job.stage
 
 
-def parse_flags(jobs: Sequence[Job], work_dir: str) -> list[dict[str, Any]]:
+def parse_flags(jobs: Sequence[StudyJob], work_dir: str) -> list[dict[str, Any]]:
     """{flag: value} of each job as its script understands it. Raises ValueError, one line, for what it refuses."""
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
@@ -76,14 +76,14 @@ def parse_flags(jobs: Sequence[Job], work_dir: str) -> list[dict[str, Any]]:
     return parsed
 
 
-def finished_costs(jobs: Sequence[Job]) -> dict[str, Cost]:
+def finished_costs(jobs: Sequence[StudyJob]) -> dict[str, Cost]:
     """{kind: mean Cost} of the jobs that were done at one go."""
     found = {}
     for job in jobs:
         if job.is_done():
             attempts = [one for one in read_json_lines(job.unit / TIMES) if one.get("stage") == job.stage]
             if len(attempts) == 1 and attempts[0].get("exit_code") == 0:
-                found.setdefault(kind_of(job), []).append((float(attempts[0]["seconds"]), folder_size(job.folder)))
+                found.setdefault(job_kind(job), []).append((float(attempts[0]["seconds"]), folder_size(job.folder)))
     return {kind: Cost(*np.mean(costs, 0)) for kind, costs in found.items()}
 
 
@@ -98,20 +98,22 @@ def measured_costs(folder: Path) -> dict[str, Cost]:
 def measure_jobs(study: Study, pool: Pool, parsed: dict[str, dict[str, Any]]) -> dict[str, Cost]:
     """{kind: Cost} by running a few steps and one epoch of each stage. parsed: {kind: flags as the script takes them}.
     Raises UserError where one fails, as the study's own would."""
-    unit, seed = study.folder / MEASURED, study.seeds[0]
+    unit, seed = study.folder / MEASURING, study.seeds[0]
     shutil.rmtree(unit, ignore_errors=True)
     trained = [arm for arm in study.arms if not arm.weights]
     jobs, needs = [], None
     if trained:
         arm = max(trained, key=lambda one: one.flags.count("true"))  # the one with most augmentations
         flags = (*study.flags.get(PRETRAIN, ()), *arm.flags, *pretraining_paths(study, unit / PRETRAIN, seed))
-        jobs.append(Job(MEASURED, seed, PRETRAIN, (*flags, "--max_steps", str(STEPS)), unit, None))
+        jobs.append(StudyJob(MEASURING, seed, PRETRAIN, (*flags, "--max_steps", str(STEPS)), unit, None))
         weights, needs = str(unit / PRETRAIN / RESULTS[PRETRAIN]), PRETRAIN
     else:
         weights = study.arms[0].weights_of(seed)
     for task in study.tasks:
-        flags = task_flags(study, task, TRAINED, weights, unit / task, seed)
-        jobs.append(Job(MEASURED, seed, task, flags + (() if task == "probe" else ("--epochs", "1")), unit, needs))
+        flags = task_flags(study, task, PRETRAINED, weights, unit / task, seed)
+        jobs.append(
+            StudyJob(MEASURING, seed, task, flags + (() if task == "probe" else ("--epochs", "1")), unit, needs)
+        )
     if failures := pool.run(jobs, len(jobs)):
         first = failures[0]
         raise UserError(f"the study would fail: {first.job.stage}: {first.reason} (all it said: {first.job.log})")
@@ -129,7 +131,7 @@ def measure_jobs(study: Study, pool: Pool, parsed: dict[str, dict[str, Any]]) ->
     return costs
 
 
-def pretraining_costs(job: Job, wall: float, args: dict[str, Any]) -> dict[str, Cost]:
+def pretraining_costs(job: StudyJob, wall: float, args: dict[str, Any]) -> dict[str, Cost]:
     """Of a whole pre-training and of one that ends at once. wall: seconds of a few steps, with the start; args: of the
     whole one"""
     records = read_json_lines(job.folder / "log.txt")
@@ -146,7 +148,7 @@ def pretraining_costs(job: Job, wall: float, args: dict[str, Any]) -> dict[str, 
     }
 
 
-def makespan(jobs: Sequence[Job], costs: dict[str, Cost], slots: int) -> float:
+def makespan(jobs: Sequence[StudyJob], costs: dict[str, Cost], slots: int) -> float:
     """Seconds until all jobs are done, each when what it needs is, in the order in which the pool takes them."""
     waiting, ended, running, now = list(jobs), set(), [], 0.0
     needed = {(job.unit, job.stage) for job in jobs}
@@ -155,29 +157,29 @@ def makespan(jobs: Sequence[Job], costs: dict[str, Cost], slots: int) -> float:
         while ready and len(running) < slots:
             job = ready.pop(0)
             waiting.remove(job)
-            heapq.heappush(running, (now + costs[kind_of(job)].seconds, len(waiting), job))
+            heapq.heappush(running, (now + costs[job_kind(job)].seconds, len(waiting), job))
         now, _, job = heapq.heappop(running)
         ended.add((job.unit, job.stage))
     return now
 
 
-def _absent(job: Job, known: set) -> set:
+def _absent(job: StudyJob, known: set) -> set:
     """What a job needs, where it was done before."""
     return {(job.unit, job.needs)} - known
 
 
-def forecast(study: Study, jobs: Sequence[Job], costs: dict[str, Cost], slots: int) -> list[str]:
+def forecast(study: Study, jobs: Sequence[StudyJob], costs: dict[str, Cost], slots: int) -> list[str]:
     """Lines on how long the jobs that are left will take, and the disk for them."""
     left = [job for job in jobs if not job.is_done()]
     if not left:
         return [f"all {len(jobs)} jobs are done"]
-    if missing := {kind_of(job) for job in left} - costs.keys():
+    if missing := {job_kind(job) for job in left} - costs.keys():
         return [f"{len(left)} of {len(jobs)} jobs are left; how long they take is not known ({', '.join(missing)})"]
     parts = []
     for kind in KINDS:
-        if count := sum(kind_of(job) == kind for job in left):
+        if count := sum(job_kind(job) == kind for job in left):
             parts.append(f"{count} x {kind} of {format_seconds(costs[kind].seconds)}")
-    size = sum(costs[kind_of(job)].size for job in left)
+    size = sum(costs[job_kind(job)].size for job in left)
     free = shutil.disk_usage(study.folder).free
     lines = [
         f"{len(left)} of {len(jobs)} jobs are left: {', '.join(parts)}",

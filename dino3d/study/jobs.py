@@ -10,7 +10,7 @@ from dino3d.study.arms import RANDOM, SCRATCH, Arm
 from dino3d.study.definition import PRETRAIN, Study
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {
+STAGE_SCRIPTS = {
     PRETRAIN: "main_dino.py",
     "classification": "main_lnc_luna16.py",
     "segmentation": "main_lts_msd.py",
@@ -27,7 +27,7 @@ RESULTS = {  # the file that a script writes last, below the job's folder
 UNTRAINED = ("--pretrained_weights=", "--max_steps", "1", "--lr", "0", "--min_lr", "0")
 
 
-class Job(NamedTuple):
+class StudyJob(NamedTuple):
     """A run of a script. flags: of the script; unit: folder of the arm and seed; needs: the stage before it, if any"""
 
     arm: str
@@ -63,13 +63,13 @@ def unit_folder(study: Study, arm: str, seed: int) -> Path:
     return study.folder / "arms" / arm / f"seed{seed}"
 
 
-def all_units(study: Study) -> list[list[Job]]:
+def all_units(study: Study) -> list[list[StudyJob]]:
     """The jobs of each arm and seed, in their order; all arms of a seed stand before the next seed, so that what is
     done first can be compared. No unit needs another one."""
     return [jobs for seed in study.seeds for arm in study.arms if (jobs := jobs_of(study, arm, seed))]
 
 
-def jobs_of(study: Study, arm: Arm, seed: int) -> list[Job]:
+def jobs_of(study: Study, arm: Arm, seed: int) -> list[StudyJob]:
     """The jobs of an arm and seed. From scratch has no probe: the encoder before training is that of RANDOM."""
     unit = unit_folder(study, arm.name, seed)
     tasks = [task for task in study.tasks if not (arm.kind == SCRATCH and task == "probe")]
@@ -80,11 +80,11 @@ def jobs_of(study: Study, arm: Arm, seed: int) -> list[Job]:
         flags = (*study.flags.get(PRETRAIN, ()), *arm.flags, *pretraining_paths(study, unit / PRETRAIN, seed))
         if arm.kind in (SCRATCH, RANDOM):
             flags += UNTRAINED
-        jobs.append(Job(arm.name, seed, PRETRAIN, flags, unit, None))
+        jobs.append(StudyJob(arm.name, seed, PRETRAIN, flags, unit, None))
         weights, needs = str(unit / PRETRAIN / RESULTS[PRETRAIN]), PRETRAIN
     for task in tasks:
         flags = task_flags(study, task, arm.kind, weights, unit / task, seed)
-        jobs.append(Job(arm.name, seed, task, flags, unit, needs))
+        jobs.append(StudyJob(arm.name, seed, task, flags, unit, needs))
     return jobs
 
 
@@ -114,10 +114,10 @@ def has_flag(words: Sequence[str], flag: str) -> bool:
 
 
 def script_of(stage: str) -> Path:
-    return ROOT / SCRIPTS[stage]
+    return ROOT / STAGE_SCRIPTS[stage]
 
 
-def command_of(job: Job, processes: int, workers: int) -> list[str]:
+def command_of(job: StudyJob, processes: int, workers: int) -> list[str]:
     """The command line of a job. processes: more than one are started by torchrun; workers: of each, to load data"""
     launcher = [sys.executable]
     if processes > 1:

@@ -12,11 +12,11 @@ from dino3d.evaluation.report import Report
 from dino3d.evaluation.statistics import FEWEST_PATIENTS, with_interval
 from dino3d.files import atomic_write, read_json, read_json_lines, write_json, write_table
 from dino3d.study.arms import COMPARED_WITH
-from dino3d.study.contrasts import NOT_SHOWN, SHOWN, Comparison, Effect, difference_between, reason
-from dino3d.study.definition import Study, describe
-from dino3d.study.jobs import Job
+from dino3d.study.contrasts import IS_SHOWN, NOT_SHOWN, Comparison, Effect, difference_between, reason
+from dino3d.study.definition import Study, study_in_words
+from dino3d.study.jobs import StudyJob
 from dino3d.study.pool import TIMES
-from dino3d.study.scores import METRIC, PROBE_FOLDS, PROBE_REPEATS, TaskScores
+from dino3d.study.scores import LOGISTIC_FOLDS, LOGISTIC_REPEATS, METRIC, TaskScores
 
 
 def signed(effect: Effect | None) -> str:
@@ -30,7 +30,7 @@ def signed(effect: Effect | None) -> str:
 
 
 def write_outcome(
-    study: Study, scores: Sequence[TaskScores], found: Comparison, jobs: Sequence[Job], notices: Sequence[str]
+    study: Study, scores: Sequence[TaskScores], found: Comparison, jobs: Sequence[StudyJob], notices: Sequence[str]
 ) -> None:
     """results.csv, seeds.csv, differences.csv, claims.csv, results.json, study.png and report.html in the study's
     folder, and times.csv apart from them. Raises OSError."""
@@ -76,7 +76,7 @@ def write_outcome(
     write_json(
         folder / "results.json",
         {
-            "study": describe(study),
+            "study": study_in_words(study),
             "made_with": made_with(jobs),
             "notes": list(notices),
             "tasks": {
@@ -113,7 +113,7 @@ def write_outcome(
 
 def shown(pair: Effect) -> str:
     """Whether a difference is shown, in either direction."""
-    return NOT_SHOWN if pair.verdict == NOT_SHOWN else SHOWN
+    return NOT_SHOWN if pair.verdict == NOT_SHOWN else IS_SHOWN
 
 
 def name_of(effect: Effect) -> str:
@@ -151,7 +151,7 @@ def record(effect: Effect) -> dict[str, Any]:
     }
 
 
-def made_with(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def made_with(jobs: Sequence[StudyJob]) -> list[dict[str, Any]]:
     """What code and packages the jobs that are done were made with, each once."""
     found = []
     for job in jobs:
@@ -191,7 +191,7 @@ def result_table(one: TaskScores, found: Comparison) -> tuple[list[str], list[li
         row = [arm, with_interval(effect.value, effect.interval), of_seeds]
         for rival in rivals:
             pair = difference_between(found.pairs, one.task, arm, rival) if rival != arm else None
-            row.append(signed(pair) + (" *" if pair and shown(pair) == SHOWN else ""))
+            row.append(signed(pair) + (" *" if pair and shown(pair) == IS_SHOWN else ""))
         rows.append(row)
     return ["arm", f"{METRIC[one.task]} (95 % interval)", "seeds", *(f"minus {rival}" for rival in rivals)], rows
 
@@ -273,11 +273,11 @@ def write_study_page(
         "Holm's adjustment for all pairs of all tasks and the claims.",
         "Classification: AUC of the test cases' mean probabilities, by pairs of cases that the same models judged. "
         "Segmentation: mean Dice of the test cases. Probe: AUC of logistic regression on frozen features, in "
-        f"{PROBE_FOLDS} nested folds by patient, repeated {PROBE_REPEATS} times.",
+        f"{LOGISTIC_FOLDS} nested folds by patient, repeated {LOGISTIC_REPEATS} times.",
         "From scratch is fine-tuned from the random weights that pre-training of the same seed begins with, all layers "
         "with one learning rate; random is those weights frozen, of which the head alone is trained.",
     )
-    described = describe(study)
+    described = study_in_words(study)
     report.table(["arm", "flags of main_dino.py, or weights"], list(described["arms"].items()))
     report.table(
         ["stage", "data", "flags"],
@@ -319,7 +319,7 @@ def draw(scores: Sequence[TaskScores], found: Comparison) -> Any:
             for at, arm in enumerate(arms):
                 pair = difference_between(found.pairs, one.task, arm, rival) if arm != rival else None
                 if pair:
-                    bar(right, at + 0.2 * (number - 1), pair, f"C{number + 1}", shown(pair) == SHOWN)
+                    bar(right, at + 0.2 * (number - 1), pair, f"C{number + 1}", shown(pair) == IS_SHOWN)
         right.axvline(0, color="0.6", linewidth=1, linestyle=":")
         right.set_yticks(range(len(arms)), [])
         right.set(title="difference", xlabel=f"difference of {METRIC[one.task]}", ylim=(len(arms) - 0.4, -0.6))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dino3d.command_line import EXIT_PREEMPTED, ONE_REQUEST, Preempted, git_revision
 from dino3d.files import TEXT, append_json, versions, write_json
 from dino3d.study.devices import Slot
-from dino3d.study.jobs import Job, command_of
+from dino3d.study.jobs import StudyJob, command_of
 
 try:
     import fcntl
@@ -24,15 +24,15 @@ except ImportError:  # another system: jobs outlive a study that is killed
 
 TIMES = "times.txt"  # of a unit, apart from results: a JSON object per attempt at a job
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-POLL = 0.1  # seconds
+POOL_POLL = 0.1  # seconds
 WAITING = 120.0  # seconds for a job that outlived an earlier call to save and end
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
-class Failure(NamedTuple):
+class FailedJob(NamedTuple):
     """A job that failed, or needs one that did."""
 
-    job: Job
+    job: StudyJob
     reason: str
 
     @property
@@ -43,7 +43,7 @@ class Failure(NamedTuple):
 class Running(NamedTuple):
     """A job that runs. began: seconds of time.monotonic"""
 
-    job: Job
+    job: StudyJob
     slot: int
     process: subprocess.Popen
     began: float
@@ -64,7 +64,7 @@ class Pool:
         self._signal, self._made_with = 0, {"git_revision": git_revision(), "versions": versions()}
         self._before_start = end_with_parent()
 
-    def run(self, jobs: Sequence[Job], total: int) -> list[Failure]:
+    def run(self, jobs: Sequence[StudyJob], total: int) -> list[FailedJob]:
         """Run all jobs that are not done, each when what it needs is; those that fail, and those that need them.
 
         total: jobs of the study, for the lines on progress
@@ -84,14 +84,14 @@ class Pool:
                     failed = {(failure.job.unit, failure.job.stage) for failure in failures}
                     for job in [job for job in waiting if (job.unit, job.needs) in failed]:
                         waiting.remove(job)
-                        failures.append(Failure(job, f"not run: its {job.needs} failed"))
+                        failures.append(FailedJob(job, f"not run: its {job.needs} failed"))
                     for slot in sorted(set(range(len(self.slots))) - {one.slot for one in running}):
                         if job := next_ready(waiting, [one.job for one in running]):
                             waiting.remove(job)
                             self.say(f"{job.name}: begins")
                             running.append(self._start(job, slot))
                     self._raise_signal()
-                    time.sleep(POLL)
+                    time.sleep(POOL_POLL)
             except BaseException:
                 self._end(running)
                 raise
@@ -104,7 +104,7 @@ class Pool:
         if self._signal:
             raise Preempted("ended by a signal; the jobs have saved: start again to resume", EXIT_PREEMPTED)
 
-    def _start(self, job: Job, slot: int) -> Running:
+    def _start(self, job: StudyJob, slot: int) -> Running:
         job.folder.mkdir(parents=True, exist_ok=True)
         wait_for_lock(job.folder, self.say)
         command = command_of(job, self.processes, self.slots[slot].workers)
@@ -123,18 +123,18 @@ class Pool:
             )
         return Running(job, slot, process, time.monotonic())
 
-    def _finish(self, one: Running) -> Failure | None:
-        """Note that a job has ended; its Failure, if it is one."""
+    def _finish(self, one: Running) -> FailedJob | None:
+        """Note that a job has ended; its FailedJob, if it is one."""
         job, code = one.job, one.process.returncode
         note_time(one)
         if code:
             by = f"ended by signal {-code}; " if code < 0 else ""
-            return Failure(job, by + last_words(job.log))
+            return FailedJob(job, by + last_words(job.log))
         write_json(job.marker, {"flags": job.flags} | self._made_with)
         if job.is_done():
             return None
         job.marker.unlink()
-        return Failure(job, "ended without an error and without a result")
+        return FailedJob(job, "ended without an error and without a result")
 
     def _end(self, running: Sequence[Running]) -> None:
         """Let all jobs save and end; a second signal ends them at once."""
@@ -148,7 +148,7 @@ class Pool:
         while any(one.process.poll() is None for one in running):
             if self._signal and time.monotonic() - began > ONE_REQUEST:
                 break
-            time.sleep(POLL)
+            time.sleep(POOL_POLL)
         for one in running:
             if one.process.poll() is None:
                 signal_group(one.process, signal.SIGKILL)
@@ -186,7 +186,7 @@ def note_time(one: Running) -> None:
     )
 
 
-def next_ready(waiting: Sequence[Job], running: Sequence[Job]) -> Job | None:
+def next_ready(waiting: Sequence[StudyJob], running: Sequence[StudyJob]) -> StudyJob | None:
     """The first job whose needs are done."""
     for job in waiting:
         if job.needs is None or not any(
@@ -230,7 +230,7 @@ def wait_for_lock(folder: Path, say: Callable[[str], None]) -> None:
                 if not told:
                     told = True
                     say(f"{folder}: waiting for a process of an earlier call to save and end")
-                time.sleep(POLL)
+                time.sleep(POOL_POLL)
                 continue
             except OSError:  # a drive without flock
                 return

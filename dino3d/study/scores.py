@@ -18,11 +18,11 @@ from dino3d.evaluation.statistics import bootstrap_weights
 from dino3d.evaluation.weighted_metrics import weighted_auc
 from dino3d.files import read_json, read_table
 from dino3d.study.definition import Study
-from dino3d.study.jobs import RESULTS, Job
+from dino3d.study.jobs import RESULTS, StudyJob
 
 METRIC = {"classification": "AUC", "segmentation": "Dice", "probe": "AUC"}
 PROBE = "logistic"  # of dino3d.evaluation.protocols
-PROBE_FOLDS, PROBE_REPEATS = 5, 3  # few repeats: the seeds are repeats too
+LOGISTIC_FOLDS, LOGISTIC_REPEATS = 5, 3  # few repeats: the seeds are repeats too
 WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
 
 
@@ -55,7 +55,7 @@ class TaskScores(NamedTuple):
     notices: list[str]
 
 
-def score_task(study: Study, task: str, jobs: Sequence[Job], draws: int) -> TaskScores | None:
+def score_task(study: Study, task: str, jobs: Sequence[StudyJob], draws: int) -> TaskScores | None:
     """TaskScores of the jobs of a task that are done; None where none is. Raises UserError for results that do not
     belong together."""
     done = [job for job in jobs if job.stage == task and job.is_done()]
@@ -66,7 +66,7 @@ def score_task(study: Study, task: str, jobs: Sequence[Job], draws: int) -> Task
         tested = probe_cases(study.data[task], done, notices)
     else:
         read = classified_cases if task == "classification" else segmented_cases
-        owners = owners_of(study.data[task]) if task == "segmentation" else {}
+        owners = patients_of_masks(study.data[task]) if task == "segmentation" else {}
         tested = {(job.arm, job.seed): [read(job.folder, owners)] for job in done}
     require_same_cases(tested, task)
     names = sorted({patient for runs in tested.values() for patient in runs[0].patients})
@@ -123,7 +123,7 @@ def classified_cases(folder: Path, owners: dict[str, str]) -> Tested:
         [rows[name][0][0] for name in names],
         np.array([rows[name][0][1] for name in names]),
         np.stack([np.mean([probabilities for *_, probabilities in rows[name]], 0) for name in names]),
-        numbered([" ".join(sorted(fold for _, _, fold, _ in rows[name])) for name in names]),
+        number_texts([" ".join(sorted(fold for _, _, fold, _ in rows[name])) for name in names]),
     )
 
 
@@ -140,7 +140,7 @@ def segmented_cases(folder: Path, owners: dict[str, str]) -> Tested:
     return Tested([owners.get(name, name) for name in names], None, means, np.zeros(len(names), int))
 
 
-def probe_cases(data: str, jobs: Sequence[Job], notices: list[str]) -> dict[tuple[str, int], list[Tested]]:
+def probe_cases(data: str, jobs: Sequence[StudyJob], notices: list[str]) -> dict[tuple[str, int], list[Tested]]:
     """{(arm, seed): a Tested for each repeat}: logistic regression on frozen features, in nested folds by patient,
     which are the same for all arms and seeds."""
     labels = read_labels(data, "label")
@@ -148,13 +148,13 @@ def probe_cases(data: str, jobs: Sequence[Job], notices: list[str]) -> dict[tupl
     cases = join(tables, labels)
     target = encode_labels([labels.values[i] for i in cases.numbers], "classification", None)
     per_class = [len({p for p, y in zip(cases.patients, target.y) if y == k}) for k in range(len(target.classes))]
-    folds = min(PROBE_FOLDS, *per_class)
+    folds = min(LOGISTIC_FOLDS, *per_class)
     if folds < 2:
         lone = target.classes[int(np.argmin(per_class))]
         raise UserError(f"--probe {data}: label {lone} has cases of one patient, expected two or more")
-    if folds < PROBE_FOLDS:
+    if folds < LOGISTIC_FOLDS:
         notices.append(f"probe: {folds} folds, as a label has no more patients")
-    splits = nested_splits(cases.patients, target.y, folds, PROBE_REPEATS, seed=0)
+    splits = nested_splits(cases.patients, target.y, folds, LOGISTIC_REPEATS, seed=0)
     y, path = one_hot(target.y, len(target.classes)), PATHS["classification"][PROBE]
     found = {}
     for job, table, rows in zip(jobs, tables, cases.rows):
@@ -163,7 +163,7 @@ def probe_cases(data: str, jobs: Sequence[Job], notices: list[str]) -> dict[tupl
     return found
 
 
-def owners_of(data: str) -> dict[str, str]:
+def patients_of_masks(data: str) -> dict[str, str]:
     """{case: patient} of a table of masks; of a folder each case is a patient of its own."""
     if not data.lower().endswith((".csv", ".tsv")):
         return {}
@@ -183,6 +183,6 @@ def read_result(folder: Path) -> dict:
         raise UserError(f"{path}: can't be read ({error}); remove its folder, and start again") from error
 
 
-def numbered(texts: Sequence[str]) -> np.ndarray:
+def number_texts(texts: Sequence[str]) -> np.ndarray:
     """(N,) a number for each different text."""
     return np.unique(texts, return_inverse=True)[1]
