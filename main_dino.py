@@ -35,10 +35,12 @@ from dino3d import command_line, weights
 from dino3d.block_masks import BlockMasks, PatchMasks
 from dino3d.command_line import UserError
 from dino3d.data.conventions import HDF5_SUFFIXES, is_kind
+from dino3d.data.foreground import ForegroundDraws, unindexed_lines
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
 from dino3d.data.sources import data_changes, find_data
+from dino3d.data.volume_cache import VolumeCache
 from dino3d.features.encoder import find_weights
 from dino3d.features.probe import Probe
 from dino3d.files import truncate_log, write_config
@@ -46,7 +48,7 @@ from dino3d.pretraining_flags import CENTER_MOMENTUM, PROBE_EVERY, add_pretraini
 from dino3d.training import batch_norm, checkpoint
 from dino3d.training.collapse import TeacherOutputs
 from dino3d.training.layer_decay import layer_groups
-from dino3d.training.loading import next_batch, reading_processes, start_reading_process
+from dino3d.training.loading import cache_bytes, next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
 from dino3d.training.nonfinite import BuffersOfStep, NonFiniteSteps, abort_run, describe_sample, step_if_finite
 from dino3d.training.objectives import Centering, MaskedMultiCrop, PatchLoss, koleo_loss
@@ -85,7 +87,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     paths, weights = processes.run_on_main(
         lambda: find_data(args.data_dir, args.data_weights, args.data_list, output_dir / "data_list.txt")
     )
-    notices += processes.run_on_main(lambda: odd_headers(paths))
+    notices += processes.run_on_main(lambda: odd_headers(paths) + unindexed_lines(paths, args.foreground))
     dataset = make_dataset(args, paths, weights)
     samples_per_epoch = args.samples_per_epoch = sum(dataset.patches_per_volume)
     global_batch = args.batch_size_per_gpu * processes.world_size * args.accumulate_steps
@@ -283,7 +285,7 @@ def train_one_epoch(
     monitor.start_epoch(progress.epoch + 1)
     for index in range(steps):
         began = time.perf_counter()
-        micro_batches = [next_batch(batches, monitor.bad_files.record) for _ in range(state.accumulate_steps)]
+        micro_batches = [next_batch(batches, monitor.record) for _ in range(state.accumulate_steps)]
         waited = time.perf_counter() - began
         if index == 0:
             show_pictures(state, micro_batches[0], progress, monitor)
@@ -605,7 +607,8 @@ def make_dataset(args: argparse.Namespace, paths: Sequence[str], weights: Sequen
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
     patches_per_volume = [args.patches_per_volume * weight for weight in weights]
     masks = BlockMasks(tuple(n // p for n, p in zip(args.input_size, args.patch_size))) if args.ibot else None
-    return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad, masks)
+    foreground = None if args.foreground == "none" else ForegroundDraws(args.foreground, args.foreground_share)
+    return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad, masks, foreground)
 
 
 def make_loader(
@@ -629,6 +632,7 @@ def make_loader(
     )
     for notice in notices:
         processes.print(notice)
+    dataset.cache = VolumeCache(cache_bytes(workers, processes))
     return DataLoader(
         dataset,
         batch_sampler=stream,

@@ -4,6 +4,7 @@
     python prepare_data.py luna16 --input LUNA16 --output data/luna16        crops around the points of a table
     python prepare_data.py msd    --input Task06_Lung --output data/msd      images and label masks
     python prepare_data.py check  data/luna16                                what the training scripts would say of it
+    python prepare_data.py index  data/nlst                                  where body and lung lie, for --foreground
     python prepare_data.py demo   --output demo/data                         small data in all three layouts
     python prepare_data.py phantoms --output phantoms                        synthetic chests to try a study on
 
@@ -22,6 +23,7 @@ from dino3d.data.conventions import DataError, format_size
 from dino3d.data.hdf5 import FILTERS
 from dino3d.prepare.check import check
 from dino3d.prepare.demo import demo
+from dino3d.prepare.index import index
 from dino3d.prepare.luna16 import luna16
 from dino3d.prepare.msd import msd
 from dino3d.prepare.nlst import nlst
@@ -39,38 +41,48 @@ def get_args_parser() -> ArgumentParser:
         title="commands", prog=parser.prog, dest="command", metavar="command", required=True
     )
     help_flags(parser.add_argument_group("help"))
-    xyz = XYZ
+    for add in (add_nlst, add_luna16, add_msd, add_check, add_index, add_demo, add_phantoms):
+        add(commands)
+    return parser
 
-    def command(name: str, run: Callable[..., None], summary: str, usage: str) -> tuple[Any, Any]:
-        sub = commands.add_parser(name, help=summary, usage=f"{parser.prog} {name} {usage}", description=summary)
-        sub.set_defaults(run=run)
-        return sub.add_argument_group("required"), sub.add_argument_group("options")
 
-    def conversion(name: str, convert: Callable[..., None], summary: str, source: str) -> Any:
-        required, options = command(name, convert, summary, "--input DIR --output DIR [flags]")
-        required.add_argument(
-            "--input", type=Path, required=True, metavar="DIR", help=source + "; nothing in it is changed"
-        )
-        required.add_argument(
-            "--output",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="folder to write to; start again with the same one to resume or to take in what changed",
-        )
-        return options
+def add_command(commands: Any, name: str, run: Callable[..., None], summary: str, usage: str) -> tuple[Any, Any]:
+    """A sub-command; returns its groups of required and other flags."""
+    sub = commands.add_parser(name, help=summary, usage=f"prepare_data.py {name} {usage}", description=summary)
+    sub.set_defaults(run=run)
+    return sub.add_argument_group("required"), sub.add_argument_group("options")
 
-    def run_flags(options: Any) -> None:
-        options.add_argument(
-            "--workers",
-            type=number(int, 1),
-            default=available_cores(),
-            help="processes, each with one volume in memory (0.3 to 1 GB); fewer when memory runs "
-            "out; the result is the same for any number",
-        )
-        help_flags(options)
 
-    options = conversion(
+def add_conversion(commands: Any, name: str, convert: Callable[..., None], summary: str, source: str) -> Any:
+    """A sub-command that converts an input to an output; returns its group of other flags."""
+    required, options = add_command(commands, name, convert, summary, "--input DIR --output DIR [flags]")
+    required.add_argument(
+        "--input", type=Path, required=True, metavar="DIR", help=source + "; nothing in it is changed"
+    )
+    required.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write to; start again with the same one to resume or to take in what changed",
+    )
+    return options
+
+
+def add_worker_flags(options: Any) -> None:
+    options.add_argument(
+        "--workers",
+        type=number(int, 1),
+        default=available_cores(),
+        help="processes, each with one volume in memory (0.3 to 1 GB); fewer when memory runs "
+        "out; the result is the same for any number",
+    )
+    help_flags(options)
+
+
+def add_nlst(commands: Any) -> None:
+    options = add_conversion(
+        commands,
         "nlst",
         nlst,
         "CT scans into <patient>/t<k>/<series>.hdf5, for pre-training",
@@ -98,9 +110,12 @@ def get_args_parser() -> ArgumentParser:
         default="blosc",
         help="blosc: fastest to read here; gzip: for files that ITK opens too; none: largest",
     )
-    run_flags(options)
+    add_worker_flags(options)
 
-    options = conversion(
+
+def add_luna16(commands: Any) -> None:
+    options = add_conversion(
+        commands,
         "luna16",
         luna16,
         "crops around nodules and others into subset*/label<k>/<patient>/<name>.nii.gz",
@@ -111,7 +126,7 @@ def get_args_parser() -> ArgumentParser:
         type=number(int, 1),
         nargs=3,
         default=[96, 96, 48],
-        metavar=xyz,
+        metavar=XYZ,
         help="voxels of a crop; larger than the ViT's input gives augmentations real tissue to turn into view",
     )
     options.add_argument(
@@ -119,7 +134,7 @@ def get_args_parser() -> ArgumentParser:
         type=number(float, 0),
         nargs=3,
         default=[0.7, 0.7, 1.4],
-        metavar=xyz,
+        metavar=XYZ,
         help="mm per voxel of a crop; 0 0 0 keeps each scan's own voxels",
     )
     options.add_argument(
@@ -150,9 +165,12 @@ def get_args_parser() -> ArgumentParser:
         help="table with columns seriesuid and patient, where patients have several scans (default: "
         "the series stands for the patient)",
     )
-    run_flags(options)
+    add_worker_flags(options)
 
-    options = conversion(
+
+def add_msd(commands: Any) -> None:
+    options = add_conversion(
+        commands,
         "msd",
         msd,
         "images and label masks into images/ and labels/, for segmentation",
@@ -162,7 +180,7 @@ def get_args_parser() -> ArgumentParser:
         "--spacing",
         type=number(float, above=0),
         nargs=3,
-        metavar=xyz,
+        metavar=XYZ,
         help="resample to these mm per voxel, labels to the nearest (not given: as it is)",
     )
     options.add_argument(
@@ -175,10 +193,16 @@ def get_args_parser() -> ArgumentParser:
     options.add_argument(
         "--margin", type=number(float, 0), default=20, metavar="MM", help="mm that --crop leaves on all sides"
     )
-    run_flags(options)
+    add_worker_flags(options)
 
-    required, options = command(
-        "check", check, "read a folder and tell what the training scripts would say and refuse", "FOLDER [flags]"
+
+def add_check(commands: Any) -> None:
+    required, options = add_command(
+        commands,
+        "check",
+        check,
+        "read a folder and tell what the training scripts would say and refuse",
+        "FOLDER [flags]",
     )
     required.add_argument(
         "folder",
@@ -192,10 +216,34 @@ def get_args_parser() -> ArgumentParser:
         metavar="NAME",
         help="column of a table with the labels of crops; default: label, in a table without a column mask",
     )
-    run_flags(options)
+    add_worker_flags(options)
 
-    required, options = command(
-        "demo", demo, "two public lung CTs and synthetic phantoms, in all three layouts", "--output DIR [flags]"
+
+def add_index(commands: Any) -> None:
+    required, options = add_command(
+        commands,
+        "index",
+        index,
+        "store where body and lung lie in the volumes below a folder, for --foreground of main_dino.py",
+        "FOLDER [flags]",
+    )
+    required.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with volumes (.hdf5, .nii.gz, ...) at any depth, which are not changed: what is stored stands in "
+        "a hidden file beside each; files of prepare_data.py nlst have it in them",
+    )
+    add_worker_flags(options)
+
+
+def add_demo(commands: Any) -> None:
+    required, options = add_command(
+        commands,
+        "demo",
+        demo,
+        "two public lung CTs and synthetic phantoms, in all three layouts",
+        "--output DIR [flags]",
     )
     required.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     options.add_argument(
@@ -205,7 +253,10 @@ def get_args_parser() -> ArgumentParser:
     )
     help_flags(options)
 
-    required, options = command(
+
+def add_phantoms(commands: Any) -> None:
+    required, options = add_command(
+        commands,
         "phantoms",
         make_phantoms,
         "synthetic chests, for pre-training (pretrain/) and to tell nodules from vessels (luna16/)",
@@ -214,7 +265,6 @@ def get_args_parser() -> ArgumentParser:
     required.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     options.add_argument("--count", type=number(int, 4), default=20, help="patients, in four subsets")
     help_flags(options)
-    return parser
 
 
 def main() -> None:

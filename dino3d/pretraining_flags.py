@@ -4,6 +4,7 @@ import argparse
 
 from dino3d import command_line
 from dino3d.command_line import XYZ, format_values, number
+from dino3d.data.foreground import FOREGROUND_SHARE, KINDS
 from dino3d.data.sources import source_fault
 from dino3d.training import checkpoint
 from dino3d.training.view_flags import add_view_flags, check_view_flags
@@ -74,6 +75,22 @@ def add_data_flags(parser: command_line.ArgumentParser) -> None:
         type=number(int, 1),
         help="samples of each volume per epoch, up to 8 of them soon after each other, in a batch of as many volumes "
         "as there are; raise it for slow storage or few volumes, and lower --epochs as much",
+    )
+    group.add_argument(
+        "--foreground",
+        default="none",
+        choices=("none", *KINDS),
+        help="where patches are drawn: none: anywhere in a volume; body: a share of them centred in the body, not the "
+        "air around it; lung: in the lungs, for lung tasks and scans of more than the chest. prepare_data.py index "
+        "stores where that is",
+    )
+    group.add_argument(
+        "--foreground_share",
+        default=None,
+        type=number(float, above=0, high=1),
+        metavar="SHARE",
+        help="share of the patches that --foreground centres, the others are drawn anywhere; default: "
+        f"{FOREGROUND_SHARE}",
     )
 
 
@@ -381,6 +398,8 @@ def check_pretraining_flags(parser: command_line.ArgumentParser, args: argparse.
     check_objective_flags(parser, args)
     if fault := source_fault(args.data_dir or [], args.data_weights, args.data_list):
         parser.error(fault)
+    if args.foreground_share is not None and args.foreground == "none":
+        parser.error("--foreground_share needs --foreground body or lung: where to draw that share of the patches")
     if args.data_dir and len(args.data_dir) == 1:
         (args.data_dir,) = args.data_dir  # as config.json and checkpoints have it
     if args.probe_every and args.probe_dir is None:

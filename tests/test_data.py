@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from augmentations import MultiCropAugmentation, Policy
-from dino3d.data import layouts, pretraining, read_watchdog
+from dino3d.data import layouts, read_watchdog, volume_cache
 from dino3d.data import volume as volume_module
 from dino3d.data.conventions import AIR, VOLUME_SUFFIXES, DataError
 from dino3d.data.hdf5 import CHUNK, FILTERS, write_volume
@@ -1180,7 +1180,7 @@ def count_openings(monkeypatch):
                 opened.now.remove(self.path)
             super().close()
 
-    monkeypatch.setattr(pretraining, "Volume", Counting)
+    monkeypatch.setattr(volume_cache, "Volume", Counting)
     return opened
 
 

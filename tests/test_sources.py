@@ -131,4 +131,10 @@ def test_what_a_resumed_run_says_of_its_data():
     changed = data_changes(config | {"samples_per_epoch": 72}, config, 0)
     assert changed == ["resuming with other data: 80 samples per epoch instead of 72: volumes were added or removed"]
     assert "--data_dir a b instead of a; of the rest" in data_changes(config, config | {"data_dir": ["a", "b"]}, 3)[0]
-    assert data_changes({}, config, 0) == ["resuming with other data: --data_dir a instead of (not given)"]
+    both = "--data_dir a instead of (not given), --patches_per_volume 8 instead of 1"
+    assert data_changes({}, config, 0) == [f"resuming with other data: {both}"]
+    lung = {"foreground": "lung", "foreground_share": None}
+    assert data_changes(config, config | {"foreground": "none", "foreground_share": None}, 40) == []
+    told = data_changes(config, config | lung, 40)
+    assert told == ["resuming with patches drawn elsewhere: --foreground lung instead of none"]
+    assert data_changes(config | lung, config | lung, 40) == []

@@ -1,7 +1,7 @@
 """ITK HDF5 files: what a conversion writes, in chunks that random crops are read from quickly."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -51,12 +51,26 @@ def open_hdf5(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     return Stored(voxels.shape[::-1][:3], LPS @ affine, take, length_notes(directions[:3, :3].T), converted=converted)
 
 
-def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compression: str = "blosc") -> None:
+def read_group(path: Path | str, name: str) -> dict[str, np.ndarray]:
+    """{name: array} of the data sets in a group at the root of an HDF5 file, {} without such a one. Raises OSError."""
+    with h5py.File(path, "r", locking=False) as file:
+        group = file.get(name)
+        return {key: part[()] for key, part in group.items()} if isinstance(group, h5py.Group) else {}
+
+
+def write_volume(
+    path: Path | str,
+    volume: np.ndarray,
+    affine: np.ndarray,
+    compression: str = "blosc",
+    groups: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> None:
     """Write an ITK HDF5 file in chunks made for random crops, under a temporary name until it is whole.
 
     volume: (X, Y, Z) int16 HU; affine: (4, 4) to RAS mm, whose axes must be orthogonal (ITK stores no shear).
     compression: "blosc" (LZ4 with bitshuffle: fastest, opens wherever hdf5plugin is installed), or "gzip" or "none"
-    for files that ITK itself must open. Raises ValueError for a volume or affine of another kind, OSError.
+    for files that ITK itself must open. groups: {name: {name: array}} besides the image, which ITK passes over.
+    Raises ValueError for a volume or affine of another kind, OSError.
     """
     volume, affine = np.asarray(volume), np.asarray(affine, float)
     if volume.dtype != np.int16 or volume.ndim != 3 or not volume.size:
@@ -81,6 +95,9 @@ def write_volume(path: Path | str, volume: np.ndarray, affine: np.ndarray, compr
         image.create_dataset(
             "VoxelData", data=voxels, chunks=tuple(min(CHUNK, n) for n in voxels.shape), **FILTERS[compression]()
         )
+        for group, parts in (groups or {}).items():
+            for name, array in parts.items():
+                file[f"{group}/{name}"] = array
 
 
 @contextlib.contextmanager

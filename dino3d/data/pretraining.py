@@ -18,8 +18,10 @@ from augmentations import (
 )
 from dino3d.block_masks import BlockMasks, PatchMasks, collate_masks
 from dino3d.data.conventions import DataError
+from dino3d.data.foreground import ForegroundDraws
 from dino3d.data.requirements import pretraining_fault
 from dino3d.data.volume import Volume
+from dino3d.data.volume_cache import VolumeCache
 
 PATCHES_PER_READ = 8  # patches of one volume that are near each other in an epoch: slow storage then has its file ready
 RUNS_AT_ONCE = 256  # runs whose patches take turns, so that a batch holds as many different ones as possible
@@ -27,7 +29,8 @@ RUNS_AT_ONCE = 256  # runs whose patches take turns, so that a batch holds as ma
 
 class Sample(NamedTuple):
     """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met
-    on the way, as (path, reason); spacing: (3,) mm per voxel of the patch; masks: what `BlockMasks.draw` gave."""
+    on the way, as (path, reason); spacing: (3,) mm per voxel of the patch; masks: what `BlockMasks.draw` gave; missing:
+    see `ForegroundDraws.missing`."""
 
     patch: np.ndarray
     views: list[ViewParameters | None]
@@ -35,6 +38,7 @@ class Sample(NamedTuple):
     path: str = ""
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
     masks: np.ndarray | None = None
+    missing: str = ""
 
 
 class Failure(NamedTuple):
@@ -46,7 +50,8 @@ class Failure(NamedTuple):
 
 class Batch(NamedTuple):
     """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
-    paths, spacings: the file of each patch, and its (3,) mm per voxel; masks: of the global views, with iBOT."""
+    paths, spacings: the file of each patch, and its (3,) mm per voxel; masks: of the global views, with iBOT;
+    missing: (path, why it was drawn elsewhere) pairs."""
 
     patches: torch.Tensor
     groups: list[ViewBatch | None]
@@ -55,6 +60,7 @@ class Batch(NamedTuple):
     paths: tuple[str, ...] = ()
     spacings: tuple[tuple[float, ...], ...] = ()
     masks: PatchMasks | None = None
+    missing: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on a device."""
@@ -72,6 +78,7 @@ class PretrainingPatches(Dataset):
     strict: an unreadable file ends the run; otherwise the next readable one in the list takes its place
     max_bad: unreadable files of an epoch that one worker puts up with; None: any number
     block_masks: which patches of the global views are hidden from the student; None: none
+    foreground: where patches are drawn; None: anywhere; cache: VolumeCache of each worker
     """
 
     def __init__(
@@ -83,8 +90,11 @@ class PretrainingPatches(Dataset):
         strict: bool = False,
         max_bad: int | None = None,
         block_masks: BlockMasks | None = None,
+        foreground: ForegroundDraws | None = None,
+        cache: VolumeCache | None = None,
     ) -> None:
         self.paths, self.multi_crop, self.seed, self.block_masks = paths, multi_crop, seed, block_masks
+        self.foreground, self.cache = foreground, cache or VolumeCache()
         self.strict = strict
         self.patches_per_volume = np.broadcast_to(patches_per_volume, len(paths)).tolist()
         self._ends = np.cumsum(self.patches_per_volume)  # (volumes,) sample behind each one's
@@ -111,11 +121,12 @@ class PretrainingPatches(Dataset):
                             if opened is not None:
                                 opened.close()
                             opened = None
-                            opened = Volume(path)
+                            opened = self.cache.get(path)
                             self._require_ct(opened)
                         patch, views, spacing = self._draw(opened, epoch, sample)
                         masks = self.block_masks and self.block_masks.draw(self.seed, epoch, sample)
-                        samples[place] = Sample(patch, views, bad, path, spacing, masks)
+                        missing = self.foreground.missing(opened) if self.foreground else ""
+                        samples[place] = Sample(patch, views, bad, path, spacing, masks, missing)
                         break
                     except DataError as error:
                         self._bad[path] = error.reason
@@ -160,9 +171,9 @@ class PretrainingPatches(Dataset):
         factors = np.array(averaging_blocks(stretch * crops.finest))  # (3,) sides of the blocks
         # Spacings in files are rounded: - 1e-3 keeps a view's voxels on the file's where both are meant to be equal
         size = np.ceil(np.array(crops.patch_size) * stretch / factors - 1e-3).astype(int) * factors
-        start = place_patch(
-            rng, np.array(volume.shape), np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int), size
-        )
+        core = np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int)
+        centre = self.foreground.draw(volume, rng) if self.foreground else None
+        start = place_patch(rng, np.array(volume.shape), core, size, centre)
         patch = volume.read(start, size)
         low, high = np.clip(-start, 0, size), np.clip(volume.shape - start, 0, size)
         inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
@@ -172,8 +183,11 @@ class PretrainingPatches(Dataset):
         return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing), tuple(spacing.tolist())
 
 
-def place_patch(rng: np.random.RandomState, shape: np.ndarray, core: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`, all (3,) voxels.
+def place_patch(
+    rng: np.random.RandomState, shape: np.ndarray, core: np.ndarray, size: np.ndarray, centre: np.ndarray | None = None
+) -> np.ndarray:
+    """(3,) first voxel of a patch of `size` whose middle `core` lies anywhere in a volume of `shape`, all (3,) voxels,
+    or around the voxel `centre` as far as the volume has room for it.
 
     The margin around the core stays inside too, so that turned views don't look beyond the volume, unless that left
     less than half of the room to choose from. A volume smaller than the core sits in its middle.
@@ -182,7 +196,9 @@ def place_patch(rng: np.random.RandomState, shape: np.ndarray, core: np.ndarray,
     margin = (size - core) // 2  # before the core; behind it there may be one voxel more
     low = np.where(room > 0, np.minimum(margin, room // 4), room // 2)
     high = np.where(room > 0, room - np.minimum(size - core - margin, room // 4), room // 2)
-    return rng.randint(low, high + 1) - margin
+    if centre is None:
+        return rng.randint(low, high + 1) - margin
+    return np.clip(centre - core // 2, low, high) - margin
 
 
 def block_mean(patch: np.ndarray, factors: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -226,6 +242,7 @@ def collate(samples: list[Sample] | list[Failure]) -> Batch:
         tuple(sample.path for sample in samples),
         tuple(sample.spacing for sample in samples),
         None if samples[0].masks is None else collate_masks([sample.masks for sample in samples]),
+        tuple((sample.path, sample.missing) for sample in samples if sample.missing),
     )
 
 

@@ -120,21 +120,30 @@ def _found_twice(found: Sequence[Sequence[str]]) -> list[str]:
 def data_changes(saved: Mapping[str, Any], config: Mapping[str, Any], position: int) -> list[str]:
     """Lines on what a resumed run draws from otherwise than its checkpoint did. saved, config: arguments of both;
     position: samples of the epoch that are done"""
-    names = ("data_dir", "data_weights", "data_list", "patches_per_volume")
-    changes = [
-        f"--{name} {_typed(config[name])} instead of {_typed(saved.get(name))}"
-        for name in names
-        if saved.get(name, config[name] if name == "patches_per_volume" else None) != config[name]
-    ]
+    changes = _changed(("data_dir", "data_weights", "data_list", "patches_per_volume"), saved, config)
+    drawn = _changed(("foreground", "foreground_share"), saved, config)
+    lines = [f"resuming with patches drawn elsewhere: {', '.join(drawn)}"] if drawn else []
     size = "samples_per_epoch"  # which older checkpoints lack
     if not changes and saved.get(size, config[size]) != config[size]:
         changes = [f"{config[size]} samples per epoch instead of {saved[size]}: volumes were added or removed"]
     rest = "; of the rest of this epoch some samples come again and others not at all" if position else ""
     if changes:
-        return [f"resuming with other data: {', '.join(changes)}{rest}"]
-    if rest and size not in saved and config["patches_per_volume"] > 1:
-        return [f"resuming a run of an older version, which mixed the patches of an epoch less{rest}"]
-    return []
+        lines.append(f"resuming with other data: {', '.join(changes)}{rest}")
+    elif rest and size not in saved and config["patches_per_volume"] > 1:
+        lines.append(f"resuming a run of an older version, which mixed the patches of an epoch less{rest}")
+    return lines
+
+
+OF_OLDER = {"patches_per_volume": 1, "foreground": "none"}  # what runs had that do not name it
+
+
+def _changed(names: Sequence[str], saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """The flags that differ, with both values. Flags that `config` does not name are passed over."""
+    return [
+        f"--{name} {_typed(config[name])} instead of {_typed(saved.get(name, OF_OLDER.get(name)))}"
+        for name in names
+        if name in config and saved.get(name, OF_OLDER.get(name)) != config[name]
+    ]
 
 
 def _typed(value: Any) -> str:

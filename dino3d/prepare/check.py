@@ -11,6 +11,7 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError
+from dino3d.data.foreground import read_occupancy
 from dino3d.data.layouts import (
     UNLABELLED,
     Crop,
@@ -56,6 +57,7 @@ class CheckedFile(NamedTuple):
     faults: tuple[str, str] = ("", "")
     classes: dict[int, int] = {}
     label_notes: tuple[str, ...] = ()
+    indexed: bool = False  # whether its occupancy is stored
 
     @property
     def header(self) -> Header:
@@ -173,6 +175,11 @@ def check_volumes(folder: Path, workers: int) -> Checked:
     good = [one for one in seen if not one.problem]
     paths = [one.path for one in good]
     lines += hu_warnings(paths, [one.faults[1] for one in good]) + note_lines(paths, [one.notes for one in good])
+    if without := [one.path for one in good if not one.indexed]:
+        lines.append(
+            f"note: {len(without)} of {len(good)} volumes have no stored occupancy, such as {without[0]}: --foreground "
+            "of main_dino.py finds it as it trains, prepare_data.py index stores it"
+        )
     return seen, problems, lines
 
 
@@ -201,7 +208,8 @@ def check_unlabelled(path: str) -> CheckedFile:
         with Volume(path) as volume:
             voxels = volume.read()
             seen = check_voxels(path, voxels, Header(volume.shape, volume.spacing, tuple(volume.notes)))
-            return seen._replace(problem=pretraining_fault(voxels, volume.converted))
+            indexed = read_occupancy(volume) is not None
+            return seen._replace(problem=pretraining_fault(voxels, volume.converted), indexed=indexed)
     except DataError as error:
         return CheckedFile(path, error.reason)
 

@@ -1,6 +1,7 @@
 """prepare_data.py nlst: every CT series and volume below a folder into the pre-training layout."""
 
 import collections
+import functools
 import os
 import re
 import zlib
@@ -15,6 +16,7 @@ from dino3d.data import images, resampling
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, LeftOut, stem
 from dino3d.data.dicom import Slice, read_header, sharpness
 from dino3d.data.dicom_series import assemble, stored_series
+from dino3d.data.foreground import GROUP, find_foreground
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.requirements import require_ct, too_bright
 from dino3d.data.scans import Scan, find_scans
@@ -176,8 +178,14 @@ def convert_scans(task: ScanTask) -> Iterator[Output]:
         voxels, affine = images.voxels_of(image), images.affine_of(image)
         yield Output(
             {**row, "output": output, **image_statistics(image)},
-            lambda path, voxels=voxels, affine=affine: write_volume(path, voxels, affine, task.compression),
+            functools.partial(write_with_occupancy, voxels=voxels, affine=affine, compression=task.compression),
         )
+
+
+def write_with_occupancy(path: Path, voxels: np.ndarray, affine: np.ndarray, compression: str) -> None:
+    """`write_volume`, with the blocks of body and lung that --foreground of pre-training draws from."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    write_volume(path, voxels, affine, compression, {GROUP: find_foreground(voxels, spacing).arrays()})
 
 
 def read_scan(task: ScanTask, scan: Scan) -> tuple["sitk.Image", list[str]]:

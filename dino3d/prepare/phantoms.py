@@ -69,35 +69,12 @@ def labelled_phantom(
     paint(lungs, rng.uniform(-870, -830))
 
     # Vessels: random trees from each hilum, thinner at every fork
-    def stamp(mask: np.ndarray, position: np.ndarray, radius: float) -> None:
-        """Set an ellipsoid in the mask: position and radius in mm, at least one voxel thick."""
-        radii = np.maximum(radius, 0.5 * spacing)
-        first = np.maximum(np.floor((position - radii) / spacing), 0).astype(int)
-        last = np.minimum(np.ceil((position + radii) / spacing), shape).astype(int)
-        if (first >= last).any():
-            return
-        a, b, c = (((np.arange(first[k], last[k]) + 0.5) * spacing[k] - position[k]) / radii[k] for k in range(3))
-        inside = (a**2)[:, None, None] + (b**2)[:, None] + c**2 <= 1
-        mask[first[0] : last[0], first[1] : last[1], first[2] : last[2]] |= inside
-
-    def grow(position: np.ndarray, heading: np.ndarray, radius: float, length: float, forks: int) -> None:
-        """Grow a branch that wanders and tapers, then the branches it forks into."""
-        step = max(0.8 * radius, 0.8 * scale)
-        steps = max(int(length / step), 1)
-        for k in range(steps):
-            heading = heading + rng.normal(0, 0.12, 3)
-            heading /= np.linalg.norm(heading)
-            position = position + step * heading
-            stamp(vessels, position, radius * (1 - 0.35 * k / steps))
-        for _ in range(2 if forks else 0):
-            grow(position, heading + rng.normal(0, 0.5, 3), 0.65 * radius, 0.75 * length, forks - 1)
-
     vessels = np.zeros(shape, dtype=bool)
     for side in (-1, 1):
         hilum = 0.5 * (np.array([side * 0.13, 0.0, 0.0]) + 1) * extent
         for _ in range(12):
             heading = rng.normal(0, 1, 3) * (0.4, 1, 1) + (side * 0.9, 0, 0)
-            grow(hilum, heading / np.linalg.norm(heading), 4.5 * scale, 42 * scale, forks=3)
+            _grow(vessels, spacing, rng, hilum, heading / np.linalg.norm(heading), 4.5 * scale, 42 * scale, forks=3)
     paint(vessels & lungs, 40)
 
     # Nodules: solid, the last one of ground glass
@@ -106,7 +83,7 @@ def labelled_phantom(
     nodules = np.zeros(shape, dtype=np.uint8)
     for k, radius in enumerate(radii if len(places) else ()):
         nodule = np.zeros(shape, dtype=bool)
-        stamp(nodule, (places[rng.integers(len(places))] + 0.5) * spacing, radius)
+        _stamp(nodule, spacing, (places[rng.integers(len(places))] + 0.5) * spacing, radius)
         paint(nodule & lungs, -600 if k == len(radii) - 1 else 30)
         nodules[nodule & lungs] = k + 1
 
@@ -127,3 +104,39 @@ def labelled_phantom(
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -0.5 * (np.array(shape) - 1) * spacing  # the origin is the centre
     return np.clip(np.rint(hu), HU_MIN, HU_MAX).astype(np.int16), affine, nodules
+
+
+def _stamp(mask: np.ndarray, spacing: np.ndarray, position: np.ndarray, radius: float) -> None:
+    """Set an ellipsoid in the mask: position and radius in mm, at least one voxel thick."""
+    radii = np.maximum(radius, 0.5 * spacing)
+    first = np.maximum(np.floor((position - radii) / spacing), 0).astype(int)
+    last = np.minimum(np.ceil((position + radii) / spacing), mask.shape).astype(int)
+    if (first >= last).any():
+        return
+    a, b, c = (((np.arange(first[k], last[k]) + 0.5) * spacing[k] - position[k]) / radii[k] for k in range(3))
+    inside = (a**2)[:, None, None] + (b**2)[:, None] + c**2 <= 1
+    mask[first[0] : last[0], first[1] : last[1], first[2] : last[2]] |= inside
+
+
+def _grow(
+    vessels: np.ndarray,
+    spacing: np.ndarray,
+    rng: np.random.Generator,
+    position: np.ndarray,
+    heading: np.ndarray,
+    radius: float,
+    length: float,
+    forks: int,
+) -> None:
+    """Grow a branch that wanders and tapers, then the branches it forks into. radius, length: mm"""
+    scale = (np.array(vessels.shape) * spacing / (320, 256, 288)).min()
+    step = max(0.8 * radius, 0.8 * scale)
+    steps = max(int(length / step), 1)
+    for k in range(steps):
+        heading = heading + rng.normal(0, 0.12, 3)
+        heading /= np.linalg.norm(heading)
+        position = position + step * heading
+        _stamp(vessels, spacing, position, radius * (1 - 0.35 * k / steps))
+    for _ in range(2 if forks else 0):
+        heading_of_branch = heading + rng.normal(0, 0.5, 3)
+        _grow(vessels, spacing, rng, position, heading_of_branch, 0.65 * radius, 0.75 * length, forks - 1)

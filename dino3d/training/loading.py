@@ -1,16 +1,20 @@
 """The DataLoader's reading processes: how many, and the next of their batches."""
 
+import contextlib
 import errno
 import multiprocessing.queues
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dino3d.command_line import UserError, available_cores
+from dino3d.files import TEXT
 from dino3d.training.checkpoint import ignore_signals
 from utils import EXIT_FILES, Processes, is_worker_death, worker_death
 
+CGROUP = Path("/sys/fs/cgroup")  # of a container
 READY_BATCHES = 2  # that each of a loader's workers has in hand or waiting
 
 
@@ -45,6 +49,23 @@ def reading_processes(wanted: int | None, processes: Processes, batch_bytes: int
         1 if fits else None,
         [shortage + f"{fits} instead; enlarge it (Docker: --shm-size=16g) if data is waited for"],
     )
+
+
+def cache_bytes(workers: int, processes: Processes) -> int:
+    """Bytes of volumes that each reading process may keep in memory: together a quarter of what is free now."""
+    return available_memory() // 4 // (max(workers, 1) * processes.local_world_size)
+
+
+def available_memory() -> int:
+    """Bytes that this machine, or the container that this process is in, has left; 0 where nothing tells."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(**TEXT).splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, "max" for none
+        limit, used = ((CGROUP / name).read_text(**TEXT) for name in ("memory.max", "memory.current"))
+        free.append(max(0, int(limit) - int(used)))
+    return min(free, default=0)
 
 
 def start_reading_process(_: int) -> None:

@@ -149,6 +149,7 @@ class Monitor:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
+        self._missing_told = False
         records = read_log(self.output_dir / "log.txt") if processes.is_main else ()
         self._names, self._watch = None, CollapseWatch(out_dim, records)
         self.writer, self.bar, self._curves, self._done_steps = Silent(), Silent(), {}, done_steps
@@ -180,6 +181,15 @@ class Monitor:
 
     def print(self, message: str) -> None:
         tqdm.write(message, file=sys.stderr)
+
+    def record(self, batch: Any) -> None:
+        """Take note of what a pretraining.Batch met on this rank; tell the first patch that was not drawn where it
+        should. Raises UserError, see `BadFiles.record`."""
+        self.bad_files.record(batch)
+        if batch.missing and self.processes.is_main and not self._missing_told:
+            path, reason = batch.missing[0]
+            self._missing_told = True
+            self.print(f"--foreground: {path}: {reason}, and so in others like it")
 
     def step(self, finite: Tensor, metrics: Mapping[str, Tensor], teacher: TeacherOutputs, waited: float) -> None:
         """Take note of one step; of one that was skipped, only that.

@@ -1,0 +1,79 @@
+"""prepare_data.py index: what training looks up of files that are there already, stored beside them."""
+
+import glob
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from dino3d.command_line import UserError, truncate_list
+from dino3d.data.conventions import DataError
+from dino3d.data.foreground import KINDS, find_foreground, index_path, read_occupancy, write_occupancy
+from dino3d.data.layouts import find_unlabelled, none_found
+from dino3d.data.parallel import in_processes, progress
+from dino3d.data.volume import Volume
+from dino3d.run_lock import own_folder
+
+
+class Indexed(NamedTuple):
+    """What became of a volume: stored now, or before, without these KINDS in it; or the reason why not."""
+
+    path: str
+    before: bool = False
+    without: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def index(folder: Path, workers: int) -> None:
+    """Store the occupancy of all volumes below a folder for which there is none; no volume's file is changed.
+
+    Every file beside a volume is whole or not there: a run that was killed is resumed by the same command.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: " + ("is no folder" if folder.exists() else "no such folder"))
+    with own_folder(folder, "folder"):
+        names, passed_over = find_unlabelled(folder)
+        files = [os.path.join(folder, name) for name in names if os.path.isfile(os.path.join(folder, name))]
+        if not files:
+            series = f"{len(names)} DICOM series alone, beside which nothing is stored: convert them" * bool(names)
+            raise UserError(f"{folder}: {series or none_found(passed_over)}")
+        seen = []
+        with progress(len(files), "file") as bar:
+            for path, result in in_processes(index_file, files, workers):
+                seen.append(result or Indexed(path, problem="the process that read it died"))
+                bar.update()
+    report_indexed(folder, seen, len(names) - len(files))
+
+
+def index_file(path: str) -> Indexed:
+    """Store one file's occupancy, unless it is there."""
+    before = False
+    try:
+        for left in Path(path).parent.glob(f".part.*.{glob.escape(index_path(path).name)}"):
+            left.unlink()  # of a run that was killed
+        with Volume(path) as volume:
+            found = read_occupancy(volume)
+            before = found is not None
+            if not before:
+                found = find_foreground(volume.read(), volume.spacing)
+                write_occupancy(path, found)
+    except DataError as error:
+        return Indexed(path, problem=error.reason)
+    except OSError as error:
+        return Indexed(path, problem=f"its occupancy can't be written ({error.strerror or error})")
+    return Indexed(path, before, tuple(kind for kind in KINDS if not found.bits[kind].any()))
+
+
+def report_indexed(folder: Path, seen: list[Indexed], series: int) -> None:
+    """Print what became of the files. Raises UserError if some failed."""
+    good = sorted(one for one in seen if not one.problem)
+    bad = sorted((one.path, one.problem) for one in seen if one.problem)
+    print(f"occupancy of {len(good)} volumes in {folder}, {sum(one.before for one in good)} of them from before")
+    for kind in KINDS:
+        without = [one.path for one in good if kind in one.without]
+        if without:
+            print(f"no {kind} was found in {len(without)} of them: {truncate_list(without)}")
+    if series:
+        print(f"passed over: {series} DICOM series, beside which nothing is stored")
+    if bad:
+        path, problem = bad[0]
+        raise UserError(f"{folder}: {len(bad)} of {len(seen)} volumes have none, such as {path}: {problem}")
