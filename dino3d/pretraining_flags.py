@@ -4,7 +4,7 @@ import argparse
 
 from dino3d import command_line
 from dino3d.command_line import XYZ, format_values, number
-from dino3d.data.foreground import FOREGROUND_SHARE, KINDS
+from dino3d.data.foreground import FOREGROUND_SHARE, FOREGROUNDS
 from dino3d.data.sources import source_fault
 from dino3d.training import checkpoint
 from dino3d.training.view_flags import add_view_flags, check_view_flags
@@ -79,7 +79,7 @@ def add_data_flags(parser: command_line.ArgumentParser) -> None:
     group.add_argument(
         "--foreground",
         default="none",
-        choices=("none", *KINDS),
+        choices=("none", *FOREGROUNDS),
         help="where patches are drawn: none: anywhere in a volume; body: a share of them centred in the body, not the "
         "air around it; lung: in the lungs, for lung tasks and scans of more than the chest. prepare_data.py index "
         "stores where that is",

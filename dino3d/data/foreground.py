@@ -23,7 +23,7 @@ from dino3d.data.requirements import LOOKED_INTO
 from dino3d.data.volume import Volume
 from dino3d.files import atomic_write
 
-KINDS = ("body", "lung")
+FOREGROUNDS = ("body", "lung")
 FOREGROUND_SHARE = 0.75
 RULES = 1  # of `find_foreground`; to be counted up when they change: what others have stored is found anew
 BLOCK_MM, CELL_MM = 8.0, 4.0  # mm, about
@@ -166,7 +166,7 @@ def _from_beside(path: Path | str) -> dict[str, np.ndarray]:
 def _sound(stored: Mapping[str, np.ndarray], volume_shape: Sequence[int]) -> Occupancy | None:
     """The Occupancy in stored arrays, where it is one of a volume of this shape by today's rules. Raises DAMAGED."""
     block, shape = ([int(n) for n in np.ravel(stored[name])] for name in ("block", "shape"))
-    bits = {kind: np.asarray(stored[kind]) for kind in KINDS}
+    bits = {kind: np.asarray(stored[kind]) for kind in FOREGROUNDS}
     fits = (
         int(stored["rules"]) == RULES
         and len(block) == 3
@@ -198,7 +198,7 @@ def occupancy_of(volume: Volume) -> Occupancy:
 class ForegroundDraws:
     """Voxels of a volume's body or lung, drawn at random. What was found is kept, about a kilobyte for each volume.
 
-    kind: of KINDS; share: of the draws, default FOREGROUND_SHARE; the others are None, which stands for anywhere
+    kind: of FOREGROUNDS; share: of the draws, default FOREGROUND_SHARE; the others are None, which stands for anywhere
     """
 
     def __init__(self, kind: str, share: float | None = None) -> None:
@@ -236,7 +236,7 @@ class ForegroundDraws:
 
 def unindexed_lines(paths: Sequence[str], foreground: str) -> list[str]:
     """A line where volumes have no stored Occupancy, of a part of a large data set; foreground: what --foreground is"""
-    if foreground not in KINDS:
+    if foreground not in FOREGROUNDS:
         return []
     step = max(1, len(paths) // LOOKED_INTO)
     looked, without = paths[::step], []

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dino3d.command_line import UserError, truncate_list
 from dino3d.data.conventions import DataError
-from dino3d.data.foreground import KINDS, find_foreground, index_path, read_occupancy, write_occupancy
+from dino3d.data.foreground import FOREGROUNDS, find_foreground, index_path, read_occupancy, write_occupancy
 from dino3d.data.layouts import find_unlabelled, none_found
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.volume import Volume
@@ -15,7 +15,7 @@ from dino3d.run_lock import own_folder
 
 
 class Indexed(NamedTuple):
-    """What became of a volume: stored now, or before, without these KINDS in it; or the reason why not."""
+    """What became of a volume: stored now, or before, without these FOREGROUNDS in it; or the reason why not."""
 
     path: str
     before: bool = False
@@ -60,7 +60,7 @@ def index_file(path: str) -> Indexed:
         return Indexed(path, problem=error.reason)
     except OSError as error:
         return Indexed(path, problem=f"its occupancy can't be written ({error.strerror or error})")
-    return Indexed(path, before, tuple(kind for kind in KINDS if not found.bits[kind].any()))
+    return Indexed(path, before, tuple(kind for kind in FOREGROUNDS if not found.bits[kind].any()))
 
 
 def report_indexed(folder: Path, seen: list[Indexed], series: int) -> None:
@@ -68,7 +68,7 @@ def report_indexed(folder: Path, seen: list[Indexed], series: int) -> None:
     good = sorted(one for one in seen if not one.problem)
     bad = sorted((one.path, one.problem) for one in seen if one.problem)
     print(f"occupancy of {len(good)} volumes in {folder}, {sum(one.before for one in good)} of them from before")
-    for kind in KINDS:
+    for kind in FOREGROUNDS:
         without = [one.path for one in good if kind in one.without]
         if without:
             print(f"no {kind} was found in {len(without)} of them: {truncate_list(without)}")
