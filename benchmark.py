@@ -64,6 +64,7 @@ from vision_transformer import ARCHITECTURES
 SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
 SCAN = Path(__file__).resolve().parent.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
 GLOBAL, LOCAL, LOCAL_NUMBER = (96, 96, 48), (24, 24, 12), 8  # voxels; two views are global
+PATCH_SIZE = (12, 12, 6)
 POLICY = paper_policy(PAPER)
 CLIP_RANGE = (-1000, 1000)  # HU
 BATCH = {"cpu": 4, "cuda": 64}  # samples per call
@@ -121,6 +122,13 @@ def get_args_parser() -> command_line.ArgumentParser:
         type=number(int, 1),
         help="samples of the baseline per repeat, besides two batches of ours; more even out what is drawn",
     )
+    sub, group = command(views, 5, ["cpu", "cuda"])
+    model_flags(sub, group, 2, 64)
+    for flag, default, text in (
+        ("--input_size", GLOBAL, "voxels of a global view"),
+        ("--patch_size", PATCH_SIZE, "voxels of a token; local views have 2 x 2 x 2 or 3 x 3 x 3 of them"),
+    ):
+        group.add_argument(flag, default=default, nargs=3, type=number(int, 1), metavar=xyz, help=text)
     sub, group = command(read, 7, ["cpu"], [1])
     group.add_argument(
         "--reads", default=4, type=number(int, 1), help="patches per repeat, each from a file opened for it"
@@ -235,11 +243,7 @@ def augment(device: str, repeats: int, samples: int) -> dict[str, Any]:
     """Ten views of a sample, all six augmentations on: ours from int16 HU to views, against MONAI's one by one."""
     crops = MultiCropAugmentation(POLICY, GLOBAL, LOCAL, LOCAL_NUMBER)
     volume, _, origin = scan(SCAN_SIZE)
-    rng, patches = np.random.RandomState(0), []
-    for _ in range(BATCH[device]):
-        start = place_patch(rng, np.array(volume.shape), np.array(crops.core), np.array(crops.patch_size))
-        # A file's slowest axis is z: what is read from one lies in memory in that order
-        patches.append(np.asfortranarray(cut(volume, start, crops.patch_size)))
+    patches = base_patches(volume, crops, BATCH[device])
     centred = (np.array(crops.patch_size) - baselines.PATCH) // 2
     inner = [np.ascontiguousarray(cut(patch, centred, baselines.PATCH)) for patch in patches]
     transforms = baselines.monai_transforms(GLOBAL, LOCAL, seed=0)
@@ -284,6 +288,16 @@ def augment(device: str, repeats: int, samples: int) -> dict[str, Any]:
     )
 
 
+def base_patches(volume: np.ndarray, crops: MultiCropAugmentation, number: int) -> list[np.ndarray]:
+    """Random base patches of a volume, as pre-training reads them."""
+    rng, patches = np.random.RandomState(0), []
+    for _ in range(number):
+        start = place_patch(rng, np.array(volume.shape), np.array(crops.core), np.array(crops.patch_size))
+        # A file's slowest axis is z: what is read from one lies in memory in that order
+        patches.append(np.asfortranarray(cut(volume, start, crops.patch_size)))
+    return patches
+
+
 def our_views(patches: Sequence[np.ndarray], crops: MultiCropAugmentation, first: int, device: str) -> float:
     """Draw, collate and render the views of a batch; returns the seconds until the batch is ready for the device."""
     start = time.perf_counter()
@@ -293,6 +307,79 @@ def our_views(patches: Sequence[np.ndarray], crops: MultiCropAugmentation, first
     crops.render(batch.patches, batch.groups, CLIP_RANGE)
     synchronise(device)
     return ready - start
+
+
+# ------------------------------------------------------------------------------------------------------------- views
+
+
+def views(
+    device: str,
+    repeats: int,
+    arch: str,
+    out_dim: int,
+    batch_size: int,
+    precision: str,
+    compile: bool,
+    input_size: Sequence[int],
+    patch_size: Sequence[int],
+) -> dict[str, Any]:
+    """Resized local views of 27 tokens against local views of 8: ten views of a sample, and a training step on them."""
+    volume, _, origin = scan(SCAN_SIZE)
+    whole = [2 * n / m for n, m in zip(patch_size, input_size)]  # sides of the local views of 8 tokens
+    scale = (min(whole), min(1.0, 2 * max(whole)))
+    kinds = {
+        "8 tokens": MultiCropAugmentation(POLICY, input_size, [2 * n for n in patch_size], LOCAL_NUMBER),
+        "27 tokens": MultiCropAugmentation(
+            POLICY, input_size, [3 * n for n in patch_size], LOCAL_NUMBER, local_scale=scale
+        ),
+        "27 tokens, resized global views": MultiCropAugmentation(
+            POLICY, input_size, [3 * n for n in patch_size], LOCAL_NUMBER, global_scale=(0.5, 1), local_scale=scale
+        ),
+    }
+    tasks = {}
+    for name, crops in kinds.items():
+        patches = base_patches(volume, crops, BATCH[device])
+
+        def render(turn: int, patches: list[np.ndarray] = patches, crops: MultiCropAugmentation = crops) -> None:
+            our_views(patches, crops, turn * len(patches), device)
+
+        tasks[f"ten views, {name}"] = (render, len(patches))
+    for name in ("8 tokens", "27 tokens"):
+        sizes = {"size": input_size, "patch_size": patch_size, "local": kinds[name].local_size}
+        take = our_step(arch, out_dim, batch_size, device, precision, compile, **sizes)
+        tasks[f"step, {name}"] = (lambda turn, take=take: (take(), synchronise(device)), batch_size)
+    times = take_turns(tasks, repeats)
+    notes = {name: f"local views {format_size(crops.local_size)}" for name, crops in kinds.items()}
+    rows = {
+        name: {
+            "seconds": statistics.median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "note": notes[name.split(", ", 1)[1]],
+        }
+        for name, seconds in times.items()
+    }
+    costs = {}
+    for name, seconds in times.items():
+        ratios = [one / base for one, base in zip(seconds, times[name.split(", ")[0] + ", 8 tokens"])]
+        costs[name] = [statistics.median(ratios), min(ratios), max(ratios)]
+        rows[name]["note"] += f"; {costs[name][0]:.2f} times 8 tokens ({costs[name][1]:.2f} to {costs[name][2]:.2f})"
+    return {
+        "unit": "seconds per sample",
+        "rows": rows,
+        "costs": costs,
+        "parameters": {
+            "data": origin,
+            "repeats": repeats,
+            "arch": arch,
+            "out_dim": out_dim,
+            "batch_size": batch_size,
+            "precision": precision,
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "local_crops_scale": scale,
+            "base_patches": {name: crops.patch_size for name, crops in kinds.items()},
+        },
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- read
@@ -569,11 +656,15 @@ def step(
 
 
 def random_views(
-    batch_size: int, device: str | torch.device, size: Sequence[int] = GLOBAL, local_number: int = LOCAL_NUMBER
+    batch_size: int,
+    device: str | torch.device,
+    size: Sequence[int] = GLOBAL,
+    local_number: int = LOCAL_NUMBER,
+    local: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """[global (2 B, 1, x, y, z), local (L B, 1, x, y, z)] of grey values in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
-    local = [n // 4 for n in size]
+    local = local or [n // 4 for n in size]
     shapes = [(2 * batch_size, 1, *size), (local_number * batch_size, 1, *local)][: 1 + bool(local_number)]
     return [torch.rand(shape, generator=generator).to(device) for shape in shapes]
 
@@ -588,15 +679,17 @@ def our_step(
     size: Sequence[int] = GLOBAL,
     local_number: int = LOCAL_NUMBER,
     objective: Mapping[str, Any] = MappingProxyType({}),
+    patch_size: Sequence[int] = PATCH_SIZE,
+    local: Sequence[int] | None = None,
 ) -> Callable[[], Tensor]:
     """A function that takes a step of main_dino.py on random views and returns its loss, on the device.
 
     objective: of OBJECTIVES
     """
     torch.manual_seed(0)
-    weight, patch, targets = objective.get("ibot", 0.0), (12, 12, 6), (out_dim, 0.9, objective.get("centering", "mean"))
+    weight, targets = objective.get("ibot", 0.0), (out_dim, 0.9, objective.get("centering", "mean"))
     student, teacher = (
-        main_dino.build_model(arch, size, patch, out_dim, False, 0.0, True, ibot=weight > 0) for _ in range(2)
+        main_dino.build_model(arch, size, patch_size, out_dim, False, 0.0, True, ibot=weight > 0) for _ in range(2)
     )
     teacher.load_state_dict(student.state_dict())
     device = torch.device(device)
@@ -622,8 +715,8 @@ def our_step(
         processes=utils.Processes(device=device),
         nonfinite=NonFiniteSteps(20, device),
     )
-    views = random_views(batch_size, device, size, local_number)
-    draw = BlockMasks(tuple(n // p for n, p in zip(size, patch))).draw
+    views = random_views(batch_size, device, size, local_number, local)
+    draw = BlockMasks(tuple(n // p for n, p in zip(size, patch_size))).draw
     masks = [collate_masks([draw(0, 0, i) for i in range(batch_size)]).to(device) if weight else None]
     return lambda: main_dino.train_step(run, [views], VALUES, frozen=False, masks=masks).metrics["loss"]
 

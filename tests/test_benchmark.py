@@ -106,6 +106,18 @@ def test_baseline_stands_in_the_report_as_it_ran(run):
     assert "CPU threads: 1" in report and all(name in report for name in result["parameters"])
 
 
+def test_views_of_27_tokens_against_8():
+    small = "--arch vit_micro --out_dim 64 --batch_size 1 --input_size 24 24 24 --patch_size 6 6 6"
+    process = benchmark("views", "--json", "--repeats", "1", *small.split())
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
+    kinds = ("8 tokens", "27 tokens", "27 tokens, resized global views")
+    assert [*result["costs"]] == [*(f"ten views, {kind}" for kind in kinds), "step, 8 tokens", "step, 27 tokens"]
+    for name, (median, low, high) in result["costs"].items():
+        assert 0 < low <= median <= high and (median == 1 or not name.endswith(", 8 tokens"))
+    assert "local views 18 x 18 x 18" in process.stdout and result["parameters"]["local_crops_scale"] == [0.5, 1]
+
+
 def test_a_step_of_vit_small_takes_226_gigaflop():
     """The count of earlier work, every block's matrix products for every token, and ours without what nothing reads:
     in the last block the class token alone goes on. Within 2 %: torch counts the attention's backward pass as 2.5

@@ -7,9 +7,11 @@ import pytest
 import scipy.ndimage
 import torch
 from monai.transforms import Resize
-from test_augmentations import CLIP, PAPER, close, few_views, middle, noise  # noqa: F401
+from test_augmentations import CLIP, PAPER, close, few_views, index_grid, middle, noise  # noqa: F401
 
 from augmentations import MultiCropAugmentation, Policy, average_blocks, averaging_blocks, collate_views
+from dino3d.data.hdf5 import write_volume
+from dino3d.data.pretraining import PretrainingPatches, collate
 from dino3d.pretraining_flags import check_pretraining_flags
 from dino3d.training.view_flags import describe_views, multi_crop
 from main_dino import get_args_parser
@@ -191,6 +193,31 @@ def test_the_base_patch_follows_the_largest_window(low, high):
             outside = (at < -1e-3) | (at > np.array(crops.patch_size) - 1 + 1e-3)
             spilling.append(outside.any(-1).mean() > 0.01)
     assert np.mean(spilling) < 0.06
+
+
+@pytest.mark.parametrize("local_side, blocks", [(0.5, (2, 2, 1)), (0.25, (1, 1, 1))])
+def test_views_of_a_file_are_resized_in_millimetres(local_side, blocks, tmp_path, few_views):
+    """Three ramps in mm, from files: a view's voxels are its side's share of --spacing apart. The files' finer voxels
+    are averaged no further than the finest view allows."""
+    spacing, size, local = np.array([2.0, 2.0, 3.0]), (16, 16, 8), (8, 8, 4)
+    own = np.array([0.8, 0.9, 2.5])
+    shape = (110, 100, 40)
+    at = index_grid(shape) * own
+    crops = resized(
+        spacing=tuple(spacing), global_scale=(0.8, 0.8), local_scale=(local_side, local_side), size=size, local=local
+    )
+    for axis in range(3):
+        write_volume(tmp_path / f"{axis}.hdf5", (at[..., axis] * 10).astype(np.int16), np.diag([*own, 1]))
+        dataset = PretrainingPatches([str(tmp_path / f"{axis}.hdf5")], crops, seed=0)
+        batch = collate(dataset.__getitems__([(0, 0)]))
+        np.testing.assert_allclose(batch.spacings[0], own * blocks)
+        for views, side, n in zip(crops.render(batch.patches, batch.groups, (-1000, 2000)), (0.8, local_side), (2, 3)):
+            mm = (views[:, 0].double().numpy() * 3000 - 1000) / 10  # (n, x, y, z)
+            steps = np.diff(mm, axis=axis + 1)
+            expected = side * spacing[axis] * size[axis] / views.shape[axis + 2]
+            assert len(mm) == n and np.median(steps) == pytest.approx(expected, rel=0.03)
+            others = [other for other in range(3) if other != axis]
+            assert all(np.abs(np.diff(mm, axis=other + 1)).max() < 0.2 for other in others)
 
 
 # ----------------------------------------------------------------------------------------------------------- flags
