@@ -59,7 +59,7 @@ from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory
 from dino3d.training.nonfinite import NonFiniteSteps
 from utils import PRECISIONS
-from vision_transformer import ARCHITECTURES
+from vision_transformer import ARCHITECTURES, has_setting
 
 SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
 SCAN = Path(__file__).resolve().parent.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
@@ -617,7 +617,8 @@ def step(
     if not abs(ours - first) <= CLOSE[precision] * abs(first):
         raise UserError(f"the first losses differ: {first} of the baseline, {ours} of ours")
     for flags, objective in OBJECTIVES.items():
-        if batch_size > 1 or "koleo" not in objective:  # which needs a neighbour
+        possible = {"koleo": batch_size > 1, "ibot": has_setting(arch, "patch_size"), "centering": True}
+        if all(possible[name] for name in objective):
             sides[flags] = our_step(**settings, compiled=compile, objective=objective)
     times = take_turns(
         {name: (lambda turn, take=take: (take(), synchronise(device)), batch_size) for name, take in sides.items()},

@@ -15,7 +15,7 @@ COMMANDS = {
     "read": ["--repeats", "2", "--reads", "1", "--size", "160", "140", "125"],
     "convert": ["--repeats", "1", "--size", "120", "100", "20"],
     "data": ["--repeats", "1"],
-    "step": ["--repeats", "1", "--arch", "vit_tiny", "--out_dim", "256", "--batch_size", "1"],
+    "step": ["--repeats", "1", "--arch", "vit_micro", "--out_dim", "256", "--batch_size", "2"],
     "infer": ["--repeats", "1", "--arch", "vit_tiny", "--size", "24", "24", "12"],
     "train": [
         "--repeats",
@@ -89,6 +89,10 @@ def test_last_line_is_the_result_as_json(run):
         assert set(result["parameters"]["megabytes"]) == set(result["rows"])
     if what == "step":
         assert all(memory > 0.01 for memory in result["parameters"]["peak_memory_gib"].values())
+        assert set(result["objectives"]) == {"--centering sinkhorn", "--koleo 0.1", "--ibot 1"}
+        for flags, cost in result["objectives"].items():
+            assert cost["spread"][0] <= cost["ratio"] <= cost["spread"][1]
+            assert f"a step with {flags} takes" in process.stdout
     if what == "train":
         assert result["samples_per_second"] == pytest.approx(1 / result["ours"])
         assert 0 <= result["waiting_for_data"] <= 1 and result["peak_memory_gib"] > 0.1

@@ -336,6 +336,17 @@ def test_a_step_with_all_objectives(centering, dtype):
         assert all(p.grad.isfinite().all() for p in run.student.parameters() if p.grad is not None)
 
 
+def test_the_host_waits_for_no_objective():
+    """As in test_steps.py of the plain step: on a GPU to fetch a value would hold the host up."""
+    run, views, masks = run_with_all(tissue=(12, 12, 6)), [torch.rand(8, 1, 24, 24, 12)], masks_of(probability=1)
+    main_dino.train_step(run, [views], VALUES, False, masks)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        main_dino.train_step(run, [views], VALUES, False, masks)
+    seen = {event.key for event in profile.events() if getattr(event.cpu_parent, "key", "") != "aten::_fused_adamw_"}
+    assert {"aten::argmax", "aten::index_select", "aten::logsumexp"} <= seen  # KoLeo, iBOT, Sinkhorn-Knopp
+    assert not seen & {"aten::item", "aten::nonzero", "aten::is_nonzero"}
+
+
 def test_the_prototypes_of_both_heads_are_frozen_at_first():
     run, views = run_with_all(), [torch.rand(8, 1, 24, 24, 12)]
     heads = (run.student.head.last_layer, run.student.patch_head.last_layer)
