@@ -176,3 +176,26 @@ def test_a_run_with_all_of_it_resumes_and_does_not_depend_on_the_workers(volumes
     states = [checkpoint(tmp_path / name) for name in ("whole", "parts")]
     for part in ("student", "teacher"):
         assert same(states[0][part], states[1][part])[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_renders_what_the_cpu_renders(few_views):
+    """Resized and windowed, and the host waits for nothing."""
+    scales = {"global_scale": (0.5, 2.0), "local_scale": (0.2, 1.0)}
+    crops = MultiCropAugmentation(replace(WINDOWED, prob=0.8), (24, 20, 12), (8, 7, 5), 3, **scales)
+    smooth = scipy.ndimage.gaussian_filter(np.random.RandomState(0).randn(4, *crops.patch_size), (0, 1, 1, 1))
+    patches = torch.from_numpy((smooth * 3000).astype(np.int16))
+    groups = collate_views([crops.draw(0, 0, i) for i in range(4)])
+    crops.render(patches.cuda(), [group.to("cuda") for group in groups], (-1000, 1000))  # the lattices' weights
+    on_gpu = patches.cuda(), [group.to("cuda") for group in groups]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seen = crops.render(*on_gpu, (-1000, 1000))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(seen, crops.render(patches, groups, (-1000, 1000))):
+        close(ours.cpu(), theirs, 1e-2)
