@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_results(measured, entries, found, plan)
     how = protocol_in_words(args, plan, cases)
     facts = {
-        "command": shlex.join(["evaluate_features.py", *(sys.argv[1:] if argv is None else map(str, argv))]),
+        "command": shlex.join(["evaluate_features.py", *parser.words]),
         "said": said,
         "protocol": how,
         "task": target.task,

@@ -274,7 +274,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("epilog", "@FILE among the flags stands for those in a file, see docs/recipes.md")
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, add_help=False, **kwargs)
-        self._words = []  # those that are being parsed
+        self.words = []  # of the command line, with those of files in their place
 
     def is_given(self, args: argparse.Namespace, name: str) -> bool:
         """Whether a flag was given, also with its default's value. For numbers with a point and lists, which are new
@@ -283,7 +283,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message, *suggestion = message.partition(": did you mean")
-        message += flag_files.place_of_error(self._words, self._option_string_actions)
+        message += flag_files.place_of_error(self.words, self._option_string_actions)
         print_error(message + ("".join(suggestion) or " (see --help)"), True)
         sys.exit(2)
 
@@ -299,9 +299,8 @@ class ArgumentParser(argparse.ArgumentParser):
             if flag.startswith("--") and flag != "--" and " " not in flag and flag not in self._option_string_actions:
                 unknown = f"unrecognized argument {flag}" + flag_files.place_of(word)
                 self.error(unknown + did_you_mean(flag, self._option_string_actions))
-        self._words = args
+        self.words = args
         namespace, extras = super().parse_known_args(args, namespace)
-        self._words = []
         for word in extras:
             if isinstance(word, flag_files.FileWord):
                 self.error(f"{word}: no flag takes it{flag_files.place_of(word)}")

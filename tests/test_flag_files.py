@@ -81,6 +81,7 @@ def test_files_stand_where_they_are_named_and_later_flags_win(write):
     assert parser.parse_args([recipe, "--epochs", "9"]).epochs == 9
     assert parser.parse_args(["--epochs", "9", recipe]).epochs == 7
     assert parser.parse_args([recipe, write("--epochs 8", "later.txt")]).epochs == 8
+    assert parser.words == [*read_flags(recipe[1:]), *read_flags("later.txt")]
     assert parser.parse_args(["--output_dir=@x"]).output_dir == "@x"
     expected = vars(
         parser.parse_args(shlex.split("--epochs 7 --lr=0.25 --input_size 24 24 12 --use_flip --clip_range -5 9"))
