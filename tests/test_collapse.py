@@ -156,6 +156,7 @@ def test_warnings_follow_the_measured_limits():
     assert "collapsed" in collapse_warning(0.8 * top, 0.2, 2, 1024, 640)
     assert collapse_warning(0.8 * top, 0.2, 2, 1024, 4) is None  # four views can't fill many prototypes
     assert "few dimensions" in collapse_warning(0.8 * top, 0.2, 8, 1024, 640, 4.9, 10.0)
+    assert "Lower --teacher_temp;" in collapse_warning(0.98 * top, 0.08, 7, 1024, 640, 4.9, 10.0)
     assert collapse_warning(0.8 * top, 0.2, 9, 1024, 640, 4.9, 10.0) is None
     assert collapse_warning(0.8 * top, 0.2, 8, 1024, 640, 5.1, 10.0) is None
 

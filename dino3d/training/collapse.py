@@ -127,7 +127,9 @@ def collapse_warning(
             f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
             "Lower --teacher_temp and --warmup_teacher_temp (0.04), or raise --lr"
         )
-    advice = "Lower --teacher_temp" if share > FLAT_ENTROPY else "--centering sinkhorn --teacher_temp 0.02 keeps more"
+    advice = "--centering sinkhorn with --teacher_temp 0.02, a lower --lr and a higher --momentum_teacher keep more"
+    if share > FLAT_ENTROPY:
+        advice = "Lower --teacher_temp"
     few = winners <= FEW_WINNERS and views >= ENOUGH_VIEWS
     if share >= CONSTANT_ENTROPY and few and rank < FALLEN_RANK * first_rank:
         return (
