@@ -161,6 +161,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         global_batch,
         len(paths),
         dataset.max_bad,
+        sinkhorn=args.centering == "sinkhorn",
     )
     saving = checkpoint.Saving(args.save_every_steps, args.save_every_minutes, args.keep_last)
     checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()

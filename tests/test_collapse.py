@@ -100,6 +100,10 @@ RUNS = {
         *[(0.81, 0.91, 178, 20.4), (0.81, 0.87, 175, 21.0), (0.8, 0.86, 176, 19.9), (0.78, 0.95, 184, 19.4)],
         *[(0.78, 0.9, 181, 16.4), (0.78, 0.89, 177, 14.7), (0.77, 0.87, 166, 13.3), (0.76, 0.9, 177, 12.4)] * 3,
     ],
+    "Sinkhorn-Knopp at ten times the rate": [
+        *[(0.81, 0.94, 179, 21.1), (0.79, 0.96, 181, 20.7), (0.81, 0.84, 157, 16.0), (0.82, 0.79, 137, 12.1)],
+        *[(0.84, 0.74, 130, 9.9), (0.84, 0.68, 116, 8.0), (0.85, 0.61, 108, 6.7), (0.85, 0.59, 92, 6.0)],
+    ],
     "the demo": [
         *[(0.87, 0.53, 43, 22.2), (0.91, 0.37, 41, 20.7), (0.93, 0.29, 44, 23.7), (0.95, 0.18, 31, 20.6)],
         *[(0.96, 0.16, 31, 17.3), (0.97, 0.11, 21, 14.1), (0.97, 0.10, 14, 12.4), (0.96, 0.11, 20, 9.7)],
@@ -126,9 +130,14 @@ def test_runs_that_fell_are_told_once_and_early():
     assert entry == 6 and "nearly the same to every view" in warning and "--center_momentum of 0.9" in warning
 
 
-@pytest.mark.parametrize("name", ["Sinkhorn-Knopp", "the demo"])
-def test_runs_that_did_not_are_not(name):
-    assert not told(RUNS[name], 256 if name == "Sinkhorn-Knopp" else 1024)
+def test_runs_that_did_not_are_not():
+    assert not told(RUNS["the demo"])
+    assert not told(RUNS["Sinkhorn-Knopp"], 256, CollapseWatch(256, sinkhorn=True))
+
+
+def test_with_sinkhorn_the_rank_tells_whatever_number_of_prototypes_wins():
+    ((entry, warning),) = told(RUNS["Sinkhorn-Knopp at ten times the rate"], 256, CollapseWatch(256, sinkhorn=True))
+    assert entry == 7 and "few dimensions (effective rank 6.7" in warning and "Lower --lr;" in warning
 
 
 def test_a_resumed_run_is_compared_with_its_beginning():

@@ -20,8 +20,9 @@ UNIFORM_ENTROPY, UNIFORM_KL = 0.97, 0.05
 CONSTANT_ENTROPY, CONSTANT_WINNERS = 0.1, 2
 # vit_micro, centre of momentum 0.9: the effective rank fell below half of the start's by step 70, to a quarter by 120,
 # with 2 to 7 prototypes winning for the next 200 steps and the entropy at 0.6 to 0.9. With Sinkhorn-Knopp it stayed
-# above 0.55 of the start's over 700 steps. The demo's fell to 0.45 too, but with 17 to 20 winning. The mutual
-# information tells this case from neither: 0.6 nats, as before training.
+# above 0.55 of the start's for 700 steps; at ten times the rate it fell below half by step 50, with 92 to 180 winning.
+# The demo's fell to 0.45 too, with the centre and 17 to 20 winning. The mutual information tells a fall into few
+# dimensions from neither: 0.6 nats, as before training.
 FALLEN_RANK, FEW_WINNERS = 0.5, 8
 FLAT_ENTROPY = 0.95  # with it, a teacher temperature of 0.1 was the cause; else the entropy stayed below 0.9
 PATIENCE = 3  # log entries in a row before a warning: a single one may be chance
@@ -114,23 +115,28 @@ def collapse_warning(
     views: int,
     rank: float = math.nan,
     first_rank: float = math.nan,
+    sinkhorn: bool = False,
 ) -> str | None:
     """What to tell the user about a teacher that tells little of views apart, or None.
 
     entropy: mean entropy of the teacher's outputs in nats; kl: divergence of the student from it
     winners: prototypes that are the largest output of any of `views` teacher outputs
     rank: effective rank of its embeddings; first_rank: what it was at first
+    sinkhorn: instead of a centre, so that many prototypes win whatever the embeddings are
     """
     share = entropy / math.log(out_dim)
     if share > UNIFORM_ENTROPY and kl < UNIFORM_KL:
         return (
             f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
-            "Lower --teacher_temp and --warmup_teacher_temp (0.04), or raise --lr"
+            "Lower --teacher_temp and --warmup_teacher_temp (0.04), or --lr where it is high"
         )
-    advice = "--centering sinkhorn with --teacher_temp 0.02, a lower --lr and a higher --momentum_teacher keep more"
     if share > FLAT_ENTROPY:
         advice = "Lower --teacher_temp"
-    few = winners <= FEW_WINNERS and views >= ENOUGH_VIEWS
+    elif sinkhorn:
+        advice = "Lower --lr"
+    else:
+        advice = "--centering sinkhorn with --teacher_temp 0.02, a lower --lr and a higher --momentum_teacher keep more"
+    few = (winners <= FEW_WINNERS or sinkhorn) and views >= ENOUGH_VIEWS
     if share >= CONSTANT_ENTROPY and few and rank < FALLEN_RANK * first_rank:
         return (
             f"the teacher's features have fallen into few dimensions (effective rank {rank:.1f}, {first_rank:.1f} at "
@@ -152,8 +158,9 @@ class CollapseWatch:
     records: of the log.txt so far, whose effective rank a resumed run is compared with
     """
 
-    def __init__(self, out_dim: int, records: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.out_dim, self._streak, self._told, self._most_views = out_dim, 0, set(), 0
+    def __init__(self, out_dim: int, records: Sequence[Mapping[str, Any]] = (), sinkhorn: bool = False) -> None:
+        self.out_dim, self.sinkhorn = out_dim, sinkhorn
+        self._streak, self._told, self._most_views = 0, set(), 0
         ranks = [record.get(name) for record in records for name in ("effective_rank_first_steps", "effective_rank")]
         self._first_rank = max((rank for rank in ranks if isinstance(rank, float)), default=0.0)
 
@@ -171,6 +178,7 @@ class CollapseWatch:
             teacher.views,
             teacher.effective_rank,
             self._first_rank,
+            self.sinkhorn,
         )
         self._streak = self._streak + 1 if warning else 0
         kind = warning and warning.split("(")[0]

@@ -132,6 +132,7 @@ class Monitor:
     output_dir; processes: utils.Processes; out_dim: prototypes
     total_steps, done_steps: of the whole run, for the bar and its ETA
     volumes, max_bad: how many there are, and how many of them may be unreadable in an epoch
+    sinkhorn: instead of a centre, by which a collapse is told otherwise
     """
 
     def __init__(
@@ -145,13 +146,14 @@ class Monitor:
         global_batch: int,
         volumes: int,
         max_bad: int,
+        sinkhorn: bool = False,
     ) -> None:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
         self._missing_told = False
         records = read_log(self.output_dir / "log.txt") if processes.is_main else ()
-        self._names, self._watch = None, CollapseWatch(out_dim, records)
+        self._names, self._watch = None, CollapseWatch(out_dim, records, sinkhorn)
         self.writer, self.bar, self._curves, self._done_steps = Silent(), Silent(), {}, done_steps
         if processes.is_main:
             self.writer = EventWriter(self.output_dir / "tensorboard", done_steps)
