@@ -59,7 +59,7 @@ from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory
 from dino3d.training.nonfinite import NonFiniteSteps
 from utils import PRECISIONS
-from vision_transformer import ARCHITECTURES, has_setting
+from vision_transformer import ARCHITECTURES, MultiCropWrapper, has_setting
 
 SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
 SCAN = Path(__file__).resolve().parent.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
@@ -635,10 +635,10 @@ def step(
         "seconds per sample",
         times,
         {
-            "baseline": f"{memory['baseline']:5.2f} GiB: MONAI's ViT, eager, the step written out; {precision}",
+            "baseline": f"{memory['baseline']:5.2f} GiB: MONAI's network, eager, the step written out; {precision}",
             "ours": f"{memory['ours']:5.2f} GiB: main_dino.train_step" + ", compiled" * compile + f"; {precision}",
         },
-        sources(baselines.plain_step, baselines.Model, baselines.ViT),
+        sources(baselines.plain_step, baselines.Model, baselines.monai_encoder, baselines.ViT),
         {
             "data": "random views",
             "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
@@ -670,6 +670,14 @@ def random_views(
     return [torch.rand(shape, generator=generator).to(device) for shape in shapes]
 
 
+def new_model(
+    arch: str, out_dim: int, size: Sequence[int] = GLOBAL, patch_size: Sequence[int] = PATCH_SIZE, ibot: bool = False
+) -> MultiCropWrapper:
+    """A student or teacher as main_dino.py makes it, where the architecture has patches with those of `patch_size`."""
+    patch_size = patch_size if has_setting(arch, "patch_size") else None
+    return main_dino.build_model(arch, size, patch_size, out_dim, False, None, True, ibot=ibot)
+
+
 def our_step(
     arch: str,
     out_dim: int,
@@ -689,9 +697,7 @@ def our_step(
     """
     torch.manual_seed(0)
     weight, targets = objective.get("ibot", 0.0), (out_dim, 0.9, objective.get("centering", "mean"))
-    student, teacher = (
-        main_dino.build_model(arch, size, patch_size, out_dim, False, 0.0, True, ibot=weight > 0) for _ in range(2)
-    )
+    student, teacher = (new_model(arch, out_dim, size, patch_size, weight > 0) for _ in range(2))
     teacher.load_state_dict(student.state_dict())
     device = torch.device(device)
     student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
@@ -731,7 +737,7 @@ def baseline_step(arch: str, out_dim: int, batch_size: int, device: str, precisi
 def plain_trainer(arch: str, out_dim: int, device: str, precision: str) -> Callable[[list[Tensor]], float]:
     """A function that takes a plain step on views and returns its loss."""
     torch.manual_seed(0)
-    ours = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
+    ours = new_model(arch, out_dim)
     student, teacher = (baselines.Model(ours).to(device) for _ in range(2))
     optimizer, center = torch.optim.AdamW(utils.parameter_groups(student)), torch.zeros(1, out_dim, device=device)
 
@@ -770,7 +776,7 @@ def measured_memory(side: str, settings: dict[str, Any], threads: int | None = N
 def flops_per_sample(arch: str, out_dim: int, size: Sequence[int] = GLOBAL, local_number: int = LOCAL_NUMBER) -> int:
     """Floating point operations of a step's matrix products per sample, counted by torch without computing anything."""
     with torch.device("meta"):
-        student, teacher = (main_dino.build_model(arch, size, (12, 12, 6), out_dim, False, 0.0, True) for _ in range(2))
+        student, teacher = (new_model(arch, out_dim, size) for _ in range(2))
         loss = main_dino.DINOLoss(out_dim, 0.9)
         views = [torch.empty(2, 1, *size), torch.empty(local_number, 1, *(n // 4 for n in size))][
             : 1 + bool(local_number)
@@ -833,7 +839,7 @@ def train(
         times,
         {
             "baseline": (
-                f"{cores} loader workers with MONAI's transforms, MONAI's ViT, the step written out; {precision}"
+                f"{cores} loader workers with MONAI's transforms, MONAI's network, the step written out; {precision}"
             ),
             "ours": f"{waiting:.1%} of the time waiting for data, {memory:.1f} GiB; {precision}"
             + ", compiled" * compile,
@@ -845,6 +851,7 @@ def train(
             baselines.monai_views,
             baselines.plain_step,
             baselines.Model,
+            baselines.monai_encoder,
             baselines.ViT,
         ),
         {
@@ -952,6 +959,8 @@ def infer(device: str, repeats: int, arch: str, batch_size: int, precision: str,
 
     torch.manual_seed(0)
     encoder = ARCHITECTURES[arch](img_size=GLOBAL)
+    if encoder.stages:
+        raise UserError(f"--arch {arch}: the UNETR decoder that is timed here is for transformers; take a ViT")
     decoder = UnetrDecoder(encoder, 2)
     networks = {"baseline": Segmenter(baselines.ViT(encoder), decoder), "ours": Segmenter(encoder, decoder)}
     networks = {name: network.to(device).eval() for name, network in networks.items()}
@@ -1048,7 +1057,7 @@ def growth(
                 "spread": [min(times), max(times)],
                 "note": "main_dino.py from the disk",
             }
-    student = main_dino.build_model(arch, GLOBAL, (12, 12, 6), out_dim, False, 0.0, True)
+    student = new_model(arch, out_dim)
     gradients = 4 * sum(p.numel() for p in student.parameters() if p.requires_grad)
     draw_growth(output, panels, rows, f"{arch}, out_dim {out_dim}, {precision}, {device_label(device)}")
     return {

@@ -103,7 +103,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         probe = Probe(args.probe_dir, every, args.epochs, output_dir, processes, teacher.backbone, vars(args))
     if args.compile:
         notices += compile_blocks((student, teacher), processes.device)
-    notices += batch_norm.notices_on(student, args.batch_size_per_gpu, args.accumulate_steps)
+    notices += batch_norm.check_batch(student, dataset.multi_crop, global_batch, args.accumulate_steps)
     network, teacher = wrap_ddp(student, teacher, args.accumulate_steps, processes)
 
     # -------------------------------------------------------------------------------------------------- optimisation

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dino3d.data.conventions import LPS
-from vision_transformer import DINOHead, MultiCropWrapper, VisionTransformer
+from resnet3d import STEM_STRIDE, Bottleneck, ResNet
+from vision_transformer import DINOHead, Encoder, MultiCropWrapper, VisionTransformer
 
 PATCH = (121, 121, 61)  # voxels that earlier implementations read, and augmented ten times
 
@@ -199,12 +200,31 @@ def load_into_monai(theirs: nn.Module, ours: VisionTransformer) -> None:
     assert not unexpected and all("norm_cross_attn" in name for name in missing)  # unused without cross-attention
 
 
+def monai_encoder(encoder: Encoder) -> nn.Module:
+    """MONAI's network with the weights of an encoder."""
+    if not isinstance(encoder, ResNet):
+        return ViT(encoder)
+    from monai.networks.nets import resnet
+
+    theirs = resnet.ResNet(
+        resnet.ResNetBottleneck if isinstance(encoder.blocks[0], Bottleneck) else resnet.ResNetBlock,
+        [len(getattr(encoder, f"layer{i}")) for i in (1, 2, 3, 4)],
+        [encoder.conv1.out_channels * 2**i for i in range(4)],
+        n_input_channels=encoder.in_chans,
+        conv1_t_stride=STEM_STRIDE,
+        feed_forward=False,
+        bias_downsample=False,
+    )
+    theirs.load_state_dict(encoder.state_dict())
+    return theirs
+
+
 class Model(nn.Module):
-    """MONAI's ViT and a DINO head with the weights of a MultiCropWrapper."""
+    """MONAI's ViT or ResNet and a DINO head with the weights of a MultiCropWrapper."""
 
     def __init__(self, ours: MultiCropWrapper) -> None:
         super().__init__()
-        self.backbone = ViT(ours.backbone)
+        self.backbone = monai_encoder(ours.backbone)
         last = ours.head.last_layer.parametrizations.weight.original1  # (out_dim, bottleneck_dim)
         self.head = DINOHead(ours.backbone.embed_dim, len(last), norm_last_layer=True)
         self.head.load_state_dict(ours.head.state_dict())

@@ -99,6 +99,18 @@ def test_a_run_resumes_to_the_last_bit(flags, tmp_path, capsys):
         assert same(one[part], two[part])[0]
 
 
+def test_a_single_value_is_refused(volumes, tmp_path, capsys):
+    """One sample's only local view, whose last map is one position; with none or two of them a run begins."""
+    flags = ["--arch", "resnet18", "--data_dir", volumes, "--batch_size_per_gpu", 1, "--max_steps", 1]
+    for number in (1, 0, 2):
+        more = ["--local_crops_number", number, "--output_dir", tmp_path / str(number)]
+        code, _, errors = run_main(capsys, *flags, *more)
+        if number == 1:
+            assert code == 1 and len(errors) == 1 and "batch normalisation needs several" in errors[0]
+        else:
+            assert code == 0
+
+
 def test_the_teachers_statistics_are_those_of_its_global_views(flags, tmp_path, capsys, monkeypatch):
     """In training it normalises by its batch; what evaluation uses are running means of the same, of global views."""
     means = []

@@ -37,9 +37,18 @@ BASELINES = {
     "read": ["write_itk", "read_itk"],
     "convert": ["convert_itk"],
     "data": ["Patches", "read_itk", "monai_transforms", "monai_views"],
-    "step": ["plain_step", "Model", "ViT"],
+    "step": ["plain_step", "Model", "monai_encoder", "ViT"],
     "infer": ["ViT"],
-    "train": ["plain_training", "Patches", "monai_transforms", "monai_views", "plain_step", "Model", "ViT"],
+    "train": [
+        "plain_training",
+        "Patches",
+        "monai_transforms",
+        "monai_views",
+        "plain_step",
+        "Model",
+        "monai_encoder",
+        "ViT",
+    ],
 }
 
 

@@ -1,5 +1,6 @@
 """Batch normalisation over all processes of a run, so that several of them equal one with the whole batch."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,17 +8,38 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from augmentations import MultiCropAugmentation
+from dino3d.command_line import UserError, format_values
+from vision_transformer import MultiCropWrapper
+
 MOMENTUM = 0.1  # torch's default
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def notices_on(model: nn.Module, batch_size: int, accumulate_steps: int) -> list[str]:
-    """What to tell of a model's batch norms before it is trained; nothing of one without."""
-    if accumulate_steps == 1 or not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
+
+
+def check_batch(
+    model: MultiCropWrapper, crops: MultiCropAugmentation, global_batch: int, accumulate_steps: int
+) -> list[str]:
+    """Notices on what a model's batch norms will see in training, in steps of global_batch samples.
+
+    Raises UserError where local views would give a single value of a channel, which can't be normalised.
+    """
+    views, size = crops.local_number * global_batch // accumulate_steps, crops.local_size
+    positions = math.prod(-(-n // step) for n, step in zip(size, model.backbone.patch_size))
+    if views * positions == 1 and has_batch_norm(model.backbone):
+        raise UserError(
+            f"--batch_size_per_gpu 1 with --local_crops_number 1: of a local view of {format_values(size)} voxels the "
+            "last map is one position, and batch normalisation needs several: raise either, or take no local views",
+            everywhere=True,
+        )
+    if accumulate_steps == 1 or not has_batch_norm(model):
         return []
     return [
-        f"--accumulate_steps {accumulate_steps} does not widen what batch normalisation sees: each batch of "
-        f"{batch_size} per process is normalised by itself"
+        f"--accumulate_steps {accumulate_steps} does not widen what batch normalisation sees: the batches of a step "
+        "are normalised one by one"
     ]
 
 
