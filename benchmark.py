@@ -324,6 +324,8 @@ def views(
     patch_size: Sequence[int],
 ) -> dict[str, Any]:
     """Resized local views of 27 tokens against local views of 8: ten views of a sample, and a training step on them."""
+    if not has_setting(arch, "patch_size"):
+        raise UserError(f"--arch {arch}: has no tokens, of which the views compared here have 8 and 27; take a ViT")
     volume, _, origin = scan(SCAN_SIZE)
     whole = [2 * n / m for n, m in zip(patch_size, input_size)]  # sides of the local views of 8 tokens
     scale = (min(whole), min(1.0, 2 * max(whole)))

@@ -14,6 +14,7 @@ from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines
 from dino3d.data.pretraining import Sample, collate
 from dino3d.training.nonfinite import NonFiniteSteps
+from resnet3d import BasicBlock, Bottleneck, ResNet
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
 SIZE, PATCH, OUT_DIM, BATCH, LOCAL = (24, 24, 12), (12, 12, 6), 64, 4, 3
@@ -29,9 +30,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(baselines, "DINOHead", functools.partial(baselines.DINOHead, hidden_dim=64))
 
 
-def build():
+def build(arch="vit_tiny", patch_size=PATCH):
     torch.manual_seed(0)
-    return main_dino.build_model("vit_tiny", SIZE, PATCH, OUT_DIM, False, 0.0, True)
+    return main_dino.build_model(arch, SIZE, patch_size, OUT_DIM, False, None, True)
 
 
 def views_of(step, device):
@@ -104,6 +105,24 @@ def plain_losses(device):
         loss, center = baselines.plain_step(student, teacher, optimizer, center, views_of(step, device), schedule(step))
         losses.append(loss)
     return torch.tensor(losses)
+
+
+def test_a_resnet_takes_the_steps_of_monais(tiny, monkeypatch):
+    """In training, with the statistics of each batch: losses, then weights and running statistics."""
+    for name, block in (("resnet18", BasicBlock), ("resnet50", Bottleneck)):
+        monkeypatch.setitem(ARCHITECTURES, name, functools.partial(ResNet, block, (1, 2, 1, 1), width=8))
+        student, teacher = build(name, None), build(name, None).requires_grad_(False)
+        theirs, their_teacher = baselines.Model(student), baselines.Model(student)
+        run, center = train_state(student, teacher, torch.device("cpu")), torch.zeros(1, OUT_DIM)
+        optimizer = torch.optim.AdamW(utils.parameter_groups(theirs))
+        for step in range(4):
+            views, values = views_of(step, "cpu"), schedule(step)
+            ours = main_dino.train_step(run, [views], values, frozen=False).metrics["loss"]
+            loss, center = baselines.plain_step(theirs, their_teacher, optimizer, center, views, values)
+            assert float(ours) == pytest.approx(loss, rel=1e-4)
+        for network, other in ((student, theirs), (teacher, their_teacher)):
+            for key, tensor in other.state_dict().items():
+                torch.testing.assert_close(network.state_dict()[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 DEVICES = [
