@@ -241,7 +241,8 @@ def test_ranks_and_workers_give_the_same_run(volumes, tmp_path):
         logs = [read_log(tmp_path / f"{precision}{n}" / "log.txt") for n in (0, 2)]
         assert len(logs[0]) == 4 and logs[0][-1]["step"] == 8
         for one, two in zip(*logs):
-            assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+            for figure in ("loss", "mutual_information", "effective_rank"):
+                assert one[figure] == pytest.approx(two[figure], abs=1e-5), figure
     one, two = (checkpoint(tmp_path / f"float64{n}") for n in (0, 2))
     assert one["student"]["backbone.cls_token"].dtype == torch.float64
     for part in ("student", "teacher", "dino_loss"):
