@@ -113,6 +113,22 @@ def get_args_parser() -> command_line.ArgumentParser:
         "1.5 input sizes along each axis. A point has one window around it",
     )
 
+    add_comparison_flags(parser)
+    add_picture_flags(parser)
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("bf16", "fp16", "fp32"),
+        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); the last digits differ between them",
+    )
+    command_line.num_workers_flag(group)
+    command_line.help_flags(group)
+    return parser
+
+
+def add_comparison_flags(parser: command_line.ArgumentParser) -> None:
     group = parser.add_argument_group("to compare with")
     group.add_argument(
         "--random",
@@ -135,6 +151,8 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--trivial gives in mm3",
     )
 
+
+def add_picture_flags(parser: command_line.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--maps",
@@ -187,17 +205,6 @@ def get_args_parser() -> command_line.ArgumentParser:
         help="rows whose neighbours to show, by their names; default: 6, evenly spread over the table",
     )
     command_line.boolean_flag(group, "--same_patient", False, "rows of the query's own patient are --neighbours too")
-
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--precision",
-        default="fp32",
-        choices=("bf16", "fp16", "fp32"),
-        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); the last digits differ between them",
-    )
-    command_line.num_workers_flag(group)
-    command_line.help_flags(group)
-    return parser
 
 
 def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:

@@ -97,10 +97,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     # --------------------------------------------------------------------------------------------------------- model
     student, teacher = build_models(args, notices)
     student, teacher = student.to(processes.device), teacher.to(processes.device).requires_grad_(False)
-    probe = utils.Silent()
-    if args.probe_dir is not None:
-        every = args.probe_every or PROBE_EVERY
-        probe = Probe(args.probe_dir, every, args.epochs, output_dir, processes, teacher.backbone, vars(args))
+    probe = make_probe(args, output_dir, processes, teacher.backbone)
     if args.compile:
         notices += compile_blocks((student, teacher), processes.device)
     notices += batch_norm.check_batch(student, dataset.multi_crop, global_batch, args.accumulate_steps)
@@ -643,6 +640,16 @@ def make_loader(
         worker_init_fn=start_reading_process,
         pin_memory=processes.device.type == "cuda",
     )
+
+
+def make_probe(
+    args: argparse.Namespace, output_dir: Path, processes: utils.Processes, backbone: nn.Module
+) -> Probe | utils.Silent:
+    """The probe of the teacher's features, which measures them before training first."""
+    if args.probe_dir is None:
+        return utils.Silent()
+    every = args.probe_every or PROBE_EVERY
+    return Probe(args.probe_dir, every, args.epochs, output_dir, processes, backbone, vars(args))
 
 
 def build_models(args: argparse.Namespace, notices: list[str]) -> tuple[MultiCropWrapper, MultiCropWrapper]:

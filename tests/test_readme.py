@@ -95,8 +95,10 @@ def understand(script, flags, whole):
         assert not ending.value.code
         return
     args = parser.parse_args(flags)
-    if whole and hasattr(module, "check_flags"):
-        module.check_flags(parser, args)
+    if whole:
+        check = getattr(module, "check_pretraining_flags", None) or getattr(module, "check_flags", None)
+        if check:
+            check(parser, args)
 
 
 def test_there_are_commands():

@@ -105,6 +105,41 @@ def add_finetune_flags(
 
     batch_size: default per process; folds: choices of --folds; spacing: help of --spacing
     """
+    add_network_flags(parser, folds, spacing)
+    add_schedule_flags(parser, batch_size)
+    group = parser.add_argument_group("augmentations (of training data alone; each with probability 0.5)")
+    group.add_argument(
+        "--shift_range",
+        default=[0, 0, 0],
+        nargs=3,
+        type=number(int, 0),
+        metavar=XYZ,
+        help="most voxels by which the window's centre is moved, always drawn",
+    )
+    augmentations.add_augmentation_flags(group)
+
+    group = parser.add_argument_group("run")
+    command_line.num_workers_flag(group)
+    checkpoint.add_saving_flags(group, besides="each fold's end")
+    group.add_argument(
+        "--max_steps",
+        default=None,
+        type=number(int, 1),
+        help="stop after this many steps of this call, with a checkpoint to resume from; default: run to the end",
+    )
+    group.add_argument(
+        "--seed",
+        default=0,
+        type=number(int, 0),
+        help="seed of folds, weights, order and augmentations; the same seed gives the same run",
+    )
+    command_line.read_timeout_flag(group)
+    command_line.help_flags(group)
+
+    command_line.older_flags(parser)
+
+
+def add_network_flags(parser: command_line.ArgumentParser, folds: Sequence[str], spacing: str) -> None:
     group = parser.add_argument_group("model (default: as in the config of --pretrained_weights)")
     group.add_argument(
         "--arch",
@@ -168,6 +203,8 @@ def add_finetune_flags(
         "fifth of the cases where that is less than a tenth or more than a third of them",
     )
 
+
+def add_schedule_flags(parser: command_line.ArgumentParser, batch_size: int) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--epochs", default=100, type=number(int, 1), help="passes over the training cases, in each fold"
@@ -212,37 +249,6 @@ def add_finetune_flags(
         "--val_freq", default=1, type=number(int, 1), help="epochs between validations; raise it where they take long"
     )
     command_line.max_skipped_steps_flag(group)
-
-    group = parser.add_argument_group("augmentations (of training data alone; each with probability 0.5)")
-    group.add_argument(
-        "--shift_range",
-        default=[0, 0, 0],
-        nargs=3,
-        type=number(int, 0),
-        metavar=XYZ,
-        help="most voxels by which the window's centre is moved, always drawn",
-    )
-    augmentations.add_augmentation_flags(group)
-
-    group = parser.add_argument_group("run")
-    command_line.num_workers_flag(group)
-    checkpoint.add_saving_flags(group, besides="each fold's end")
-    group.add_argument(
-        "--max_steps",
-        default=None,
-        type=number(int, 1),
-        help="stop after this many steps of this call, with a checkpoint to resume from; default: run to the end",
-    )
-    group.add_argument(
-        "--seed",
-        default=0,
-        type=number(int, 0),
-        help="seed of folds, weights, order and augmentations; the same seed gives the same run",
-    )
-    command_line.read_timeout_flag(group)
-    command_line.help_flags(group)
-
-    command_line.older_flags(parser)
 
 
 def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str, Any], layout: str) -> None:
