@@ -22,9 +22,11 @@ from dino3d.evaluation.protocols import NEIGHBOURS, STRENGTHS, nested_splits
 from dino3d.evaluation.statistics import bootstrap_interval
 from dino3d.evaluation.weighted_metrics import weighted_auc
 from dino3d.features import probe, probe_crops
+from dino3d.features.embedding import embed
 from dino3d.features.encoder import load_encoder
 from dino3d.files import read_log
 from dino3d.training.events import EventWriter
+from resnet3d import BasicBlock, ResNet
 from utils import Processes
 from vision_transformer import DINOHead, VisionTransformer
 
@@ -573,3 +575,18 @@ def test_flags_that_contradict(noise, tmp_path, capsys):
     code, _, errors = run_main(capsys, "--data_dir", noise, "--probe_dir", noise, "--probe_every", 0)
     assert code == 2 and len(errors) == 1 and "--probe_every" in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_resnet_the_mean_of_its_last_map_is_judged(noise, crops, tmp_path, monkeypatch, capsys):
+    """It has no class token; and batch norm's statistics are those of a run without a probe."""
+    small = functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), width=4)
+    monkeypatch.setitem(vision_transformer.ARCHITECTURES, "resnet18", small)
+    seen = []
+    monkeypatch.setattr(probe, "embed", lambda *args: seen.append(embed(*args)) or seen[-1])
+    flags = ["--arch", "resnet18", "--data_dir", noise, "--epochs", 1, "--batch_size_per_gpu", 4]
+    run(capsys, flags, tmp_path / "probed", "--probe_dir", crops)
+    run(capsys, flags, tmp_path / "plain")
+    assert len(seen) == 6 and seen[0].shape == (16, 32)  # before training and after it, three batches of 40 crops
+    one, other = (torch.load(tmp_path / name / "checkpoint.pth")["teacher"] for name in ("probed", "plain"))
+    assert any("running" in name for name in one) and all(torch.equal(one[name], other[name]) for name in one)
+    assert 0 <= probed(tmp_path / "probed")[0]["probe_logistic_auc"] <= 1
