@@ -13,7 +13,7 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dino3d.command_line import format_values, truncate_list
 from dino3d.files import ZIP_START, open_verified
 from resnet3d import architecture_of
-from vision_transformer import resize_pos_embed
+from vision_transformer import ARCHITECTURES, resize_pos_embed
 
 # Words for the network whose weights are an average of the other's over time, and for that other one
 ROLES = {"teacher": {"teacher", "momentum", "ema", "target"}, "student": {"student", "online"}}
@@ -350,14 +350,22 @@ def fit_network(model: nn.Module, network: Network, checkpoint: dict[str, Any], 
 
 def require_kind(wanted: Iterable[str], found: Iterable[str], path: Path | str) -> None:
     """ValueError where names of parameters tell that a file's network is another kind of encoder than the model."""
-
-    def kind(names: Iterable[str]) -> str | None:
-        transformer = any(name.endswith("patch_embed.proj.weight") for name in names)
-        return "a vision transformer" if transformer else architecture_of(names)
-
-    names = (kind(list(wanted)), kind(list(found)))
+    names = (kind_of_encoder(list(wanted)), kind_of_encoder(list(found)))
     if None not in names and names[0] != names[1]:
         raise ValueError(f"{path}: does not fit the model: it has the weights of {names[1]}, the model is {names[0]}")
+
+
+def kind_of_encoder(names: Collection[str]) -> str | None:
+    """What names of parameters tell of an encoder: an architecture, "a vision transformer", or None."""
+    transformer = any(name.endswith("patch_embed.proj.weight") for name in names)
+    return "a vision transformer" if transformer else architecture_of(names)
+
+
+def architecture_in(checkpoint: Any, path: Path | str) -> str | None:
+    """The architecture that the names in a checkpoint tell, if they do: a ResNet's, not a ViT's. Raises ValueError."""
+    groups = named_tensors(checkpoint, path) if isinstance(checkpoint, dict) else {}
+    found = kind_of_encoder([name for tensors, _ in groups.values() for name in tensors])
+    return found if found in ARCHITECTURES else None
 
 
 def is_of_trunk(name: str) -> bool:

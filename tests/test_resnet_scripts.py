@@ -25,7 +25,7 @@ from dino3d.evaluation import statistics
 from dino3d.features.encoder import load_encoder
 from dino3d.files import read_json, read_table
 from dino3d.finetune import heads
-from resnet3d import BasicBlock, ResNet
+from resnet3d import RESNETS, BasicBlock, ResNet
 from vision_transformer import ARCHITECTURES
 
 SIZE = (24, 24, 12)
@@ -282,6 +282,27 @@ def test_features_of_a_resnet(weights, tmp_path, capsys):
     assert code == 1 and "--pool cls+mean: resnet18: the encoder has no class token" in errors[0]
     code, _, errors = extract(capsys, *flags, "--output", tmp_path / "b.csv", "--layers", 5)
     assert code == 1 and "--layers 5: resnet18 has 4 blocks" in errors[0]
+
+
+def test_weights_of_monai_are_known_by_their_names(crops, tmp_path, capsys, monkeypatch):
+    """Of a whole classifier, as DataParallel saves it: for fine-tuning, frozen, and for features."""
+    from monai.networks.nets import resnet18
+
+    monkeypatch.setitem(ARCHITECTURES, "resnet18", RESNETS["resnet18"])
+    torch.manual_seed(0)
+    theirs = resnet18(n_input_channels=1, num_classes=2, conv1_t_stride=(2, 2, 1), bias_downsample=False).eval()
+    state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "monai.pth")
+    flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--pretrained_weights", tmp_path / "monai.pth"]
+    out = must(run_main(capsys, "lnc", *flags, "--input_size", *SIZE, "--protocol", "knn", *CLASSIFICATION))
+    assert "by its tensors' names it is a resnet18" in out and "resnet18 (knn)" in out
+    encoder = load_encoder(str(tmp_path / "monai.pth"), flag="--weights")
+    assert (encoder.arch, encoder.patch_size) == ("resnet18", None)
+    theirs.fc, volumes = torch.nn.Identity(), torch.rand(2, 1, *SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.build().eval()(volumes), theirs(volumes), atol=1e-5, rtol=1e-5)
+    found = run_main(capsys, "lnc", *flags[:2], "--output_dir", tmp_path / "2", *flags[4:], "--arch", "resnet34")
+    refused(found, "--arch resnet34 contradicts --pretrained_weights", "which has resnet18")
 
 
 def hounsfield(count):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dino3d.command_line import UserError, format_values
-from dino3d.weights import config_of, crc32_of_tensors, find_network, fit_network, load_file
+from dino3d.weights import architecture_in, config_of, crc32_of_tensors, find_network, fit_network, load_file
 from vision_transformer import ARCHITECTURES, Encoder, build_encoder, has_setting
 
 # Where neither a flag nor the checkpoint's config says; patch_size: of an architecture that has one
@@ -121,9 +121,13 @@ def load_encoder(
         path, notices = find_weights(path, flag)
         try:
             checkpoint = load_file(path)
+            named = architecture_in(checkpoint, path)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{flag} {error}", everywhere=True) from error
         config = encoder_config(checkpoint, path, flag)
+        if named and not config.get("arch"):
+            config = config | {"arch": named}
+            notices += (f"{path} does not say its architecture: by its tensors' names it is a {named}",)
     chosen = {}
     for name, default in ENCODER.items():
         trained = config.get(name)
