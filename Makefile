@@ -21,8 +21,9 @@ STUDY_PRETRAIN_FLAGS ?= --arch vit_micro --patch_size 6 6 6 --input_size 24 24 2
 	--head_bottleneck_dim 128 --batch_size_per_gpu 32 --patches_per_volume 16 --epochs 10 --warmup_epochs 1 \
 	--lr 0.0008 --lr_unscaled --drop_path_rate 0 --saveckp_freq 0
 STUDY_LNC_FLAGS ?= --folds subsets --epochs 6 --batch_size_per_gpu 16 --warmup_epochs 1 --drop_path_rate 0
-STUDY_LTS_FLAGS ?= --decoder linear --k_fold 2 --num_test 2 --epochs 2 --val_freq 2 --warmup_epochs 1 \
-	--patches_per_case 8 --foreground_share 0.9 --batch_size_per_gpu 8 --lr 0.003 --drop_path_rate 0
+STUDY_LTS_FLAGS ?= --k_fold 2 --num_test 2 --epochs 3 --val_freq 3 --warmup_epochs 0.5 --patches_per_case 16 \
+	--foreground_share 0.9 --overlap 0 --batch_size_per_gpu 4 --lr 0.003 --drop_path_rate 0 \
+	--use_rotation false --use_scale false --use_flip false
 
 PIP_INSTALL = "$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check
 RUNTIME = $(VENV)/.runtime-installed
@@ -38,7 +39,8 @@ help:
 	@echo "make lint        install and check the code's format (ruff)"
 	@echo "make clean-demo  delete demo/"
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=.venv the virtual environment, DEMO_FLAGS=..., LNC_DEMO_FLAGS=...,"
-	@echo "LTS_DEMO_FLAGS=... and LESION_DEMO_FLAGS=... the demo's runs"
+	@echo "LTS_DEMO_FLAGS=... and LESION_DEMO_FLAGS=... the demo's runs; STUDY_FLAGS=..., STUDY_PRETRAIN_FLAGS=..., STUDY_LNC_FLAGS=... and"
+	@echo "STUDY_LTS_FLAGS=... the study's"
 
 # One process each: plain python, no torchrun
 demo: $(RUNTIME)
