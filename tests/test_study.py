@@ -4,6 +4,7 @@ Slurm's shares; and once with the real scripts."""
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -506,3 +507,64 @@ def test_a_second_study_in_one_folder_is_refused(tmp_path, data, stubs):
 
     with own_folder(tmp_path / "s"), pytest.raises(UserError, match="another run writes to it"):
         study.main(flags_of(tmp_path / "s", data))
+
+
+# --------------------------------------------------------------------------------------------- the scripts themselves
+
+REAL = "--arch vit_micro --patch_size 12 12 6 --input_size 12 12 12 --local_crops_scale 1 --local_crops_number 1"
+REAL += " --out_dim 32 --head_hidden_dim 32 --head_bottleneck_dim 16 --batch_size_per_gpu 2 --epochs 3 --saveckp_freq 0"
+
+
+def test_the_encoder_before_training(tmp_path, volumes, capsys):
+    """What scratch and random begin with is what pre-training of their seed begins with; and what main_dino.py says of
+    its steps is understood."""
+    import torch
+
+    import main_dino
+    from vision_transformer import ARCHITECTURES
+
+    flags = [*shlex.split(REAL), "--data_dir", str(volumes), "--num_workers", "0", "--seed", "5"]
+    main_dino.main([*flags, "--output_dir", str(tmp_path / "one"), *jobs.UNTRAINED])
+    assert estimate.PER_EPOCH.findall(capsys.readouterr().out) == ["4"]
+    saved = torch.load(tmp_path / "one" / "checkpoint.pth", weights_only=True)
+    torch.manual_seed(5)
+    fresh = ARCHITECTURES["vit_micro"]((12, 12, 12), (12, 12, 6)).state_dict()
+    for network in ("student", "teacher"):
+        found = {name.removeprefix("backbone."): value for name, value in saved[network].items() if "backbone" in name}
+        assert found.keys() == fresh.keys() and all((found[name] == fresh[name]).all() for name in fresh)
+
+
+def test_figures_are_those_of_the_scripts(tmp_path, volumes):
+    """The jobs of a unit by the real scripts, called in this process: AUC and Dice are those that they give
+    themselves."""
+    import importlib
+
+    from test_main_lnc_luna16 import write_cases
+    from test_main_lts_msd import phantom, write_case
+
+    crops = write_cases(tmp_path / "crops")
+    for i in range(5):
+        write_case(tmp_path / "masks", f"case{i}", *phantom(i, shape=(20, 18, 14)))
+    folder, short = tmp_path / "s", "--epochs 1 --k_fold 2 --warmup_epochs 0"
+    given = ["--output_dir", folder, "--data_dir", volumes, "--classification", crops, "--probe", crops]
+    given += ["--segmentation", tmp_path / "masks", "--arms", "random", "--seeds", "3", "--draws", "200"]
+    given += [f"--pretrain_flags={REAL}", f"--classification_flags={short} --num_test 8"]
+    given += [f"--segmentation_flags={short} --num_test 2 --batch_size_per_gpu 4 --patches_per_case 1 --decoder linear"]
+    given = [str(word) for word in given]
+    args = study.get_args_parser().parse_args(given)
+    one, _ = definition.define(folder, study.given_by(args), [])
+    (unit,) = jobs.all_units(one)
+    for job in unit:
+        job.folder.mkdir(parents=True)
+        importlib.import_module(jobs.script_of(job.stage).stem).main([*job.flags, "--num_workers", "0"])
+        job.marker.write_text("{}")
+    study.main([*given, "--table"])
+    found = {row["task"]: float(row["value"]) for row in table(folder / "results.csv")}
+    of_task = {
+        task: json.loads((unit[0].unit / task / "metrics.json").read_text()) for task in found if task != "probe"
+    }
+    assert found["classification"] == pytest.approx(of_task["classification"]["all_folds"]["auc"])
+    assert found["segmentation"] == pytest.approx(of_task["segmentation"]["all_folds"]["dice"])
+    assert of_task["classification"]["protocol"] == "linear" and 0 <= found["probe"] <= 1
+    config = json.loads((unit[0].unit / "segmentation" / "config.json").read_text())["arguments"]
+    assert config["freeze_encoder"] and config["arch"] == "vit_micro" and config["input_size"] == [12, 12, 12]

@@ -9,7 +9,7 @@ import numpy as np
 
 from dino3d.evaluation.comparison import LEVEL
 from dino3d.evaluation.report import Report
-from dino3d.evaluation.statistics import FEWEST_PATIENTS, with_interval
+from dino3d.evaluation.statistics import FEWEST_PATIENTS, format_metric, with_interval
 from dino3d.files import atomic_write, read_json, read_json_lines, write_json, write_table
 from dino3d.study.arms import COMPARED_WITH
 from dino3d.study.contrasts import IS_SHOWN, NOT_SHOWN, Comparison, Effect, difference_between, reason
@@ -178,7 +178,7 @@ def write_times(study: Study) -> None:
 
 def rivals_of(scores: TaskScores) -> list[str]:
     """The arms that every arm is compared with, of those that a task has."""
-    return [arm for arm in COMPARED_WITH if arm in scores.values]
+    return [arm for arm in COMPARED_WITH if arm in scores.values and len(scores.values) > 1]
 
 
 def result_table(one: TaskScores, found: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -187,7 +187,7 @@ def result_table(one: TaskScores, found: Comparison) -> tuple[list[str], list[li
     rows = []
     for effect in (effect for effect in found.means if effect.task == one.task):
         arm = name_of(effect)
-        of_seeds = " ".join(f"{one.values[arm][seed][0]:.3f}" for seed in effect.seeds)
+        of_seeds = " ".join(format_metric(finite(one.values[arm][seed][0])) for seed in effect.seeds)
         row = [arm, with_interval(effect.value, effect.interval), of_seeds]
         for rival in rivals:
             pair = difference_between(found.pairs, one.task, arm, rival) if rival != arm else None

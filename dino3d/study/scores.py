@@ -26,7 +26,7 @@ LOGISTIC_FOLDS, LOGISTIC_REPEATS = 5, 3  # few repeats: the seeds are repeats to
 WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
 
 
-class Tested(NamedTuple):
+class CaseScores(NamedTuple):
     """Cases as one model, or several on parts of them, judged them. patients: whose each is; labels: (N,) classes, or
     None of masks; values: (N, classes) probabilities, or (N,) Dice; folds: (N,) which models judged a case"""
 
@@ -78,7 +78,7 @@ def score_task(study: Study, task: str, jobs: Sequence[StudyJob], draws: int) ->
     return TaskScores(task, values, cases, len(names), draws, notices)
 
 
-def under_weights(runs: Sequence[Tested], names: Sequence[str], weights: np.ndarray, draws: int) -> np.ndarray:
+def under_weights(runs: Sequence[CaseScores], names: Sequence[str], weights: np.ndarray, draws: int) -> np.ndarray:
     """(1 + draws + P,) figures of a run's repeats: the mean of all; a repeat in each draw, so that what another split
     into folds changes is part of the interval; the first one without each patient.
 
@@ -98,7 +98,7 @@ def under_weights(runs: Sequence[Tested], names: Sequence[str], weights: np.ndar
     return total
 
 
-def require_same_cases(tested: dict[tuple[str, int], list[Tested]], task: str) -> None:
+def require_same_cases(tested: dict[tuple[str, int], list[CaseScores]], task: str) -> None:
     """Raise UserError where arms of one seed were tested on different cases: data that changed meanwhile."""
     first: dict[int, tuple[str, list]] = {}
     for (arm, seed), runs in tested.items():
@@ -112,14 +112,14 @@ def require_same_cases(tested: dict[tuple[str, int], list[Tested]], task: str) -
             )
 
 
-def classified_cases(folder: Path, owners: dict[str, str]) -> Tested:
-    """Tested of a run of main_lnc_luna16.py: each case once, with the mean of its folds' probabilities."""
+def classified_cases(folder: Path, owners: dict[str, str]) -> CaseScores:
+    """CaseScores of a run of main_lnc_luna16.py: each case once, with the mean of its folds' probabilities."""
     classes, rows = int(read_result(folder)["classes"]), {}
     table = read_table(folder / "predictions.csv")
     for row, probabilities in zip(table, read_probabilities(table, classes)):
         rows.setdefault(row["case"], []).append((row["patient"], int(row["label"]), row["fold"], probabilities))
     names = sorted(rows)
-    return Tested(
+    return CaseScores(
         [rows[name][0][0] for name in names],
         np.array([rows[name][0][1] for name in names]),
         np.stack([np.mean([probabilities for *_, probabilities in rows[name]], 0) for name in names]),
@@ -127,8 +127,8 @@ def classified_cases(folder: Path, owners: dict[str, str]) -> Tested:
     )
 
 
-def segmented_cases(folder: Path, owners: dict[str, str]) -> Tested:
-    """Tested of a run of main_lts_msd.py: each case once, with the mean Dice of its folds and classes. owners:
+def segmented_cases(folder: Path, owners: dict[str, str]) -> CaseScores:
+    """CaseScores of a run of main_lts_msd.py: each case once, with the mean Dice of its folds and classes. owners:
     {case: patient} where they differ"""
     found = collections.defaultdict(list)
     for row in read_table(folder / "cases.csv"):
@@ -137,11 +137,11 @@ def segmented_cases(folder: Path, owners: dict[str, str]) -> Tested:
     read_result(folder)
     names = sorted(found)
     means = np.array([np.mean(found[name]) for name in names])
-    return Tested([owners.get(name, name) for name in names], None, means, np.zeros(len(names), int))
+    return CaseScores([owners.get(name, name) for name in names], None, means, np.zeros(len(names), int))
 
 
-def probe_cases(data: str, jobs: Sequence[StudyJob], notices: list[str]) -> dict[tuple[str, int], list[Tested]]:
-    """{(arm, seed): a Tested for each repeat}: logistic regression on frozen features, in nested folds by patient,
+def probe_cases(data: str, jobs: Sequence[StudyJob], notices: list[str]) -> dict[tuple[str, int], list[CaseScores]]:
+    """{(arm, seed): a CaseScores for each repeat}: logistic regression on frozen features, in nested folds by patient,
     which are the same for all arms and seeds."""
     labels = read_labels(data, "label")
     tables = [read_features(str(job.folder / RESULTS["probe"]), job.name) for job in jobs]
@@ -159,7 +159,7 @@ def probe_cases(data: str, jobs: Sequence[StudyJob], notices: list[str]) -> dict
     found = {}
     for job, table, rows in zip(jobs, tables, cases.rows):
         repeats = [out_of_fold(path, table.features[rows], y, one) for one in splits]
-        found[job.arm, job.seed] = [Tested(cases.patients, target.y, one.values, one.folds) for one in repeats]
+        found[job.arm, job.seed] = [CaseScores(cases.patients, target.y, one.values, one.folds) for one in repeats]
     return found
 
 

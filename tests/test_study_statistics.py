@@ -1,0 +1,278 @@
+"""What a study shows: scores of jobs, means over seeds, intervals over patients and seeds, Holm over all pairs, claims;
+against scikit-learn, loops written out, and the normal distribution."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from dino3d.evaluation.statistics import Bootstrap, bootstrap_weights, holm
+from dino3d.study import contrasts, scores
+from dino3d.study.contrasts import Claim, compare_arms, difference_between, effect_of, judge_claim, over_seeds, share_of
+from dino3d.study.scores import CaseScores, TaskScores, under_weights
+
+DRAWS = 2000
+
+
+def scores_of(values, task="segmentation", draws=DRAWS):
+    """TaskScores of {arm: {seed: (P,) Dice of a case of each patient}}."""
+    count = len(next(iter(next(iter(values.values())).values())))
+    names = [f"p{i:02}" for i in range(count)]
+    weights = np.concatenate(bootstrap_weights(names, draws, 0))
+    zeros = np.zeros(count, int)
+    found = {
+        arm: {
+            seed: under_weights([CaseScores(names, None, np.array(dice, float), zeros)], names, weights, draws)
+            for seed, dice in seeds.items()
+        }
+        for arm, seeds in values.items()
+    }
+    return TaskScores(task, found, count, count, draws, [])
+
+
+def spread(rng, level, patients=30, seeds=3, between_seeds=0.0, noise=0.02):
+    """{seed: (P,) values} around a level."""
+    return {s: level + rng.normal(0, between_seeds) + rng.normal(0, noise, patients) for s in range(seeds)}
+
+
+# --------------------------------------------------------------------------------------------------------- bootstrap
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_seeds_are_drawn_with_the_variance_of_their_mean(count):
+    """Of figures that no patient changes: the draws' variance is s^2 / n, as a mean of n seeds has it."""
+    figures = np.random.default_rng(count).normal(size=count)
+    draws = 40000
+    values = over_seeds([np.full(1 + draws + 4, figure) for figure in figures], draws)
+    assert values[0] == pytest.approx(figures.mean(), abs=1e-12)
+    assert values[1 : 1 + draws].var() == pytest.approx(figures.var(ddof=1) / count, rel=0.03)
+    assert values[1 : 1 + draws].mean() == pytest.approx(figures.mean(), abs=0.02)
+    assert (values[1 + draws :] == values[0]).all()
+    one = np.arange(10.0)
+    assert (over_seeds([one], 5) == one).all()
+
+
+def test_a_difference_is_that_of_loops_written_out():
+    """Patients and seeds drawn one by one, the same for both arms, where their seeds were tested on other patients."""
+    rng = np.random.default_rng(0)
+    names = [f"p{i}" for i in range(8)]
+    tested_on = {0: names[:6], 1: names[2:], 2: names[1:7]}  # test sets of three seeds
+    runs = {
+        arm: {
+            seed: CaseScores(who, None, rng.normal(size=len(who)), np.zeros(len(who), int))
+            for seed, who in tested_on.items()
+        }
+        for arm in ("a", "b")
+    }
+    weights = np.concatenate(bootstrap_weights(names, 300, 0))
+    found = TaskScores(
+        "segmentation",
+        {a: {s: under_weights([t], names, weights, 300) for s, t in of.items()} for a, of in runs.items()},
+        6,
+        8,
+        300,
+        [],
+    )
+    picks = np.random.default_rng(3).integers(3, size=(2, 300))
+
+    def mean(arm, seed, counts):
+        run = runs[arm][seed]
+        drawn = [value for who, value in zip(run.patients, run.values) for _ in range(counts[names.index(who)])]
+        return sum(drawn) / len(drawn) if drawn else math.nan
+
+    def difference(seeds, counts):
+        return np.mean([mean("a", seed, counts) - mean("b", seed, counts) for seed in seeds])
+
+    draws = np.array([difference(picks[:, b], weights[1 + b]) for b in range(300)])
+    left_out = np.array([difference(range(3), weights[301 + i]) for i in range(8)])
+    direct = Bootstrap(difference(range(3), weights[0]), draws, left_out)
+    effect = effect_of(found, {"a": 1.0, "b": -1.0})
+    assert effect.value == pytest.approx(direct.estimate, abs=1e-12)
+    assert effect.interval == pytest.approx(direct.interval(), abs=1e-9)
+    assert effect.p == pytest.approx(direct.p_value(), abs=1e-9) and effect.seeds == [0, 1, 2]
+
+
+def test_interval_is_as_wide_as_the_normal_distribution_says():
+    """Of means of many patients and seeds: 1.96 sqrt(patients' variance / P + seeds' variance / n) on either side."""
+    rng = np.random.default_rng(1)
+    of_patient, of_seed = rng.normal(0.5, 0.1, 60), rng.normal(0, 0.03, 12)
+    found = scores_of({"a": {s: of_patient + of_seed[s] for s in range(12)}}, draws=8000)
+    low, high = effect_of(found, {"a": 1.0}).interval
+    expected = 2 * 1.96 * math.sqrt(of_patient.var(ddof=1) / 60 + of_seed.var(ddof=1) / 12)
+    assert high - low == pytest.approx(expected, rel=0.06)
+
+
+def test_paired_seeds_and_patients_cancel():
+    """Two arms that differ by a constant in every patient and seed differ by it alone."""
+    rng = np.random.default_rng(2)
+    of_patient, of_seed = rng.normal(0.5, 0.1, 20), rng.normal(0, 0.1, 3)
+    arms = {name: {s: of_patient + of_seed[s] + add for s in range(3)} for name, add in (("a", 0.05), ("b", 0.0))}
+    effect = effect_of(scores_of(arms), {"a": 1.0, "b": -1.0})
+    assert effect.interval == pytest.approx([0.05, 0.05], abs=1e-9)
+
+
+def test_fewer_than_five_patients_have_no_interval():
+    rng = np.random.default_rng(0)
+    found = scores_of({"a": spread(rng, 0.9, patients=4), "b": spread(rng, 0.1, patients=4)})
+    comparison = compare_arms([found], ["a", "b"])
+    assert comparison.means[0].interval is None and comparison.pairs[0].p_holm is None
+    assert comparison.pairs[0].verdict == "not shown"
+    assert contrasts.reason(comparison.pairs[0]) == "no interval: too few patients"
+
+
+def test_only_seeds_of_both_arms_are_compared():
+    rng = np.random.default_rng(0)
+    arms = {
+        "a": spread(rng, 0.6),
+        "b": {s: v for s, v in spread(rng, 0.5).items() if s != 1},
+        "c": {7: rng.normal(size=30)},
+    }
+    found = scores_of(arms)
+    effect = effect_of(found, {"a": 1.0, "b": -1.0})
+    expected = np.mean([arms["a"][s].mean() - arms["b"][s].mean() for s in (0, 2)])
+    assert effect.seeds == [0, 2] and effect.value == pytest.approx(expected)
+    assert effect_of(found, {"a": 1.0, "c": -1.0}).value is None
+
+
+# ------------------------------------------------------------------------------------------------- all pairs, claims
+
+
+def test_holm_is_over_all_pairs_of_all_tasks():
+    rng = np.random.default_rng(4)
+    arms = ["a", "b", "c"]
+    tasks = [
+        scores_of({arm: spread(rng, level, noise=0.2) for arm, level in zip(arms, levels)}, task)
+        for task, levels in (("classification", (0.5, 0.55, 0.7)), ("segmentation", (0.5, 0.5, 0.9)))
+    ]
+    found = compare_arms(tasks, arms)
+    assert len(found.pairs) == 6 and len(found.means) == 6
+    assert [pair.p_holm for pair in found.pairs] == holm([pair.p for pair in found.pairs])
+    pair = difference_between(found.pairs, "segmentation", "c", "a")
+    assert pair.value > 0 and pair.verdict == "shown" and list(pair.weights) == ["c", "a"]
+    other = difference_between(found.pairs, "segmentation", "a", "c")
+    assert other.verdict == "opposite" and other.interval == pytest.approx([-pair.interval[1], -pair.interval[0]])
+    assert difference_between(found.pairs, "segmentation", "a", "d") is None
+
+
+def levels_of(**levels):
+    rng = np.random.default_rng(5)
+    names = ("none", "rotation", "scale", "flip", "elastic", "gaussian", "histogram", "paper", "scratch")
+    return {name: spread(rng, levels.get(name, 0.7), noise=0.01) for name in names}
+
+
+@pytest.mark.parametrize(
+    "classification, segmentation, verdicts",
+    [
+        (
+            {"rotation": 0.8, "scale": 0.8, "paper": 0.85, "scratch": 0.6},
+            {"histogram": 0.8, "paper": 0.8},
+            ["shown", "shown", "shown", "shown", "shown"],
+        ),
+        (
+            {"rotation": 0.6, "scale": 0.6, "gaussian": 0.8, "histogram": 0.8, "scratch": 0.8},
+            {"histogram": 0.6, "scratch": 0.8},
+            ["opposite"] * 5,
+        ),
+        ({"gaussian": 0.71, "histogram": 0.71}, {}, ["not shown"] * 5),
+    ],
+)
+def test_the_papers_claims(classification, segmentation, verdicts):
+    tasks = [
+        scores_of(levels_of(**classification), "classification"),
+        scores_of(levels_of(**segmentation), "segmentation"),
+    ]
+    found = compare_arms(tasks, list(levels_of()))
+    assert [one.verdict for one in found.claims] == verdicts, [one.why for one in found.claims]
+    pair = difference_between(found.pairs, "classification", "paper", "scratch")
+    assert found.claims[3].effect == pair  # a claim that is a pair has that pair's figures
+    tested = [*found.pairs, *(one.effect for one in found.claims[:3])]
+    assert [one.p_holm for one in tested] == holm([one.p for one in tested])
+
+
+def test_a_claim_is_against_its_own_margin():
+    rng = np.random.default_rng(0)
+    found = scores_of({"a": spread(rng, 0.505, noise=0.005), "b": spread(rng, 0.5, noise=0.005)}, "classification")
+    claim = Claim("little", "classification", {"a": 1.0, "b": -1.0}, above=False, null=0.01)
+    effect = effect_of(found, claim.arms, claim.null)
+    assert effect.interval[0] > 0 and effect.interval[1] < 0.01
+    assert judge_claim(claim, effect._replace(p_holm=effect.p)).verdict == "shown"
+    assert judge_claim(claim, effect._replace(p_holm=0.2)).verdict == "not shown"
+    above = effect_of(found, claim.arms)
+    assert judge_claim(claim._replace(above=True, null=0.0), above._replace(p_holm=above.p)).verdict == "shown"
+
+
+def test_claims_whose_arms_were_not_run():
+    rng = np.random.default_rng(0)
+    found = compare_arms([scores_of({"none": spread(rng, 0.5)}, "classification")], ["none"])
+    assert {one.verdict for one in found.claims} == {"not shown"} and all("not run" in one.why for one in found.claims)
+    assert sum(share_of("a", "b", sign=-1).values()) == -1
+
+
+# ------------------------------------------------------------------------------------------------------ scores of jobs
+
+
+def test_classification_is_by_pairs_that_the_same_models_judged(tmp_path):
+    """Each subset by its own fold: pairs within folds. All by both folds: the AUC of the mean probabilities."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=40)
+    p = np.clip(labels * 0.2 + rng.uniform(size=(2, 40)) * 0.8, 0, 1)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"classes": 2}))
+
+    def write(rows):
+        with open(folder / "predictions.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("case", "patient", "fold", "label", "probability", "uncalibrated"), *rows])
+
+    write([(f"c{i:02}", f"p{i}", k, labels[i], p[k, i], 0.5) for k in range(2) for i in range(40)])
+    both = scores.classified_cases(folder, {})
+    assert float(both.score(np.ones(40))) == pytest.approx(roc_auc_score(labels, p.mean(0)))
+    write([(f"c{i:02}", f"p{i}", i % 2, labels[i], p[0, i], 0.5) for i in range(40)])
+    apart, pairs = scores.classified_cases(folder, {}), []
+    for k in range(2):
+        mine = np.arange(40) % 2 == k
+        positive, negative = labels[mine].sum(), (1 - labels[mine]).sum()
+        pairs.append((positive * negative, roc_auc_score(labels[mine], p[0, mine])))
+    expected = sum(n * auc for n, auc in pairs) / sum(n for n, _ in pairs)
+    assert float(apart.score(np.ones(40))) == pytest.approx(expected)
+
+
+def test_segmentation_is_the_mean_of_cases_of_their_folds_and_classes(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "cases.csv").write_text(
+        "case,fold,class,dice\na,0,1,0.2\na,1,1,0.4\na,0,2,\nb,0,1,0.9\nb,0,2,0.7\nc,0,1,\n"
+    )
+    found = scores.segmented_cases(tmp_path, {"a": "x", "b": "x"})
+    assert found.patients == ["x", "x"] and found.values == pytest.approx([0.3, 0.8])
+    assert float(found.score(np.array([1.0, 3.0]))) == pytest.approx((0.3 + 2.4) / 4)
+    assert np.isnan(found.score(np.zeros(2)))
+
+
+def test_probe_is_as_evaluate_features_has_it(tmp_path):
+    """Logistic regression in the same folds: its AUC is that of dino3d.evaluation.comparison with as many repeats."""
+    from dino3d.evaluation.comparison import make_plan, measure
+    from dino3d.evaluation.labelled_cases import encode_labels
+    from dino3d.study.jobs import StudyJob
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(30) % 2
+    features = rng.normal(size=(30, 3)) + labels[:, None] * 0.5
+    job = StudyJob("a", 0, "probe", (), tmp_path, None)
+    job.folder.mkdir()
+    with open(job.folder / "features.csv", "w", newline="") as file:
+        rows = [(f"c{i:02}", f"p{i:02}", *map(float, row)) for i, row in enumerate(features)]
+        csv.writer(file).writerows([("name", "patient", "feature_0", "feature_1", "feature_2"), *rows])
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("name", "label", "patient"), *((f"c{i:02}", labels[i], f"p{i:02}") for i in range(30))]
+        )
+    runs = scores.probe_cases(str(tmp_path / "labels.csv"), [job], [])["a", 0]
+    target = encode_labels([str(one) for one in labels], "classification", None)
+    patients = [f"p{i:02}" for i in range(30)]
+    plan = make_plan(target, patients, 5, scores.LOGISTIC_REPEATS, 200, 0, curves=False)
+    expected = measure("a", features, plan).metrics["logistic"]["auc"]
+    weights = np.concatenate(bootstrap_weights(patients, 200, 0))
+    assert under_weights(runs, patients, weights, 200) == pytest.approx(expected, abs=1e-12)
