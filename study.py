@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from threadpoolctl import threadpool_limits
+
 from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, help_flags, number
 from dino3d.evaluation.comparison import LEVEL
 from dino3d.run_lock import own_folder
@@ -222,7 +224,8 @@ def list_units(units: Sequence[Sequence[StudyJob]], folder: Path) -> None:
 
 def finish(study: Study, jobs: Sequence[StudyJob], draws: int, failures: Sequence[FailedJob]) -> None:
     """Write the tables from what is done, and tell them. Raises UserError where a job failed."""
-    scores = [one for task in study.tasks if (one := score_task(study, task, jobs, draws)) is not None]
+    with threadpool_limits(1):  # small matrices: more threads are slower, and change the last digits
+        scores = [one for task in study.tasks if (one := score_task(study, task, jobs, draws)) is not None]
     if scores:
         found = compare_arms(scores, [arm.name for arm in study.arms])
         notices = [notice for one in scores for notice in one.notices]

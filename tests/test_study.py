@@ -470,6 +470,12 @@ def test_plan_runs_nothing(tmp_path, data, stubs, capsys):
     assert "measuring" not in capsys.readouterr().out
 
 
+def test_plan_of_arms_that_are_not_trained(tmp_path, data, stubs, capsys):
+    study.main(flags_of(tmp_path / "s", data, "--plan", arms=("scratch", "random")))
+    said = capsys.readouterr().out
+    assert "4 x untrained of" in said and "x pretrain" not in said
+
+
 def test_last_words(tmp_path):
     path = tmp_path / "log"
     path.write_text("$ first\nerror: old\n$ second\nhello\nTraceback\nValueError: bad\n")

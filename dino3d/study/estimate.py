@@ -121,7 +121,7 @@ def measure_jobs(study: Study, pool: Pool, parsed: dict[str, dict[str, Any]]) ->
     costs = {}
     for job in jobs:
         if job.stage == PRETRAIN:
-            costs |= pretraining_costs(job, walls[job.stage], parsed[PRETRAIN])
+            costs |= pretraining_costs(job, walls[job.stage], parsed.get(PRETRAIN) or parsed[INITIAL])
         else:
             epoch = sum(one.get("seconds", 0) for log in job.folder.glob("*/log.txt") for one in read_json_lines(log))
             more = (int(parsed[job.stage]["epochs"]) - 1) * epoch if epoch else 0

@@ -12,7 +12,7 @@ from dino3d.evaluation.report import Report
 from dino3d.evaluation.statistics import FEWEST_PATIENTS, format_metric, with_interval
 from dino3d.files import atomic_write, read_json, read_json_lines, write_json, write_table
 from dino3d.study.arms import COMPARED_WITH
-from dino3d.study.contrasts import IS_SHOWN, NOT_SHOWN, Comparison, Effect, difference_between, reason
+from dino3d.study.contrasts import IS_SHOWN, NOT_SHOWN, Comparison, Effect, Judged, difference_between, reason
 from dino3d.study.definition import Study, study_in_words
 from dino3d.study.jobs import StudyJob
 from dino3d.study.pool import TIMES
@@ -208,14 +208,14 @@ def outcome_lines(study: Study, scores: Sequence[TaskScores], found: Comparison,
     for one in scores:
         lines += ["", heading_of(one), *(f"  {line}" for line in format_rows(*result_table(one, found)))]
     lines += ["", f"* shown: the interval leaves out 0, after Holm's adjustment for {tested(found)} comparisons too"]
-    lines += ["", "The paper's claims", *(f"  {one.verdict}: {one.claim.text} ({one.why})" for one in found.claims), ""]
+    lines += ["", "The paper's claims", *(f"  {claim_line(one)}" for one in found.claims), ""]
     lines += [f"note: {line}" for line in notices]
     return [*lines, f"report       {study.folder / 'report.html'}", f"tables       {study.folder / 'results.csv'}"]
 
 
 def heading_of(one: TaskScores) -> str:
     what = "frozen probe" if one.task == "probe" else one.task
-    return f"{what}: {METRIC[one.task]} of {one.cases} cases, {one.patients} patients"
+    return f"{what}: {METRIC[one.task]} of {one.cases} cases each, {one.patients} patients in all"
 
 
 def tested(found: Comparison) -> int:
@@ -241,10 +241,7 @@ def write_study_page(
         *notices,
     )
     report.heading("The paper's claims")
-    report.table(
-        ["", "claim", "difference (95 % interval)", "p after Holm", "why"],
-        [[one.verdict, one.claim.text, signed(one.effect), p_text(one.effect), one.why] for one in found.claims],
-    )
+    report.text(*map(claim_line, found.claims))
     report.heading("Results")
     for one in scores:
         report.text(heading_of(one))
@@ -290,12 +287,14 @@ def stages_of(study: Study) -> list[str]:
     return list(dict.fromkeys([*study.data, *study.flags]))
 
 
-def p_text(effect: Effect | None) -> str:
-    return short_p(effect.p_holm) if effect else ""
+def claim_line(one: Judged) -> str:
+    """A claim, whether it is shown, and by which figures."""
+    figures = f"{signed(one.effect)}, p after Holm {short_p(one.effect.p_holm)}; " if one.effect else ""
+    return f"{one.verdict}: {one.claim.text} ({figures}{one.why})"
 
 
 def short_p(p: float | None) -> str:
-    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "none" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def draw(scores: Sequence[TaskScores], found: Comparison) -> Any:
