@@ -21,13 +21,14 @@ from threadpoolctl import threadpool_limits
 
 from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, help_flags, number
 from dino3d.evaluation.comparison import LEVEL
+from dino3d.evaluation.statistics import FEWEST_PATIENTS
 from dino3d.run_lock import own_folder
 from dino3d.study import estimate
 from dino3d.study.arms import BUILT_IN, choose_arms, read_arms
-from dino3d.study.contrasts import compare_arms
+from dino3d.study.contrasts import compare_arms, smallest_p
 from dino3d.study.definition import PRETRAIN, STAGES, TASKS, Given, Study, define, save_study
 from dino3d.study.devices import make_slots, memory_for, require_one_process, visible_gpus
-from dino3d.study.jobs import StudyJob, all_units
+from dino3d.study.jobs import StudyJob, all_units, require_same_flags
 from dino3d.study.outcome import made_with, outcome_lines, tested, write_outcome
 from dino3d.study.pool import FailedJob, Pool
 from dino3d.study.scores import score_task
@@ -140,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_one_process(os.environ)
 
     # ------------------------------------------------------------------------------------------------------- the study
-    study, lines = define(args.output_dir, given_by(args), choose_arms(None, {}))
+    folder = Path(os.path.abspath(args.output_dir))  # jobs run where the study began, maybe elsewhere
+    study, lines = define(folder, given_by(args), choose_arms(None, {}))
     units = all_units(study)
     jobs = [job for unit in units for job in unit]
     print(*lines, sep="\n", end="\n" if lines else "")
@@ -149,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{len(jobs)} jobs"
     )
     if args.list:
-        list_units(units, args.output_dir)
+        list_units(units, folder)
         return
+    require_same_flags(jobs)
     if args.job is not None and args.job >= len(units):
         parser.error(f"--job {args.job}: the study has units 0 to {len(units) - 1}, see --list")
     if args.table:
@@ -237,6 +240,9 @@ def finish(study: Study, jobs: Sequence[StudyJob], draws: int, failures: Sequenc
                 f"{tested(found)} comparisons: with --draws {draws} none can be shown; give more than "
                 f"{int(tested(found) / LEVEL)}"
             )
+        for one in scores:
+            if FEWEST_PATIENTS <= one.patients and tested(found) * smallest_p(one.patients) >= LEVEL:
+                notices.append(f"{one.task}: {one.patients} patients are too few to show any of as many comparisons")
         if len(study.seeds) == 1:
             notices.append("one seed: intervals are over patients alone, and say nothing of other seeds")
         if len(made_with(jobs)) > 1:

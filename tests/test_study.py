@@ -301,6 +301,56 @@ def test_results_that_do_not_belong_together(tmp_path, data, stubs):
         study.main(["--output_dir", str(folder), "--draws", "400", "--table"])
 
 
+def test_resumed_from_another_folder(tmp_path, data, stubs, monkeypatch):
+    """Jobs run where the study began, so a relative --output_dir must not be theirs."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    study.main(flags_of("s", data, arms=("paper",), seeds=(0,)))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    study.main(["--output_dir", "../s", "--seeds", "1", "--draws", "400"])
+    assert [row["seed"] for row in table(tmp_path / "s/seeds.csv")] == ["0", "1"]
+    assert not list(tmp_path.parent.glob("s/arms")) and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_is_done_and_what_study_json_says_belong_together(tmp_path, data, stubs, capsys):
+    folder = tmp_path / "s"
+    study.main(flags_of(folder, data, "--pretrain_flags=--strength 2", arms=("paper",), seeds=(0,)))
+    resumed = ["--output_dir", str(folder), "--draws", "400"]
+    before, saved = table(folder / "seeds.csv"), (folder / "study.json").read_text()
+    assert "--strength 2" in saved
+    (folder / "study.json").write_text(saved.replace("--strength 2", "--strength 5"))
+    for more in ([], ["--table"]):
+        with pytest.raises(UserError, match=r"other flags than study.json gives it now \(2, now 5\)"):
+            study.main([*resumed, *more])
+    (folder / "study.json").write_text(saved)
+    moved = folder.rename(tmp_path / "moved")  # is the same study
+    resumed[1] = str(moved)
+    study.main(resumed)
+    marker = moved / "arms/paper/seed0/classification.done.json"
+    marker.write_text("")
+    with pytest.raises(UserError, match="classification.done.json: can't be read"):
+        study.main(resumed)
+    marker.unlink()
+    study.main(resumed)
+    (moved / "arms/paper/seed0/pretrain/checkpoint.pth").unlink()
+    capsys.readouterr()
+    study.main(resumed)
+    assert "classification: begins" in capsys.readouterr().out  # it stands on what is run again
+    assert table(moved / "seeds.csv") == before
+
+
+def test_a_case_without_the_class_stays_a_case_of_all_arms(tmp_path, data, stubs):
+    """One arm finds nothing in it, so that its Dice is undefined, another a voxel, which makes 0."""
+    folder = tmp_path / "s"
+    study.main(flags_of(folder, data, tasks=("segmentation",), arms=("none", "paper"), seeds=(0,)))
+    for arm, dice in (("none", ""), ("paper", "0.0")):
+        rows = [f"c{i},0,1,{0.5 + 0.1 * i}" for i in range(3)] + [f"c3,0,1,{dice}"]
+        (folder / f"arms/{arm}/seed0/segmentation/cases.csv").write_text("\n".join(["case,fold,class,dice", *rows]))
+    study.main(["--output_dir", str(folder), "--draws", "400", "--table"])
+    values = {row["arm"]: float(row["value"]) for row in table(folder / "seeds.csv")}
+    assert values == pytest.approx({"none": 0.6, "paper": 0.45})
+
+
 # --------------------------------------------------------------------------------------------------------------- kills
 
 

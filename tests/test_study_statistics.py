@@ -7,11 +7,20 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from dino3d.evaluation.statistics import Bootstrap, bootstrap_weights, holm
 from dino3d.study import contrasts, scores
-from dino3d.study.contrasts import Claim, compare_arms, difference_between, effect_of, judge_claim, over_seeds, share_of
+from dino3d.study.contrasts import (
+    Claim,
+    compare_arms,
+    difference_between,
+    effect_of,
+    error_by_seeds,
+    judge_claim,
+    share_of,
+)
 from dino3d.study.scores import CaseScores, TaskScores, under_weights
 
 DRAWS = 2000
@@ -41,28 +50,56 @@ def spread(rng, level, patients=30, seeds=3, between_seeds=0.0, noise=0.02):
 # --------------------------------------------------------------------------------------------------------- bootstrap
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_seeds_are_drawn_with_the_variance_of_their_mean(count):
-    """Of figures that no patient changes: the draws' variance is s^2 / n, as a mean of n seeds has it."""
-    figures = np.random.default_rng(count).normal(size=count)
-    draws = 40000
-    values = over_seeds([np.full(1 + draws + 4, figure) for figure in figures], draws)
-    assert values[0] == pytest.approx(figures.mean(), abs=1e-12)
-    assert values[1 : 1 + draws].var() == pytest.approx(figures.var(ddof=1) / count, rel=0.03)
-    assert values[1 : 1 + draws].mean() == pytest.approx(figures.mean(), abs=0.02)
-    assert (values[1 + draws :] == values[0]).all()
-    one = np.arange(10.0)
-    assert (over_seeds([one], 5) == one).all()
+def test_an_interval_by_seeds_alone_is_students():
+    """Of figures that no patient changes: scipy's t-test of the paired seeds, where two arms are all there is."""
+    of_arms = {"a": [0.60, 0.66, 0.63, 0.65], "b": [0.55, 0.64, 0.57, 0.60]}
+    found = scores_of({arm: {i: [x] * 20 for i, x in enumerate(of)} for arm, of in of_arms.items()}, draws=100_000)
+    test = stats.ttest_rel(*of_arms.values())
+    effect = effect_of(found, {"a": 1.0, "b": -1.0})
+    assert effect.interval == pytest.approx(list(test.confidence_interval()), abs=2e-3)
+    assert effect.p == pytest.approx(test.pvalue, rel=0.1)
+
+
+def test_arms_share_the_spread_of_seeds():
+    """That of the least squares of arms and seeds, and its degrees of freedom; an arm that spreads more has its own."""
+    rng = np.random.default_rng(0)
+    arms, seeds = 5, 3
+    figures = 0.5 + rng.normal(0, 0.01, (arms, seeds)) + rng.normal(0, 0.02, seeds)
+    figures[4] += 20 * (figures[4] - figures[4].mean())
+    found = scores_of({f"a{i}": {s: [x] * 6 for s, x in enumerate(row)} for i, row in enumerate(figures)}, draws=10)
+    arm, seed = np.indices(figures.shape).reshape(2, -1)
+    design = np.column_stack([*(arm == i for i in range(arms)), *(seed == i for i in range(1, seeds))]).astype(float)
+    (squares,) = np.linalg.lstsq(design, figures.ravel(), rcond=None)[1]
+    shared, freedom = squares / (figures.size - np.linalg.matrix_rank(design)), figures.size - arms - seeds + 1
+    assert error_by_seeds(found, {"a0": 1.0, "a1": -1.0}, range(seeds)) == pytest.approx(
+        (math.sqrt(2 * shared / seeds), freedom)
+    )
+    own = stats.sem(figures[4] - figures[0])
+    assert error_by_seeds(found, {"a4": 1.0, "a0": -1.0}, range(seeds))[0] == pytest.approx(own)
+    assert own > math.sqrt(2 * shared / seeds)
+
+
+@pytest.mark.parametrize("patients, seeds, between_seeds", [(60, 2, 0.02), (60, 3, 0.02), (6, 1, 0.0)])
+def test_of_arms_that_are_all_the_same_none_is_shown(patients, seeds, between_seeds):
+    """In 95 % of studies, of few seeds or patients too; of several seeds intervals hold 0 as often as they say."""
+    false, held, arms = 0, [], [f"a{i}" for i in range(6)]
+    for number in range(40):
+        rng = np.random.default_rng([7, number])
+        same = {arm: spread(rng, 0.5, patients, seeds, between_seeds, noise=0.05) for arm in arms}
+        pairs = compare_arms([scores_of(same, draws=1000)], arms).pairs
+        false += any(pair.verdict != "not shown" for pair in pairs)
+        held += [pair.interval[0] <= 0 <= pair.interval[1] for pair in pairs]
+    assert false <= 5 and (np.mean(held) > 0.92 or seeds == 1)
 
 
 def test_a_difference_is_that_of_loops_written_out():
-    """Patients and seeds drawn one by one, the same for both arms, where their seeds were tested on other patients."""
+    """Patients drawn one by one, the same for both arms, whose seeds were tested on other patients; Student's t."""
     rng = np.random.default_rng(0)
     names = [f"p{i}" for i in range(8)]
     tested_on = {0: names[:6], 1: names[2:], 2: names[1:7]}  # test sets of three seeds
     runs = {
         arm: {
-            seed: CaseScores(who, None, rng.normal(size=len(who)), np.zeros(len(who), int))
+            seed: CaseScores(who, None, rng.uniform(size=len(who)), np.zeros(len(who), int))
             for seed, who in tested_on.items()
         }
         for arm in ("a", "b")
@@ -76,7 +113,6 @@ def test_a_difference_is_that_of_loops_written_out():
         300,
         [],
     )
-    picks = np.random.default_rng(3).integers(3, size=(2, 300))
 
     def mean(arm, seed, counts):
         run = runs[arm][seed]
@@ -86,7 +122,9 @@ def test_a_difference_is_that_of_loops_written_out():
     def difference(seeds, counts):
         return np.mean([mean("a", seed, counts) - mean("b", seed, counts) for seed in seeds])
 
-    draws = np.array([difference(picks[:, b], weights[1 + b]) for b in range(300)])
+    error = stats.sem([difference([seed], weights[0]) for seed in range(3)])
+    by_seeds = error * np.random.default_rng(3).standard_t(2, 300)
+    draws = np.clip([difference(range(3), weights[1 + b]) + by_seeds[b] for b in range(300)], -1, 1)
     left_out = np.array([difference(range(3), weights[301 + i]) for i in range(8)])
     direct = Bootstrap(difference(range(3), weights[0]), draws, left_out)
     effect = effect_of(found, {"a": 1.0, "b": -1.0})
@@ -246,9 +284,9 @@ def test_segmentation_is_the_mean_of_cases_of_their_folds_and_classes(tmp_path):
         "case,fold,class,dice\na,0,1,0.2\na,1,1,0.4\na,0,2,\nb,0,1,0.9\nb,0,2,0.7\nc,0,1,\n"
     )
     found = scores.segmented_cases(tmp_path, {"a": "x", "b": "x"})
-    assert found.patients == ["x", "x"] and found.values == pytest.approx([0.3, 0.8])
-    assert float(found.score(np.array([1.0, 3.0]))) == pytest.approx((0.3 + 2.4) / 4)
-    assert np.isnan(found.score(np.zeros(2)))
+    assert found.patients == ["x", "x", "c"] and found.values == pytest.approx([0.3, 0.8, np.nan], nan_ok=True)
+    assert float(found.score(np.array([1.0, 3.0, 5.0]))) == pytest.approx((0.3 + 2.4) / 4)
+    assert np.isnan(found.score(np.array([0.0, 0.0, 1.0])))
 
 
 def test_probe_is_as_evaluate_features_has_it(tmp_path):

@@ -89,20 +89,47 @@ class Comparison(NamedTuple):
     claims: list[Judged]
 
 
-def over_seeds(values: Sequence[np.ndarray], draws: int) -> np.ndarray:
-    """(1 + draws + P,) means over seeds, which are drawn too, as a sample of all seeds.
+def error_by_seeds(scores: TaskScores, weights: Mapping[str, float], seeds: Sequence[int]) -> tuple[float, float]:
+    """(standard error of weighted arms' mean over seeds, its degrees of freedom).
 
-    One less than there are is drawn, with replacement: then the variance of the mean over draws is that of a mean of n
-    seeds, s^2 / n, where as many as there are make (n - 1) / n of it, half with two (McCarthy and Snowden 1985). The
-    same seeds in each draw for all arms: runs of one seed share their first weights and their folds. values: of each
-    seed, (1 + draws + P,)
+    Two or three seeds tell little of how much they matter: the bootstrap alone, which takes their spread for known,
+    leaves out the truth far too often. So all arms that have the seeds share one spread, as in a two-way layout of arms
+    and seeds: of a difference the mean square of what is left of arms and seeds, of a mean that of the seeds too
+    (Satterthwaite 1946, doi 10.2307/3002019). Where the arms themselves spread more than that, theirs counts.
     """
-    stacked, count = np.stack(values), len(values)
-    mean = stacked.mean(0)
-    if count > 1:
-        picks = np.random.default_rng(count).integers(count, size=(count - 1, draws))
-        mean[1 : 1 + draws] = stacked[picks, 1 + np.arange(draws)].mean(0)
+    own = sum(weight * np.array([scores.values[arm][seed][0] for seed in seeds]) for arm, weight in weights.items())
+    arms = [arm for arm, of_seeds in scores.values.items() if set(seeds) <= set(of_seeds)]
+    table = np.array([[scores.values[arm][seed][0] for seed in seeds] for arm in arms])  # (arms, seeds)
+    table = table[~np.isnan(table).any(1)]
+    if np.isnan(own).any():
+        return 0.0, 1.0
+    arms_left, left = len(table) - 1, len(seeds) - 1
+    residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    parts, freedom = [(residual**2).sum() / max(1, arms_left * left)], [max(1, arms_left * left)]
+    if abs(sum(weights.values())) > 1e-9:  # else what a seed does to all arms alike falls out
+        parts = [table.mean(0).var(ddof=1), parts[0] * arms_left / len(table)]
+        freedom = [left, *freedom]
+    total, of_parts = sum(parts), sum(part**2 / degrees for part, degrees in zip(parts, freedom))
+    variance = max(total * sum(weight**2 for weight in weights.values()), own.var(ddof=1))
+    return float(np.sqrt(variance / len(seeds))), float(total**2 / of_parts) if of_parts else float(left)
+
+
+def over_seeds(scores: TaskScores, weights: Mapping[str, float], seeds: Sequence[int]) -> np.ndarray:
+    """(1 + draws + P,) weighted arms, their mean over seeds; draws are of a sample of all seeds: Student's t."""
+    values = [sum(weight * scores.values[arm][seed] for arm, weight in weights.items()) for seed in seeds]
+    mean = np.mean(values, 0)
+    if len(seeds) > 1:
+        error, freedom = error_by_seeds(scores, weights, seeds)
+        drawn = mean[1 : 1 + scores.draws]
+        drawn += error * np.random.default_rng(len(seeds)).standard_t(freedom, scores.draws)
+        lowest, highest = (sum(pick(weight, 0) for weight in weights.values()) for pick in (min, max))
+        np.clip(drawn, lowest, highest, out=drawn)  # AUC and Dice lie between 0 and 1
     return mean
+
+
+def smallest_p(patients: int) -> float:
+    """Two-sided p of a sign test where all patients agree: draws of few patients agree more easily than they do."""
+    return 2.0 ** (1 - patients)
 
 
 def effect_of(scores: TaskScores, weights: Mapping[str, float], null: float = 0.0) -> Effect:
@@ -110,13 +137,13 @@ def effect_of(scores: TaskScores, weights: Mapping[str, float], null: float = 0.
     seeds = sorted(set.intersection(*(set(scores.values.get(arm, {})) for arm in weights)))
     if not seeds:
         return Effect(scores.task, dict(weights), None, None, None, None, [], null)
-    of_seeds = [sum(weight * scores.values[arm][seed] for arm, weight in weights.items()) for seed in seeds]
-    values = over_seeds(of_seeds, scores.draws)
+    values = over_seeds(scores, weights, seeds)
     if scores.patients < FEWEST_PATIENTS:
         interval = p = None
     else:
         found = Bootstrap(values[0], values[1 : 1 + scores.draws], values[1 + scores.draws :])
         interval, p = found.interval(), found.p_value(null)
+        p = None if p is None else max(p, smallest_p(scores.patients))
     value = None if np.isnan(values[0]) else float(values[0])
     return Effect(scores.task, dict(weights), value, interval, p, None, seeds, null)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dino3d.command_line import UserError
+from dino3d.files import read_json
 from dino3d.study.arms import RANDOM, SCRATCH, Arm
 from dino3d.study.definition import PRETRAIN, Study
 
@@ -25,6 +27,13 @@ RESULTS = {  # the file that a script writes last, below the job's folder
 # A step that changes nothing: what is saved is the encoder before training, with its geometry, as pre-training of the
 # same seed begins with it, also where --pretrain_flags begin from other weights
 UNTRAINED = ("--pretrained_weights=", "--max_steps", "1", "--lr", "0", "--min_lr", "0")
+
+
+# Where things lie: what they are is held in other ways
+PLACES = (
+    *("--data_dir", "--data_list", "--output_dir", "--pretrained_weights", "--cache_dir"),
+    *("--weights", "--input", "--output"),
+)
 
 
 class StudyJob(NamedTuple):
@@ -57,6 +66,29 @@ class StudyJob(NamedTuple):
 
     def is_done(self) -> bool:
         return self.marker.is_file() and (self.folder / RESULTS[self.stage]).is_file()
+
+
+def require_same_flags(jobs: Sequence[StudyJob]) -> None:
+    """Raise UserError for a job that was done with other flags than it has now, as after study.json was edited."""
+
+    def settings(flags: Sequence[str]) -> list[str]:
+        return [word for before, word in zip(("", *flags), flags) if not {before, word} & {*PLACES}]
+
+    for job in jobs:
+        if not job.is_done():
+            continue
+        try:
+            had, has = settings(read_json(job.marker)["flags"]), settings(job.flags)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{job.marker}: can't be read ({error!r}); remove it, and start again") from error
+        if had != has:
+            only = [
+                " ".join(word for word in one if word not in other) or "less" for one, other in ((had, has), (has, had))
+            ]
+            raise UserError(
+                f"{job.name}: was done with other flags than study.json gives it now ({only[0]}, now {only[1]}); bring "
+                f"study.json back, or remove {job.unit} to run it again"
+            )
 
 
 def unit_folder(study: Study, arm: str, seed: int) -> Path:

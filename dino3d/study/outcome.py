@@ -262,10 +262,10 @@ def write_study_page(
     )
     report.heading("How it was done")
     report.text(
-        "Intervals: 95 %, BCa bootstrap in which patients are drawn with replacement and, where there are several, "
-        "seeds too (one less than there are, so that the spread of a mean of few seeds is not taken for too small); "
-        "the same patients and seeds in every draw for all arms, so that differences are paired. None is given for "
-        f"fewer than {FEWEST_PATIENTS} patients.",
+        "Intervals: 95 %, BCa bootstrap in which patients are drawn with replacement, the same in every draw for all "
+        "arms and seeds, so that differences are paired. Where there are several seeds, each draw has an error by the "
+        "seeds too, of Student's t with the spread that all arms share (that of the arms at hand where it is larger). "
+        f"None is given for fewer than {FEWEST_PATIENTS} patients.",
         f"A difference counts as shown only if its interval leaves out 0 and its p-value stays below {LEVEL:g} after "
         "Holm's adjustment for all pairs of all tasks and the claims.",
         "Classification: AUC of the test cases' mean probabilities, by pairs of cases that the same models judged. "

@@ -69,6 +69,10 @@ class Pool:
 
         total: jobs of the study, for the lines on progress
         """
+        again = {(job.unit, job.stage) for job in jobs if not job.is_done()}
+        for job in jobs:  # what stands on a stage that is run again is asked again too
+            if (job.unit, job.needs) in again:
+                job.marker.unlink(missing_ok=True)
         waiting = [job for job in jobs if not job.is_done()]
         failures, running, done = [], [], total - len(waiting)
         with self._heeding_signals():

@@ -28,7 +28,8 @@ WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
 
 class CaseScores(NamedTuple):
     """Cases as one model, or several on parts of them, judged them. patients: whose each is; labels: (N,) classes, or
-    None of masks; values: (N, classes) probabilities, or (N,) Dice; folds: (N,) which models judged a case"""
+    None of masks; values: (N, classes) probabilities, or (N,) Dice, NaN where undefined; folds: (N,) which models
+    judged a case"""
 
     patients: list[str]
     labels: np.ndarray | None
@@ -39,8 +40,9 @@ class CaseScores(NamedTuple):
         """(...,) AUC of pairs of cases that the same models judged, or mean Dice, under (..., N) weights."""
         if self.labels is not None:
             return weighted_auc(self.labels, self.values, weights, self.folds)
-        total = weights.sum(-1)
-        return np.where(total > 0, weights @ self.values, np.nan) / np.where(total > 0, total, 1)
+        defined = ~np.isnan(self.values)
+        total = weights[..., defined].sum(-1)
+        return np.where(total > 0, weights[..., defined] @ self.values[defined], np.nan) / np.where(total > 0, total, 1)
 
 
 class TaskScores(NamedTuple):
@@ -132,11 +134,11 @@ def segmented_cases(folder: Path, owners: dict[str, str]) -> CaseScores:
     {case: patient} where they differ"""
     found = collections.defaultdict(list)
     for row in read_table(folder / "cases.csv"):
-        if row["dice"]:  # undefined where neither mask has the class
-            found[row["case"]].append(float(row["dice"]))
+        found[row["case"]].append(float(row["dice"] or "nan"))  # undefined where neither mask has the class
     read_result(folder)
     names = sorted(found)
-    means = np.array([np.mean(found[name]) for name in names])
+    defined = [[dice for dice in found[name] if not np.isnan(dice)] for name in names]
+    means = np.array([np.mean(dice) if dice else np.nan for dice in defined])
     return CaseScores([owners.get(name, name) for name in names], None, means, np.zeros(len(names), int))
 
 
