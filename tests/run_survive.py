@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_dino  # noqa: E402
 import utils  # noqa: E402
-from vision_transformer import DINOHead, VisionTransformer  # noqa: E402
+from vision_transformer import ARCHITECTURES, DINOHead, VisionTransformer  # noqa: E402
 
-main_dino.ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=96, depth=2, num_heads=3)
+ARCHITECTURES["vit_tiny"] = functools.partial(VisionTransformer, embed_dim=96, depth=2, num_heads=3)
 main_dino.DINOHead = lambda *args, **more: DINOHead(*args, **(more | {"hidden_dim": 512}))
 count_step = main_dino.Progress.count_step
 
