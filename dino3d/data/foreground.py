@@ -33,8 +33,19 @@ LEAST_LUNG = 100.0  # ml of a part that may be lung, or LEAST_SHARE of a small v
 LEAST_SHARE = 0.05
 OUTSIDE_ML = 20.0  # of a part of the air around the body: emphysema at a crop's border is smaller
 GROUP = "Occupancy"  # in an HDF5 file
-# What NumPy and h5py raise for a file that is not there, cut off or something else
-DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
+# What NumPy and h5py raise for a file that is not there, cut off or something else, whose sizes may be any
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 SPOT = 4096  # bytes at a file's start, middle and end, by which it is known again
 
 
@@ -158,7 +169,7 @@ def _from_file(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def _from_beside(path: Path | str) -> dict[str, np.ndarray]:
-    with np.load(index_path(path)) as file:
+    with open(index_path(path), "rb") as stream, np.load(stream) as file:  # NumPy by itself leaves a damaged one open
         same = file["of_file"].tolist() == _identity(path).tolist()
         return {name: file[name] for name in file.files} if same else {}
 
