@@ -2,17 +2,20 @@
 
 import os
 import shutil
+import zipfile
 
 import h5py
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from test_data import crops
 from test_main_dino import checkpoint, run_main, same
 from torch.utils.data import DataLoader
 
 import prepare_data
+import utils
 from dino3d.command_line import UserError
 from dino3d.data import foreground
 from dino3d.data.foreground import (
@@ -27,9 +30,11 @@ from dino3d.data.foreground import (
     write_occupancy,
 )
 from dino3d.data.hdf5 import write_volume
-from dino3d.data.pretraining import BatchStream, PretrainingPatches, collate, place_patch
+from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate, place_patch
 from dino3d.data.volume import Volume
 from dino3d.prepare.index import index
+from dino3d.training.collapse import TeacherOutputs
+from dino3d.training.monitor import Monitor
 
 
 def chest(spacing=(2.0, 2.0, 2.0), size=(300, 240, 240), table=True, lungs=True, noise=15, seed=0):
@@ -231,9 +236,13 @@ def test_what_is_stored_of_another_file_or_damaged_is_found_anew(copied, monkeyp
         right._replace(bits={**right.bits, "lung": right.bits["lung"][:-1]}),
         right._replace(bits={"body": right.bits["body"]}),
         right._replace(block=("x", "y", "z")),
+        right._replace(block=(np.inf, 1, 1)),
     ):
         write_occupancy(path, spoilt)
         assert stored() is None
+    with zipfile.ZipFile(index_path(path), "w") as file, file.open("of_file.npy", "w") as part:
+        np.lib.format.write_array_header_1_0(part, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)})
+    assert stored() is None  # says that it is larger than any memory
     with monkeypatch.context() as patch:
         patch.setattr(foreground, "RULES", 0)
         write_occupancy(path, right)
@@ -393,6 +402,37 @@ def test_a_run_draws_where_it_is_told_and_says_so_once(scans, tmp_path, capsys):
     assert told.count("p1/t0/a.hdf5: no lung was found in it: patches are drawn in the body") == 1
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "none", "--foreground", "body")
     assert code == 0 and "resuming with patches drawn elsewhere: --foreground body instead of none" in out
+
+
+def test_what_only_another_rank_met_is_told_at_the_epochs_end(tmp_path, capsys):
+    class Two(utils.Processes):
+        def all_gather(self, value):
+            return [value, ("b.hdf5", "no lung was found in it")]
+
+    sizes = {"total_steps": 9, "done_steps": 0, "global_batch": 2, "volumes": 2, "max_bad": 0}
+    monitor = Monitor(tmp_path, Two(), 8, log_every=9, **sizes)
+    for epoch in (1, 2):
+        monitor.start_epoch(epoch)
+        monitor.record(Batch(torch.empty(0), [], [], ""))
+        outputs = TeacherOutputs(torch.zeros(2, dtype=torch.long), torch.ones(8) / 8, torch.rand(2, 4))
+        monitor.step(torch.tensor(True), {"kl": torch.ones(()), "teacher_entropy": torch.ones(())}, outputs, 0.0)
+        monitor.flush(epoch, {}, torch.tensor(0.0))
+        monitor.log_epoch(epoch, epoch, {})
+    monitor.close()
+    assert capsys.readouterr().err.count("--foreground: b.hdf5: no lung was found in it") == 1
+
+
+def test_the_places_are_those_of_the_anatomy_however_a_file_lies(tmp_path):
+    image = nibabel.Nifti1Image(chest((5.0, 5.0, 6.0))[0], np.diag([5.0, 5.0, 6.0, 1.0]))
+    drawn = []
+    for code in ("RAS", "LPS", "SAR", "IPL", "ARS"):
+        nibabel.save(image.as_reoriented(nibabel.orientations.axcodes2ornt(code)), tmp_path / f"{code}.nii")
+        with Volume(tmp_path / f"{code}.nii") as volume:
+            draws, rng = ForegroundDraws("lung", 1.0), np.random.RandomState(0)
+            points = np.array([draws.draw(volume, rng) for _ in range(100)])
+            drawn.append(points @ volume.affine[:3, :3].T + volume.affine[:3, 3])
+    for points in drawn:
+        np.testing.assert_allclose(points, drawn[0], rtol=0, atol=1e-4)
 
 
 def test_a_share_without_a_foreground_is_refused(capsys):

@@ -151,7 +151,7 @@ class Monitor:
         self.output_dir, self.processes, self.out_dim = Path(output_dir), processes, out_dim
         self.log_every, self.global_batch = log_every, global_batch
         self.bad_files = BadFiles(self.output_dir / "bad_files.csv", processes, volumes, max_bad)
-        self._missing_told = False
+        self._missing = None  # (path, reason) of the first patch that was not drawn where it should
         records = read_log(self.output_dir / "log.txt") if processes.is_main else ()
         self._names, self._watch = None, CollapseWatch(out_dim, records, sinkhorn)
         self.writer, self.bar, self._curves, self._done_steps = Silent(), Silent(), {}, done_steps
@@ -188,9 +188,13 @@ class Monitor:
         """Take note of what a pretraining.Batch met on this rank; tell the first patch that was not drawn where it
         should. Raises UserError, see `BadFiles.record`."""
         self.bad_files.record(batch)
-        if batch.missing and self.processes.is_main and not self._missing_told:
-            path, reason = batch.missing[0]
-            self._missing_told = True
+        if batch.missing and not self._missing:
+            self._missing = batch.missing[0]
+            self._tell_missing()
+
+    def _tell_missing(self) -> None:
+        if self.processes.is_main:
+            path, reason = self._missing
             self.print(f"--foreground: {path}: {reason}, and so in others like it")
 
     def step(self, finite: Tensor, metrics: Mapping[str, Tensor], teacher: TeacherOutputs, waited: float) -> None:
@@ -260,6 +264,10 @@ class Monitor:
         """One more line of log.txt: means over the epoch's steps that were taken (`epoch`, `step`: how many are
         done), and what a probe found after them, whose time is not the epoch's."""
         seconds = time.perf_counter() - self._epoch_began - (probed.seconds if probed else 0)
+        met = self.processes.all_gather(self._missing)  # rank 0 may have had none of what other ranks had
+        if not self._missing and any(met):
+            self._missing = next(filter(None, met))
+            self._tell_missing()
         steps = sum(count for count, *_ in self._epoch)
         entries = [(finite, values) for _, finite, values, _ in self._epoch if finite]
         finite = sum(count for count, _ in entries)
