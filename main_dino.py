@@ -707,7 +707,7 @@ def build_losses(args: argparse.Namespace, device: torch.device, notices: list[s
         notices.append("--center_momentum has no effect on training with --centering sinkhorn, which has no centre")
     targets = (args.out_dim, args.center_momentum, args.centering)
     tissue = args.patch_size if args.ibot_tissue else None
-    ibot = PatchLoss(args.ibot, *targets, STUDENT_TEMP, tissue).to(device) if args.ibot else None
+    ibot = PatchLoss(args.ibot, *targets, STUDENT_TEMP, tissue, args.clip_range).to(device) if args.ibot else None
     return {"dino_loss": DINOLoss(*targets).to(device), "koleo": args.koleo, "ibot": ibot}
 
 

@@ -7,6 +7,7 @@ from dino3d.command_line import XYZ, format_values, number
 from dino3d.data.foreground import FOREGROUND_SHARE, FOREGROUNDS
 from dino3d.data.sources import source_fault
 from dino3d.training import checkpoint
+from dino3d.training.objectives import TISSUE_HU
 from dino3d.training.view_flags import add_view_flags, check_view_flags
 from vision_transformer import ARCHITECTURES, has_setting
 
@@ -228,8 +229,8 @@ def add_objective_flags(parser: command_line.ArgumentParser) -> None:
         group,
         "--ibot_tissue",
         False,
-        "with --ibot: patches that are air on average (below -900 HU with the default --clip_range) stay in view; for "
-        "scans with much air around the patient",
+        "with --ibot: patches that are air on average (below -900 HU, which --clip_range must hold) stay in view; for "
+        "scans with much air around the patient; not with --use_window",
     )
 
 
@@ -242,6 +243,16 @@ def check_objective_flags(parser: command_line.ArgumentParser, args: argparse.Na
         parser.error("--ibot: a view of one patch leaves nothing in view; raise --input_size or lower --patch_size")
     if args.ibot_tissue and not args.ibot:
         parser.error("--ibot_tissue needs --ibot: without it nothing is hidden")
+    if args.ibot_tissue and args.use_window:
+        parser.error(
+            "--ibot_tissue with --use_window: air is told by its grey value, which differs from window to window (the "
+            "mediastinal one shows lung as air); leave one of them out"
+        )
+    if args.ibot_tissue and not args.clip_range[0] < TISSUE_HU < args.clip_range[1]:
+        parser.error(
+            f"--ibot_tissue with --clip_range {format_values(args.clip_range)}: air, below {TISSUE_HU:g} HU, can't "
+            f"be told from tissue; expected a range that begins below {TISSUE_HU:g}, or leave --ibot_tissue out"
+        )
     if args.koleo and args.batch_size_per_gpu < 2:
         parser.error("--koleo needs a --batch_size_per_gpu of at least 2: a sample's neighbour is one of its batch")
 

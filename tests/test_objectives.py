@@ -263,6 +263,11 @@ def test_only_tissue_is_hidden_where_told():
     told = loss.hide(masks, views)
     assert told.hidden.tolist() == [[False] * 4 + [True] * 4] * 2 and torch.equal(told.tokens, masks.tokens)
     assert main_dino.PatchLoss(1.0, 5, 0.9, "sinkhorn", 0.1).hide(masks, views) is masks
+    for clip_range in ((-1350, 150), (-1000, 400), (-1000, 1000)):  # the limit is one in HU, whatever is shown
+        told_hu = main_dino.PatchLoss(1.0, 5, 0.9, "sinkhorn", 0.1, (12, 12, 6), clip_range)
+        for hu, is_tissue in ((-1000, False), (-905, False), (-895, True)):
+            grey = torch.full_like(views, (hu - clip_range[0]) / (clip_range[1] - clip_range[0])).clamp(0, 1)
+            assert (told_hu.hide(masks, grey).hidden == is_tissue).all(), (clip_range, hu)
     teacher, student = torch.randn(16, 5), torch.randn(16, 5)
     kept = told.hidden.flatten()
     drawn = collate_masks([told.hidden.numpy()])
@@ -501,6 +506,8 @@ def test_terms_that_are_off_are_not_told(flags, tmp_path, capsys):
     [
         (["--koleo", 0.1, "--batch_size_per_gpu", 1], "--koleo needs a --batch_size_per_gpu of at least 2"),
         (["--ibot_tissue"], "--ibot_tissue needs --ibot"),
+        (["--ibot", 1, "--ibot_tissue", "--use_window"], "--ibot_tissue with --use_window"),
+        (["--ibot", 1, "--ibot_tissue", "--clip_range", -160, 240], "air, below -900 HU, can't"),
         (["--ibot", 1, "--input_size", 12, 12, 6, "--local_crops_number", 0], "a view of one patch"),
         (["--ibot", 1, "--arch", "resnet18"], "resnet18 has no patches"),
         (["--patch_embed_lr", 0.2, "--arch", "resnet18"], "resnet18 has no patches"),

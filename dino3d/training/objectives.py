@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino3d.block_masks import PatchMasks
-from dino3d.training.pictures import NO_TISSUE
 from utils import Processes
 from vision_transformer import MultiCropWrapper
 
+TISSUE_HU = -900.0  # mean below which a patch is taken for air
 SINKHORN_ITERATIONS = 3  # SwAV, section 3.1; DINOv2
 # Embeddings of equal views, such as two of air, differ by rounding alone: KoLeo's gradient there, the inverse of the
 # distance, would drown all others. Below this distance there is none
@@ -123,6 +123,7 @@ class PatchLoss(Centering):
     (iBOT, eq. 2), with a weight beside DINO's loss.
 
     weight: of it; patch_size: (3,) voxels, where only patches that hold tissue are hidden, else None
+    clip_range: HU that are 0 and 1 in the views, by which air is told
     student_temp: temperature of the student; others: see `Centering`
     """
 
@@ -134,8 +135,10 @@ class PatchLoss(Centering):
         centering: str,
         student_temp: float,
         patch_size: Sequence[int] | None = None,
+        clip_range: Sequence[float] = (-1000, 1000),
     ) -> None:
         super().__init__(out_dim, momentum, centering)
+        self.air = (TISSUE_HU - clip_range[0]) / (clip_range[1] - clip_range[0])  # grey value
         self.weight, self.student_temp, self.patch_size = weight, student_temp, patch_size
 
     def hide(self, masks: PatchMasks, views: Tensor) -> PatchMasks:
@@ -143,7 +146,7 @@ class PatchLoss(Centering):
         if self.patch_size is None:
             return masks
         grey = F.avg_pool3d(views, tuple(self.patch_size)).flatten(1)  # (2 B, N)
-        return masks._replace(hidden=masks.hidden & (grey >= NO_TISSUE))
+        return masks._replace(hidden=masks.hidden & (grey >= self.air))
 
     def forward(
         self,
