@@ -56,6 +56,7 @@ from dino3d.training.view_flags import describe_views, idle_strengths, multi_cro
 from utils import cosine_schedule, linear_schedule
 from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
 
+MOST_SAMPLES = 2**27  # of an epoch, whose order is drawn in memory
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 
 
@@ -604,6 +605,12 @@ def make_dataset(args: argparse.Namespace, paths: Sequence[str], weights: Sequen
     crops = multi_crop(args)
     max_bad = math.ceil(round(args.max_bad_files * len(paths), 6))  # rounded first: 0.1 * 30 is 3.0000000000000004
     patches_per_volume = [args.patches_per_volume * weight for weight in weights]
+    if sum(patches_per_volume) > MOST_SAMPLES:
+        raise UserError(
+            f"--patches_per_volume and --data_weights make more than {MOST_SAMPLES} samples an epoch of {len(paths)} "
+            "volumes, whose order is drawn in memory: lower them",
+            everywhere=True,
+        )
     masks = BlockMasks(tuple(n // p for n, p in zip(args.input_size, args.patch_size))) if args.ibot else None
     foreground = None if args.foreground == "none" else ForegroundDraws(args.foreground, args.foreground_share)
     return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad, masks, foreground)

@@ -94,6 +94,12 @@ def test_weights_are_whole_numbers_from_one_on(value, capsys):
     assert code == 2 and "--data_weights" in errors[0]
 
 
+def test_epochs_beyond_memory_are_refused(folders, tmp_path, capsys):
+    flags = ["--data_dir", *folders[:2], "--data_weights", 1, 10**30, "--output_dir", tmp_path / "out"]
+    code, _, errors = run_main(capsys, *flags)
+    assert code == 1 and "--patches_per_volume and --data_weights make" in errors[-1]
+
+
 def test_weights_of_one_change_nothing_and_a_changed_source_is_told(folders, tmp_path, capsys):
     a, b = folders
     base = ["--batch_size_per_gpu", 2, "--epochs", 2, "--drop_path_rate", 0.2]
