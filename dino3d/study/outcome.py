@@ -263,8 +263,8 @@ def write_study_page(
     report.heading("How it was done")
     report.text(
         "Intervals: 95 %, BCa bootstrap in which patients are drawn with replacement, the same in every draw for all "
-        "arms and seeds, so that differences are paired. Where there are several seeds, each draw has an error by the "
-        "seeds too, of Student's t with the spread that all arms share (that of the arms at hand where it is larger). "
+        "arms and seeds, so that differences are paired. Where there are several seeds, that of Student's t over seeds "
+        "is added in squares, with the spread that all arms share (that of the arms at hand where it is larger). "
         f"None is given for fewer than {FEWEST_PATIENTS} patients.",
         f"A difference counts as shown only if its interval leaves out 0 and its p-value stays below {LEVEL:g} after "
         "Holm's adjustment for all pairs of all tasks and the claims.",
