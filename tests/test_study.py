@@ -613,7 +613,7 @@ def test_figures_are_those_of_the_scripts(tmp_path, volumes):
     for job in unit:
         job.folder.mkdir(parents=True)
         importlib.import_module(jobs.script_of(job.stage).stem).main([*job.flags, "--num_workers", "0"])
-        job.marker.write_text("{}")
+        job.marker.write_text(json.dumps({"flags": job.flags}))
     study.main([*given, "--table"])
     found = {row["task"]: float(row["value"]) for row in table(folder / "results.csv")}
     of_task = {
