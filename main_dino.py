@@ -728,8 +728,10 @@ def optimizer_groups(model: MultiCropWrapper, layer_decay: float, patch_embed_lr
 
 
 def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str) -> list[str]:
-    """Load the backbone, and the head beside it if the file has one that fits; returns notices. path: see
-    `encoder.find_weights`"""
+    """Load the backbone, and what stands beside it in the file if it fits (heads, iBOT's mask token); returns notices.
+
+    path: see `encoder.find_weights`
+    """
     path, found = find_weights(path)
     try:
         checkpoint = weights.load_file(path)
@@ -749,6 +751,15 @@ def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str
             weights.fit_network(part, head, checkpoint, path)
         except ValueError:
             lacking.append(name.replace("_", " "))
+    groups = weights.named_tensors(checkpoint, path)
+    tensors, _ = groups[tuple(network.key.split(".")) if network.key else ()]
+    for name, parameter in model.named_parameters(recurse=False):  # iBOT's mask token
+        tensor = tensors.get(name.join(network.prefix.rstrip(".").rsplit("backbone", 1)))
+        if tensor is None or tensor.shape != parameter.shape or not tensor.isfinite().all():
+            lacking.append(name.replace("_", " "))
+        else:
+            with torch.no_grad():
+                parameter.copy_(tensor)
     if not lacking:
         return [*found, f"starting from {path}: {network.origin}", *notices]
     new = "; ".join(f"the {name} is new, the file has none of this shape" for name in lacking)

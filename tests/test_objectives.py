@@ -485,14 +485,19 @@ def test_older_runs_resume(flags, tmp_path, capsys):
     assert code == 1 and len(errors) == 1 and "has no 'ibot'" in errors[0] and "--pretrained_weights" in errors[0]
     code, _, errors = run_main(capsys, *more, "--layer_decay", 0.9, *old)
     assert code == 1 and len(errors) == 1
-    source = tmp_path / "old" / "checkpoint.pth"
-    for new, source, told in (("new", source, True), ("newer", tmp_path / "new" / "checkpoint.pth", False)):
-        start = ["--pretrained_weights", source, "--ibot", 1, "--lr", 0, "--max_steps", 1, "--weight_decay", 0]
-        code, out, errors = run_main(capsys, *more, *start, "--output_dir", tmp_path / new)
-        assert code == 0 and not errors and ("the patch head is new" in out) == told and "the head is new" not in out
-    first, second = (checkpoint(tmp_path / name)["student"] for name in ("new", "newer"))
-    assert same(first, second)[0]
-    assert same(state["teacher"], {name: first[name] for name in state["teacher"]})[0]
+    start = ["--ibot", 1, "--lr", 0, "--max_steps", 1, "--weight_decay", 0, "--pretrained_weights"]
+    token = tmp_path / "token.pth"
+    for new, source, told in (("new", tmp_path / "old" / "checkpoint.pth", True), ("newer", token, False)):
+        code, out, errors = run_main(capsys, *more, *start, source, "--output_dir", tmp_path / new)
+        assert code == 0 and not errors and "the head is new" not in out
+        assert [f"the {part} is new" in out for part in ("patch head", "mask token")] == [told, told]
+        if told:
+            first = checkpoint(tmp_path / new)
+            first["teacher"]["mask_token"].fill_(0.5)
+            torch.save(first, token)
+    second = checkpoint(tmp_path / "newer")["student"]
+    assert same(first["teacher"], second)[0] and second["mask_token"].eq(0.5).all()
+    assert same(state["teacher"], {name: second[name] for name in state["teacher"]})[0]
 
 
 def test_terms_that_are_off_are_not_told(flags, tmp_path, capsys):
