@@ -244,7 +244,9 @@ def finish(study: Study, jobs: Sequence[StudyJob], draws: int, failures: Sequenc
             if FEWEST_PATIENTS <= one.patients and tested(found) * smallest_p(one.patients) >= LEVEL:
                 notices.append(f"{one.task}: {one.patients} patients are too few to show any of as many comparisons")
         if len(study.seeds) == 1:
-            notices.append("one seed: intervals are over patients alone, and say nothing of other seeds")
+            notices.append(
+                "one seed: intervals are over patients alone and say nothing of other seeds, so nothing is shown"
+            )
         if len(made_with(jobs)) > 1:
             notices.append(f"the jobs were run by {len(made_with(jobs))} versions of the code or of its packages")
         write_outcome(study, scores, found, jobs, notices)

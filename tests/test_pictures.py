@@ -150,6 +150,15 @@ def test_examples_show_each_augmentation_alone():
         assert name == "plain" or not torch.allclose(views, shown["plain"], atol=0.01)
 
 
+def test_examples_have_the_views_spacing():
+    """A ramp: views of 2 x 2 x 4 mm, of a patch of 1 x 1 x 2 mm, grow twice as fast as it does."""
+    crops = MultiCropAugmentation(Policy(rotation=30), (8, 8, 6), (4, 4, 4), 0, spacing=(2, 2, 4))
+    ramp = torch.arange(20, dtype=torch.int16)[:, None, None] * 10 + torch.zeros(20, 20, 16, dtype=torch.int16)
+    plain = example_views(ramp, crops, (0, 1000), draws=1, patch_spacing=(1, 1, 2))["plain"][0, 0]
+    expected = torch.linspace(0.025, 0.165, 8)[:, None, None].expand(8, 8, 6)
+    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-5)
+
+
 def test_files_that_a_full_disk_cuts_off_stay_as_they_were(tmp_path, monkeypatch):
     """Pictures, config.json and log.txt are rewritten when a run is resumed, on a disk that may be full by then."""
     record = [{"step": 2}, {"step": 4}]

@@ -13,6 +13,7 @@ from dino3d.evaluation.statistics import FEWEST_PATIENTS, Bootstrap, holm
 from dino3d.study.scores import TaskScores
 
 IS_SHOWN, NOT_SHOWN, OPPOSITE = "shown", "not shown", "opposite"
+FEWEST_SEEDS = 2  # of one, the interval is of patients alone
 LITTLE = 0.01  # of AUC: what "adds little" may add at most
 
 
@@ -31,8 +32,9 @@ class Effect(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of "above null": shown only if the interval leaves it out and the p-value stands after Holm's adjustment."""
-        if self.interval is None or self.p_holm is None or self.p_holm >= LEVEL:
+        """Of "above null": shown only if the interval leaves it out and the p-value stands after Holm's adjustment, and
+        seeds tell of other seeds."""
+        if self.interval is None or self.p_holm is None or self.p_holm >= LEVEL or len(self.seeds) < FEWEST_SEEDS:
             return NOT_SHOWN
         return IS_SHOWN if self.interval[0] > self.null else OPPOSITE if self.interval[1] < self.null else NOT_SHOWN
 
@@ -237,6 +239,8 @@ def reason(effect: Effect) -> str:
         return "undefined"
     if effect.interval is None:
         return "no interval: too few patients"
+    if len(effect.seeds) < FEWEST_SEEDS:
+        return "one seed says nothing of other seeds"
     beyond = f"{effect.null:g}"
     if effect.interval[0] <= effect.null <= effect.interval[1]:
         return f"the interval holds {beyond}"

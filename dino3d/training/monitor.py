@@ -354,11 +354,11 @@ class Monitor:
                 for patch in batch.patches[:16]
             ]
             shown = max(range(len(middles)), key=lambda i: middles[i].float().clamp(*clip_range).std().item())
-            examples = example_views(batch.patches[shown].to(self.processes.device), crops, clip_range)
-            rows = [
-                [tile for view in views for tile in planes(view[0], batch.spacings[shown])]
-                for views in examples.values()
-            ]
+            of_patch = batch.spacings[shown]
+            patch = batch.patches[shown].to(self.processes.device)
+            examples = example_views(patch, crops, clip_range, patch_spacing=of_patch)
+            mm = of_patch if crops.spacing is None else crops.spacing
+            rows = [[tile for view in views for tile in planes(view[0], mm)] for views in examples.values()]
             labels = [f"{name}: four draws, axial and coronal" for name in examples]
             self.picture("augmentations", montage(rows, labels, f"{scan_name(batch.paths[shown])}; {EVEN}"), step)
 

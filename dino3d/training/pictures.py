@@ -181,16 +181,21 @@ def view_rows(
 
 
 def example_views(
-    patch: Tensor, crops: MultiCropAugmentation, clip_range: tuple[float, float], draws: int = 4
+    patch: Tensor,
+    crops: MultiCropAugmentation,
+    clip_range: tuple[float, float],
+    draws: int = 4,
+    patch_spacing: ArrayLike | None = None,
 ) -> dict[str, Tensor]:
     """{label: (draws, 1, x, y, z)} global views from the middle of a patch: plain, then each augmentation alone.
 
-    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. Shown in the patch's own voxels,
-    without resampling to a spacing. For a look at what the flags do: every augmentation is shown as strong as its flag
-    makes it, and labelled where the policy has it off.
+    patch: (X, Y, Z) int16 HU; crops: the MultiCropAugmentation whose patch it is. patch_spacing: (3,) mm per voxel of
+    it, needed where the views have a spacing of their own. For a look at what the flags do: every augmentation is shown
+    as strong as its flag makes it, and labelled where the policy has it off.
     """
+    mm = (1.0, 1.0) if crops.spacing is None else (np.array(crops.spacing), np.array(patch_spacing))  # view, patch
     zoom = min(1.0, (crops.global_scale or (1, 1))[1])  # a patch for smaller windows is smaller than a plain view
-    size = np.array(crops.global_size) * zoom
+    size = np.rint(np.array(crops.global_size) * zoom * mm[0] / mm[1])
     centre = (np.array(patch.shape) - size) // 2 + (size - 1) / 2  # on whole voxels: the plain view is not blurred
     examples = {}
     for name in (None, *AUGMENTATIONS):
@@ -201,7 +206,10 @@ def example_views(
             *(policy.draw(rng, lattice.shape, policy.sequence) for _ in range(draws))
         )
         control = np.stack(
-            [lattice.control(matrix, centre, move, zoom) for matrix, move in zip(matrices, displacements)]
+            [
+                lattice.control(matrix, centre, move, zoom * mm[0], mm[1])
+                for matrix, move in zip(matrices, displacements)
+            ]
         )
         (group,) = collate_views([[ViewParameters(control, list(intensity))]])
         on = name is None or name in crops.policy.on
