@@ -13,7 +13,7 @@ The augmentations themselves are the table of dino3d/policy.py.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,8 +49,10 @@ from dino3d.policy import (  # noqa: F401  as above
     add_augmentation_flags,
     paper_policy,
 )
+from dino3d.trilinear import sample_views
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
+SOME_VOXELS = 2**19
 MIN_IOU = 0.25  # of two global windows of a sample, before rotation and scale (the paper's rule)
 
 
@@ -228,63 +230,93 @@ class MultiCropAugmentation:
         clip_range: HU that become 0 and 1
         """
         with torch.autocast(patches.device.type, enabled=False):  # positions need more than bf16's three digits
-            windows = clip_range if self.policy.has_windows else None
-            source = patch_source(patches, clip_range, self.policy)  # for both sizes of view
-            return [
-                render_views(source, lattice, group, windows) for lattice, group in zip(self.lattices, groups) if group
-            ]
+            source = PatchSource(patches, clip_range, self.policy)  # for both sizes of view
+            return [render_views(source, lattice, group) for lattice, group in zip(self.lattices, groups) if group]
 
 
-def patch_source(patches: Tensor, clip_range: Sequence[float], policy: Policy) -> Callable[[tuple[int, ...]], Tensor]:
-    """A function: blocks -> (B, 1, X, Y, Z) what views are sampled from, averaged over blocks of voxels in HU.
+class PatchSource:
+    """What views are sampled from: patches in HU, clipped to what becomes 0 and 1, averaged over blocks of voxels.
 
-    Grey values in [0, 1], or, where the policy draws windows, HU, to be clipped view by view.
-    patches: (B, X, Y, Z) int16 HU
+    patches: (B, X, Y, Z) int16 HU; clip_range: HU that become 0 and 1; policy: where it draws windows of HU, views are
+        clipped one by one, and the patches are not
     """
 
-    @functools.cache
-    def source(blocks: tuple[int, ...] = (1, 1, 1)) -> Tensor:
-        hounsfield = patches[:, None]
-        if policy.has_windows or max(blocks) > 1:
-            hounsfield = hounsfield.to(torch.get_default_dtype())
+    def __init__(self, patches: Tensor, clip_range: Sequence[float], policy: Policy) -> None:
+        self.patches, self.clip_range, self.clips = patches, clip_range, not policy.has_windows
+        self.all = functools.cache(self.all)
+
+    def all(self, blocks: tuple[int, ...] = (1, 1, 1)) -> Tensor:
+        """(B, 1, X, Y, Z) floats of all patches."""
+        return self.averaged(self.patches, blocks).to(torch.get_default_dtype())
+
+    def averaged(self, patches: Tensor, blocks: tuple[int, ...] = (1, 1, 1)) -> Tensor:
+        """(B, 1, X, Y, Z) of patches: int16, or floats where blocks are averaged or a bound lies between whole HU."""
+        patches, bounds = patches[:, None], torch.iinfo(torch.int16)
         if max(blocks) > 1:
-            hounsfield = average_blocks(hounsfield, blocks)
-        return hounsfield if policy.has_windows else scale_intensity(hounsfield, *clip_range)
+            patches = average_blocks(patches.to(torch.get_default_dtype()), blocks)
+        if not self.clips:
+            return patches
+        low, high = self.clip_range
+        if max(blocks) == 1 and float(low).is_integer() and float(high).is_integer():
+            return patches.clamp(max(int(low), bounds.min), min(int(high), bounds.max))
+        return patches.to(torch.get_default_dtype()).clamp_(low, high)
 
-    return source
 
-
-def render_views(
-    source: Callable[..., Tensor], lattice: Lattice, group: ViewBatch, windows: Sequence[float] | None = None
-) -> Tensor:
-    """(V B, 1, x, y, z) views: geometry, then intensities.
-
-    source: see `patch_source`; group: ViewBatch of V B views
-    windows: where the source is in HU, the (low, high) that become 0 and 1 in views for which no window is drawn
-    """
-    if group.blocks is None:
-        patches = source()
-        views = torch.cat(
-            [warp(patches, control.to(patches.dtype), lattice) for control in group.control.split(len(patches))]
-        )  # (V B, 1, x, y, z)
+def render_views(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Tensor:
+    """(V B, 1, x, y, z) views in [0, 1]: geometry, then intensities. group: ViewBatch of V B views"""
+    on_cpu = source.patches.device.type == "cpu"
+    views = (sample_on_cpu if on_cpu else sample)(source, lattice, group)
+    if "window" in group.intensity:
+        ranges = torch.stack([views.new_full((len(views),), bound) for bound in source.clip_range], 1)  # (V B, 2)
+        indices, values = group.intensity["window"]
+        views = show_window(views, ranges.index_copy_(0, indices, values.to(ranges.dtype)))
     else:
-        views = source().new_empty(len(group.control), 1, *lattice.size)
-        for blocks, indices in group.blocks.items():
-            control, patches = group.control.to(views.dtype), source(blocks)
-            if max(blocks) > 1:
-                control = torch.stack([(at + 0.5) / k + 0.5 for at, k in zip(control.unbind(-1), blocks)], -1)
-            for part in indices.split(len(patches)):  # as many at a time as there are patches, of which each is a copy
-                views.index_copy_(0, part, warp(patches[part % len(patches)], control[part], lattice))
-    if windows is not None:
-        ranges = torch.stack([views.new_full((len(views),), bound) for bound in windows], 1)  # (V B, 2)
-        if "window" in group.intensity:
-            indices, values = group.intensity["window"]
-            ranges.index_copy_(0, indices, values.to(ranges.dtype))
-        views = show_window(views, ranges)
+        low, high = source.clip_range
+        views = views.sub_(low).div_(high - low).clamp_(0, 1)
+    # On CPUs a few at a time: what is in between then stays in memory that is there already
+    number = max(1, SOME_VOXELS // math.prod(lattice.size)) if on_cpu else len(views)
     for name, (indices, values) in group.intensity.items():
         if AUGMENTATIONS[name].kind == "intensity":
-            views.index_copy_(0, indices, AUGMENTATIONS[name].apply(views[indices], values))
+            for some, of_some in zip(indices.split(number), values.split(number)):
+                views.index_copy_(0, some, AUGMENTATIONS[name].apply(views[some], of_some))
     return views
+
+
+def sample(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Tensor:
+    """(V B, 1, x, y, z) views in HU, a view of every patch at a time."""
+    number = len(source.patches)
+    if group.blocks is None:
+        patches = source.all()
+        return torch.cat([warp(patches, control.to(patches.dtype), lattice) for control in group.control.split(number)])
+    views = torch.empty(
+        len(group.control), 1, *lattice.size, dtype=torch.get_default_dtype(), device=source.patches.device
+    )
+    for blocks, indices in group.blocks.items():
+        patches, control = source.all(blocks), in_blocks(group.control.to(views.dtype), blocks)
+        for part in indices.split(number):  # as many at a time as there are patches, of which each is a copy
+            views.index_copy_(0, part, warp(patches[part % number], control[part], lattice))
+    return views
+
+
+def sample_on_cpu(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Tensor:
+    """As `sample`, patch by patch: new memory for all of them would cost as much as the views."""
+    number, dtype = len(source.patches), torch.get_default_dtype()
+    views = torch.empty(len(group.control), 1, *lattice.size, dtype=dtype)
+    of_blocks = group.blocks or {(1, 1, 1): torch.arange(len(views))}
+    for patch in range(number):
+        for blocks, indices in of_blocks.items():
+            mine = indices[indices % number == patch]
+            if len(mine):
+                voxels = source.averaged(source.patches[patch : patch + 1], blocks)[0, 0]
+                views[mine, 0] = sample_views(voxels, in_blocks(group.control[mine].to(dtype), blocks), lattice)
+    return views
+
+
+def in_blocks(control: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Positions (..., 3) of a patch as positions of what `average_blocks` made of it."""
+    if max(blocks) == 1:
+        return control
+    return torch.stack([(at + 0.5) / k + 0.5 for at, k in zip(control.unbind(-1), blocks)], -1)
 
 
 def collate_views(samples: Sequence[Sequence[ViewParameters | None]]) -> list[ViewBatch | None]:

@@ -25,7 +25,7 @@ class Lattice:
         self.shape = tuple(int((n - 1) // h) + 4 for n, h in zip(self.size, self.spacing))
         axes = [(np.arange(g) - 1) * h for g, h in zip(self.shape, self.spacing)]
         self.points = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (gx, gy, gz, 3) in the view's voxels
-        self._expansions = {}
+        self._expansions, self._weights = {}, {}
 
     @classmethod
     def for_views(cls, size: Sequence[int], policy: Any, reference: Sequence[int] | None = None) -> "Lattice":
@@ -52,8 +52,11 @@ class Lattice:
 
     def weights(self, axis: int, at: ArrayLike | None = None) -> np.ndarray:
         """(n, g) weight of each control point at the positions `at` (default: every voxel) along an axis."""
-        t = np.arange(self.size[axis]) if at is None else np.asarray(at)
-        t = np.abs(t[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
+        if at is None:
+            if axis not in self._weights:
+                self._weights[axis] = self.weights(axis, np.arange(self.size[axis]))
+            return self._weights[axis]
+        t = np.abs(np.asarray(at)[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
         return np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
 
     def expansion(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 # HU that become 0 and 1: as radiologists look at the lung (centre -600, width 1500) and at soft tissue (40, 400), and
 # the paper's clip range
 WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240), "wide": (-1000, 1000)}
+CHUNK = 2**16  # grey values at a time on CPUs
 
 
 def scale_intensity(volume: Tensor, low: float, high: float) -> Tensor:
@@ -85,17 +86,33 @@ def draw_curve(rng: np.random.RandomState, points: int) -> np.ndarray:
 def histogram_shift(views: Tensor, curve: Tensor) -> Tensor:
     """Map each view's grey values through a piecewise linear curve with equally spaced knots.
 
-    views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range.
+    views: (N, C, X, Y, Z); curve: (N, points) in [0, 1], relative to each view's own range; points: at least 2.
     """
-    views_shape, knots = views.shape, curve.shape[1]
+    shape, knots = views.shape, curve.shape[1]
     views, curve = views.flatten(1), curve.to(views.dtype)
     low, high = views.aminmax(dim=1, keepdim=True)
     tiny = knots * torch.finfo(views.dtype).tiny  # knots times: a view of one value would give 0 * inf
-    t = (views - low) * ((knots - 1) / (high - low).clamp_min(tiny))
-    # The knots are equally spaced: the curve is a sum of ramps, one from each knot on, without search or gather
-    slopes = curve.diff(dim=1)
-    bends = torch.cat([slopes[:, :1], slopes.diff(dim=1)], 1) * (high - low)
-    shifted = torch.addcmul(low + curve[:, :1] * (high - low), t, bends[:, :1])
-    for k in range(1, knots - 1):
-        shifted.addcmul_((t - k).clamp_min_(0), bends[:, k : k + 1])
-    return shifted.reshape(views_shape)
+    steepness = (knots - 1) / (high - low).clamp_min(tiny)
+    curve = torch.addcmul(low, curve, high - low)  # (N, points) grey values at the knots
+    if views.device.type != "cpu":
+        return _through_curves(views, low, steepness, curve).reshape(shape)
+    shifted = torch.empty_like(views)
+    for view in range(len(views)):  # on CPUs in parts that stay in the cache
+        one = slice(view, view + 1)
+        for part, out in zip(views[one].split(CHUNK, 1), shifted[one].split(CHUNK, 1)):
+            out.copy_(_through_curves(part, low[one], steepness[one], curve[one]))
+    return shifted.reshape(shape)
+
+
+def _through_curves(values: Tensor, low: Tensor, steepness: Tensor, curve: Tensor) -> Tensor:
+    """(N, n) values of each of N curves, (N, points), whose knots lie 1 / steepness from each other, from low on.
+
+    values: (N, n); low, steepness: (N, 1)
+    """
+    knots = curve.shape[1]
+    t = (values - low).mul_(steepness)
+    knot = t.floor().clamp_(0, max(knots - 2, 0))
+    first = torch.arange(0, curve.numel(), knots, dtype=torch.int32, device=curve.device)[:, None]
+    index = knot.nan_to_num().to(torch.int32).add_(first).flatten()
+    curve, share = curve.flatten(), t.sub_(knot).flatten()
+    return curve.index_select(0, index).lerp_(curve[1:].index_select(0, index), share).view_as(t)

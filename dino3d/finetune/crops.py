@@ -15,12 +15,12 @@ from torch.utils.data import Dataset, Sampler
 
 from augmentations import (
     Lattice,
+    PatchSource,
     Policy,
     ViewBatch,
     ViewParameters,
     collate_views,
     keyed_rng,
-    patch_source,
     render_views,
     warp,
 )
@@ -200,8 +200,7 @@ class WindowAugmentation:
     def render(self, crops: torch.Tensor, group: ViewBatch, clip_range: Sequence[float]) -> torch.Tensor:
         """(B, 1, x, y, z) windows with grey values in [0, 1]. crops: (B, X, Y, Z) int16; group: of `collate_views`."""
         with torch.autocast(crops.device.type, enabled=False):  # positions need more than bf16's three digits
-            windows = clip_range if self.policy.has_windows else None
-            return render_views(patch_source(crops, clip_range, self.policy), self.lattice, group, windows)
+            return render_views(PatchSource(crops, clip_range, self.policy), self.lattice, group)
 
     def render_masks(self, masks: torch.Tensor, group: ViewBatch) -> torch.Tensor:
         """(B, x, y, z) int64 classes: the same geometry by nearest neighbour. masks: (B, X, Y, Z) uint8."""

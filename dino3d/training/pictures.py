@@ -15,10 +15,10 @@ from augmentations import (
     AUGMENTATIONS,
     Lattice,
     MultiCropAugmentation,
+    PatchSource,
     Policy,
     ViewParameters,
     collate_views,
-    patch_source,
     render_views,
 )
 from dino3d.files import atomic_write
@@ -214,9 +214,6 @@ def example_views(
         (group,) = collate_views([[ViewParameters(control, list(intensity))]])
         on = name is None or name in crops.policy.on
         examples[(name or "plain") + ("" if on else " (off)")] = render_views(
-            patch_source(patch[None], clip_range, policy),
-            lattice,
-            group.to(patch.device),
-            clip_range if policy.has_windows else None,
+            PatchSource(patch[None], clip_range, policy), lattice, group.to(patch.device)
         )
     return examples
