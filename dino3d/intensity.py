@@ -13,7 +13,7 @@ from torch import Tensor
 # HU that become 0 and 1: as radiologists look at the lung (centre -600, width 1500) and at soft tissue (40, 400), and
 # the paper's clip range
 WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240), "wide": (-1000, 1000)}
-CHUNK = 2**16  # grey values at a time on CPUs
+VALUES_AT_ONCE = 2**16  # on CPUs, so that they stay in the cache
 
 
 def scale_intensity(volume: Tensor, low: float, high: float) -> Tensor:
@@ -99,7 +99,7 @@ def histogram_shift(views: Tensor, curve: Tensor) -> Tensor:
     shifted = torch.empty_like(views)
     for view in range(len(views)):  # on CPUs in parts that stay in the cache
         one = slice(view, view + 1)
-        for part, out in zip(views[one].split(CHUNK, 1), shifted[one].split(CHUNK, 1)):
+        for part, out in zip(views[one].split(VALUES_AT_ONCE, 1), shifted[one].split(VALUES_AT_ONCE, 1)):
             out.copy_(_through_curves(part, low[one], steepness[one], curve[one]))
     return shifted.reshape(shape)
 

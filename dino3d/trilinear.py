@@ -12,7 +12,7 @@ from torch import Tensor
 from dino3d.bspline import Lattice
 
 WHOLE = 1e-4  # voxels: positions this close to whole ones are those, but for the rounding of control points
-CHUNK = 2**17  # positions at a time: what is done with them one after another stays in the cache
+POSITIONS_AT_ONCE = 2**17  # what is done with them one after another stays in the cache
 
 
 def sample_views(patch: Tensor, control: Tensor, lattice: Lattice) -> Tensor:
@@ -69,8 +69,8 @@ def _sample_anywhere(patch: Tensor, control: Tensor, lattice: Lattice, chosen: T
     """Write the `chosen` of the views, several small ones or slabs of a large one at a time."""
     x, y, z = lattice.size
     wx, wy, wz = (torch.from_numpy(lattice.weights(axis)).to(control.dtype) for axis in range(3))
-    number = max(1, CHUNK // (x * y * z))
-    rows = max(1, CHUNK // (number * y * z))
+    number = max(1, POSITIONS_AT_ONCE // (x * y * z))
+    rows = max(1, POSITIONS_AT_ONCE // (number * y * z))
     for some in chosen.split(number):
         moved = control[some].permute(4, 0, 1, 2, 3)  # (3, n, gx, gy, gz)
         for row in range(0, x, rows):

@@ -55,7 +55,7 @@ def controls(lattice, dtype=torch.float64):
 @pytest.mark.parametrize("shape", [SHAPE, (1, 15, 13), (17, 1, 1), (1, 1, 1), (2, 2, 2)])
 def test_views_are_those_of_grid_sample(shape, chunk, monkeypatch):
     """All at once, in slabs and row by row; also of patches that are one voxel thick."""
-    monkeypatch.setattr(trilinear, "CHUNK", chunk)
+    monkeypatch.setattr(trilinear, "POSITIONS_AT_ONCE", chunk)
     patch, lattice = patch_of(shape), Lattice(SIZE, np.array(SIZE) / 4)
     control = controls(lattice)
     expected = warp(patch[None, None].expand(len(control), 1, *shape), control, lattice)[:, 0]
