@@ -52,7 +52,7 @@ from dino3d.policy import (  # noqa: F401  as above
 from dino3d.trilinear import sample_views
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
-VOXELS_AT_ONCE = 2**19  # of views whose grey values are changed on a CPU
+VIEW_VOXELS_AT_ONCE = 2**19  # of views whose grey values are changed on a CPU
 MIN_IOU = 0.25  # of two global windows of a sample, before rotation and scale (the paper's rule)
 
 
@@ -274,7 +274,7 @@ def render_views(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Ten
         low, high = source.clip_range
         views = views.sub_(low).div_(high - low).clamp_(0, 1)
     # On CPUs a few at a time: what is in between then stays in memory that is there already
-    number = max(1, VOXELS_AT_ONCE // math.prod(lattice.size)) if on_cpu else len(views)
+    number = max(1, VIEW_VOXELS_AT_ONCE // math.prod(lattice.size)) if on_cpu else len(views)
     for name, (indices, values) in group.intensity.items():
         if AUGMENTATIONS[name].kind == "intensity":
             for some, of_some in zip(indices.split(number), values.split(number)):
