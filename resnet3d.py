@@ -289,15 +289,22 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
                 buffer.copy_(old)
 
 
-def architecture_of(names: Iterable[str]) -> str | None:
-    """Which of the ResNets below has these names of parameters, whatever their prefix; None: none of them."""
+def blocks_of(names: Iterable[str]) -> tuple[type, tuple[int, ...]]:
+    """(kind of block, (4,) blocks in each stage) of a ResNet by the names of its parameters, whatever their prefix; 0
+    blocks where they are no ResNet's."""
     depths, bottleneck = [0] * 4, False
     for name in names:
         if match := re.search(r"(?:^|\.)layer([1-4])\.(\d+)\.conv([1-3])\.weight$", name):
             stage, block, number = map(int, match.groups())
             depths[stage - 1], bottleneck = max(depths[stage - 1], block + 1), bottleneck or number == 3
-    kind = Bottleneck if bottleneck else BasicBlock
-    return next((name for name, build in RESNETS.items() if build.args == (kind, tuple(depths))), None)
+    return Bottleneck if bottleneck else BasicBlock, tuple(depths)
+
+
+def architecture_of(names: Iterable[str]) -> str | None:
+    """Which of the ResNets below has these names of parameters, another one in words, or None where none has."""
+    found = blocks_of(names)
+    known = next((name for name, build in RESNETS.items() if build.args == found), None)
+    return known or (f"a ResNet of {' + '.join(map(str, found[1]))} blocks" if all(found[1]) else None)
 
 
 # Each is called as resnet50(img_size=(96, 96, 48), in_chans=1).

@@ -209,3 +209,11 @@ def test_another_architecture_is_named(file, model, says, tmp_path):
     with pytest.raises(ValueError, match=says) as raised:
         load(ARCHITECTURES[model](**sizes), {"teacher": ARCHITECTURES[file](**sizes).state_dict()}, tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("model", ["vit_micro", "resnet18"])
+def test_a_resnet_of_another_depth_is_named(model, tmp_path):
+    """As MedicalNet's resnet10 is one."""
+    other = resnet3d.ResNet(resnet3d.BasicBlock, (1, 1, 1, 1), img_size=(24, 24, 12)).state_dict()
+    with pytest.raises(ValueError, match=r"it has the weights of a ResNet of 1 \+ 1 \+ 1 \+ 1 blocks, the model is"):
+        load(ARCHITECTURES[model](img_size=(24, 24, 12)), {"state_dict": other}, tmp_path, "state_dict")
