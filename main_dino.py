@@ -47,6 +47,7 @@ from dino3d.files import truncate_log, write_config
 from dino3d.pretraining_flags import CENTER_MOMENTUM, PROBE_EVERY, add_pretraining_flags, check_pretraining_flags
 from dino3d.training import batch_norm, checkpoint
 from dino3d.training.collapse import TeacherOutputs
+from dino3d.training.grouped import lerp_all, scale_each
 from dino3d.training.layer_decay import layer_groups
 from dino3d.training.loading import cache_bytes, next_batch, reading_processes, start_reading_process
 from dino3d.training.monitor import Monitor, air_share, summary
@@ -57,6 +58,7 @@ from utils import cosine_schedule, linear_schedule
 from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
 
 MOST_SAMPLES = 2**27  # of an epoch, whose order is drawn in memory
+LOGITS_TOGETHER = 2**24  # of the student that the loss works on at once: 64 MB in single precision
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 
 
@@ -450,39 +452,43 @@ def reference_cross_entropy(views: Tensor, first: Tensor, second: Tensor) -> Ten
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`reference_cross_entropy` with its gradient by hand: - sum_k q_k log p_k = n logsumexp(s) - q s, with s the
-    student's logits over their temperature; n and q: how many teacher outputs a view is compared with, and their sum.
+    """`reference_cross_entropy` with its gradient by hand, n softmax(s) - q, with s the student's logits over their
+    temperature; n and q: how many teacher outputs a view is compared with, and their sum.
 
-    One view at a time, also in the gradient, (n softmax(s) - q) / temperature: all views' logits exist once, in the
-    precision in which the head gave them, and besides them the backward pass needs only the (V, B) normalisers.
+    Global views and local ones in a few operators each. All views' logits exist once, in the precision in which the
+    head gave them, and nothing else is kept for the backward pass: the softmax is formed again.
     """
 
     @staticmethod
     def forward(ctx: Any, views: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """views: (V, B, K), the two global ones first; first, second: (B, K) teacher's probabilities of those."""
-        loss, normalisers = torch.zeros_like(first[:, 0]), []
-        for view, n, target in CrossEntropy.compared(views, first, second):
-            scaled = view.to(first.dtype).div(STUDENT_TEMP)
-            normalisers.append(scaled.logsumexp(-1))
-            loss += n * normalisers[-1] - scaled.mul_(target).sum(-1)
-        ctx.save_for_backward(views, first, second, torch.stack(normalisers))
+        ctx.save_for_backward(views, first, second)
+        loss = torch.zeros_like(first[:, 0])
+        for some, _, target in CrossEntropy.compared(views, first, second):
+            log_student = some.to(first.dtype).div(STUDENT_TEMP).log_softmax(-1)
+            loss -= log_student.mul_(target).sum((0, 2))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        views, first, second, normalisers = ctx.saved_tensors
-        gradients = torch.empty_like(views)
-        compared = CrossEntropy.compared(views, first, second)
-        for (view, n, target), normaliser, out in zip(compared, normalisers, gradients):
-            softmax = view.to(first.dtype).div(STUDENT_TEMP).sub_(normaliser[:, None]).exp_()
-            out.copy_(softmax.mul_(n).sub_(target).mul_(gradient[:, None] / STUDENT_TEMP))
+        views, first, second = ctx.saved_tensors
+        gradients, weights, start = torch.empty_like(views), gradient[:, None] / STUDENT_TEMP, 0  # weights: (B, 1)
+        for some, n, target in CrossEntropy.compared(views, first, second):
+            student = some.to(first.dtype).div(STUDENT_TEMP).softmax(-1)
+            gradients[start : start + len(some)] = student.mul_(n).sub_(target).mul_(weights)
+            start += len(some)
         return gradients, None, None
 
     @staticmethod
     def compared(views: Tensor, first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """(view, n, q) of each: a global view is compared with the other global one, a local one with both."""
-        return zip(views, [1, 1] + [2] * (len(views) - 2), [second, first] + [first + second] * (len(views) - 2))
+        """(views, n, q): a global view is compared with the other global one, a local one with both; of these at most
+        LOGITS_TOGETHER at once."""
+        yield views[:2], 1, torch.stack([second, first])  # (2, B, K)
+        if len(views) > 2:
+            both = first + second  # (B, K)
+            for some in views[2:].split(max(1, LOGITS_TOGETHER // both.numel())):
+                yield some, 2, both
 
 
 @torch.no_grad()
@@ -493,7 +499,7 @@ def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float, fini
     """
     teacher_weights, student_weights = list(teacher.parameters()), list(student.parameters())
     weight = finite.to(student_weights[0].dtype) * (1 - momentum)  # 0 leaves the teacher as it is
-    torch._foreach_lerp_(teacher_weights, student_weights, [weight] * len(teacher_weights))
+    lerp_all(teacher_weights, student_weights, weight)
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
@@ -504,7 +510,7 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     if largest:
-        torch._foreach_mul_(gradients, list((largest / (norms + 1e-6)).clamp_max(1)))
+        scale_each(gradients, (largest / (norms + 1e-6)).clamp_max(1))
     return torch.linalg.vector_norm(norms)
 
 

@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from dino3d.mixed_precision import cast_together
+from dino3d.transformer_block import Attention, Block, Mlp, Shapes, pack, unpack  # noqa: F401  users import from here
 from resnet3d import RESNETS, Stage
 
 # Mean grey value of thorax CT scaled from [-1000, 1000] HU to [0, 1], between air (0), lung (0.1) and tissue (0.5)
@@ -74,64 +76,6 @@ class PatchEmbed(nn.Module):
         x = x.unflatten(2, (-1, self.proj.kernel_size[0]))  # (B, C, x, px, y, py, z, pz)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, N, C * px * py * pz)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention (Dosovitskiy 2021, appendix A)."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, head_dim)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, heads, T, head_dim)
-
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (B, queries, D): every token is attended to, only the first `queries` ask."""
-        q, k, v = self._queries_keys_values(x)
-        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # (B, heads, queries, head_dim)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, queries, D)
-
-    def weights(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """Attention after the softmax, (B, heads, T or queries, T): rows are all or the first queries, and sum to 1."""
-        q, k, _ = self._queries_keys_values(x)
-        return (q[:, :, :queries] * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between, on each token by itself."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block (Dosovitskiy 2021, equations 2 and 3)."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor, queries: int | None = None, scales: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (B, queries, D) where only the first `queries` tokens are needed further on.
-
-        scales: (2, B, 1, 1), what each sample's two residual branches are multiplied by; None: 1.
-        """
-        branch = self.attn(self.norm1(x), queries)  # (B, queries, D)
-        x = x[:, :queries] + (branch if scales is None else branch * scales[0])
-        branch = self.mlp(self.norm2(x))
-        return x + (branch if scales is None else branch * scales[1])
 
 
 class Encoder(Protocol):
@@ -272,11 +216,11 @@ class VisionTransformer(nn.Module):
         keep = torch.linspace(1, 1 - self.drop_path_rate, depth, device=device).view(depth, 1, 1, 1, 1)
         return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
 
-    def _run(self, block: nn.Module, x: Tensor, queries: int | None, scales: Tensor | None) -> Tensor:
-        """What a block makes of x."""
+    def _run(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
+        """What a block makes of x. others: see `Block.forward`"""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, queries, scales, use_reentrant=False, preserve_rng_state=False)
-        return block(x, queries, scales)
+            return checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
+        return block(x, *others)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class embedding after the final norm: (B, C, X, Y, Z) -> (B, D).
@@ -288,6 +232,47 @@ class VisionTransformer(nn.Module):
         for i, (block, scales) in enumerate(zip(self.blocks, self.stochastic_depth(x.shape[0], x.device))):
             x = self._run(block, x, 1 if i == last else None, scales)  # (B, 1 + N, D), in the end (B, 1, D)
         return self.norm(x[:, 0])
+
+    def forward_views(
+        self,
+        views: Sequence[Tensor],
+        hidden: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        all_tokens: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Class embeddings of views of several sizes, [(B_i, C, X_i, Y_i, Z_i)] -> (sum of B_i, D), as `forward` gives
+        them one size after the other, in half the operators: their tokens are packed into one sequence, in which only
+        attention tells one view from another.
+
+        hidden, mask_token: of the first of `views`, see `forward_tokens`
+        all_tokens: return all tokens instead, [(B_i, 1 + N_i, D)]
+        """
+        masks = [(hidden, mask_token), *[()] * (len(views) - 1)]
+        parts = [self._embed(view, *mask)[0] for view, mask in zip(views, masks)]  # (B_i, T_i, D)
+        shapes = tuple((part.shape[0], part.shape[1]) for part in parts)
+        queries = [None] * (len(self.blocks) - 1) + [None if all_tokens else 1]
+        x = pack(parts)  # (S, D)
+        for block, asked, scales in zip(self.blocks, queries, self._packed_depth(shapes, queries, x.device)):
+            cast = cast_together(block.linear_weights(), x.device.type)
+            x = self._run(block, x, asked, scales, shapes, cast)  # (S, D), in the end (sum of B_i, D)
+        x = self.norm(x)
+        return unpack(x, shapes) if all_tokens else x
+
+    def _packed_depth(
+        self, shapes: Shapes, queries: Sequence[int | None], device: torch.device
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """`stochastic_depth` of each size of view, drawn in their order, for packed sequences: each block's two
+        (S, 1)."""
+        draws = [self.stochastic_depth(views, device) for views, _ in shapes]  # (depth, 2, B_i, 1, 1)
+        if draws[0][0] is None:
+            return [None] * len(queries)
+        scales = torch.cat(
+            [one.expand(-1, -1, -1, tokens, 1).flatten(2, 3) for one, (_, tokens) in zip(draws, shapes)], 2
+        )
+        each = list(scales.unbind(0))  # (2, S, 1)
+        if queries[-1] == 1:
+            each[-1] = torch.cat([one[-1, :, :, 0] for one in draws], 1)  # (2, sum of B_i, 1)
+        return [tuple(one.unbind(0)) for one in each]
 
     def forward_tokens(self, x: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """All tokens after the final norm, the class token first: (B, C, X, Y, Z) -> (B, 1 + N, D).
@@ -485,6 +470,9 @@ class MultiCropWrapper(nn.Module):
         Returns:
             logits (sum of B_i, out_dim); embeddings (sum of B_i, D).
         """
-        embeddings = torch.cat([self.backbone(view) for view in views])  # (sum of B_i, D)
+        if isinstance(self.backbone, VisionTransformer):
+            embeddings = self.backbone.forward_views(views)  # (sum of B_i, D)
+        else:
+            embeddings = torch.cat([self.backbone(view) for view in views])
         logits = self.head(embeddings)  # (sum of B_i, out_dim)
         return (logits, embeddings) if return_embeddings else logits

@@ -113,9 +113,9 @@ class MaskedMultiCrop(MultiCropWrapper):
         """
         if tokens is None:
             return super().forward(views, return_embeddings)
-        seen = self.backbone.forward_tokens(views[0], hidden, self.mask_token)  # (B_0, 1 + N, D)
-        embeddings = torch.cat([seen[:, 0], *(self.backbone(view) for view in views[1:])])  # (sum of B_i, D)
-        return self.head(embeddings), embeddings, self.patch_head(seen.flatten(0, 1).index_select(0, tokens))
+        seen = self.backbone.forward_views(views, hidden, self.mask_token, all_tokens=True)  # [(B_i, 1 + N_i, D)]
+        embeddings = torch.cat([one[:, 0] for one in seen])  # (sum of B_i, D)
+        return self.head(embeddings), embeddings, self.patch_head(seen[0].flatten(0, 1).index_select(0, tokens))
 
 
 class PatchLoss(Centering):
