@@ -34,6 +34,7 @@ from inspect import getsource
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 # NumPy's linear algebra reads these when it is first imported; torch is told in main, by --threads
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
@@ -47,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import main_dino
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
-from dino3d import baselines, command_line
+from dino3d import baselines, command_line, transformer_block
 from dino3d.block_masks import BlockMasks, collate_masks
 from dino3d.command_line import UserError, number
 from dino3d.data.conventions import LPS, format_size
@@ -58,6 +59,7 @@ from dino3d.files import TEXT, read_log, versions
 from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory
 from dino3d.training.nonfinite import NonFiniteSteps
+from dino3d.training.operators import count_operators
 from utils import PRECISIONS
 from vision_transformer import ARCHITECTURES, MultiCropWrapper, has_setting
 
@@ -651,6 +653,7 @@ def step(
         },
     )
     result["teraflops"] = flops / result["ours"] / 1e12
+    result["operators"] = step_operators(arch, out_dim, precision)
     result["objectives"] = {}
     for flags in filter(times.get, OBJECTIVES):
         ratios = [seconds / plain for seconds, plain in zip(times[flags], times["ours"])]
@@ -673,11 +676,59 @@ def random_views(
 
 
 def new_model(
-    arch: str, out_dim: int, size: Sequence[int] = GLOBAL, patch_size: Sequence[int] = PATCH_SIZE, ibot: bool = False
+    arch: str,
+    out_dim: int,
+    size: Sequence[int] = GLOBAL,
+    patch_size: Sequence[int] = PATCH_SIZE,
+    ibot: bool = False,
+    drop_path_rate: float | None = None,
 ) -> MultiCropWrapper:
     """A student or teacher as main_dino.py makes it, where the architecture has patches with those of `patch_size`."""
     patch_size = patch_size if has_setting(arch, "patch_size") else None
-    return main_dino.build_model(arch, size, patch_size, out_dim, False, None, True, ibot=ibot)
+    return main_dino.build_model(arch, size, patch_size, out_dim, False, drop_path_rate, True, ibot=ibot)
+
+
+def our_state(
+    arch: str,
+    out_dim: int,
+    batch_size: int,
+    device: str,
+    precision: str,
+    compiled: bool = False,
+    size: Sequence[int] = GLOBAL,
+    objective: Mapping[str, Any] = MappingProxyType({}),
+    patch_size: Sequence[int] = PATCH_SIZE,
+    drop_path_rate: float | None = None,
+) -> main_dino.TrainState:
+    """What main_dino.py's steps need, as its defaults have it but for stochastic depth. objective: of OBJECTIVES"""
+    torch.manual_seed(0)
+    weight, targets = objective.get("ibot", 0.0), (out_dim, 0.9, objective.get("centering", "mean"))
+    student = new_model(arch, out_dim, size, patch_size, weight > 0, drop_path_rate)
+    teacher = new_model(arch, out_dim, size, patch_size, weight > 0)
+    teacher.load_state_dict(student.state_dict())
+    device = torch.device(device)
+    student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
+    for notice in main_dino.compile_blocks((student, teacher), device) if compiled else ():
+        raise UserError(notice)
+    return main_dino.TrainState(
+        network=student,
+        student=student,
+        teacher=teacher,
+        dino_loss=main_dino.DINOLoss(*targets).to(device),
+        koleo=objective.get("koleo", 0.0),
+        ibot=main_dino.PatchLoss(weight, *targets, main_dino.STUDENT_TEMP).to(device) if weight else None,
+        optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        schedules=None,
+        crops=None,
+        clip_range=None,
+        dtype=PRECISIONS[precision],
+        clip_grad=3.0,
+        global_batch=batch_size,
+        seed=0,
+        processes=utils.Processes(device=device),
+        nonfinite=NonFiniteSteps(20, device),
+    )
 
 
 def our_step(
@@ -697,37 +748,33 @@ def our_step(
 
     objective: of OBJECTIVES
     """
-    torch.manual_seed(0)
-    weight, targets = objective.get("ibot", 0.0), (out_dim, 0.9, objective.get("centering", "mean"))
-    student, teacher = (new_model(arch, out_dim, size, patch_size, weight > 0) for _ in range(2))
-    teacher.load_state_dict(student.state_dict())
-    device = torch.device(device)
-    student, teacher = student.to(device), teacher.to(device).requires_grad_(False)
-    for notice in main_dino.compile_blocks((student, teacher), device) if compiled else ():
-        raise UserError(notice)
-    run = main_dino.TrainState(
-        network=student,
-        student=student,
-        teacher=teacher,
-        dino_loss=main_dino.DINOLoss(*targets).to(device),
-        koleo=objective.get("koleo", 0.0),
-        ibot=main_dino.PatchLoss(weight, *targets, main_dino.STUDENT_TEMP).to(device) if weight else None,
-        optimizer=utils.make_optimizer("adamw", utils.parameter_groups(student)),
-        scaler=torch.amp.GradScaler(device.type, enabled=False),
-        schedules=None,
-        crops=None,
-        clip_range=None,
-        dtype=PRECISIONS[precision],
-        clip_grad=3.0,
-        global_batch=batch_size,
-        seed=0,
-        processes=utils.Processes(device=device),
-        nonfinite=NonFiniteSteps(20, device),
-    )
+    run = our_state(arch, out_dim, batch_size, device, precision, compiled, size, objective, patch_size)
     views = random_views(batch_size, device, size, local_number, local)
     draw = BlockMasks(tuple(n // p for n, p in zip(size, patch_size))).draw
-    masks = [collate_masks([draw(0, 0, i) for i in range(batch_size)]).to(device) if weight else None]
+    masks = [collate_masks([draw(0, 0, i) for i in range(batch_size)]).to(device) if run.ibot else None]
     return lambda: main_dino.train_step(run, [views], VALUES, frozen=False, masks=masks).metrics["loss"]
+
+
+def step_operators(arch: str, out_dim: int, precision: str) -> dict[str, dict[str, int]]:
+    """What `count_operators` finds in a step with main_dino.py's defaults, stochastic depth among them, on one sample.
+
+    Counted on the CPU, with attention as the one operator that it is on a GPU.
+    """
+    rate = 0.1 if has_setting(arch, "drop_path_rate") else None
+    run, views = our_state(arch, out_dim, 1, "cpu", precision, drop_path_rate=rate), random_views(1, "cpu")
+    parts = {
+        run.teacher: "teacher forward",
+        run.student: "student forward",
+        run.dino_loss: "loss",
+        "backward": "backward",
+        "clip_gradients": "clipping",
+        "step_if_finite": "optimizer",
+        "update_teacher": "teacher's average",
+    }
+    with mock.patch.object(transformer_block, "attends_by_products", lambda qkv: False):
+        return count_operators(
+            lambda: main_dino.train_step(run, [views], VALUES, frozen=False), main_dino.train_step.__name__, parts
+        )
 
 
 def baseline_step(arch: str, out_dim: int, batch_size: int, device: str, precision: str) -> Callable[[], float]:
@@ -1214,6 +1261,9 @@ def print_report(result: dict[str, Any]) -> None:
         print(
             f"ours: {result['teraflops']:.3g} TFLOP/s" + (f" of {rate:.3g} in a large matrix product" if rate else "")
         )
+    for part, counts in result.get("operators", {}).items():
+        name = "operators of a step" if part == "all" else f"  {part}"
+        print(f"{name}: {counts['operators']}, of which casts {counts['casts']}")
     for flags, cost in result.get("objectives", {}).items():
         low, high = cost["spread"]
         print(f"a step with {flags} takes {cost['ratio']:.2f} times as long ({low:.2f} to {high:.2f} within a repeat)")

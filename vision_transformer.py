@@ -447,7 +447,12 @@ class DINOHead(nn.Module):
         gain.requires_grad_(not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mlp(x)  # (B, bottleneck_dim)
+        linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        weights = [tensor for layer in linears for tensor in (layer.weight, layer.bias)]
+        cast = iter(cast_together(weights, x.device.type))
+        for layer in self.mlp:
+            x = F.linear(x, next(cast), next(cast)) if isinstance(layer, nn.Linear) else layer(x)
+        # (B, bottleneck_dim)
         x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)  # 1e-12 is 0 in fp16
         return self.last_layer(x)  # (B, out_dim)
 

@@ -48,10 +48,11 @@ class Attention(nn.Module):
 
     def _attend(self, qkv: Tensor, queries: int | None) -> Tensor:
         """(B, T, 3 D) -> (B, queries, D)"""
-        qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, head_dim)
         if attends_by_products(qkv):
-            return ProductAttention.apply(qkv, queries or qkv.shape[1])
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, heads, T, head_dim)
+            return ProductAttention.apply(qkv.unflatten(2, (3, self.num_heads, -1)), queries or qkv.shape[1])
+        # Cut in three and not transposed whole: the gradients of the three are laid out so, and are copied once less
+        parts = (part.unflatten(2, (self.num_heads, -1)) for part in qkv.chunk(3, 2))
+        q, k, v = (part.transpose(1, 2) for part in parts)  # 3 x (B, heads, T, head_dim)
         x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # (B, heads, queries, head_dim)
         return x.transpose(1, 2).flatten(2)
 
