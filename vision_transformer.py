@@ -13,7 +13,7 @@ Sources:
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
@@ -216,11 +216,15 @@ class VisionTransformer(nn.Module):
         keep = torch.linspace(1, 1 - self.drop_path_rate, depth, device=device).view(depth, 1, 1, 1, 1)
         return (torch.rand(depth, 2, batch, 1, 1, device=device) < keep) / keep
 
-    def _run(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
         """What a block makes of x. others: see `Block.forward`"""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
         return block(x, *others)
+
+    def _run_packed(self, x: Tensor, block: Block, *others: Any) -> Tensor:
+        """The same with its weights cast first: with checkpointing they are cast again, and not kept."""
+        return block(x, *others, cast_together(block.linear_weights(), x.device.type))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class embedding after the final norm: (B, C, X, Y, Z) -> (B, D).
@@ -253,8 +257,7 @@ class VisionTransformer(nn.Module):
         queries = [None] * (len(self.blocks) - 1) + [None if all_tokens else 1]
         x = pack(parts)  # (S, D)
         for block, asked, scales in zip(self.blocks, queries, self._packed_depth(shapes, queries, x.device)):
-            cast = cast_together(block.linear_weights(), x.device.type)
-            x = self._run(block, x, asked, scales, shapes, cast)  # (S, D), in the end (sum of B_i, D)
+            x = self._run(self._run_packed, x, block, asked, scales, shapes)  # (S, D), in the end (sum of B_i, D)
         x = self.norm(x)
         return unpack(x, shapes) if all_tokens else x
 
