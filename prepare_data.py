@@ -4,7 +4,7 @@
     python prepare_data.py luna16 --input LUNA16 --output data/luna16        crops around the points of a table
     python prepare_data.py msd    --input Task06_Lung --output data/msd      images and label masks
     python prepare_data.py check  data/luna16                                what the training scripts would say of it
-    python prepare_data.py index  data/nlst                                  where body and lung lie, for --foreground
+    python prepare_data.py index  data/nlst                                  where body, lung and chunks lie
     python prepare_data.py demo   --output demo/data                         small data in all three layouts
     python prepare_data.py phantoms --output phantoms                        synthetic chests to try a study on
 
@@ -224,7 +224,8 @@ def add_index(commands: Any) -> None:
         commands,
         "index",
         index,
-        "store where body and lung lie in the volumes below a folder, for --foreground of main_dino.py",
+        "store where body and lung lie in the volumes below a folder, for --foreground of main_dino.py, and where the "
+        "chunks of HDF5 files are, which are then read faster",
         "FOLDER [flags]",
     )
     required.add_argument(

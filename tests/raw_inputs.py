@@ -19,6 +19,7 @@ import prepare_data
 import utils
 from dino3d import run_lock
 from dino3d.data import images, scans
+from dino3d.data.sidecar import index_path
 from dino3d.prepare import check, conversion
 from dino3d.prepare.phantoms import labelled_phantom
 
@@ -286,8 +287,10 @@ def outcomes(output):
 
 
 def written(output):
-    """Paths of the files that a manifest says were written, after a look at whether exactly those stand there."""
+    """Paths of the files that a manifest says were written, after a look at whether exactly those stand there, and
+    hidden files beside no others."""
     listed = sorted(row["output"] for row in manifest(output).values() if row["output"])
-    assert listed == sorted(set(contents(output)) - {conversion.MANIFEST, conversion.RECIPE})
+    beside = {os.path.relpath(index_path(output / name), output) for name in listed}
+    assert listed == sorted(set(contents(output)) - {conversion.MANIFEST, conversion.RECIPE} - beside)
     assert not (output / conversion.WORK).exists()
     return listed

@@ -40,6 +40,8 @@ class Stored(NamedTuple):
 
     shape: (3,) voxels; affine: (4, 4) to RAS mm; take: gives the array of three slices, HU of whatever type
     notes: lines on what can be read in two ways, and which was taken; converted: whether `write_volume` wrote it
+    fill: where a file can be read so, writes the HU in three slices, not below AIR, into an (x, y, z) int16 array
+    slow: why a file that `write_volume` wrote is read through the HDF5 library all the same
     """
 
     shape: tuple[int, ...]
@@ -47,6 +49,8 @@ class Stored(NamedTuple):
     take: Callable[[tuple[slice, ...]], np.ndarray]
     notes: tuple[str, ...] = ()
     converted: bool = False
+    fill: Callable[[tuple[slice, ...], np.ndarray], None] | None = None
+    slow: str = ""
 
 
 def swap_lps_ras(point: Sequence[float]) -> tuple[float, ...]:

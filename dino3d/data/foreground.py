@@ -3,12 +3,11 @@
 The rules know no anatomy. They look at means over cells of about 4 mm, and are made for a chest; of a crop inside a
 lung, a patient who is cut by the image's border, a table and a head without lungs they make something sensible too.
 
-A conversion stores what was found in the HDF5 file itself. For a file that is there already it stands in a hidden file
-beside it, `.NAME.index.npz`: an HDF5 file can't be added to without the danger of losing it when the process is killed.
+What was found stands in the hidden file beside a volume's (dino3d/data/sidecar.py): an HDF5 file can't be added to
+without the danger of losing it when the process is killed. A conversion stores it in the HDF5 file itself too.
 """
 
 import os
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ from dino3d.data.conventions import HDF5_SUFFIXES, DataError, is_kind
 from dino3d.data.hdf5 import read_group
 from dino3d.data.read_watchdog import reading
 from dino3d.data.requirements import LOOKED_INTO
+from dino3d.data.sidecar import DAMAGED, identity_of, index_path, read_arrays
 from dino3d.data.volume import Volume
-from dino3d.files import atomic_write
+from dino3d.data.volume_cache import SMALL
 
 FOREGROUNDS = ("body", "lung")
 FOREGROUND_SHARE = 0.75
@@ -33,20 +33,6 @@ LEAST_LUNG = 100.0  # ml of a part that may be lung, or LEAST_SHARE of a small v
 LEAST_SHARE = 0.05
 OUTSIDE_ML = 20.0  # of a part of the air around the body: emphysema at a crop's border is smaller
 GROUP = "Occupancy"  # in an HDF5 file
-# What NumPy and h5py raise for a file that is not there, cut off or something else, whose sizes may be any
-DAMAGED = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-SPOT = 4096  # bytes at a file's start, middle and end, by which it is known again
 
 
 class Occupancy(NamedTuple):
@@ -139,21 +125,9 @@ def box_means(values: np.ndarray, box: Sequence[int] | np.ndarray) -> np.ndarray
 # ------------------------------------------------------------------------------------------------------ stored with it
 
 
-def index_path(path: Path | str) -> Path:
-    """The hidden file beside a volume's that holds its Occupancy."""
-    folder, name = os.path.split(os.fspath(path))
-    return Path(folder, f".{name}.index.npz")
-
-
-def write_occupancy(path: Path | str, occupancy: Occupancy) -> None:
-    """Store the Occupancy of a volume's file beside it, whole or not at all. Raises OSError."""
-    with atomic_write(index_path(path), sync=True) as part:
-        np.savez_compressed(part, of_file=_identity(path), **occupancy.arrays())
-
-
 def read_occupancy(volume: Volume) -> Occupancy | None:
     """The Occupancy that is stored with a volume; None where there is none, a damaged one, or that of another file."""
-    for read in (_from_file, _from_beside):
+    for read in (_from_beside, _from_file):
         try:
             with reading(volume.path):
                 stored = read(volume.path)
@@ -169,9 +143,10 @@ def _from_file(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def _from_beside(path: Path | str) -> dict[str, np.ndarray]:
-    with open(index_path(path), "rb") as stream, np.load(stream) as file:  # NumPy by itself leaves a damaged one open
-        same = file["of_file"].tolist() == _identity(path).tolist()
-        return {name: file[name] for name in file.files} if same else {}
+    if not os.path.exists(index_path(path)):
+        return {}
+    with open(path, "rb") as file:
+        return read_arrays(path, identity_of(file))
 
 
 def _sound(stored: Mapping[str, np.ndarray], volume_shape: Sequence[int]) -> Occupancy | None:
@@ -186,16 +161,6 @@ def _sound(stored: Mapping[str, np.ndarray], volume_shape: Sequence[int]) -> Occ
         and all(one.dtype == np.uint8 and one.shape == (-(-np.prod(shape) // 8),) for one in bits.values())
     )
     return Occupancy(tuple(block), tuple(shape), bits) if fits else None
-
-
-def _identity(path: Path | str) -> np.ndarray:
-    """(2,) size of a file and checksum of SPOT bytes at three places, which a copy has too and what replaces it not."""
-    size, code = os.stat(path).st_size, 0
-    with open(path, "rb") as file:
-        for at in (0, size // 2, max(size - SPOT, 0)):
-            file.seek(at)
-            code = zlib.crc32(file.read(SPOT), code)
-    return np.array([size, code], np.int64)
 
 
 def occupancy_of(volume: Volume) -> Occupancy:
@@ -246,21 +211,29 @@ class ForegroundDraws:
 
 
 def unindexed_lines(paths: Sequence[str], foreground: str) -> list[str]:
-    """A line where volumes have no stored Occupancy, of a part of a large data set; foreground: what --foreground is"""
-    if foreground not in FOREGROUNDS:
-        return []
+    """Lines on volumes without stored Occupancy, if it is needed, and on large ones that are read through the HDF5
+    library for want of an index, of a part of a large data set. foreground: what --foreground is"""
     step = max(1, len(paths) // LOOKED_INTO)
-    looked, without = paths[::step], []
+    looked, without, slow = paths[::step], [], []
     for path in looked:
         try:
             with Volume(path) as volume:
-                if read_occupancy(volume) is None:
+                if foreground in FOREGROUNDS and read_occupancy(volume) is None:
                     without.append(path)
+                if volume.slow and 2 * np.prod(volume.shape) > SMALL:
+                    slow.append(f"{path} ({volume.slow})")
         except DataError:  # told when it is drawn from
             pass
-    if not without:
-        return []
-    return [
-        f"{len(without)} of {len(looked)} volumes have no stored occupancy, such as {without[0]}: each loader worker "
-        "finds it, for which it reads the file whole once; prepare_data.py index DIR stores it (see docs/data.md)"
-    ]
+    lines = []
+    if without:
+        lines.append(
+            f"{len(without)} of {len(looked)} volumes have no stored occupancy, such as {without[0]}: each loader "
+            "worker finds it, for which it reads the file whole once; prepare_data.py index DIR stores it (see "
+            "docs/data.md)"
+        )
+    if slow:
+        lines.append(
+            f"{len(slow)} of {len(looked)} volumes are read through the HDF5 library, which is slower, such as "
+            f"{slow[0]}: prepare_data.py index DIR stores where their chunks are (see docs/data.md)"
+        )
+    return lines

@@ -8,8 +8,10 @@ import h5py
 import hdf5plugin
 import numpy as np
 
+from dino3d.data.chunks import ENTRY, MOST_HEAD, ChunkIndex, ChunkReader, is_readable
 from dino3d.data.conventions import LPS, DataError, Stored
 from dino3d.data.geometry import SHEAR, length_notes
+from dino3d.data.sidecar import identity_of
 from dino3d.files import atomic_write
 
 CHUNK = 32  # voxels per side of a chunk: a random crop then touches few bytes besides its own
@@ -25,6 +27,16 @@ def open_hdf5(path: Path | str, closing: contextlib.ExitStack) -> Stored:
 
     closing: closes the file
     """
+    voxels, affine, notes = _open_image(path, closing)
+
+    def take(slices: tuple[slice, ...]) -> np.ndarray:
+        return voxels[(*[0] * (voxels.ndim - 3), *slices[::-1])].T
+
+    return Stored(voxels.shape[::-1][:3], affine, take, notes, converted=_is_converted(voxels))
+
+
+def _open_image(path: Path | str, closing: contextlib.ExitStack) -> tuple[h5py.Dataset, np.ndarray, tuple[str, ...]]:
+    """(voxels (..., z, y, x), affine (4, 4) to RAS mm, notes) of an ITK HDF5 file. Raises DataError."""
     file = closing.enter_context(h5py.File(path, "r", locking=False))  # read-only: no lock, which NFS may refuse
     names = ("VoxelData", "Spacing", "Origin", "Directions")
     image = file.get("ITKImage/0")
@@ -44,11 +56,51 @@ def open_hdf5(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     affine[:3, :3] = directions[:3, :3].T * spacing[:3]  # the rows of Directions are the axis vectors
     affine[:3, 3] = origin[:3]
 
-    def take(slices: tuple[slice, ...]) -> np.ndarray:
-        return voxels[(*[0] * (n - 3), *slices[::-1])].T
+    return voxels, LPS @ affine, length_notes(directions[:3, :3].T)
 
-    converted = voxels.chunks == tuple(min(CHUNK, n) for n in voxels.shape)  # as `write_volume` lays them out
-    return Stored(voxels.shape[::-1][:3], LPS @ affine, take, length_notes(directions[:3, :3].T), converted=converted)
+
+def _is_converted(voxels: h5py.Dataset) -> bool:
+    """Whether voxels lie as `write_volume` lays them out."""
+    return voxels.chunks == tuple(min(CHUNK, n) for n in voxels.shape)
+
+
+def index_chunks(path: Path | str) -> ChunkIndex | None:
+    """Where the chunks of a file of `write_volume` lie; None for files and filters that can't be read by it.
+
+    All voxels are read by it once and compared with what HDF5 reads. Raises DataError, OSError.
+    """
+    with contextlib.ExitStack() as closing:
+        voxels, affine, notes = _open_image(path, closing)
+        created, sides = voxels.id.get_create_plist(), voxels.chunks
+        filters = tuple(created.get_filter(number)[0] for number in range(created.get_nfilters()))
+        if voxels.ndim != 3 or not _is_converted(voxels) or not is_readable(sides, voxels.dtype, filters):
+            return None
+        if voxels.file.userblock_size:  # which offsets do not count
+            return None
+        table = np.zeros([-(-n // side) for n, side in zip(voxels.shape, sides)], ENTRY)
+
+        def enter(chunk: h5py.h5d.StoreInfo) -> None:
+            place = tuple(at // side for at, side in zip(chunk.chunk_offset, sides))
+            table[place] = (chunk.byte_offset, 0, chunk.size, chunk.filter_mask, 0)
+
+        voxels.id.chunk_iter(enter)
+        if not table["size"].all():  # not all of them were written
+            return None
+        file = closing.enter_context(open(path, "rb"))
+        head = int(table["offset"].min())
+        if head > MOST_HEAD:
+            return None
+        index = ChunkIndex(tuple(identity_of(file, head)), voxels.shape, sides, filters, affine, notes, table.ravel())
+        reader = ChunkReader(path, file.fileno(), index)
+        for z in range(len(table)):  # chunk by chunk would ask HDF5 for each of them many times
+            whole = voxels[z * sides[0] : (z + 1) * sides[0]]
+            places = np.ndindex(*table.shape[1:])
+            for (y, x), (entry, found) in zip(places, reader.decode(table[z].ravel(), new=True)):
+                part = whole[:, y * sides[1] : (y + 1) * sides[1], x * sides[2] : (x + 1) * sides[2]]
+                if not np.array_equal(found.reshape(sides)[tuple(map(slice, part.shape))], part):
+                    return None
+                table[z, y, x] = (*entry[:-1], found.min())
+    return index._replace(table=table.ravel())
 
 
 def read_group(path: Path | str, name: str) -> dict[str, np.ndarray]:

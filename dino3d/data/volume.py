@@ -9,12 +9,13 @@ conversion, training, check and prediction see the same voxels in the same place
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from dino3d.data.chunks import open_indexed
 from dino3d.data.conventions import (
     AIR,
     HDF5_SUFFIXES,
@@ -43,19 +44,27 @@ class Volume:
 
     path: HDF5, NIfTI, MetaImage or NRRD; a folder with one DICOM series, or <folder>#<SeriesInstanceUID>
     stored: what the path stands for, if it is open already
+    indexed: whether the index of an HDF5 file's chunks is used where there is one
     shape: (3,) voxels; spacing: (3,) mm; affine: (4, 4); notes: lines on what can be read in two ways
     converted: whether it is a file of `write_volume`, as conversions leave them
+    slow: why such a file is read through the HDF5 library instead of by the index of its chunks, "" where it is not
     file_shape, file_affine: of the voxels in the file's own order of the axes
     Raises DataError where the file is no 3D image.
     """
 
-    def __init__(self, path: Path | str, stored: Stored | None = None) -> None:
+    def __init__(self, path: Path | str, stored: Stored | None = None, indexed: bool = True) -> None:
         self.path = path
         self._closing = contextlib.ExitStack()
         try:
             with reading(path):
-                stored = stored or _open(path, self._closing)
-            self._take, self.notes, self.converted = stored.take, stored.notes, stored.converted
+                stored = stored or _open(path, self._closing, indexed)
+            self._take, self._fill, self.notes, self.converted = (
+                stored.take,
+                stored.fill,
+                stored.notes,
+                stored.converted,
+            )
+            self.slow = stored.slow
             self.file_shape = tuple(int(n) for n in stored.shape)
             self.file_affine = require_geometry(path, self.file_shape, stored.affine)
         except DataError:
@@ -73,7 +82,27 @@ class Volume:
         self, start: Sequence[int] | np.ndarray = (0, 0, 0), size: Sequence[int] | np.ndarray | None = None
     ) -> np.ndarray:
         """(x, y, z) int16 HU from `start` on; what lies outside the volume is air. Default: all of it."""
-        return padded(self._read_inside, self.shape, start, self.shape if size is None else size)
+        size = self.shape if size is None else size
+        if self._fill is None:
+            return padded(self._read_inside, self.shape, start, size)
+        box = np.empty([size[axis] for axis in np.argsort(self._axes)], np.int16, order="F").transpose(self._axes)
+        self.read_into(box, start)
+        return box
+
+    def read_into(self, out: np.ndarray, start: Sequence[int] | np.ndarray) -> None:
+        """Write (x, y, z) int16 HU from `start` on into `out`; what lies outside the volume is air."""
+        if self._fill is None:
+            out[...] = self.read(start, out.shape)
+            return
+        start = np.asarray(start)
+        low, high = np.clip(start, 0, self.shape), np.clip(start + out.shape, 0, self.shape)
+        inside = tuple(slice(max(0, a), max(0, b)) for a, b in zip(low - start, high - start))
+        empty = (high <= low).any()
+        if empty or out[inside].shape != out.shape:
+            out[...] = AIR
+        if not empty:
+            with self._reading():
+                self._fill(self._slices(low, high), self.in_file_order(out[inside]))
 
     def read_values(self) -> np.ndarray:
         """(X, Y, Z) numbers as they are stored, of whatever type. Raises DataError where they are none."""
@@ -93,18 +122,27 @@ class Volume:
         return np.maximum(voxels, AIR, out=voxels if in_place else None)
 
     def _take_oriented(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        with self._reading():
+            voxels = self._take(self._slices(low, high))
+        flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
+        return voxels.transpose(self._axes)[flips]
+
+    def _slices(self, low: np.ndarray, high: np.ndarray) -> tuple[slice, ...]:
+        """What lies between (3,) voxels low and high, in the file's own order of the axes."""
         slices = [None] * 3
         for axis, sign, n, a, b in zip(self._axes, self._signs, self.shape, low, high):
             slices[axis] = slice(int(a), int(b)) if sign > 0 else slice(int(n - b), int(n - a))
+        return tuple(slices)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
         try:
             with reading(self.path):
-                voxels = self._take(tuple(slices))
+                yield
         except DataError:
             raise
         except Exception as error:
             raise DataError(self.path, f"can't be read ({one_line(error, self.path)})") from error
-        flips = tuple(slice(None, None, int(sign)) for sign in self._signs)
-        return voxels.transpose(self._axes)[flips]
 
     def in_file_order(self, voxels: np.ndarray) -> np.ndarray:
         """An (X, Y, Z) array on this volume's voxels in the file's own order of the axes."""
@@ -146,7 +184,7 @@ class Volume:
         self.close()
 
 
-def _open(path: Path | str, closing: contextlib.ExitStack) -> Stored:
+def _open(path: Path | str, closing: contextlib.ExitStack, indexed: bool) -> Stored:
     """What a file holds, by its suffix, or a DICOM series."""
     try:
         status = os.stat(path)
@@ -159,7 +197,11 @@ def _open(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise DataError(path, "can't be read: the file is empty")
     if is_kind(path, HDF5_SUFFIXES):
-        return open_hdf5(path, closing)
+        found = open_indexed(path, closing) if indexed else ""
+        if isinstance(found, Stored):
+            return found
+        stored = open_hdf5(path, closing)
+        return stored._replace(slow=found if stored.converted else "")
     if is_kind(path, NIFTI_SUFFIXES):
         return open_nifti(path)
     if is_kind(path, ITK_SUFFIXES):

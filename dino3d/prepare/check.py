@@ -39,6 +39,7 @@ from dino3d.data.requirements import (
     voxel_problems,
 )
 from dino3d.data.volume import Volume
+from dino3d.data.volume_cache import SMALL
 from dino3d.prepare.inputs import QUANTILES
 
 
@@ -58,6 +59,7 @@ class CheckedFile(NamedTuple):
     classes: dict[int, int] = {}
     label_notes: tuple[str, ...] = ()
     indexed: bool = False  # whether its occupancy is stored
+    slow: str = ""  # see Volume
 
     @property
     def header(self) -> Header:
@@ -180,6 +182,11 @@ def check_volumes(folder: Path, workers: int) -> Checked:
             f"note: {len(without)} of {len(good)} volumes have no stored occupancy, such as {without[0]}: --foreground "
             "of main_dino.py finds it as it trains, prepare_data.py index stores it"
         )
+    if slow := [one for one in good if one.slow]:
+        lines.append(
+            f"note: {len(slow)} of {len(good)} volumes are read through the HDF5 library, which is slower, such as "
+            f"{slow[0].path} ({slow[0].slow}): prepare_data.py index stores where their chunks are"
+        )
     return seen, problems, lines
 
 
@@ -209,7 +216,8 @@ def check_unlabelled(path: str) -> CheckedFile:
             voxels = volume.read()
             seen = check_voxels(path, voxels, Header(volume.shape, volume.spacing, tuple(volume.notes)))
             indexed = read_occupancy(volume) is not None
-            return seen._replace(problem=pretraining_fault(voxels, volume.converted), indexed=indexed)
+            problem = pretraining_fault(voxels, volume.converted)
+            return seen._replace(problem=problem, indexed=indexed, slow=volume.slow if voxels.nbytes > SMALL else "")
     except DataError as error:
         return CheckedFile(path, error.reason)
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError, LeftOut
 from dino3d.data.parallel import in_processes, progress
+from dino3d.data.sidecar import index_path
 from dino3d.files import TEXT, atomic_write, file_state, read_json, read_rows, table_bytes
 from dino3d.run_lock import own_folder
 
@@ -47,10 +48,12 @@ class Output(NamedTuple):
 
     row: dict with source and output (relative to the output folder), and what else the manifest's columns name
     write: function of a path with the output's suffix; None for an input that leads to no file
+    finish: called with the path of the file in its place, and a folder for unfinished files; raises OSError
     """
 
     row: dict[str, Any]
     write: Callable[[Path], None] | None
+    finish: Callable[[Path, Path], Any] = lambda path, folder: None
 
 
 def fingerprint(*parts: Any) -> str:
@@ -161,6 +164,7 @@ class Records:
         for row in itertools.chain.from_iterable(self.earlier.values()):
             if row.get("output") and row["output"] not in outputs and (self.output / row["output"]).is_file():
                 if row["source"] in replaced:
+                    index_path(self.output / row["output"]).unlink(missing_ok=True)  # first: killed here, it goes on
                     (self.output / row["output"]).unlink()
                 else:
                     kept.append(row)
@@ -251,8 +255,8 @@ def _do(item: tuple[Callable[[Any], Iterator[Output]], Job, str]) -> list[dict[s
     convert, job, output = item
     rows = []
     try:
-        for row, write in convert(job.task):
-            size = {"bytes": _commit(write, Path(output), row["output"])} if write else {}
+        for row, write, finish in convert(job.task):
+            size = {"bytes": _commit(write, finish, Path(output), row["output"])} if write else {}
             rows.append({"status": WRITTEN if write else LEFT_OUT, "output": "", **row, **size})
     except _CantWrite as error:
         return str(error)
@@ -282,13 +286,14 @@ def _finish(rows: list[dict[str, Any]], job: Job) -> list[dict[str, str]]:
     return [{name: text(value) for name, value in row.items()} for row in rows]
 
 
-def _commit(write: Callable[[Path], None], output: Path, name: str) -> int:
+def _commit(write: Callable[[Path], None], finish: Callable[[Path, Path], Any], output: Path, name: str) -> int:
     """Write a file under a temporary name and move it to its place; returns its size in bytes."""
     part = None
     try:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(output / name, folder=output / WORK, sync=True) as part:
             write(part)
+        finish(output / name, output / WORK)
         return os.stat(output / name).st_size
     except OSError as error:
         raise _CantWrite(f"{output / name}: {error.strerror or error}") from error

@@ -32,6 +32,7 @@ from dino3d.prepare.conversion import (
     open_output,
     report_outcome,
 )
+from dino3d.prepare.index import store_index
 from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ def convert_scans(task: ScanTask) -> Iterator[Output]:
         yield Output(
             {**row, "output": output, **image_statistics(image)},
             functools.partial(write_with_occupancy, voxels=voxels, affine=affine, compression=task.compression),
+            store_index,
         )
 
 
