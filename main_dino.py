@@ -58,7 +58,8 @@ from utils import cosine_schedule, linear_schedule
 from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
 
 MOST_SAMPLES = 2**27  # of an epoch, whose order is drawn in memory
-LOGITS_TOGETHER = 2**24  # of the student that the loss works on at once: 64 MB in single precision
+# Student's logits that the loss works on at once, 64 and 2 MB in single precision: on a CPU operators start for free
+LOGITS_TOGETHER = {"cuda": 2**24, "cpu": 2**19}
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 
 
@@ -487,7 +488,8 @@ class CrossEntropy(torch.autograd.Function):
         yield views[:2], 1, torch.stack([second, first])  # (2, B, K)
         if len(views) > 2:
             both = first + second  # (B, K)
-            for some in views[2:].split(max(1, LOGITS_TOGETHER // both.numel())):
+            together = max(1, LOGITS_TOGETHER.get(views.device.type, 2**24) // both.numel())
+            for some in views[2:].split(together):
                 yield some, 2, both
 
 

@@ -218,7 +218,7 @@ def test_averages_and_factors_in_groups(device):
 
 @pytest.mark.parametrize("together", [1, 40, 2**24])
 def test_the_loss_takes_any_number_of_views_at_once(monkeypatch, together):
-    monkeypatch.setattr(main_dino, "LOGITS_TOGETHER", together)
+    monkeypatch.setitem(main_dino.LOGITS_TOGETHER, "cpu", together)
     first, second = (3 * normal(2, 4, 16, dtype=torch.float64)).softmax(-1)
     student = normal(2 + LOCAL + 2, 4, 16, dtype=torch.float64).requires_grad_()
     ours, plain = (
