@@ -22,11 +22,16 @@ def sample_views(patch: Tensor, control: Tensor, lattice: Lattice) -> Tensor:
     patch: (X, Y, Z) of any type; control: (N, gx, gy, gz, 3)
     """
     views = control.new_empty(len(control), *lattice.size)
+    # Batches lie in memory as files do, x fastest: what is neighbours there is done one after the other
+    order = sorted(range(3), key=patch.stride, reverse=True)
+    axes = [0, *(axis + 1 for axis in order)]
+    patch, control, out = patch.permute(order), control.permute(*axes, 4)[..., order], views.permute(axes)
+    weights = [lattice.weights(axis) for axis in order]
     straight = are_straight(control)
     for view in straight.nonzero()[:, 0].tolist():
-        lines = lines_of(control[view].double().numpy())
-        views[view] = sample_axes(patch, [lattice.weights(axis) @ line for axis, line in enumerate(lines)], views.dtype)
-    _sample_anywhere(patch, control, lattice, (~straight).nonzero()[:, 0], views)
+        along = [of_axis @ line for of_axis, line in zip(weights, lines_of(control[view].double().numpy()))]
+        out[view] = sample_axes(patch, along, views.dtype)
+    _sample_anywhere(patch.contiguous(), control, weights, (~straight).nonzero()[:, 0], out)
     return views
 
 
@@ -65,10 +70,12 @@ def sample_axes(patch: Tensor, along: Sequence[np.ndarray], dtype: torch.dtype) 
     return patch.flip(mirrored) if mirrored else patch
 
 
-def _sample_anywhere(patch: Tensor, control: Tensor, lattice: Lattice, chosen: Tensor, views: Tensor) -> None:
-    """Write the `chosen` of the views, several small ones or slabs of a large one at a time."""
-    x, y, z = lattice.size
-    wx, wy, wz = (torch.from_numpy(lattice.weights(axis)).to(control.dtype) for axis in range(3))
+def _sample_anywhere(
+    patch: Tensor, control: Tensor, weights: Sequence[np.ndarray], chosen: Tensor, views: Tensor
+) -> None:
+    """Write the `chosen` of the views, several small ones or slabs of a large one at a time. weights: of each axis"""
+    x, y, z = views.shape[1:]
+    wx, wy, wz = (torch.from_numpy(of_axis).to(control.dtype) for of_axis in weights)
     number = max(1, POSITIONS_AT_ONCE // (x * y * z))
     rows = max(1, POSITIONS_AT_ONCE // (number * y * z))
     for some in chosen.split(number):
@@ -79,7 +86,7 @@ def _sample_anywhere(patch: Tensor, control: Tensor, lattice: Lattice, chosen: T
 
 
 def trilinear(patch: Tensor, at: Tensor) -> Tensor:
-    """(...) values of a patch (X, Y, Z) at positions `at`, (3, ...), which is written to; of its type."""
+    """(...) values of a contiguous patch (X, Y, Z) at positions `at`, (3, ...), which is written to; of its type."""
     flat, shape, whole = patch.reshape(-1), patch.shape, torch.int32 if patch.numel() < 2**31 else torch.int64
     steps = [step if size > 1 else 0 for size, step in zip(shape, (shape[1] * shape[2], shape[2], 1))]
     corners = []

@@ -98,6 +98,7 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
     "dino3d.prepare": 4,
     "dino3d.study": 4,
     "dino3d.baselines": 4,
+    "dino3d.peers": 4,
     "benchmark": 6,
 }
 

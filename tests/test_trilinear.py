@@ -51,15 +51,17 @@ def controls(lattice, dtype=torch.float64):
     return torch.from_numpy(np.stack(found)).to(dtype)
 
 
+@pytest.mark.parametrize("layout", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 @pytest.mark.parametrize("chunk", [2**17, 150, 1])
 @pytest.mark.parametrize("shape", [SHAPE, (1, 15, 13), (17, 1, 1), (1, 1, 1), (2, 2, 2)])
-def test_views_are_those_of_grid_sample(shape, chunk, monkeypatch):
-    """All at once, in slabs and row by row; also of patches that are one voxel thick."""
+def test_views_are_those_of_grid_sample(shape, chunk, layout, monkeypatch):
+    """All at once, in slabs, row by row; also of patches that are one voxel thick, or lie in memory otherwise."""
     monkeypatch.setattr(trilinear, "POSITIONS_AT_ONCE", chunk)
     patch, lattice = patch_of(shape), Lattice(SIZE, np.array(SIZE) / 4)
     control = controls(lattice)
     expected = warp(patch[None, None].expand(len(control), 1, *shape), control, lattice)[:, 0]
-    found = sample_views(patch, control, lattice)
+    stored = patch.permute(layout).contiguous().permute(np.argsort(layout).tolist())
+    found = sample_views(stored, control, lattice)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert are_straight(control).tolist() == [straight for *_, straight in maps().values()]
 
