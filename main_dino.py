@@ -168,10 +168,10 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     checkpoints = checkpoint.Checkpoints(output_dir / "checkpoint.pth", saving) if processes.is_main else utils.Silent()
     stop_signal = checkpoint.StopSignal(processes, output_dir / "preempted")
 
-    def after_step(epoch_ends: bool = False) -> None:
-        """Save where it is time, and end the run where a signal has asked for it."""
+    def after_step(epoch_ends: bool = False, saves: bool = False) -> None:
+        """Save where it is time or `saves`, and end the run where a signal has asked for it."""
         ending = progress.step < last_step and stop_signal.should_stop()
-        if epoch_ends or ending or checkpoints.due(progress.step):
+        if saves or ending or checkpoints.due(progress.step, epoch_ends):
             save(state, checkpoints, output_dir, vars(args), progress, args.saveckp_freq)
         if ending:
             stop_signal.end(checkpoints.wait)
@@ -186,7 +186,8 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
             progress.end_epoch(samples_per_epoch, global_batch)
             probed = probe.measure(teacher, progress.epoch, progress.step) if progress.position == 0 else None
             monitor.log_epoch(progress.epoch, progress.step, schedules.at(progress.samples), probed)
-            after_step(epoch_ends=True)
+            ends = progress.step >= last_step
+            after_step(True, saves=ends or probed is not None or keeps_copy(progress, args.saveckp_freq))
         checkpoints.wait()
     processes.print(f"{progress.epoch} of {args.epochs} epochs are done\n{summary(output_dir)}")
 
@@ -686,7 +687,9 @@ def build_models(args: argparse.Namespace, notices: list[str]) -> tuple[MultiCro
         norm_last_layer=args.norm_last_layer,
         grad_checkpointing=args.grad_checkpointing,
     )
-    teacher = build(drop_path_rate=None, norm_last_layer=True)  # follows the student without gradients
+    with torch.device("meta"):  # random weights would be overwritten at once, and take as long as the student's
+        teacher = build(drop_path_rate=None, norm_last_layer=True)  # follows the student without gradients
+    teacher = teacher.to_empty(device="cpu")
     if args.pretrained_weights:
         notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
     teacher.load_state_dict(student.state_dict())
@@ -817,6 +820,11 @@ def compile_blocks(
 # --------------------------------------------------------------------------------------------- saving and resuming
 
 
+def keeps_copy(progress: Progress, every: int) -> bool:
+    """Whether a numbered copy of the checkpoint is kept here: at the end of each `every`th epoch (0: never)."""
+    return every > 0 and progress.position == 0 and progress.epoch % every == 0
+
+
 def save(
     state: TrainState,
     checkpoints: checkpoint.Checkpoints | utils.Silent,
@@ -826,11 +834,10 @@ def save(
     every: int,
 ) -> None:
     """Save the whole state, and keep a numbered copy each `every` epochs (0: never)."""
-    numbered = every and progress.position == 0 and progress.epoch % every == 0
     states = {name: part.state_dict() for name, part in state.parts().items()}
     checkpoints.save(
         {**states, **asdict(progress), "config": config},
-        output_dir / f"checkpoint{progress.epoch:04}.pth" if numbered else None,
+        output_dir / f"checkpoint{progress.epoch:04}.pth" if keeps_copy(progress, every) else None,
     )
 
 

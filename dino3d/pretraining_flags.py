@@ -352,7 +352,12 @@ def add_probe_flags(parser: command_line.ArgumentParser) -> None:
 def add_run_flags(parser: command_line.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     command_line.num_workers_flag(group)
-    checkpoint.add_saving_flags(group, besides="each epoch's end")
+    checkpoint.add_saving_flags(
+        group,
+        besides="the ends of epochs",
+        by_minutes=". An epoch's end is saved where a tenth of these minutes went by since the last "
+        "checkpoint (0: each), after a probe, for --saveckp_freq, and as the run's end",
+    )
     group.add_argument(
         "--saveckp_freq",
         default=20,

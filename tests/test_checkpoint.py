@@ -34,7 +34,7 @@ import utils
 from dino3d.command_line import Preempted, UserError
 from dino3d.data.pretraining import BatchStream, epoch_order
 from dino3d.evaluation import statistics
-from dino3d.files import ChecksumReader
+from dino3d.files import ChecksumReader, read_log
 from dino3d.finetune import fold_loop, mask_inference
 from dino3d.training import checkpoint
 from dino3d.training.checkpoint import (
@@ -411,7 +411,12 @@ def test_when_it_is_time(tmp_path, monkeypatch):
     now += 1
     assert minutes.due(4) and not off.due(3)
     minutes.save(state(4))
-    assert not minutes.due(5)
+    assert not minutes.due(5) and not minutes.due(5, epoch_ends=True)
+    assert off.due(3, epoch_ends=True) and steps.due(4, epoch_ends=True)  # no minutes: every epoch
+    now += 11.9
+    assert not minutes.due(6, epoch_ends=True)
+    now += 0.2  # a tenth of two minutes
+    assert minutes.due(6, epoch_ends=True) and not minutes.due(6)
     minutes.wait()
 
 
@@ -489,7 +494,7 @@ def noise(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(noise, tmp_path_factory):
-    """{processes: final state} of runs with a global batch of 4 that nobody disturbed."""
+    """{processes: final state, (processes, "log"): records} of runs with a global batch of 4 that nobody disturbed."""
     found = {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp("undisturbed")
@@ -497,6 +502,7 @@ def undisturbed(noise, tmp_path_factory):
         errors = [rank.communicate()[1] for rank in ranks]
         assert not any(rank.returncode for rank in ranks), errors
         found[processes] = state_of(folder)
+        found[processes, "log"] = read_log(folder / "log.txt")
     return found
 
 
@@ -607,6 +613,26 @@ def seconds_until_all_gone_after(process, folder):
     process.wait(60)
     seconds_until_all_gone(folder)
     return time.monotonic() - began
+
+
+def test_epochs_beyond_the_checkpoint_are_logged_once(noise, undisturbed, tmp_path):
+    """SIGKILL some epochs after the last checkpoint: log.txt is the undisturbed run's, none lost and none twice."""
+    command = [sys.executable, SURVIVE, *flags_of(noise, tmp_path, 1), "--save_every_steps", 4]
+    process = started(command, tmp_path)
+    wait_for_step(process, tmp_path, 7)  # two steps make an epoch
+    process.kill()
+    process.communicate()
+    for pid in family(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    saved, logged = state_of(tmp_path)["step"], read_log(tmp_path / "log.txt")[-1]["step"]
+    assert saved % 4 == 0 and saved < logged
+    out, errors = started(command, tmp_path).communicate(timeout=180)
+    assert f"resuming after step {saved}," in out and differing(tmp_path, undisturbed[1]) == [], errors
+    measured = ("seconds", "volumes_per_second", "waiting_for_data", "peak_memory_gib")
+    records = [read_log(tmp_path / "log.txt"), undisturbed[1, "log"]]
+    ours, expected = ([{k: v for k, v in one.items() if k not in measured} for one in log] for log in records)
+    assert ours == expected and [record["step"] for record in ours] == list(range(2, 26, 2))
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,75 @@ def test_a_run_goes_on_where_it_stopped(volumes, tmp_path, capsys):
     assert code == 0 and checkpoint(broken)["epoch"] == 4
 
 
+@pytest.mark.parametrize(
+    "flags, steps, copies",
+    [
+        ([], [8], []),
+        (["--saveckp_freq", 3], [6, 8], ["checkpoint0003.pth"]),
+        (["--save_every_minutes", 0, "--max_steps", 3], [2, 3], []),
+    ],
+)
+def test_epochs_of_seconds_are_not_all_saved(volumes, tmp_path, capsys, monkeypatch, flags, steps, copies):
+    saved, save = [], main_dino.checkpoint.Checkpoints.save
+
+    def note(checkpoints, state, copy):
+        saved.append(state["step"])
+        save(checkpoints, state, copy)
+
+    monkeypatch.setattr(main_dino.checkpoint.Checkpoints, "save", note)
+    every = ["--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 4, "--epochs", 4]
+    code, _, errors = run_main(capsys, *every, *flags)
+    assert code == 0 and saved == steps, errors
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint0*.pth"))] == copies
+
+
+@pytest.mark.parametrize("flags", [[], ["--ibot", 1], ["--arch", "resnet18", "--use_bn_in_head"]])
+def test_the_teacher_is_the_student_and_draws_nothing(flags):
+    """Equal in every tensor, of the student's kinds, and the student is what it was when the teacher was drawn too."""
+    parser = main_dino.get_args_parser()
+    args = parser.parse_args([*TINY, "--data_dir", "x", "--output_dir", "y", *map(str, flags)])
+    main_dino.check_pretraining_flags(parser, args)
+    student, teacher = main_dino.build_models(args, [])
+    drawn = torch.get_rng_state()
+    torch.manual_seed(args.seed)
+    head = {"hidden_dim": args.head_hidden_dim, "bottleneck_dim": args.head_bottleneck_dim}
+    sizes = (args.arch, args.input_size, args.patch_size, args.out_dim, args.use_bn_in_head)
+    plain = main_dino.build_model(*sizes, args.drop_path_rate, args.norm_last_layer, ibot=args.ibot > 0, **head)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    expected = main_dino.build_model(*sizes, None, True, ibot=args.ibot > 0, **head)
+    expected.load_state_dict(plain.state_dict())
+    for found, wanted in ((student, plain), (teacher, expected)):
+        for kind in ("named_parameters", "named_buffers"):
+            found_tensors, tensors = dict(getattr(found, kind)()), dict(getattr(wanted, kind)())
+            assert found_tensors.keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                one = found_tensors[name]
+                assert one.device.type == "cpu" and one.dtype == tensor.dtype and torch.equal(one, tensor), name
+                assert one.requires_grad == tensor.requires_grad and one.stride() == tensor.stride(), name
+    own = {tensor.data_ptr() for tensor in student.state_dict().values()}
+    assert own.isdisjoint(tensor.data_ptr() for tensor in teacher.state_dict().values())
+    assert all(tensor.data_ptr() for tensor in teacher.state_dict().values())
+
+
+def test_a_run_draws_nothing_from_the_state_that_building_left(volumes, tmp_path, capsys, monkeypatch):
+    """So it may differ between versions that build more or less, and between ranks."""
+    build, logs = main_dino.build_models, []
+
+    def and_draw(*given):
+        models = build(*given)
+        torch.rand(1000)
+        return models
+
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--epochs", 1, "--drop_path_rate", 0.3, "--ibot", 1]
+    for kind in (build, and_draw):
+        monkeypatch.setattr(main_dino, "build_models", kind)
+        assert run_main(capsys, *flags, "--output_dir", tmp_path / kind.__name__)[0] == 0
+        (record,) = read_log(tmp_path / kind.__name__ / "log.txt")
+        measured = ("seconds", "volumes_per_second", "waiting_for_data", "peak_memory_gib")
+        logs.append({name: value for name, value in record.items() if name not in measured})
+    assert logs[0] == logs[1]
+
+
 def test_what_a_run_leaves(volumes, tmp_path, capsys):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

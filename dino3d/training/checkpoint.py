@@ -41,6 +41,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INSTEAD = "choose another --output_dir, or give it as --pretrained_weights"
 RESUME = "resume with the flags that it was made with (its config.json has them), or choose another --output_dir"
 ALONE = Processes()
+EPOCH_SHARE = 0.1  # of the minutes between checkpoints: nearer to the last one, an epoch's end is no reason to save
 
 
 class Saving(NamedTuple):
@@ -51,8 +52,9 @@ class Saving(NamedTuple):
     keep_last: int = 2
 
 
-def add_saving_flags(group: Any, besides: str) -> None:
-    """The flags that a Saving is made of. besides: when the script saves anyway"""
+def add_saving_flags(group: Any, besides: str, by_minutes: str = "") -> None:
+    """The flags that a Saving is made of. besides: when the script saves anyway; by_minutes: what else the minutes
+    do in it, as the end of their help text"""
     default = Saving()
     group.add_argument(
         "--save_every_steps",
@@ -66,7 +68,8 @@ def add_saving_flags(group: Any, besides: str) -> None:
         default=default.every_minutes,
         type=number(float, 0),
         metavar="MINUTES",
-        help="minutes between checkpoints, which a run loses at most that is killed without a warning; 0: not by time",
+        help="minutes between checkpoints, which a run loses at most that is killed without a warning; 0: not by time"
+        + by_minutes,
     )
     group.add_argument(
         "--keep_last",
@@ -89,10 +92,13 @@ class Checkpoints:
         self.path, self.saving = Path(path), saving
         self._thread, self._writing, self._saved = ThreadPoolExecutor(1), None, time.monotonic()
 
-    def due(self, step: int) -> bool:
-        """Whether to save after this step."""
+    def due(self, step: int, epoch_ends: bool = False) -> bool:
+        """Whether to save after this step. epoch_ends: a reason by itself, unless the last checkpoint is so new that
+        writing another would take longer than repeating what came since, as where an epoch lasts seconds."""
         steps, minutes, _ = self.saving
-        return bool(steps and step % steps == 0 or minutes and time.monotonic() - self._saved >= 60 * minutes)
+        passed = (time.monotonic() - self._saved) / 60
+        by_time = minutes and passed >= minutes or epoch_ends and passed >= EPOCH_SHARE * minutes
+        return bool(steps and step % steps == 0 or by_time)
 
     def save(self, state: dict[str, Any], copy: Path | None = None) -> None:
         """Save `state` as it is now; returns when it is copied to CPU memory. copy: a second name for this one, to
