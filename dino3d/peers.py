@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dino3d.files import TEXT
 
-PACKAGES = {  # name to import: what pip installs
+PEERS = {  # name to import: what pip installs
     "batchgeneratorsv2": "batchgeneratorsv2==0.3.6",
     "torchio": "torchio==1.2.1",
     "blosc2": "blosc2==4.14.1",
@@ -31,7 +31,7 @@ B2ND = {"chunks": (128, 128, 128), "blocks": (32, 32, 32)}  # voxels
 
 
 def install(folder: Path) -> None:
-    """Install PACKAGES into a folder and make them importable. What is importable already, torch above all, is taken
+    """Install PEERS into a folder and make them importable. What is importable already, torch above all, is taken
     from there. Raises RuntimeError."""
     paths = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
@@ -40,7 +40,7 @@ def install(folder: Path) -> None:
         venv.create(folder, with_pip=True, symlinks=True)
         ours = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (site / "ours.pth").write_text("\n".join(ours) + "\n", **TEXT)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES.values()]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PEERS.values()]
     done = subprocess.run(command, capture_output=True, **TEXT)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
