@@ -166,6 +166,19 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0, bit for bit, in CPU memory. tensor: elsewhere of its shape and type, maybe on meta."""
+        if self.world_size == 1 or not tensor.numel():
+            return tensor if self.is_main else torch.empty_like(tensor, device="cpu")
+        if self.is_main:
+            dist.broadcast(tensor.detach().contiguous().view(-1).view(torch.uint8).to(self.device), src=0)
+            return tensor
+        # as bytes: backends differ in the types that they know
+        received = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8, device=self.device)
+        dist.broadcast(received, src=0)
+        found = received.cpu().view(tensor.dtype).view(tensor.shape)
+        return found if tensor.is_contiguous() else torch.empty_like(tensor, device="cpu").copy_(found)
+
     def run_on_main(self, make: Callable[[], Any]) -> Any:
         """make() as rank 0 finds it, on every rank; what goes wrong there is a UserError on all of them."""
         result = [None, None]

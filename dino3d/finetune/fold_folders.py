@@ -11,7 +11,7 @@ from dino3d.evaluation.statistics import mean_and_deviation
 from dino3d.features.encoder import BEST, ENCODER, PretrainedEncoder, best_epochs
 from dino3d.files import read_json, read_table, write_config, write_table
 from dino3d.finetune.splits import Split, save_splits
-from dino3d.training.checkpoint import load_checkpoint, load_newest
+from dino3d.training.checkpoint import load_checkpoint, load_newest, load_on_all
 from utils import Processes, device_name
 
 SCRIPTS = {"protocol": "main_lnc_luna16.py", "decoder": "main_lts_msd.py", "out_dim": "main_dino.py"}  # by their flags
@@ -21,13 +21,9 @@ PARTS = ("model", "optimizer", "scaler", "best", "epoch", "position", "step", "c
 def load_best(folder: Path, model: nn.Module, processes: Processes) -> dict:
     """Give the model its best epoch's weights; returns what is known of that epoch. Raises UserError."""
     path = folder / "best.pth"
-
-    def there() -> None:  # rank 0 may just have written it
-        if not path.is_file():
-            raise UserError(f"{path}: is missing; remove its folder to train this fold again")
-
-    processes.run_on_main(there)
-    state = load_checkpoint(path)
+    state = load_on_all(path, processes, parts=("model", "best"))
+    if state is None:
+        raise UserError(f"{path}: is missing; remove its folder to train this fold again", everywhere=True)
     model.load_state_dict(state["model"])
     return state["best"]
 

@@ -32,6 +32,7 @@ from dino3d.command_line import (
     truncate_list,
 )
 from dino3d.files import TEXT, add_checksum
+from dino3d.training.broadcasting import broadcast_state
 from dino3d.weights import load_file, tensor_misfit
 from utils import Processes, is_worker_death
 
@@ -277,22 +278,8 @@ def load_newest(
 def load_on_all(
     path: Path | str, processes: Processes, must_match: Mapping[str, Any] | None = None, parts: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """The state of `load_newest` on every rank, or None. Raises UserError, also where a rank can't see the file."""
-    mine = []
-
-    def look() -> bool:
-        mine.append(load_newest(path, must_match, parts))
-        return mine[0] is not None
-
-    if not processes.run_on_main(look):
-        return None
-    state = mine[0] if mine else load_checkpoint(path)
-    if state is None:
-        raise UserError(
-            f"{path}: can't be seen by process {processes.rank}, though process 0 can: --output_dir must lie "
-            "where all machines of a run see it"
-        )
-    return state
+    """The state of `load_newest` on every rank, or None; rank 0 alone reads it. Raises UserError, on all ranks."""
+    return broadcast_state(lambda: load_newest(path, must_match, parts), processes)
 
 
 def check_state(
