@@ -184,6 +184,19 @@ def test_growth_draws_a_picture(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "growth.png").size[0] > 500
 
 
+def test_many_volumes_and_ranks_are_simulated():
+    """In one process and two ranks; what each of the ranks does is reckoned for all of them."""
+    flags = ("--volumes", "200", "--ranks", "16", "--arch", "vit_micro", "--out_dim", "64", "--repeats", "1")
+    process = benchmark("scale", *flags, "--json")
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
+    rows, megabytes = result["rows"], result["parameters"]["checkpoint_megabytes"]
+    assert len(rows) == 9 and "rank 0 alone" in rows["list, first start"]["note"]
+    received = rows["resume, received"]
+    assert received["seconds_of_all"] == pytest.approx(15 * received["seconds"])
+    assert megabytes > 10 and received["megabytes"] < 1.5 * megabytes  # one copy: no rank holds a second
+
+
 def test_a_picture_that_has_no_folder_is_refused_before_anything_is_timed(tmp_path):
     process = benchmark("growth", "--arch", "vit_tiny", "--output", tmp_path / "none" / "growth.png")
     (line,) = process.stderr.splitlines()
