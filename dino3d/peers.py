@@ -165,9 +165,9 @@ def write_b2nd(path: str, volume: np.ndarray) -> None:
 
 
 def read_b2nd(path: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    import blosc2
+    from blosc2 import open as open_b2nd
 
-    return blosc2.open(path, mode="r", mmap_mode="r")[tuple(slice(int(a), int(a + n)) for a, n in zip(start, size))]
+    return open_b2nd(path, mode="r", mmap_mode="r")[tuple(slice(int(a), int(a + n)) for a, n in zip(start, size))]
 
 
 def write_zarr(path: str, volume: np.ndarray) -> None:
