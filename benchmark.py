@@ -610,7 +610,7 @@ def peer_reads(
 
 
 def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
-    """A DICOM series to HDF5, headers checked and voxels described, against SimpleITK reading and writing it."""
+    """A DICOM series to HDF5, headers checked and voxels indexed, against SimpleITK reading and writing it."""
     import SimpleITK
 
     from dino3d.data.scans import find_scans
@@ -627,10 +627,12 @@ def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
             def run(turn: int) -> None:
                 scans = find_scans(series).scans
                 task = ScanTask(series, scans, list(place_scans(scans).values()), False, 16, None, compression)
-                for row, write in convert_scans(task):
-                    if write is None:
-                        raise UserError(f"the series that was written for this benchmark is refused: {row['reason']}")
-                    write(path)
+                for scanned in convert_scans(task):
+                    if scanned.write is None:
+                        reason = scanned.row["reason"]
+                        raise UserError(f"the series that was written for this benchmark is refused: {reason}")
+                    scanned.write(path)
+                    scanned.finish(Path(path), Path(folder))
 
             return run
 

@@ -13,7 +13,10 @@ SCORES = 2**21  # of a group of samples that attend at once: in bf16 4 MB, which
 
 def cast_together(tensors: Sequence[Tensor], device_type: str) -> Sequence[Tensor]:
     """What autocast would make of each where it is used, in one operator; without autocast the tensors themselves."""
-    if not torch.is_autocast_enabled(device_type) or any(tensor.dtype != torch.float32 for tensor in tensors):
+    has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
+    if not has_autocast or not torch.is_autocast_enabled(device_type):
+        return tensors
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
         return tensors
     return Cast.apply(torch.get_autocast_dtype(device_type), *tensors)
 

@@ -75,7 +75,9 @@ def phantoms(tmp_path_factory):
 def test_phantoms_fill_all_layouts(phantoms):
     names = sorted(path.relative_to(phantoms).as_posix() for path in phantoms.rglob("*") if path.is_file())
     assert [name for name in names if name.startswith("pretrain")] == [
+        "pretrain/lung1/t0/.phantom.hdf5.index.npz",
         "pretrain/lung1/t0/phantom.hdf5",
+        "pretrain/lung2/t0/.phantom.hdf5.index.npz",
         "pretrain/lung2/t0/phantom.hdf5",
         "pretrain/manifest.csv",
         "pretrain/prepare.json",

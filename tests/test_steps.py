@@ -194,6 +194,8 @@ def test_nan_for_good_ends_both_ranks_and_names_the_file(volumes, tmp_path):
         1000,
         "--max_skipped_steps",
         12,
+        "--save_every_minutes",
+        0,
         processes=2,
         script=SMALL,
         environment={"PLANT": "nan 1 3 100000"},
