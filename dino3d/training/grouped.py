@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+IN_GROUPS = False  # on a GPU: no GPU has seen it so far
+
 
 @torch.no_grad()
 def lerp_all(averages: Sequence[Tensor], values: Sequence[Tensor], weight: Tensor) -> None:
     """average += weight * (value - average) of each pair, in place. weight: () on their device, 0 changes nothing."""
-    if averages[0].device.type == "cpu":
+    if not IN_GROUPS or averages[0].device.type == "cpu":
         torch._foreach_lerp_(averages, values, [weight] * len(averages))
     else:
         lerp_in_groups(averages, values, weight)
@@ -28,7 +30,7 @@ def lerp_in_groups(averages: Sequence[Tensor], values: Sequence[Tensor], weight:
 @torch.no_grad()
 def scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
     """Multiply each tensor by its own of `factors` (number of tensors,), in place."""
-    if factors.device.type == "cpu":
+    if not IN_GROUPS or factors.device.type == "cpu":
         torch._foreach_mul_(tensors, list(factors))
     else:
         scale_in_groups(tensors, factors)
