@@ -243,11 +243,13 @@ class PatchSource:
 
     def __init__(self, patches: Tensor, clip_range: Sequence[float], policy: Policy) -> None:
         self.patches, self.clip_range, self.clips = patches, clip_range, not policy.has_windows
-        self.all = functools.cache(self.all)
+        self._all = {}
 
     def all(self, blocks: tuple[int, ...] = (1, 1, 1)) -> Tensor:
-        """(B, 1, X, Y, Z) floats of all patches."""
-        return self.averaged(self.patches, blocks).to(torch.get_default_dtype())
+        """(B, 1, X, Y, Z) floats of all patches, made once for both sizes of view."""
+        if blocks not in self._all:
+            self._all[blocks] = self.averaged(self.patches, blocks).to(torch.get_default_dtype())
+        return self._all[blocks]
 
     def averaged(self, patches: Tensor, blocks: tuple[int, ...] = (1, 1, 1)) -> Tensor:
         """(B, 1, X, Y, Z) of patches: int16, or floats where blocks are averaged or a bound lies between whole HU."""

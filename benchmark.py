@@ -12,9 +12,9 @@
     python benchmark.py growth --output FILE     how a step's cost grows, as a picture
     python benchmark.py scale                    what many volumes and ranks cost besides the steps, simulated
 
-Seconds are wall-clock. What it is compared with stands in dino3d/baselines.py. Baseline and ours take turns, so that a
-machine that slows down slows both; reported are medians over the repeats, with the lowest and highest. With --json the
-last line on standard output is one JSON object.
+Seconds are wall-clock, of peers and scale those of the CPU. What it is compared with stands in dino3d/baselines.py.
+Baseline and ours take turns, so that a machine that slows down slows both; reported are medians over the repeats, with
+the lowest and highest. With --json the last line on standard output is one JSON object.
 
 A further benchmark is a function that returns `comparison(...)`, and a sub-command with its flags.
 """

@@ -752,20 +752,20 @@ def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str
         raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
     lacking = []
     for name, part in model.named_children():
-        beside = name.join(network.path.rsplit("backbone", 1))
+        expected = name.join(network.path.rsplit("backbone", 1))
         if part is model.backbone:
             continue
         try:
-            head = weights.find_network(part, checkpoint, path, beside)
-            if head.path != beside:
+            head = weights.find_network(part, checkpoint, path, expected)
+            if head.path != expected:
                 raise ValueError("another network's")
             weights.fit_network(part, head, checkpoint, path)
         except ValueError:
             lacking.append(name.replace("_", " "))
-    groups = weights.named_tensors(checkpoint, path)
-    tensors, _ = groups[tuple(network.key.split(".")) if network.key else ()]
+    groups = weights.named_tensors(checkpoint, path).items()
+    beside = next(tensors for keys, (tensors, _) in groups if ".".join(keys) == network.key)
     for name, parameter in model.named_parameters(recurse=False):  # iBOT's mask token
-        tensor = tensors.get(name.join(network.prefix.rstrip(".").rsplit("backbone", 1)))
+        tensor = beside.get(name.join(network.prefix.rstrip(".").rsplit("backbone", 1)))
         if tensor is None or tensor.shape != parameter.shape or not tensor.isfinite().all():
             lacking.append(name.replace("_", " "))
         else:

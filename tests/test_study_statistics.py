@@ -19,6 +19,7 @@ from dino3d.study.contrasts import (
     effect_of,
     error_by_seeds,
     judge_claim,
+    reason,
     share_of,
 )
 from dino3d.study.scores import CaseScores, TaskScores, under_weights
@@ -180,6 +181,18 @@ def test_only_seeds_of_both_arms_are_compared():
 
 
 # ------------------------------------------------------------------------------------------------- all pairs, claims
+
+
+def test_one_seed_shows_nothing():
+    """However far apart two arms are; with two seeds the same is shown."""
+    rng = np.random.default_rng(5)
+    for seeds, verdict in ((1, "not shown"), (2, "shown")):
+        found = compare_arms(
+            [scores_of({arm: spread(rng, x, seeds=seeds) for arm, x in (("a", 0.9), ("b", 0.1))})], "ab"
+        )
+        (pair,) = found.pairs
+        assert pair.interval[0] > 0.7 and pair.p_holm < 0.01 and pair.verdict == verdict
+        assert ("one seed" in reason(pair)) == (seeds == 1)
 
 
 def test_holm_is_over_all_pairs_of_all_tasks():

@@ -1,5 +1,8 @@
 """Views on CPUs against torch's grid_sample, whose way is the one on GPUs."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +112,19 @@ def test_patches_are_clipped_before_they_are_sampled(clip_range):
     for clipped in (source.all(), source.averaged(patches)):
         expected = scale_intensity(patches[:, None], low, high)
         torch.testing.assert_close((clipped.float() - low) / (high - low), expected, rtol=0, atol=1e-6)
+
+
+def test_patches_are_given_back_with_the_batch():
+    """Without the garbage collector, which may come many batches later: they are the largest tensors of a step."""
+    source = PatchSource(patch_of((2, 6, 5, 4), dtype=torch.int16), (-1000, 400), Policy())
+    made = weakref.ref(source.all())
+    assert source.all() is made()
+    gc.disable()
+    try:
+        del source
+        assert made() is None
+    finally:
+        gc.enable()
 
 
 def test_positions_in_blocks():

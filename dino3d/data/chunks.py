@@ -70,6 +70,7 @@ def is_readable(chunk: Sequence[int], dtype: np.dtype, filters: Sequence[int]) -
     return (
         dtype == VOXEL
         and sys.byteorder == "little"
+        and hasattr(os, "preadv")  # Windows has none
         and tuple(filters) in ((), (DEFLATE,), (BLOSC,))
         and VOXEL.itemsize * math.prod(chunk) <= CHUNK_BYTES
         and not (BLOSC in filters and blosc_decompress() is None)
@@ -90,15 +91,14 @@ def open_indexed(path: Path | str, closing: contextlib.ExitStack) -> Stored | st
     if found is None:
         return NO_INDEX
     index = parse_index(path, *found)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    closing.callback(os.close, descriptor)
-    if index and index.of_file != tuple(identity_of(descriptor, index.of_file[2])):
+    file = closing.enter_context(open(path, "rb"))
+    if index and index.of_file != tuple(identity_of(file, index.of_file[2])):
         return OTHER_FILE
     if index is None or not is_readable(index.chunk, VOXEL, index.filters):
-        return "the index of its chunks is of another version, or hdf5plugin's Blosc library can't be called"
+        return "the index of its chunks is of another version, or this system's hdf5plugin (its Blosc library) can't read by it"
     with contextlib.suppress(AttributeError, OSError):  # a hint, which not every system and storage takes
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-    reader = ChunkReader(path, descriptor, index)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    reader = ChunkReader(path, file.fileno(), index)
     return Stored(index.shape[::-1], index.affine, reader.take, index.notes, True, reader.fill)
 
 

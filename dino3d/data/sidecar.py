@@ -38,13 +38,13 @@ def index_path(path: Path | str) -> Path:
     return Path(folder, f".{name}.index.npz")
 
 
-def identity_of(file: BinaryIO | int, head: int = SPOT) -> list[int]:
+def identity_of(file: BinaryIO, head: int = SPOT) -> list[int]:
     """[size of an open file, checksum of its first `head` bytes and of SPOT bytes in its middle and at its end, head]:
     what a copy has too and what replaces it not."""
-    descriptor = file if isinstance(file, int) else file.fileno()
-    size, code = os.fstat(descriptor).st_size, 0
+    size, code = os.fstat(file.fileno()).st_size, 0
     for at, count in ((0, head), (size // 2, SPOT), (max(size - SPOT, 0), SPOT)):
-        code = zlib.crc32(os.pread(descriptor, count, at), code)
+        file.seek(at)
+        code = zlib.crc32(file.read(count), code)
     return [size, code, head]
 
 

@@ -267,7 +267,7 @@ def write_study_page(
         "is added in squares, with the spread that all arms share (that of the arms at hand where it is larger). "
         f"None is given for fewer than {FEWEST_PATIENTS} patients.",
         f"A difference counts as shown only if its interval leaves out 0 and its p-value stays below {LEVEL:g} after "
-        "Holm's adjustment for all pairs of all tasks and the claims.",
+        "Holm's adjustment for all pairs of all tasks and the claims; with one seed none does.",
         "Classification: AUC of the test cases' mean probabilities, by pairs of cases that the same models judged. "
         "Segmentation: mean Dice of the test cases. Probe: AUC of logistic regression on frozen features, in "
         f"{LOGISTIC_FOLDS} nested folds by patient, repeated {LOGISTIC_REPEATS} times.",
