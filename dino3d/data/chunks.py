@@ -95,7 +95,9 @@ def open_indexed(path: Path | str, closing: contextlib.ExitStack) -> Stored | st
     if index and index.of_file != tuple(identity_of(file, index.of_file[2])):
         return OTHER_FILE
     if index is None or not is_readable(index.chunk, VOXEL, index.filters):
-        return "the index of its chunks is of another version, or this system's hdf5plugin (its Blosc library) can't read by it"
+        return (
+            "the index of its chunks is of another version, or hdf5plugin's Blosc library can't be used on this system"
+        )
     with contextlib.suppress(AttributeError, OSError):  # a hint, which not every system and storage takes
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     reader = ChunkReader(path, file.fileno(), index)
