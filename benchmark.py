@@ -23,7 +23,6 @@ import functools
 import json
 import multiprocessing
 import os
-import pickle
 import platform
 import shutil
 import socket
@@ -1299,8 +1298,8 @@ def scale(
 
         measure("list, first start", find, False)
         from_index = functools.partial(find_data, str(folder / "data"), None, None, index)
-        paths = measure("list, from data_list.txt", from_index, False).paths
-        measure("list, received", lambda: pickle.loads(pickle.dumps(paths)), True)
+        measure("list, from data_list.txt", from_index, False)
+        between = {"list": (send_list, index)}
         measure("order of an epoch", lambda: epoch_order(*order, 0, 0), True)
         batch = max(1, min(64, volumes * patches_per_volume // ranks))
 
@@ -1322,10 +1321,12 @@ def scale(
         measure("checkpoint, written beside training", save, False)
         size = path.stat().st_size / 1e6
         rows["checkpoint, copied (training waits)"] |= {"note": f"{size:.0f} MB; rank 0 alone", "megabytes": size}
-        resumed = [resume_on_two(str(path)) for _ in range(repeats)]
-    for rank, name in enumerate(("resume, rank 0 reads and sends", "resume, received")):
-        seconds, megabytes = zip(*(both[rank] for both in resumed))
-        rows[name] = scale_row(seconds, statistics.median(megabytes), ranks - 1 if rank else 1)
+        between["resume"] = checkpoint.load_on_all, path
+        for what, (task, file) in between.items():
+            costs = [on_two_ranks(task, str(file)) for _ in range(repeats)]
+            for rank, name in enumerate((f"{what}, rank 0 reads and sends", f"{what}, received")):
+                seconds, megabytes = zip(*(both[rank] for both in costs))
+                rows[name] = scale_row(seconds, statistics.median(megabytes), ranks - 1 if rank else 1)
     return {
         "unit": "CPU seconds of a rank",
         "rows": rows,
@@ -1354,24 +1355,29 @@ def scale_row(seconds: Sequence[float], megabytes: float, ranks: int) -> dict[st
     }
 
 
-def resume_on_two(path: str) -> list[tuple[float, float]]:
-    """[(CPU seconds, MB more at the peak)] of two ranks that get a checkpoint which rank 0 reads."""
+def send_list(path: str, processes: utils.Processes) -> list[str]:
+    """The lines of a file that rank 0 reads, on every rank."""
+    return processes.run_on_main(lambda: Path(path).read_text().splitlines())
+
+
+def on_two_ranks(task: Callable[[str, utils.Processes], Any], path: str) -> list[tuple[float, float]]:
+    """[(CPU seconds, MB more at the peak)] of two ranks that get what rank 0 reads from a file. task: importable"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        return pool.starmap(resume_as, [(path, rank, port) for rank in range(2)], chunksize=1)
+        return pool.starmap(run_as_rank, [(task, path, rank, port) for rank in range(2)], chunksize=1)
 
 
-def resume_as(path: str, rank: int, port: str) -> tuple[float, float]:
+def run_as_rank(task: Callable[[str, utils.Processes], Any], path: str, rank: int, port: str) -> tuple[float, float]:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in told.items()}, MASTER_PORT=port, CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     processes = utils.distributed_init()
     before, began = peak_memory(processes.device), time.process_time()
-    state = checkpoint.load_on_all(path, processes)
+    received = task(path, processes)
     seconds, more = time.process_time() - began, peak_memory(processes.device) - before
-    del state
+    del received
     utils.leave_group()
     return seconds, more / 1e6
 
