@@ -1357,7 +1357,7 @@ def scale_row(seconds: Sequence[float], megabytes: float, ranks: int) -> dict[st
 
 def send_list(path: str, processes: utils.Processes) -> list[str]:
     """The lines of a file that rank 0 reads, on every rank."""
-    return processes.run_on_main(lambda: Path(path).read_text().splitlines())
+    return processes.run_on_main(lambda: Path(path).read_text(encoding="utf-8").splitlines())
 
 
 def on_two_ranks(task: Callable[[str, utils.Processes], Any], path: str) -> list[tuple[float, float]]:
