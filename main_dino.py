@@ -55,7 +55,7 @@ from dino3d.training.nonfinite import BuffersOfStep, NonFiniteSteps, abort_run, 
 from dino3d.training.objectives import Centering, MaskedMultiCrop, PatchLoss, koleo_loss
 from dino3d.training.view_flags import describe_views, idle_strengths, multi_crop
 from utils import cosine_schedule, linear_schedule
-from vision_transformer import DINOHead, MultiCropWrapper, build_encoder
+from vision_transformer import DINOHead, MultiCropWrapper, VisionTransformer, build_encoder
 
 MOST_SAMPLES = 2**27  # of an epoch, whose order is drawn in memory
 # Student's logits that the loss works on at once, 64 and 2 MB in single precision: on a CPU operators start for free
@@ -144,12 +144,14 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
             f"{summary(output_dir)}"
         )
         return
+    attention = attention_backends(student.backbone, dataset.multi_crop, state.dtype)
     if processes.is_main:
-        write_config(
-            output_dir / "config.json", vars(args), processes, utils.device_name(processes.device), volumes=len(paths)
-        )
+        device = utils.device_name(processes.device)
+        write_config(output_dir / "config.json", vars(args), processes, device, volumes=len(paths), attention=attention)
         truncate_log(output_dir / "log.txt", progress.step)
     processes.print(run_summary(args, processes, paths, dataset.multi_crop, steps_per_epoch, global_batch, progress))
+    for tokens, way in attention.items():
+        processes.print(f"attention of {tokens} tokens: {way}")
 
     loader = make_loader(dataset, args, progress, processes)
     monitor = Monitor(
@@ -875,6 +877,16 @@ def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Prog
     for line in data_changes(saved["config"], config, progress.position):
         state.processes.print(line)
     return progress
+
+
+def attention_backends(backbone: nn.Module, crops: MultiCropAugmentation, dtype: torch.dtype) -> dict[int, str]:
+    """{tokens of a view: what computes their attention}: its choice differs by GPU, precision and length, and its speed
+    by far. {} for a backbone without attention."""
+    if not isinstance(backbone, VisionTransformer):
+        return {}
+    sizes = [crops.global_size, crops.local_size][: 1 + bool(crops.local_number)]
+    lengths = [1 + math.prod(n // p for n, p in zip(size, backbone.patch_size)) for size in sizes]
+    return {tokens: backbone.blocks[0].attn.backend(tokens, dtype) for tokens in lengths}
 
 
 def run_summary(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from dino3d.mixed_precision import ProductAttention, attends_by_products
 
@@ -46,13 +47,25 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, head_dim)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, heads, T, head_dim)
 
+    def _split(self, qkv: Tensor) -> list[Tensor]:
+        """(B, T, 3 D) -> 3 x (B, heads, T, head_dim)"""
+        # Cut in three and not transposed whole: the gradients of the three are laid out so, and are copied once less
+        return [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2)]
+
+    def backend(self, tokens: int, dtype: torch.dtype) -> str:
+        """What computes attention in training for samples of so many tokens: "flash", "cudnn", "efficient" or "math",
+        as scaled_dot_product_attention chooses on this device, or "products" (`ProductAttention`)."""
+        weight = self.qkv.weight
+        qkv = torch.empty(2, tokens, len(weight), dtype=dtype, device=weight.device, requires_grad=True)
+        if attends_by_products(qkv):
+            return "products"
+        return SDPBackend(torch._fused_sdp_choice(*self._split(qkv))).name.removesuffix("_ATTENTION").lower()
+
     def _attend(self, qkv: Tensor, queries: int | None) -> Tensor:
         """(B, T, 3 D) -> (B, queries, D)"""
         if attends_by_products(qkv):
             return ProductAttention.apply(qkv.unflatten(2, (3, self.num_heads, -1)), queries or qkv.shape[1])
-        # Cut in three and not transposed whole: the gradients of the three are laid out so, and are copied once less
-        parts = (part.unflatten(2, (self.num_heads, -1)) for part in qkv.chunk(3, 2))
-        q, k, v = (part.transpose(1, 2) for part in parts)  # 3 x (B, heads, T, head_dim)
+        q, k, v = self._split(qkv)
         x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)  # (B, heads, queries, head_dim)
         return x.transpose(1, 2).flatten(2)
 

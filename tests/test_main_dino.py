@@ -402,6 +402,9 @@ def test_what_a_run_leaves(volumes, tmp_path, capsys):
         assert record["air_views"] <= 1 and record["bad_files"] == 0 and 0 <= record["waiting_for_data"] <= 1
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["world_size"] == 1 and config["versions"]["torch"] and config["git_revision"]
+    assert config["attention"].keys() == {"9", "2"}
+    for tokens, way in config["attention"].items():
+        assert f"attention of {tokens} tokens: {way}" in out.splitlines()
     for name in ("views.png", "augmentations.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 10
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -1,6 +1,7 @@
 """Views packed into one sequence, weights cast together, attention by products, and operations on groups of tensors:
 each against the plain way."""
 
+import contextlib
 import math
 from unittest import mock
 
@@ -8,12 +9,15 @@ import pytest
 import torch
 from conftest import ROOT  # noqa: F401  the repository's modules
 from test_baselines import BATCH, LOCAL, OUT_DIM, PATCH, SIZE, schedule, tiny, train_state, views_of  # noqa: F401
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
 from dino3d import mixed_precision
 from dino3d.block_masks import BlockMasks, collate_masks
 from dino3d.training.grouped import lerp_all, lerp_in_groups, scale_each, scale_in_groups
 from dino3d.training.objectives import MaskedMultiCrop
+from dino3d.transformer_block import Attention
 from resnet3d import ResNet
 from vision_transformer import MultiCropWrapper, VisionTransformer
 
@@ -32,6 +36,46 @@ def small_vit(**changes):
 def gradients(model, output):
     weights = normal(*output.shape, seed=5, dtype=output.dtype)
     return torch.autograd.grad((output * weights).sum(), model.parameters())
+
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+DEVICES = ["cpu", CUDA]
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+class Names(TorchDispatchMode):
+    """Names of the operators that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.name().split(".")[0].removeprefix("aten::"))
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("asked", [None, SDPBackend.MATH])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [9, 65])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_attention_that_is_named_is_what_runs(device, tokens, dtype, asked):
+    """By the operators that torch calls; at these sizes bf16 and single precision differ on a GPU."""
+    layer = Attention(128, 2).to(device)
+    choices = sdpa_kernel(asked) if asked else contextlib.nullcontext()
+    with choices, torch.autocast(device, dtype, enabled=dtype != torch.float32), Names() as ran:
+        named = layer.backend(tokens, dtype)
+        layer(torch.rand(4, tokens, 128, device=device, requires_grad=True))
+    fused = {name for name in ran.names if name.startswith("_scaled_dot_product") and "math" not in name}
+    if named in ("math", "products"):
+        assert not fused and ran.names & {"softmax", "_softmax", "_safe_softmax"}
+    else:
+        assert len(fused) == 1 and f"dot_product_{named}_attention" in fused.pop()
+    assert asked is None or named in ("math", "products")
 
 
 # --------------------------------------------------------------------------------------------------------- packed views
@@ -189,13 +233,6 @@ def test_where_attention_goes_by_products():
 
 
 # ------------------------------------------------------------------------------------------------- groups of tensors
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)
