@@ -74,7 +74,7 @@ from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, 
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.run_report import report_classification
 from dino3d.finetune.runtime import Runtime, start_runtime
-from dino3d.finetune.splits import Split, make_splits, of_patients
+from dino3d.finetune.splits import Split, fraction_text, make_splits, of_patients
 
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir
@@ -176,6 +176,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
             cases.subsets,
             ("crop_size", "crop_spacing"),
             cases.digest,
+            args.label_fraction,
         )
     )
     case_splits = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]
@@ -211,7 +212,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     ]
     longest = max(len(order(0)) for order in orders)
     notices += one_step_notice(longest, train_config.epochs, args.batch_size_per_gpu * processes.world_size)
-    for line in [*notices, run_summary(config, processes, cases, case_splits)]:
+    for line in [*notices, run_summary(config, processes, cases, splits, case_splits)]:
         processes.print(line)
     steps_left = args.max_steps or math.inf
     with runtime.stop_signal:
@@ -621,16 +622,23 @@ def warnings_about(encoder: PretrainedEncoder, protocol: str, data: dict[str, An
     return lines
 
 
-def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, case_splits: Sequence[Split]) -> str:
-    """What is about to run, in a few lines."""
+def run_summary(
+    config: dict[str, Any],
+    processes: utils.Processes,
+    cases: Cases,
+    splits: Sequence[Split],
+    case_splits: Sequence[Split],
+) -> str:
+    """What is about to run, in a few lines. splits: of patients; case_splits: of case numbers"""
     counts = ", ".join(f"{n} of label{k}" for k, n in enumerate(np.bincount(cases.labels)))
     fixed = len(case_splits[0].test)
     test = "each subset tested once" if config["folds"] == "subsets" else f"test set of {fixed} cases"
+    few = fraction_text(splits, len(set(cases.patients)), config["label_fraction"])
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     return (
         f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
         f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
-        f"{len(case_splits)} folds, {test}; crops {format_values(config['crop_size'])}, input "
+        f"{len(case_splits)} folds, {test}{few}; crops {format_values(config['crop_size'])}, input "
         f"{format_values(config['input_size'])}"
     )
 

@@ -68,7 +68,7 @@ from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.run_report import report_segmentation
 from dino3d.finetune.runtime import Runtime, start_runtime
-from dino3d.finetune.splits import Split, make_splits, of_patients
+from dino3d.finetune.splits import Split, fraction_text, make_splits, of_patients
 from dino3d.training.checkpoint import StopRequested
 from dino3d.training.pictures import save_picture
 
@@ -211,6 +211,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
             [""] * len(names),
             ("spacing", "classes"),
             digest,
+            args.label_fraction,
         )
     )
     sides = [Split(*(of_patients(side, patients) for side in split)) for split in splits]
@@ -221,8 +222,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     args.decoder = args.decoder or choose_decoder(encoder)
     heads = read_headers([pair.image for pair in pairs], processes)
     if encoder.spacing is None:  # of all that is not tested: nothing of the test set enters
-        trained = sorted({*sides[0].train.tolist(), *sides[0].validation.tolist()})
-        encoder = encoder._replace(spacing=data.get("spacing") or median_spacing([heads[i] for i in trained]))
+        others = [head for i, head in enumerate(heads) if i not in sides[0].test]
+        encoder = encoder._replace(spacing=data.get("spacing") or median_spacing(others))
     vars(args).update(flags.encoder_settings(encoder, args.drop_path_rate))
 
     # ------------------------------------------------------------------------------------------------ resampled cache
@@ -258,7 +259,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     start_run(output_dir, config, FIXED, splits, data, processes, len(names))
     longest = max(len(side.train) for side in sides) * args.patches_per_case
     notices += one_step_notice(longest, args.epochs, args.batch_size_per_gpu * processes.world_size)
-    for line in [*notices, run_summary(config, processes, cases, sides)]:
+    for line in [*notices, run_summary(config, processes, cases, splits)]:
         processes.print(line)
     steps_left = args.max_steps or math.inf
     with runtime.stop_signal:
@@ -379,7 +380,7 @@ def check_labels(found: Sequence[CaseInfo], names: Sequence[str], sides: Sequenc
         if missing:
             raise UserError(
                 f"fold {fold} has no case with class {min(missing)} to train on: too few cases have it; lower "
-                "--k_fold or --num_test, or add cases"
+                "--k_fold or --num_test, raise --label_fraction, or add cases"
             )
 
 
@@ -676,14 +677,16 @@ def warnings_about(
     return lines
 
 
-def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, sides: Sequence[Split]) -> str:
-    """What is about to run, in a few lines."""
+def run_summary(config: dict[str, Any], processes: utils.Processes, cases: Cases, splits: Sequence[Split]) -> str:
+    """What is about to run, in a few lines. splits: of patients"""
+    fixed = len(of_patients(splits[0].test, cases.patients))
+    few = fraction_text(splits, len(set(cases.patients)), config["label_fraction"])
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     frozen = ", frozen encoder" if config["freeze_encoder"] else ""
     return (
         f"{config['arch']} with {config['decoder']} decoder{frozen} on {device}, {config['precision']}; "
         f"{len(cases.names)} cases, {cases.classes} classes with the background\n"
-        f"{len(sides)} folds, test set of {len(sides[0].test)} cases; windows of "
+        f"{len(splits)} folds, test set of {fixed} cases{few}; windows of "
         f"{format_values(config['input_size'])} voxels "
         f"of {format_values(config['spacing'])} mm"
     )

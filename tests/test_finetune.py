@@ -32,9 +32,12 @@ from dino3d.finetune.fold_loop import FoldProgress, TrainConfig
 from dino3d.finetune.inference import gather_rows
 from dino3d.finetune.runtime import Runtime
 from dino3d.finetune.splits import (
+    Split,
     count_by_patient,
     default_num_test,
     divide,
+    fraction_text,
+    labelled_share,
     make_splits,
     patient_splits,
     save_splits,
@@ -159,6 +162,65 @@ def test_splits_are_read_back(tmp_path):
     path.write_text(path.read_text()[:100])
     with pytest.raises(UserError, match="can't be read"):
         make(path, *flags)
+
+
+FRACTIONS = (0.05, 0.1, 0.25, 0.5, 0.9, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_smaller_shares_of_the_labels_lie_in_larger_ones(seed):
+    names, labels = random_patients(seed, patients=80, classes=3)
+    splits = patient_splits(names, labels, None, 4, seed)
+    everyone, before = set(names), [set() for _ in splits]
+    carried = {name: {label for other, label in zip(names, labels) if other == name} for name in everyone}
+    for fraction in FRACTIONS:
+        fewer = labelled_share(splits, fraction, seed, names, labels)
+        assert fewer == labelled_share(splits, fraction, seed, names, labels)
+        for fold, (split, whole) in enumerate(zip(fewer, splits)):
+            chosen = set(split.train)
+            assert split[1:] == whole[1:] and chosen <= set(whole.train) and before[fold] <= chosen
+            assert len(chosen) == len(split.train) == round(fraction * len(whole.train))
+            assert set().union(*(carried[name] for name in chosen)) == {0, 1, 2}
+            before[fold] = chosen
+            for kind in {frozenset(carried[name]) for name in whole.train}:  # stratified by the labels of a patient
+                of_kind = {name for name in whole.train if carried[name] == kind}
+                assert abs(len(of_kind & chosen) - fraction * len(of_kind)) <= (2 if fraction < 0.2 else 1.01)
+    assert [split.train for split in fewer] == [split.train for split in splits]
+    assert labelled_share(splits, 0.25, seed + 1, names, labels) != labelled_share(splits, 0.25, seed, names, labels)
+    halves = [split.train for split in labelled_share([splits[0], splits[0]], 0.5, seed, names, labels)]
+    assert halves[0] != halves[1]  # drawn anew for each fold
+
+
+def test_a_share_that_leaves_a_label_to_nobody():
+    names, labels = [f"p{i:02}" for i in range(50)], [int(i == 7) for i in range(50)]
+    split = [Split(names, [], [])]
+    assert "p07" in labelled_share(split, 0.04, 0, names, labels)[0].train
+    with pytest.raises(UserError, match="--label_fraction 0.02 leaves 1 of 50.*fold 0.*label0; take 0.04 or more"):
+        labelled_share(split, 0.02, 0, names, labels)
+    assert len(labelled_share(split, 0.001, 0, names, [0] * 50)[0].train) == 1  # of one label, one patient
+
+
+def test_splits_remember_their_share_of_the_labels(tmp_path):
+    path = tmp_path / "splits.json"
+    names, labels = random_patients(1)
+    flags = ("patients", 5, None, 0, names, labels, ["subset0"] * len(names), ())
+    whole, described = make_splits(path, *flags)
+    splits, data = make_splits(path, *flags, label_fraction=0.5)
+    assert described["label_fraction"] is None and data["label_fraction"] == 0.5
+    used, of = (len(side[0].train) for side in (splits, whole))
+    assert fraction_text(splits[:1], 40, 0.5) == f"; {used} of {of} training patients (--label_fraction 0.5)"
+    assert "" == fraction_text(whole, 40, 1) and " to " in fraction_text([*splits, *whole], 40, 0.5)
+
+    save_splits(path, splits, data)
+    assert make_splits(path, *flags, label_fraction=0.5)[0] == splits
+    for fraction in (1, 0.25):
+        with pytest.raises(UserError, match=f"label_fraction 0.5, now it is {None if fraction == 1 else fraction}"):
+            make_splits(path, *flags, label_fraction=fraction)
+    del described["label_fraction"]  # as older runs have left it
+    save_splits(path, whole, described)
+    assert make_splits(path, *flags)[0] == whole
+    with pytest.raises(UserError, match="label_fraction None, now it is 0.5"):
+        make_splits(path, *flags, label_fraction=0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------- crops

@@ -531,6 +531,7 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
         (["--pretrained_weights", weights], "--pretrained_weights"),
         (["--k_fold", 3], "k_fold 2, now it is 3"),
         (["--seed", 1], "seed 0, now it is 1"),
+        (["--label_fraction", 0.5], "label_fraction None, now it is 0.5"),
         (["--arch", "vit_small"], "--arch vit_tiny, not vit_small"),
         (["--use_flip", "off"], "--use_flip true, not false"),
     ):
@@ -732,6 +733,26 @@ def test_rotating_subsets(crops, tmp_path, capsys):
     rows = read_table(tmp_path / "predictions.csv")
     assert len({row["case"] for row in rows}) == len(rows) == 15  # every case is tested once
     assert all(row["case"].startswith(f"subset{row['fold']}/") for row in rows)
+
+
+def test_a_share_of_the_labels(crops, tmp_path, capsys):
+    """The other sides stay, summary and report say whose labels were used, and the k-NN has no other features."""
+    flags = ["--data_dir", crops, "--protocol", "knn", "--negatives", 0]
+    for out, more in (("all", []), ("half", ["--label_fraction", 0.5])):
+        code, said, errors = run_main(capsys, *flags, *more, "--output_dir", tmp_path / out)
+        assert code == 0, errors
+    whole, half = (json.loads((tmp_path / out / "splits.json").read_text()) for out in ("all", "half"))
+    assert whole["data"]["label_fraction"] is None and half["data"]["label_fraction"] == 0.5
+    report = (tmp_path / "half" / "report.html").read_text()
+    for fold, (fewer, split) in enumerate(zip(half["splits"], whole["splits"])):
+        used, of = (set(one["train"]) for one in (fewer, split))
+        assert used < of and all(fewer[side] == split[side] for side in ("validation", "test"))
+        assert "training patients (--label_fraction 0.5)" in said and f"{len(used)} of {len(of)}" in report
+        head = torch.load(tmp_path / "half" / str(fold) / "best.pth", weights_only=True)["model"]
+        assert len(head["head.labels"]) == sum(1 for path in crops.glob("*/*/*/*") if path.parent.name in used)
+    code, _, errors = run_main(capsys, *flags, "--label_fraction", 0.1, "--output_dir", tmp_path / "few")
+    assert code == 1 and len(errors) == 1 and "none of them with label" in errors[0], errors
+    assert not (tmp_path / "few" / "splits.json").exists()
 
 
 def test_a_test_fold_of_one_class_is_no_crash(tmp_path, capsys):
@@ -956,6 +977,8 @@ def test_bad_data(crops, tmp_path, capsys, spoil, flags, says):
         (["--clip_range", "1000", "-1000"], "--clip_range"),
         (["--k_fold", "1"], "--k_fold"),
         (["--num_test", "0"], "--num_test"),
+        (["--label_fraction", "0"], "--label_fraction"),
+        (["--label_fraction", "1.5"], "--label_fraction"),
         (["--protocol", "svm"], "--protocol"),
         (["--folds", "random"], "--folds"),
         (["--arch", "resnet500"], "did you mean resnet50?"),

@@ -798,10 +798,24 @@ def test_other_flags_are_no_way_to_go_on(cases, straight, weights, tmp_path):
         (["--spacing", 3, 3, 3], "--spacing"),
         (["--k_fold", 3], "k_fold 2, now it is 3"),
         (["--seed", 1], "seed 0, now it is 1"),
+        (["--label_fraction", 0.5], "label_fraction None, now it is 0.5"),
         (["--use_flip", "off"], "--use_flip true, not false"),
     ):
         assert_one_error(run_main(*flags, *more, "--cache_dir", tmp_path), (says, "--output_dir"))
     assert (straight / "config.json").read_bytes() == kept
+
+
+def test_a_share_of_the_cases(cases, straight, tmp_path):
+    """Validation and test sides stay, and so does the spacing, which needs no labels."""
+    flags = ["--data_dir", cases, "--output_dir", tmp_path, "--cache_dir", straight / "cache", *QUICK, "--max_steps", 1]
+    code, said, errors = run_main(*flags, "--label_fraction", 0.5)
+    assert code == 0 and not errors, errors
+    fewer, whole = (json.loads((folder / "splits.json").read_text()) for folder in (tmp_path, straight))
+    for split, full in zip(fewer["splits"], whole["splits"]):
+        assert set(split["train"]) < set(full["train"]) and split["test"] == full["test"]
+        assert split["validation"] == full["validation"]
+    assert fewer["data"]["spacing"] == whole["data"]["spacing"]
+    assert "training patients (--label_fraction 0.5)" in said
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
@@ -1126,6 +1140,7 @@ def test_bad_data(cases, tmp_path, what):
         (["--predict", "DIR"], "--weights"),
         (["--weights", "OUT"], "--predict"),
         (["--k_fold", 1], "--k_fold"),
+        (["--label_fraction", 0], "--label_fraction"),
         (["--decoder", "resunet"], "--decoder"),
         (["--patches_per_case", 0], "--patches_per_case"),
         (["--tolerance", -1], "--tolerance"),

@@ -22,6 +22,7 @@ FIXED_FLAGS = (
     "drop_path_rate",
     "k_fold",
     "num_test",
+    "label_fraction",
     "lr",
     "layer_decay",
     "warmup_epochs",
@@ -202,12 +203,24 @@ def add_network_flags(parser: command_line.ArgumentParser, folds: Sequence[str],
         help=f"cases of the fixed test set, as near as whole patients allow; default: {NUM_TEST}, or a "
         "fifth of the cases where that is less than a tenth or more than a third of them",
     )
+    group.add_argument(
+        "--label_fraction",
+        default=1.0,
+        type=number(float, above=0, high=1),
+        metavar="F",
+        help="share of each fold's training patients that is used, to see what fewer labels do; validation and test "
+        "sides stay as they are. The patients of a smaller share are among those of a larger one. An epoch is then "
+        "shorter: for equal steps raise --epochs by 1 / F",
+    )
 
 
 def add_schedule_flags(parser: command_line.ArgumentParser, batch_size: int) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument(
-        "--epochs", default=100, type=number(int, 1), help="passes over the training cases, in each fold"
+        "--epochs",
+        default=100,
+        type=number(int, 1),
+        help="passes over the training cases, in each fold; with --label_fraction over what is left of them",
     )
     group.add_argument(
         "--batch_size_per_gpu",

@@ -11,6 +11,7 @@ from dino3d.files import atomic_write, read_json, read_log, read_table
 from dino3d.finetune.classification_pictures import draw_confusion, draw_reliability
 from dino3d.finetune.fold_folders import file_name
 from dino3d.finetune.mask_metrics import MASK_METRICS
+from dino3d.finetune.splits import Split, training_patients
 
 PICTURED = 3  # worst cases of a segmentation whose overlays are shown, and the best one
 
@@ -120,7 +121,8 @@ def cell_text(column: str, text: str) -> str:
 
 def start_report(output_dir: Path, title: str, found: dict[str, Any]) -> Report:
     """A Report that says what was run. found: metrics.json"""
-    config, splits = read_json(output_dir / "config.json"), read_json(output_dir / "splits.json")["splits"]
+    config, folds = read_json(output_dir / "config.json"), read_json(output_dir / "splits.json")
+    splits = [Split(**split) for split in folds["splits"]]
     arguments = config["arguments"]
     report = Report(title)
     report.heading("What was run")
@@ -141,12 +143,15 @@ def start_report(output_dir: Path, title: str, found: dict[str, Any]) -> Report:
         ],
     )
     report.heading("Folds")
-    sides = ("train", "validation", "test")
+    training = [
+        f"{used} of {whole}" if folds["data"].get("label_fraction") else used
+        for used, whole in training_patients(splits, folds["data"]["patients"])
+    ]
     report.table(
-        ["fold", *(f"{side} patients" for side in sides), "best epoch", "tested cases"],
+        ["fold", *(f"{side} patients" for side in Split._fields), "best epoch", "tested cases"],
         [
-            [k, *(len(split[side]) for side in sides), record["best_epoch"], record["cases"]]
-            for k, (split, record) in enumerate(zip(splits, found["folds"]))
+            [k, train, len(split.validation), len(split.test), record["best_epoch"], record["cases"]]
+            for k, (train, split, record) in enumerate(zip(training, splits, found["folds"]))
         ],
     )
     return report

@@ -4,6 +4,8 @@ Cases are numbered by their place in the sorted list of the data set; a case's n
 suffix.
 """
 
+import collections
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -91,6 +93,69 @@ def subset_splits(patients: Sequence[str], subsets: Sequence[str]) -> list[Split
     return splits
 
 
+def labelled_share(
+    splits: Sequence[Split], fraction: float, seed: int, patients: Sequence[str], labels: Sequence[int]
+) -> list[Split]:
+    """Splits with this share of each fold's training patients, and the other sides as they are.
+
+    patients, labels: of each case. Each kind of patient, by the labels that he has, keeps its share; the patients of a
+    smaller fraction are among those of a larger one. Raises UserError where a label is left to nobody.
+    """
+    labels_of, shared = collections.defaultdict(set), []
+    for patient, label in zip(patients, labels):
+        labels_of[patient].add(int(label))
+    for fold, split in enumerate(splits):
+        everybody = sorted(split.train)
+        kinds = [frozenset(labels_of[patient]) for patient in everybody]
+        order, least = stratified_order(kinds, np.random.default_rng(np.random.SeedSequence((seed, fold))))
+        count = max(1, round(fraction * len(everybody)))
+        if count < least:
+            left = set().union(*(kinds[i] for i in order[:count]))
+            missing = ", ".join(f"label{label}" for label in sorted(set().union(*kinds) - left))
+            raise UserError(
+                f"--label_fraction {fraction:g} leaves {count} of {len(everybody)} training patients in fold {fold}, "
+                f"none of them with {missing}; take {math.ceil(100 * least / len(everybody)) / 100:g} or more",
+                everywhere=True,
+            )
+        shared.append(split._replace(train=[everybody[i] for i in sorted(order[:count])]))
+    return shared
+
+
+def stratified_order(kinds: Sequence[frozenset[int]], rng: np.random.Generator) -> tuple[list[int], int]:
+    """(numbers of patients in an order of which every beginning is stratified, how many of them have all labels).
+
+    kinds: the labels of each patient
+    """
+    seen, place, size = collections.Counter(), {}, collections.Counter(kinds)
+    for i in rng.permutation(len(kinds)).tolist():
+        place[i] = (seen[kinds[i]] + 0.5) / size[kinds[i]]  # of his kind, from 0 to 1
+        seen[kinds[i]] += 1
+    order = sorted(place, key=place.get)  # stable: equal places stay in random order
+    first, found = [], set()
+    carriers = collections.Counter(label for kind in kinds for label in kind)
+    for label in sorted(carriers, key=lambda label: (carriers[label], label)):  # the rarest first
+        if label not in found:
+            first.append(next(i for i in order if label in kinds[i]))
+            found |= kinds[first[-1]]
+    return [*first, *(i for i in order if i not in first)], len(first)
+
+
+def training_patients(splits: Sequence[Split], patients: int) -> list[tuple[int, int]]:
+    """[(patients that a fold trains on, those that it would train on without --label_fraction)]. patients: in all"""
+    return [(len(split.train), patients - len(split.validation) - len(split.test)) for split in splits]
+
+
+def fraction_text(splits: Sequence[Split], patients: int, fraction: float) -> str:
+    """What a run's summary says of --label_fraction; "" where it is 1. patients: in all"""
+    if fraction == 1:
+        return ""
+    used, whole = (
+        f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{min(counts)}"
+        for counts in zip(*training_patients(splits, patients))
+    )
+    return f"; {used} of {whole} training patients (--label_fraction {fraction:g})"
+
+
 def make_splits(
     path: Path,
     folds: str,
@@ -102,11 +167,13 @@ def make_splits(
     subsets: Sequence[str],
     known: Sequence[str],
     digest: str | None = None,
+    label_fraction: float = 1,
 ) -> tuple[list[Split], dict[str, Any]]:
     """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
 
     patients, labels, subsets: of each case; known: names that a splits.json has in its data besides
     digest: what changes when the --data_list does, None for a --data_dir
+    label_fraction: see `labelled_share`
     Raises UserError, also where splits.json is of other flags or patients.
     """
     described = {
@@ -117,6 +184,7 @@ def make_splits(
         "cases": np.bincount(labels).tolist(),
         "patients": len(set(patients)),
         "data_list": digest,
+        "label_fraction": None if label_fraction == 1 else label_fraction,  # older files have none
     }
     saved = load_splits(path, described, known)
     if saved is None:
@@ -125,8 +193,11 @@ def make_splits(
             if folds == "subsets"
             else patient_splits(patients, labels, num_test, k_fold, seed)
         )
+        if label_fraction < 1:
+            splits = labelled_share(splits, label_fraction, seed, patients, labels)
         return splits, described
-    if any({patient for side in split for patient in side} != set(patients) for split in saved[0]):
+    named = [{patient for side in split for patient in side} for split in saved[0]]
+    if any(some - set(patients) or label_fraction == 1 and some != set(patients) for some in named):
         raise UserError(f"{path}: names other patients than the data; choose another --output_dir")
     return saved
 
