@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from dino3d.bspline import (  # noqa: F401  some are part of this module's inter
     mirror_matrix,
     rotation_matrix,
     sampling_grid,
+    sampling_rows,
     warp,
 )
 from dino3d.intensity import (  # noqa: F401  as above
@@ -53,6 +55,7 @@ from dino3d.trilinear import sample_views
 
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
 VIEW_VOXELS_AT_ONCE = 2**19  # of views whose grey values are changed on a CPU
+VIEWS_IN_ONE_KERNEL = False  # on a GPU with Triton: no GPU has seen it so far
 MIN_IOU = 0.25  # of two global windows of a sample, before rotation and scale (the paper's rule)
 
 
@@ -267,14 +270,15 @@ class PatchSource:
 def render_views(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Tensor:
     """(V B, 1, x, y, z) views in [0, 1]: geometry, then intensities. group: ViewBatch of V B views"""
     on_cpu = source.patches.device.type == "cpu"
-    views = (sample_on_cpu if on_cpu else sample)(source, lattice, group)
-    if "window" in group.intensity:
-        ranges = torch.stack([views.new_full((len(views),), bound) for bound in source.clip_range], 1)  # (V B, 2)
-        indices, values = group.intensity["window"]
-        views = show_window(views, ranges.index_copy_(0, indices, values.to(ranges.dtype)))
+    if in_one_kernel(source.patches.device):
+        views = sample_in_one_kernel(source, lattice, group)
     else:
-        low, high = source.clip_range
-        views = views.sub_(low).div_(high - low).clamp_(0, 1)
+        views = (sample_on_cpu if on_cpu else sample)(source, lattice, group)
+        if "window" in group.intensity:
+            views = show_window(views, view_ranges(source, group))
+        else:
+            low, high = source.clip_range
+            views = views.sub_(low).div_(high - low).clamp_(0, 1)
     # On CPUs a few at a time: what is in between then stays in memory that is there already
     number = max(1, VIEW_VOXELS_AT_ONCE // math.prod(lattice.size)) if on_cpu else len(views)
     for name, (indices, values) in group.intensity.items():
@@ -298,6 +302,37 @@ def sample(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Tensor:
         for part in indices.split(number):  # as many at a time as there are patches, of which each is a copy
             views.index_copy_(0, part, warp(patches[part % number], control[part], lattice))
     return views
+
+
+def view_ranges(source: PatchSource, group: ViewBatch) -> Tensor:
+    """(V B, 2) HU that become 0 and 1 in each view, in the default float type."""
+    number, device = len(group.control), source.patches.device
+    ranges = torch.stack([torch.full((number,), float(bound), device=device) for bound in source.clip_range], 1)
+    if "window" in group.intensity:
+        indices, values = group.intensity["window"]
+        ranges.index_copy_(0, indices, values.to(ranges.dtype))
+    return ranges
+
+
+def in_one_kernel(device: torch.device) -> bool:
+    """Whether `sample_in_one_kernel` makes the views on a device: see VIEWS_IN_ONE_KERNEL."""
+    on_gpu = device.type == "cuda" and torch.get_default_dtype() == torch.float32
+    return VIEWS_IN_ONE_KERNEL and on_gpu and find_spec("triton") is not None
+
+
+def sample_in_one_kernel(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Tensor:
+    """(V B, 1, x, y, z) views in [0, 1], before intensity augmentations."""
+    from dino3d.view_kernel import write_views  # needs Triton, which builds of PyTorch without CUDA lack
+
+    device = source.patches.device
+    views = torch.empty(len(group.control), *lattice.size, device=device)
+    ranges, control = view_ranges(source, group), group.control.to(views.dtype)
+    weights = lattice.expansion(views.dtype, device)[2][::3, ::3]  # (gz, z): of positions' first component
+    for blocks, which in (group.blocks or {(1, 1, 1): torch.arange(len(views), device=device)}).items():
+        patches = source.patches if max(blocks) == 1 else source.all(blocks)[:, 0]
+        rows = sampling_rows(in_blocks(control[which], blocks), lattice)
+        write_views(views, patches, which, rows, weights, ranges, source.clips)
+    return views[:, None]
 
 
 def sample_on_cpu(source: PatchSource, lattice: Lattice, group: ViewBatch) -> Tensor:

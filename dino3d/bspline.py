@@ -77,12 +77,18 @@ def sampling_grid(control: Tensor, lattice: Lattice) -> Tensor:
 
     control: (N, gx, gy, gz, 3) tensor; returns (N, x, y, z, 3).
     """
+    rows, wz = sampling_rows(control, lattice), lattice.expansion(control.dtype, control.device)[2]
+    return (rows.flatten(0, 2).flatten(1) @ wz).reshape(len(control), *lattice.size, 3)
+
+
+def sampling_rows(control: Tensor, lattice: Lattice) -> Tensor:
+    """The same along x and y alone: (N, x, y, gz, 3)."""
     views, gx, gy, gz, _ = control.shape
-    x, y, z = lattice.size
-    wx, wy, wz = lattice.expansion(control.dtype, control.device)
+    x, y, _ = lattice.size
+    wx, wy, _ = lattice.expansion(control.dtype, control.device)
     grid = wx @ control.reshape(views, gx, gy * gz * 3)  # (N, x, gy gz 3)
     grid = wy @ grid.reshape(views * x, gy, gz * 3)  # (N x, y, gz 3)
-    return (grid.reshape(views * x * y, gz * 3) @ wz).reshape(views, x, y, z, 3)
+    return grid.reshape(views, x, y, gz, 3)
 
 
 def warp(patch: Tensor, control: Tensor, lattice: Lattice, mode: str = "bilinear") -> Tensor:

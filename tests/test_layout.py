@@ -84,6 +84,7 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
     "dino3d.block_masks": 0,
     "dino3d.intensity": 0,
     "dino3d.trilinear": 0,
+    "dino3d.view_kernel": 0,
     "dino3d.mixed_precision": 0,
     "dino3d.transformer_block": 0,
     "dino3d.policy": 0,
