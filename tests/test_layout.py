@@ -25,8 +25,12 @@ BUT = ("dino3d.data.pretraining",)  # reads patches for torch's DataLoader
 
 
 def modules():
-    """{name: path} of all that is imported by name in the root and in the package."""
-    paths = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("dino3d/**/*.py") if path.name != "__init__.py")]
+    """{name: path} of all that is imported by name in the root and in the package, and of the scripts in results/."""
+    paths = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("results/*.py"),
+        *(path for path in ROOT.glob("dino3d/**/*.py") if path.name != "__init__.py"),
+    ]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(paths)}
 
 
@@ -100,6 +104,7 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
     "dino3d.study": 4,
     "dino3d.baselines": 4,
     "dino3d.peers": 4,
+    "results": 5,  # scripts
     "benchmark": 6,
 }
 
@@ -108,7 +113,7 @@ SCRIPTS = ("prepare_data", "benchmark", "extract_features", "evaluate_features",
 
 
 def is_script(name):
-    return name.startswith("main_") or name in SCRIPTS
+    return name.startswith(("main_", "results.")) or name in SCRIPTS
 
 
 def level(name):

@@ -26,6 +26,7 @@ SCRIPTS = (
     "evaluate_features",
     "export",
     "study",
+    "results.make_data",
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -80,7 +81,8 @@ def test_command_is_understood(page, line):
     elif words[0] in LAUNCHERS:
         script = next((word for word in words if word.endswith(".py")), None)
         assert script and (ROOT / script).is_file(), f"no script in: {line}"
-        understand(Path(script).stem, words[words.index(script) + 1 :], whole="..." not in line)
+        name = ".".join(Path(script).with_suffix("").parts) if script.startswith("results/") else Path(script).stem
+        understand(name, words[words.index(script) + 1 :], whole="..." not in line)
     else:
         assert words[0] in OTHERS
 

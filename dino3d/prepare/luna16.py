@@ -172,11 +172,9 @@ def read_candidates(folder: Path) -> dict[str, list[Point]]:
     """{series: [Points]} of LUNA16: its candidates, with the diameter of the nodule that one lies in, and those nodules
     of annotations.csv in which none lies, as positives too."""
 
-    def find(*names: str) -> Path | None:
-        places = [path for name in names for path in (folder / name, *sorted(folder.glob(f"*/{name}")))]
-        return next((path for path in places if path.is_file()), None)
-
-    candidates, annotations = find("candidates_V2.csv", "candidates.csv"), find("annotations.csv")
+    candidates, annotations = (
+        find_table(folder, *names) for names in (("candidates_V2.csv", "candidates.csv"), ("annotations.csv",))
+    )
     if candidates is None:
         raise UserError(
             f"--input {folder}: has neither candidates_V2.csv nor candidates.csv; put LUNA16's table there, or "
@@ -189,18 +187,7 @@ def read_candidates(folder: Path) -> dict[str, list[Point]]:
             "not known"
         )
         return points
-    nodules = collections.defaultdict(list)
-    for line, row in read_numbers(annotations, ["seriesuid"], [*AXES, "diameter_mm"]):
-        try:
-            numbers = [float(row[name]) for name in (*AXES, "diameter_mm")]
-            if not np.isfinite(numbers).all():
-                raise ValueError
-        except ValueError:
-            raise UserError(
-                f"{annotations}: line {line} has no numbers in coordX, coordY, coordZ and diameter_mm"
-            ) from None
-        nodules[row["seriesuid"]].append(Point("annotations", line, tuple(numbers[:3]), 1, f"{numbers[3]:g}"))
-    for series, found in nodules.items():
+    for series, found in read_nodules(annotations).items():
         positives = [i for i, point in enumerate(points.get(series, [])) if point.label == 1 and not point.problem]
         for nodule in found:
             inside = [
@@ -214,6 +201,28 @@ def read_candidates(folder: Path) -> dict[str, list[Point]]:
             if not inside:
                 points.setdefault(series, []).append(nodule)
     return points
+
+
+def find_table(folder: Path, *names: str) -> Path | None:
+    """The first table of these names in a folder or right below it, None where there is none."""
+    places = [path for name in names for path in (folder / name, *sorted(folder.glob(f"*/{name}")))]
+    return next((path for path in places if path.is_file()), None)
+
+
+def read_nodules(annotations: Path | str) -> dict[str, list[Point]]:
+    """{series: [Points]} of LUNA16's annotations.csv, with their diameters. Raises UserError."""
+    nodules = collections.defaultdict(list)
+    for line, row in read_numbers(annotations, ["seriesuid"], [*AXES, "diameter_mm"]):
+        try:
+            numbers = [float(row[name]) for name in (*AXES, "diameter_mm")]
+            if not np.isfinite(numbers).all():
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"{annotations}: line {line} has no numbers in coordX, coordY, coordZ and diameter_mm"
+            ) from None
+        nodules[row["seriesuid"]].append(Point("annotations", line, tuple(numbers[:3]), 1, f"{numbers[3]:g}"))
+    return dict(nodules)
 
 
 def read_patients(path: Path | str) -> dict[str, str]:
