@@ -23,7 +23,6 @@ import functools
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -62,6 +61,7 @@ from dino3d.data.pretraining import BatchStream, PretrainingPatches, Sample, col
 from dino3d.data.sources import find_data
 from dino3d.data.volume import Volume
 from dino3d.files import TEXT, read_log, versions
+from dino3d.study.devices import cpu_name
 from dino3d.training import checkpoint
 from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory
@@ -1550,11 +1550,7 @@ def print_report(result: dict[str, Any]) -> None:
 def device_label(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}; baseline: {device_label('cpu')}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(**TEXT).splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # another system than Linux, or a processor that gives no name
-        return platform.processor() or platform.machine()
+    return cpu_name()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python study.py --output_dir STUDY --data_dir PRETRAIN --classification LNC --segmentation LTS --probe LNC
     python study.py --output_dir STUDY --arms none paper random scratch --seeds 0 1 2
     python study.py --output_dir STUDY --job $SLURM_ARRAY_TASK_ID
+    python study.py --output_dir TABLES --from_records RECORDS
 
 Each arm is a set of flags of main_dino.py; it is pre-trained, then fine-tuned and probed, for each seed, by the scripts
 as they stand. Start the same command again to resume; with more --arms, --seeds or tasks to add those. The folder holds
-report.html, study.png, results.csv, seeds.csv, differences.csv, claims.csv, results.json, times.csv, study.json (what
-the study is) and arms/ARM/seedK/ (what each run wrote). Loads no torch.
+report.html, study.png, results.csv, results.md, seeds.csv, differences.csv, claims.csv, results.json, times.csv,
+study.json (what the study is) and arms/ARM/seedK/ (what each run wrote). Loads no torch.
 """
 
 import argparse
@@ -24,21 +25,23 @@ from dino3d.evaluation.comparison import LEVEL
 from dino3d.evaluation.statistics import FEWEST_PATIENTS
 from dino3d.run_lock import own_folder
 from dino3d.study import estimate
-from dino3d.study.arms import BUILT_IN, choose_arms, read_arms
-from dino3d.study.contrasts import compare_arms, smallest_p
-from dino3d.study.definition import PRETRAIN, STAGES, TASKS, Given, Study, define, save_study
+from dino3d.study.arms import ARM_NAME, BUILT_IN, COMPARED_WITH, choose_arms, read_arms
+from dino3d.study.contrasts import Comparison, compare_arms, smallest_p
+from dino3d.study.definition import PRETRAIN, STAGES, TASKS, Given, Study, define, save_study, study_in_words
 from dino3d.study.devices import make_slots, memory_for, require_one_process, visible_gpus
 from dino3d.study.jobs import StudyJob, all_units, require_same_flags
-from dino3d.study.outcome import made_with, outcome_lines, tested, write_outcome
+from dino3d.study.outcome import Told, made_with, outcome_lines, tested, write_outcome, write_times
 from dino3d.study.pool import FailedJob, Pool
-from dino3d.study.scores import score_task
+from dino3d.study.records import RecordFolder, read_records, score_records, tested_patients, told_of_records
+from dino3d.study.scores import TaskScores, score_task
 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="study.py",
         usage="study.py --output_dir DIR --data_dir DIR --classification DIR [flags]\n"
-        "       study.py --output_dir DIR [--list | --plan | --table | --job K]",
+        "       study.py --output_dir DIR [--list | --plan | --table | --job K]\n"
+        "       study.py --output_dir DIR --from_records DIR",
         description="Arms x seeds x tasks: pre-train, fine-tune, probe, and compare all arms. Start the same command "
         "again to resume, or with more arms, seeds or tasks to add them.",
     )
@@ -96,6 +99,52 @@ def get_args_parser() -> ArgumentParser:
         type=number(int, 200),
         help="bootstrap draws of patients and seeds; the smallest p-value is 1 / draws, so more arms need more of them",
     )
+    group.add_argument(
+        "--against",
+        nargs="+",
+        metavar="ARM",
+        default=list(COMPARED_WITH),
+        help="arms that the tables and the figure compare every arm with; all pairs stand in differences.csv; default: "
+        f"{' '.join(COMPARED_WITH)}, those of them that there are",
+    )
+    group = parser.add_argument_group("records")
+    group.add_argument(
+        "--records",
+        type=Path,
+        metavar="DIR",
+        help="write a small file there for each finished run, with its flags, code, device, seconds and the score of "
+        "every case; an arm and seed that is recorded with the same flags and code is not run",
+    )
+    group.add_argument(
+        "--part",
+        default="",
+        metavar="NAME",
+        help="what the records are a part of the results of, such as half0, where other studies give the other parts",
+    )
+    group.add_argument(
+        "--patients",
+        metavar="FILE",
+        help="text with a patient in each line: the records hold their cases alone, as of those who are not in "
+        "--data_dir; default: of all",
+    )
+    group.add_argument(
+        "--note", default="", metavar="TEXT", help="what a reader of the records must know, such as of the data"
+    )
+    group.add_argument(
+        "--features",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="tables of features, or shell patterns of them, that get records too, judged by the probe, as "
+        "those of extract_features.py --trivial",
+    )
+    group.add_argument(
+        "--from_records",
+        type=Path,
+        metavar="DIR",
+        help="write the tables of all records of a folder into --output_dir, parts of a run together, and run nothing; "
+        "--arms names those that are told, in their order",
+    )
     group = parser.add_argument_group("run")
     group.add_argument(
         "--parallel",
@@ -130,8 +179,18 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what is wrong whatever the folder holds (exit code 2)."""
     modes = [f"--{name}" for name in ("list", "plan", "table") if getattr(args, name)]
     modes += ["--job"] if args.job is not None else []
+    modes += ["--from_records"] if args.from_records else []
     if len(modes) > 1:
         parser.error(f"{' and '.join(modes)} exclude each other: give one of them")
+    for flag in ("part", "patients", "note", "features"):
+        if getattr(args, flag) and not args.records:
+            parser.error(f"--{flag}: is for --records DIR, which is missing")
+    if args.part and not ARM_NAME.fullmatch(args.part):
+        parser.error(f"--part {args.part}: expected letters, digits and _ . + -")
+    if args.from_records:
+        for flag in ("data_dir", *TASKS, *(f"{stage}_flags" for stage in STAGES), "arms_file", "seeds", "records"):
+            if getattr(args, flag):
+                parser.error(f"--{flag}: --from_records makes tables of what was run; leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,6 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(parser, args)
     require_one_process(os.environ)
+
+    if args.from_records:
+        tables_from_records(args.from_records, args.output_dir, args.arms, args.against, args.draws)
+        return
 
     # ------------------------------------------------------------------------------------------------------- the study
     folder = Path(os.path.abspath(args.output_dir))  # jobs run where the study began, maybe elsewhere
@@ -154,39 +217,50 @@ def main(argv: Sequence[str] | None = None) -> None:
         list_units(units, folder)
         return
     require_same_flags(jobs)
+    records = records_of(args)
     if args.job is not None and args.job >= len(units):
         parser.error(f"--job {args.job}: the study has units 0 to {len(units) - 1}, see --list")
     if args.table:
-        finish(study, jobs, args.draws, [])
+        finish(study, units, args, records, [])
         return
     try:
         parsed = estimate.parse_flags(jobs, study.work_dir)
     except ValueError as error:
         parser.error(str(error))
+    left = [unit for unit in units if not (records and records.holds(unit))]
+    if len(left) < len(units):
+        print(f"{len(units) - len(left)} of {len(units)} units are in the records of {records.folder}: not run")
 
     # ------------------------------------------------------------------------------------------------------------ jobs
+    def record(job: StudyJob) -> None:
+        """At once, so that what is done stays when the rest is not."""
+        if records and job.stage != PRETRAIN:
+            records.write(study, job, next(unit for unit in units if job in unit))
+
     lock = study.folder if args.job is None else units[args.job][0].unit
     study.folder.mkdir(parents=True, exist_ok=True)
     with own_folder(lock):
         save_study(study)
         if args.job is not None:
-            failures = pool_for(study, args.parallel, None).run(units[args.job], len(units[args.job]))
-            if not failures and not all(job.is_done() for job in jobs):
+            mine = units[args.job] if units[args.job] in left else []
+            failures = pool_for(study, args.parallel, None).run(mine, len(mine), record)
+            if not failures and not all(job.is_done() for unit in left for job in unit):
                 print(f"unit {args.job} is done; others are not, the last one writes the tables (or --table)")
                 return
         else:
+            todo = [job for unit in left for job in unit]
             costs = estimate.measured_costs(study.folder) | estimate.finished_costs(jobs)
-            kinds = {estimate.job_kind(job) for job in jobs if not job.is_done()}
+            kinds = {estimate.job_kind(job) for job in todo if not job.is_done()}
             if kinds - costs.keys():
                 print(f"measuring {estimate.STEPS} steps of pre-training and one epoch of each task")
                 by_stage = {estimate.job_kind(job): args_of for job, args_of in zip(jobs, parsed)}
                 costs = estimate.measure_jobs(study, pool_for(study, args.parallel, None), by_stage) | costs
             slots = pool_for(study, args.parallel, memory_for(estimate.peak_memory_of_jobs()))
-            print(*estimate.forecast(study, jobs, costs, len(slots.slots)), sep="\n")
+            print(*estimate.forecast(study, todo, costs, len(slots.slots)), sep="\n")
             if args.plan:
                 return
-            failures = slots.run(jobs, len(jobs))
-    finish(study, jobs, args.draws, failures)
+            failures = slots.run(todo, len(todo), record)
+    finish(study, units, args, records, failures)
 
 
 def given_by(args: argparse.Namespace) -> Given:
@@ -225,33 +299,55 @@ def list_units(units: Sequence[Sequence[StudyJob]], folder: Path) -> None:
     )
 
 
-def finish(study: Study, jobs: Sequence[StudyJob], draws: int, failures: Sequence[FailedJob]) -> None:
-    """Write the tables from what is done, and tell them. Raises UserError where a job failed."""
+def records_of(args: argparse.Namespace) -> RecordFolder | None:
+    """Where this study's records go; None: nowhere. Raises UserError."""
+    if args.records is None:
+        return None
+    patients = tested_patients(args.patients) if args.patients else None
+    return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features))
+
+
+def finish(
+    study: Study,
+    units: Sequence[Sequence[StudyJob]],
+    args: argparse.Namespace,
+    records: RecordFolder | None,
+    failures: Sequence[FailedJob],
+) -> None:
+    """Write tables and records of what is done, and tell them. Raises UserError where a job failed."""
+    jobs = [job for unit in units for job in unit]
     with threadpool_limits(1):  # small matrices: more threads are slower, and change the last digits
-        scores = [one for task in study.tasks if (one := score_task(study, task, jobs, draws)) is not None]
-    if scores:
+        if records:
+            for unit in units:
+                for job in unit:
+                    if job.stage != PRETRAIN and job.is_done():
+                        records.write(study, job, unit)
+            records.write_features(study)
+            print(f"records      {records.folder}")
+        scores = [one for task in study.tasks if (one := score_task(study, task, jobs, args.draws)) is not None]
         found = compare_arms(scores, [arm.name for arm in study.arms])
+    if scores:
         notices = [notice for one in scores for notice in one.notices]
         missing = [job.name for job in jobs if not job.is_done()]
         if missing:
             notices.append(f"{len(missing)} of {len(jobs)} jobs are not done, such as {missing[0]}: tables lack them")
-        if tested(found) >= LEVEL * draws:
-            notices.append(
-                f"{tested(found)} comparisons: with --draws {draws} none can be shown; give more than "
-                f"{int(tested(found) / LEVEL)}"
-            )
-        for one in scores:
-            if FEWEST_PATIENTS <= one.patients and tested(found) * smallest_p(one.patients) >= LEVEL:
-                notices.append(f"{one.task}: {one.patients} patients are too few to show any of as many comparisons")
-        if len(study.seeds) == 1:
-            notices.append(
-                "one seed: intervals are over patients alone and say nothing of other seeds, so nothing is shown"
-            )
         if len(made_with(jobs)) > 1:
             notices.append(f"the jobs were run by {len(made_with(jobs))} versions of the code or of its packages")
-        write_outcome(study, scores, found, jobs, notices)
-        print(*outcome_lines(study, scores, found, notices), sep="\n")
-    elif not failures:
+        words = study_in_words(study)
+        told = Told(
+            study.folder,
+            words["arms"],
+            study.seeds,
+            study.data,
+            words["flags"],
+            made_with(jobs),
+            notices + limits(scores, found, args.draws),
+            args.against,
+        )
+        write_outcome(told, scores, found)
+        write_times(study)
+        print(*outcome_lines(told, scores, found), sep="\n")
+    elif not failures and not records:
         raise UserError(f"--output_dir {study.folder}: no task of it is done yet")
     if failures:
         first = failures[0]
@@ -259,6 +355,44 @@ def finish(study: Study, jobs: Sequence[StudyJob], draws: int, failures: Sequenc
             f"{len(failures)} of {len(jobs)} jobs failed, such as {first.job.name}: {first.reason} (all it said: "
             f"{first.job.log}); start again to retry"
         )
+
+
+def limits(scores: Sequence[TaskScores], found: Comparison, draws: int) -> list[str]:
+    """What the draws, patients and seeds at hand can't show."""
+    notices = []
+    if tested(found) >= LEVEL * draws:
+        notices.append(
+            f"{tested(found)} comparisons: with --draws {draws} none can be shown; give more than "
+            f"{int(tested(found) / LEVEL)}"
+        )
+    for one in scores:
+        if FEWEST_PATIENTS <= one.patients and tested(found) * smallest_p(one.patients) >= LEVEL:
+            notices.append(f"{one.task}: {one.patients} patients are too few to show any of as many comparisons")
+    if len({seed for one in scores for of_arm in one.values.values() for seed in of_arm}) == 1:
+        notices.append(
+            "one seed: intervals are over patients alone and say nothing of other seeds, so nothing is shown"
+        )
+    return notices
+
+
+def tables_from_records(
+    folder: Path, output: Path, names: Sequence[str] | None, against: Sequence[str], draws: int
+) -> None:
+    """The tables of the records of a folder. names: arms to tell, None: all. Raises UserError."""
+    found = read_records(folder)
+    arms = list(dict.fromkeys(names or [one["arm"] for one in found]))
+    kept = [one for one in found if one["arm"] in arms]
+    with threadpool_limits(1):
+        scores = [one for task in TASKS if (one := score_records(kept, task, draws)) is not None]
+        if not scores:
+            raise UserError(f"--from_records {folder}: holds no run of {', '.join(arms)} with all of its parts")
+        compared = compare_arms(scores, arms)
+    compared = compared._replace(claims=[one for one in compared.claims if one.effect])
+    notices = [notice for one in scores for notice in one.notices] + limits(scores, compared, draws)
+    told = told_of_records(kept, arms, output, notices, against)
+    output.mkdir(parents=True, exist_ok=True)
+    write_outcome(told, scores, compared)
+    print(*outcome_lines(told, scores, compared), sep="\n")
 
 
 if __name__ == "__main__":

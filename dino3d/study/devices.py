@@ -1,11 +1,14 @@
 """Where jobs can run: the GPUs and CPU cores of this machine, in slots of one job each. Imports no torch."""
 
 import glob
+import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from dino3d.command_line import UserError
+from dino3d.files import TEXT
 
 MOST_WORKERS = 16  # of a process, to load data
 # What a launcher sets, which a job would take for its own
@@ -56,6 +59,26 @@ def visible_gpus(env: Mapping[str, str]) -> list[str]:
     except (OSError, subprocess.TimeoutExpired):  # containers may have the driver alone
         count = len(glob.glob("/dev/nvidia[0-9]*"))
     return [str(i) for i in range(count)]
+
+
+def cpu_name() -> str:
+    """What this machine's processor is called."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(**TEXT).splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # another system than Linux, or a processor that gives no name
+        return platform.processor() or platform.machine()
+
+
+def device_of_slots(slots: Sequence[Slot]) -> str:
+    """What the jobs of some slots run on."""
+    if not slots or not slots[0].gpus:
+        return cpu_name()
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", slots[0].gpus[0]]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip() or "GPU"
+    except (OSError, subprocess.TimeoutExpired):  # containers may have the driver alone
+        return "GPU"
 
 
 def make_slots(

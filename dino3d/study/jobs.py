@@ -1,5 +1,6 @@
 """The jobs of a study: which script with which flags, what it needs, and whether it is done."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,11 @@ RESULTS = {  # the file that a script writes last, below the job's folder
 UNTRAINED = ("--pretrained_weights=", "--max_steps", "1", "--lr", "0", "--min_lr", "0")
 
 
+# Code that no job runs
+NOT_OF_JOBS = (
+    *("benchmark.py", "study.py", "prepare_data.py", "evaluate_features.py", "export.py", "hubconf.py"),
+    *("dino3d/study/", "dino3d/prepare/", "dino3d/peers.py", "dino3d/baselines.py"),
+)
 # Where things lie: what they are is held in other ways
 PLACES = (
     *("--data_dir", "--data_list", "--output_dir", "--pretrained_weights", "--cache_dir"),
@@ -68,11 +74,23 @@ class StudyJob(NamedTuple):
         return self.marker.is_file() and (self.folder / RESULTS[self.stage]).is_file()
 
 
+def settings(flags: Sequence[str]) -> list[str]:
+    """Flags without those that say where things lie."""
+    return [word for before, word in zip(("", *flags), flags) if not {before, word} & {*PLACES}]
+
+
+def code_digest() -> str:
+    """Hash of the code that a job's result may depend on."""
+    total = hashlib.sha256()
+    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "dino3d").rglob("*.py")]):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(NOT_OF_JOBS):
+            total.update(name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
 def require_same_flags(jobs: Sequence[StudyJob]) -> None:
     """Raise UserError for a job that was done with other flags than it has now, as after study.json was edited."""
-
-    def settings(flags: Sequence[str]) -> list[str]:
-        return [word for before, word in zip(("", *flags), flags) if not {before, word} & {*PLACES}]
 
     for job in jobs:
         if not job.is_done():

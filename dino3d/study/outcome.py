@@ -3,20 +3,35 @@ give the same files to the last bit; those stand in times.csv."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dino3d.evaluation.comparison import LEVEL
 from dino3d.evaluation.report import Report
 from dino3d.evaluation.statistics import FEWEST_PATIENTS, format_metric, with_interval
-from dino3d.files import atomic_write, read_json, read_json_lines, write_json, write_table
-from dino3d.study.arms import COMPARED_WITH
+from dino3d.files import TEXT, atomic_write, read_json, read_json_lines, write_json, write_table
+from dino3d.study.arms import COMPARED_WITH, SCRATCH
 from dino3d.study.contrasts import IS_SHOWN, NOT_SHOWN, Comparison, Effect, Judged, difference_between, reason
-from dino3d.study.definition import Study, study_in_words
+from dino3d.study.definition import Study
 from dino3d.study.jobs import StudyJob
 from dino3d.study.pool import TIMES
 from dino3d.study.scores import LOGISTIC_FOLDS, LOGISTIC_REPEATS, METRIC, TaskScores
+
+
+class Told(NamedTuple):
+    """What an outcome says of how it was made. arms, data, flags: {name: text}, of arms and of stages; against: arms
+    that each is compared with; runs: (header, rows) of a table of the runs, if any"""
+
+    folder: Path
+    arms: dict[str, str]
+    seeds: list[int]
+    data: dict[str, str]
+    flags: dict[str, str]
+    made_with: list[dict[str, Any]]
+    notices: list[str]
+    against: Sequence[str] = COMPARED_WITH
+    runs: tuple[list[str], list[list[Any]]] | None = None
 
 
 def signed(effect: Effect | None) -> str:
@@ -29,12 +44,10 @@ def signed(effect: Effect | None) -> str:
     return f"{effect.value:+.3f}" + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
 
 
-def write_outcome(
-    study: Study, scores: Sequence[TaskScores], found: Comparison, jobs: Sequence[StudyJob], notices: Sequence[str]
-) -> None:
-    """results.csv, seeds.csv, differences.csv, claims.csv, results.json, study.png and report.html in the study's
-    folder, and times.csv apart from them. Raises OSError."""
-    folder = study.folder
+def write_outcome(told: Told, scores: Sequence[TaskScores], found: Comparison) -> None:
+    """results.csv, seeds.csv, differences.csv, claims.csv, results.json, results.md, study.png and report.html in the
+    folder; of records runs.csv too. Raises OSError."""
+    folder = told.folder
     write_table(
         folder / "results.csv",
         ["task", "arm", "metric", "value", "low", "high", "seeds", "patients"],
@@ -76,9 +89,9 @@ def write_outcome(
     write_json(
         folder / "results.json",
         {
-            "study": study_in_words(study),
-            "made_with": made_with(jobs),
-            "notes": list(notices),
+            "study": {"arms": told.arms, "seeds": told.seeds, "data": told.data, "flags": told.flags},
+            "made_with": told.made_with,
+            "notes": told.notices,
             "tasks": {
                 one.task: {
                     "metric": METRIC[one.task],
@@ -104,11 +117,14 @@ def write_outcome(
             ],
         },
     )
-    figure = draw(scores, found)
+    figure = draw(told, scores, found)
     with atomic_write(folder / "study.png") as part:
         figure.savefig(part, dpi=130, format="png")
-    write_study_page(study, scores, found, notices, folder)
-    write_times(study)
+    with atomic_write(folder / "results.md") as part:
+        part.write_text("\n".join(markdown_lines(told, scores, found)) + "\n", **TEXT)
+    write_study_page(told, scores, found)
+    if told.runs:
+        write_table(folder / "runs.csv", *told.runs)
 
 
 def shown(pair: Effect) -> str:
@@ -176,14 +192,14 @@ def write_times(study: Study) -> None:
 # ---------------------------------------------------------------------------------------------------- console and page
 
 
-def rivals_of(scores: TaskScores) -> list[str]:
+def rivals_of(scores: TaskScores, against: Sequence[str]) -> list[str]:
     """The arms that every arm is compared with, of those that a task has."""
-    return [arm for arm in COMPARED_WITH if arm in scores.values and len(scores.values) > 1]
+    return [arm for arm in against if arm in scores.values and len(scores.values) > 1]
 
 
-def result_table(one: TaskScores, found: Comparison) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of a task: an arm's mean, its interval and seeds, and how it differs from none and scratch."""
-    rivals = rivals_of(one)
+def result_table(told: Told, one: TaskScores, found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of a task: an arm's mean, its interval and seeds, and how it differs from others; or "not run"."""
+    rivals = rivals_of(one, told.against)
     rows = []
     for effect in (effect for effect in found.means if effect.task == one.task):
         arm = name_of(effect)
@@ -193,6 +209,9 @@ def result_table(one: TaskScores, found: Comparison) -> tuple[list[str], list[li
             pair = difference_between(found.pairs, one.task, arm, rival) if rival != arm else None
             row.append(signed(pair) + (" *" if pair and shown(pair) == IS_SHOWN else ""))
         rows.append(row)
+    for arm in told.arms:
+        if arm not in one.values and not (arm == SCRATCH and one.task == "probe"):
+            rows.append([arm, "not run", "", *("" for _ in rivals)])
     return ["arm", f"{METRIC[one.task]} (95 % interval)", "seeds", *(f"minus {rival}" for rival in rivals)], rows
 
 
@@ -202,15 +221,28 @@ def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in (header, *rows)]
 
 
-def outcome_lines(study: Study, scores: Sequence[TaskScores], found: Comparison, notices: Sequence[str]) -> list[str]:
+def markdown_lines(told: Told, scores: Sequence[TaskScores], found: Comparison) -> list[str]:
+    """The tables as a README shows them."""
+    lines = []
+    for one in scores:
+        header, rows = result_table(told, one, found)
+        table = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+        lines += [f"{heading_of(one)}.", "", *(f"| {' | '.join(row)} |" for row in table), ""]
+    lines += [f"\\* shown: the interval leaves out 0, after Holm's adjustment for {tested(found)} comparisons too."]
+    return lines + [f"\n{line}." for line in told.notices]
+
+
+def outcome_lines(told: Told, scores: Sequence[TaskScores], found: Comparison) -> list[str]:
     """The tables and claims as the console shows them."""
     lines = []
     for one in scores:
-        lines += ["", heading_of(one), *(f"  {line}" for line in format_rows(*result_table(one, found)))]
+        lines += ["", heading_of(one), *(f"  {line}" for line in format_rows(*result_table(told, one, found)))]
     lines += ["", f"* shown: the interval leaves out 0, after Holm's adjustment for {tested(found)} comparisons too"]
-    lines += ["", "The paper's claims", *(f"  {claim_line(one)}" for one in found.claims), ""]
-    lines += [f"note: {line}" for line in notices]
-    return [*lines, f"report       {study.folder / 'report.html'}", f"tables       {study.folder / 'results.csv'}"]
+    if found.claims:
+        lines += ["", "The paper's claims", *(f"  {claim_line(one)}" for one in found.claims)]
+    lines.append("")
+    lines += [f"note: {line}" for line in told.notices]
+    return [*lines, f"report       {told.folder / 'report.html'}", f"tables       {told.folder / 'results.csv'}"]
 
 
 def heading_of(one: TaskScores) -> str:
@@ -230,25 +262,24 @@ def one_way(effect: Effect) -> Effect:
     return effect._replace(weights=max(effect.weights, flipped, key=lambda one: sorted(one.items())))
 
 
-def write_study_page(
-    study: Study, scores: Sequence[TaskScores], found: Comparison, notices: Sequence[str], folder: Path
-) -> None:
+def write_study_page(told: Told, scores: Sequence[TaskScores], found: Comparison) -> None:
     """report.html. Raises OSError."""
     report = Report("Study of pre-training")
     report.text(
-        f"{len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}: {', '.join(study.tasks)}. Each figure is a "
-        "mean over the seeds.",
-        *notices,
+        f"{len(told.arms)} arms, seeds {', '.join(map(str, told.seeds))}: {', '.join(one.task for one in scores)}. "
+        "Each figure is a mean over the seeds.",
+        *told.notices,
     )
-    report.heading("The paper's claims")
-    report.text(*map(claim_line, found.claims))
+    if found.claims:
+        report.heading("The paper's claims")
+        report.text(*map(claim_line, found.claims))
     report.heading("Results")
     for one in scores:
         report.text(heading_of(one))
-        report.table(*result_table(one, found))
+        report.table(*result_table(told, one, found))
     report.text(f"* shown, after Holm's adjustment for {tested(found)} comparisons.")
     report.image(
-        folder / "study.png",
+        told.folder / "study.png",
         "Left: each arm's mean with its 95 % interval, and its seeds as small dots. "
         "Right: its difference from others with the interval; filled where shown",
     )
@@ -274,17 +305,18 @@ def write_study_page(
         "From scratch is fine-tuned from the random weights that pre-training of the same seed begins with, all layers "
         "with one learning rate; random is those weights frozen, of which the head alone is trained.",
     )
-    described = study_in_words(study)
-    report.table(["arm", "flags of main_dino.py, or weights"], list(described["arms"].items()))
+    report.table(["arm", "flags of main_dino.py, or weights"], list(told.arms.items()))
     report.table(
         ["stage", "data", "flags"],
-        [[stage, study.data.get(stage, ""), described["flags"].get(stage, "")] for stage in stages_of(study)],
+        [
+            [stage, told.data.get(stage, ""), told.flags.get(stage, "")]
+            for stage in dict.fromkeys([*told.data, *told.flags])
+        ],
     )
-    report.save(folder / "report.html")
-
-
-def stages_of(study: Study) -> list[str]:
-    return list(dict.fromkeys([*study.data, *study.flags]))
+    if told.runs:
+        report.heading("Every run")
+        report.table(told.runs[0], [[str(value) for value in row] for row in told.runs[1]])
+    report.save(told.folder / "report.html")
 
 
 def claim_line(one: Judged) -> str:
@@ -297,7 +329,7 @@ def short_p(p: float | None) -> str:
     return "none" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def draw(scores: Sequence[TaskScores], found: Comparison) -> Any:
+def draw(told: Told, scores: Sequence[TaskScores], found: Comparison) -> Any:
     """A matplotlib Figure: a row for each task, with the arms' means and their differences from others."""
     from matplotlib.figure import Figure
 
@@ -313,7 +345,7 @@ def draw(scores: Sequence[TaskScores], found: Comparison) -> Any:
             bar(left, at, effect, "C0", True)
         left.set_yticks(range(len(arms)), [arm.replace("$", r"\$") for arm in arms])
         left.set(title=heading_of(one), xlabel=METRIC[one.task], ylim=(len(arms) - 0.4, -0.6))
-        for number, rival in enumerate(rivals_of(one)):
+        for number, rival in enumerate(rivals_of(one, told.against)):
             right.plot([], [], "o", color=f"C{number + 1}", label=f"minus {rival}")
             for at, arm in enumerate(arms):
                 pair = difference_between(found.pairs, one.task, arm, rival) if arm != rival else None
@@ -322,7 +354,7 @@ def draw(scores: Sequence[TaskScores], found: Comparison) -> Any:
         right.axvline(0, color="0.6", linewidth=1, linestyle=":")
         right.set_yticks(range(len(arms)), [])
         right.set(title="difference", xlabel=f"difference of {METRIC[one.task]}", ylim=(len(arms) - 0.4, -0.6))
-        if rivals_of(one):
+        if rivals_of(one, told.against):
             right.legend(fontsize=8)
     return figure
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from dino3d.command_line import EXIT_PREEMPTED, ONE_REQUEST, Preempted, git_revision
 from dino3d.files import TEXT, append_json, versions, write_json
-from dino3d.study.devices import Slot
-from dino3d.study.jobs import StudyJob, command_of
+from dino3d.study.devices import Slot, device_of_slots
+from dino3d.study.jobs import StudyJob, code_digest, command_of
 
 try:
     import fcntl
@@ -61,13 +61,21 @@ class Pool:
 
     def __init__(self, slots: Sequence[Slot], processes: int, work_dir: str, say: Callable[[str], None]) -> None:
         self.slots, self.processes, self.work_dir, self.say = slots, processes, work_dir, say
-        self._signal, self._made_with = 0, {"git_revision": git_revision(), "versions": versions()}
+        self._signal = 0
+        self._made_with = {
+            "git_revision": git_revision(),
+            "versions": versions(),
+            "code": code_digest(),
+            "device": device_of_slots(slots),
+        }
         self._before_start = end_with_parent()
 
-    def run(self, jobs: Sequence[StudyJob], total: int) -> list[FailedJob]:
+    def run(
+        self, jobs: Sequence[StudyJob], total: int, on_done: Callable[[StudyJob], None] | None = None
+    ) -> list[FailedJob]:
         """Run all jobs that are not done, each when what it needs is; those that fail, and those that need them.
 
-        total: jobs of the study, for the lines on progress
+        total: jobs of the study, for the lines on progress; on_done: is called with each job that has ended well
         """
         again = {(job.unit, job.stage) for job in jobs if not job.is_done()}
         for job in jobs:  # what stands on a stage that is run again is asked again too
@@ -85,6 +93,8 @@ class Pool:
                         done += not failure
                         told = failure.told if failure else f"done in {format_seconds(one.seconds)} ({done} of {total})"
                         self.say(f"{one.job.name}: {told}")
+                        if on_done and not failure:
+                            on_done(one.job)
                     failed = {(failure.job.unit, failure.job.stage) for failure in failures}
                     for job in [job for job in waiting if (job.unit, job.needs) in failed]:
                         waiting.remove(job)

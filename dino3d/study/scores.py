@@ -11,7 +11,7 @@ from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError
 from dino3d.data.lists import pairs_of_list
 from dino3d.evaluation.classification_metrics import read_probabilities
-from dino3d.evaluation.feature_tables import read_features
+from dino3d.evaluation.feature_tables import LoadedTable, read_features
 from dino3d.evaluation.labelled_cases import encode_labels, join, read_labels
 from dino3d.evaluation.protocols import PATHS, nested_splits, one_hot, out_of_fold
 from dino3d.evaluation.statistics import bootstrap_weights
@@ -64,12 +64,26 @@ def score_task(study: Study, task: str, jobs: Sequence[StudyJob], draws: int) ->
     if not done:
         return None
     notices: list[str] = []
+    return score_cases(task, read_cases(study, task, done, notices), draws, notices)
+
+
+def read_cases(
+    study: Study, task: str, done: Sequence[StudyJob], notices: list[str]
+) -> dict[tuple[str, int], list[CaseScores]]:
+    """{(arm, seed): a CaseScores for each repeat} of a task's jobs. Raises UserError."""
     if task == "probe":
-        tested = probe_cases(study.data[task], done, notices)
-    else:
-        read = classified_cases if task == "classification" else segmented_cases
-        owners = patients_of_masks(study.data[task]) if task == "segmentation" else {}
-        tested = {(job.arm, job.seed): [read(job.folder, owners)] for job in done}
+        tables = [read_features(str(job.folder / RESULTS["probe"]), job.name) for job in done]
+        return {(job.arm, job.seed): one for job, one in zip(done, probe_tables(study.data[task], tables, notices))}
+    read = classified_cases if task == "classification" else segmented_cases
+    owners = patients_of_masks(study.data[task]) if task == "segmentation" else {}
+    return {(job.arm, job.seed): [read(job.folder, owners)] for job in done}
+
+
+def score_cases(
+    task: str, tested: dict[tuple[str, int], list[CaseScores]], draws: int, notices: list[str]
+) -> TaskScores:
+    """TaskScores of cases as {(arm, seed): a CaseScores for each repeat} has them. Raises UserError for arms that were
+    tested on different cases."""
     require_same_cases(tested, task)
     names = sorted({patient for runs in tested.values() for patient in runs[0].patients})
     cases = max(len(runs[0].patients) for runs in tested.values())
@@ -142,11 +156,10 @@ def segmented_cases(folder: Path, owners: dict[str, str]) -> CaseScores:
     return CaseScores([owners.get(name, name) for name in names], None, means, np.zeros(len(names), int))
 
 
-def probe_cases(data: str, jobs: Sequence[StudyJob], notices: list[str]) -> dict[tuple[str, int], list[CaseScores]]:
-    """{(arm, seed): a CaseScores for each repeat}: logistic regression on frozen features, in nested folds by patient,
-    which are the same for all arms and seeds."""
+def probe_tables(data: str, tables: Sequence[LoadedTable], notices: list[str]) -> list[list[CaseScores]]:
+    """A CaseScores for each repeat, of each table: logistic regression on frozen features, in nested folds by patient,
+    which are the same for all tables."""
     labels = read_labels(data, "label")
-    tables = [read_features(str(job.folder / RESULTS["probe"]), job.name) for job in jobs]
     cases = join(tables, labels)
     target = encode_labels([labels.values[i] for i in cases.numbers], "classification", None)
     per_class = [len({p for p, y in zip(cases.patients, target.y) if y == k}) for k in range(len(target.classes))]
@@ -158,10 +171,10 @@ def probe_cases(data: str, jobs: Sequence[StudyJob], notices: list[str]) -> dict
         notices.append(f"probe: {folds} folds, as a label has no more patients")
     splits = nested_splits(cases.patients, target.y, folds, LOGISTIC_REPEATS, seed=0)
     y, path = one_hot(target.y, len(target.classes)), PATHS["classification"][PROBE]
-    found = {}
-    for job, table, rows in zip(jobs, tables, cases.rows):
+    found = []
+    for table, rows in zip(tables, cases.rows):
         repeats = [out_of_fold(path, table.features[rows], y, one) for one in splits]
-        found[job.arm, job.seed] = [CaseScores(cases.patients, target.y, one.values, one.folds) for one in repeats]
+        found.append([CaseScores(cases.patients, target.y, one.values, one.folds) for one in repeats])
     return found
 
 

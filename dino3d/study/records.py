@@ -1,0 +1,300 @@
+"""Small records of a study's finished jobs, one file each with the score of every case, and their scores as one task.
+
+Records hold no paths and no voxels, so that they can be kept with the code and put together over days and machines. A
+study of parts, such as the two halves of the patients that are each tested by encoders which never saw them, is one
+study for each part; their records meet here.
+"""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dino3d.command_line import UserError, truncate_list
+from dino3d.evaluation.feature_tables import expand_patterns, read_features, table_names
+from dino3d.files import TEXT, atomic_write, read_json, read_json_lines
+from dino3d.study.arms import ARM_NAME
+from dino3d.study.definition import PRETRAIN, TASKS, Study
+from dino3d.study.jobs import StudyJob, code_digest, settings
+from dino3d.study.outcome import Told
+from dino3d.study.pool import TIMES
+from dino3d.study.scores import CaseScores, TaskScores, probe_tables, read_cases, score_cases
+
+RECORD_FORMAT = 1
+DIGITS = 7  # of a probability or Dice
+MADE_WITH = ("git_revision", "versions", "device")
+
+
+class RecordFolder(NamedTuple):
+    """Where records are written, and what they say of this study. part: of several studies that belong together, or "";
+    patients: whose cases count, None: all; note: what a reader must know; features: tables of features that are judged
+    beside the arms by the probe"""
+
+    folder: Path
+    part: str = ""
+    patients: frozenset[str] | None = None
+    note: str = ""
+    features: tuple[str, ...] = ()
+
+    def path_of(self, task: str, arm: str, seed: int | None) -> Path:
+        parts = [task, arm, *([] if seed is None else [f"seed{seed}"]), *([self.part] if self.part else [])]
+        return self.folder / ("-".join(parts) + ".json")
+
+    def holds(self, unit: Sequence[StudyJob]) -> bool:
+        """Whether each task of a unit is recorded, with the flags and the code that it has now."""
+        tasks = [job for job in unit if job.stage != PRETRAIN]
+        return all(self._is_valid(job, unit) for job in tasks)
+
+    def _is_valid(self, job: StudyJob, unit: Sequence[StudyJob]) -> bool:
+        path = self.path_of(job.stage, job.arm, job.seed)
+        if not path.exists():
+            return False
+        found = read_record(path)
+        same = (found["recipe"], found["code"], found["note"]) == (recipe_of(job, unit), code_digest(), self.note)
+        return same and (self.patients is None or self.patients >= set(found["patients"]))
+
+    def write(self, study: Study, job: StudyJob, unit: Sequence[StudyJob]) -> None:
+        """The record of a job that is done. Raises UserError, OSError."""
+        marker = read_json(job.marker)
+        cases = read_cases(study, job.stage, [job], [])[job.arm, job.seed]
+        self._save(
+            job.stage,
+            job.arm,
+            job.seed,
+            cases,
+            {
+                "flags": {one.stage: shlex.join(settings(one.flags)) for one in stages_behind(job, unit)},
+                "recipe": recipe_of(job, unit),
+                "code": marker.get("code", ""),
+                "seconds": {one.stage: seconds_of(one) for one in stages_behind(job, unit)},
+            }
+            | {name: marker.get(name, "") for name in MADE_WITH},
+        )
+
+    def write_features(self, study: Study) -> list[str]:
+        """Records of the tables of features; their names. Raises UserError, OSError."""
+        if not self.features:
+            return []
+        if "probe" not in study.data:
+            raise UserError("--features: are judged by the probe: give --probe, the labelled cases")
+        paths = expand_patterns(self.features, "--features")
+        names = table_names(paths)
+        if odd := [name for name in names if not ARM_NAME.fullmatch(name) or name in {arm.name for arm in study.arms}]:
+            raise UserError(
+                f"--features {odd[0]}: is no name of its own, of letters, digits and _ . + -: rename the file"
+            )
+        for name, path in zip(names, paths):
+            cases = probe_tables(study.data["probe"], [read_features(path, name)], [])[0]
+            recipe = digest({"features": "table"})
+            made = {"flags": {}, "recipe": recipe, "code": code_digest(), "seconds": {}}
+            self._save("probe", name, None, cases, made | dict.fromkeys(MADE_WITH, ""))
+        return names
+
+    def _save(self, task: str, arm: str, seed: int | None, cases: Sequence[CaseScores], made: dict[str, Any]) -> None:
+        kept = np.array([self.patients is None or patient in self.patients for patient in cases[0].patients])
+        if not kept.any():
+            raise UserError(
+                f"--patients: names none of the {len(set(cases[0].patients))} patients of {task}, such as "
+                f"{truncate_list(sorted(set(cases[0].patients)))}"
+            )
+        labels = cases[0].labels
+        content = {
+            "format": RECORD_FORMAT,
+            "task": task,
+            "arm": arm,
+            "seed": seed,
+            "part": self.part,
+            "note": self.note,
+            **made,
+            "patients": [patient for patient, keep in zip(cases[0].patients, kept) if keep],
+            "labels": None if labels is None else labels[kept].tolist(),
+            "repeats": [
+                {"folds": one.folds[kept].tolist(), "values": rounded_scores(one.values[kept])} for one in cases
+            ],
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
+        with atomic_write(self.path_of(task, arm, seed)) as part:
+            part.write_text("{\n" + ",\n".join(lines) + "\n}\n", **TEXT)
+
+
+def rounded_scores(values: np.ndarray) -> list:
+    """Scores for JSON, None where undefined."""
+    found = np.round(values.astype(float), DIGITS).astype(object)
+    found[np.isnan(values)] = None
+    return found.tolist()
+
+
+def stages_behind(job: StudyJob, unit: Sequence[StudyJob]) -> list[StudyJob]:
+    """A job, and before it the one that it stands on."""
+    return [*(one for one in unit if one.stage == job.needs), job]
+
+
+def recipe_of(job: StudyJob, unit: Sequence[StudyJob]) -> str:
+    """Hash of the flags that a job's result comes from, wherever its files lie."""
+    return digest({one.stage: settings(one.flags) for one in stages_behind(job, unit)})
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def seconds_of(job: StudyJob) -> float | None:
+    """Of all attempts at a job; None where they are not known."""
+    found = [one["seconds"] for one in read_json_lines(job.unit / TIMES) if one.get("stage") == job.stage]
+    return round(sum(found), 1) if found else None
+
+
+def tested_patients(path: str) -> frozenset[str]:
+    """The patients that a text file names, one in each line. Raises UserError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--patients {path}: can't be read ({getattr(error, 'strerror', None) or error})") from error
+    found = frozenset(line.strip() for line in lines if line.strip())
+    if not found:
+        raise UserError(f"--patients {path}: names no patient, expected one in each line")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- together
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One record. Raises UserError."""
+    try:
+        found = read_json(path)
+        if found["format"] != RECORD_FORMAT:
+            raise ValueError(f"its format is {found['format']}, expected {RECORD_FORMAT}")
+        if found["task"] not in TASKS or not ARM_NAME.fullmatch(found["arm"]):
+            raise ValueError(f"it is of task {found['task']!r} and arm {found['arm']!r}")
+        missing = {"seed", "part", "note", "flags", "recipe", "code", "seconds", *MADE_WITH} - set(found)
+        if missing or not found["repeats"] or (found["labels"] is None) != (found["task"] == "segmentation"):
+            raise ValueError(f"it lacks {truncate_list(sorted(missing)) or 'scores'}")
+        for one in found["repeats"]:
+            if len(one["values"]) != len(found["patients"]) or len(one["folds"]) != len(found["patients"]):
+                raise ValueError("its scores are not one for each case")
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: is no record of a study ({error}); remove it") from error
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a folder. Raises UserError."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UserError(f"--from_records {folder}: holds no records, expected TASK-ARM-seedK.json of --records")
+    found, known = [], {}
+    for path in paths:
+        one = read_record(path)
+        other = known.setdefault((one["task"], one["arm"], one["seed"], one["part"]), path)
+        if other != path:
+            raise UserError(f"{path}: is of the same run as {other}: remove one")
+        found.append(one)
+    return found
+
+
+def cases_of(record: dict[str, Any]) -> list[CaseScores]:
+    """A CaseScores for each repeat."""
+    labels = None if record["labels"] is None else np.array(record["labels"], int)
+    return [
+        CaseScores(
+            [str(patient) for patient in record["patients"]],
+            labels,
+            np.array([np.nan if v is None else v for v in one["values"]], float)
+            if labels is None
+            else np.array(one["values"], float),
+            np.array(one["folds"], int),
+        )
+        for one in record["repeats"]
+    ]
+
+
+def join_parts(parts: Sequence[list[CaseScores]]) -> list[CaseScores]:
+    """The cases of several parts as one, in which those of different parts were judged by different models."""
+    joined = []
+    for repeat in zip(*parts, strict=True):
+        first = np.cumsum([0, *(one.folds.max() + 1 for one in repeat)])
+        joined.append(
+            CaseScores(
+                [patient for one in repeat for patient in one.patients],
+                None if repeat[0].labels is None else np.concatenate([one.labels for one in repeat]),
+                np.concatenate([one.values for one in repeat]),
+                np.concatenate([one.folds + start for one, start in zip(repeat, first)]),
+            )
+        )
+    return joined
+
+
+def score_records(records: Sequence[dict[str, Any]], task: str, draws: int) -> TaskScores | None:
+    """TaskScores of a task's records, all parts of a run together; None where there are none. A table of features,
+    which has no seed, stands beside every seed. Raises UserError."""
+    mine = [one for one in records if one["task"] == task]
+    if not mine:
+        return None
+    parts = sorted({one["part"] for one in mine})
+    notices, whole = [], {}
+    for arm, seed in sorted({(one["arm"], one["seed"]) for one in mine}, key=lambda key: (key[0], key[1] or 0)):
+        found = {one["part"]: one for one in mine if (one["arm"], one["seed"]) == (arm, seed)}
+        missing = [part for part in parts if part not in found]
+        if missing:
+            run = arm if seed is None else f"{arm} seed {seed}"
+            notices.append(f"{task}: {run} is left out, as its part {truncate_list(missing)} was not run")
+            continue
+        people = [set(found[part]["patients"]) for part in parts]
+        if len(set().union(*people)) != sum(map(len, people)):
+            raise UserError(f"{task}, {arm}: a patient stands in two parts; --patients of each names its own alone")
+        whole[arm, seed] = join_parts([cases_of(found[part]) for part in parts])
+    seeds = sorted({seed for _, seed in whole if seed is not None}) or [0]
+    tested = {}
+    for (arm, seed), cases in whole.items():
+        tested |= {(arm, one): cases for one in (seeds if seed is None else [seed])}
+    return score_cases(task, tested, draws, notices) if tested else None
+
+
+def told_of_records(
+    records: Sequence[dict[str, Any]], arms: Sequence[str], folder: Path, notices: Sequence[str], against: Sequence[str]
+) -> Told:
+    """What tables from records say of how they were made. arms: that are told, some maybe not run"""
+    flags = {arm: [one["flags"].get(PRETRAIN, "") for one in records if one["arm"] == arm] for arm in arms}
+    stages = {task: [one["flags"].get(task, "") for one in records if one["task"] == task] for task in TASKS}
+    made = [{name: one[name] for name in MADE_WITH} for one in records if one["seed"] is not None]
+    notes = {task: [describe_part(one) for one in records if one["task"] == task] for task in TASKS}
+    rows = [
+        [
+            *(one["task"], one["arm"], "" if one["seed"] is None else one["seed"], one["part"]),
+            *(
+                len(set(one["patients"])),
+                score_of(one),
+                one["seconds"].get(PRETRAIN, ""),
+                one["seconds"].get(one["task"], ""),
+            ),
+            *(one["device"], one["git_revision"][:12], one["code"], one["recipe"], one["note"]),
+        ]
+        for one in records
+    ]
+    header = ["task", "arm", "seed", "part", "patients", "value", "seconds_pretrain", "seconds_task", "device"]
+    return Told(
+        folder,
+        {arm: "; ".join(dict.fromkeys(filter(None, of_arm))) for arm, of_arm in flags.items()},
+        sorted({one["seed"] for one in records if one["seed"] is not None}),
+        {task: "; ".join(dict.fromkeys(of_task)) for task, of_task in notes.items() if of_task},
+        {task: "; ".join(dict.fromkeys(filter(None, of_task))) for task, of_task in stages.items() if any(of_task)},
+        [one for place, one in enumerate(made) if one not in made[:place]],
+        list(notices),
+        against,
+        ([*header, "revision", "code", "recipe", "note"], rows),
+    )
+
+
+def describe_part(record: dict[str, Any]) -> str:
+    return ": ".join(filter(None, (record["part"], record["note"]))) or "all patients"
+
+
+def score_of(record: dict[str, Any]) -> float:
+    """A record's own figure, of its cases alone."""
+    return float(np.mean([one.score(np.ones(len(one.patients))) for one in cases_of(record)]))

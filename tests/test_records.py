@@ -1,0 +1,218 @@
+"""study.py --records and --from_records: a file for each finished run, and tables from them alone; two halves of the
+patients, each from a study of its own, against scikit-learn."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from run_study import write_stubs
+from sklearn.metrics import roc_auc_score
+from test_study import flags_of, table
+
+import study
+from dino3d.command_line import UserError
+from dino3d.study import jobs
+from dino3d.study.records import RECORD_FORMAT
+
+PATIENTS = [f"p{i}" for i in range(20)]
+HALVES = {"half0": PATIENTS[::2], "half1": PATIENTS[1::2]}
+
+
+def names_file(path, names):
+    path.write_text("\n".join(names) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory):
+    """Small scripts in place of those that train."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = write_stubs(tmp_path_factory.mktemp("stubs") / "scripts")
+        patch.setattr(jobs, "ROOT", folder)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, stubs):
+    """A folder with labels, and records of two studies, each of half of the patients, and of two tables of features."""
+    made = tmp_path_factory.mktemp("made")
+    (made / "data").mkdir()
+    rng = np.random.default_rng(1)
+    cases = [(f"c{i}", f"p{i // 2}", i % 2) for i in range(40)]
+    tables = {"labels": [("name", "path", "label", "patient"), *((n, f"{n}.nii.gz", y, p) for n, p, y in cases)]}
+    for name, strength in (("weak", 0.3), ("strong", 3.0)):
+        rows = [(n, p, strength * y + rng.normal()) for n, p, y in cases]
+        tables[name] = [("name", "patient", "feature_0"), *rows]
+    for name, rows in tables.items():
+        with open(made / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    for number, (part, names) in enumerate(HALVES.items()):
+        names_file(made / f"{part}.txt", names)
+        features = ["--features", made / "weak.csv", made / "strong.csv"]
+        study.main(study_flags(made, made / part, made / "records", part, number, *features))
+    return made
+
+
+def study_flags(made, folder, records, part, strength, *more):
+    return flags_of(
+        folder,
+        made / "data",
+        *("--records", records, "--part", part, "--patients", made / f"{part}.txt", "--note", "stubs"),
+        *(f"--pretrain_flags=--strength {strength}", "--probe", made / "labels.csv", *more),
+        arms=("none", "scratch", "random"),
+    )
+
+
+@pytest.fixture
+def halves(made, tmp_path):
+    """The records alone, to be changed."""
+    return shutil.copytree(made / "records", tmp_path / "records")
+
+
+def tables_of(records, out, *more):
+    study.main(["--from_records", str(records), "--output_dir", str(out), "--draws", "400", *map(str, more)])
+    return out
+
+
+def test_two_halves_together(made, halves, tmp_path, capsys):
+    out = tables_of(halves, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "frozen probe: AUC of 40 cases each, 20 patients in all" in said and "The paper's claims" not in said
+    # Each half's models judge their own patients alone: pairs of cases of one half and one fold, by scikit-learn
+    for seed in (0, 1):
+        parts = []
+        for part, names in HALVES.items():
+            path = made / part / f"arms/none/seed{seed}/classification/predictions.csv"
+            rows = [row for row in table(path) if row["patient"] in names]
+            for fold in {row["fold"] for row in rows}:
+                mine = [row for row in rows if row["fold"] == fold]
+                labels = np.array([int(row["label"]) for row in mine])
+                pairs = (labels == 0).sum() * (labels == 1).sum()
+                parts.append((pairs, roc_auc_score(labels, [float(row["probability"]) for row in mine])))
+        expected = np.average([auc for _, auc in parts], weights=[pairs for pairs, _ in parts])
+        found = next(
+            row
+            for row in table(out / "seeds.csv")
+            if (row["task"], row["arm"], row["seed"]) == ("classification", "none", str(seed))
+        )
+        assert float(found["value"]) == pytest.approx(expected, abs=1e-9)
+    probe = {row["arm"]: float(row["value"]) for row in table(out / "results.csv") if row["task"] == "probe"}
+    assert set(probe) == {"none", "random", "weak", "strong"} and probe["strong"] > probe["weak"]
+    runs = table(out / "runs.csv")
+    assert len(runs) == 2 * (3 * 2 + 2 * 2 + 2) and {row["note"] for row in runs} == {"stubs"}
+    assert {row["patients"] for row in runs} == {"10"}
+    markdown = (out / "results.md").read_text()
+    for row in table(out / "results.csv"):
+        assert f"| {row['arm']} | {float(row['value']):.3f} (" in markdown
+    assert all((out / name).is_file() for name in ("report.html", "study.png", "differences.csv", "results.json"))
+
+
+def test_records_hold_no_paths_and_each_patient_once(made, halves):
+    seen = {}
+    for path in halves.glob("*.json"):
+        text = path.read_text()
+        record = json.loads(text)
+        assert str(made) not in text and record["format"] == RECORD_FORMAT
+        assert set(record["patients"]) == set(HALVES[record["part"]])
+        seen.setdefault((record["task"], record["arm"], record["seed"]), set()).update(record["patients"])
+        if record["seed"] is not None:
+            assert record["device"] and record["code"] == jobs.code_digest()
+            assert set(record["seconds"]) == {"pretrain", record["task"]}
+    assert all(patients == set(PATIENTS) for patients in seen.values())
+
+
+def test_what_is_recorded_is_not_run_again(made, halves, tmp_path, stubs, capsys):
+    """In another folder, as of a fresh clone; with other flags or another code it is."""
+
+    def again(folder, *more, strength=0):
+        study.main(study_flags(made, tmp_path / folder, halves, "half0", strength, *more))
+        return capsys.readouterr().out
+
+    before = {path.name: path.read_bytes() for path in halves.glob("*.json")}
+    capsys.readouterr()
+    said = again("b")
+    assert "6 of 6 units are in the records" in said and not (tmp_path / "b/arms").exists()
+    assert {path.name: path.read_bytes() for path in halves.glob("*.json")} == before
+    (halves / "probe-none-seed1-half0.json").unlink()
+    said = again("b")
+    assert "5 of 6 units are in the records" in said and not (tmp_path / "b/arms/random").exists()
+    record = json.loads((halves / "probe-none-seed1-half0.json").read_text())
+    first = json.loads(before["probe-none-seed1-half0.json"])
+    assert record["repeats"] == first["repeats"] and record["patients"] == first["patients"]
+    assert "are in the records" not in again("c", "--plan", strength=7)
+    (stubs / "utils.py").write_text("changed = True\n")
+    assert "are in the records" not in again("d", "--plan")
+    (stubs / "utils.py").unlink()
+
+
+def test_a_half_that_was_not_run(halves, tmp_path, capsys):
+    for path in halves.glob("*-none-seed1-half1.json"):
+        path.unlink()
+    out = tables_of(halves, tmp_path / "out", "--arms", "random", "none", "elastic", "--against", "random")
+    said = capsys.readouterr().out
+    assert "none seed 1 is left out, as its part half1 was not run" in said
+    assert {row["seed"] for row in table(out / "seeds.csv") if row["arm"] == "none"} == {"0"}
+    assert [row["arm"] for row in table(out / "results.csv") if row["task"] == "probe"] == ["random", "none"]
+    assert "| elastic | not run |" in (out / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda path, record: path.write_text("{"), "is no record of a study"),
+        (lambda path, record: path.write_text("[" * 9000), "is no record of a study"),
+        (lambda path, record: path.write_text(json.dumps(record | {"format": 2})), "its format is 2, expected 1"),
+        (lambda path, record: path.write_text(json.dumps(record | {"task": "x"})), "of task 'x'"),
+        (lambda path, record: path.write_text(json.dumps(record | {"patients": []})), "not one for each case"),
+        (lambda path, record: (path.parent / "copy.json").write_text(json.dumps(record)), "is of the same run as"),
+        (
+            lambda path, record: path.write_text(json.dumps(record | {"patients": ["p0", "p1"] * 10})),
+            "a patient stands in two parts",
+        ),
+    ],
+)
+def test_records_that_are_wrong(halves, tmp_path, change, said):
+    path = halves / "probe-none-seed0-half0.json"
+    change(path, json.loads(path.read_text()))
+    with pytest.raises(UserError) as error:
+        tables_of(halves, tmp_path / "out")
+    assert said in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_no_records(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no records"):
+        tables_of(tmp_path / "empty", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--part", "half0"], "--part: is for --records DIR"),
+        (["--records", "r", "--part", "../x"], "--part ../x: expected letters"),
+        (["--from_records", "r", "--list"], "--list and --from_records exclude each other"),
+        (["--from_records", "r", "--data_dir", "x"], "--data_dir: --from_records makes tables of what was run"),
+    ],
+)
+def test_flags_that_are_wrong_by_themselves(tmp_path, flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main(["--output_dir", str(tmp_path / "s"), *flags])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "patients, features, said",
+    [
+        (["other"], [], "names none of the 20 patients of classification"),
+        ([], [], "names no patient"),
+        (PATIENTS, ["missing.csv"], "missing.csv: can.t be read"),
+    ],
+)
+def test_what_records_lack(made, tmp_path, patients, features, said):
+    more = ["--records", tmp_path / "r", "--patients", names_file(tmp_path / "p.txt", patients)]
+    more += ["--features", *features] if features else []
+    with pytest.raises(UserError, match=said):
+        study.main(["--output_dir", str(made / "half0"), "--table", "--draws", "400", *map(str, more)])
