@@ -148,6 +148,21 @@ def test_what_is_recorded_is_not_run_again(made, halves, tmp_path, stubs, capsys
     (stubs / "utils.py").unlink()
 
 
+def test_weights_of_others_are_part_of_the_recipe(made, tmp_path, stubs, capsys):
+    weights = tmp_path / "theirs.pth"
+    (tmp_path / "arms.txt").write_text("theirs: theirs.pth\n")
+
+    def plan(folder, level, *more):
+        weights.write_text(json.dumps({"level": level, "seed": 0}))
+        arms = ["--arms_file", tmp_path / "arms.txt", "--records", tmp_path / "records", *more]
+        study.main(flags_of(tmp_path / folder, made / "data", *arms, arms=("theirs",), seeds=(0,)))
+        return capsys.readouterr().out
+
+    plan("a", 1.0)
+    assert "1 of 1 units are in the records" in plan("b", 1.0, "--plan")
+    assert "in the records" not in plan("c", 2.0, "--plan")
+
+
 def test_a_half_that_was_not_run(halves, tmp_path, capsys):
     for path in halves.glob("*-none-seed1-half1.json"):
         path.unlink()

@@ -17,7 +17,7 @@ import numpy as np
 from dino3d.command_line import UserError, truncate_list
 from dino3d.evaluation.feature_tables import expand_patterns, read_features, table_names
 from dino3d.files import TEXT, atomic_write, read_json, read_json_lines
-from dino3d.study.arms import ARM_NAME
+from dino3d.study.arms import ARM_NAME, checksum
 from dino3d.study.definition import PRETRAIN, TASKS, Study
 from dino3d.study.jobs import StudyJob, code_digest, settings
 from dino3d.study.outcome import Told
@@ -135,8 +135,14 @@ def stages_behind(job: StudyJob, unit: Sequence[StudyJob]) -> list[StudyJob]:
 
 
 def recipe_of(job: StudyJob, unit: Sequence[StudyJob]) -> str:
-    """Hash of the flags that a job's result comes from, wherever its files lie."""
-    return digest({one.stage: settings(one.flags) for one in stages_behind(job, unit)})
+    """Hash of the flags that a job's result comes from, wherever its files lie, and of weights that none of its own
+    stages has trained."""
+    of_stages = {one.stage: settings(one.flags) for one in stages_behind(job, unit)}
+    return digest(of_stages | ({} if job.needs else {"weights": checksum(weights_of_job(job))}))
+
+
+def weights_of_job(job: StudyJob) -> str:
+    return next(word for flag, word in zip(job.flags, job.flags[1:]) if flag in ("--pretrained_weights", "--weights"))
 
 
 def digest(content: Any) -> str:
