@@ -40,7 +40,7 @@ from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, coll
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
 from dino3d.data.sources import data_changes, find_data
-from dino3d.data.volume_cache import VolumeCache
+from dino3d.data.volume_cache import VolumeCache, is_quick
 from dino3d.features.encoder import find_weights
 from dino3d.features.probe import Probe
 from dino3d.files import truncate_log, write_config
@@ -904,7 +904,7 @@ def run_summary(
         f"{len(paths)} volumes, {steps_per_epoch} steps of {global_batch} samples per epoch",
         describe_views(crops),
     ]
-    raw = [path for path in paths if not is_kind(path, HDF5_SUFFIXES)]
+    raw = [path for path in dict.fromkeys(paths) if not is_kind(path, HDF5_SUFFIXES) and not is_quick(path)]
     if raw:
         lines.append(
             f"{len(raw)} of the volumes are not converted, such as {raw[0]}: each is read whole for every patch, about "

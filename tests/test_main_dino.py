@@ -496,6 +496,7 @@ def test_nifti_works_with_a_word_on_its_cost(volumes, tmp_path, capsys):
     import nibabel
 
     from dino3d.data.volume import Volume
+    from dino3d.data.volume_cache import is_quick
 
     data = tmp_path / "nifti"
     for path in sorted(volumes.rglob("*.hdf5")):
@@ -508,6 +509,14 @@ def test_nifti_works_with_a_word_on_its_cost(volumes, tmp_path, capsys):
     assert code == 0 and not errors and out.count("8 of the volumes are not converted") == 1
     code, out, _ = run_main(capsys, "--data_dir", volumes, "--output_dir", tmp_path / "b", *flags)
     assert code == 0 and "not converted" not in out
+    small = tmp_path / "small.nii"
+    nibabel.save(nibabel.load(target), small)
+    assert is_quick(str(small)) and not is_quick(str(target))
+    table = tmp_path / "list.csv"  # a file that stands there twice is one, and a small one that is not zipped is quick
+    table.write_text("path\n" + f"{target}\n{target}\n{small}\n" * 4)
+    flags = ["--data_list", table, "--batch_size_per_gpu", 4, "--max_steps", 1]
+    code, out, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "c")
+    assert code == 0 and not errors and "\n1 of the volumes are not converted" in out
     assert same(checkpoint(tmp_path / "a")["student"], checkpoint(tmp_path / "b")["student"])[0]
 
 

@@ -2,10 +2,16 @@
 
 import math
 
-from dino3d.data.conventions import DataError, Stored
+from dino3d.data.conventions import DataError, Stored, is_kind
 from dino3d.data.volume import Volume
+from dino3d.files import file_state
 
 SMALL = 4 * 2**20  # bytes of a converted volume, from which one patch is read faster than all of it
+
+
+def is_quick(path: str) -> bool:
+    """Whether a file that was not converted is read as fast as one that was: small NIfTI that is not compressed."""
+    return is_kind(path, (".nii",)) and file_state(path)[0] <= SMALL
 
 
 class VolumeCache:
