@@ -11,6 +11,7 @@
     python benchmark.py infer                    a volume through a segmentation network, window by window
     python benchmark.py growth --output FILE     how a step's cost grows, as a picture
     python benchmark.py scale                    what many volumes and ranks cost besides the steps, simulated
+    python benchmark.py gpu                      all that a GPU has to show, its tests first, in ten minutes
 
 Seconds are wall-clock, of peers and scale those of the CPU. What it is compared with stands in dino3d/baselines.py.
 Baseline and ours take turns, so that a machine that slows down slows both; reported are medians over the repeats, with
@@ -44,10 +45,13 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import augmentations
 import main_dino
 import utils
 from augmentations import PAPER, MultiCropAugmentation, collate_views, paper_policy
@@ -62,7 +66,7 @@ from dino3d.data.sources import find_data
 from dino3d.data.volume import Volume
 from dino3d.files import TEXT, read_log, versions
 from dino3d.study.devices import cpu_name
-from dino3d.training import checkpoint
+from dino3d.training import checkpoint, grouped
 from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory
 from dino3d.training.nonfinite import NonFiniteSteps
@@ -91,6 +95,10 @@ OBJECTIVES = {
     "--ibot 1": {"ibot": 1.0},
 }
 AUGMENTED = [f"--use_{name}" for name in PAPER]
+WAYS_TO_ATTEND = [
+    getattr(SDPBackend, name) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+]
+GPU_TRAINING = {"vit_small": 64, "vit_base": 64, "vit_large": 32}  # samples per step
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -205,6 +213,11 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--arch", default="vit_small", type=command_line.architecture(ARCHITECTURES), help="whose checkpoint is meant"
     )
     group.add_argument("--out_dim", default=65536, type=number(int, 2), help="prototypes of the head")
+    sub, group = command(gpu, 10, ["cuda"])
+    sub.set_defaults(device="cuda")
+    group.add_argument(
+        "--minutes", default=10.0, type=number(float, 0.1), help="what is not reached in them is left out, and said so"
+    )
     return parser
 
 
@@ -1076,9 +1089,11 @@ def write_copies(folder: str, volume: np.ndarray, affine: np.ndarray, samples: i
     Path(folder, "list.txt").write_text("".join(f"{i % copies}.hdf5\n" for i in range(samples)), **TEXT)
 
 
-def our_training(folder: str, flags: Sequence[Any], device: str, processes: int = 1) -> list[dict[str, Any]]:
+def our_training(
+    folder: str, flags: Sequence[Any], device: str, processes: int = 1, seconds: float | None = None
+) -> list[dict[str, Any]]:
     """The records in the log.txt of a run of main_dino.py, but that of the first epoch, in which all starts and warms
-    up."""
+    up. Raises subprocess.TimeoutExpired after `seconds`."""
     launch = (
         [sys.executable]
         if processes == 1
@@ -1101,6 +1116,7 @@ def our_training(folder: str, flags: Sequence[Any], device: str, processes: int 
         list(map(str, words)),
         capture_output=True,
         text=True,
+        timeout=seconds,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": visible},
     )
     if ended.returncode:
@@ -1405,6 +1421,170 @@ def draw_growth(
         axis.set(xlabel=panel, ylabel="samples per second", xticks=at, ylim=(0, None))
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+# --------------------------------------------------------------------------------------------------------------- gpu
+
+
+def gpu(device: str, repeats: int, minutes: float) -> dict[str, Any]:
+    """All that a GPU has to show, in one go: tests marked gpu, pre-training of three sizes, views, steps, attention.
+
+    Each part is a process of its own: a fault of one leaves the others as they are."""
+    ends, rows = time.monotonic() + 60 * minutes, {}
+
+    def measure(name: str, limit: float, task: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        seconds = min(limit, ends - time.monotonic())
+        try:
+            found = task(*arguments, seconds) if seconds > 1 else {"note": "left out: no time for it"}
+        except (subprocess.TimeoutExpired, multiprocessing.TimeoutError):
+            found = {"note": f"not done after {seconds:.0f} s"}
+        except Exception as error:  # whatever it is, the others are to be measured
+            found = {"note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        rows[name] = {"seconds": None, **found}
+        print(f"{name}: {found['note']}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        samples, (volume, affine, origin) = 64 * max(GPU_TRAINING.values()), scan(SCAN_SIZE)
+        write_copies(folder, volume, affine, samples)
+        measure("tests marked gpu", 240, gpu_tests)
+        measure("a large matrix product", 60, in_child, gpu_products, device)
+        for arch, batch_size in GPU_TRAINING.items():
+            measure(f"{arch} from the disk", 180, gpu_training, folder, arch, batch_size, device)
+    batch_size = GPU_TRAINING["vit_small"]
+    measure("ten views", 60, in_child, gpu_views, batch_size, repeats, device)
+    for compiled, in_groups in ((False, False), (False, True), (True, False)):
+        name = "a step of vit_small" + ", --compile" * compiled + ", IN_GROUPS" * in_groups
+        measure(name, 90, in_child, gpu_step, "vit_small", 65536, batch_size, compiled, in_groups, repeats, device)
+    measure("attention", 60, in_child, gpu_attention, 2 * batch_size, 6, (513, 512), repeats, device)
+    parameters = {"repeats": repeats, "minutes": minutes, "data": origin, "batch_size": GPU_TRAINING, "out_dim": 65536}
+    return {"unit": "in each row's own", "rows": rows, "parameters": parameters}
+
+
+def in_child(task: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a task gives, in a process of its own. The last argument is the time that it has, in seconds."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply_async(task, arguments[:-1]).get(arguments[-1])
+
+
+def gpu_tests(seconds: float) -> dict[str, Any]:
+    words = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "tests"]
+    ended = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=seconds)
+    lines = (ended.stdout.strip() or ended.stderr.strip() or "no output").splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return {"note": "; ".join([lines[-1].strip("= "), *failed]), "failed": failed, "exit_code": ended.returncode}
+
+
+def gpu_products(device: str) -> dict[str, Any]:
+    rate = matrix_rate(device, "bf16") / 1e12
+    return {"note": f"{rate:.0f} TFLOP/s in bf16", "teraflops": rate}
+
+
+def gpu_training(folder: str, arch: str, batch_size: int, device: str, seconds: float) -> dict[str, Any]:
+    """main_dino.py with --compile and all six augmentations, its second epoch."""
+    shutil.rmtree(os.path.join(folder, "run1"), ignore_errors=True)  # of another architecture
+    flags = ["--arch", arch, "--batch_size_per_gpu", batch_size, "--epochs", 2, *AUGMENTED]
+    flags += ["--compile"] * (device == "cuda")
+    (record,) = our_training(folder, flags, device, seconds=seconds)
+    rate, waiting, memory = (record[name] for name in ("volumes_per_second", "waiting_for_data", "peak_memory_gib"))
+    teraflops = flops_per_sample(arch, 65536) * rate / 1e12
+    attention = json.loads(Path(folder, "run1", "config.json").read_text(**TEXT))["attention"]
+    return {
+        "note": f"{rate:.0f} samples/s, {waiting:.1%} waiting for data, {teraflops:.0f} TFLOP/s, {memory:.1f} GiB, "
+        + ", ".join(f"attention of {tokens} tokens {way}" for tokens, way in attention.items()),
+        "samples_per_second": rate,
+        "waiting_for_data": waiting,
+        "teraflops": teraflops,
+        "peak_memory_gib": memory,
+        "attention": attention,
+    }
+
+
+def gpu_views(batch_size: int, repeats: int, device: str) -> dict[str, Any]:
+    """Milliseconds to render a batch that is on the device already, the plain way and in one kernel."""
+    volume, _, _ = scan(SCAN_SIZE)
+    times, differences = {}, []
+    for in_one in (False, True):  # the kernel last: a fault of it ends the process
+        for count, policy in ((3, paper_policy(["rotation", "scale", "flip"])), (6, POLICY)):
+            crops = MultiCropAugmentation(policy, GLOBAL, LOCAL, LOCAL_NUMBER)
+            patches = base_patches(volume, crops, batch_size)
+            drawn = [Sample(patch, crops.draw(0, 0, i), []) for i, patch in enumerate(patches)]
+            batch = collate(drawn).to(device)
+
+            def render(crops: MultiCropAugmentation = crops, batch: Any = batch) -> list[Tensor]:
+                return crops.render(batch.patches, batch.groups, CLIP_RANGE)
+
+            plain = render()
+            with mock.patch.object(augmentations, "VIEWS_IN_ONE_KERNEL", in_one):
+                way = "in one kernel" if augmentations.in_one_kernel(torch.device(device)) else "plain"
+                times[f"{count} augmentations, {way}"] = milliseconds(render, repeats, device)
+                differences += [float((a - b).abs().max()) for a, b in zip(render(), plain)]
+    note = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
+    return {
+        "note": f"{note} a batch of {batch_size}; views differ by at most {max(differences):.1g}",
+        "milliseconds": times,
+        "difference": max(differences),
+    }
+
+
+def gpu_step(
+    arch: str, out_dim: int, batch_size: int, compiled: bool, in_groups: bool, repeats: int, device: str
+) -> dict[str, Any]:
+    """Milliseconds of a step on ready views, its launches, and the kernels that take longest."""
+    with mock.patch.object(grouped, "IN_GROUPS", in_groups):
+        take = our_step(arch, out_dim, batch_size, device, "bf16", compiled)
+        step = milliseconds(take, repeats, device)
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][
+            : 1 + (device == "cuda")
+        ]
+        with torch.profiler.profile(activities=activities) as profiler:
+            take()
+            synchronise(device)
+    events = profiler.key_averages()
+    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = sorted(((event.self_device_time_total / 1e3, event.key) for event in kernels), reverse=True)
+    longest = [f"{time:.2f} ms {name[:60]}" for time, name in kernels[:8]]
+    busy = sum(time for time, _ in kernels)
+    return {
+        "note": "; ".join([f"{step:.1f} ms, kernels {busy:.1f} ms, {launches} launches", *longest]),
+        "milliseconds": step,
+        "kernel_milliseconds": busy,
+        "launches": launches,
+        "kernels": kernels[:40],
+    }
+
+
+def gpu_attention(batch_size: int, heads: int, lengths: Sequence[int], repeats: int, device: str) -> dict[str, Any]:
+    """Milliseconds of attention, forward and backward in bf16, for numbers of tokens and each of PyTorch's ways."""
+    times = {}
+    for tokens in lengths:
+        shape = (batch_size, heads, tokens, 64)
+        q, k, v = (torch.rand(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        for way in WAYS_TO_ATTEND:
+            name = f"{tokens} tokens {way.name.removesuffix('_ATTENTION').lower()}"
+            try:
+                with sdpa_kernel(way):
+                    times[name] = milliseconds(
+                        lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), (q, k, v)),
+                        repeats,
+                        device,
+                    )
+            except RuntimeError:  # not for this device, or not enough memory
+                times[name] = None
+    told = (f"{name} {'not here' if time is None else f'{time:.2f} ms'}" for name, time in times.items())
+    return {"note": ", ".join(told), "milliseconds": times}
+
+
+def milliseconds(call: Callable[[], Any], repeats: int, device: str) -> float:
+    """Median of so many calls, after two to warm up, until the device is done."""
+    seconds = []
+    for _ in range(2 + repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[2:])
 
 
 # ------------------------------------------------------------------------------------------------ what they all share

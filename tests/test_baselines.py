@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import augmentations
 import main_dino
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
 from dino3d import baselines
 from dino3d.data.pretraining import Sample, collate
+from dino3d.training import grouped
 from dino3d.training.nonfinite import NonFiniteSteps
 from resnet3d import BasicBlock, Bottleneck, ResNet
 from vision_transformer import ARCHITECTURES, VisionTransformer
@@ -209,9 +211,13 @@ def test_without_a_compiler_it_goes_on(tiny):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_no_step_waits_for_the_gpu(tiny, compiled):
-    """From a pinned batch to the teacher's average: torch raises where the host would wait for the device."""
+@pytest.mark.parametrize("unproven", [False, True])
+def test_no_step_waits_for_the_gpu(tiny, compiled, unproven, monkeypatch):
+    """From a pinned batch to the teacher's average, with what is off by default and without: torch raises where the
+    host would wait for the device."""
     device = torch.device("cuda")
+    monkeypatch.setattr(augmentations, "VIEWS_IN_ONE_KERNEL", unproven)
+    monkeypatch.setattr(grouped, "IN_GROUPS", unproven)
     crops = MultiCropAugmentation(paper_policy(PAPER), SIZE, PATCH, LOCAL)
     samples = [Sample(np.full(crops.patch_size, i, np.int16), crops.draw(0, 0, i), []) for i in range(BATCH)]
     (batch,) = DataLoader([samples], batch_size=None, collate_fn=collate, pin_memory=True)

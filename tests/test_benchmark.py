@@ -197,6 +197,53 @@ def test_many_volumes_and_ranks_are_simulated():
     assert megabytes > 10 and received["megabytes"] < 1.5 * megabytes  # one copy: no rank holds a second
 
 
+def test_what_a_gpu_has_to_show_is_measured_on_a_cpu_too():
+    """The parts of `benchmark.py gpu`, on a CPU and small."""
+    import benchmark
+
+    step = benchmark.gpu_step("vit_micro", 64, 1, False, True, 1, "cpu")
+    assert step["milliseconds"] > 0 and step["launches"] == 0 and not step["kernels"]
+    assert not benchmark.grouped.IN_GROUPS
+    attention = benchmark.gpu_attention(2, 2, (9, 8), 1, "cpu")["milliseconds"]
+    assert attention["9 tokens math"] > 0 and attention["8 tokens flash"] > 0 and attention["9 tokens cudnn"] is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "SCAN_SIZE", (150, 150, 110))
+        views = benchmark.gpu_views(1, 1, "cpu")
+    assert views["milliseconds"].keys() == {"3 augmentations, plain", "6 augmentations, plain"}  # no kernel on a CPU
+    assert views["difference"] == 0
+
+
+def test_a_part_that_fails_or_takes_too_long_leaves_the_others(monkeypatch, capsys):
+    """`benchmark.py gpu` with its parts replaced: what goes wrong is a row, and the rest is measured."""
+    import benchmark
+
+    def training(folder, arch, *_):
+        if arch == "vit_base":
+            raise subprocess.TimeoutExpired("main_dino.py", 1)
+        return {"note": f"{arch} trained"}
+
+    def child(task, *arguments):
+        if task is benchmark.gpu_views:
+            raise RuntimeError("CUDA error: an illegal\nmemory access")
+        monkeypatch.setattr(benchmark.time, "monotonic", lambda: 1e9 if task is benchmark.gpu_attention else 0.0)
+        return {"note": task.__name__}
+
+    monkeypatch.setattr(benchmark, "scan", lambda size: (None, None, "nothing"))
+    monkeypatch.setattr(benchmark, "write_copies", lambda *_: None)
+    monkeypatch.setattr(benchmark, "gpu_tests", lambda seconds: {"note": "41 passed"})
+    monkeypatch.setattr(benchmark, "gpu_training", training)
+    monkeypatch.setattr(benchmark, "in_child", child)
+    result = benchmark.gpu("cuda", 1, 10)
+    notes = {name: row["note"] for name, row in result["rows"].items()}
+    assert notes["tests marked gpu"] == "41 passed" and notes["vit_large from the disk"] == "vit_large trained"
+    assert notes["vit_base from the disk"].startswith("not done after")
+    assert notes["ten views"] == "failed: RuntimeError: CUDA error: an illegal memory access"
+    assert notes["attention"] == "gpu_attention"
+    benchmark.print_report({"what": "gpu", "device": "cuda", "device_name": "", "threads": 1, "versions": {}, **result})
+    assert capsys.readouterr().out.count("41 passed") == 2  # at once, and in the table
+    assert benchmark.gpu("cuda", 1, 0.01)["rows"]["attention"]["note"].startswith("left out")
+
+
 def test_a_picture_that_has_no_folder_is_refused_before_anything_is_timed(tmp_path):
     process = benchmark("growth", "--arch", "vit_tiny", "--output", tmp_path / "none" / "growth.png")
     (line,) = process.stderr.splitlines()
