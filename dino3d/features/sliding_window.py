@@ -9,6 +9,7 @@ Images are as in dino3d/data/images.py. Volumes of log-probabilities are (classe
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from augmentations import scale_intensity
@@ -26,6 +28,7 @@ from dino3d.data.layouts import Pair, read_pair
 
 LEVELS = 65535  # steps of a probability that is stored as a whole number
 BLOCK = 64  # voxels per side of what is interpolated at once
+TISSUE_ABOVE = -900  # HU: where no voxel of a window is above it there is nothing to segment; lungs have vessels
 MARGIN = 1.25  # of a device's memory: what stitching takes besides the volumes that are counted
 
 
@@ -125,6 +128,7 @@ def segment(
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     stitch_on_cpu: bool | None = None,
     before_windows: Callable[[], None] = lambda: None,
+    skip_air: bool = False,
 ) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of an image on its working grid.
 
@@ -134,11 +138,15 @@ def segment(
     clip_range: (low, high) HU that become 0 and 1; autocast: gives the context that the networks run in
     stitch_on_cpu: whether the windows are put together there; None: if the device's memory is too small for that
     before_windows: called before each batch of windows; what it raises ends the work
+    skip_air: whether windows without a voxel above TISSUE_ABOVE are not seen; what a network gives for one of nothing
+        but air stands for it. Classes can differ by that in voxels of such windows alone
     """
-    voxels = torch.from_numpy(np.ascontiguousarray(images.voxels_of(image), np.float32))[None, None]  # (1, 1, X, Y, Z)
+    voxels = torch.from_numpy(np.array(images.voxels_of(image), order="C"))[None, None]  # (1, 1, X, Y, Z)
     device = torch.device(device)
     return mean_of(
-        _log_probabilities(network, voxels, windows, clip_range, device, autocast, stitch_on_cpu, before_windows)
+        _log_probabilities(
+            network, voxels, windows, clip_range, device, autocast, stitch_on_cpu, before_windows, skip_air
+        )
         for network in networks
     )
 
@@ -152,11 +160,27 @@ def _log_probabilities(
     autocast: Callable[[], contextlib.AbstractContextManager],
     stitch_on_cpu: bool | None,
     before_windows: Callable[[], None],
+    skip_air: bool,
 ) -> Tensor:
-    """(classes, X, Y, Z) log-probabilities of one network. voxels: (1, 1, X, Y, Z) float32 HU."""
+    """(classes, X, Y, Z) log-probabilities of one network. voxels: (1, 1, X, Y, Z) HU."""
+
+    @functools.cache
+    def logits_of_air() -> Tensor:
+        return network_on(torch.full((1, 1, *windows.size), float(AIR), device=device))
 
     def logits_of(hu: Tensor) -> Tensor:
         before_windows()
+        if not skip_air:
+            return network_on(hu)
+        seen = hu.flatten(1).amax(1) > TISSUE_ABOVE  # (B,)
+        if seen.all():
+            return network_on(hu)
+        logits = logits_of_air().repeat(len(hu), 1, 1, 1, 1)
+        if seen.any():
+            logits[seen] = network_on(hu[seen])
+        return logits
+
+    def network_on(hu: Tensor) -> Tensor:
         with autocast():
             # float: bf16 would lose digits once the windows are weighted and summed
             return network(scale_intensity(hu, *clip_range)).float()
@@ -181,26 +205,48 @@ def stitch(
     each.
 
     outputs_of: gives (B, K, x, y, z) float32 of windows (B, C, x, y, z) on `device`
-    volume: (1, C, X, Y, Z) float32 HU; one that is smaller than a window is padded with air
+    volume: (1, C, X, Y, Z) HU; one that is smaller than a window is padded with air
     stitch_on_cpu: whether the windows are put together there; None: if the device's memory is too small for that
     """
-    from monai.inferers import sliding_window_inference
-
     if stitch_on_cpu is None:
         stitch_on_cpu = device.type == "cuda" and not _fits(outputs_of, volume, windows, device)
     place = torch.device("cpu") if stitch_on_cpu else device
-    return sliding_window_inference(
-        volume.to(place),
-        windows.size,
-        windows.batch_size,
-        outputs_of,
-        overlap=windows.overlap,
-        mode="gaussian",
-        padding_mode="constant",
-        cval=float(AIR),
-        sw_device=device,
-        device=place,
-    )[0]
+    sides = volume.shape[2:]
+    beyond = [max(n - side, 0) for n, side in zip(windows.size, sides)]
+    if any(beyond):
+        pad = [n for missing in reversed(beyond) for n in (missing // 2, missing - missing // 2)]
+        volume = F.pad(volume, pad, value=AIR)
+    volume = volume.to(place)
+    weights = gaussian(windows.size).to(place)
+    sums, count = None, torch.zeros(volume.shape[2:], device=place)
+    corners = list(itertools.product(*map(_starts, volume.shape[2:], windows.size, itertools.repeat(windows.overlap))))
+    for first in range(0, len(corners), windows.batch_size):
+        lows = corners[first : first + windows.batch_size]
+        boxes = [tuple(map(slice, low, np.add(low, windows.size))) for low in lows]
+        batch = torch.cat([volume[(..., *box)] for box in boxes]).to(device, torch.float32)
+        outputs = outputs_of(batch).to(place)
+        sums = torch.zeros((outputs.shape[1], *count.shape), device=place) if sums is None else sums
+        for box, output in zip(boxes, outputs):
+            sums[(slice(None), *box)].addcmul_(output, weights)
+            count[box].add_(weights)
+    sums.div_(count)
+    return sums[(slice(None), *(slice(n // 2, n // 2 + side) for n, side in zip(beyond, sides)))]
+
+
+def gaussian(size: Sequence[int]) -> Tensor:
+    """(x, y, z) how much each voxel of a window counts: 1 in its middle, an eighth of its side being one standard
+    deviation, and 0.001 at least (Isensee et al. 2021, supplementary note 2)."""
+    weights = torch.ones((), dtype=torch.float64)
+    for n in size:
+        offset = torch.arange(n, dtype=torch.float64) - (n - 1) / 2
+        weights = weights[..., None] * torch.exp(-0.5 * (offset / (n / 8)) ** 2)
+    return weights.clamp_min(1e-3).float()
+
+
+def _starts(side: int, window: int, overlap: float) -> list[int]:
+    """First voxels along an axis of the windows over `side` voxels; the last one ends with them."""
+    step = max(int(window * (1 - overlap)), 1)
+    return [*range(0, side - window, step), side - window]
 
 
 def _fits(outputs_of: Callable[[Tensor], Tensor], volume: Tensor, windows: Windows, device: torch.device) -> bool:
