@@ -10,6 +10,10 @@ its volume has the size that the model was trained on. What was written is run b
 where the two differ.
 """
 
+import dino3d.openmp  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import argparse
 import contextlib
 import hashlib

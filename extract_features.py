@@ -7,6 +7,10 @@
 --weights is a checkpoint or the output folder of a run. The same command resumes where it stopped.
 """
 
+import dino3d.openmp  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import argparse
 import collections
 import contextlib
@@ -245,7 +249,7 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
 
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.weights, args.checkpoint_key, flag="--weights")
-    precision, _ = utils.choose_precision(args.precision, None, processes.device)
+    precision, _ = utils.choose_precision(args.precision, None, processes)
     settings = {
         "weights": encoder.crc32,
         **encoder.settings(),

@@ -12,6 +12,10 @@ config.json, log.txt (one JSON object per epoch), data_list.txt, views.png, augm
 with --probe_dir also best_probe.pth, the teacher whose features were best, and probe.json, what it was compared with.
 """
 
+import dino3d.openmp  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import argparse
 import contextlib
 import functools
@@ -84,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Processes) -> None:
     """Train from where the checkpoint in the output folder is, or from the start."""
-    args.precision, notices = utils.choose_precision(args.precision, args.use_fp16, processes.device)
+    args.precision, notices = utils.choose_precision(
+        args.precision, args.use_fp16, processes, output_dir / "checkpoint.pth"
+    )
     notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank) + idle_strengths(args)
 
     # ---------------------------------------------------------------------------------------------------------- data

@@ -12,6 +12,10 @@ the best on validation; log.txt), splits.json, metrics.json, predictions.csv, re
 TensorBoard's files.
 """
 
+import dino3d.openmp  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import argparse
 import functools
 import math
@@ -155,6 +159,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     """Train fold by fold from where the checkpoints in the output folder are, or predict."""
     output_dir, processes = Path(args.output_dir), runtime.processes
     if args.predict:
+        for line in notices:
+            processes.print(line)
         predict(args.predict, args.points, args.weights, output_dir, runtime)
         return
 
@@ -512,7 +518,8 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
         columns: Sequence[str], names: list[str], paths: list[str], recipe: dict[str, Any], **more: Any
     ) -> Predictions:
         header = [*table_header(config["classes"], ["case", *columns]), "predicted"]
-        recipe, table = weights_recipe(files) | recipe, output_dir / "predictions.csv"
+        recipe = weights_recipe(files) | {"precision": runtime.precision} | recipe
+        table = output_dir / "predictions.csv"
         return Predictions(table, header, names, paths, [()] * len(paths), recipe, runtime, **more)
 
     if points:
@@ -523,7 +530,9 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
         run()
         predictions.finish(
             lambda table: (
-                predicted_summary(table, "points" if points else "crops", len(files), config, threshold)
+                predicted_summary(
+                    table, "points" if points else "crops", len(files), config, threshold, runtime.precision
+                )
                 + f"\npredictions  {predictions.table}"
             )
         )
@@ -588,7 +597,7 @@ def new_points(
 
 
 def predicted_summary(
-    table: Sequence[dict[str, str]], unit: str, folds: int, config: dict[str, Any], threshold: float
+    table: Sequence[dict[str, str]], unit: str, folds: int, config: dict[str, Any], threshold: float, precision: str
 ) -> str:
     """How many crops or points were predicted to be of which class. table: rows of predictions.csv"""
     classes = config["classes"]
@@ -598,7 +607,7 @@ def predicted_summary(
     predicted = np.array([int(row["predicted"]) for row in table if row["predicted"]], int)
     counts = ", ".join(f"{name}: {n}" for name, n in zip(names, np.bincount(predicted, minlength=classes)))
     told = f" (threshold {threshold:.3f})" if classes == 2 else ""
-    return f"{len(predicted)} {unit}, mean of {folds} fold{'s' * (folds > 1)}; {counts}{told}"
+    return f"{len(predicted)} {unit}, mean of {folds} fold{'s' * (folds > 1)}, {precision}; {counts}{told}"
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown

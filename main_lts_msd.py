@@ -11,6 +11,10 @@ the best on validation; log.txt; masks and overlays of the test cases), splits.j
 report.html, config.json, TensorBoard's files; and cache, which is only needed during training.
 """
 
+import dino3d.openmp  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import argparse
 import collections
 import contextlib
@@ -147,6 +151,13 @@ def get_args_parser() -> command_line.ArgumentParser:
     )
     command_line.boolean_flag(
         group,
+        "--skip_air",
+        True,
+        f"windows of evaluation and prediction without a voxel above {sliding_window.TISSUE_ABOVE} HU are not run: "
+        "what the network gives for nothing but air stands for them; false: every window is run",
+    )
+    command_line.boolean_flag(
+        group,
         "--save_probabilities",
         False,
         "with --predict: write each CT's probability map of each foreground class too, as NIfTI on the CT's own voxels",
@@ -188,7 +199,9 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     output_dir, processes = Path(args.output_dir), runtime.processes
     given = {name: getattr(args, name) for name in MASKS if getattr(args, name) is not None}
     if args.predict:
-        predict(args.predict, args.weights, output_dir, given, args.save_probabilities, runtime)
+        for line in notices:
+            processes.print(line)
+        predict(args.predict, args.weights, output_dir, given, args.skip_air, args.save_probabilities, runtime)
         return
     vars(args).update(MASKS | given)
 
@@ -253,7 +266,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
         args.seed,
     )
     train_config = TrainConfig.from_flags(vars(args))
-    settings = inference_settings(vars(args), args.batch_size_per_gpu)
+    settings = inference_settings(vars(args), args.batch_size_per_gpu, args.skip_air)
 
     # ------------------------------------------------------------------------------------------------------ training
     start_run(output_dir, config, FIXED, splits, data, processes, len(names))
@@ -491,7 +504,13 @@ def show_test_cases(state: FoldState, writer: Any, cases: Cases, settings: Infer
 
 
 def predict(
-    source: str, weights: str, output_dir: Path, given: dict[str, Any], save_probabilities: bool, runtime: Runtime
+    source: str,
+    weights: str,
+    output_dir: Path,
+    given: dict[str, Any],
+    skip_air: bool,
+    save_probabilities: bool,
+    runtime: Runtime,
 ) -> None:
     """Write a mask for each volume that --predict names: the mean over the folds of a run. Raises UserError if some
     failed.
@@ -505,7 +524,7 @@ def predict(
     for file in files:
         model, config, _ = load_fold(file, segmenter_of, "decoder")
         networks.append(model.to(processes.device).eval())
-    settings = inference_settings(config | given, runtime.batch_size)
+    settings = inference_settings(config | given, runtime.batch_size, skip_air)
     outputs = [outputs_of(output_dir, name, config["classes"], save_probabilities) for name in names]
     require_own_names(outputs, names)
     predictions = Predictions(
@@ -514,13 +533,15 @@ def predict(
         [without_suffix(name) for name in names],
         paths,
         [of_scan.files for of_scan in outputs],
-        weights_recipe(files) | {name: (config | given)[name] for name in MASKS},
+        weights_recipe(files)
+        | {name: (config | given)[name] for name in MASKS}
+        | {"precision": runtime.precision, "skip_air": skip_air},
         runtime,
         new.known(),
     )
     processes.print(
         f"{len(names)} volumes, mean of {len(files)} fold{'s' * (len(files) > 1)}, "
-        f"{format_values(config['spacing'])} mm{predictions.done_before()}"
+        f"{format_values(config['spacing'])} mm, {runtime.precision}{predictions.done_before()}"
     )
     for line in processes.run_on_main(lambda: odd_headers([paths[at] for at in predictions.todo])):
         processes.print(line)

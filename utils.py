@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from dino3d.command_line import UserError, exit_status
 from dino3d.launch import meet, read_environment
+from dino3d.mixed_precision import multiplies_bf16
 from dino3d.run_lock import own_folder
-from dino3d.weights import load_file, load_pretrained_weights  # noqa: F401  users import them from here
+from dino3d.weights import load_config, load_file, load_pretrained_weights  # noqa: F401  users import them from here
 
 EXIT_FILES = 124  # of a loader's reading process that may open no more files
 # What a run writes before its first step: where nothing else is there, a start has failed
@@ -78,20 +79,54 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def choose_precision(precision: str | None, use_fp16: bool | None, device: torch.device) -> tuple[str, list[str]]:
-    """The precision to use on a device, and notices. precision, use_fp16: the flags, None where they are not given."""
-    notices = []
+def choose_precision(
+    precision: str | None, use_fp16: bool | None, processes: "Processes", resumed: Path | None = None
+) -> tuple[str, list[str]]:
+    """The precision to use, the same on all ranks, and notices.
+
+    precision, use_fp16: the flags, None where they are not given
+    resumed: checkpoint of a run that is resumed where the file is there, and keeps its precision
+    """
+    notices, on_cpu = [], processes.device.type == "cpu"
     if use_fp16 is not None:
         precision = precision or (None if use_fp16 else "fp32")
         notices.append(
             "--use_fp16 is now --precision: "
-            + ("mixed precision is the default on GPUs" if use_fp16 else "false stands for fp32")
+            + ("mixed precision is the default where the device has it" if use_fp16 else "false stands for fp32")
         )
-    if precision == "fp16" and device.type == "cpu":
+    if precision == "fp16" and on_cpu:
         raise UserError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16", everywhere=True)
+    if on_cpu:
+        able = processes.all_gather(multiplies_bf16())
+        default = "bf16" if all(able) else "fp32"
+        some = "" if not any(able) or all(able) else f" of {able.count(False)} of {len(able)} processes"
+        why = f"the CPUs{some} {'multiply in' if all(able) else 'have no instructions for'} bf16"
+    else:
+        default = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        why = f"the default of a GPU {'with' if default == 'bf16' else 'without'} bf16"
+    before = processes.run_on_main(lambda: precision_of_run(resumed, on_cpu)) if resumed else None
+    if before == "fp16" and on_cpu:
+        why += ", and fp16, in which the run was trained before, needs a GPU"
+    elif before:
+        default, why = before, "in which the run was trained before"
     if precision is None:
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return precision, notices
+        notices.append(f"--precision {default}: {why}")
+    elif before and precision != before:
+        notices.append(f"--precision {precision}: the run was trained in {before} before")
+    return precision or default, notices
+
+
+def precision_of_run(path: Path, on_cpu: bool) -> str | None:
+    """That of the run whose checkpoint is at `path`, or an earlier one beside it; None where there is none.
+
+    Older versions, which did not note it, trained in single precision on CPUs.
+    """
+    for one in (path, *sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))):
+        config = load_config(one) if one.is_file() else None
+        if config:
+            found = config.get("precision") or ("fp32" if on_cpu else None)
+            return found if found in PRECISIONS else None
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------- processes

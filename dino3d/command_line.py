@@ -422,8 +422,9 @@ def precision_flag(group: Any) -> None:
         "--precision",
         default=None,
         choices=("bf16", "fp16", "fp32"),
-        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs that have it, "
-        "else fp16; fp32 on CPUs",
+        help="mixed precision of the matrix products: bf16, fp16 or fp32 (off); default: bf16 on GPUs and CPUs "
+        "that multiply in it (CPUs: AVX512-BF16 or AMX), else fp16 on GPUs and fp32 on CPUs; a resumed run keeps "
+        "its own",
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dino3d import __version__
+from dino3d import __version__, openmp
 from dino3d.command_line import UserError, git_revision, truncate_list
 
 # Of every text file, whatever the locale: names of files may be any bytes
@@ -256,6 +256,7 @@ def write_config(path: Path, arguments: dict[str, Any], processes: Any, device: 
             "arguments": arguments,
             "world_size": processes.world_size,
             "device": device,
+            "openmp": openmp.openmp_settings(),
             **more,
             "git_revision": git_revision(),
             "versions": versions(),

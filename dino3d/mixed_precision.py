@@ -1,7 +1,8 @@
-"""What a training step in mixed precision needs besides autocast: weights cast together, attention in bf16 on a CPU."""
+"""Mixed precision besides autocast: weights cast together, which CPUs multiply in bf16, attention in bf16 on a CPU."""
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,15 +46,34 @@ class Cast(torch.autograd.Function):
         return None, *(copy for copy, _ in pairs)
 
 
-# --------------------------------------------------------------------------------------------------- attention on a CPU
+# ------------------------------------------------------------------------------------------------------- bf16 on a CPU
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of this machine's processor, as /proc/cpuinfo names them."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return frozenset(name for name, there in torch.cpu.get_capabilities().items() if there is True)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system than Linux
+        lines = []
+    return frozenset(flag for line in lines if line.startswith("flags") for flag in line.split())
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for products of bf16 (AVX512-BF16 or AMX), and torch uses them: without them
+    bf16 is slower than single precision."""
+    # Whoever limits torch to older instructions (ATEN_CPU_CAPABILITY) has no use for newer ones
+    limited = not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return not limited and torch.backends.mkldnn.is_available() and bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 @functools.cache
 def multiplies_bf16_by_row() -> bool:
     """Whether the CPU has products of bf16 (AVX512-BF16) but not of whole tiles (AMX), for which PyTorch's own
     attention is written."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
-    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
+    return multiplies_bf16() and "amx_tile" not in cpu_flags()
 
 
 def attends_by_products(qkv: Tensor) -> bool:

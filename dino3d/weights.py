@@ -46,17 +46,8 @@ MOST_ENTRIES = 200_000  # of all dicts in a file
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def load_file(path: Path | str) -> Any:
-    """What torch.save wrote, or `read_safetensors` gives, with nothing in it ever executed.
-
-    Tensors, numbers, text, lists and dicts, and by name argparse.Namespace, NumPy scalars and pathlib's paths, which
-    become pure ones. Raises FileNotFoundError, ValueError; the latter also where the file carries a checksum that it
-    does not match.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: " + ("is a folder, expected a file" if os.path.isdir(path) else "no such file")
-        )
+def _harmless() -> list[Any]:
+    """What besides tensors a checkpoint may hold."""
     allowed = [
         argparse.Namespace,
         np.dtype,
@@ -74,6 +65,31 @@ def load_file(path: Path | str) -> Any:
     for system, kind in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)):
         for name in (f"{system}Path", f"Pure{system}Path"):
             allowed += [(kind, f"pathlib.{name}"), (kind, f"pathlib._local.{name}")]
+    return allowed
+
+
+def load_config(path: Path | str) -> dict[str, Any] | None:
+    """The "config" of a checkpoint, whose tensors are not read; None where there is none, or it can't be read so."""
+    try:
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("config")
+    except Exception:  # as many kinds as there are damages, which whoever reads all of it tells
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def load_file(path: Path | str) -> Any:
+    """What torch.save wrote, or `read_safetensors` gives, with nothing in it ever executed.
+
+    Tensors, numbers, text, lists and dicts, and by name argparse.Namespace, NumPy scalars and pathlib's paths, which
+    become pure ones. Raises FileNotFoundError, ValueError; the latter also where the file carries a checksum that it
+    does not match.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: " + ("is a folder, expected a file" if os.path.isdir(path) else "no such file")
+        )
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -84,7 +100,7 @@ def load_file(path: Path | str) -> Any:
         by_name = str(path).lower().endswith(".safetensors") and not start.startswith((ZIP_START, b"\x80"))
         if start[8:] == b"{" or by_name:
             return read_safetensors(path)
-        with open_verified(path) as file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        with open_verified(path) as file, torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of a strange file, besides raising
             return torch.load(file, map_location="cpu", weights_only=True)
     except ModuleNotFoundError as error:

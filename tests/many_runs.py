@@ -26,6 +26,8 @@ from survive import ROOT  # noqa: E402
 
 DATA = ["--num_workers", "0", "--warmup_epochs", "0", "--drop_path_rate", "0"]
 SMALL = [
+    "--precision",
+    "fp32",
     "--arch",
     "vit_tiny",
     "--input_size",

@@ -24,6 +24,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
+    "--precision",
+    "fp32",
     "--arch",
     "vit_tiny",
     "--input_size",

@@ -174,6 +174,8 @@ def test_classifier_gives_what_predict_gives(runs, exported, tmp_path):
             str(runs[0] / "lnc"),
             "--output_dir",
             str(tmp_path / "out"),
+            "--precision",
+            "fp32",
             "--num_workers",
             "0",
         ]

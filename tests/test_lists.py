@@ -17,6 +17,7 @@ from dino3d.data.lists import crops_of_list, pairs_of_list, read_list
 from dino3d.files import read_json, read_table
 
 __all__ = ["run", "smaller_model"]  # fixtures
+EXACT = ["--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_words_are_remembered_and_subsets_rotate(crops, tmp_path, capsys, run):
     assert code == 1 and "has no column subset" in errors[0]
     new = write_table(crops / "new.csv", ["path", "patient"], [rows[3][::2], rows[0][::2]])
     code, said, errors = run_main(
-        capsys, "--predict", new, "--weights", tmp_path / "out", "--output_dir", tmp_path / "new", tiny=[]
+        capsys, "--predict", new, "--weights", tmp_path / "out", "--output_dir", tmp_path / "new", tiny=EXACT
     )
     assert code == 0 and not errors
     assert "label0 (benign): " in said and "label1 (malignant): " in said
@@ -182,7 +183,7 @@ def test_words_are_remembered_and_subsets_rotate(crops, tmp_path, capsys, run):
     assert [row["patient"] for row in found] == [rows[3][2], rows[0][2]]
     one = crops / rows[0][0]
     code, _, errors = run_main(
-        capsys, "--predict", one, "--weights", tmp_path / "out", "--output_dir", tmp_path / "one", tiny=[]
+        capsys, "--predict", one, "--weights", tmp_path / "out", "--output_dir", tmp_path / "one", tiny=EXACT
     )
     alone = read_table(tmp_path / "one" / "predictions.csv")
     assert code == 0 and len(alone) == 1 and alone[0]["case"] == one.name.removesuffix(".nii.gz")

@@ -44,6 +44,8 @@ TINY = [
     "1",
     "--saveckp_freq",
     "0",
+    "--precision",
+    "fp32",
 ]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 

@@ -42,6 +42,8 @@ TINY = [
     "2",
     "--drop_path_rate",
     "0",
+    "--precision",
+    "fp32",
 ]
 SMALL = functools.partial(VisionTransformer, embed_dim=48, depth=2, num_heads=3)
 
@@ -678,7 +680,7 @@ def test_prediction_repeats_the_test(crops, tmp_path, capsys):
             tmp_path / weights,
             "--output_dir",
             tmp_path / out,
-            tiny=["--num_workers", "0"],
+            tiny=["--precision", "fp32", "--num_workers", "0"],
         )
         assert code == 0 and not errors and str(tmp_path / out / "predictions.csv") in said
     one, mean = predictions(tmp_path / "one"), predictions(tmp_path / "all")

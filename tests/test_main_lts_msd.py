@@ -59,8 +59,10 @@ TINY = [
     "0.3",
     "--warmup_epochs",
     "0",
+    "--precision",
+    "fp32",
 ]
-PREDICT = ["--num_workers", "0", "--batch_size_per_gpu", "4"]
+PREDICT = ["--precision", "fp32", "--num_workers", "0", "--batch_size_per_gpu", "4"]
 SMALL = functools.partial(VisionTransformer, embed_dim=48, depth=3, num_heads=3)
 ORIENTATIONS = ("LPS", "RAS", "IRP", "SAL")  # that cases are stored in, one after the other
 COLUMNS = ["case", "fold", "class", "dice", "surface_dice", "hausdorff95_mm", "volume_ml", "predicted_ml"]
@@ -888,13 +890,16 @@ def test_prediction_repeats_the_test(cases, trained, tmp_path):
         )
 
 
-def test_folds_are_averaged(trained, tmp_path):
-    """On the networks' own grid: where the mean of both folds' probabilities is above a half."""
+def test_folds_are_averaged(trained, tmp_path, monkeypatch):
+    """On the networks' own grid: where the mean of both folds' probabilities is above a half. The scan is read once."""
+    reads = []
+    monkeypatch.setattr(main_lts_msd, "read_image", lambda path: reads.append(path) or read_image(path))
     config = torch.load(trained.folder / "0" / "best.pth")["config"]
     voxels, _, _ = phantom(41, (30, 29, 17), lesions=2)
     save(tmp_path / "new" / "scan.nii.gz", voxels, np.diag([*config["spacing"], 1.0]))
     for where, out in (("", "mean"), ("0", "0"), ("1", "1")):
         assert predict(tmp_path / "new", trained.folder / where, tmp_path / out)[0] == 0
+    assert len(reads) == 3  # for both folds, for the first and for the second
     masks = {out: in_ras(tmp_path / out / "scan.nii.gz")[0] for out in ("mean", "0", "1")}
     image = read_image(tmp_path / "new" / "scan.nii.gz")
     probabilities = [

@@ -12,6 +12,7 @@ from raw_inputs import write_table
 from test_main_lts_msd import assert_one_error, cases, phantom, predict, run_main, save, smaller_model
 
 import main_lts_msd
+from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError
 from dino3d.data.images import voxels_of
 from dino3d.features.sliding_window import LEVELS, Grid, to_scan_grid, to_scan_levels
@@ -211,7 +212,7 @@ def test_an_array_gets_the_mask_that_its_file_gets(new, listed, name):
     scans, out = new
     path = next(path for path in scans.iterdir() if path.name.startswith(name))
     image = nibabel.load(path)
-    mask = segment_volume(listed[0], np.asarray(image.dataobj), image.affine)
+    mask = segment_volume(listed[0], np.asarray(image.dataobj), image.affine, precision="fp32")  # as in PREDICT
     assert mask.dtype == np.uint8 and mask.shape == image.shape
     np.testing.assert_array_equal(mask, np.asarray(nibabel.load(out / path.name).dataobj))
 
@@ -224,5 +225,7 @@ def test_an_array_that_is_no_ct_is_refused(listed):
     ):
         with pytest.raises(DataError, match=said):
             segment_volume(listed[0], voxels.tolist(), np.eye(4))
+    with pytest.raises(UserError, match="precision fp64: expected bf16, fp16 or fp32"):
+        segment_volume(listed[0], np.zeros((9, 9, 9)), np.eye(4), precision="fp64")
     with pytest.raises(DataError, match="an affine of 3 x 4, expected 4 x 4"):
         segment_volume(listed[0], np.zeros((9, 9, 9)), np.eye(4)[:3])

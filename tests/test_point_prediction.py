@@ -12,7 +12,7 @@ from dino3d.files import read_table
 from dino3d.finetune import point_prediction
 
 __all__ = ["run", "smaller_model"]  # fixtures
-HERE = ["--batch_size_per_gpu", "6", "--num_workers", "0"]
+HERE = ["--precision", "fp32", "--batch_size_per_gpu", "6", "--num_workers", "0"]
 HEADER = ["seriesuid", "coordX", "coordY", "coordZ"]
 SERIES = {f"1.2.{k}": f"subset{k % 3}" for k in range(1, 7)}
 

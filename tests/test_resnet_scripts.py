@@ -29,7 +29,7 @@ from resnet3d import RESNETS, BasicBlock, ResNet
 from vision_transformer import ARCHITECTURES
 
 SIZE = (24, 24, 12)
-TINY = ["--num_workers", "0", "--k_fold", "2", "--warmup_epochs", "0"]
+TINY = ["--precision", "fp32", "--num_workers", "0", "--k_fold", "2", "--warmup_epochs", "0"]
 SCRIPTS = {"lnc": main_lnc_luna16, "lts": main_lts_msd}
 
 

@@ -95,7 +95,9 @@ def test_the_temperature_is_validations_best(run, monkeypatch, capsys):
     split = json.loads((out / "splits.json").read_text())["splits"][0]
     record = metrics(out)["folds"][0]
     code, _, err = run_main(
-        capsys, "--predict", crops, "--weights", out / "0", "--output_dir", out.parent / "new", tiny=[]
+        capsys,
+        *("--predict", crops, "--weights", out / "0", "--output_dir", out.parent / "new", "--precision", "fp32"),
+        tiny=[],
     )
     assert code == 0, err
     rows = [
@@ -131,7 +133,14 @@ def test_older_folds_predict_as_before(run, tmp_path, capsys):
     (tmp_path / "old").mkdir()
     torch.save(state, tmp_path / "old" / "best.pth")
     code, said, err = run_main(
-        capsys, "--predict", flags[1], "--weights", tmp_path / "old", "--output_dir", tmp_path / "new", tiny=[]
+        capsys,
+        "--predict",
+        flags[1],
+        "--weights",
+        tmp_path / "old",
+        "--output_dir",
+        tmp_path / "new",
+        tiny=["--precision", "fp32"],
     )
     assert code == 0 and "threshold 0.500" in said, err
     new = {row["case"]: float(row["probability"]) for row in read_table(tmp_path / "new" / "predictions.csv")}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import utils
+from dino3d.command_line import UserError
 from dino3d.data.conventions import Stored
 from dino3d.data.images import make_image, voxels_of
 from dino3d.data.parallel import progress
@@ -19,6 +20,7 @@ from dino3d.data.volume import Volume
 from dino3d.features import sliding_window
 from dino3d.features.sliding_window import Windows, grid_of
 from dino3d.finetune import mask_metrics
+from dino3d.finetune.cpu_inference import faster
 from dino3d.finetune.fold_folders import fold_files, load_fold
 from dino3d.finetune.heads import Segmenter, segmenter_of
 from dino3d.finetune.runtime import Runtime
@@ -27,16 +29,18 @@ MASKS = {"overlap": 0.25, "largest_component": False, "min_volume": 0.0}  # how 
 
 
 class InferenceSettings(NamedTuple):
-    """How whole cases are segmented. tolerance: mm; final: function of a mask and its spacing that cleans it."""
+    """How whole cases are segmented. tolerance: mm; final: function of a mask and its spacing that cleans it.
+    skip_air: see `sliding_window.segment`"""
 
     windows: Windows
     clip_range: Sequence[float]
     tolerance: float
     final: Callable[[np.ndarray, Sequence[float]], np.ndarray]
+    skip_air: bool = True
 
 
-def inference_settings(config: dict[str, Any], batch_size: int) -> InferenceSettings:
-    """The InferenceSettings of a run's config. batch_size: windows at a time"""
+def inference_settings(config: dict[str, Any], batch_size: int, skip_air: bool = True) -> InferenceSettings:
+    """The InferenceSettings of a run's config. batch_size: windows at a time on a GPU"""
     final = functools.partial(
         mask_metrics.clean, largest_component=config["largest_component"], min_volume=config["min_volume"]
     )
@@ -45,6 +49,7 @@ def inference_settings(config: dict[str, Any], batch_size: int) -> InferenceSett
         config["clip_range"],
         config["tolerance"],
         final,
+        skip_air,
     )
 
 
@@ -56,7 +61,10 @@ def predict_log_probabilities(
     shows_progress: bool = False,
 ) -> Tensor:
     """(classes, X, Y, Z) log-probabilities of an image on the working grid. Raises StopRequested."""
-    batches = len(networks) * sliding_window.count_batches(image.GetSize(), settings.windows)
+    device, windows = runtime.processes.device, settings.windows
+    if device.type == "cpu":  # several at once only take more memory, and time where the caches are too small for them
+        windows, networks = windows._replace(batch_size=1), list(map(faster, networks))
+    batches = len(networks) * sliding_window.count_batches(image.GetSize(), windows)
     with progress(batches, "window", shows_progress and runtime.processes.is_main) as bar:
 
         def before_windows() -> None:
@@ -66,11 +74,12 @@ def predict_log_probabilities(
         return sliding_window.segment(
             networks,
             image,
-            settings.windows,
+            windows,
             settings.clip_range,
-            runtime.processes.device,
+            device,
             runtime.autocast,
             before_windows=before_windows,
+            skip_air=settings.skip_air,
         )
 
 
@@ -104,19 +113,27 @@ def mask_and_levels(
 
 
 def segment_volume(
-    weights: Path | str, volume: np.ndarray, affine: np.ndarray, device: torch.device | str | None = None
+    weights: Path | str,
+    volume: np.ndarray,
+    affine: np.ndarray,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
 ) -> np.ndarray:
     """(X, Y, Z) uint8 mask of a CT in an array, as `main_lts_msd.py --predict` writes for a file of it.
 
     weights: --output_dir of a trained run (the mean of its folds), a fold in it, or a best.pth
     volume: (X, Y, Z) Hounsfield units; affine: (4, 4) from voxel indices to RAS mm, in any orientation, as nibabel's
-    device: a GPU if there is one. Raises UserError for the weights, DataError for what is no CT in HU.
+    device: a GPU if there is one; precision: one of `utils.PRECISIONS`, by default what --predict would take there
+    Raises UserError for the weights or precision, DataError for what is no CT in HU.
     """
+    if precision not in (None, *utils.PRECISIONS):
+        raise UserError(f"precision {precision}: expected bf16, fp16 or fp32")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = [load_fold(file, segmenter_of, "decoder") for file in fold_files(weights)]
     config = loaded[-1][1]
-    dtype = utils.PRECISIONS[utils.choose_precision(None, None, device)[0]]
-    runtime = Runtime(utils.Processes(device=device), dtype, batch_size=1, workers=0)
+    processes = utils.Processes(device=device)
+    dtype = utils.PRECISIONS[utils.choose_precision(precision, None, processes)[0]]
+    runtime = Runtime(processes, dtype, batch_size=1, workers=0)
     volume = np.asarray(volume)
     stored = Stored(volume.shape, np.asarray(affine, float), lambda slices: volume[slices])
     with Volume("array", stored) as scan:

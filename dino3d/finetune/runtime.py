@@ -53,6 +53,10 @@ class Runtime(NamedTuple):
                 everywhere=True,
             )
 
+    @property
+    def precision(self) -> str:
+        return next(name for name, dtype in utils.PRECISIONS.items() if dtype == self.dtype)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -67,7 +71,8 @@ def start_runtime(values: Mapping[str, Any]) -> Iterator[tuple[Runtime, str, lis
     output_dir, workers = Path(values["output_dir"]), values["num_workers"]
     processes = utils.distributed_init()
     with utils.own_output_dir(output_dir, processes):
-        precision, notices = utils.choose_precision(values["precision"], values["use_fp16"], processes.device)
+        resumed = None if values["predict"] else output_dir / "0" / "checkpoint.pth"
+        precision, notices = utils.choose_precision(values["precision"], values["use_fp16"], processes, resumed)
         notices += command_line.ignored_flags(dist_url=values["dist_url"], local_rank=values["local_rank"])
         workers = min(16, cores_per_process(processes)) if workers is None else workers
         stop_signal = StopSignal(processes, output_dir / "preempted")
