@@ -244,6 +244,23 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(monkeypatch, caps
     assert benchmark.gpu("cuda", 1, 0.01)["rows"]["attention"]["note"].startswith("left out")
 
 
+def test_tests_that_take_too_long_are_told_as_far_as_they_came(monkeypatch):
+    import benchmark
+
+    output = b"tests/a.py::test_x[1 2] PASSED [ 10%]\ntests/a.py::test_y FAILED [ 20%]\ntests/a.py::test_z "
+
+    def run(words, timeout, **_):
+        if timeout < 1:
+            raise subprocess.TimeoutExpired(words, timeout, output)
+        return subprocess.CompletedProcess(words, 1, b"", b"No module named pytest")
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    found = benchmark.gpu_tests(0.4)
+    assert found["failed"] == ["tests/a.py::test_y"] and len(found["passed"]) == 1
+    assert found["note"] == "1 passed, 1 failed, not done after 0 s; tests/a.py::test_y"
+    assert benchmark.gpu_tests(2)["note"] == "No module named pytest, exit code 1"
+
+
 def test_a_picture_that_has_no_folder_is_refused_before_anything_is_timed(tmp_path):
     process = benchmark("growth", "--arch", "vit_tiny", "--output", tmp_path / "none" / "growth.png")
     (line,) = process.stderr.splitlines()
