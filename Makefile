@@ -30,11 +30,13 @@ RUNTIME = $(VENV)/.runtime-installed
 TEST = $(VENV)/.test-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test lint clean-demo
+.PHONY: help demo study results results-all test lint clean-demo
 
 help:
 	@echo "make demo        install, fetch two lung CTs, pre-train a small model, fine-tune it and learn one lesion by heart (demo/)"
 	@echo "make study       install, make 20 synthetic chests, and compare four ways to pre-train on them (demo/study/)"
+	@echo "make results     one seed of the README's evidence once more, into evidence/ (an hour; DATA=../shared/data or LUNA16)"
+	@echo "make results-all what results/ lacks of its tables: says how long first (hours), and resumes"
 	@echo "make test        install and run the tests"
 	@echo "make lint        install and check the code's format (ruff)"
 	@echo "make clean-demo  delete demo/"
@@ -71,6 +73,17 @@ study: $(RUNTIME)
 	@printf '%s\n' "" "The study is done. To look at:" \
 		"  demo/study/result/report.html  tables, figure and the paper's claims; intervals hold what few patients and seeds leave open" \
 		"  demo/study/result/arms/paper/seed0/pretrain/views.png  what pre-training sees of a synthetic chest"
+
+# DATA, WORK and SEEDS as results/study_of_halves.sh has them
+results: $(RUNTIME)
+	SEEDS="$${SEEDS:-0}" OUT=evidence/repeated PYTHON="$(VENV)/bin/python" results/classification.sh
+	@printf '%s\n' "" "Repeated: evidence/repeated/classification/results.md; published: results/classification/results.md"
+
+results-all: $(RUNTIME)
+	PYTHON="$(VENV)/bin/python" results/classification.sh --plan
+	PYTHON="$(VENV)/bin/python" results/augmentations.sh --plan
+	PYTHON="$(VENV)/bin/python" results/classification.sh
+	PYTHON="$(VENV)/bin/python" results/augmentations.sh
 
 # Two at a time, each file by one process; one thread each: threads of several processes wait for one another
 test: $(TEST)

@@ -136,7 +136,7 @@ def get_args_parser() -> ArgumentParser:
         default=(),
         metavar="FILE",
         help="tables of features, or shell patterns of them, that get records too, judged by the probe, as "
-        "those of extract_features.py --trivial",
+        "those of extract_features.py --trivial; each is called what stands last in its name, as trivial-radial",
     )
     group.add_argument(
         "--from_records",
@@ -235,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def record(job: StudyJob) -> None:
         """At once, so that what is done stays when the rest is not."""
         if records and job.stage != PRETRAIN:
-            records.write(study, job, next(unit for unit in units if job in unit))
+            with threadpool_limits(1):
+                records.write(study, job, next(unit for unit in units if job in unit))
 
     lock = study.folder if args.job is None else units[args.job][0].unit
     study.folder.mkdir(parents=True, exist_ok=True)
@@ -322,7 +323,8 @@ def finish(
                 for job in unit:
                     if job.stage != PRETRAIN and job.is_done():
                         records.write(study, job, unit)
-            records.write_features(study)
+            if any(job.is_done() for job in jobs):  # where all is recorded, so are these, and their files not there
+                records.write_features(study)
             print(f"records      {records.folder}")
         scores = [one for task in study.tasks if (one := score_task(study, task, jobs, args.draws)) is not None]
         found = compare_arms(scores, [arm.name for arm in study.arms])

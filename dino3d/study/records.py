@@ -82,8 +82,9 @@ class RecordFolder(NamedTuple):
         if "probe" not in study.data:
             raise UserError("--features: are judged by the probe: give --probe, the labelled cases")
         paths = expand_patterns(self.features, "--features")
-        names = table_names(paths)
-        if odd := [name for name in names if not ARM_NAME.fullmatch(name) or name in {arm.name for arm in study.arms}]:
+        names = [name.rpartition(".")[2] for name in table_names(paths)]  # ENCODER.trivial-radial: trivial-radial
+        taken = [arm.name for arm in study.arms]
+        if odd := [n for i, n in enumerate(names) if not ARM_NAME.fullmatch(n) or n in taken + names[:i]]:
             raise UserError(
                 f"--features {odd[0]}: is no name of its own, of letters, digits and _ . + -: rename the file"
             )
