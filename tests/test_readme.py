@@ -147,7 +147,9 @@ def test_files_that_are_named_exist():
 
 def test_modules_are_all_named():
     modules = {
-        path.relative_to(ROOT).as_posix() for pattern in ("*.py", "dino3d/**/*.py") for path in ROOT.glob(pattern)
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "results/*.py", "dino3d/**/*.py")
+        for path in ROOT.glob(pattern)
     }
     modules = {module for module in modules if not module.endswith("__init__.py")}
     named = re.findall(r"^\| `([\w/]+\.py)` \|", PAGES["docs/development.md"], re.M)
