@@ -103,7 +103,6 @@ def get_args_parser() -> ArgumentParser:
         "--against",
         nargs="+",
         metavar="ARM",
-        default=list(COMPARED_WITH),
         help="arms that the tables and the figure compare every arm with; all pairs stand in differences.csv; default: "
         f"{' '.join(COMPARED_WITH)}, those of them that there are",
     )
@@ -133,7 +132,6 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--features",
         nargs="+",
-        default=(),
         metavar="FILE",
         help="tables of features, or shell patterns of them, that get records too, judged by the probe, as "
         "those of extract_features.py --trivial; each is called what stands last in its name, as trivial-radial",
@@ -200,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_one_process(os.environ)
 
     if args.from_records:
-        tables_from_records(args.from_records, args.output_dir, args.arms, args.against, args.draws)
+        tables_from_records(args.from_records, args.output_dir, args.arms, args.against or COMPARED_WITH, args.draws)
         return
 
     # ------------------------------------------------------------------------------------------------------- the study
@@ -305,7 +303,7 @@ def records_of(args: argparse.Namespace) -> RecordFolder | None:
     if args.records is None:
         return None
     patients = tested_patients(args.patients) if args.patients else None
-    return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features))
+    return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features or ()))
 
 
 def finish(
@@ -344,7 +342,7 @@ def finish(
             words["flags"],
             made_with(jobs),
             notices + limits(scores, found, args.draws),
-            args.against,
+            args.against or COMPARED_WITH,
         )
         write_outcome(told, scores, found)
         write_times(study)
