@@ -20,7 +20,15 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from dino3d.command_line import ArgumentParser, UserError, available_cores, exit_status, help_flags, number
+from dino3d.command_line import (
+    ArgumentParser,
+    UserError,
+    available_cores,
+    did_you_mean,
+    exit_status,
+    help_flags,
+    number,
+)
 from dino3d.evaluation.comparison import LEVEL
 from dino3d.evaluation.statistics import FEWEST_PATIENTS
 from dino3d.run_lock import own_folder
@@ -198,12 +206,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_one_process(os.environ)
 
     if args.from_records:
-        tables_from_records(args.from_records, args.output_dir, args.arms, args.against or COMPARED_WITH, args.draws)
+        tables_from_records(args.from_records, args.output_dir, args.arms, args.against, args.draws)
         return
 
     # ------------------------------------------------------------------------------------------------------- the study
     folder = Path(os.path.abspath(args.output_dir))  # jobs run where the study began, maybe elsewhere
     study, lines = define(folder, given_by(args), choose_arms(None, {}))
+    require_known(args.against, [arm.name for arm in study.arms])
     units = all_units(study)
     jobs = [job for unit in units for job in unit]
     print(*lines, sep="\n", end="\n" if lines else "")
@@ -357,6 +366,13 @@ def finish(
         )
 
 
+def require_known(against: Sequence[str] | None, arms: Sequence[str]) -> None:
+    """Raise UserError for an arm of --against that there is not."""
+    for name in against or ():
+        if name not in arms:
+            raise UserError(f"--against {name}: is none of {', '.join(arms)}" + did_you_mean(name, arms))
+
+
 def limits(scores: Sequence[TaskScores], found: Comparison, draws: int) -> list[str]:
     """What the draws, patients and seeds at hand can't show."""
     notices = []
@@ -376,11 +392,12 @@ def limits(scores: Sequence[TaskScores], found: Comparison, draws: int) -> list[
 
 
 def tables_from_records(
-    folder: Path, output: Path, names: Sequence[str] | None, against: Sequence[str], draws: int
+    folder: Path, output: Path, names: Sequence[str] | None, against: Sequence[str] | None, draws: int
 ) -> None:
     """The tables of the records of a folder. names: arms to tell, None: all. Raises UserError."""
     found = read_records(folder)
     arms = list(dict.fromkeys(names or [one["arm"] for one in found]))
+    require_known(against, arms)
     kept = [one for one in found if one["arm"] in arms]
     with threadpool_limits(1):
         scores = [one for task in TASKS if (one := score_records(kept, task, draws)) is not None]
@@ -389,7 +406,7 @@ def tables_from_records(
         compared = compare_arms(scores, arms)
     compared = compared._replace(claims=[one for one in compared.claims if one.effect])
     notices = [notice for one in scores for notice in one.notices] + limits(scores, compared, draws)
-    told = told_of_records(kept, arms, output, notices, against)
+    told = told_of_records(kept, arms, output, notices, against or COMPARED_WITH)
     output.mkdir(parents=True, exist_ok=True)
     write_outcome(told, scores, compared)
     print(*outcome_lines(told, scores, compared), sep="\n")

@@ -231,3 +231,10 @@ def test_what_records_lack(made, tmp_path, patients, features, said):
     more += ["--features", *features] if features else []
     with pytest.raises(UserError, match=said):
         study.main(["--output_dir", str(made / "half0"), "--table", "--draws", "400", *map(str, more)])
+
+
+def test_compared_with_what_is_not_there(made, halves, tmp_path):
+    with pytest.raises(UserError, match="--against rando: is none of none, random, scratch, .*did you mean random"):
+        tables_of(halves, tmp_path / "out", "--against", "rando")
+    with pytest.raises(UserError, match="--against paper: is none of none, scratch, random"):
+        study.main(["--output_dir", str(made / "half0"), "--table", "--against", "paper"])
