@@ -13,7 +13,7 @@ The augmentations themselves are the table of dino3d/policy.py.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -97,13 +97,16 @@ class ViewBatch(NamedTuple):
     intensity: dict[str, tuple[Tensor, Tensor]]
     blocks: dict[tuple[int, ...], Tensor] | None = None
 
-    def to(self, device: torch.device | str) -> "ViewBatch":
-        move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
+    def map(self, function: Callable[[Tensor], Tensor]) -> "ViewBatch":
+        """The same with a function applied to its tensors."""
         return ViewBatch(
-            move(self.control),
-            {name: tuple(map(move, pair)) for name, pair in self.intensity.items()},
-            self.blocks and {blocks: move(indices) for blocks, indices in self.blocks.items()},
+            function(self.control),
+            {name: tuple(map(function, pair)) for name, pair in self.intensity.items()},
+            self.blocks and {blocks: function(indices) for blocks, indices in self.blocks.items()},
         )
+
+    def to(self, device: torch.device | str) -> "ViewBatch":
+        return self.map(functools.partial(Tensor.to, device=device, non_blocking=True))
 
 
 class MultiCropAugmentation:

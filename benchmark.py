@@ -6,6 +6,7 @@
     python benchmark.py peers --install DIR      views and reads against the best that a user could pick instead
     python benchmark.py convert                  a DICOM series into the layout, against SimpleITK
     python benchmark.py data                     from the disk to a batch of views
+    python benchmark.py loader --against FOLDER  a loader's worker, against that of another checkout
     python benchmark.py step                     a whole training step on ready views, time and memory
     python benchmark.py train                    main_dino.py from the disk, against a plain loader and step
     python benchmark.py infer                    a volume through a segmentation network, window by window
@@ -71,6 +72,7 @@ from dino3d.data.sources import find_data
 from dino3d.data.volume import Volume
 from dino3d.files import TEXT, read_log, versions
 from dino3d.mixed_precision import multiplies_bf16
+from dino3d.prepare.index import store_index
 from dino3d.study.devices import cpu_name
 from dino3d.training import checkpoint, grouped
 from dino3d.training.loading import cores_per_process
@@ -182,6 +184,18 @@ def get_args_parser() -> command_line.ArgumentParser:
     )
     sub, group = command(data, 7, ["cpu", "cuda"])
     group.add_argument("--samples", default=1, type=number(int, 1), help="samples of the baseline per repeat")
+    sub, group = command(loader, 3, ["cpu"], [1])
+    group.add_argument(
+        "--against",
+        default=str(Path(__file__).resolve().parent),
+        metavar="FOLDER",
+        help="checkout whose main_dino.py is compared with this one's; default: this one, on files without an index",
+    )
+    group.add_argument("--augmentations", default=3, type=int, choices=(3, 6), help="of the paper's, that are on")
+    group.add_argument("--batch_size", default=64, type=number(int, 1), help="samples of a batch")
+    group.add_argument("--batches", default=6, type=number(int, 2), help="per repeat; the first two are not counted")
+    group.add_argument("--volumes", default=8, type=number(int, 1), help="files of 50 MB, each written twice")
+    group.add_argument("--folder", default=None, metavar="DIR", help="where they are written; default: the system's")
     model_flags(*command(step, 5, ["cpu", "cuda"]), 2, 64)
     sub, group = command(train, 1, ["cpu", "cuda"])
     model_flags(sub, group, 2, 64)
@@ -765,6 +779,151 @@ def data(device: str, repeats: int, samples: int) -> dict[str, Any]:
             "baseline_samples_per_repeat": samples,
         },
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ loader
+
+
+def loader(
+    device: str,
+    repeats: int,
+    against: str,
+    augmentations: int,
+    batch_size: int,
+    batches: int,
+    volumes: int,
+    folder: str | None,
+) -> dict[str, Any]:
+    """CPU time of a data loading worker of main_dino.py, its memory, and the bytes that it reads from a cold disk."""
+    ours = str(Path(__file__).resolve().parent)
+    volume, affine, origin = scan(SCAN_SIZE)
+    found = {"baseline": [], "ours": []}
+    with tempfile.TemporaryDirectory(dir=folder) as parent:
+        for name in found:
+            os.mkdir(os.path.join(parent, name))
+            for number in range(volumes):
+                path = os.path.join(parent, name, f"{number}.hdf5")
+                write_volume(path, np.roll(volume, number, 0), affine)
+                if name == "ours":
+                    store_index(path)
+        os.sync()  # what is not on the disk yet is not dropped from memory
+        for turn in range(repeats):
+            for name, checkout in (("baseline", against), ("ours", ours)):
+                job = {
+                    "data": os.path.join(parent, name),
+                    "augmentations": [f"--use_{name}" for name in [*PAPER][3:]] if augmentations == 6 else [],
+                    "batch_size": batch_size,
+                    "batches": batches,
+                    "seed": turn,
+                }
+                begin = f"import sys\nfrom typing import Any\nsys.path.insert(0, {checkout!r})\n"
+                code = f"{begin}{getsource(loader_turn)}\nloader_turn({job!r})"
+                done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+                if done.returncode:
+                    raise UserError(f"the loader of {checkout} failed: {done.stderr.strip().splitlines()[-1:]}")
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    result = comparison(
+        3.0,
+        "seconds per sample of the CPU, of one loader worker",
+        {name: [turn["seconds"] for turn in turns] for name, turns in found.items()},
+        {
+            "baseline": f"main_dino.py of {against}" + " on files without an index" * (against == ours),
+            "ours": "main_dino.py's loader: chunks by their index, into memory that is used again",
+        },
+        "see the checkout",
+        {
+            "data": origin,
+            "augmentations": augmentations,
+            "batch_size": batch_size,
+            "batches": batches - 2,
+            "volumes": volumes,
+            "repeats": repeats,
+        },
+    )
+    names = ("main_seconds", "cold_bytes", "private_bytes", "shm_bytes")
+    result["measured"] = {
+        name: {side: statistics.median(turn[name] for turn in turns) for side, turns in found.items()} for name in names
+    }
+    return result
+
+
+def loader_turn(job: dict[str, Any]) -> None:
+    """Print what one worker of a checkout's main_dino.py costs, as JSON; runs in a process of its own."""
+    import glob
+    import json
+    import multiprocessing
+    import os
+    import shutil
+    import time
+
+    import torch
+
+    import main_dino
+    import utils
+    from dino3d.data.read_watchdog import with_read_timeout
+
+    torch.set_num_threads(1)
+    paths = sorted(glob.glob(os.path.join(job["data"], "*.hdf5")))
+    ticks = os.sysconf("SC_CLK_TCK")
+
+    def start(batch_size: int, patches_per_volume: int) -> Any:
+        flags = ["--data_dir", job["data"], "--output_dir", "unused", "--num_workers", "1", "--arch", "vit_micro"]
+        flags += ["--batch_size_per_gpu", str(batch_size), "--patches_per_volume", str(patches_per_volume)]
+        flags += ["--seed", str(job["seed"]), "--epochs", "1", *job["augmentations"]]
+        parser = main_dino.get_args_parser()
+        args = parser.parse_args(flags)
+        main_dino.check_pretraining_flags(parser, args)
+        dataset = main_dino.make_dataset(args, paths, [1] * len(paths))
+        progress, processes = main_dino.Progress(), utils.Processes()
+        if hasattr(main_dino, "make_batches"):
+            return main_dino.make_batches(dataset, args, progress, processes, lambda: None)
+        return with_read_timeout(main_dino.make_loader(dataset, args, progress, processes), 0, None)
+
+    def of_process(pid: int, file: str, name: str) -> int:
+        with open(f"/proc/{pid}/{file}") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    def cpu_seconds(pid: int) -> float:
+        with open(f"/proc/{pid}/stat") as file:
+            return sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13])) / ticks
+
+    def drop() -> None:
+        for path in [*paths, *glob.glob(os.path.join(job["data"], ".*.npz"))]:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    drop()
+    batches = start(len(paths), 1)  # one patch of each volume
+    (worker,) = multiprocessing.active_children()
+    next(batches)
+    cold = of_process(worker.pid, "io", "read_bytes") / len(paths)
+    worker.terminate()
+    worker.join()
+
+    held = shutil.disk_usage("/dev/shm").used
+    batches = start(job["batch_size"], 1 << 16)
+    (worker,) = multiprocessing.active_children()
+    shm = 0
+    for turn in range(job["batches"]):
+        if turn == 2:
+            began, main_began = cpu_seconds(worker.pid), time.process_time()
+        batch = next(batches)
+        shm = max(shm, shutil.disk_usage("/dev/shm").used - held)
+        del batch
+    samples = job["batch_size"] * (job["batches"] - 2)
+    print(
+        json.dumps(
+            {
+                "seconds": (cpu_seconds(worker.pid) - began) / samples,
+                "main_seconds": (time.process_time() - main_began) / samples,
+                "cold_bytes": cold,
+                "private_bytes": of_process(worker.pid, "smaps_rollup", "Private_Dirty") * 1024,
+                "shm_bytes": shm,
+            }
+        ),
+        flush=True,
+    )
+    os._exit(0)  # without waiting for what the worker is at
 
 
 # -------------------------------------------------------------------------------------------------------------- step
@@ -1735,6 +1894,8 @@ def print_report(result: dict[str, Any]) -> None:
             "the time waiting "
             f"for data, {result['peak_memory_gib']:.1f} GiB"
         )
+    for name, sides in result.get("measured", {}).items():
+        print(f"{name}: baseline {sides['baseline']:.4g}, ours {sides['ours']:.4g}")
     print(f"device {result['device']}: {result['device_name']}; CPU threads: {result['threads']}")
     print("versions: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     print("parameters:")

@@ -40,6 +40,7 @@ from dino3d.block_masks import BlockMasks, PatchMasks
 from dino3d.command_line import UserError
 from dino3d.data.conventions import HDF5_SUFFIXES, is_kind
 from dino3d.data.foreground import ForegroundDraws, unindexed_lines
+from dino3d.data.patch_ring import START_METHOD, PatchRing, pin_memory
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
 from dino3d.data.read_watchdog import with_read_timeout
 from dino3d.data.requirements import odd_headers
@@ -159,7 +160,6 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     for tokens, way in attention.items():
         processes.print(f"attention of {tokens} tokens: {way}")
 
-    loader = make_loader(dataset, args, progress, processes)
     monitor = Monitor(
         output_dir,
         processes,
@@ -185,7 +185,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
             stop_signal.end(checkpoints.wait)
 
     with contextlib.closing(monitor), contextlib.closing(checkpoints), stop_signal:
-        batches = with_read_timeout(loader, args.read_timeout, command_line.end_process)
+        batches = make_batches(dataset, args, progress, processes, state.wait_for_copies)
         probe.begin(progress.step)
         while progress.step < last_step:
             steps = min((samples_per_epoch - progress.position) // global_batch, last_step - progress.step)
@@ -244,6 +244,12 @@ class TrainState:
     ibot: PatchLoss | None = None
     accumulate_steps: int = 1
     copy_stream: torch.cuda.Stream | None = None
+    copied: torch.cuda.Event | None = None  # of the batch that was rendered last
+
+    def wait_for_copies(self) -> None:
+        """Return when no batch is being copied to the GPU any more: its memory may then be written to."""
+        if self.copied:
+            self.copied.synchronize()
 
     def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
         """{name: part} that a checkpoint holds: save and restore go by this alone. A part that is None is off."""
@@ -265,6 +271,8 @@ class TrainState:
         """
         with torch.cuda.stream(self.copy_stream):
             batch = batch.to(self.processes.device)
+            if self.copy_stream:
+                self.copied = self.copy_stream.record_event()
             views = self.crops.render(batch.patches, batch.groups, self.clip_range)
         if self.copy_stream:
             current = torch.cuda.current_stream()
@@ -633,10 +641,14 @@ def make_dataset(args: argparse.Namespace, paths: Sequence[str], weights: Sequen
     return PretrainingPatches(paths, crops, args.seed, patches_per_volume, args.strict_data, max_bad, masks, foreground)
 
 
-def make_loader(
-    dataset: PretrainingPatches, args: argparse.Namespace, progress: Progress, processes: utils.Processes
-) -> DataLoader:
-    """This rank's batches from `progress` to the last epoch."""
+def make_batches(
+    dataset: PretrainingPatches,
+    args: argparse.Namespace,
+    progress: Progress,
+    processes: utils.Processes,
+    wait: Callable[[], None] = lambda: None,
+) -> Iterator[Batch]:
+    """This rank's batches from `progress` to the last epoch. wait: see `PatchRing.batches`"""
     stream = BatchStream(
         len(dataset.paths),
         dataset.patches_per_volume,
@@ -649,21 +661,28 @@ def make_loader(
         args.epochs,
         args.accumulate_steps,
     )
-    workers, prefetch, notices = reading_processes(
-        args.num_workers, processes, batch_bytes=2 * args.batch_size_per_gpu * math.prod(dataset.multi_crop.patch_size)
-    )
+    one_size = dataset.multi_crop.spacing is None  # else patches have as many voxels as their volume's spacing makes
+    batch_bytes = 0 if one_size else 2 * args.batch_size_per_gpu * math.prod(dataset.multi_crop.patch_size)
+    workers, ready, notices = reading_processes(args.num_workers, processes, batch_bytes)
     for notice in notices:
         processes.print(notice)
     dataset.cache = VolumeCache(cache_bytes(workers, processes))
-    return DataLoader(
-        dataset,
-        batch_sampler=stream,
-        collate_fn=collate,
+    load = functools.partial(
+        DataLoader,
         num_workers=workers,
-        prefetch_factor=prefetch,
+        prefetch_factor=ready,
         worker_init_fn=start_reading_process,
-        pin_memory=processes.device.type == "cuda",
+        multiprocessing_context=START_METHOD if workers else None,
     )
+    on_gpu = processes.device.type == "cuda"
+    if not one_size:
+        loader = load(dataset, batch_sampler=stream, collate_fn=collate, pin_memory=on_gpu)
+        return with_read_timeout(loader, args.read_timeout, command_line.end_process)
+    ring = PatchRing(dataset, args.batch_size_per_gpu, args.accumulate_steps, workers, ready or 0)
+    loader = load(ring, batch_size=None, sampler=ring.parts_of(stream), collate_fn=list)
+    batches = ring.batches(with_read_timeout(loader, args.read_timeout, command_line.end_process), wait)
+    # Only now that the workers are started: not all memory that CUDA knows is theirs too
+    return map(Batch.pin_views, batches) if on_gpu and pin_memory(ring.memory) else batches
 
 
 def make_probe(

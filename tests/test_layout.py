@@ -21,7 +21,7 @@ WITHOUT_TORCH = (
     "dino3d.finetune.splits",
     "dino3d.study",
 )
-BUT = ("dino3d.data.pretraining",)  # reads patches for torch's DataLoader
+BUT = ("dino3d.data.pretraining", "dino3d.data.patch_ring")  # read patches for torch's DataLoader
 
 
 def modules():

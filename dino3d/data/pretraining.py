@@ -69,6 +69,10 @@ class Batch(NamedTuple):
             groups=[group and group.to(device) for group in self.groups],
         )
 
+    def pin_views(self) -> "Batch":
+        """The same with what says where its views lie in memory that CUDA copies from in the background."""
+        return self._replace(groups=[group and group.map(torch.Tensor.pin_memory) for group in self.groups])
+
 
 class PretrainingPatches(Dataset):
     """A random base patch of each volume and the parameters of its views, for keys (epoch, sample).
@@ -102,8 +106,13 @@ class PretrainingPatches(Dataset):
         self._epoch, self._bad = None, {}  # {path: reason} that this worker has met in the epoch: not tried again
         self._looked_at = set()  # files of others that this worker knows to be CTs in HU
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample] | list[Failure]:
-        """The samples of a batch, or [Failure]; those of one volume share one opening of its file."""
+    def __getitems__(
+        self, keys: Sequence[tuple[int, int]], slots: np.ndarray | None = None
+    ) -> list[Sample] | list[Failure]:
+        """The samples of a batch, or [Failure]; those of one volume share one opening of its file.
+
+        slots: (keys, X, Y, Z) int16 memory that patches, all of this size, are written to; default: new memory
+        """
         volumes = np.searchsorted(self._ends, [sample for _, sample in keys], side="right").tolist()
         met = {volume: place for place, volume in reversed(list(enumerate(volumes)))}  # where each volume comes first
         samples, opened = [None] * len(keys), None
@@ -123,7 +132,8 @@ class PretrainingPatches(Dataset):
                             opened = None
                             opened = self.cache.get(path)
                             self._require_ct(opened)
-                        patch, views, spacing = self._draw(opened, epoch, sample)
+                        slot = None if slots is None else slots[place]
+                        patch, views, spacing = self._draw(opened, epoch, sample, slot)
                         masks = self.block_masks and self.block_masks.draw(self.seed, epoch, sample)
                         missing = self.foreground.missing(opened) if self.foreground else ""
                         samples[place] = Sample(patch, views, bad, path, spacing, masks, missing)
@@ -158,7 +168,7 @@ class PretrainingPatches(Dataset):
         self._looked_at.add(volume.path)
 
     def _draw(
-        self, volume: Volume, epoch: int, sample: int
+        self, volume: Volume, epoch: int, sample: int, slot: np.ndarray | None
     ) -> tuple[np.ndarray, list[ViewParameters | None], tuple[float, ...]]:
         """(patch (x, y, z) int16, views, (3,) mm per voxel of the patch) of one sample.
 
@@ -174,7 +184,11 @@ class PretrainingPatches(Dataset):
         core = np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int)
         centre = self.foreground.draw(volume, rng) if self.foreground else None
         start = place_patch(rng, np.array(volume.shape), core, size, centre)
-        patch = volume.read(start, size)
+        if slot is None:
+            patch = volume.read(start, size)
+        else:
+            patch = slot
+            volume.read_into(slot, start)
         low, high = np.clip(-start, 0, size), np.clip(volume.shape - start, 0, size)
         inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
         if is_flat(inside[::8, ::8, ::8]) and is_flat(inside) and volume.is_constant():  # the first tells in most cases
@@ -215,24 +229,12 @@ def is_flat(voxels: np.ndarray) -> np.bool_:
     return voxels.min() == voxels.max()
 
 
-def collate(samples: list[Sample] | list[Failure]) -> Batch:
-    """A Batch of Samples. Patches of different sizes are padded at their far ends by repeating the border.
-
-    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch. In memory x is
-    the fastest axis, as in files; a loader's worker writes straight into memory that it shares with the main process.
-    """
+def collate(samples: list[Sample] | list[Failure], patches: torch.Tensor | None = None) -> Batch:
+    """A Batch of Samples. patches: (B, X, Y, Z) theirs, if they lie in one tensor already; default: see
+    `stack_patches`."""
     if isinstance(samples[0], Failure):
         return Batch(torch.empty(0), [], samples[0].bad, samples[0].reason)
-    size = np.max([sample.patch.shape for sample in samples], axis=0).tolist()
-    patches = torch.empty((len(samples), *size[::-1]), dtype=torch.int16).permute(0, 3, 2, 1)  # (B, X, Y, Z)
-    if get_worker_info():
-        patches.share_memory_()
-    for slot, sample in zip(patches.numpy(), samples):
-        x, y, z = sample.patch.shape
-        slot[:x, :y, :z] = sample.patch
-        slot[x:] = slot[x - 1 : x]
-        slot[:, y:] = slot[:, y - 1 : y]
-        slot[:, :, z:] = slot[:, :, z - 1 : z]
+    patches = stack_patches([sample.patch for sample in samples]) if patches is None else patches
     bad = list(dict.fromkeys(pair for sample in samples for pair in sample.bad))
     return Batch(
         patches,
@@ -244,6 +246,25 @@ def collate(samples: list[Sample] | list[Failure]) -> Batch:
         None if samples[0].masks is None else collate_masks([sample.masks for sample in samples]),
         tuple((sample.path, sample.missing) for sample in samples if sample.missing),
     )
+
+
+def stack_patches(patches: Sequence[np.ndarray]) -> torch.Tensor:
+    """(B, X, Y, Z) int16 of (x, y, z) patches, of different sizes padded at their far ends by repeating the border.
+
+    That is what views see beyond a patch anyway, so they don't depend on which samples share a batch. In memory x is
+    the fastest axis, as in files; a loader's worker writes straight into memory that it shares with the main process.
+    """
+    size = np.max([patch.shape for patch in patches], axis=0).tolist()
+    stacked = torch.empty((len(patches), *size[::-1]), dtype=torch.int16).permute(0, 3, 2, 1)  # (B, X, Y, Z)
+    if get_worker_info():
+        stacked.share_memory_()
+    for slot, patch in zip(stacked.numpy(), patches):
+        x, y, z = patch.shape
+        slot[:x, :y, :z] = patch
+        slot[x:] = slot[x - 1 : x]
+        slot[:, y:] = slot[:, y - 1 : y]
+        slot[:, :, z:] = slot[:, :, z - 1 : z]
+    return stacked
 
 
 def epoch_order(volumes: int, patches_per_volume: int | Sequence[int], seed: int, epoch: int) -> np.ndarray:

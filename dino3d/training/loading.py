@@ -26,11 +26,12 @@ def cores_per_process(processes: Processes) -> int:
 def reading_processes(wanted: int | None, processes: Processes, batch_bytes: int) -> tuple[int, int | None, list[str]]:
     """(workers, batches that each has ready, notices) of a DataLoader, so that its batches fit into shared memory.
 
-    wanted: workers, None: as many as there are cores for this process, at most 16; batch_bytes: of one batch
+    wanted: workers, None: as many as there are cores for this process, at most 16
+    batch_bytes: of one batch in /dev/shm; 0: they are elsewhere
     Batches wait in /dev/shm, of which containers often have little; a batch that finds no room there is a bus error.
     """
     workers = min(16, cores_per_process(processes)) if wanted is None else wanted
-    if not workers or not os.path.isdir("/dev/shm"):  # other systems keep them in ordinary memory
+    if not workers or not batch_bytes or not os.path.isdir("/dev/shm"):  # other systems keep them in ordinary memory
         return workers, READY_BATCHES if workers else None, []
     room = 0.8 * shutil.disk_usage("/dev/shm").free / processes.local_world_size
     fits = int(room // batch_bytes)  # batches
