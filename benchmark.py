@@ -68,6 +68,7 @@ from dino3d.command_line import UserError, number
 from dino3d.data.conventions import LPS, format_size
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.pretraining import BatchStream, PretrainingPatches, Sample, collate, epoch_order, place_patch
+from dino3d.data.sidecar import index_path
 from dino3d.data.sources import find_data
 from dino3d.data.volume import Volume
 from dino3d.files import TEXT, read_log, versions
@@ -193,8 +194,8 @@ def get_args_parser() -> command_line.ArgumentParser:
     )
     group.add_argument("--augmentations", default=3, type=int, choices=(3, 6), help="of the paper's, that are on")
     group.add_argument("--batch_size", default=64, type=number(int, 1), help="samples of a batch")
-    group.add_argument("--batches", default=6, type=number(int, 2), help="per repeat; the first two are not counted")
-    group.add_argument("--volumes", default=8, type=number(int, 1), help="files of 50 MB, each written twice")
+    group.add_argument("--batches", default=6, type=number(int, 3), help="per repeat; the first two are not counted")
+    group.add_argument("--volumes", default=8, type=number(int, 1), help="files of 50 MB, with eight names each")
     group.add_argument("--folder", default=None, metavar="DIR", help="where they are written; default: the system's")
     model_flags(*command(step, 5, ["cpu", "cuda"]), 2, 64)
     sub, group = command(train, 1, ["cpu", "cuda"])
@@ -799,18 +800,24 @@ def loader(
     volume, affine, origin = scan(SCAN_SIZE)
     found = {"baseline": [], "ours": []}
     with tempfile.TemporaryDirectory(dir=folder) as parent:
-        for name in found:
-            os.mkdir(os.path.join(parent, name))
-            for number in range(volumes):
-                path = os.path.join(parent, name, f"{number}.hdf5")
-                write_volume(path, np.roll(volume, number, 0), affine)
-                if name == "ours":
-                    store_index(path)
+        folders = {name: os.path.join(parent, name) for name in found}
+        for number in range(volumes):
+            path = os.path.join(parent, "scan.hdf5")
+            write_volume(path, np.roll(volume, number, 0), affine)
+            store_index(path)
+            for again in range(8):  # a batch of many volumes opens as many files, as in a large data set
+                for name in found:
+                    new = os.path.join(folders[name], f"{number}.{again}.hdf5")
+                    os.makedirs(folders[name], exist_ok=True)
+                    os.link(path, new)
+                    if name == "ours":
+                        shutil.copy(index_path(path), index_path(new))
+            os.unlink(path)
         os.sync()  # what is not on the disk yet is not dropped from memory
         for turn in range(repeats):
             for name, checkout in (("baseline", against), ("ours", ours)):
                 job = {
-                    "data": os.path.join(parent, name),
+                    "data": folders[name],
                     "augmentations": [f"--use_{name}" for name in [*PAPER][3:]] if augmentations == 6 else [],
                     "batch_size": batch_size,
                     "batches": batches,
@@ -840,7 +847,7 @@ def loader(
             "repeats": repeats,
         },
     )
-    names = ("main_seconds", "cold_bytes", "private_bytes", "shm_bytes")
+    names = ("main_seconds", "cold_bytes", "private_bytes", "shared_bytes", "shm_bytes")
     result["measured"] = {
         name: {side: statistics.median(turn[name] for turn in turns) for side, turns in found.items()} for name in names
     }
@@ -864,9 +871,9 @@ def loader_turn(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     paths = sorted(glob.glob(os.path.join(job["data"], "*.hdf5")))
-    ticks = os.sysconf("SC_CLK_TCK")
 
-    def start(batch_size: int, patches_per_volume: int) -> Any:
+    def start(batch_size: int, patches_per_volume: int) -> tuple[Any, int]:
+        """(batches, process id of their worker)"""
         flags = ["--data_dir", job["data"], "--output_dir", "unused", "--num_workers", "1", "--arch", "vit_micro"]
         flags += ["--batch_size_per_gpu", str(batch_size), "--patches_per_volume", str(patches_per_volume)]
         flags += ["--seed", str(job["seed"]), "--epochs", "1", *job["augmentations"]]
@@ -876,53 +883,68 @@ def loader_turn(job: dict[str, Any]) -> None:
         dataset = main_dino.make_dataset(args, paths, [1] * len(paths))
         progress, processes = main_dino.Progress(), utils.Processes()
         if hasattr(main_dino, "make_batches"):
-            return main_dino.make_batches(dataset, args, progress, processes, lambda: None)
-        return with_read_timeout(main_dino.make_loader(dataset, args, progress, processes), 0, None)
+            batches = main_dino.make_batches(dataset, args, progress, processes)
+        else:
+            batches = with_read_timeout(main_dino.make_loader(dataset, args, progress, processes), 0, None)
+        return batches, multiprocessing.active_children()[0].pid
 
-    def of_process(pid: int, file: str, name: str) -> int:
-        with open(f"/proc/{pid}/{file}") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    def lines_of(path: str, name: str) -> list[int]:
+        with open(path) as lines:
+            return [int(line.split()[1]) for line in lines if line.startswith(name)]
 
     def cpu_seconds(pid: int) -> float:
         with open(f"/proc/{pid}/stat") as file:
-            return sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13])) / ticks
+            times = file.read().rsplit(")", 1)[1].split()[11:13]
+        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
-    def drop() -> None:
-        for path in [*paths, *glob.glob(os.path.join(job["data"], ".*.npz"))]:
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    def private_bytes(pid: int) -> int:
+        """Of memory that is not shared with others by design, what only this process has."""
+        total, counts = 0, False
+        with open(f"/proc/{pid}/smaps") as lines:
+            for line in lines:
+                words = line.split()
+                if not words[0].endswith(":"):
+                    counts = words[1].endswith("p")
+                elif counts and words[0] == "Private_Dirty:":
+                    total += 1024 * int(words[1])
+        return total
 
-    drop()
-    batches = start(len(paths), 1)  # one patch of each volume
-    (worker,) = multiprocessing.active_children()
+    for path in [*paths, *glob.glob(os.path.join(job["data"], ".*.npz"))]:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    cold_paths = paths[::8]  # one name of each file
+    paths, all_paths = cold_paths, paths
+    batches, worker = start(len(paths), 1)
+    before = lines_of(f"/proc/{worker}/io", "read_bytes")[0]
     next(batches)
-    cold = of_process(worker.pid, "io", "read_bytes") / len(paths)
-    worker.terminate()
-    worker.join()
+    cold = (lines_of(f"/proc/{worker}/io", "read_bytes")[0] - before) / len(paths)
+    assert not list(batches)  # and the worker has ended
 
-    held = shutil.disk_usage("/dev/shm").used
-    batches = start(job["batch_size"], 1 << 16)
-    (worker,) = multiprocessing.active_children()
-    shm = 0
+    paths, held, shared = all_paths, shutil.disk_usage("/dev/shm").used, lines_of("/proc/meminfo", "Shmem:")[0]
+    most_shm = most_shared = 0
+    kept = []
+    batches, worker = start(job["batch_size"], 1 << 10)
     for turn in range(job["batches"]):
         if turn == 2:
-            began, main_began = cpu_seconds(worker.pid), time.process_time()
-        batch = next(batches)
-        shm = max(shm, shutil.disk_usage("/dev/shm").used - held)
-        del batch
+            began, main_began = cpu_seconds(worker), time.process_time()
+        kept[:] = [next(batches)]  # as in training, where the one before is let go of when the next one is there
+        most_shm = max(most_shm, shutil.disk_usage("/dev/shm").used - held)
+        most_shared = max(most_shared, 1024 * (lines_of("/proc/meminfo", "Shmem:")[0] - shared))
     samples = job["batch_size"] * (job["batches"] - 2)
     print(
         json.dumps(
             {
-                "seconds": (cpu_seconds(worker.pid) - began) / samples,
+                "seconds": (cpu_seconds(worker) - began) / samples,
                 "main_seconds": (time.process_time() - main_began) / samples,
                 "cold_bytes": cold,
-                "private_bytes": of_process(worker.pid, "smaps_rollup", "Private_Dirty") * 1024,
-                "shm_bytes": shm,
+                "private_bytes": private_bytes(worker),
+                "shared_bytes": most_shared,
+                "shm_bytes": most_shm,
             }
         ),
         flush=True,
     )
+    os.kill(worker, 9)
     os._exit(0)  # without waiting for what the worker is at
 
 
