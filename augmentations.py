@@ -174,55 +174,68 @@ class MultiCropAugmentation:
         patch_shape: (3,) voxels of the patch that was read; default: patch_size
         patch_spacing: (3,) mm per voxel of it, needed where `spacing` is given
         """
-        rngs = (keyed_rng(seed, epoch, sample, view) for view in itertools.count())
-        shape, groups = self.patch_size if patch_shape is None else patch_shape, []
+        shape, groups, first = self.patch_size if patch_shape is None else patch_shape, [], 0
         for lattice, number in zip(self.lattices, (2, self.local_number)):
             if not number:
                 groups.append(None)
                 continue
-            views = [self._draw_view(next(rngs), lattice, shape, patch_spacing) for _ in range(number)]
-            control, intensity, blocks = zip(*views)
-            groups.append(ViewParameters(np.stack(control).astype(np.float32), list(intensity), blocks))
+            rngs = (keyed_rng(seed, epoch, sample, view) for view in range(first, first + number))
+            control, intensity, blocks = self._draw_views(rngs, lattice, shape, patch_spacing, self.policy.up_to_last)
+            groups.append(ViewParameters(control.astype(np.float32), intensity, blocks))
+            first += number
         return groups
 
-    def _draw_view(
+    def _draw_views(
         self,
-        rng: np.random.RandomState,
+        rngs: Iterable[np.random.RandomState],
         lattice: Lattice,
         patch_shape: Sequence[int],
         patch_spacing: ArrayLike | None,
-        names: Iterable[str] = AUGMENTATIONS,
-    ) -> tuple[np.ndarray, dict[str, Any], tuple[int, ...]]:
-        """(control (gx, gy, gz, 3), intensity {name: values}, blocks (kx, ky, kz)) of one view. names: see
-        `Policy.draw`."""
+        names: Sequence[str],
+    ) -> tuple[np.ndarray, list[dict[str, Any]], list[tuple[int, ...]]]:
+        """(control (N, gx, gy, gz, 3), intensity N times {name: values}, blocks N times (kx, ky, kz)) of N views.
+
+        rngs: of each view, from which it draws one after the other; names: see `Policy.draw_values`
+        """
         size, patch_size = np.array(lattice.size), np.array(self.patch_size)
-        window, box = self._draw_window(rng, lattice)
-        # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
-        start = (patch_size - box) / 2 + rng.randint(0, np.floor(box - window + 1e-6).astype(int) + 1)
-        shift = start + (window - 1) / 2 - (patch_size - 1) / 2  # of the view's centre from the patch's
-        matrix, displacements, intensity = self.policy.draw(rng, lattice.shape, names)
+        is_global = lattice is self.lattices[0]
+        low, high = (self.global_scale if is_global else self.local_scale) or (1.0, 1.0)
+        window, box, room = self._window(lattice, low)  # for all, where nothing is drawn
+        views = []
+        for rng in rngs:
+            if low < high:
+                window, box, room = self._window(lattice, rng.uniform(low, high))
+            # Whole voxels, so that a view that is neither turned nor scaled is not blurred by interpolation either
+            views.append((window, box, rng.randint(0, room), self.policy.draw_values(rng, names)))
+        window, box, start, drawn = zip(*views)
+        window = np.array(window)  # (N, 3)
+        start = (patch_size - np.array(box)) / 2 + np.array(start)
+        shift = start + (window - 1) / 2 - (patch_size - 1) / 2  # (N, 3) of a view's centre from the patch's
+        matrices, displacements, intensity = self.policy.compose(drawn, lattice.shape)
         zoom = window / size  # voxels of a view that is not resized, per voxel of this one
         mm = (1.0, 1.0) if self.spacing is None else (np.array(self.spacing), np.array(patch_spacing))  # view, patch
         centre = (np.array(patch_shape) - 1) / 2 + shift * mm[0] / mm[1]
-        steps = zoom * mm[0] / mm[1]  # (3,) voxels of the patch per voxel of the view
-        blocks = averaging_blocks(steps) if self.global_scale or self.local_scale else (1, 1, 1)
-        return lattice.control(matrix, centre, displacements, zoom * mm[0], mm[1]), intensity, blocks
+        steps = zoom * mm[0] / mm[1]  # (N, 3) voxels of the patch per voxel of the view
+        blocks = [(1, 1, 1)] * len(steps)
+        if self.global_scale or self.local_scale:
+            blocks = [averaging_blocks(of_view) for of_view in steps]
+        return lattice.control(matrices, centre, displacements, zoom * mm[0], mm[1]), intensity, blocks
 
-    def _draw_window(self, rng: np.random.RandomState, lattice: Lattice) -> tuple[np.ndarray, np.ndarray]:
-        """(window (3,), box (3,)): the sides of a view's window, and of the box in the patch's middle that holds it."""
+    def _window(self, lattice: Lattice, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(window, box, room), (3,) each: the sides of a view's window, of the box in the patch's middle that holds it,
+        and how many places it has there."""
         is_global = lattice is self.lattices[0]
-        scale, window = self.global_scale if is_global else self.local_scale, np.array(lattice.size)
-        if scale is not None:
-            low, high = scale  # equal ones draw nothing: at unit scale views are those that are not resized
-            window = np.array(self.global_size) * (rng.uniform(low, high) if low < high else low)
-        return window, window + (self._max_shift * window).astype(int) if is_global else np.array(self.core)
+        resized = self.global_scale if is_global else self.local_scale
+        window = np.array(lattice.size) if resized is None else np.array(self.global_size) * scale
+        box = window + (self._max_shift * window).astype(int) if is_global else np.array(self.core)
+        return window, box, np.floor(box - window + 1e-6).astype(int) + 1
 
     def _patch_size(self, views: int = 1200, points: int = 9) -> tuple[int, ...]:
         """The `enclosing_patch` of views that are drawn for it."""
         self.patch_size = self.core  # the draws below measure from its centre
         lattice, rng = self.lattices[0], np.random.RandomState(0)
         names = [name for name in self.policy.sequence if AUGMENTATIONS[name].kind != "window"]  # the patch is the same
-        controls = np.stack([self._draw_view(rng, lattice, self.core, self.spacing, names)[0] for _ in range(views)])
+        controls, *_ = self._draw_views([rng] * views, lattice, self.core, self.spacing, names)
         return enclosing_patch(controls, lattice, self.core, points)
 
     def render(

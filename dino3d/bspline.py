@@ -41,14 +41,19 @@ class Lattice:
         view_spacing: float | np.ndarray = 1.0,
         patch_spacing: float | np.ndarray = 1.0,
     ) -> np.ndarray:
-        """(gx, gy, gz, 3) patch positions of the control points.
+        """(..., gx, gy, gz, 3) patch positions of the control points of one view or, with leading axes, of many.
 
-        matrix: (3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
-        centre: (3,) patch position of the view's centre, in the patch's voxels
-        displacements: (gx, gy, gz, 3), see `elastic_moves`
+        matrix: (..., 3, 3), acts about the view's centre, in voxels or, with spacings in mm, in millimetres
+        centre: (..., 3) patch position of the view's centre, in the patch's voxels
+        displacements: (..., gx, gy, gz, 3), see `elastic_moves`
+        view_spacing, patch_spacing: one number or (..., 3)
         """
+        centre, view_spacing, patch_spacing = (
+            np.atleast_1d(values)[..., None, None, None, :] for values in (centre, view_spacing, patch_spacing)
+        )
+        matrix = np.swapaxes(matrix, -1, -2)[..., None, None, :, :]
         offsets = self.points + displacements * self.spacing - (np.asarray(self.size) - 1) / 2
-        return centre + (offsets * view_spacing) @ np.asarray(matrix).T / patch_spacing
+        return centre + (offsets * view_spacing) @ matrix / patch_spacing
 
     def weights(self, axis: int, at: ArrayLike | None = None) -> np.ndarray:
         """(n, g) weight of each control point at the positions `at` (default: every voxel) along an axis."""
@@ -114,12 +119,21 @@ def draw_factors(rng: np.random.RandomState, amount: float) -> np.ndarray:
 
 
 def rotation_matrix(angles: np.ndarray) -> np.ndarray:
-    """(3, 3) rotation about x, then the turned y, then the turned z; angles in radians."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return about_x @ about_y @ about_z
+    """(..., 3, 3) rotations about x, then the turned y, then the turned z; angles: (..., 3) radians."""
+    cosines, sines = np.cos(angles), np.sin(angles)
+    turns = []
+    for axis, (one, other) in enumerate(((1, 2), (2, 0), (0, 1))):
+        turn = np.zeros((*np.shape(angles), 3))
+        turn[..., axis, axis] = 1
+        turn[..., one, one] = turn[..., other, other] = cosines[..., axis]
+        turn[..., one, other], turn[..., other, one] = -sines[..., axis], sines[..., axis]
+        turns.append(turn)
+    return turns[0] @ turns[1] @ turns[2]
+
+
+def scale_matrix(factors: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) that scale the axes by (..., 3) factors."""
+    return np.where(np.eye(3, dtype=bool), np.asarray(factors)[..., None], 0.0)
 
 
 def draw_axis(rng: np.random.RandomState, _: int) -> int:
@@ -127,11 +141,9 @@ def draw_axis(rng: np.random.RandomState, _: int) -> int:
     return rng.randint(3)
 
 
-def mirror_matrix(axis: int) -> np.ndarray:
-    """(3, 3) that mirrors one axis."""
-    signs = np.ones(3)
-    signs[axis] = -1
-    return np.diag(signs)
+def mirror_matrix(axis: ArrayLike) -> np.ndarray:
+    """(..., 3, 3) that mirror one axis each; axis: (...)."""
+    return scale_matrix(np.where(np.arange(3) == np.asarray(axis)[..., None], -1.0, 1.0))
 
 
 def draw_elastic(rng: np.random.RandomState, limit: float) -> tuple[float, int]:

@@ -7,7 +7,7 @@ Pre-Training for 3D Medical Image Analysis" (SPIE Medical Imaging 2024, doi 10.1
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from dino3d.bspline import (
     elastic_moves,
     mirror_matrix,
     rotation_matrix,
+    scale_matrix,
 )
 from dino3d.command_line import boolean_flag
 from dino3d.intensity import draw_curve, draw_sigma, draw_window, gaussian_smooth, histogram_shift, show_window
@@ -46,7 +47,7 @@ class Augmentation:
     on: whether --use_<name> is on by default; help: of that flag
     kind: "affine", "deformation", "intensity" or "window": what it acts on
     draw: (rng, strength) -> values, all that is random about it in one view; called whether it is on or not
-    apply: affine:      values -> (3, 3) matrix from offsets in the view to offsets in the patch
+    apply: affine:      (N, ...) values of N views -> (N, 3, 3) matrices from offsets in a view to those in the patch
            deformation: values, (gx, gy, gz) -> (gx, gy, gz, 3) displacements in control point spacings
            intensity:   (N, C, X, Y, Z) views, (N, ...) float32 tensor of their values -> views, on any device
            window:      the same with views in HU, which it brings to [0, 1] instead of the clip range
@@ -95,7 +96,7 @@ AUGMENTATIONS = {
         help="scale by up to 25 % along each axis",
         kind="affine",
         draw=draw_factors,
-        apply=np.diag,
+        apply=scale_matrix,
         monai="RandScale",
         argument="amount",
         strength_flag=StrengthFlag("scale_percent", "largest change of size along each axis, in per cent", 100),
@@ -216,31 +217,55 @@ class Policy(make_dataclass("Strengths", [*FIELDS, ("prob", float, 0.5)], frozen
         next view's: the paper's six in any case, later rows only where they are on."""
         return [name for name in AUGMENTATIONS if name in PAPER or name in self.on]
 
+    @property
+    def up_to_last(self) -> list[str]:
+        """Names for `draw_values` where a view has a generator of its own, of which nobody misses what comes later."""
+        names = list(AUGMENTATIONS)
+        return names[: 1 + max((names.index(name) for name in self.on), default=-1)]
+
     def draw(
         self, rng: np.random.RandomState, lattice: tuple[int, ...], names: Iterable[str] = AUGMENTATIONS
     ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """(matrix, displacements, intensity) of one view: `Lattice.control` takes the first two.
+        """(matrix, displacements, intensity) of one view, see `draw_values` and `compose`."""
+        matrices, displacements, intensity = self.compose([self.draw_values(rng, names)], lattice)
+        return matrices[0], displacements[0], intensity[0]
 
-        lattice: (gx, gy, gz) control points; names: whose draws are made, in the table's order
-        matrix: (3, 3) from offsets in the view to offsets in the patch: rotation times scale times flip. The order and
-                the signs are MONAI's `Affine(rotate_params, scale_params)`: intrinsic rotations about x, y, z.
-        displacements: (gx, gy, gz, 3) displacements in control point spacings
-        intensity: {name: values} of those that act on this view
-        """
-        matrix, displacements, intensity = np.eye(3), np.zeros((*lattice, 3)), {}
+    def draw_values(self, rng: np.random.RandomState, names: Iterable[str] = AUGMENTATIONS) -> dict[str, Any]:
+        """{name: values} of the augmentations that act on one view. names: whose draws are made, in the table's
+        order."""
+        drawn = {}
         for name in names:
             row, strength = AUGMENTATIONS[name], getattr(self, name)
             # Drawn whether it is on or not: switching one off leaves the others as they were
             acts, values = rng.rand() < self.prob, row.draw(rng, strength)
-            if not (acts and strength):
-                continue
-            if row.kind == "affine":
-                matrix = matrix @ row.apply(values)
+            if acts and strength:
+                drawn[name] = values
+        return drawn
+
+    def compose(
+        self, views: Sequence[dict[str, Any]], lattice: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """(matrices, displacements, intensities) of N views: `Lattice.control` takes the first two.
+
+        views: N times what `draw_values` gave; lattice: (gx, gy, gz) control points
+        matrices: (N, 3, 3) from offsets in the view to offsets in the patch: rotation times scale times flip. The order
+                  and the signs are MONAI's `Affine(rotate_params, scale_params)`: intrinsic rotations about x, y, z.
+        displacements: (N, gx, gy, gz, 3) displacements in control point spacings
+        intensities: N times {name: values} of those that act on this view
+        """
+        matrices = np.tile(np.eye(3), (len(views), 1, 1))
+        displacements, intensities = np.zeros((len(views), *lattice, 3)), [{} for _ in views]
+        for name, row in AUGMENTATIONS.items():
+            acts = [view for view, drawn in enumerate(views) if name in drawn]
+            if acts and row.kind == "affine":
+                matrices[acts] = matrices[acts] @ row.apply(np.array([views[view][name] for view in acts]))
             elif row.kind == "deformation":
-                displacements = displacements + row.apply(values, lattice)
+                for view in acts:
+                    displacements[view] += row.apply(views[view][name], lattice)
             else:
-                intensity[name] = values
-        return matrix, displacements, intensity
+                for view in acts:
+                    intensities[view][name] = views[view][name]
+        return matrices, displacements, intensities
 
 
 def paper_policy(names: Iterable[str]) -> Policy:
