@@ -602,7 +602,7 @@ def diagnose_batch(state: TrainState, micro_batches: Sequence[Batch], teacher_te
                 describe_sample(
                     path,
                     losses["loss"],
-                    patch=batch.patches[i],
+                    patch=batch.seen(i),
                     views=torch.cat([of_sample(view).flatten() for view in views]),
                 )
             )
@@ -679,7 +679,9 @@ def make_batches(
         loader = load(dataset, batch_sampler=stream, collate_fn=collate, pin_memory=on_gpu)
         return with_read_timeout(loader, args.read_timeout, command_line.end_process)
     ring = PatchRing(dataset, args.batch_size_per_gpu, args.accumulate_steps, workers, ready or 0)
-    loader = load(ring, batch_size=None, sampler=ring.parts_of(stream), collate_fn=list)
+    # Those of a run's first step are shown; of the whole step, so that all runs that are to be equal read the same
+    parts = ring.parts_of(stream, whole=args.accumulate_steps if progress.step == 0 else 0)
+    loader = load(ring, batch_size=None, sampler=parts, collate_fn=list)
     batches = ring.batches(with_read_timeout(loader, args.read_timeout, command_line.end_process), wait)
     # Only now that the workers are started: not all memory that CUDA knows is theirs too
     return map(Batch.pin_views, batches) if on_gpu and pin_memory(ring.memory) else batches

@@ -25,7 +25,7 @@ class Lattice:
         self.shape = tuple(int((n - 1) // h) + 4 for n, h in zip(self.size, self.spacing))
         axes = [(np.arange(g) - 1) * h for g, h in zip(self.shape, self.spacing)]
         self.points = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (gx, gy, gz, 3) in the view's voxels
-        self._expansions, self._weights = {}, {}
+        self._expansions, self._weights, self._hulls = {}, {}, None
 
     @classmethod
     def for_views(cls, size: Sequence[int], policy: Any, reference: Sequence[int] | None = None) -> "Lattice":
@@ -63,6 +63,27 @@ class Lattice:
             return self._weights[axis]
         t = np.abs(np.asarray(at)[:, None] / self.spacing[axis] - (np.arange(self.shape[axis]) - 1))
         return np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.where(t < 2, (2 - t) ** 3 / 6, 0))
+
+    def hull(self, axis: int) -> np.ndarray:
+        """(n, g) weights of the control points in points whose convex hull holds a view along an axis: the control
+        points of the Bezier curves that a spline consists of, the last of which is cut where the view ends."""
+        to_bezier = np.array([[1, 4, 1, 0], [0, 4, 2, 0], [0, 2, 4, 0], [0, 1, 4, 1]]) / 6
+        points = np.zeros((4 * (self.shape[axis] - 3), self.shape[axis]))
+        for span in range(self.shape[axis] - 3):
+            end = min(1.0, (self.size[axis] - 1) / self.spacing[axis] - span)
+            cut = [[math.comb(i, j) * (1 - end) ** max(i - j, 0) * end**j for j in range(4)] for i in range(4)]
+            points[4 * span : 4 * span + 4, span : span + 4] = cut @ to_bezier  # de Casteljau
+        return points
+
+    def reach(self, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(lowest, highest), (3,) each: between which all positions of views lie. control: (N, gx, gy, gz, 3)"""
+        if self._hulls is None:
+            self._hulls = [self.hull(axis) for axis in range(3)]
+        points = np.moveaxis(control, -1, 0)  # (3, N, gx, gy, gz)
+        for axis, hull in enumerate(self._hulls, 2):
+            points = np.moveaxis(np.tensordot(points, hull, ([axis], [1])), -1, axis)
+        points = points.reshape(3, -1)
+        return points.min(1), points.max(1)
 
     def expansion(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """The weights of the three axes as tensors: (x, gx), (y, gy) and (gz 3, z 3), made once per type and device.

@@ -23,18 +23,20 @@ PART = 8  # samples that a worker reads at a time: many workers then share few b
 
 class RingPart(NamedTuple):
     """What a worker reads at a time. keys: (epoch, sample) of each; slot: of the ring; first: where in the batch they
-    begin"""
+    begin; whole: or only what their views see"""
 
     keys: list[tuple[int, int]]
     slot: int
     first: int
+    whole: bool
 
 
 class PatchRing(Dataset):
     """The patches of a few batches, one after the other, in memory that is used again and again.
 
     The order of the keys says which slot is next, and goes to the workers with them. A worker writes each patch to its
-    place there and gives all else of its Sample.
+    place there and gives all else of its Sample. Of a patch it reads the box that the views look at, and leaves what
+    lies around it as it was.
 
     dataset: what samples are of, with patches of one size
     batch_size: of one rank; in_use: batches that are looked at together
@@ -50,15 +52,16 @@ class PatchRing(Dataset):
         self.memory = shared_memory((slots, batch_size, z, y, x), workers > 0)
         self.slots = self.memory.permute(0, 1, 4, 3, 2)  # (slots, B, X, Y, Z): x is the fastest axis, as in files
 
-    def parts_of(self, batches: Iterable[list[tuple[int, int]]]) -> Iterator[RingPart]:
-        """What the workers are asked for, one after the other. batches: the keys of each"""
-        for slot, keys in zip(itertools.cycle(range(len(self.slots))), batches):
+    def parts_of(self, batches: Iterable[list[tuple[int, int]]], whole: int = 0) -> Iterator[RingPart]:
+        """What the workers are asked for, one after the other. batches: the keys of each; whole: batches, the first
+        ones, whose patches are read whole"""
+        for number, keys in enumerate(batches):
             for first in range(0, len(keys), PART):
-                yield RingPart(keys[first : first + PART], slot, first)
+                yield RingPart(keys[first : first + PART], number % len(self.slots), first, number < whole)
 
     def __getitem__(self, part: RingPart) -> list[Sample] | list[Failure]:
         slots = self.slots[part.slot, part.first : part.first + len(part.keys)].numpy()
-        samples = self.dataset.__getitems__(part.keys, slots)
+        samples = self.dataset.__getitems__(part.keys, slots, part.whole)
         return samples if isinstance(samples[0], Failure) else [sample._replace(patch=None) for sample in samples]
 
     def batches(

@@ -30,7 +30,7 @@ RUNS_AT_ONCE = 256  # runs whose patches take turns, so that a batch holds as ma
 class Sample(NamedTuple):
     """patch: (x, y, z) int16, from the file `path`; views: what `MultiCropAugmentation.draw` gave; bad: DataErrors met
     on the way, as (path, reason); spacing: (3,) mm per voxel of the patch; masks: what `BlockMasks.draw` gave; missing:
-    see `ForegroundDraws.missing`."""
+    see `ForegroundDraws.missing`; box: three slices of the patch that were read, None: all of it."""
 
     patch: np.ndarray
     views: list[ViewParameters | None]
@@ -39,6 +39,7 @@ class Sample(NamedTuple):
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
     masks: np.ndarray | None = None
     missing: str = ""
+    box: tuple[slice, ...] | None = None
 
 
 class Failure(NamedTuple):
@@ -51,7 +52,7 @@ class Failure(NamedTuple):
 class Batch(NamedTuple):
     """patches: (B, X, Y, Z) int16; groups: see `collate_views`; bad: (path, reason) pairs; fatal: why nothing came;
     paths, spacings: the file of each patch, and its (3,) mm per voxel; masks: of the global views, with iBOT;
-    missing: (path, why it was drawn elsewhere) pairs."""
+    missing: (path, why it was drawn elsewhere) pairs; boxes: see `seen`."""
 
     patches: torch.Tensor
     groups: list[ViewBatch | None]
@@ -61,6 +62,12 @@ class Batch(NamedTuple):
     spacings: tuple[tuple[float, ...], ...] = ()
     masks: PatchMasks | None = None
     missing: tuple[tuple[str, str], ...] = ()
+    boxes: tuple[tuple[slice, ...] | None, ...] = ()
+
+    def seen(self, sample: int) -> torch.Tensor:
+        """(x, y, z) the part of a patch that was read, which holds all that views see; the rest may be anything."""
+        box = self.boxes[sample] if self.boxes else None
+        return self.patches[sample] if box is None else self.patches[sample][box]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on a device."""
@@ -107,11 +114,12 @@ class PretrainingPatches(Dataset):
         self._looked_at = set()  # files of others that this worker knows to be CTs in HU
 
     def __getitems__(
-        self, keys: Sequence[tuple[int, int]], slots: np.ndarray | None = None
+        self, keys: Sequence[tuple[int, int]], slots: np.ndarray | None = None, whole: bool = True
     ) -> list[Sample] | list[Failure]:
         """The samples of a batch, or [Failure]; those of one volume share one opening of its file.
 
         slots: (keys, X, Y, Z) int16 memory that patches, all of this size, are written to; default: new memory
+        whole: False: what no view sees of them is not written
         """
         volumes = np.searchsorted(self._ends, [sample for _, sample in keys], side="right").tolist()
         met = {volume: place for place, volume in reversed(list(enumerate(volumes)))}  # where each volume comes first
@@ -133,10 +141,10 @@ class PretrainingPatches(Dataset):
                             opened = self.cache.get(path)
                             self._require_ct(opened)
                         slot = None if slots is None else slots[place]
-                        patch, views, spacing = self._draw(opened, epoch, sample, slot)
+                        drawn = self._draw(opened, epoch, sample, slot, whole)
                         masks = self.block_masks and self.block_masks.draw(self.seed, epoch, sample)
                         missing = self.foreground.missing(opened) if self.foreground else ""
-                        samples[place] = Sample(patch, views, bad, path, spacing, masks, missing)
+                        samples[place] = drawn._replace(bad=bad, masks=masks, missing=missing)
                         break
                     except DataError as error:
                         self._bad[path] = error.reason
@@ -167,14 +175,9 @@ class PretrainingPatches(Dataset):
             raise DataError(volume.path, problem)
         self._looked_at.add(volume.path)
 
-    def _draw(
-        self, volume: Volume, epoch: int, sample: int, slot: np.ndarray | None
-    ) -> tuple[np.ndarray, list[ViewParameters | None], tuple[float, ...]]:
-        """(patch (x, y, z) int16, views, (3,) mm per voxel of the patch) of one sample.
-
-        Where the views have a spacing of their own, a much finer volume is averaged over blocks of voxels first, as far
-        as its finest views allow.
-        """
+    def _draw(self, volume: Volume, epoch: int, sample: int, slot: np.ndarray | None, whole: bool) -> Sample:
+        """Where the views have a spacing of their own, a much finer volume is averaged over blocks of voxels first, as
+        far as its finest views allow."""
         crops, rng = self.multi_crop, keyed_rng(self.seed, epoch, sample, PATCH_VIEW)
         spacing = np.array(volume.spacing)
         stretch = np.ones(3) if crops.spacing is None else np.array(crops.spacing) / spacing  # file's voxels per view's
@@ -184,17 +187,20 @@ class PretrainingPatches(Dataset):
         core = np.ceil(np.array(crops.core) * stretch - 1e-3).astype(int)
         centre = self.foreground.draw(volume, rng) if self.foreground else None
         start = place_patch(rng, np.array(volume.shape), core, size, centre)
+        spacing = spacing * factors
+        views = crops.draw(self.seed, epoch, sample, tuple((size // factors).tolist()), spacing)
+        box = None if slot is None or whole else crops.seen_box(views, size)
         if slot is None:
-            patch = volume.read(start, size)
+            patch = read = volume.read(start, size)
         else:
-            patch = slot
-            volume.read_into(slot, start)
-        low, high = np.clip(-start, 0, size), np.clip(volume.shape - start, 0, size)
-        inside = patch[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
+            patch, read = slot, slot if box is None else slot[box]
+            start = start if box is None else start + [part.start for part in box]
+            volume.read_into(read, start)
+        low, high = np.clip(-start, 0, read.shape), np.clip(volume.shape - start, 0, read.shape)
+        inside = read[tuple(map(slice, low, high))]  # air around it would hide a constant volume from some draws
         if is_flat(inside[::8, ::8, ::8]) and is_flat(inside) and volume.is_constant():  # the first tells in most cases
-            raise DataError(volume.path, f"has the same value in all voxels ({inside.flat[0]})")
-        patch, spacing = block_mean(patch, factors), spacing * factors
-        return patch, crops.draw(self.seed, epoch, sample, patch.shape, spacing), tuple(spacing.tolist())
+            raise DataError(volume.path, f"has the same value in all voxels ({volume.read(size=(1, 1, 1)).item()})")
+        return Sample(block_mean(patch, factors), views, [], volume.path, tuple(spacing.tolist()), box=box)
 
 
 def place_patch(
@@ -224,9 +230,9 @@ def block_mean(patch: np.ndarray, factors: Sequence[int] | np.ndarray) -> np.nda
     return np.rint(blocks.mean((1, 3, 5), dtype=np.float32)).astype(np.int16)
 
 
-def is_flat(voxels: np.ndarray) -> np.bool_:
-    """Whether all voxels are equal."""
-    return voxels.min() == voxels.max()
+def is_flat(voxels: np.ndarray) -> bool | np.bool_:
+    """Whether all voxels are equal, or there is none."""
+    return not voxels.size or voxels.min() == voxels.max()
 
 
 def collate(samples: list[Sample] | list[Failure], patches: torch.Tensor | None = None) -> Batch:
@@ -245,6 +251,7 @@ def collate(samples: list[Sample] | list[Failure], patches: torch.Tensor | None 
         tuple(sample.spacing for sample in samples),
         None if samples[0].masks is None else collate_masks([sample.masks for sample in samples]),
         tuple((sample.path, sample.missing) for sample in samples if sample.missing),
+        tuple(sample.box for sample in samples),
     )
 
 
