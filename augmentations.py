@@ -56,7 +56,7 @@ from dino3d.trilinear import sample_views
 PATCH_VIEW = -1  # the key's view number for what belongs to the whole sample: where its base patch lies
 VIEW_VOXELS_AT_ONCE = 2**19  # of views whose grey values are changed on a CPU
 VIEWS_IN_ONE_KERNEL = False  # on a GPU with Triton: no GPU has seen it so far
-ROUNDING = 0.01  # voxels, more than positions in single precision are off
+OFF_BY = 0.01  # voxels, more than positions in single precision are off by rounding
 MIN_IOU = 0.25  # of two global windows of a sample, before rotation and scale (the paper's rule)
 
 
@@ -192,7 +192,7 @@ class MultiCropAugmentation:
         for lattice, group in zip(self.lattices, views):
             if group:
                 blocks = np.max(group.blocks, 0)  # (3,) whose means views are made of
-                margin = ROUNDING + np.where(blocks > 1, 1.5 * blocks + 1, 0)
+                margin = OFF_BY + np.where(blocks > 1, 1.5 * blocks + 1, 0)
                 low, high = lattice.reach(group.control)
                 reaches.append((low - margin, high + margin))
         low, high = np.min([low for low, _ in reaches], 0), np.max([high for _, high in reaches], 0)

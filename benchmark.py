@@ -889,18 +889,18 @@ def loader_turn(job: dict[str, Any]) -> None:
         return batches, multiprocessing.active_children()[0].pid
 
     def lines_of(path: str, name: str) -> list[int]:
-        with open(path) as lines:
+        with open(path, encoding="utf-8") as lines:
             return [int(line.split()[1]) for line in lines if line.startswith(name)]
 
     def cpu_seconds(pid: int) -> float:
-        with open(f"/proc/{pid}/stat") as file:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
             times = file.read().rsplit(")", 1)[1].split()[11:13]
         return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
     def private_bytes(pid: int) -> int:
         """Of memory that is not shared with others by design, what only this process has."""
         total, counts = 0, False
-        with open(f"/proc/{pid}/smaps") as lines:
+        with open(f"/proc/{pid}/smaps", encoding="utf-8") as lines:
             for line in lines:
                 words = line.split()
                 if not words[0].endswith(":"):

@@ -84,7 +84,7 @@ def geometries(monkeypatch):
     seen, control = [], Lattice.control
 
     def spy(self, matrix, centre, moves, *spacings):
-        seen.append((np.array(matrix), np.array(centre), np.array(moves)))
+        seen.extend(zip(np.array(matrix), np.array(centre), np.array(moves)))  # of all views of a size
         return control(self, matrix, centre, moves, *spacings)
 
     monkeypatch.setattr(Lattice, "control", spy)

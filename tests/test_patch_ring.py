@@ -173,8 +173,16 @@ def test_a_gpu_copies_from_it_in_the_background(volumes):  # noqa: F811
 
 def test_memory_that_can_not_be_pinned_is_used_as_it_is(monkeypatch):
     """The error of one call is not left to the next operation on the GPU."""
-    asked = []
-    library = type("Library", (), {"cudaHostRegister": staticmethod(lambda *_: asked.append(_) or 801)})
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
-    memory = torch.empty(3, dtype=torch.int16)
-    assert not pin_memory(memory) and asked == [(memory.data_ptr(), 6, 0)]
+    calls = []
+
+    def refuse(*_):
+        calls.append("register")
+        return 801
+
+    def fail(*_, **__):
+        calls.append("operation")
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: type("Library", (), {"cudaHostRegister": staticmethod(refuse)}))
+    monkeypatch.setattr(torch, "ones", fail)
+    assert not pin_memory(torch.empty(3, dtype=torch.int16)) and calls == ["register", "operation"]
