@@ -42,7 +42,7 @@ from dino3d.data.conventions import HDF5_SUFFIXES, is_kind
 from dino3d.data.foreground import ForegroundDraws, unindexed_lines
 from dino3d.data.patch_ring import START_METHOD, PatchRing, pin_memory
 from dino3d.data.pretraining import Batch, BatchStream, PretrainingPatches, collate
-from dino3d.data.read_watchdog import with_read_timeout
+from dino3d.data.read_watchdog import in_time, with_read_timeout
 from dino3d.data.requirements import odd_headers
 from dino3d.data.sources import data_changes, find_data
 from dino3d.data.volume_cache import VolumeCache, is_quick
@@ -65,6 +65,7 @@ from vision_transformer import DINOHead, MultiCropWrapper, VisionTransformer, bu
 MOST_SAMPLES = 2**27  # of an epoch, whose order is drawn in memory
 # Student's logits that the loss works on at once, 64 and 2 MB in single precision: on a CPU operators start for free
 LOGITS_TOGETHER = {"cuda": 2**24, "cpu": 2**19}
+LONGEST_LOOK = 60.0  # seconds, at the data before training
 STUDENT_TEMP = 0.1  # Caron et al. 2021, section 3.1; the teacher's is a flag
 
 
@@ -98,7 +99,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     paths, weights = processes.run_on_main(
         lambda: find_data(args.data_dir, args.data_weights, args.data_list, output_dir / "data_list.txt")
     )
-    notices += processes.run_on_main(lambda: odd_headers(paths) + unindexed_lines(paths, args.foreground))
+    notices += processes.run_on_main(lambda: look_at_data(paths, args.foreground, args.read_timeout))
     dataset = make_dataset(args, paths, weights)
     samples_per_epoch = args.samples_per_epoch = sum(dataset.patches_per_volume)
     global_batch = args.batch_size_per_gpu * processes.world_size * args.accumulate_steps
@@ -624,6 +625,16 @@ def require_a_step(
             "--patches_per_volume",
             everywhere=True,
         )
+
+
+def look_at_data(paths: Sequence[str], foreground: str, read_timeout: float) -> list[str]:
+    """What there is to say of some of the volumes before training. Storage that hangs is left to the loader's workers,
+    which are watched."""
+    seconds = min(read_timeout or LONGEST_LOOK, LONGEST_LOOK)
+    found = in_time(lambda: odd_headers(paths) + unindexed_lines(paths, foreground), seconds)
+    if found is None:
+        return [f"note: a look at some of the volumes was given up after {seconds:g} s: the storage is slow or hangs"]
+    return found
 
 
 def make_dataset(args: argparse.Namespace, paths: Sequence[str], weights: Sequence[int]) -> PretrainingPatches:

@@ -21,6 +21,7 @@ import main_lts_msd
 from dino3d import command_line
 from dino3d.command_line import UserError
 from dino3d.data.pretraining import Batch, BatchStream
+from dino3d.data.read_watchdog import in_time
 from dino3d.files import read_log
 from dino3d.finetune.crops import EvaluationCrops, collate_crops
 from dino3d.finetune.runtime import Runtime
@@ -225,6 +226,25 @@ def test_a_run_whose_storage_hangs_ends_and_names_the_file(copies, tmp_path):
         errors
     )
     assert "Traceback" not in errors and all_gone(str(tmp_path / "out"), 10)
+
+
+@pytest.mark.parametrize("foreground", ["none", "lung"])
+def test_a_look_at_storage_that_hangs_is_given_up(foreground, copies, tmp_path):
+    """Before training, in whatever process: where HDF5 waits, no thread of it runs."""
+    pipe = tmp_path / "pipe.hdf5"
+    os.mkfifo(pipe)
+    began = time.monotonic()
+    (line,) = main_dino.look_at_data([str(copies[0]), str(pipe)], foreground, 0.5)
+    assert line.startswith("note: a look at some of the volumes was given up after 0.5 s")
+    assert time.monotonic() - began < 30  # and not without end
+    os.unlink(pipe)
+    found = main_dino.look_at_data([str(copies[0])], foreground, 60)
+    assert any("no stored occupancy" in line for line in found) == (foreground == "lung")
+
+
+def test_a_look_that_fails_gives_nothing():
+    assert in_time(lambda: 1 / 0, 30) is None
+    assert in_time(lambda: ["\udce9 and more"] * 30000, 30) == ["\udce9 and more"] * 30000
 
 
 def test_downstream_loaders_are_watched(tmp_path, monkeypatch):

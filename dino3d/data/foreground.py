@@ -216,8 +216,8 @@ def unindexed_lines(paths: Sequence[str], foreground: str) -> list[str]:
     step = max(1, len(paths) // LOOKED_INTO)
     looked, without, slow = paths[::step], [], []
     for path in looked:
-        if foreground not in FOREGROUNDS and not (is_kind(path, HDF5_SUFFIXES) and os.path.isfile(path)):
-            continue  # nothing to be told, and what hangs is for the workers, which are watched
+        if foreground not in FOREGROUNDS and not is_kind(path, HDF5_SUFFIXES):
+            continue  # nothing to be told
         try:
             with Volume(path) as volume:
                 if foreground in FOREGROUNDS and read_occupancy(volume) is None:

@@ -1,8 +1,13 @@
-"""Storage that hangs: a file that a loader's worker has been reading for too long ends the run, naming the file."""
+"""Storage that hangs: a file that a loader's worker has been reading for too long ends the run, naming the file.
+
+What a run looks up beforehand is not waited for.
+"""
 
 import contextlib
+import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +22,30 @@ _reading = contextlib.nullcontext  # in a loader worker: notes the file that is 
 def reading(path: Path | str) -> contextlib.AbstractContextManager:
     """Context in which a file is opened or read: a loader worker that is watched notes it."""
     return _reading(path)
+
+
+def in_time(find: Callable[[], list[str]], seconds: float) -> list[str] | None:
+    """Lines that a copy of this process finds; None where it has not after so many seconds, or ended without.
+
+    Nothing waits for the copy: the system may hold it in a read, which not even SIGKILL ends.
+    """
+    if not hasattr(os, "fork"):
+        return find()
+    results, to_results = multiprocessing.Pipe(duplex=False)
+    copy = os.fork()
+    if not copy:
+        try:
+            to_results.send_bytes(json.dumps(find()).encode())
+        finally:
+            os._exit(0)
+    to_results.close()
+    found = None
+    with results, contextlib.suppress(EOFError):
+        if results.poll(seconds):
+            found = json.loads(results.recv_bytes())
+    os.kill(copy, signal.SIGKILL)
+    os.waitpid(copy, os.WNOHANG if found is None else 0)
+    return found
 
 
 class ReadWatchdog:
