@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import multiprocessing.queues
 import os
 import shutil
@@ -74,7 +73,6 @@ def start_reading_process(_: int) -> None:
     """worker_init_fn of a DataLoader: signals are for the main process, and a batch that can't be handed over ends the
     reading process, where torch would lose it and wait for it without end."""
     ignore_signals()
-    gc.freeze()  # what the main process has left is not looked through, as its memory would then be copied
     told = multiprocessing.queues.Queue._on_queue_feeder_error  # a hook, as the standard library uses it too
 
     def end(error: Exception, batch: Any) -> None:
