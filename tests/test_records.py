@@ -107,6 +107,7 @@ def test_two_halves_together(made, halves, tmp_path, capsys):
     markdown = (out / "results.md").read_text()
     for row in table(out / "results.csv"):
         assert f"| {row['arm']} | {float(row['value']):.3f} (" in markdown
+    assert "not run" not in markdown  # tables of features are not fine-tuned, from scratch is not probed
     assert all((out / name).is_file() for name in ("report.html", "study.png", "differences.csv", "results.json"))
 
 

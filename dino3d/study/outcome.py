@@ -21,7 +21,8 @@ from dino3d.study.scores import LOGISTIC_FOLDS, LOGISTIC_REPEATS, METRIC, TaskSc
 
 class Told(NamedTuple):
     """What an outcome says of how it was made. arms, data, flags: {name: text}, of arms and of stages; against: arms
-    that each is compared with; runs: (header, rows) of a table of the runs, if any"""
+    that each is compared with; runs: (header, rows) of a table of the runs, if any; features: arms that are tables of
+    features, which the probe alone judges"""
 
     folder: Path
     arms: dict[str, str]
@@ -32,6 +33,7 @@ class Told(NamedTuple):
     notices: list[str]
     against: Sequence[str] = COMPARED_WITH
     runs: tuple[list[str], list[list[Any]]] | None = None
+    features: frozenset[str] = frozenset()
 
 
 def signed(effect: Effect | None) -> str:
@@ -210,7 +212,8 @@ def result_table(told: Told, one: TaskScores, found: Comparison) -> tuple[list[s
             row.append(signed(pair) + (" *" if pair and shown(pair) == IS_SHOWN else ""))
         rows.append(row)
     for arm in told.arms:
-        if arm not in one.values and not (arm == SCRATCH and one.task == "probe"):
+        belongs = arm != SCRATCH if one.task == "probe" else arm not in told.features
+        if belongs and arm not in one.values:
             rows.append([arm, "not run", "", *("" for _ in rivals)])
     return ["arm", f"{METRIC[one.task]} (95 % interval)", "seeds", *(f"minus {rival}" for rival in rivals)], rows
 

@@ -295,6 +295,7 @@ def told_of_records(
         list(notices),
         against,
         ([*header, "revision", "code", "recipe", "note"], rows),
+        frozenset(one["arm"] for one in records if one["seed"] is None),
     )
 
 
