@@ -466,6 +466,7 @@ def read(device: str, repeats: int, reads: int, size: Sequence[int]) -> dict[str
         baselines.write_itk(paths["baseline"], volume, affine)
         for name, compression in {"ours": "blosc", "gzip": "gzip", "none": "none"}.items():
             write_volume(paths[name], volume, affine, compression)
+        store_index(paths["ours"])  # as prepare_data.py nlst does
         for name in ("nii.gz", "nii"):
             nibabel.save(nibabel.Nifti1Image(volume, affine), paths[name])
         takes = {name: baselines.read_itk if name == "baseline" else read_volume for name in paths}
@@ -492,7 +493,7 @@ def read(device: str, repeats: int, reads: int, size: Sequence[int]) -> dict[str
 
     notes = {
         "baseline": "ITK HDF5 written by SimpleITK, gzip, chunks of one slice; h5py opens, slices, closes",
-        "ours": "ITK HDF5 written by write_volume, Blosc, chunks of 32 x 32 x 32; read by Volume",
+        "ours": "ITK HDF5 of prepare_data.py, Blosc, chunks of 32 x 32 x 32, found by their index; read by Volume",
         "gzip": "the same with gzip; read by Volume",
         "none": "the same without compression; read by Volume",
         "nii.gz": "written by nibabel; read by Volume",
@@ -608,12 +609,18 @@ def peer_turn(
                 view(others.box_around(whole, size, rng) if cropped else whole)
 
 
+def write_prepared(path: str, volume: np.ndarray, affine: np.ndarray) -> None:
+    """A scan as prepare_data.py nlst leaves it."""
+    write_volume(path, volume, affine, "blosc")
+    store_index(path)
+
+
 def peer_reads(
     folder: str, volume: np.ndarray, affine: np.ndarray, size: Sequence[int], reads: int = 4
 ) -> dict[str, tuple[Callable[[int], Any], float] | str]:
     """Tasks of `peers_at`: random patches of a scan, the file opened for each, warm cache."""
     ways = {
-        "ours": (None, lambda path: write_volume(path, volume, affine, "blosc"), read_volume),
+        "ours": (None, lambda path: write_prepared(path, volume, affine), read_volume),
         "blosc2 b2nd": ("blosc2", lambda path: others.write_b2nd(path, volume), others.read_b2nd),
         "zarr 3": ("zarr", lambda path: others.write_zarr(path, volume), others.read_zarr),
         "npy, uncompressed": (None, lambda path: others.write_npy(path, volume), others.read_npy),
