@@ -192,7 +192,9 @@ def get_args_parser() -> command_line.ArgumentParser:
         metavar="FOLDER",
         help="checkout whose main_dino.py is compared with this one's; default: this one, on files without an index",
     )
-    group.add_argument("--augmentations", default=3, type=int, choices=(3, 6), help="of the paper's, that are on")
+    group.add_argument(
+        "--augmentations", default=3, type=int, choices=(3, 6), help="how many of the paper's augmentations are on"
+    )
     group.add_argument("--batch_size", default=64, type=number(int, 1), help="samples of a batch")
     group.add_argument("--batches", default=6, type=number(int, 3), help="per repeat; the first two are not counted")
     group.add_argument("--volumes", default=8, type=number(int, 1), help="files of 50 MB, with eight names each")

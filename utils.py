@@ -96,12 +96,13 @@ def choose_precision(
         )
     if precision == "fp16" and on_cpu:
         raise UserError("--precision fp16 needs a GPU; on a CPU take fp32 or bf16", everywhere=True)
-    if on_cpu:
+    default, why = precision or "", ""
+    if on_cpu and not precision:
         able = processes.all_gather(multiplies_bf16())
         default = "bf16" if all(able) else "fp32"
         some = "" if not any(able) or all(able) else f" of {able.count(False)} of {len(able)} processes"
         why = f"the CPUs{some} {'multiply in' if all(able) else 'have no instructions for'} bf16"
-    else:
+    elif not precision:
         default = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         why = f"the default of a GPU {'with' if default == 'bf16' else 'without'} bf16"
     before = processes.run_on_main(lambda: precision_of_run(resumed, on_cpu)) if resumed else None

@@ -191,7 +191,7 @@ def test_many_volumes_and_ranks_are_simulated():
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout.splitlines()[-1])
     rows, megabytes = result["rows"], result["parameters"]["checkpoint_megabytes"]
-    assert len(rows) == 9 and "rank 0 alone" in rows["list, first start"]["note"]
+    assert len(rows) == 10 and "rank 0 alone" in rows["list, first start"]["note"]
     received = rows["resume, received"]
     assert received["seconds_of_all"] == pytest.approx(15 * received["seconds"])
     assert megabytes > 10 and received["megabytes"] < 1.5 * megabytes  # one copy: no rank holds a second

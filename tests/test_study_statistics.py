@@ -309,6 +309,7 @@ def test_segmentation_is_the_mean_of_cases_of_their_folds_and_classes(tmp_path):
 def test_probe_is_as_evaluate_features_has_it(tmp_path):
     """Logistic regression in the same folds: its AUC is that of dino3d.evaluation.comparison with as many repeats."""
     from dino3d.evaluation.comparison import make_plan, measure
+    from dino3d.evaluation.feature_tables import read_features
     from dino3d.evaluation.labelled_cases import encode_labels
     from dino3d.study.jobs import StudyJob
 
@@ -324,7 +325,8 @@ def test_probe_is_as_evaluate_features_has_it(tmp_path):
         csv.writer(file).writerows(
             [("name", "label", "patient"), *((f"c{i:02}", labels[i], f"p{i:02}") for i in range(30))]
         )
-    runs = scores.probe_cases(str(tmp_path / "labels.csv"), [job], [])["a", 0]
+    table = read_features(str(job.folder / "features.csv"), job.name)
+    (runs,) = scores.probe_tables(str(tmp_path / "labels.csv"), [table], [])
     target = encode_labels([str(one) for one in labels], "classification", None)
     patients = [f"p{i:02}" for i in range(30)]
     plan = make_plan(target, patients, 5, scores.LOGISTIC_REPEATS, 200, 0, curves=False)
