@@ -35,7 +35,7 @@ TEST = $(VENV)/.test-installed
 help:
 	@echo "make demo        install, fetch two lung CTs, pre-train a small model, fine-tune it and learn one lesion by heart (demo/)"
 	@echo "make study       install, make 20 synthetic chests, and compare four ways to pre-train on them (demo/study/)"
-	@echo "make results     one seed of the README's evidence once more, into evidence/ (an hour; DATA=../shared/data or LUNA16)"
+	@echo "make results     one seed of the README's evidence once more, into evidence/ (reckoned: an hour on 2 cores; DATA=../shared/data or LUNA16)"
 	@echo "make results-all what results/ lacks of its tables: says how long first (hours), and resumes"
 	@echo "make test        install and run the tests"
 	@echo "make lint        install and check the code's format (ruff)"
@@ -77,7 +77,7 @@ study: $(RUNTIME)
 # DATA, WORK and SEEDS as results/study_of_halves.sh has them
 results: $(RUNTIME)
 	SEEDS="$${SEEDS:-0}" OUT=evidence/repeated PYTHON="$(VENV)/bin/python" results/classification.sh
-	@printf '%s\n' "" "Repeated: evidence/repeated/classification/results.md; published: results/classification/results.md"
+	@printf '%s\n' "" "Repeated: evidence/repeated/classification/results.md"
 
 results-all: $(RUNTIME)
 	PYTHON="$(VENV)/bin/python" results/classification.sh --plan

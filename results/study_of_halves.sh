@@ -5,7 +5,8 @@
 #   results/study_of_halves.sh NAME "ARMS" "SEEDS" "ARMS TO COMPARE WITH" [flags of study.py]
 #
 # OUT: results, unless what is there is to be repeated elsewhere; DATA: ../shared/data or a LUNA16 download; WORK: where
-# data and runs go; PYTHON: the interpreter. Start it again to resume; with --plan it says how long each half will take.
+# data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. Start it again to resume; with
+# --plan it says how long each half will take.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results}
@@ -18,7 +19,7 @@ KIND=$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['data'
 for HALF in 0 1; do
     "$PYTHON" study.py --output_dir "$WORK/$NAME/half$HALF" --arms_file results/arms.txt --arms $ARMS --seeds $SEEDS \
         --classification "$WORK/data/pairs" --probe "$WORK/data/pairs" --probe_flags="--pool cls+mean --trivial" \
-        --pretrain_flags="@recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0 --data_list $WORK/data/pool_without_half$HALF.csv" \
+        --pretrain_flags="@recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0 --data_list '$WORK/data/pool_without_half$HALF.csv'" \
         --classification_flags="--folds subsets --epochs 40 --batch_size_per_gpu 16 --layer_decay 1 --lr 0.0005 --drop_path_rate 0 --precision bf16" \
         --features "$WORK/$NAME/half$HALF/arms/random/seed${SEEDS%% *}/probe/features.trivial-*.csv" \
         --records "$OUT/runs/$NAME" --part "half$HALF" --patients "$WORK/data/half$HALF.txt" --note "$KIND" "$@"

@@ -234,6 +234,13 @@ def test_what_records_lack(made, tmp_path, patients, features, said):
         study.main(["--output_dir", str(made / "half0"), "--table", "--draws", "400", *map(str, more)])
 
 
+def test_another_run_whose_names_make_the_same_file(made, halves):
+    path = halves / "classification-none-seed0-half0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"arm": "other"}))
+    with pytest.raises(UserError, match="is the record of another run"):
+        study.main(study_flags(made, made / "half0", halves, "half0", 0, "--table"))
+
+
 def test_compared_with_what_is_not_there(made, halves, tmp_path):
     with pytest.raises(UserError, match="--against rando: is none of none, random, scratch, .*did you mean random"):
         tables_of(halves, tmp_path / "out", "--against", "rando")

@@ -102,7 +102,11 @@ class RecordFolder(NamedTuple):
                 f"--patients: names none of the {len(set(cases[0].patients))} patients of {task}, such as "
                 f"{truncate_list(sorted(set(cases[0].patients)))}"
             )
-        labels = cases[0].labels
+        path, labels = self.path_of(task, arm, seed), cases[0].labels
+        if path.exists():
+            other = read_record(path)
+            if (other["task"], other["arm"], other["seed"], other["part"]) != (task, arm, seed, self.part):
+                raise UserError(f"{path}: is the record of another run, whose names make the same file: rename the arm")
         content = {
             "format": RECORD_FORMAT,
             "task": task,
@@ -119,7 +123,7 @@ class RecordFolder(NamedTuple):
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
-        with atomic_write(self.path_of(task, arm, seed)) as part:
+        with atomic_write(path) as part:
             part.write_text("{\n" + ",\n".join(lines) + "\n}\n", **TEXT)
 
 
