@@ -806,6 +806,8 @@ def loader(
 ) -> dict[str, Any]:
     """CPU time of a data loading worker of main_dino.py, its memory, and the bytes that it reads from a cold disk."""
     ours = str(Path(__file__).resolve().parent)
+    if not Path(against or ours, "main_dino.py").is_file():
+        raise UserError(f"--against {against}: holds no main_dino.py, expected a checkout of this repository")
     volume, affine, origin = scan(SCAN_SIZE)
     found = {"baseline": [], "ours": []}
     with tempfile.TemporaryDirectory(dir=folder) as parent:

@@ -315,3 +315,8 @@ def test_wrong_arguments_end_in_one_line(arguments, named):
     lines = process.stderr.splitlines()
     assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
     assert not process.stdout
+
+
+def test_loader_against_what_is_no_checkout():
+    process = benchmark("loader", "--against", "missing")
+    assert process.returncode == 1 and process.stderr.startswith("error: --against missing: holds no main_dino.py")
