@@ -35,7 +35,7 @@ TEST = $(VENV)/.test-installed
 help:
 	@echo "make demo        install, fetch two lung CTs, pre-train a small model, fine-tune it and learn one lesion by heart (demo/)"
 	@echo "make study       install, make 20 synthetic chests, and compare four ways to pre-train on them (demo/study/)"
-	@echo "make results     one seed of the README's evidence once more, into evidence/ (reckoned: an hour on 2 cores; DATA=../shared/data or LUNA16)"
+	@echo "make results     the README's main table once more: published weights, and one seed pre-trained anew (DATA=../shared/data or LUNA16)"
 	@echo "make results-all what results/ lacks of its tables: says how long first (hours), and resumes"
 	@echo "make test        install and run the tests"
 	@echo "make lint        install and check the code's format (ruff)"
@@ -74,16 +74,17 @@ study: $(RUNTIME)
 		"  demo/study/result/report.html  tables, figure and the paper's claims; intervals hold what few patients and seeds leave open" \
 		"  demo/study/result/arms/paper/seed0/pretrain/views.png  what pre-training sees of a synthetic chest"
 
-# DATA, WORK and SEEDS as results/study_of_halves.sh has them
+# DATA, WORK and SEEDS as results/study_of_halves.sh has them. The published weights, and one seed pre-trained anew
 results: $(RUNTIME)
-	SEEDS="$${SEEDS:-0}" OUT=evidence/repeated PYTHON="$(VENV)/bin/python" results/classification.sh
-	@printf '%s\n' "" "Repeated: evidence/repeated/classification/results.md"
+	SEEDS="$${SEEDS:-0}" ARMS="published nodules random scratch" OUT=evidence/repeated PYTHON="$(VENV)/bin/python" \
+		results/classification.sh
+	@printf '%s\n' "" "Repeated: evidence/repeated/classification/results.md; beside what is kept:"
+	"$(VENV)/bin/python" results/repeated.py --kept results/classification --repeated evidence/repeated/classification
 
+# label_fractions.sh takes the encoders that classification.sh leaves
 results-all: $(RUNTIME)
-	PYTHON="$(VENV)/bin/python" results/classification.sh --plan
-	PYTHON="$(VENV)/bin/python" results/augmentations.sh --plan
-	PYTHON="$(VENV)/bin/python" results/classification.sh
-	PYTHON="$(VENV)/bin/python" results/augmentations.sh
+	for NAME in classification augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh --plan || exit 1; done
+	for NAME in classification label_fractions augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh || exit 1; done
 
 # Two at a time, each file by one process; one thread each: threads of several processes wait for one another
 test: $(TEST)

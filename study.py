@@ -40,7 +40,14 @@ from dino3d.study.devices import make_slots, memory_for, require_one_process, vi
 from dino3d.study.jobs import StudyJob, all_units, require_same_flags
 from dino3d.study.outcome import Told, made_with, outcome_lines, tested, write_outcome, write_times
 from dino3d.study.pool import FailedJob, Pool
-from dino3d.study.records import RecordFolder, read_records, score_records, tested_patients, told_of_records
+from dino3d.study.records import (
+    RecordFolder,
+    ensemble_name,
+    read_records,
+    score_records,
+    tested_patients,
+    told_of_records,
+)
 from dino3d.study.scores import TaskScores, score_task
 
 
@@ -151,6 +158,13 @@ def get_args_parser() -> ArgumentParser:
         help="write the tables of all records of a folder into --output_dir, parts of a run together, and run nothing; "
         "--arms names those that are told, in their order",
     )
+    group.add_argument(
+        "--ensembles",
+        nargs="+",
+        metavar="ARM",
+        help="--from_records also judges the seeds of each of these arms together, by the mean of their predictions "
+        "for each case, as ARM-ensemble; not of masks",
+    )
     group = parser.add_argument_group("run")
     group.add_argument(
         "--parallel",
@@ -191,6 +205,8 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
     for flag in ("part", "patients", "note", "features"):
         if getattr(args, flag) and not args.records:
             parser.error(f"--{flag}: is for --records DIR, which is missing")
+    if args.ensembles and not args.from_records:
+        parser.error("--ensembles: is for --from_records DIR, which is missing")
     if args.part and not ARM_NAME.fullmatch(args.part):
         parser.error(f"--part {args.part}: expected letters, digits and _ . + -")
     if args.from_records:
@@ -206,13 +222,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_one_process(os.environ)
 
     if args.from_records:
-        tables_from_records(args.from_records, args.output_dir, args.arms, args.against, args.draws)
+        tables_from_records(
+            args.from_records, args.output_dir, args.arms, args.against, args.ensembles or (), args.draws
+        )
         return
 
     # ------------------------------------------------------------------------------------------------------- the study
     folder = Path(os.path.abspath(args.output_dir))  # jobs run where the study began, maybe elsewhere
     study, lines = define(folder, given_by(args), choose_arms(None, {}))
-    require_known(args.against, [arm.name for arm in study.arms])
+    require_known("--against", args.against, [arm.name for arm in study.arms])
     units = all_units(study)
     jobs = [job for unit in units for job in unit]
     print(*lines, sep="\n", end="\n" if lines else "")
@@ -366,11 +384,11 @@ def finish(
         )
 
 
-def require_known(against: Sequence[str] | None, arms: Sequence[str]) -> None:
-    """Raise UserError for an arm of --against that there is not."""
-    for name in against or ():
+def require_known(flag: str, names: Sequence[str] | None, arms: Sequence[str]) -> None:
+    """Raise UserError for an arm of a flag that there is not."""
+    for name in names or ():
         if name not in arms:
-            raise UserError(f"--against {name}: is none of {', '.join(arms)}" + did_you_mean(name, arms))
+            raise UserError(f"{flag} {name}: is none of {', '.join(arms)}" + did_you_mean(name, arms))
 
 
 def limits(scores: Sequence[TaskScores], found: Comparison, draws: int) -> list[str]:
@@ -392,18 +410,25 @@ def limits(scores: Sequence[TaskScores], found: Comparison, draws: int) -> list[
 
 
 def tables_from_records(
-    folder: Path, output: Path, names: Sequence[str] | None, against: Sequence[str] | None, draws: int
+    folder: Path,
+    output: Path,
+    names: Sequence[str] | None,
+    against: Sequence[str] | None,
+    ensembles: Sequence[str],
+    draws: int,
 ) -> None:
-    """The tables of the records of a folder. names: arms to tell, None: all. Raises UserError."""
+    """The tables of the records of a folder. names: arms to tell, None: all; ensembles: arms whose seeds are judged
+    together too. Raises UserError."""
     found = read_records(folder)
     arms = list(dict.fromkeys(names or [one["arm"] for one in found]))
-    require_known(against, arms)
+    require_known("--against", against, arms)
+    require_known("--ensembles", ensembles, arms)
     kept = [one for one in found if one["arm"] in arms]
     with threadpool_limits(1):
-        scores = [one for task in TASKS if (one := score_records(kept, task, draws)) is not None]
+        scores = [one for task in TASKS if (one := score_records(kept, task, draws, ensembles)) is not None]
         if not scores:
             raise UserError(f"--from_records {folder}: holds no run of {', '.join(arms)} with all of its parts")
-        compared = compare_arms(scores, arms)
+        compared = compare_arms(scores, [*arms, *map(ensemble_name, ensembles)])
     compared = compared._replace(claims=[one for one in compared.claims if one.effect])
     notices = [notice for one in scores for notice in one.notices] + limits(scores, compared, draws)
     told = told_of_records(kept, arms, output, notices, against or COMPARED_WITH)

@@ -5,26 +5,42 @@
 #   results/study_of_halves.sh NAME "ARMS" "SEEDS" "ARMS TO COMPARE WITH" [flags of study.py]
 #
 # OUT: results, unless what is there is to be repeated elsewhere; DATA: ../shared/data or a LUNA16 download; WORK: where
-# data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. Start it again to resume; with
-# --plan it says how long each half will take.
+# data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. FINE_TUNING: flags of
+# main_lnc_luna16.py beside those that all have; FROZEN=no: without the probe on frozen features. Start it again to
+# resume; with --plan it says how long each half will take.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results}
 NAME=$1 ARMS=$2 SEEDS=$3 AGAINST=$4
 shift 4
 
+mkdir -p "$WORK"
 "$PYTHON" results/make_data.py --data "$DATA" --output "$WORK/data"
 KIND=$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['data'])" "$WORK/data/DATA.json")
-# shellcheck disable=SC2086 # arms and seeds are words
-for HALF in 0 1; do
-    "$PYTHON" study.py --output_dir "$WORK/$NAME/half$HALF" --arms_file results/arms.txt --arms $ARMS --seeds $SEEDS \
-        --classification "$WORK/data/pairs" --probe "$WORK/data/pairs" --probe_flags="--pool cls+mean --trivial" \
+study_half() {
+    HALF=$1
+    shift
+    if [ "${FROZEN:-yes}" = yes ]; then
+        set -- --probe "$WORK/data/pairs" --probe_flags="--pool cls+mean --trivial" \
+            --features "$WORK/$NAME/half$HALF/arms/random/seed${SEEDS%% *}/probe/features.trivial-*.csv" "$@"
+    fi
+    # Two arms that are not pre-trained here: by classification.sh, and by whoever published the weights
+    {
+        cat results/arms.txt
+        printf "%s: '%s'\n" trained "$(cd "$WORK" && pwd)/classification/half$HALF/arms/nodules/seed{seed}/pretrain/checkpoint.pth" \
+            published "$PWD/results/weights/nodules_without_half$HALF.safetensors"
+    } > "$WORK/arms_of_half$HALF.txt"
+    # shellcheck disable=SC2086 # arms and seeds are words
+    "$PYTHON" study.py --output_dir "$WORK/$NAME/half$HALF" --arms_file "$WORK/arms_of_half$HALF.txt" --arms $ARMS --seeds $SEEDS \
         --pretrain_flags="@recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0 --data_list '$WORK/data/pool_without_half$HALF.csv'" \
-        --classification_flags="--folds subsets --epochs 40 --batch_size_per_gpu 16 --layer_decay 1 --lr 0.0005 --drop_path_rate 0 --precision bf16" \
-        --features "$WORK/$NAME/half$HALF/arms/random/seed${SEEDS%% *}/probe/features.trivial-*.csv" \
+        --classification "$WORK/data/pairs" \
+        --classification_flags="--folds subsets ${FINE_TUNING:---epochs 40} --batch_size_per_gpu 16 --layer_decay 1 --lr 0.0005 --drop_path_rate 0 --precision bf16" \
         --records "$OUT/runs/$NAME" --part "half$HALF" --patients "$WORK/data/half$HALF.txt" --note "$KIND" "$@"
-done
+}
+study_half 0 "$@"
+study_half 1 "$@"
 case " $* " in *" --plan "*) exit ;; esac
-# shellcheck disable=SC2086
+TRIVIAL="trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre"
+# shellcheck disable=SC2046,SC2086
 "$PYTHON" study.py --output_dir "$OUT/$NAME" --from_records "$OUT/runs/$NAME" --against $AGAINST \
-    --arms $ARMS trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre
+    --arms $ARMS $([ "${FROZEN:-yes}" = no ] || echo "$TRIVIAL")

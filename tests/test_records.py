@@ -111,6 +111,37 @@ def test_two_halves_together(made, halves, tmp_path, capsys):
     assert all((out / name).is_file() for name in ("report.html", "study.png", "differences.csv", "results.json"))
 
 
+def test_an_ensemble_is_the_mean_of_its_seeds_predictions(halves, tmp_path, capsys):
+    out = tables_of(halves, tmp_path / "out", "--ensembles", "none")
+    found = {row["task"]: float(row["value"]) for row in table(out / "results.csv") if row["arm"] == "none-ensemble"}
+    assert set(found) == {"classification", "probe"}
+    parts = []
+    for part in HALVES:
+        both = [json.loads((halves / f"classification-none-seed{seed}-{part}.json").read_text()) for seed in (0, 1)]
+        assert both[0]["patients"] == both[1]["patients"]
+        probability = np.mean([one["repeats"][0]["values"] for one in both], 0)[:, 1]
+        labels, folds = np.array(both[0]["labels"]), np.array(both[0]["repeats"][0]["folds"])
+        for fold in set(folds):
+            mine = folds == fold
+            pairs = (labels[mine] == 0).sum() * (labels[mine] == 1).sum()
+            parts.append((pairs, roc_auc_score(labels[mine], probability[mine])))
+    expected = np.average([auc for _, auc in parts], weights=[pairs for pairs, _ in parts])
+    assert found["classification"] == pytest.approx(expected, abs=1e-9)
+    # from records of one seed, or of seeds that were tested in other folds, there is none, and it is told
+    path = halves / "probe-none-seed1-half0.json"
+    record = json.loads(path.read_text())
+    for repeat in record["repeats"]:
+        repeat["folds"] = repeat["folds"][::-1]
+    path.write_text(json.dumps(record))
+    for part in HALVES:
+        (halves / f"classification-none-seed1-{part}.json").unlink()
+    out = tables_of(halves, tmp_path / "again", "--ensembles", "none")
+    assert "ensemble" not in (out / "results.csv").read_text()
+    said = capsys.readouterr().out
+    assert "classification: no ensemble of none: it needs two seeds, 1 was run" in said
+    assert "probe: no ensemble of none: its seeds were tested in other folds" in said
+
+
 def test_records_hold_no_paths_and_each_patient_once(made, halves):
     seen = {}
     for path in halves.glob("*.json"):
@@ -209,6 +240,7 @@ def test_no_records(tmp_path):
     [
         (["--part", "half0"], "--part: is for --records DIR"),
         (["--records", "r", "--part", "../x"], "--part ../x: expected letters"),
+        (["--ensembles", "none"], "--ensembles: is for --from_records DIR"),
         (["--from_records", "r", "--list"], "--list and --from_records exclude each other"),
         (["--from_records", "r", "--data_dir", "x"], "--data_dir: --from_records makes tables of what was run"),
     ],
@@ -244,5 +276,7 @@ def test_another_run_whose_names_make_the_same_file(made, halves):
 def test_compared_with_what_is_not_there(made, halves, tmp_path):
     with pytest.raises(UserError, match="--against rando: is none of none, random, scratch, .*did you mean random"):
         tables_of(halves, tmp_path / "out", "--against", "rando")
+    with pytest.raises(UserError, match="--ensembles rando: is none of none, random, scratch"):
+        tables_of(halves, tmp_path / "out", "--ensembles", "rando")
     with pytest.raises(UserError, match="--against paper: is none of none, scratch, random"):
         study.main(["--output_dir", str(made / "half0"), "--table", "--against", "paper"])

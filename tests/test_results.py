@@ -11,9 +11,12 @@ from conftest import ROOT
 import main_dino
 import main_lnc_luna16
 import study
+from dino3d.command_line import UserError, exit_status
+from dino3d.files import read_table, write_table
 from dino3d.flag_files import read_flags
 from dino3d.study.arms import choose_arms, read_arms
 from dino3d.study.definition import split_flags
+from results import label_fractions, repeated
 
 # In place of Python: notes its arguments, and says what kind of data there is
 STUB = """#!/bin/sh
@@ -21,36 +24,134 @@ case "$1" in -c) echo collection ;; *) printf '%s\\0' "$@" >> "$CALLS"; printf '
 """
 
 
+def calls_of(script, folder, monkeypatch):
+    """What a script of results/ gives Python: a list of words for each call."""
+    stub, calls = folder / "python", folder / "calls"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environment = os.environ | {"CALLS": str(calls), "PYTHON": str(stub), "WORK": str(folder / "w"), "OUT": "o"}
+    environment |= {"DATA": "d"}
+    environment.pop("SEEDS", None)
+    subprocess.run([ROOT / "results" / script], env=environment, check=True, cwd=folder)
+    monkeypatch.chdir(ROOT)
+    return [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
+
+
+def check_half(half, call, name, seeds, work):
+    """A study of one half, all of whose flags the scripts know. Returns its flags, and those of fine-tuning."""
+    script, *flags = call
+    parser = study.get_args_parser()
+    args = parser.parse_args(flags)
+    study.check_flags(parser, args)
+    assert script == "study.py" and " ".join(map(str, args.seeds)) == seeds
+    pretrain = split_flags("pretrain", args.pretrain_flags)
+    found = main_dino.get_args_parser().parse_args([*pretrain, "--output_dir", "x"])
+    # pre-trained without the patients that are recorded
+    assert found.data_list == f"{work}/data/pool_without_half{half}.csv"
+    assert args.patients == f"{work}/data/half{half}.txt" and args.part == f"half{half}"
+    assert str(args.records) == f"o/runs/{name}"
+    arms = choose_arms(args.arms, read_arms(args.arms_file))
+    assert [arm.name for arm in arms] == args.arms
+    for arm in arms:
+        if arm.weights:  # neither half is judged by the encoder that saw it
+            assert (f"half{half}" in arm.weights) and (f"half{1 - half}" not in arm.weights)
+    tuning = split_flags("classification", args.classification_flags)
+    return args, main_lnc_luna16.get_args_parser().parse_args([*tuning, "--data_dir", "x"])
+
+
+def check_tables(call, name):
+    parser = study.get_args_parser()
+    args = parser.parse_args(call[1:])
+    study.check_flags(parser, args)
+    assert str(args.output_dir) == f"o/{name}" and str(args.from_records) == f"o/runs/{name}"
+    return args
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sh")
 @pytest.mark.parametrize("name, seeds", [("classification", "0 1 2 3 4"), ("augmentations", "0 1 2")])
 def test_scripts_give_the_product_flags_that_it_knows(tmp_path, monkeypatch, name, seeds):
-    stub, calls = tmp_path / "python", tmp_path / "calls"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    monkeypatch.setenv("CALLS", str(calls))
-    environment = os.environ | {"PYTHON": str(stub), "WORK": "w", "OUT": "o", "DATA": "d"}
-    environment.pop("SEEDS", None)
-    subprocess.run([ROOT / "results" / f"{name}.sh"], env=environment, check=True, cwd=tmp_path)
-    made, *halves, tables = [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
-    assert made == ["results/make_data.py", "--data", "d", "--output", "w/data"]
-    monkeypatch.chdir(ROOT)
-    parser = study.get_args_parser()
-    for half, (script, *flags) in enumerate(halves):
-        args = parser.parse_args(flags)
-        study.check_flags(parser, args)
-        assert script == "study.py" and " ".join(map(str, args.seeds)) == seeds
-        pretrain = split_flags("pretrain", args.pretrain_flags)
-        found = main_dino.get_args_parser().parse_args([*pretrain, "--output_dir", "x"])
-        # pre-trained without the patients that are recorded
-        assert found.data_list == f"w/data/pool_without_half{half}.csv"
-        assert args.patients == f"w/data/half{half}.txt" and args.part == f"half{half}"
-        main_lnc_luna16.get_args_parser().parse_args(split_flags("classification", args.classification_flags))
-        assert str(args.records) == f"o/runs/{name}"
-        assert [arm.name for arm in choose_arms(args.arms, read_arms(args.arms_file))] == args.arms
+    made, *halves, tables = calls_of(f"{name}.sh", tmp_path, monkeypatch)
+    assert made == ["results/make_data.py", "--data", "d", "--output", f"{tmp_path}/w/data"]
+    for half, call in enumerate(halves):
+        args, tuning = check_half(half, call, name, seeds, tmp_path / "w")
+        assert args.probe and tuning.epochs == 40
     assert len(halves) == 2
-    args = parser.parse_args(tables[1:])
-    study.check_flags(parser, args)
-    assert str(args.output_dir) == f"o/{name}" and str(args.from_records) == f"o/runs/{name}"
+    assert "trivial-radial" in check_tables(tables, name).arms
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_fewer_labels_take_as_many_steps(tmp_path, monkeypatch):
+    calls = [call for call in calls_of("label_fractions.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
+    for name, *of_study in zip(("labels_50", "labels_25", "labels_10", "long"), calls[::3], calls[1::3], calls[2::3]):
+        for half, call in enumerate(of_study[:2]):
+            args, tuning = check_half(half, call, name, "0 1 2", tmp_path / "w")
+            assert args.arms == ["trained", "scratch"] and not args.probe
+            share = 1 if name == "long" else int(name.rpartition("_")[2]) / 100
+            assert tuning.label_fraction == share and tuning.epochs == (120 if name == "long" else round(40 / share))
+        assert check_tables(of_study[2], name).arms == ["trained", "scratch"]
+
+
+def write_tables(folder, arms, values, minus):
+    """What study.py writes of classification: results.csv, differences.csv and seeds.csv."""
+    folder.mkdir(parents=True)
+    rows = [["classification", arm, "AUC", value, value - 0.1, value + 0.1, 2, 93] for arm, value in zip(arms, values)]
+    write_table(folder / "results.csv", ["task", "arm", "metric", "value", "low", "high", "seeds", "patients"], rows)
+    pair = ["classification", *minus, values[0] - values[1] if minus[0] == arms[0] else values[1] - values[0]]
+    write_table(
+        folder / "differences.csv",
+        ["task", "arm", "minus", "difference", "low", "high"],
+        [[*pair, pair[-1] - 0.02, pair[-1] + 0.05]],
+    )
+    seeds = [
+        ["classification", arm, seed, value + step]
+        for arm, value in zip(arms, values)
+        for seed, step in ((0, -0.01), (1, 0.01))
+    ]
+    write_table(folder / "seeds.csv", ["task", "arm", "seed", "value"], seeds)
+
+
+def test_table_and_figure_of_label_fractions(tmp_path, capsys):
+    write_tables(tmp_path / "classification", ("nodules", "scratch"), (0.9, 0.8), ("nodules", "scratch"))
+    write_tables(tmp_path / "labels_10", ("trained", "scratch"), (0.7, 0.5), ("scratch", "trained"))
+    assert exit_status(lambda: label_fractions.main(["--results", str(tmp_path)]))[0] == 0
+    rows = [
+        (row["percent"], row["arm"], row["auc"], row["minus_scratch"], row["minus_low"], row["minus_high"])
+        for row in read_table(tmp_path / "label_fractions/results.csv")
+    ]
+    assert [row[:2] for row in rows] == [(p, a) for p in ("10", "25", "50", "100") for a in ("pre-trained", "scratch")]
+    assert [float(text) for text in rows[0][2:]] == pytest.approx([0.7, 0.2, 0.15, 0.22])  # turned round
+    assert [float(text) for text in rows[6][2:]] == pytest.approx([0.9, 0.1, 0.08, 0.15])
+    assert rows[1][2:] == ("0.5", "", "", "") and rows[2][2:] == ("", "", "", "")
+    said = capsys.readouterr().out
+    assert "| 10 % | 0.700 (0.600 to 0.800) | 0.500 (0.400 to 0.600) | +0.200 (+0.150 to +0.220) | 2 |" in said
+    assert "| 25 % | not run | not run | | |" in said
+    assert (tmp_path / "label_fractions/label_fractions.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="holds none of labels_10, labels_25, labels_50, classification"):
+        label_fractions.main(["--results", str(tmp_path / "label_fractions")])
+
+
+def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):
+    write_tables(tmp_path / "kept", ("nodules", "scratch"), (0.9, 0.8), ("nodules", "scratch"))
+    write_tables(tmp_path / "near", ("published", "scratch"), (0.91, 0.8), ("published", "scratch"))
+    write_tables(tmp_path / "far", ("nodules", "scratch"), (0.9, 0.85), ("nodules", "scratch"))
+    write_tables(tmp_path / "other", ("elastic", "none"), (0.9, 0.85), ("elastic", "none"))
+
+    def compare(name):
+        repeated.main(["--kept", str(tmp_path / "kept"), "--repeated", str(tmp_path / name)])
+
+    compare("near")
+    said = capsys.readouterr().out
+    # the standard deviation of two seeds that are 0.02 apart is 0.02 / sqrt(2)
+    assert (
+        "published: 0.9100; kept 0.9000 (0.8900 to 0.9100), seed 0 kept 0.8900, seed 1 kept 0.9100, 0.7 spreads" in said
+    )
+    assert "all 2 within 3 spreads" in said
+    with pytest.raises(UserError, match="classification scratch: further than 3 spreads"):
+        compare("far")
+    with pytest.raises(UserError, match="has no arm of"):
+        compare("other")
+    with pytest.raises(UserError, match="seeds.csv: can't be read|seeds.csv"):
+        compare("missing")
 
 
 def test_records_that_are_kept_hold_together():

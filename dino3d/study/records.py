@@ -241,9 +241,27 @@ def join_parts(parts: Sequence[list[CaseScores]]) -> list[CaseScores]:
     return joined
 
 
-def score_records(records: Sequence[dict[str, Any]], task: str, draws: int) -> TaskScores | None:
-    """TaskScores of a task's records, all parts of a run together; None where there are none. A table of features,
-    which has no seed, stands beside every seed. Raises UserError."""
+def ensemble_name(arm: str) -> str:
+    return f"{arm}-ensemble"
+
+
+def mean_of_seeds(arm: str, whole: dict[tuple[str, int | None], list[CaseScores]]) -> tuple[str, list[CaseScores]]:
+    """(why not, or ""; an ensemble: each case with the mean of what the seeds of an arm say of it)."""
+    seeds = [cases for (name, seed), cases in whole.items() if name == arm and seed is not None]
+    if len(seeds) < 2:
+        return f"it needs two seeds, {len(seeds)} {'was' if len(seeds) == 1 else 'were'} run", []
+    repeats = list(zip(*seeds, strict=True))
+    for first, *others in repeats:
+        if any(one.patients != first.patients or not np.array_equal(one.folds, first.folds) for one in others):
+            return "its seeds were tested in other folds, or on other cases", []
+    return "", [one[0]._replace(values=np.mean([seed.values for seed in one], 0)) for one in repeats]
+
+
+def score_records(
+    records: Sequence[dict[str, Any]], task: str, draws: int, ensembles: Sequence[str] = ()
+) -> TaskScores | None:
+    """TaskScores of a task's records, all parts of a run together; None where there are none. A table of features, or
+    an ensemble of the seeds of an arm, has no seed and stands beside every seed. Raises UserError."""
     mine = [one for one in records if one["task"] == task]
     if not mine:
         return None
@@ -260,6 +278,12 @@ def score_records(records: Sequence[dict[str, Any]], task: str, draws: int) -> T
         if len(set().union(*people)) != sum(map(len, people)):
             raise UserError(f"{task}, {arm}: a patient stands in two parts; --patients of each names its own alone")
         whole[arm, seed] = join_parts([cases_of(found[part]) for part in parts])
+    for arm in () if task == "segmentation" else [arm for arm in ensembles if any(one["arm"] == arm for one in mine)]:
+        why_not, cases = mean_of_seeds(arm, whole)
+        if why_not:
+            notices.append(f"{task}: no ensemble of {arm}: {why_not}")
+        else:
+            whole[ensemble_name(arm), None] = cases
     seeds = sorted({seed for _, seed in whole if seed is not None}) or [0]
     tested = {}
     for (arm, seed), cases in whole.items():

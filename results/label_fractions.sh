@@ -1,0 +1,19 @@
+#!/bin/sh
+# Fewer labels: the encoders that classification.sh has left in $WORK, and from scratch, fine-tuned on 50, 25 and 10 % of
+# the training patients at equal steps. And scratch given time: on all of them, three times as long, the epoch chosen by
+# validation, for both. SEEDS="0" for some of the seeds.
+set -eu
+cd "$(dirname "$0")"
+SEEDS=${SEEDS:-0 1 2}
+study() {
+    NAME=$1 FLAGS=$2
+    shift 2
+    FROZEN=no FINE_TUNING=$FLAGS ./study_of_halves.sh "$NAME" "trained scratch" "$SEEDS" scratch "$@"
+}
+study labels_50 "--label_fraction 0.5 --epochs 80 --val_freq 2" "$@"
+study labels_25 "--label_fraction 0.25 --epochs 160 --val_freq 4" "$@"
+study labels_10 "--label_fraction 0.1 --epochs 400 --val_freq 10" "$@"
+study long "--epochs 120" "$@"
+case " $* " in *" --plan "*) exit ;; esac
+cd ..
+"${PYTHON:-python}" results/label_fractions.py --results "${OUT:-results}"
