@@ -17,8 +17,8 @@ from dino3d.command_line import ArgumentParser, UserError, exit_status, help_fla
 from dino3d.files import TEXT, atomic_write, read_table, write_table  # noqa: E402
 
 # percent of the training patients: folder of the table, its pre-trained arm
-SHARES = {10: ("labels_10", "trained"), 25: ("labels_25", "trained"), 50: ("labels_50", "trained")}
-SHARES |= {100: ("classification", "nodules")}
+TABLE_OF_PERCENT = {10: ("labels_10", "trained"), 25: ("labels_25", "trained"), 50: ("labels_50", "trained")}
+TABLE_OF_PERCENT |= {100: ("classification", "nodules")}
 BY_HAND = "trivial-radial"
 SHARE_COLUMNS = [
     "percent",
@@ -93,7 +93,7 @@ def draw_shares(rows: Sequence[Sequence], by_hand: float | None, path: Path) -> 
         axes.axhline(by_hand, color="0.4", linestyle=":", label="radial profile by hand, all labels")
     axes.axhline(0.5, color="0.8", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xticks(list(SHARES), [f"{percent} %" for percent in SHARES])
+    axes.set_xticks(list(TABLE_OF_PERCENT), [f"{percent} %" for percent in TABLE_OF_PERCENT])
     axes.minorticks_off()
     axes.set(xlabel="training patients whose labels are used", ylabel="AUC, 95 % interval")
     axes.legend(loc="lower right", fontsize=8)
@@ -103,10 +103,16 @@ def draw_shares(rows: Sequence[Sequence], by_hand: float | None, path: Path) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    rows = [row for percent, (name, arm) in SHARES.items() for row in rows_of_share(percent, args.results / name, arm)]
+    rows = [
+        row
+        for percent, (name, arm) in TABLE_OF_PERCENT.items()
+        for row in rows_of_share(percent, args.results / name, arm)
+    ]
     if not any(row[2] != "" for row in rows):
-        raise UserError(f"--results {args.results}: holds none of {', '.join(name for name, _ in SHARES.values())}")
-    main_table = args.results / SHARES[100][0] / "results.csv"
+        raise UserError(
+            f"--results {args.results}: holds none of {', '.join(name for name, _ in TABLE_OF_PERCENT.values())}"
+        )
+    main_table = args.results / TABLE_OF_PERCENT[100][0] / "results.csv"
     main_rows = read_table(main_table) if main_table.is_file() else []
     by_hand = next((float(row["value"]) for row in main_rows if row["arm"] == BY_HAND), None)
     folder = args.results / "label_fractions"

@@ -3,8 +3,8 @@
     python results/repeated.py --kept results/classification --repeated evidence/repeated/classification
 
 Other processors round otherwise, so that the same seed gives nearly, not exactly, the same figure. The spread of seeds
-is their standard deviation, of all arms of a task together; a figure further than MOST_SPREADS spreads from the mean of the
-kept seeds ends with exit code 1.
+is their standard deviation, of all arms of a task together; a figure further than MOST_SPREADS of them from the mean
+of the kept seeds ends with exit code 1.
 """
 
 import collections
