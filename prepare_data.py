@@ -147,10 +147,14 @@ def add_luna16(commands: Any) -> None:
     options.add_argument(
         "--table",
         type=Path,
+        nargs="+",
+        action="extend",
         metavar="CSV",
-        help="points of your own instead of candidates*.csv and annotations.csv: columns seriesuid, "
-        "coordX, coordY, coordZ (LPS mm, as LUNA16) and the label; points without a label are cropped into "
-        "subset*/unlabelled, for --predict",
+        help="points of your own instead of candidates*.csv and annotations.csv: columns seriesuid (or image_path, "
+        "a path that ends in <seriesuid>.mhd, as FMCIB's tables have), coordX, coordY, coordZ (LPS mm, as LUNA16) and "
+        "the label; points without a label are cropped into subset*/unlabelled, for --predict. Three tables with "
+        "train, val and test in their names are a published split: published_split.csv and by_patient.csv in --output "
+        "are then its lists of crops for --data_list of main_lnc_luna16.py",
     )
     options.add_argument(
         "--label_column",

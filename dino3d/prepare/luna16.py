@@ -12,7 +12,7 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import images
-from dino3d.data.conventions import DataError, stem
+from dino3d.data.conventions import DataError
 from dino3d.data.layouts import UNLABELLED
 from dino3d.data.points import (
     AXES,
@@ -30,6 +30,7 @@ from dino3d.files import read_rows
 from dino3d.prepare.conversion import (
     FAILED,
     LEFT_OUT,
+    WRITTEN,
     Job,
     Output,
     convert_all,
@@ -39,6 +40,7 @@ from dino3d.prepare.conversion import (
     report_outcome,
 )
 from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
+from dino3d.prepare.point_tables import Placed, read_point_tables, write_split
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
@@ -67,11 +69,14 @@ def luna16(
     spacing: Sequence[float],
     negatives_per_scan: int | None,
     seed: int,
-    table: Path | None,
+    table: Sequence[Path] | None,
     label_column: str,
     patients: Path | None,
 ) -> None:
-    """Crops around the points of LUNA16's tables, or of one's own, into the classification layout."""
+    """Crops around the points of LUNA16's tables, or of one's own, into the classification layout.
+
+    table: one, or the three parts of a published split, whose lists are then written too; see `point_tables`
+    """
     if negatives_per_scan is None and table is None:
         negatives_per_scan = NEGATIVES_PER_SCAN
     recipe = {
@@ -81,14 +86,13 @@ def luna16(
         "negatives_per_scan": negatives_per_scan,
         "seed": seed,
         "label_column": label_column,
+        **({"split": "published"} if table and len(table) > 1 else {}),  # older outputs have none
     }
     with open_output(output, recipe) as records:
         if table:
-            points = read_points(table, label_column, label_column != "class")
-            name = safe_name(stem(table.stem), "table")
-            points = {series: [point._replace(table=name) for point in those] for series, those in points.items()}
+            points, parts = read_point_tables(table, label_column)
         else:
-            points = read_candidates(input)
+            points, parts = read_candidates(input), {}
         found, refused = scans_of_series(input, [output], set(points), workers)
         patient_of_series = (
             read_patients(patients)
@@ -123,6 +127,16 @@ def luna16(
             for task in tasks
         ]
         outcome = convert_all(convert_crops, jobs, records, LUNA16_COLUMNS, workers, "scan")
+        if parts:
+            written = {row["output"] for row in outcome.rows if row["status"] == WRITTEN}
+            placed = [
+                Placed(parts[point.table], task.patient, point.label, name)
+                for task in tasks
+                for point, name in zip(task.points, task.outputs)
+                if name in written
+            ]
+            if placed:
+                write_split(output, placed, points, parts, patient_of_series)
     report_outcome(outcome)
 
 
