@@ -290,6 +290,8 @@ def main() -> None:
             parser.error(f"--spacing {format_size(args['spacing'])}: expected three lengths above 0, or 0 0 0")
         if args["label_column"] != "class" and args["table"] is None:
             parser.error("--label_column is for a --table of your own")
+        if args["negatives_per_scan"] is not None and len(args["table"] or ()) > 1:
+            parser.error("--negatives_per_scan: a published split, which several --table are, is taken whole")
     try:
         run(**args)
     except DataError as error:

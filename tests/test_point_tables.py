@@ -285,3 +285,26 @@ def test_tables_may_be_given_one_by_one(study, tmp_path, run):
     each = [word for path in study[2].values() for word in ("--table", path)][1:]
     assert prepare(run, study, tmp_path / "out", tables=each).code == 0
     assert (tmp_path / "out" / PUBLISHED).is_file()
+
+
+def test_a_split_is_taken_whole(study, tmp_path, run):
+    result = prepare(run, study, tmp_path / "out", "--negatives_per_scan", 1)
+    assert result.code == 2 and "--negatives_per_scan: a published split" in result.errors[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_of_ones_own_names_scans_by_seriesuid(study, tmp_path, run):
+    assert prepare(run, study, tmp_path / "out").code == 0
+    own = ["seriesuid", "coordX", "coordY", "coordZ", "malignancy"]
+    for part, rows in study[1].items():
+        series = [(row[5].removeprefix(FOLDER).removesuffix(".mhd"), *row[2:5], row[1]) for row in rows]
+        write_table(study[2][part], own, series)
+    assert prepare(run, study, tmp_path / "other").code == 0
+    assert contents(tmp_path / "other") == contents(tmp_path / "out")
+    for spoilt, said in (
+        ((*series[1][:4], ""), "has nothing in malignancy"),
+        ((*series[1][:3], "x", 1), "not a point"),
+    ):
+        write_table(study[2]["test"], own, [series[0], spoilt])
+        result = prepare(run, study, tmp_path / "third")
+        assert result.code == 1 and f"{study[2]['test']}: line 3 (1.2.9): {said}" in result.errors[0]
