@@ -48,7 +48,7 @@ from dino3d.study.records import (
     tested_patients,
     told_of_records,
 )
-from dino3d.study.scores import TaskScores, score_task
+from dino3d.study.scores import FIGURES, METRIC, TaskScores, score_task
 
 
 def get_args_parser() -> ArgumentParser:
@@ -107,6 +107,13 @@ def get_args_parser() -> ArgumentParser:
             help=f"flags of {script} for all arms, as --{stage}_flags='--FLAG VALUE ...'; @FILE in them is a file of "
             "flags",
         )
+    group.add_argument(
+        "--training_cases",
+        type=number(int, 1),
+        metavar="N",
+        help="for few cases: each patient of --segmentation is tested once, by a model that the next N patients by "
+        "name train and one more validates; default: main_lts_msd.py draws a test set and folds",
+    )
     group = parser.add_argument_group("statistics")
     group.add_argument(
         "--draws",
@@ -210,7 +217,8 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if args.part and not ARM_NAME.fullmatch(args.part):
         parser.error(f"--part {args.part}: expected letters, digits and _ . + -")
     if args.from_records:
-        for flag in ("data_dir", *TASKS, *(f"{stage}_flags" for stage in STAGES), "arms_file", "seeds", "records"):
+        given = ("data_dir", *TASKS, *(f"{stage}_flags" for stage in STAGES), "training_cases")
+        for flag in (*given, "arms_file", "seeds", "records"):
             if getattr(args, flag):
                 parser.error(f"--{flag}: --from_records makes tables of what was run; leave it out")
 
@@ -304,6 +312,7 @@ def given_by(args: argparse.Namespace) -> Given:
         args.seeds,
         args.processes_per_job,
         args.threads,
+        args.training_cases,
     )
 
 
@@ -351,7 +360,8 @@ def finish(
             if any(job.is_done() for job in jobs):  # where all is recorded, so are these, and their files not there
                 records.write_features(study)
             print(f"records      {records.folder}")
-        scores = [one for task in study.tasks if (one := score_task(study, task, jobs, args.draws)) is not None]
+        figures = [figure for task in study.tasks for figure in FIGURES[task]]
+        scores = [one for figure in figures if (one := score_task(study, figure, jobs, args.draws)) is not None]
         found = compare_arms(scores, [arm.name for arm in study.arms])
     if scores:
         notices = [notice for one in scores for notice in one.notices]
@@ -425,7 +435,7 @@ def tables_from_records(
     require_known("--ensembles", ensembles, arms)
     kept = [one for one in found if one["arm"] in arms]
     with threadpool_limits(1):
-        scores = [one for task in TASKS if (one := score_records(kept, task, draws, ensembles)) is not None]
+        scores = [one for figure in METRIC if (one := score_records(kept, figure, draws, ensembles)) is not None]
         if not scores:
             raise UserError(f"--from_records {folder}: holds no run of {', '.join(arms)} with all of its parts")
         compared = compare_arms(scores, [*arms, *map(ensemble_name, ensembles)])

@@ -41,6 +41,7 @@ MM = (1.0, 1.0, 1.0)  # spacing of all that is written
 CUBE_SIDE, CROP_SIDE, PAIR_SIDE = 51, 60, 24  # voxels of a side
 PAIR_SUBSETS = 5
 CUBE_WEIGHT = 7  # of a cube in the pool's lists, where a crop has 1: about half of the samples are nodules
+CUBES_ALONE = 11  # lines of a cube in the list that has no crops: about as many lines as the others have
 # What a crop of the pool lies around, and which share of the crops does
 CROP_PLACES = {"vessel": 0.55, "parenchyma": 0.2, "border": 0.25}
 VESSEL_HU, PARENCHYMA_HU = -400, -700  # in the lung: above, below
@@ -410,6 +411,9 @@ def write_lists(
         cubes = sum(volume.weight > 1 for volume in kept)
         lists[name] = {"cubes": cubes, "crops": len(kept) - cubes, "lines": len(rows)}
         lines.append(f"pool_{name}.csv: {cubes} cubes {CUBE_WEIGHT} times each, {len(kept) - cubes} crops")
+    cubes = [[volume.path, volume.patient] for volume in pool if volume.weight > 1]
+    write_table(output / "pool_cubes.csv", ["path", "patient"], [row for row in cubes for _ in range(CUBES_ALONE)])
+    lines.append(f"pool_cubes.csv: {len(cubes)} cubes {CUBES_ALONE} times each, no crops")
     for number, half in enumerate(halves):
         with atomic_write(output / f"half{number}.txt") as part:
             part.write_text("".join(f"{patient}\n" for patient in half), **TEXT)

@@ -10,13 +10,15 @@ from conftest import ROOT
 
 import main_dino
 import main_lnc_luna16
+import main_lts_msd
+import prepare_data
 import study
 from dino3d.command_line import UserError, exit_status
 from dino3d.files import read_table, write_table
 from dino3d.flag_files import read_flags
 from dino3d.study.arms import choose_arms, read_arms
 from dino3d.study.definition import split_flags
-from results import label_fractions, repeated
+from results import join_tables, label_fractions, make_masks, repeated
 
 # In place of Python: notes its arguments, and says what kind of data there is
 STUB = """#!/bin/sh
@@ -152,6 +154,59 @@ def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):
         compare("other")
     with pytest.raises(UserError, match="seeds.csv: can't be read|seeds.csv"):
         compare("missing")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_segmentation_is_of_encoders_of_the_cubes_alone_at_equal_steps(tmp_path, monkeypatch):
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    monkeypatch.setenv("CALLS", str(calls))
+    environment = os.environ | {
+        "PYTHON": str(stub),
+        "WORK": str(tmp_path / "w w"),
+        "OUT": str(tmp_path / "o"),
+        "DATA": "d",
+    }
+    script = [ROOT / "results" / "segmentation.sh", "--parallel", "1"]
+    subprocess.run(script, env=environment | {"SEEDS": "0 2"}, check=True, cwd=tmp_path)
+    lines = [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
+    monkeypatch.chdir(ROOT)
+    pool = str(tmp_path / "w w" / "data" / "pool_cubes.csv")
+    weights = tmp_path / "w w" / "segmentation" / "weights"
+    trained = [main_dino.get_args_parser().parse_args(flags) for name, *flags in lines if name == "main_dino.py"]
+    assert [(one.seed, one.data_list, one.output_dir) for one in trained] == [
+        (seed, pool, str(weights / f"seed{seed}")) for seed in (0, 2)
+    ]
+    assert read_arms(str(weights / "arms.txt"))["nodules"].weights_of(2) == str(weights / "seed2" / "checkpoint.pth")
+    masks = next(flags for name, *flags in lines if name == "results/make_masks.py")
+    assert make_masks.get_args_parser().parse_args(masks).pool == tmp_path / "w w" / "data" / "pool_cubes.csv"
+    (lesions,) = [flags for name, *flags in lines if name == "prepare_data.py"]
+    prepare_data.get_args_parser().parse_args(lesions)
+    parser, seen, steps = study.get_args_parser(), {}, set()
+    for args in [parser.parse_args(flags) for name, *flags in lines if name == "study.py"]:
+        study.check_flags(parser, args)
+        if args.from_records:
+            assert seen[args.from_records] == args.arms and args.output_dir.name == args.from_records.name
+            continue
+        assert args.seeds == [0, 2] and args.parallel == 1
+        seen[args.records] = [arm.name for arm in choose_arms(args.arms, read_arms(args.arms_file))]
+        flags = main_lts_msd.get_args_parser().parse_args(split_flags("segmentation", args.segmentation_flags))
+        steps.add((flags.epochs, flags.patches_per_case * args.training_cases, flags.batch_size_per_gpu))
+        assert flags.val_freq > flags.epochs and flags.layer_decay == 1
+        assert flags.freeze_encoder == ("frozen" in args.records.name) == (args.arms[1] == "random")
+        untrained = main_dino.get_args_parser().parse_args(
+            [*split_flags("pretrain", args.pretrain_flags), "--seed", "0", "--output_dir", trained[0].output_dir]
+        )
+        assert vars(untrained) == vars(trained[0])
+    assert len(steps) == 1 and len(seen) == 10
+    name, *flags = lines[-1]
+    assert (
+        name == "results/join_tables.py"
+        and join_tables.get_args_parser().parse_args(flags).output.name == "segmentation"
+    )
+    done = subprocess.run([script[0], "--plan"], env=environment, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 2 and b"--plan" in done.stderr
 
 
 def test_records_that_are_kept_hold_together():

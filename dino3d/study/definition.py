@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dino3d.command_line import UserError, truncate_list
 from dino3d.files import read_json, write_json
 from dino3d.study.arms import ARM_NAME, PRETRAINED, RANDOM, SCRATCH, Arm, checksum, expand_flags
+from dino3d.study.folds import DRAWN_BY, leave_one_out, segmentation_patients
 
 FORMAT = 1
 PRETRAIN = "pretrain"
@@ -31,7 +32,7 @@ OWN_FLAGS = {
 class Study(NamedTuple):
     """A study. data: {stage: folder or table}; flags: {stage: flags that all arms share}; processes: of a job; threads:
     of each process on CPUs; work_dir: that relative paths in flags belong to; files: {path: CRC-32} of the arms'
-    weights"""
+    weights; training_cases: see `folds.leave_one_out`, 0: as the script draws folds"""
 
     folder: Path
     data: dict[str, str]
@@ -42,6 +43,7 @@ class Study(NamedTuple):
     threads: int
     work_dir: str
     files: dict[str, str]
+    training_cases: int = 0
 
     @property
     def tasks(self) -> list[str]:
@@ -57,6 +59,7 @@ class Given(NamedTuple):
     seeds: Sequence[int] | None
     processes: int | None
     threads: int | None
+    training_cases: int | None = None
 
 
 def split_flags(stage: str, text: str) -> tuple[str, ...]:
@@ -100,6 +103,7 @@ def load_study(folder: Path) -> Study | None:
             int(saved["threads"]),
             str(saved["work_dir"]),
             dict(saved["files"]),
+            int(saved.get("training_cases", 0)),
         )
         odd = [
             arm.name
@@ -127,7 +131,7 @@ def save_study(study: Study) -> None:
         "threads": study.threads,
         "work_dir": study.work_dir,
         "files": study.files,
-    }
+    } | ({"training_cases": study.training_cases} if study.training_cases else {})
     path = study.folder / "study.json"
     if not path.exists() or read_json(path) != content:
         write_json(path, content)
@@ -149,6 +153,7 @@ def define(folder: Path, given: Given, default_arms: Sequence[Arm]) -> tuple[Stu
             )
         arms, seeds = list(given.arms or default_arms), sorted(set(given.seeds or (0, 1, 2)))
         study = Study(folder, data, flags, arms, seeds, given.processes or 1, given.threads or 1, os.getcwd(), {})
+        study = study._replace(training_cases=given.training_cases or 0)
         lines = []
     else:
         study, lines = added_to(old, given, data, flags)
@@ -156,6 +161,8 @@ def define(folder: Path, given: Given, default_arms: Sequence[Arm]) -> tuple[Stu
         if stage != PRETRAIN and stage not in study.data:
             raise UserError(f"--{stage}_flags: is for --{stage} DIR, which is missing")
     check_arms(study)
+    if study.training_cases:
+        check_training_cases(study)
     return study._replace(files=checked_files(study)), lines
 
 
@@ -183,6 +190,8 @@ def added_to(
     ):
         if has not in (None, had):
             refuse(name, had, has)
+    if given.training_cases not in (None, old.training_cases) and "segmentation" in old.data:
+        refuse("--training_cases", old.training_cases, given.training_cases)
     by_name, lines = {arm.name: arm for arm in old.arms}, []
     for arm in given.arms or ():
         if (had := by_name.setdefault(arm.name, arm)) != arm:
@@ -190,6 +199,7 @@ def added_to(
     study = old._replace(
         data=old.data | data,
         flags=old.flags | flags,
+        training_cases=given.training_cases or old.training_cases,
         arms=list(by_name.values()),
         seeds=sorted({*old.seeds, *(given.seeds or ())}),
     )
@@ -211,6 +221,16 @@ def check_arms(study: Study) -> None:
             raise UserError(f"arms {other} and {arm.name}: their folders would be one on some disks; rename one")
     if all(arm.kind == SCRATCH for arm in study.arms) and study.tasks == ["probe"]:
         raise UserError("--arms scratch: trains nothing for --probe; the frozen encoder before training is arm random")
+
+
+def check_training_cases(study: Study) -> None:
+    """Raise UserError where folds can't be made so."""
+    if "segmentation" not in study.data:
+        raise UserError("--training_cases: is for --segmentation DIR, which is missing")
+    for word in study.flags.get("segmentation", ()):
+        if (flag := word.partition("=")[0]) in DRAWN_BY:
+            raise UserError(f"--segmentation_flags: {flag} and --training_cases exclude each other: leave one out")
+    leave_one_out(segmentation_patients(study.data["segmentation"])[0], study.training_cases)
 
 
 def checked_files(study: Study) -> dict[str, str]:

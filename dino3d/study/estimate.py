@@ -17,6 +17,7 @@ from dino3d.command_line import UserError
 from dino3d.files import TEXT, read_json, read_json_lines, walk_files, write_json
 from dino3d.study.arms import PRETRAINED
 from dino3d.study.definition import PRETRAIN, Study
+from dino3d.study.folds import segmentation_patients
 from dino3d.study.jobs import RESULTS, UNTRAINED, StudyJob, pretraining_paths, script_of, task_flags
 from dino3d.study.pool import TIMES, Pool, format_seconds
 
@@ -111,9 +112,9 @@ def measure_jobs(study: Study, pool: Pool, parsed: dict[str, dict[str, Any]]) ->
         weights = study.arms[0].weights_of(seed)
     for task in study.tasks:
         flags = task_flags(study, task, PRETRAINED, weights, unit / task, seed)
-        jobs.append(
-            StudyJob(MEASURING, seed, task, flags + (() if task == "probe" else ("--epochs", "1")), unit, needs)
-        )
+        flags += () if task == "probe" else ("--epochs", "1")
+        folds = study.training_cases if task == "segmentation" else 0
+        jobs.append(StudyJob(MEASURING, seed, task, flags, unit, needs, folds, 1 if folds else None))
     if failures := pool.run(jobs, len(jobs)):
         first = failures[0]
         raise UserError(f"the study would fail: {first.job.stage}: {first.reason} (all it said: {first.job.log})")
@@ -125,7 +126,10 @@ def measure_jobs(study: Study, pool: Pool, parsed: dict[str, dict[str, Any]]) ->
         else:
             epoch = sum(one.get("seconds", 0) for log in job.folder.glob("*/log.txt") for one in read_json_lines(log))
             more = (int(parsed[job.stage]["epochs"]) - 1) * epoch if epoch else 0
-            costs[job.stage] = Cost(walls[job.stage] + more, folder_size(job.folder))
+            runs = (
+                len(set(segmentation_patients(study.data[job.stage])[0])) if job.training_cases else 1
+            )  # one fold was measured
+            costs[job.stage] = Cost(runs * (walls[job.stage] + more), runs * folder_size(job.folder))
     write_json(study.folder / "measured.json", {kind: list(cost) for kind, cost in costs.items()})
     shutil.rmtree(unit, ignore_errors=True)
     return costs

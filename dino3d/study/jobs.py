@@ -11,6 +11,7 @@ from dino3d.command_line import UserError
 from dino3d.files import read_json
 from dino3d.study.arms import RANDOM, SCRATCH, Arm
 from dino3d.study.definition import PRETRAIN, Study
+from dino3d.study.folds import fold_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE_SCRIPTS = {
@@ -43,7 +44,8 @@ PLACES = (
 
 
 class StudyJob(NamedTuple):
-    """A run of a script. flags: of the script; unit: folder of the arm and seed; needs: the stage before it, if any"""
+    """A run of a script. flags: of the script; unit: folder of the arm and seed; needs: the stage before it, if any;
+    training_cases: of the folds that it is given, 0: it draws its own; folds: how many of them, None: all"""
 
     arm: str
     seed: int
@@ -51,6 +53,8 @@ class StudyJob(NamedTuple):
     flags: tuple[str, ...]
     unit: Path
     needs: str | None
+    training_cases: int = 0
+    folds: int | None = None
 
     @property
     def name(self) -> str:
@@ -134,7 +138,8 @@ def jobs_of(study: Study, arm: Arm, seed: int) -> list[StudyJob]:
         weights, needs = str(unit / PRETRAIN / RESULTS[PRETRAIN]), PRETRAIN
     for task in tasks:
         flags = task_flags(study, task, arm.kind, weights, unit / task, seed)
-        jobs.append(StudyJob(arm.name, seed, task, flags, unit, needs))
+        training_cases = study.training_cases if task == "segmentation" else 0
+        jobs.append(StudyJob(arm.name, seed, task, flags, unit, needs, training_cases))
     return jobs
 
 
@@ -154,6 +159,8 @@ def task_flags(study: Study, task: str, kind: str, weights: str, folder: Path, s
         flags += ("--freeze_encoder", "true")
     if kind == SCRATCH and not has_flag(given, "--layer_decay"):  # lower rates below are for layers that know something
         flags += ("--layer_decay", "1")
+    if task == "segmentation" and study.training_cases:
+        flags += fold_flags(study.training_cases, data)
     if task == "segmentation" and not has_flag(given, "--cache_dir"):
         flags += ("--cache_dir", str(study.folder / "cache"))
     return flags

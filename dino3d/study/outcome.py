@@ -249,7 +249,7 @@ def outcome_lines(told: Told, scores: Sequence[TaskScores], found: Comparison) -
 
 
 def heading_of(one: TaskScores) -> str:
-    what = "frozen probe" if one.task == "probe" else one.task
+    what = {"probe": "frozen probe", "surface": "segmentation"}.get(one.task, one.task)
     return f"{what}: {METRIC[one.task]} of {one.cases} cases each, {one.patients} patients in all"
 
 
@@ -303,8 +303,8 @@ def write_study_page(told: Told, scores: Sequence[TaskScores], found: Comparison
         f"A difference counts as shown only if its interval leaves out 0 and its p-value stays below {LEVEL:g} after "
         "Holm's adjustment for all pairs of all tasks and the claims; with one seed none does.",
         "Classification: AUC of the test cases' mean probabilities, by pairs of cases that the same models judged. "
-        "Segmentation: mean Dice of the test cases. Probe: AUC of logistic regression on frozen features, in "
-        f"{LOGISTIC_FOLDS} nested folds by patient, repeated {LOGISTIC_REPEATS} times.",
+        "Segmentation: mean Dice, and surface Dice, of the test cases. Probe: AUC of logistic regression on frozen "
+        f"features, in {LOGISTIC_FOLDS} nested folds by patient, repeated {LOGISTIC_REPEATS} times.",
         "From scratch is fine-tuned from the random weights that pre-training of the same seed begins with, all layers "
         "with one learning rate; random is those weights frozen, of which the head alone is trained.",
     )

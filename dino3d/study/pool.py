@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from dino3d.command_line import EXIT_PREEMPTED, ONE_REQUEST, Preempted, git_revision
 from dino3d.files import TEXT, append_json, versions, write_json
 from dino3d.study.devices import Slot, device_of_slots
+from dino3d.study.folds import place_folds
 from dino3d.study.jobs import StudyJob, code_digest, command_of
 
 try:
@@ -121,6 +122,8 @@ class Pool:
     def _start(self, job: StudyJob, slot: int) -> Running:
         job.folder.mkdir(parents=True, exist_ok=True)
         wait_for_lock(job.folder, self.say)
+        if job.training_cases:
+            place_folds(job.folder, job.training_cases, job.flags, job.folds)
         command = command_of(job, self.processes, self.slots[slot].workers)
         with open(job.log, "a", **TEXT) as log:
             log.write(f"$ {' '.join(command[1:])}\n")

@@ -22,7 +22,17 @@ from dino3d.study.definition import PRETRAIN, TASKS, Study
 from dino3d.study.jobs import StudyJob, code_digest, settings
 from dino3d.study.outcome import Told
 from dino3d.study.pool import TIMES
-from dino3d.study.scores import CaseScores, TaskScores, probe_tables, read_cases, score_cases
+from dino3d.study.scores import (
+    FIGURES,
+    MASK_COLUMNS,
+    METRIC,
+    CaseScores,
+    TaskScores,
+    has_surface,
+    probe_tables,
+    read_cases,
+    score_cases,
+)
 
 RECORD_FORMAT = 1
 DIGITS = 7  # of a probability or Dice
@@ -60,20 +70,16 @@ class RecordFolder(NamedTuple):
     def write(self, study: Study, job: StudyJob, unit: Sequence[StudyJob]) -> None:
         """The record of a job that is done. Raises UserError, OSError."""
         marker = read_json(job.marker)
-        cases = read_cases(study, job.stage, [job], [])[job.arm, job.seed]
-        self._save(
-            job.stage,
-            job.arm,
-            job.seed,
-            cases,
-            {
-                "flags": {one.stage: shlex.join(settings(one.flags)) for one in stages_behind(job, unit)},
-                "recipe": recipe_of(job, unit),
-                "code": marker.get("code", ""),
-                "seconds": {one.stage: seconds_of(one) for one in stages_behind(job, unit)},
-            }
-            | {name: marker.get(name, "") for name in MADE_WITH},
-        )
+        made = {
+            "flags": {one.stage: shlex.join(settings(one.flags)) for one in stages_behind(job, unit)},
+            "recipe": recipe_of(job, unit),
+            "code": marker.get("code", ""),
+            "seconds": {one.stage: seconds_of(one) for one in stages_behind(job, unit)},
+        } | {name: marker.get(name, "") for name in MADE_WITH}
+        for figure in FIGURES[job.stage]:
+            if figure != "surface" or has_surface(job.folder):
+                cases = read_cases(study, figure, [job], [])[job.arm, job.seed]
+                self._save(figure, job.arm, job.seed, cases, made)
 
     def write_features(self, study: Study) -> list[str]:
         """Records of the tables of features; their names. Raises UserError, OSError."""
@@ -143,7 +149,8 @@ def recipe_of(job: StudyJob, unit: Sequence[StudyJob]) -> str:
     """Hash of the flags that a job's result comes from, wherever its files lie, and of weights that none of its own
     stages has trained."""
     of_stages = {one.stage: settings(one.flags) for one in stages_behind(job, unit)}
-    return digest(of_stages | ({} if job.needs else {"weights": checksum(weights_of_job(job))}))
+    weights = {} if job.needs else {"weights": checksum(weights_of_job(job))}
+    return digest(of_stages | weights | ({"training_cases": job.training_cases} if job.training_cases else {}))
 
 
 def weights_of_job(job: StudyJob) -> str:
@@ -181,10 +188,10 @@ def read_record(path: Path) -> dict[str, Any]:
         found = read_json(path)
         if found["format"] != RECORD_FORMAT:
             raise ValueError(f"its format is {found['format']}, expected {RECORD_FORMAT}")
-        if found["task"] not in TASKS or not ARM_NAME.fullmatch(found["arm"]):
+        if found["task"] not in METRIC or not ARM_NAME.fullmatch(found["arm"]):
             raise ValueError(f"it is of task {found['task']!r} and arm {found['arm']!r}")
         missing = {"seed", "part", "note", "flags", "recipe", "code", "seconds", *MADE_WITH} - set(found)
-        if missing or not found["repeats"] or (found["labels"] is None) != (found["task"] == "segmentation"):
+        if missing or not found["repeats"] or (found["labels"] is None) != (found["task"] in MASK_COLUMNS):
             raise ValueError(f"it lacks {truncate_list(sorted(missing)) or 'scores'}")
         for one in found["repeats"]:
             if len(one["values"]) != len(found["patients"]) or len(one["folds"]) != len(found["patients"]):
@@ -278,7 +285,7 @@ def score_records(
         if len(set().union(*people)) != sum(map(len, people)):
             raise UserError(f"{task}, {arm}: a patient stands in two parts; --patients of each names its own alone")
         whole[arm, seed] = join_parts([cases_of(found[part]) for part in parts])
-    for arm in () if task == "segmentation" else [arm for arm in ensembles if any(one["arm"] == arm for one in mine)]:
+    for arm in () if task in MASK_COLUMNS else [arm for arm in ensembles if any(one["arm"] == arm for one in mine)]:
         why_not, cases = mean_of_seeds(arm, whole)
         if why_not:
             notices.append(f"{task}: no ensemble of {arm}: {why_not}")
@@ -296,9 +303,10 @@ def told_of_records(
 ) -> Told:
     """What tables from records say of how they were made. arms: that are told, some maybe not run"""
     flags = {arm: [one["flags"].get(PRETRAIN, "") for one in records if one["arm"] == arm] for arm in arms}
-    stages = {task: [one["flags"].get(task, "") for one in records if one["task"] == task] for task in TASKS}
+    stages = {task: [one["flags"].get(task, "") for one in records if one["task"] in FIGURES[task]] for task in TASKS}
     made = [{name: one[name] for name in MADE_WITH} for one in records if one["seed"] is not None]
-    notes = {task: [describe_part(one) for one in records if one["task"] == task] for task in TASKS}
+    notes = {task: [describe_part(one) for one in records if one["task"] in FIGURES[task]] for task in TASKS}
+    stage_of = {figure: task for task, figures in FIGURES.items() for figure in figures}
     rows = [
         [
             *(one["task"], one["arm"], "" if one["seed"] is None else one["seed"], one["part"]),
@@ -306,7 +314,7 @@ def told_of_records(
                 len(set(one["patients"])),
                 score_of(one),
                 one["seconds"].get(PRETRAIN, ""),
-                one["seconds"].get(one["task"], ""),
+                one["seconds"].get(stage_of[one["task"]], ""),
             ),
             *(one["device"], one["git_revision"][:12], one["code"], one["recipe"], one["note"]),
         ]

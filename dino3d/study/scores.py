@@ -20,7 +20,10 @@ from dino3d.files import read_json, read_table
 from dino3d.study.definition import Study
 from dino3d.study.jobs import RESULTS, StudyJob
 
-METRIC = {"classification": "AUC", "segmentation": "Dice", "probe": "AUC"}
+# What a task is judged by, and figures of masks beside it
+METRIC = {"classification": "AUC", "segmentation": "Dice", "surface": "surface Dice", "probe": "AUC"}
+MASK_COLUMNS = {"segmentation": "dice", "surface": "surface_dice"}  # of cases.csv
+FIGURES = {"classification": ("classification",), "segmentation": tuple(MASK_COLUMNS), "probe": ("probe",)}
 PROBE = "logistic"  # of dino3d.evaluation.protocols
 LOGISTIC_FOLDS, LOGISTIC_REPEATS = 5, 3  # few repeats: the seeds are repeats too
 WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
@@ -28,8 +31,8 @@ WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
 
 class CaseScores(NamedTuple):
     """Cases as one model, or several on parts of them, judged them. patients: whose each is; labels: (N,) classes, or
-    None of masks; values: (N, classes) probabilities, or (N,) Dice, NaN where undefined; folds: (N,) which models
-    judged a case"""
+    None of masks; values: (N, classes) probabilities, or (N,) Dice or surface Dice, NaN where undefined; folds: (N,)
+    which models judged a case"""
 
     patients: list[str]
     labels: np.ndarray | None
@@ -58,9 +61,11 @@ class TaskScores(NamedTuple):
 
 
 def score_task(study: Study, task: str, jobs: Sequence[StudyJob], draws: int) -> TaskScores | None:
-    """TaskScores of the jobs of a task that are done; None where none is. Raises UserError for results that do not
-    belong together."""
-    done = [job for job in jobs if job.stage == task and job.is_done()]
+    """TaskScores of the jobs of a figure of METRIC that are done; None where none is. Raises UserError for results that
+    do not belong together."""
+    done = [job for job in jobs if task in FIGURES.get(job.stage, ()) and job.is_done()]
+    if task == "surface":
+        done = [job for job in done if has_surface(job.folder)]
     if not done:
         return None
     notices: list[str] = []
@@ -70,13 +75,19 @@ def score_task(study: Study, task: str, jobs: Sequence[StudyJob], draws: int) ->
 def read_cases(
     study: Study, task: str, done: Sequence[StudyJob], notices: list[str]
 ) -> dict[tuple[str, int], list[CaseScores]]:
-    """{(arm, seed): a CaseScores for each repeat} of a task's jobs. Raises UserError."""
+    """{(arm, seed): a CaseScores for each repeat} of the jobs of a figure of METRIC. Raises UserError."""
     if task == "probe":
         tables = [read_features(str(job.folder / RESULTS["probe"]), job.name) for job in done]
         return {(job.arm, job.seed): one for job, one in zip(done, probe_tables(study.data[task], tables, notices))}
-    read = classified_cases if task == "classification" else segmented_cases
-    owners = patients_of_masks(study.data[task]) if task == "segmentation" else {}
-    return {(job.arm, job.seed): [read(job.folder, owners)] for job in done}
+    if task == "classification":
+        return {(job.arm, job.seed): [classified_cases(job.folder)] for job in done}
+    owners, column = patients_of_masks(study.data["segmentation"]), MASK_COLUMNS[task]
+    return {(job.arm, job.seed): [segmented_cases(job.folder, owners, column)] for job in done}
+
+
+def has_surface(folder: Path) -> bool:
+    """Whether a run of main_lts_msd.py tells surface Dice."""
+    return MASK_COLUMNS["surface"] in next(iter(read_table(folder / "cases.csv")), {})
 
 
 def score_cases(
@@ -128,7 +139,7 @@ def require_same_cases(tested: dict[tuple[str, int], list[CaseScores]], task: st
             )
 
 
-def classified_cases(folder: Path, owners: dict[str, str]) -> CaseScores:
+def classified_cases(folder: Path) -> CaseScores:
     """CaseScores of a run of main_lnc_luna16.py: each case once, with the mean of its folds' probabilities."""
     classes, rows = int(read_result(folder)["classes"]), {}
     table = read_table(folder / "predictions.csv")
@@ -143,12 +154,12 @@ def classified_cases(folder: Path, owners: dict[str, str]) -> CaseScores:
     )
 
 
-def segmented_cases(folder: Path, owners: dict[str, str]) -> CaseScores:
-    """CaseScores of a run of main_lts_msd.py: each case once, with the mean Dice of its folds and classes. owners:
-    {case: patient} where they differ"""
+def segmented_cases(folder: Path, owners: dict[str, str], column: str) -> CaseScores:
+    """CaseScores of a run of main_lts_msd.py: each case once, with the mean of its folds and classes. owners: {case:
+    patient} where they differ; column: of cases.csv"""
     found = collections.defaultdict(list)
     for row in read_table(folder / "cases.csv"):
-        found[row["case"]].append(float(row["dice"] or "nan"))  # undefined where neither mask has the class
+        found[row["case"]].append(float(row[column] or "nan"))  # undefined where neither mask has the class
     read_result(folder)
     names = sorted(found)
     defined = [[dice for dice in found[name] if not np.isnan(dice)] for name in names]
