@@ -11,7 +11,7 @@ PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT
 RUNS=$WORK/segmentation RECIPE="@recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0"
 FINETUNE="--epochs 15 --warmup_epochs 1 --batch_size_per_gpu 8 --layer_decay 1 --drop_path_rate 0"
 FINETUNE="$FINETUNE --val_freq 1000 --overlap 0 --precision bf16"
-FROZEN="--decoder linear --freeze_encoder true --lr 0.01" TUNED="--lr 0.001"
+FROZEN="--decoder linear --freeze_encoder true --lr 0.01" TUNED="--lr 0.003"
 
 "$PYTHON" results/make_data.py --data "$DATA" --output "$WORK/data"
 "$PYTHON" results/make_masks.py --data "$DATA" --pool "$WORK/data/pool_cubes.csv" --output "$WORK/lungs"
