@@ -85,6 +85,7 @@ results: $(RUNTIME)
 results-all: $(RUNTIME)
 	for NAME in classification augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh --plan || exit 1; done
 	for NAME in classification label_fractions augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh || exit 1; done
+	! test -f "$${DATA:-../shared/data}/nodules/nodules_51mm.npz" || PYTHON="$(VENV)/bin/python" results/segmentation.sh
 
 # Two at a time, each file by one process; one thread each: threads of several processes wait for one another
 test: $(TEST)
