@@ -6,8 +6,8 @@
 #
 # OUT: results, unless what is there is to be repeated elsewhere; DATA: ../shared/data or a LUNA16 download; WORK: where
 # data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. FINE_TUNING: flags of
-# main_lnc_luna16.py beside those that all have; FROZEN=no: without the probe on frozen features. Start it again to
-# resume; with --plan it says how long each half will take.
+# main_lnc_luna16.py beside those that all have; FROZEN=no: without the probe on frozen features; ENSEMBLES: arms whose
+# seeds are judged together too. Start it again to resume; with --plan it says how long each half will take.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results}
@@ -43,4 +43,4 @@ case " $* " in *" --plan "*) exit ;; esac
 TRIVIAL="trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre"
 # shellcheck disable=SC2046,SC2086
 "$PYTHON" study.py --output_dir "$OUT/$NAME" --from_records "$OUT/runs/$NAME" --against $AGAINST \
-    --arms $ARMS $([ "${FROZEN:-yes}" = no ] || echo "$TRIVIAL")
+    ${ENSEMBLES:+--ensembles $ENSEMBLES} --arms $ARMS $([ "${FROZEN:-yes}" = no ] || echo "$TRIVIAL")

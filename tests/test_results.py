@@ -223,3 +223,31 @@ def test_the_arms_are_the_recipes():
     for name, arm in arms.items():
         flags = tuple(map(str, read_flags(str(ROOT / "recipes" / f"{name}.txt"))))
         assert arm.flags == (*flags, "--epochs", "54")
+
+
+WEIGHTS = sorted((ROOT / "results" / "weights").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+def test_published_weights_are_what_their_card_says(path):
+    import torch
+    from safetensors.torch import load_file
+
+    import utils
+    from vision_transformer import vit_micro
+
+    assert path.stat().st_size <= 4_000_000
+    fed = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert fed["architecture"]["arch"] == "vit_micro" and fed["input"]["clip_range_hu"] == [-1000, 400]
+    # by the loader that users call, and by name: all of them, nothing left over
+    encoder = vit_micro(img_size=(24, 24, 24), patch_size=(6, 6, 6)).eval()
+    utils.load_pretrained_weights(encoder, str(path), checkpoint_key="teacher")
+    stored = load_file(path)
+    assert stored.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(stored[name], value) for name, value in encoder.state_dict().items())
+    card = (path.parent / "README.md").read_text(encoding="utf-8")
+    assert f"`{path.name}`" in card and "Licence" in card
+
+
+def test_published_weights_are_of_different_pools():
+    assert len({path.read_bytes() for path in WEIGHTS}) == len(WEIGHTS)
