@@ -617,10 +617,12 @@ def test_figures_are_those_of_the_scripts(tmp_path, volumes):
     study.main([*given, "--table"])
     found = {row["task"]: float(row["value"]) for row in table(folder / "results.csv")}
     of_task = {
-        task: json.loads((unit[0].unit / task / "metrics.json").read_text()) for task in found if task != "probe"
+        task: json.loads((unit[0].unit / task / "metrics.json").read_text())
+        for task in ("classification", "segmentation")
     }
     assert found["classification"] == pytest.approx(of_task["classification"]["all_folds"]["auc"])
     assert found["segmentation"] == pytest.approx(of_task["segmentation"]["all_folds"]["dice"])
+    assert found["surface"] == pytest.approx(of_task["segmentation"]["all_folds"]["surface_dice"])
     assert of_task["classification"]["protocol"] == "linear" and 0 <= found["probe"] <= 1
     config = json.loads((unit[0].unit / "segmentation" / "config.json").read_text())["arguments"]
     assert config["freeze_encoder"] and config["arch"] == "vit_micro" and config["input_size"] == [12, 12, 12]

@@ -283,10 +283,10 @@ def test_classification_is_by_pairs_that_the_same_models_judged(tmp_path):
             csv.writer(file).writerows([("case", "patient", "fold", "label", "probability", "uncalibrated"), *rows])
 
     write([(f"c{i:02}", f"p{i}", k, labels[i], p[k, i], 0.5) for k in range(2) for i in range(40)])
-    both = scores.classified_cases(folder, {})
+    both = scores.classified_cases(folder)
     assert float(both.score(np.ones(40))) == pytest.approx(roc_auc_score(labels, p.mean(0)))
     write([(f"c{i:02}", f"p{i}", i % 2, labels[i], p[0, i], 0.5) for i in range(40)])
-    apart, pairs = scores.classified_cases(folder, {}), []
+    apart, pairs = scores.classified_cases(folder), []
     for k in range(2):
         mine = np.arange(40) % 2 == k
         positive, negative = labels[mine].sum(), (1 - labels[mine]).sum()
@@ -300,7 +300,7 @@ def test_segmentation_is_the_mean_of_cases_of_their_folds_and_classes(tmp_path):
     (tmp_path / "cases.csv").write_text(
         "case,fold,class,dice\na,0,1,0.2\na,1,1,0.4\na,0,2,\nb,0,1,0.9\nb,0,2,0.7\nc,0,1,\n"
     )
-    found = scores.segmented_cases(tmp_path, {"a": "x", "b": "x"})
+    found = scores.segmented_cases(tmp_path, {"a": "x", "b": "x"}, "dice")
     assert found.patients == ["x", "x", "c"] and found.values == pytest.approx([0.3, 0.8, np.nan], nan_ok=True)
     assert float(found.score(np.array([1.0, 3.0, 5.0]))) == pytest.approx((0.3 + 2.4) / 4)
     assert np.isnan(found.score(np.array([0.0, 0.0, 1.0])))
