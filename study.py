@@ -12,6 +12,7 @@ study.json (what the study is) and arms/ARM/seedK/ (what each run wrote). Loads 
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -218,7 +219,8 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--part {args.part}: expected letters, digits and _ . + -")
     if args.from_records:
         given = ("data_dir", *TASKS, *(f"{stage}_flags" for stage in STAGES), "training_cases")
-        for flag in (*given, "arms_file", "seeds", "records"):
+        given += ("arms_file", "seeds", "records", "parallel", "processes_per_job", "threads")
+        for flag in given:
             if getattr(args, flag):
                 parser.error(f"--{flag}: --from_records makes tables of what was run; leave it out")
 
@@ -339,6 +341,12 @@ def records_of(args: argparse.Namespace) -> RecordFolder | None:
     if args.records is None:
         return None
     patients = tested_patients(args.patients) if args.patients else None
+    try:  # before hours of runs
+        args.records.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.records, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"--records {args.records}: can't be written to ({error.strerror})") from error
     return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features or ()))
 
 
@@ -429,10 +437,14 @@ def tables_from_records(
 ) -> None:
     """The tables of the records of a folder. names: arms to tell, None: all; ensembles: arms whose seeds are judged
     together too. Raises UserError."""
+    if output.resolve() == folder.resolve():
+        raise UserError(f"--output_dir {output}: is the folder of --from_records, where tables would pass for records")
     found = read_records(folder)
-    arms = list(dict.fromkeys(names or [one["arm"] for one in found]))
+    arms, ensembles = list(dict.fromkeys(names or [one["arm"] for one in found])), list(dict.fromkeys(ensembles))
     require_known("--against", against, arms)
     require_known("--ensembles", ensembles, arms)
+    if taken := [arm for arm in ensembles if ensemble_name(arm) in arms]:
+        raise UserError(f"--ensembles {taken[0]}: {ensemble_name(taken[0])} is an arm of the records; rename that one")
     kept = [one for one in found if one["arm"] in arms]
     with threadpool_limits(1):
         scores = [one for figure in METRIC if (one := score_records(kept, figure, draws, ensembles)) is not None]

@@ -37,11 +37,16 @@ def get_args_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
+    names = [folder.resolve().name for folder in args.folders]
+    if again := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise UserError(f"{again[0]}: two folders are called so, and their rows would be one; rename one")
+    table, page = (args.output.with_name(args.output.name + suffix) for suffix in (".csv", ".md"))
     rows = [row for folder in args.folders for row in rows_of(folder)]
-    write_table(args.output.with_suffix(".csv"), JOINED, [["" if one is None else one for one in row] for row in rows])
-    with atomic_write(args.output.with_suffix(".md")) as part:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_table(table, JOINED, [["" if one is None else one for one in row] for row in rows])
+    with atomic_write(page) as part:
         part.write_text("\n".join(markdown_of(rows)) + "\n", **TEXT)
-    print(f"{args.output.with_suffix('.md')}: {len(rows)} rows of {len(args.folders)} studies")
+    print(f"{page}: {len(rows)} rows of {len(args.folders)} studies")
 
 
 def rows_of(folder: Path) -> list[list[Any]]:
@@ -56,7 +61,14 @@ def rows_of(folder: Path) -> list[list[Any]]:
                 pair = pairs[0] if pairs else {}
                 rival = next((name for name, weight in pair.get("weights", {}).items() if weight < 0), "")
                 rows.append(
-                    [folder.name, task["metric"], task["cases"], len(mean.get("seeds", ())), arm, mean.get("value")]
+                    [
+                        folder.resolve().name,
+                        task["metric"],
+                        task["cases"],
+                        len(mean.get("seeds", ())),
+                        arm,
+                        mean.get("value"),
+                    ]
                     + [*(mean.get("interval") or (None, None)), rival, pair.get("value")]
                     + [*(pair.get("interval") or (None, None)), pair.get("verdict", "")]
                 )
@@ -69,13 +81,15 @@ def rows_of(folder: Path) -> list[list[Any]]:
 def markdown_of(rows: Sequence[Sequence[Any]]) -> list[str]:
     """The table in Markdown: a line for each study and arm, figures beside each other."""
     lines = {}
-    for study, _, cases, seeds, arm, *numbers in rows:
-        value, low, high, rival, difference, less, more, verdict = numbers
-        line = lines.setdefault((study, arm), [study.replace("_", " "), arm, str(cases), str(seeds)])
-        line.append("not run" if value is None else f"{value:.3f}{between(low, high)}")
-        star = " *" * (verdict == "shown")
-        line.append("" if difference is None else f"{difference:+.3f}{between(less, more, '+')} to {rival}{star}")
     figures = list(dict.fromkeys(row[1] for row in rows))
+    for study, figure, cases, seeds, arm, *numbers in rows:
+        value, low, high, rival, difference, less, more, verdict = numbers
+        first = [study.replace("_", " "), arm, str(cases), str(seeds)]
+        line = lines.setdefault((study, arm), [*first, *[""] * (2 * len(figures))])
+        star = " *" * (verdict == "shown")
+        place = len(first) + 2 * figures.index(figure)
+        line[place] = "not run" if value is None else f"{value:.3f}{between(low, high)}"
+        line[place + 1] = "" if difference is None else f"{difference:+.3f}{between(less, more, '+')} to {rival}{star}"
     header = ["study", "arm", "cases", "seeds", *(word for one in figures for word in (one, "difference"))]
     table = [header, ["---"] * len(header), *lines.values()]
     return [

@@ -55,6 +55,15 @@ def rows_of_share(percent: int, folder: Path, trained: str) -> list[list]:
     """Rows of SHARE_COLUMNS: pre-trained and from scratch; without figures where the table is not there."""
     if not (folder / "results.csv").is_file():
         return [[percent, arm, *[""] * 8] for arm in ("pre-trained", "scratch")]
+    try:
+        return table_rows(percent, folder, trained)
+    except (OSError, KeyError, ValueError) as error:
+        why = getattr(error, "strerror", None) or repr(error)
+        raise UserError(f"{folder}: can't be read as tables of study.py --from_records ({why})") from error
+
+
+def table_rows(percent: int, folder: Path, trained: str) -> list[list]:
+    """Rows of a share that was run. Raises UserError, OSError, KeyError, ValueError."""
     found = {row["arm"]: row for row in read_table(folder / "results.csv") if row["task"] == "classification"}
     pairs = {
         (row["arm"], row["minus"]): with_bounds(row, "difference")

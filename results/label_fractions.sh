@@ -3,17 +3,29 @@
 # the training patients at equal steps. And scratch given time: on all of them, three times as long, the epoch chosen by
 # validation, for both. SEEDS="0" for some of the seeds.
 set -eu
-cd "$(dirname "$0")"
-SEEDS=${SEEDS:-0 1 2}
+cd "$(dirname "$0")/.."
+SEEDS=${SEEDS:-0 1 2} WORK=${WORK:-evidence}
+LOST=
+for HALF in 0 1; do
+    for SEED in $SEEDS; do
+        CHECKPOINT=$WORK/classification/half$HALF/arms/nodules/seed$SEED/pretrain/checkpoint.pth
+        [ -f "$CHECKPOINT" ] || LOST=${LOST:-$CHECKPOINT}
+    done
+done
+if [ -n "$LOST" ]; then
+    case " $* " in *" --plan "*) echo "error: $LOST: is missing; run results/classification.sh first" >&2; exit 1 ;; esac
+    # What is recorded is not run again, so that a fresh clone may lack them
+    echo "$LOST: is missing: the encoders are pre-trained first, records of that in $WORK/encoders"
+    OUT=$WORK/encoders ARMS=nodules SEEDS=$SEEDS results/classification.sh "$@"
+fi
 study() {
     NAME=$1 FLAGS=$2
     shift 2
-    FROZEN=no FINE_TUNING=$FLAGS ./study_of_halves.sh "$NAME" "trained scratch" "$SEEDS" scratch "$@"
+    FROZEN=no FINE_TUNING=$FLAGS results/study_of_halves.sh "$NAME" "trained scratch" "$SEEDS" scratch "$@"
 }
 study labels_50 "--label_fraction 0.5 --epochs 80 --val_freq 2" "$@"
 study labels_25 "--label_fraction 0.25 --epochs 160 --val_freq 4" "$@"
 study labels_10 "--label_fraction 0.1 --epochs 400 --val_freq 10" "$@"
 study long "--epochs 120" "$@"
 case " $* " in *" --plan "*) exit ;; esac
-cd ..
 "${PYTHON:-python}" results/label_fractions.py --results "${OUT:-results}"

@@ -65,6 +65,8 @@ def get_args_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
+    if not args.data.is_dir():
+        raise UserError(f"--data {args.data}: " + ("is no folder" if args.data.exists() else "no such folder"))
     if not (args.data / CUBES_FILE).is_file():
         raise UserError(
             f"--data {args.data}: holds no {CUBES_FILE}. LUNA16 alone won't do: its CTs are those that encoders are "
@@ -97,6 +99,8 @@ def require_unseen(pool: Path, tested: Sequence[str]) -> None:
         raise UserError(f"--pool {pool}: can't be read as a table with the column patient ({error})") from error
     if not patients:
         raise UserError(f"--pool {pool}: has no rows; make it by results/make_data.py")
+    if None in patients or not all(map(str.strip, patients)):
+        raise UserError(f"--pool {pool}: has rows without a patient, so that nobody can tell whether one is tested")
     if seen := sorted(patients & set(tested)):
         raise UserError(f"--pool {pool}: has scans of {seen[0]}, who is tested: take pool_cubes.csv")
 

@@ -7,6 +7,7 @@
 # CASES: crops of 24 mm or more at 1 mm in the classification layout, CASES/subset*/label0|label1/PATIENT/NAME.nii.gz
 set -eu
 ROOT=$(dirname "$0")/.. PYTHON=${PYTHON:-python}
+[ $# = 2 ] || { echo "error: $0: expected two folders, CASES and OUTPUT, found $# arguments" >&2; exit 2; }
 CASES=$1 OUTPUT=$2
 
 "$PYTHON" "$ROOT/extract_features.py" --weights "$ROOT/results/weights/nodules.safetensors" --input "$CASES" \

@@ -4,6 +4,10 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} WORK=${WORK:-evidence}
+for HALF in 0 1; do
+    CHECKPOINT=$WORK/classification/half$HALF/arms/nodules/seed0/pretrain/checkpoint.pth
+    [ -f "$CHECKPOINT" ] || { echo "error: $CHECKPOINT: is missing; run results/classification.sh first" >&2; exit 1; }
+done
 
 "$PYTHON" main_dino.py @recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0 --seed 0 \
     --data_list "$WORK/data/pool_all.csv" --output_dir "$WORK/nodules_all"

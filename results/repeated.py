@@ -41,7 +41,9 @@ def read_seeds(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     found = collections.defaultdict(dict)
     try:
         for row in read_table(folder / "seeds.csv"):
-            found[row["task"], row["arm"]][row["seed"]] = float(row["value"])
+            found[row["task"], row["arm"]][row["seed"]] = value = float(row["value"])
+            if not np.isfinite(value):
+                raise ValueError(f"{row['arm']} seed {row['seed']} has the value {row['value']}")
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{folder / 'seeds.csv'}: can't be read ({error!r}), expected that of study.py") from error
     return found

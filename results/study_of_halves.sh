@@ -14,6 +14,18 @@ PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT
 NAME=$1 ARMS=$2 SEEDS=$3 AGAINST=$4
 shift 4
 
+TRIVIAL=
+[ "${FROZEN:-yes}" = no ] || TRIVIAL="trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre"
+RIVALS=
+for ARM in $AGAINST; do
+    case " $ARMS $TRIVIAL " in *" $ARM "*) RIVALS="$RIVALS $ARM" ;; esac
+done
+# Whose probe leaves the trivial figures, which are the same for all; from scratch is not probed
+PROBED=
+for ARM in $ARMS; do
+    case $ARM in random) PROBED=random ;; scratch) ;; *) PROBED=${PROBED:-$ARM} ;; esac
+done
+
 mkdir -p "$WORK"
 "$PYTHON" results/make_data.py --data "$DATA" --output "$WORK/data"
 KIND=$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['data'])" "$WORK/data/DATA.json")
@@ -22,7 +34,7 @@ study_half() {
     shift
     if [ "${FROZEN:-yes}" = yes ]; then
         set -- --probe "$WORK/data/pairs" --probe_flags="--pool cls+mean --trivial" \
-            --features "$WORK/$NAME/half$HALF/arms/random/seed${SEEDS%% *}/probe/features.trivial-*.csv" "$@"
+            ${PROBED:+--features "$WORK/$NAME/half$HALF/arms/$PROBED/seed${SEEDS%% *}/probe/features.trivial-*.csv"} "$@"
     fi
     # Two arms that are not pre-trained here: by classification.sh, and by whoever published the weights
     {
@@ -40,7 +52,6 @@ study_half() {
 study_half 0 "$@"
 study_half 1 "$@"
 case " $* " in *" --plan "*) exit ;; esac
-TRIVIAL="trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre"
-# shellcheck disable=SC2046,SC2086
-"$PYTHON" study.py --output_dir "$OUT/$NAME" --from_records "$OUT/runs/$NAME" --against $AGAINST \
-    ${ENSEMBLES:+--ensembles $ENSEMBLES} --arms $ARMS $([ "${FROZEN:-yes}" = no ] || echo "$TRIVIAL")
+# shellcheck disable=SC2086
+"$PYTHON" study.py --output_dir "$OUT/$NAME" --from_records "$OUT/runs/$NAME" ${RIVALS:+--against $RIVALS} \
+    ${ENSEMBLES:+--ensembles $ENSEMBLES} --arms $ARMS $TRIVIAL

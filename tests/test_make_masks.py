@@ -111,6 +111,7 @@ def test_a_slab_with_most_lung_where_it_lies_in_the_world(collection, phantom, t
         (("P2", "P1"), "patient", "has scans of P1, who is tested"),
         ((), "patient", "has no rows"),
         (("P2",), "who", "with the column patient"),
+        (("P2", " "), "patient", "has rows without a patient"),
     ],
 )
 def test_pools_that_will_not_do(collection, tmp_path, patients, column, said):
@@ -121,6 +122,8 @@ def test_pools_that_will_not_do(collection, tmp_path, patients, column, said):
 
 
 def test_data_that_will_not_do(tmp_path):
+    with pytest.raises(UserError, match="--data .*none: no such folder"):
+        make_masks.main(["--data", str(tmp_path / "none"), "--pool", "p.csv", "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match="holds no nodules/nodules_51mm.npz. LUNA16 alone won't do"):
         make_masks.main(["--data", str(tmp_path), "--pool", "pool.csv", "--output", str(tmp_path / "out")])
 
@@ -158,3 +161,19 @@ def test_one_table_of_several_studies(tmp_path, capsys):
     (tmp_path / "lungs_tuned_1" / "results.json").write_text("[1]")
     with pytest.raises(UserError, match="lungs_tuned_1: can't be read"):
         join_tables.main([*folders, "--output", str(tmp_path / "all")])
+
+
+def test_joined_tables_mix_no_studies_and_no_figures(tmp_path):
+    """Two folders of one name are refused; a study of one figure leaves the others' columns empty; dots stay."""
+    figures = {"a/one": ("segmentation", "Dice"), "a/two": ("surface", "surface Dice"), "b/one": ("probe", "AUC")}
+    for place, (task, metric) in figures.items():
+        content = {"study": {"arms": {"x": ""}}, "tasks": {task: {"metric": metric, "cases": 8}}, "differences": []}
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "results.json").write_text(json.dumps(content | {"means": [effect(task, {"x": 1.0}, 0.5)]}))
+    join_tables.main([str(tmp_path / "a/one"), str(tmp_path / "a/two"), "--output", str(tmp_path / "new/v1.2")])
+    lines = (tmp_path / "new/v1.2.md").read_text().splitlines()
+    assert lines[0] == "| study | arm | cases | seeds | Dice | difference | surface Dice | difference |"
+    assert lines[2:4] == ["| one | x | 8 | 2 | 0.500 |  |  |  |", "| two | x | 8 | 2 |  |  | 0.500 |  |"]
+    assert (tmp_path / "new/v1.2.csv").is_file()
+    with pytest.raises(UserError, match="one: two folders are called so"):
+        join_tables.main([str(tmp_path / "a/one"), str(tmp_path / "b/one"), "--output", str(tmp_path / "all")])

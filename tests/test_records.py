@@ -3,6 +3,7 @@ patients, each from a study of its own, against scikit-learn."""
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -219,6 +220,45 @@ def test_a_half_that_was_not_run(halves, tmp_path, capsys):
             lambda path, record: path.write_text(json.dumps(record | {"patients": ["p0", "p1"] * 10})),
             "a patient stands in two parts",
         ),
+        *(
+            (lambda path, record, name=name, value=value: path.write_text(json.dumps(record | {name: value})), said)
+            for name, value, said in (
+                ("labels", [0], "its labels are not one for each case"),
+                ("labels", [0.5] * 20, "its labels are not whole numbers"),
+                ("labels", [0, 2] * 10, "its probabilities are not one for each class"),
+                ("seed", "0", "its seed is '0'"),
+                ("seed", [0], "its seed is .0."),
+                ("part", None, "is no record of a study"),
+                ("part", "half 0", "its part is 'half 0'"),
+                ("flags", None, "is no record of a study"),
+                ("flags", {"pretrain": 1}, "are no text"),
+                ("seconds", {"pretrain": "1"}, "its seconds are no numbers"),
+                ("git_revision", None, "are no text"),
+                ("patients", [1] * 20, "are no text"),
+            )
+        ),
+        *(
+            (
+                lambda path, record, name=name, value=value: path.write_text(
+                    json.dumps(record | {"repeats": [one | {name: value(one[name])} for one in record["repeats"]]})
+                ),
+                said,
+            )
+            for name, value, said in (
+                ("values", lambda had: [[float("nan")] * 2, *had[1:]], "its scores are not from 0 to 1"),
+                ("values", lambda had: [[None, None], *had[1:]], "its scores are not from 0 to 1"),
+                ("values", lambda had: [["0", "1"], *had[1:]], "its scores are not from 0 to 1"),
+                ("values", lambda had: [[0, 7], *had[1:]], "its scores are not from 0 to 1"),
+                ("values", lambda had: [had[0][:1], *had[1:]], "its probabilities are not one for each class"),
+                ("values", lambda had: [one[1] for one in had], "is no record of a study"),
+                ("values", lambda had: [[*one, 0] for one in had], "of 3 repeats and of 2 and 3 classes"),
+                ("folds", lambda had: [0.5, *had[1:]], "its folds are not whole numbers"),
+            )
+        ),
+        (
+            lambda path, record: path.write_text(json.dumps(record | {"repeats": record["repeats"][:1]})),
+            "of 1 and 3 repeats and of 2 classes",
+        ),
     ],
 )
 def test_records_that_are_wrong(halves, tmp_path, change, said):
@@ -226,7 +266,71 @@ def test_records_that_are_wrong(halves, tmp_path, change, said):
     change(path, json.loads(path.read_text()))
     with pytest.raises(UserError) as error:
         tables_of(halves, tmp_path / "out")
-    assert said in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert re.search(said, str(error.value)) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_runs_that_were_not_made_alike_are_told(halves, tmp_path, capsys):
+    """Flags of one arm's seeds, of a task's arms, and the code; those that a study gives its arms are no such thing."""
+    told = "sets of flags|versions of the code"
+    for path in halves.glob("*-half1.json"):  # of other flags in place of other data
+        path.write_text(path.read_text().replace("--strength 1", "--strength 0"))
+    tables_of(halves, tmp_path / "out")
+    assert not re.search(told, capsys.readouterr().out)
+    path = halves / "classification-none-seed1-half0.json"
+    record = json.loads(path.read_text())
+    flags = {name: f"{text} --epochs 9" for name, text in record["flags"].items()}
+    path.write_text(json.dumps(record | {"flags": flags, "code": "another"}))
+    tables_of(halves, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "classification: none was pre-trained with 2 sets of flags" in said
+    assert "classification: its runs were made with 2 sets of flags, so that not only arms differ: --epochs 9" in said
+    assert "classification: its runs were made by 2 versions of the code" in said and "probe: its" not in said
+
+
+def test_tables_beside_records_are_no_records(halves, tmp_path):
+    before = sorted(halves.iterdir())
+    with pytest.raises(UserError, match="is the folder of --from_records"):
+        tables_of(halves, halves / "../records")
+    assert sorted(halves.iterdir()) == before
+
+
+def test_an_ensemble_stands_once_and_hides_no_arm(halves, tmp_path):
+    out = tables_of(halves, tmp_path / "out", "--ensembles", "none", "none")
+    assert [row["arm"] for row in table(out / "results.csv")].count("none-ensemble") == 2  # of two tasks
+    for path in halves.glob("*-random-*.json"):
+        path.write_text(path.read_text().replace('"random"', '"none-ensemble"'))
+    with pytest.raises(UserError, match="--ensembles none: none-ensemble is an arm of the records"):
+        tables_of(halves, tmp_path / "again", "--ensembles", "none")
+
+
+def test_records_of_other_patients_are_kept(made, halves, tmp_path):
+    """A half whose --part was forgotten, or given for the other."""
+    before = {path.name: path.read_bytes() for path in halves.glob("*.json")}
+    names_file(tmp_path / "others.txt", HALVES["half1"])
+    for mode in ([], ["--table"]):
+        flags = study_flags(made, made / "half0", halves, "half0", 0, *mode)
+        flags[flags.index("--patients") + 1] = str(tmp_path / "others.txt")
+        with pytest.raises(UserError, match="holds none of the patients that --patients names; give the --part"):
+            study.main(flags)
+    assert {path.name: path.read_bytes() for path in halves.glob("*.json")} == before
+
+
+def test_a_place_where_records_can_not_be_is_told_before_anything_runs(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="--records .*file.*: can't be written to"):
+            study.main(study_flags(made, tmp_path / "s", tmp_path / place, "half0", 0))
+    assert not (tmp_path / "s").exists()
+
+
+def test_tables_of_features_that_are_recorded_need_no_files(made, halves, tmp_path):
+    """Where the run that left them is in the records, and another one runs beside it; but not where none are."""
+    (halves / "probe-none-seed1-half0.json").unlink()
+    features = ["--features", str(tmp_path / "b/arms/random/seed0/probe/features.*.csv")]
+    study.main(study_flags(made, tmp_path / "b", halves, "half0", 0, *features))
+    assert (halves / "probe-none-seed1-half0.json").exists() and (halves / "probe-weak-half0.json").exists()
+    with pytest.raises(UserError, match="no file has such a name"):
+        study.main(study_flags(made, tmp_path / "b", tmp_path / "other", "half0", 0, *features))
 
 
 def test_no_records(tmp_path):

@@ -26,15 +26,16 @@ case "$1" in -c) echo collection ;; *) printf '%s\\0' "$@" >> "$CALLS"; printf '
 """
 
 
-def calls_of(script, folder, monkeypatch):
+def calls_of(script, folder, monkeypatch, **more):
     """What a script of results/ gives Python: a list of words for each call."""
     stub, calls = folder / "python", folder / "calls"
     stub.write_text(STUB)
     stub.chmod(0o755)
     environment = os.environ | {"CALLS": str(calls), "PYTHON": str(stub), "WORK": str(folder / "w"), "OUT": "o"}
     environment |= {"DATA": "d"}
-    environment.pop("SEEDS", None)
-    subprocess.run([ROOT / "results" / script], env=environment, check=True, cwd=folder)
+    for name in ("SEEDS", "ARMS", "ENSEMBLES", "FROZEN", "FINE_TUNING"):
+        environment.pop(name, None)
+    subprocess.run([ROOT / "results" / script], env=environment | more, check=True, cwd=folder)
     monkeypatch.chdir(ROOT)
     return [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
 
@@ -82,7 +83,63 @@ def test_scripts_give_the_product_flags_that_it_knows(tmp_path, monkeypatch, nam
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
+@pytest.mark.parametrize(
+    "arms, rivals, probed",
+    [
+        ("nodules random", ["random", "trivial-radial"], "random"),
+        ("nodules scratch", ["scratch", "trivial-radial"], "nodules"),
+        ("scratch", ["scratch", "trivial-radial"], None),
+    ],
+)
+def test_some_of_the_arms(tmp_path, monkeypatch, arms, rivals, probed):
+    """ARMS as the script's head has it: compared with those that there are, trivial figures from an arm that is run."""
+    (tmp_path / "w w").mkdir()
+    work = {"WORK": str(tmp_path / "w w"), "ARMS": arms, "SEEDS": "3 4"}
+    _, *halves, tables = calls_of("classification.sh", tmp_path, monkeypatch, **work)
+    for half, call in enumerate(halves):
+        args, _ = check_half(half, call, "classification", "3 4", tmp_path / "w w")
+        place = f"{tmp_path}/w w/classification/half{half}/arms/{probed}/seed3/probe/features.trivial-*.csv"
+        assert args.features == ([place] if probed else None)
+    args = check_tables(tables, "classification")
+    assert args.against == rivals and set(args.against) <= set(args.arms) and args.ensembles is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_encoders_that_a_clone_lacks_are_made_before_fewer_labels(tmp_path, monkeypatch):
+    calls = [call for call in calls_of("label_fractions.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
+    work = tmp_path / "w"
+    for half, call in enumerate(calls[:2]):
+        args = study.get_args_parser().parse_args(call[1:])
+        assert args.arms == ["nodules"] and args.seeds == [0, 1, 2]
+        assert args.records == work / "encoders/runs/classification" and args.features
+        # where the arm `trained` looks for them
+        arms = read_arms(str(work / f"arms_of_half{half}.txt"))
+        place = args.output_dir / "arms/nodules/seed2/pretrain/checkpoint.pth"
+        assert arms["trained"].weights_of(2) == str(place)
+    assert len(calls) == 3 + 4 * 3
+    script = [ROOT / "results/label_fractions.sh", "--plan"]
+    done = subprocess.run(script, env=os.environ | {"WORK": str(work)}, capture_output=True, cwd=tmp_path, text=True)
+    assert done.returncode == 1 and "run results/classification.sh first" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_what_scripts_lack(tmp_path):
+    for script, code, said in (
+        ("outside_test.sh", 2, "expected two folders"),
+        ("publish.sh", 1, "checkpoint.pth: is m"),
+    ):
+        work = os.environ | {"WORK": str(tmp_path), "PYTHON": "false"}
+        done = subprocess.run([ROOT / "results" / script], env=work, capture_output=True, cwd=tmp_path, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1) and said in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
 def test_fewer_labels_take_as_many_steps(tmp_path, monkeypatch):
+    for half in (0, 1):
+        for seed in (0, 1, 2):
+            place = tmp_path / f"w/classification/half{half}/arms/nodules/seed{seed}/pretrain/checkpoint.pth"
+            place.parent.mkdir(parents=True)
+            place.touch()
     calls = [call for call in calls_of("label_fractions.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
     for name, *of_study in zip(("labels_50", "labels_25", "labels_10", "long"), calls[::3], calls[1::3], calls[2::3]):
         for half, call in enumerate(of_study[:2]):
@@ -130,6 +187,11 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
     assert (tmp_path / "label_fractions/label_fractions.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="holds none of labels_10, labels_25, labels_50, classification"):
         label_fractions.main(["--results", str(tmp_path / "label_fractions")])
+    path = tmp_path / "labels_10" / "differences.csv"
+    for text in ("task,arm,minus\n", "task,arm,minus,difference,low,high\nclassification,trained,scratch,x,0,0\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="labels_10: can't be read as tables of study.py"):
+            label_fractions.main(["--results", str(tmp_path)])
 
 
 def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):
@@ -154,6 +216,10 @@ def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):
         compare("other")
     with pytest.raises(UserError, match="seeds.csv: can't be read|seeds.csv"):
         compare("missing")
+    text = (tmp_path / "near" / "seeds.csv").read_text()
+    (tmp_path / "near" / "seeds.csv").write_text(text.replace("0.92", "nan"))
+    with pytest.raises(UserError, match="seeds.csv: can't be read .*has the value nan"):
+        compare("near")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")

@@ -37,6 +37,7 @@ from dino3d.study.scores import (
 RECORD_FORMAT = 1
 DIGITS = 7  # of a probability or Dice
 MADE_WITH = ("git_revision", "versions", "device")
+OF_ARMS = ("--seed", "--freeze_encoder", "--layer_decay")  # of fine-tuning, which a study gives its arms each
 
 
 class RecordFolder(NamedTuple):
@@ -64,8 +65,17 @@ class RecordFolder(NamedTuple):
         if not path.exists():
             return False
         found = read_record(path)
+        self._require_own_patients(path, found)
         same = (found["recipe"], found["code"], found["note"]) == (recipe_of(job, unit), code_digest(), self.note)
         return same and (self.patients is None or self.patients >= set(found["patients"]))
+
+    def _require_own_patients(self, path: Path, found: dict[str, Any]) -> None:
+        """Raise UserError where a record would be replaced by one of other patients, as without --part."""
+        if self.patients is not None and not self.patients & set(found["patients"]):
+            raise UserError(
+                f"{path}: holds none of the patients that --patients names; give the --part that these are, or another "
+                "--records"
+            )
 
     def write(self, study: Study, job: StudyJob, unit: Sequence[StudyJob]) -> None:
         """The record of a job that is done. Raises UserError, OSError."""
@@ -87,7 +97,14 @@ class RecordFolder(NamedTuple):
             return []
         if "probe" not in study.data:
             raise UserError("--features: are judged by the probe: give --probe, the labelled cases")
-        paths = expand_patterns(self.features, "--features")
+        try:
+            paths = expand_patterns(self.features, "--features")
+        except UserError:
+            # Those of a run that was recorded elsewhere, beside which others were run here
+            kept = [path for path in self.folder.glob("probe-*.json") if "-seed" not in path.name]
+            if any(one["seed"] is None and one["part"] == self.part for one in map(read_record, kept)):
+                return []
+            raise
         names = [name.rpartition(".")[2] for name in table_names(paths)]  # ENCODER.trivial-radial: trivial-radial
         taken = [arm.name for arm in study.arms]
         if odd := [n for i, n in enumerate(names) if not ARM_NAME.fullmatch(n) or n in taken + names[:i]]:
@@ -113,6 +130,7 @@ class RecordFolder(NamedTuple):
             other = read_record(path)
             if (other["task"], other["arm"], other["seed"], other["part"]) != (task, arm, seed, self.part):
                 raise UserError(f"{path}: is the record of another run, whose names make the same file: rename the arm")
+            self._require_own_patients(path, other)
         content = {
             "format": RECORD_FORMAT,
             "task": task,
@@ -193,12 +211,55 @@ def read_record(path: Path) -> dict[str, Any]:
         missing = {"seed", "part", "note", "flags", "recipe", "code", "seconds", *MADE_WITH} - set(found)
         if missing or not found["repeats"] or (found["labels"] is None) != (found["task"] in MASK_COLUMNS):
             raise ValueError(f"it lacks {truncate_list(sorted(missing)) or 'scores'}")
-        for one in found["repeats"]:
-            if len(one["values"]) != len(found["patients"]) or len(one["folds"]) != len(found["patients"]):
-                raise ValueError("its scores are not one for each case")
+        require_plain(found)
+        require_scores(found)
         return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is no record of a study ({error}); remove it") from error
+
+
+def require_plain(record: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or AttributeError for what a record says of its run, where it is of another kind."""
+    seed = record["seed"]
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ValueError(f"its seed is {seed!r}")
+    if record["part"] != "" and not ARM_NAME.fullmatch(record["part"]):
+        raise ValueError(f"its part is {record['part']!r}")
+    texts = [record[name] for name in ("note", "recipe", "code", "git_revision", "device")]
+    if not all(isinstance(text, str) for text in (*texts, *record["patients"], *record["flags"].values())):
+        raise ValueError("its patients, flags, note, recipe, code, git_revision or device are no text")
+    if not all(isinstance(value, int | float | None) for value in record["seconds"].values()):
+        raise ValueError("its seconds are no numbers")
+
+
+def require_scores(record: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError where the scores of a record are not as `RecordFolder` writes them."""
+    labels, cases = record["labels"], len(record["patients"])
+    if labels is not None and len(labels) != cases:
+        raise ValueError("its labels are not one for each case")
+    if labels is not None and not are_counts(labels):
+        raise ValueError("its labels are not whole numbers")
+    classes = set()
+    for one in record["repeats"]:
+        if len(one["values"]) != cases or len(one["folds"]) != cases or not cases:
+            raise ValueError("its scores are not one for each case")
+        if not are_counts(one["folds"]):
+            raise ValueError("its folds are not whole numbers")
+        scores = [one["values"]] if labels is None else one["values"]
+        classes |= set() if labels is None else set(map(len, scores))
+        undefined = (type(None),) if labels is None else ()  # Dice where neither mask has the class
+        if not all(
+            type(value) in undefined or (type(value) in (int, float) and 0 <= value <= 1)
+            for of_case in scores
+            for value in of_case
+        ):
+            raise ValueError("its scores are not from 0 to 1")
+    if labels is not None and (len(classes) != 1 or max(labels) >= min(classes)):
+        raise ValueError("its probabilities are not one for each class")
+
+
+def are_counts(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -272,8 +333,15 @@ def score_records(
     mine = [one for one in records if one["task"] == task]
     if not mine:
         return None
+    forms = {(len(one["repeats"]), one["labels"] and len(one["repeats"][0]["values"][0])) for one in mine}
+    if len(forms) > 1:
+        repeats, classes = (" and ".join(str(n or 0) for n in sorted(set(of_all))) for of_all in zip(*forms))
+        raise UserError(
+            f"{task}: its records are of {repeats} repeats and of {classes} classes, which can't be compared: remove "
+            "the older ones"
+        )
     parts = sorted({one["part"] for one in mine})
-    notices, whole = [], {}
+    notices, whole = unlike_flags(mine, task), {}
     for arm, seed in sorted({(one["arm"], one["seed"]) for one in mine}, key=lambda key: (key[0], key[1] or 0)):
         found = {one["part"]: one for one in mine if (one["arm"], one["seed"]) == (arm, seed)}
         missing = [part for part in parts if part not in found]
@@ -296,6 +364,46 @@ def score_records(
     for (arm, seed), cases in whole.items():
         tested |= {(arm, one): cases for one in (seeds if seed is None else [seed])}
     return score_cases(task, tested, draws, notices) if tested else None
+
+
+def unlike_flags(records: Sequence[dict[str, Any]], task: str) -> list[str]:
+    """Lines on runs of a task that were not made alike: one figure, or a difference, would be of several things."""
+    made = [one for one in records if one["seed"] is not None]
+    notices = []
+    stages = {one["arm"]: set() for one in made}
+    for one in made:
+        stages[one["arm"]].add(without(one["flags"].get(PRETRAIN, ""), ("--seed",)))
+    for arm in [arm for arm, flags in stages.items() if len(flags) > 1]:
+        notices.append(
+            f"{task}: {arm} was pre-trained with {len(stages[arm])} sets of flags, runs.csv tells the recipes"
+        )
+    of_task = {
+        without(text, OF_ARMS) for one in made for stage, text in one["flags"].items() if task in FIGURES.get(stage, ())
+    }
+    if len(of_task) > 1:
+        notices.append(
+            f"{task}: its runs were made with {len(of_task)} sets of flags, so that not only arms differ: "
+            + truncate_list(sorted(unlike_words(of_task)), 4)
+        )
+    if (codes := len({one["code"] for one in made})) > 1:
+        notices.append(f"{task}: its runs were made by {codes} versions of the code")
+    return notices
+
+
+def without(flags: str, left_out: Sequence[str]) -> tuple[str, ...]:
+    """Words of flags, but some flags and their value."""
+    words = shlex.split(flags)
+    return tuple(
+        word
+        for before, word in zip(("", *words), words)
+        if word.partition("=")[0] not in left_out and before not in left_out
+    )
+
+
+def unlike_words(sets: set[tuple[str, ...]]) -> set[str]:
+    """Flags with their values that not all have."""
+    pairs = [{f"{flag} {value}" for flag, value in zip(words, words[1:]) if flag.startswith("--")} for words in sets]
+    return set.union(*pairs) - set.intersection(*pairs)
 
 
 def told_of_records(
