@@ -12,9 +12,9 @@ study.json (what the study is) and arms/ARM/seedK/ (what each run wrote). Loads 
 """
 
 import argparse
-import errno
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -343,8 +343,8 @@ def records_of(args: argparse.Namespace) -> RecordFolder | None:
     patients = tested_patients(args.patients) if args.patients else None
     try:  # before hours of runs
         args.records.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.records, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=args.records):
+            pass
     except OSError as error:
         raise UserError(f"--records {args.records}: can't be written to ({error.strerror})") from error
     return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features or ()))
@@ -453,6 +453,9 @@ def tables_from_records(
         compared = compare_arms(scores, [*arms, *map(ensemble_name, ensembles)])
     compared = compared._replace(claims=[one for one in compared.claims if one.effect])
     notices = [notice for one in scores for notice in one.notices] + limits(scores, compared, draws)
+    run = {one["arm"] for one in kept}
+    for flag, chosen in (("--against", against or ()), ("--ensembles", ensembles)):
+        notices += [f"{flag} {name}: no run of it is recorded" for name in chosen if name not in run]
     told = told_of_records(kept, arms, output, notices, against or COMPARED_WITH)
     output.mkdir(parents=True, exist_ok=True)
     write_outcome(told, scores, compared)

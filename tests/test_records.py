@@ -205,6 +205,10 @@ def test_a_half_that_was_not_run(halves, tmp_path, capsys):
     assert {row["seed"] for row in table(out / "seeds.csv") if row["arm"] == "none"} == {"0"}
     assert [row["arm"] for row in table(out / "results.csv") if row["task"] == "probe"] == ["random", "none"]
     assert "| elastic | not run |" in (out / "results.md").read_text()
+    assert "elastic: no run" not in said
+    tables_of(halves, tmp_path / "out", "--arms", "random", "elastic", "--against", "elastic", "--ensembles", "elastic")
+    said = capsys.readouterr().out
+    assert all(f"note: {flag} elastic: no run of it is recorded" in said for flag in ("--against", "--ensembles"))
 
 
 @pytest.mark.parametrize(
@@ -337,6 +341,8 @@ def test_no_records(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no records"):
         tables_of(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UserError, match="--from_records .*none: can't be read .No such file or directory"):
+        tables_of(tmp_path / "none", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -347,6 +353,8 @@ def test_no_records(tmp_path):
         (["--ensembles", "none"], "--ensembles: is for --from_records DIR"),
         (["--from_records", "r", "--list"], "--list and --from_records exclude each other"),
         (["--from_records", "r", "--data_dir", "x"], "--data_dir: --from_records makes tables of what was run"),
+        (["--from_records", "r", "--parallel", "2"], "--parallel: --from_records makes tables of what was run"),
+        (["--from_records", "r", "--threads", "2"], "--threads: --from_records makes tables of what was run"),
     ],
 )
 def test_flags_that_are_wrong_by_themselves(tmp_path, flags, said, capsys):

@@ -7,6 +7,7 @@ study for each part; their records meet here.
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -264,7 +265,10 @@ def are_counts(values: Sequence[Any]) -> bool:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of a folder. Raises UserError."""
-    paths = sorted(folder.glob("*.json"))
+    try:
+        paths = sorted(folder / name for name in os.listdir(folder) if name.endswith(".json"))
+    except OSError as error:  # which glob would pass over
+        raise UserError(f"--from_records {folder}: can't be read ({error.strerror})") from error
     if not paths:
         raise UserError(f"--from_records {folder}: holds no records, expected TASK-ARM-seedK.json of --records")
     found, known = [], {}
