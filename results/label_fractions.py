@@ -72,15 +72,15 @@ def table_rows(percent: int, folder: Path, trained: str) -> list[list]:
     }
     rows = []
     for arm, name in (("pre-trained", trained), ("scratch", "scratch")):
-        if name not in found:
-            raise UserError(f"{folder / 'results.csv'}: has no arm {name}")
+        if name not in found:  # not run, or not all parts of it
+            rows.append([percent, arm, *[""] * 8])
+            continue
         row, minus = found[name], [""] * 3
-        if arm != "scratch":
-            if (name, "scratch") in pairs:
-                minus = pairs[name, "scratch"]
-            else:
-                value, low, high = pairs["scratch", name]
-                minus = -value, -high, -low
+        if arm != "scratch" and (name, "scratch") in pairs:
+            minus = pairs[name, "scratch"]
+        elif arm != "scratch" and ("scratch", name) in pairs:
+            value, low, high = pairs["scratch", name]
+            minus = -value, -high, -low
         rows.append([percent, arm, *with_bounds(row, "value"), row["seeds"], row["patients"], *minus])
     return rows
 
@@ -132,12 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "| --- | --- | --- | --- | --- |",
     ]
     for trained, scratch in zip(rows[::2], rows[1::2]):
-        if trained[2] == "":
-            lines.append(f"| {trained[0]} % | not run | not run | | |")
-        else:
-            cells = [f"{row[2]:.3f} ({row[3]:.3f} to {row[4]:.3f})" for row in (trained, scratch)]
-            minus = f"{trained[7]:+.3f} ({trained[8]:+.3f} to {trained[9]:+.3f})"
-            lines.append(f"| {trained[0]} % | {cells[0]} | {cells[1]} | {minus} | {trained[5]} |")
+        cells = [
+            "not run" if row[2] == "" else f"{row[2]:.3f} ({row[3]:.3f} to {row[4]:.3f})" for row in (trained, scratch)
+        ]
+        minus = "" if trained[7] == "" else f"{trained[7]:+.3f} ({trained[8]:+.3f} to {trained[9]:+.3f})"
+        lines.append(f"| {trained[0]} % | {cells[0]} | {cells[1]} | {minus} | {trained[5] or scratch[5]} |")
     with atomic_write(folder / "results.md") as part:
         part.write_text("\n".join(lines) + "\n", **TEXT)
     draw_shares(rows, by_hand, folder / "label_fractions.png")

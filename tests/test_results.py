@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 
@@ -183,15 +184,27 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
     assert rows[1][2:] == ("0.5", "", "", "") and rows[2][2:] == ("", "", "", "")
     said = capsys.readouterr().out
     assert "| 10 % | 0.700 (0.600 to 0.800) | 0.500 (0.400 to 0.600) | +0.200 (+0.150 to +0.220) | 2 |" in said
-    assert "| 25 % | not run | not run | | |" in said
+    assert "| 25 % | not run | not run |  |  |" in said
     assert (tmp_path / "label_fractions/label_fractions.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="holds none of labels_10, labels_25, labels_50, classification"):
         label_fractions.main(["--results", str(tmp_path / "label_fractions")])
     path = tmp_path / "labels_10" / "differences.csv"
-    for text in ("task,arm,minus\n", "task,arm,minus,difference,low,high\nclassification,trained,scratch,x,0,0\n"):
+    for text in (
+        "task,arm,minus\nclassification,trained,scratch\n",
+        "task,arm,minus,difference,low,high\nclassification,trained,scratch,x,0,0\n",
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match="labels_10: can't be read as tables of study.py"):
             label_fractions.main(["--results", str(tmp_path)])
+
+
+def test_a_share_of_which_one_arm_was_run(tmp_path, capsys):
+    write_tables(tmp_path / "labels_25", ("trained", "scratch"), (0.7, 0.5), ("trained", "scratch"))
+    path = tmp_path / "labels_25/results.csv"
+    path.write_text("".join(line for line in path.open() if "scratch" not in line))
+    (tmp_path / "labels_25/differences.csv").write_text("task,arm,minus,difference,low,high\n")
+    label_fractions.main(["--results", str(tmp_path)])
+    assert "| 25 % | 0.700 (0.600 to 0.800) | not run |  | 2 |" in capsys.readouterr().out
 
 
 def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):
@@ -317,3 +330,11 @@ def test_published_weights_are_what_their_card_says(path):
 
 def test_published_weights_are_of_different_pools():
     assert len({path.read_bytes() for path in WEIGHTS}) == len(WEIGHTS)
+
+
+def test_the_readme_says_what_the_tables_say():
+    """Every figure with an interval in the README's results stands in a table of results/."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2].partition("\n## ")[0]
+    tables = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*/results.md"))
+    figures = re.findall(r"[+-]?\d\.\d{3} \([+-]?\d\.\d{3} to [+-]?\d\.\d{3}\)", readme)
+    assert len(figures) > 5 and not [one for one in figures if one not in tables]
