@@ -49,6 +49,12 @@ def read_seeds(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
+def data_of(folder: Path) -> set[str]:
+    """Which data the runs of a table are of, as its runs.csv notes; none where it is not there. Raises UserError."""
+    path = folder / "runs.csv"
+    return {row.get("note", "") for row in read_table(path)} if path.is_file() else set()
+
+
 def spread_of_seeds(kept: dict[tuple[str, str], dict[str, float]], task: str) -> float | None:
     """Standard deviation over seeds, of all arms of a task together; None where no arm has two that differ."""
     # tables of features and ensembles have one figure for all seeds
@@ -60,6 +66,11 @@ def spread_of_seeds(kept: dict[tuple[str, str], dict[str, float]], task: str) ->
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     kept, repeated = read_seeds(args.kept), read_seeds(args.repeated)
+    notes = data_of(args.kept), data_of(args.repeated)
+    if all(notes) and notes[0] != notes[1]:
+        of_kept, of_repeated = (", ".join(sorted(found)) for found in notes)
+        print(f"the kept table is of {of_kept}, this one of {of_repeated}: not compared")
+        return
     odd, compared = [], 0
     for (task, arm), seeds in sorted(repeated.items()):
         others = kept.get((task, KEPT_AS.get(arm, arm)))

@@ -14,6 +14,17 @@ PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT
 NAME=$1 ARMS=$2 SEEDS=$3 AGAINST=$4
 shift 4
 
+mkdir -p "$WORK"
+"$PYTHON" results/make_data.py --data "$DATA" --output "$WORK/data"
+KIND=$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['data'])" "$WORK/data/DATA.json")
+case "$KIND: $ARMS " in
+collection:*) ;;
+*" published "*)
+    echo "arm published: left out, as its pool holds patients of LIDC-IDRI, who are LUNA16's too"
+    ARMS=$(echo " $ARMS " | sed 's/ published / /')
+    ;;
+esac
+
 TRIVIAL=
 [ "${FROZEN:-yes}" = no ] || TRIVIAL="trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre"
 RIVALS=
@@ -26,9 +37,6 @@ for ARM in $ARMS; do
     case $ARM in random) PROBED=random ;; scratch) ;; *) PROBED=${PROBED:-$ARM} ;; esac
 done
 
-mkdir -p "$WORK"
-"$PYTHON" results/make_data.py --data "$DATA" --output "$WORK/data"
-KIND=$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['data'])" "$WORK/data/DATA.json")
 study_half() {
     HALF=$1
     shift

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -196,6 +197,25 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
         path.write_text(text)
         with pytest.raises(UserError, match="labels_10: can't be read as tables of study.py"):
             label_fractions.main(["--results", str(tmp_path)])
+
+
+def test_tables_of_other_data_are_not_compared(tmp_path, capsys):
+    for name, value, note in (("kept", 0.9, "collection"), ("repeated", 0.5, "LUNA16")):
+        write_tables(tmp_path / name, ("nodules", "scratch"), (value, 0.8), ("nodules", "scratch"))
+        write_table(tmp_path / name / "runs.csv", ["arm", "note"], [["nodules", note]])
+    repeated.main(["--kept", str(tmp_path / "kept"), "--repeated", str(tmp_path / "repeated")])
+    assert "the kept table is of collection, this one of LUNA16: not compared" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+@pytest.mark.parametrize("kind, arms", [("collection", ["published", "random"]), ("LUNA16", ["random"])])
+def test_published_weights_are_not_tested_on_their_own_patients(tmp_path, monkeypatch, kind, arms):
+    """LUNA16's scans are of LIDC-IDRI's patients, of whom the published encoders have seen some."""
+    monkeypatch.setattr(sys.modules[__name__], "STUB", STUB.replace("collection", kind))
+    _, *halves, tables = calls_of("classification.sh", tmp_path, monkeypatch, ARMS="published random")
+    for call in halves:
+        assert study.get_args_parser().parse_args(call[1:]).arms == arms
+    assert study.get_args_parser().parse_args(tables[1:]).arms[: len(arms)] == arms
 
 
 def test_a_share_of_which_one_arm_was_run(tmp_path, capsys):
