@@ -96,7 +96,8 @@ def require_unseen(pool: Path, tested: Sequence[str]) -> None:
     try:
         patients = {row["patient"] for row in read_table(pool)}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--pool {pool}: can't be read as a table with the column patient ({error})") from error
+        why = getattr(error, "strerror", None) or repr(error)
+        raise UserError(f"--pool {pool}: can't be read as a table with the column patient ({why})") from error
     if not patients:
         raise UserError(f"--pool {pool}: has no rows; make it by results/make_data.py")
     if None in patients or not all(map(str.strip, patients)):

@@ -45,7 +45,8 @@ def read_seeds(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
             if not np.isfinite(value):
                 raise ValueError(f"{row['arm']} seed {row['seed']} has the value {row['value']}")
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{folder / 'seeds.csv'}: can't be read ({error!r}), expected that of study.py") from error
+        why = getattr(error, "strerror", None) or repr(error)
+        raise UserError(f"{folder / 'seeds.csv'}: can't be read ({why}), expected that of study.py") from error
     return found
 
 

@@ -68,3 +68,16 @@ def silent(capfd):
         warnings.simplefilter("error")
         yield
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def stubs(tmp_path, monkeypatch):
+    """The folder of small scripts that a study runs in place of those that train."""
+    from run_study import write_stubs
+
+    from dino3d.study import jobs
+
+    folder = write_stubs(tmp_path / "scripts")
+    monkeypatch.setattr(jobs, "ROOT", folder)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return folder

@@ -7,7 +7,6 @@ import json
 import shutil
 
 import pytest
-from run_study import write_stubs
 from test_main_lts_msd import phantom, write_case
 from test_study import REAL, flags_of, table
 
@@ -17,14 +16,6 @@ from dino3d.study import definition, jobs
 from dino3d.study.folds import leave_one_out, place_folds
 
 NAMES = [f"case{i}" for i in range(5)]
-
-
-@pytest.fixture
-def stubs(tmp_path, monkeypatch):
-    folder = write_stubs(tmp_path / "scripts")
-    monkeypatch.setattr(jobs, "ROOT", folder)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from run_study import write_stubs
 
 import study
 from dino3d.command_line import UserError
@@ -21,14 +20,6 @@ from dino3d.study import definition, devices, estimate, jobs, pool
 from dino3d.study.arms import BUILT_IN, PAPERS_SIX, choose_arms, read_arms
 
 RESULTS = ("results.csv", "seeds.csv", "differences.csv", "claims.csv", "results.json", "study.png", "report.html")
-
-
-@pytest.fixture
-def stubs(tmp_path, monkeypatch):
-    folder = write_stubs(tmp_path / "scripts")
-    monkeypatch.setattr(jobs, "ROOT", folder)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return folder
 
 
 @pytest.fixture
