@@ -37,12 +37,20 @@ from dino3d.data.requirements import hu_problem, hu_warnings, note_lines, requir
 from dino3d.data.scans import state_of
 from dino3d.data.volume import Volume
 from dino3d.features.cases import Subject, find_subjects
-from dino3d.features.embedding import POOLS, Embedder, embedding_width, pool_problem
+from dino3d.features.embedding import Embedder
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.features.journal import FeatureJournal
 from dino3d.features.map_pictures import are_done, save_maps
 from dino3d.features.maps import has_attention, scan_maps, voxel_at
 from dino3d.features.neighbours import NEIGHBOUR_COLUMNS, nearest, neighbour_picture, spread
+from dino3d.features.pooling import (
+    ORIENTATIONS,
+    POOLS,
+    embedding_width,
+    orientation_problem,
+    pool_problem,
+    reads_centre,
+)
 from dino3d.features.tables import SUFFIXES, FeatureTable, file_names, write_features
 from dino3d.features.trivial import mask_volume, trivial_figures
 from dino3d.features.windows import REGIONS, CtScan, Region, read_ct, region_of
@@ -98,15 +106,24 @@ def get_args_parser() -> command_line.ArgumentParser:
         "--pool",
         default="cls",
         choices=POOLS,
-        help="cls: class token; mean: mean of the patch tokens; cls+mean: both, one after the other. A ResNet has no "
-        "class token: cls is the mean of its last feature map, as mean is",
+        help="cls: class token; mean: mean of the patch tokens; centre: of those around the middle of the window "
+        "alone, for points and crops around something; cls+mean, cls+centre: both, one after the other. A ResNet has "
+        "no class token: cls is the mean of its last feature map, as mean is",
+    )
+    group.add_argument(
+        "--tta",
+        default=1,
+        type=int,
+        choices=ORIENTATIONS,
+        help="test-time augmentation: the mean embedding of each window as it is (1), mirrored along each axis (8), or "
+        "turned as well, in all ways that a cube can be (48), which costs as many times as much; default: 1",
     )
     group.add_argument(
         "--layers",
         default=1,
         type=number(int, 1),
         help="last blocks whose tokens, or means of feature maps, are concatenated, as in DINO's linear evaluation (4 "
-        "there); cls+mean takes the patch tokens of the last one alone",
+        "there); cls+mean and cls+centre take the patch tokens of the last one alone",
     )
     group.add_argument(
         "--region",
@@ -219,6 +236,8 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
         parser.error("--point and --point_ras go with --maps DIR, where the maps of similarity are written")
     if not args.neighbours and (args.queries or args.same_patient):
         parser.error("--queries and --same_patient go with --neighbours K")
+    if reads_centre(args.pool) and args.region == "whole":
+        parser.error(f"--pool {args.pool}: reads the middle of a window, which --region whole has many of")
     suffix = Path(args.output).suffix
     if Path(args.output).name in SUFFIXES:
         parser.error(f"--output {args.output}: has a suffix alone, expected a name before it")
@@ -264,12 +283,20 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
         )
     if problem := pool_problem(models[0], args.pool):
         raise UserError(f"--pool {args.pool}: {encoder.arch}: {problem}; take cls", everywhere=True)
+    if problem := orientation_problem(encoder.input_size, encoder.working_spacing, args.tta):
+        raise UserError(
+            f"--tta {args.tta}: {problem}; this encoder's are {format_values(encoder.input_size)} voxels"
+            + (f" of {format_values(encoder.working_spacing)} mm" if encoder.working_spacing else "")
+            + ": take 8",
+            everywhere=True,
+        )
     for line in [*encoder.notices, *lines, *spacing_lines(encoder), run_summary(args, encoder, processes, subjects)]:
         processes.print(line)
 
     # ---------------------------------------------------------------------------------------------------- extraction
     flags = ("pool", "layers", "region", "random", "trivial", "masks")
     recipe = settings | {name: getattr(args, name) for name in flags} | {"device": processes.device.type}
+    recipe |= {"tta": args.tta} if args.tta > 1 else {}  # older versions had none
     with utils.own_output_dir(work, processes, "--output"), StopSignal(processes, work / "preempted") as stop_signal:
         keys = keys_of(subjects)
         states = processes.run_on_main(lambda: states_of(subjects, args.masks))
@@ -296,6 +323,7 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
             processes.device,
             autocast,
             threads=torch.get_num_threads(),
+            tta=args.tta,
         ) as embedder:
             extract(subjects, keys, journal, embedder, encoder, args, processes, stop_signal)
         if any(processes.all_gather(bool(stop_signal.received))):
@@ -433,7 +461,14 @@ def features_of(
 def region_of_subject(subject: Subject, scan: CtScan, encoder: PretrainedEncoder, args: argparse.Namespace) -> Region:
     """What a row's features are of. Raises DataError."""
     how = "centre" if args.region == "auto" and subject.is_crop else args.region
-    return region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
+    region = region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
+    if region.how == "whole" and reads_centre(args.pool):
+        raise DataError(
+            subject.path,
+            f"is larger than a crop, and --pool {args.pool} reads the middle of one: give points in it, or --region "
+            "centre for its own middle",
+        )
+    return region
 
 
 def trivial_of(subject: Subject, scan: CtScan, region: Region, masks: str | None) -> dict[str, np.ndarray]:
@@ -755,10 +790,11 @@ def run_summary(
     points = sum(one.point is not None for one in subjects)
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     spacing = f" of {format_values(encoder.working_spacing)} mm" if encoder.working_spacing else ""
+    turned = f"mean over {args.tta} orientations, " if args.tta > 1 else ""
     return (
         f"{len(subjects)} {'points' if points else 'scans or crops'} of {len({one.patient for one in subjects})} "
-        f"patients; {encoder.arch}, {args.pool} of the last {args.layers} block{'s' * (args.layers > 1)}, windows of "
-        f"{format_values(encoder.input_size)} voxels{spacing}, HU {format_values(encoder.clip_range)}; "
+        f"patients; {encoder.arch}, {args.pool} of the last {args.layers} block{'s' * (args.layers > 1)}, {turned}"
+        f"windows of {format_values(encoder.input_size)} voxels{spacing}, HU {format_values(encoder.clip_range)}; "
         f"{args.precision} on {device}"
     )
 

@@ -57,6 +57,7 @@ from dino3d.evaluation.classification_metrics import (
 )
 from dino3d.evaluation.statistics import format_metric, interval_notes, with_interval
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
+from dino3d.features.pooling import POOLS, pool_problem
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags
 from dino3d.finetune.classification_pictures import draw_curves, draw_errors
@@ -83,7 +84,7 @@ from dino3d.finetune.splits import Split, fraction_text, make_splits, of_patient
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
 LAYOUT = "subset*/label0|label1/<patient>/<name>.nii.gz"  # of --data_dir
 # What must not change while a run is resumed fold by fold
-FIXED = (*FIXED_FLAGS, "protocol", "knn_k", "negatives", "eval_negatives", "folds")
+FIXED = (*FIXED_FLAGS, "protocol", "pool", "knn_k", "negatives", "eval_negatives", "folds")
 
 
 def get_args_parser() -> command_line.ArgumentParser:
@@ -108,6 +109,14 @@ def get_args_parser() -> command_line.ArgumentParser:
         choices=("finetune", "linear", "knn"),
         help="finetune: encoder and head are trained; linear: linear probe, the head alone is trained "
         "on the frozen encoder's features; knn: nothing is trained, cases are compared with the training cases",
+    )
+    group.add_argument(
+        "--pool",
+        default="cls",
+        choices=POOLS,
+        help="what the head reads: cls: the class token; mean: the mean of the patch tokens; centre: of those around "
+        "the middle of the crop alone, where the candidate is; cls+mean, cls+centre: both, one after the other. A "
+        "ResNet has no class token: cls is the mean of its last feature map, as mean is",
     )
     group.add_argument(
         "--negatives",
@@ -195,6 +204,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
 
     # --------------------------------------------------------------------------------------------------------- model
     encoder = load_encoder(args.pretrained_weights, args.checkpoint_key, vars(args))
+    if problem := pool_problem(encoder.outline(), args.pool):
+        raise UserError(f"--pool {args.pool}: {encoder.arch}: {problem}; take cls", everywhere=True)
     notices += encoder.notices
     vars(args).update(flags.encoder_settings(encoder, args.drop_path_rate))
     notices += warnings_about(encoder, args.protocol, data)
@@ -225,7 +236,9 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
         for number, (split, order) in enumerate(zip(case_splits, orders)):
             torch.manual_seed(args.seed)  # every fold starts from the same weights
             drawn = draw_negatives(split.train, cases.labels, args.negatives, args.seed, 0)  # the first epoch's cases
-            model = build_classifier(args.protocol, encoder, args.drop_path_rate, cases.classes, len(drawn), args.knn_k)
+            model = build_classifier(
+                args.protocol, encoder, args.pool, args.drop_path_rate, cases.classes, len(drawn), args.knn_k
+            )
             steps_left = run_fold(
                 Fold(number, output_dir / str(number), *split),
                 model,
@@ -645,7 +658,7 @@ def run_summary(
     few = fraction_text(splits, len(set(cases.patients)), config["label_fraction"])
     device = f"{processes.world_size} x {utils.device_name(processes.device)}"
     return (
-        f"{config['arch']} ({config['protocol']}) on {device}, {config['precision']}; "
+        f"{config['arch']} ({config['protocol']}, {config['pool']}) on {device}, {config['precision']}; "
         f"{len(cases.names)} cases ({counts}) of {len(set(cases.patients))} patients\n"
         f"{len(case_splits)} folds, {test}{few}; crops {format_values(config['crop_size'])}, input "
         f"{format_values(config['input_size'])}"

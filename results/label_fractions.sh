@@ -23,9 +23,9 @@ study() {
     shift 2
     FROZEN=no FINE_TUNING=$FLAGS results/study_of_halves.sh "$NAME" "trained scratch" "$SEEDS" scratch "$@"
 }
-study labels_50 "--label_fraction 0.5 --epochs 80 --val_freq 2" "$@"
-study labels_25 "--label_fraction 0.25 --epochs 160 --val_freq 4" "$@"
-study labels_10 "--label_fraction 0.1 --epochs 400 --val_freq 10" "$@"
-study long "--epochs 120" "$@"
+study labels_50 "--pool cls+centre --label_fraction 0.5 --epochs 80 --val_freq 2" "$@"
+study labels_25 "--pool cls+centre --label_fraction 0.25 --epochs 160 --val_freq 4" "$@"
+study labels_10 "--pool cls+centre --label_fraction 0.1 --epochs 400 --val_freq 10" "$@"
+study long "--pool cls+centre --epochs 120" "$@"
 case " $* " in *" --plan "*) exit ;; esac
 "${PYTHON:-python}" results/label_fractions.py --results "${OUT:-results}"

@@ -11,6 +11,6 @@ ROOT=$(dirname "$0")/.. PYTHON=${PYTHON:-python}
 CASES=$1 OUTPUT=$2
 
 "$PYTHON" "$ROOT/extract_features.py" --weights "$ROOT/results/weights/nodules.safetensors" --input "$CASES" \
-    --output "$OUTPUT/features.csv" --pool cls+mean --random 5 --trivial
+    --output "$OUTPUT/features.csv" --pool cls+centre --random 5 --trivial
 "$PYTHON" "$ROOT/evaluate_features.py" --features "$OUTPUT/features.csv" "$OUTPUT/features.trivial-*.csv" \
     --group "$OUTPUT/features.random*.csv" --labels "$CASES" --output_dir "$OUTPUT/evaluation"

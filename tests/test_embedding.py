@@ -8,40 +8,10 @@ import torch
 
 from dino3d.command_line import UserError
 from dino3d.features import trivial
-from dino3d.features.embedding import embed, embedding_width
 from dino3d.features.encoder import find_weights, load_encoder
-from vision_transformer import VisionTransformer, vit_micro
+from vision_transformer import vit_micro
 
 SIZE, PATCH = (8, 8, 4), (4, 4, 2)
-
-
-def small(seed=0):
-    torch.manual_seed(seed)
-    return VisionTransformer(SIZE, PATCH, embed_dim=12, depth=3, num_heads=2).eval()
-
-
-def test_embeddings_are_what_the_blocks_give():
-    model, x = small(), torch.rand(2, 1, *SIZE)
-    with torch.no_grad():
-        tokens, after = model._embed(x)[0], []
-        for block in model.blocks:
-            tokens = block(tokens)
-            after.append(model.norm(tokens))
-        cls, mean = [one[:, 0] for one in after], [one[:, 1:].mean(1) for one in after]
-        for pool, layers, expected in (
-            ("cls", 1, cls[-1:]),
-            ("cls", 3, cls),
-            ("mean", 2, mean[1:]),
-            ("cls+mean", 1, [cls[2], mean[2]]),
-            ("cls+mean", 2, [cls[1], cls[2], mean[2]]),
-        ):
-            found = embed(model, x, pool, layers)
-            assert found.shape == (2, embedding_width(model, pool, layers))
-            torch.testing.assert_close(found, torch.cat(expected, 1))
-    with pytest.raises(ValueError, match="pool is max"):
-        embed(model, x, "max")
-    with pytest.raises(ValueError, match="n is 4; the model has 3 blocks"):
-        embed(model, x, "mean", 4)
 
 
 def write(path, key="teacher", prefix="", **config):

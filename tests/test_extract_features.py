@@ -148,7 +148,22 @@ def test_the_vector_is_what_ten_lines_of_torch_make_of_the_file(tmp_path, capsys
     tokens = norm(x, "norm")[0]
     with np.load(tmp_path / "one.npz") as table:
         found = table["features"][0]
-    assert np.abs(found - torch.cat([tokens[0], tokens[1:].mean(0)]).numpy()).max() < 2e-6
+    assert np.abs(found - torch.cat([tokens[0], tokens[1:].mean(0)]).numpy()).max() < 5e-6
+
+
+def test_the_centre_of_a_whole_scan_is_refused(tmp_path, capsys, weights):
+    for name, shape in (("crop", (24, 24, 12)), ("scan", SHAPE)):
+        write_nifti(tmp_path / "in" / f"{name}.nii.gz", chest(0, shape), np.diag([*SPACING, 1]))
+    flags = ["--weights", weights, "--input", tmp_path / "in", "--output", tmp_path / "out.csv", "--pool", "cls+centre"]
+    code, out, errors = extract(capsys, *flags, "--tta", "8")
+    assert code == 1 and "cls+centre of the last 1 block, mean over 8 orientations" in out
+    assert len(errors) == 1 and "is larger than a crop, and --pool cls+centre reads the middle of" in errors[0]
+    features = read_csv(tmp_path / "out.csv")[1]
+    assert features.shape == (2, 256) and np.isfinite(features).all(1).sum() == 1
+    with Volume(tmp_path / "in" / "crop.nii.gz") as volume:
+        encoder, hu = load_encoder(str(weights)), volume.read()
+        found = embed_volume(encoder, hu, volume.affine, "cls+centre", tta=8)
+    assert (found == features[np.isfinite(features).all(1)][0]).all()
 
 
 def test_a_whole_scan_is_the_mean_over_its_windows_without_air(tmp_path, capsys, weights):
@@ -422,7 +437,10 @@ def test_the_batch_the_threads_and_the_processes_do_not_matter(tmp_path, capsys,
         (["--output", "x.tsv"], 2, "--output x.tsv: .tsv is not written, expected .csv, .npz, .h5; a new folder of"),
         (["--output", "x.CSV"], 2, "--output x.CSV: .CSV is not written"),
         (["--output", ".csv"], 2, "has a suffix alone"),
-        (["--pool", "max"], 2, "max: choose one of cls, mean, cls+mean"),
+        (["--pool", "max"], 2, "max: choose one of cls, mean, centre, cls+mean, cls+centre"),
+        (["--pool", "centre", "--region", "whole"], 2, "--pool centre: reads the middle of a window, which --region"),
+        (["--tta", "4"], 2, "4: choose one of 1, 8, 48"),
+        (["--tta", "48"], 1, "--tta 48: turns windows, which must be cubes for that, in voxels and mm; this"),
         (["--layers", "0"], 2, "out of range, expected at least 1"),
         (["--layers", "5"], 1, "--layers 5: vit_micro has 4 blocks; give at most that"),
         (["--weights", "no.pth"], 1, "--weights no.pth: no such file"),

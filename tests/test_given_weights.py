@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
             encoder = PretrainedEncoder(**SIZES, spacing=None)
             config = SIZES | {"classes": 2, "freeze_encoder": False}
             if task == "lnc":
-                model = build_classifier("finetune", encoder, 0.0, 2, 0, None)
+                model = build_classifier("finetune", encoder, "cls", 0.0, 2, 0, None)
                 config |= {"protocol": "finetune", "knn_k": None, "spacing": None}
                 config |= {"crop_size": [24, 24, 12], "crop_spacing": [0.7, 0.7, 1.4]}
             else:

@@ -529,6 +529,7 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
     kept = (tmp_path / "out" / "config.json").read_bytes()
     for more, says in (
         (["--protocol", "linear"], "--protocol finetune, not linear"),
+        (["--pool", "centre"], "--pool cls, not centre"),
         (["--lr", 0.1], "--lr 0.001, not 0.1"),
         (["--pretrained_weights", weights], "--pretrained_weights"),
         (["--k_fold", 3], "k_fold 2, now it is 3"),
@@ -540,6 +541,21 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
         code, _, errors = run_main(capsys, *flags, *more)
         assert code == 1 and len(errors) == 1 and says in errors[0] and "--output_dir" in errors[0], errors
     assert (tmp_path / "out" / "config.json").read_bytes() == kept
+
+
+def test_a_run_of_before_pool_was_a_flag_read_the_class_token(crops, tmp_path, capsys):
+    flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1]
+    assert run_main(capsys, *flags)[0] == 0
+    table = (tmp_path / "out" / "predictions.csv").read_bytes()
+    for path in (tmp_path / "out").glob("*/*.pth"):
+        state = torch.load(path, weights_only=False)
+        del state["config"]["pool"]
+        torch.save(state, path)
+    code, _, errors = run_main(capsys, *flags, "--pool", "centre")
+    assert code == 1 and len(errors) == 1 and "--pool cls, not centre" in errors[0]
+    assert run_main(capsys, *flags)[0] == 0 and (tmp_path / "out" / "predictions.csv").read_bytes() == table
+    out = tmp_path / "new"
+    assert run_main(capsys, "--predict", crops, "--weights", tmp_path / "out", "--output_dir", out)[0] == 0
 
 
 def test_other_weights_under_the_same_path_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
@@ -690,14 +706,11 @@ def test_prediction_repeats_the_test(crops, tmp_path, capsys):
         assert mean[case, None] == pytest.approx((tested[case, "0"] + tested[case, "1"]) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("protocol", ["linear", "knn"])
-def test_prediction_with_a_frozen_encoder(crops, tmp_path, capsys, protocol):
-    assert (
-        run_main(capsys, "--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1, "--protocol", protocol)[
-            0
-        ]
-        == 0
-    )
+@pytest.mark.parametrize("protocol, pool", [("linear", "cls"), ("knn", "cls+mean"), ("finetune", "cls+centre")])
+def test_prediction_by_protocol_and_pool(crops, tmp_path, capsys, protocol, pool):
+    flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1]
+    code, out, errors = run_main(capsys, *flags, "--protocol", protocol, "--pool", pool)
+    assert code == 0 and f"vit_tiny ({protocol}, {pool})" in out, errors
     code, _, _ = run_main(
         capsys, "--predict", crops, "--weights", tmp_path / "out" / "1", "--output_dir", tmp_path / "new"
     )
@@ -809,6 +822,7 @@ def test_fewer_negatives_in_evaluation_if_asked_for(crops, tmp_path, capsys):
         ["--spacing", "0.7", "0.7", "1.4"],
         ["--input_size", "36", "36", "18"],
         ["--protocol", "knn", "--knn_k", "3"],
+        ["--pool", "mean"],
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )

@@ -8,8 +8,8 @@ import torch
 from monai.networks.blocks import UnetrUpBlock
 
 from dino3d.command_line import UserError
-from dino3d.features.embedding import embed, embedding_width
 from dino3d.features.encoder import PretrainedEncoder
+from dino3d.features.pooling import embed, embedding_width
 from dino3d.finetune.heads import (
     DECODERS,
     Classifier,

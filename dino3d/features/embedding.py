@@ -13,45 +13,9 @@ from augmentations import scale_intensity
 from dino3d.command_line import available_cores
 from dino3d.data.conventions import Stored
 from dino3d.features.encoder import PretrainedEncoder
+from dino3d.features.pooling import embed, orientations
 from dino3d.features.windows import read_ct, region_of
 from vision_transformer import Encoder
-
-POOLS = ("cls", "mean", "cls+mean")
-
-
-def embed(encoder: Encoder, volumes: Tensor, pool: str = "cls", layers: int = 1) -> Tensor:
-    """(B, F) embeddings of volumes (B, 1, X, Y, Z) with values in [0, 1], of a ViT each after the final norm.
-
-    pool: cls: the class tokens of the last `layers` blocks; mean: the means of their patch tokens; cls+mean: those
-        class tokens and the mean of the last block's patch tokens (Caron 2021, linear evaluation). Without class
-        tokens cls is what mean is, and cls+mean would be the same twice
-    Blocks come shallowest first. Raises ValueError for another pool, and for more layers than the encoder has blocks.
-    """
-    if pool_problem(encoder, pool):
-        raise ValueError(f"pool is {pool}; {pool_problem(encoder, pool)}")
-    if pool == "cls" and layers == 1:
-        return encoder(volumes)  # (B, D); spares the last block what nothing would read
-    if pool == "mean":
-        return torch.cat([one.flatten(2).mean(2) for one in encoder.get_intermediate_layers(volumes, layers, True)], 1)
-    blocks = encoder.embeddings_and_maps(volumes, layers)  # of each ((B, D), (B, D, x, y, z))
-    parts = [embedding for embedding, _ in blocks]
-    return torch.cat(parts + ([blocks[-1][1].flatten(2).mean(2)] if pool == "cls+mean" else []), 1)
-
-
-def pool_problem(encoder: Encoder, pool: str) -> str:
-    """Why an encoder has no such `embed`, or ""."""
-    if pool not in POOLS:
-        return f"expected one of {', '.join(POOLS)}"
-    if pool == "cls+mean" and not encoder.has_class_token:
-        return "the encoder has no class token, its embedding is the mean of its last map: both would be the same"
-    return ""
-
-
-def embedding_width(encoder: Encoder, pool: str, layers: int) -> int:
-    """F of `embed`."""
-    depth = len(encoder.blocks)
-    widths = [next((s.channels for s in encoder.stages if i <= s.block), encoder.embed_dim) for i in range(depth)]
-    return sum(widths[-layers:]) + (pool == "cls+mean") * encoder.embed_dim
 
 
 class Embedder:
@@ -63,6 +27,7 @@ class Embedder:
 
     encoders: built, of one geometry; clip_range: (2,) HU that become 0 and 1; autocast: gives the context they run in
     threads: windows at once on a CPU; batch_size: windows at once on a GPU
+    tta: `orientations` of each window, whose mean is taken (test-time augmentation)
     """
 
     def __init__(
@@ -75,10 +40,11 @@ class Embedder:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         threads: int = 1,
         batch_size: int = 32,
+        tta: int = 1,
     ) -> None:
         self.device = torch.device(device)
         self.encoders = [encoder.to(self.device).eval() for encoder in encoders]
-        self.clip_range, self.pool, self.layers, self.autocast = clip_range, pool, layers, autocast
+        self.clip_range, self.pool, self.layers, self.autocast, self.tta = clip_range, pool, layers, autocast, tta
         self.batch_size = 1 if self.device.type == "cpu" else batch_size
         # The number of threads is each thread's own
         self._threads = ThreadPoolExecutor(max(1, threads), initializer=lambda: torch.set_num_threads(1))
@@ -104,8 +70,13 @@ class Embedder:
         with torch.inference_mode(), self.autocast():
             hu = torch.from_numpy(np.stack(batch)).to(self.device)  # (B, x, y, z)
             volumes = scale_intensity(hu, *self.clip_range)[:, None]  # (B, 1, x, y, z)
-            found = [embed(encoder, volumes, self.pool, self.layers) for encoder in self.encoders]
-            return torch.stack([one.double().sum(0) for one in found]).cpu().numpy()
+            return torch.stack([self._sum(encoder, volumes) for encoder in self.encoders]).cpu().numpy()
+
+    def _sum(self, encoder: Encoder, volumes: Tensor) -> Tensor:
+        """(F,) float64 sum over volumes (B, 1, x, y, z), each the mean over its orientations."""
+        turned = orientations(volumes, self.tta)
+        found = [embed(encoder, one, self.pool, self.layers).double().sum(0) for one in turned]
+        return torch.stack(found).mean(0)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -136,15 +107,17 @@ def embed_volume(
     layers: int = 1,
     region: str = "auto",
     point: Sequence[float] | None = None,
+    tta: int = 1,
 ) -> np.ndarray:
     """(F,) float32 embedding of a CT, an (X, Y, Z) array of HU with its affine (4, 4) to RAS mm in any orientation.
 
-    encoder: of `load_encoder`; pool, layers: see `embed`; region, point: see `windows.region_of`
+    encoder: of `load_encoder`; pool, layers: see `pooling.embed`; region, point: see `windows.region_of`; tta: see
+    `Embedder`
     It is what extract_features.py writes of the same scan. Raises DataError for what is no CT in HU.
     """
     hu = np.asarray(hu)
     stored = Stored(hu.shape, np.asarray(affine, float), lambda slices: hu[slices])
     scan = read_ct("the volume", stored)
     chosen = region_of(scan, encoder.input_size, encoder.working_spacing, region, point)
-    with Embedder([encoder.build()], encoder.clip_range, pool, layers, threads=available_cores()) as embedder:
+    with Embedder([encoder.build()], encoder.clip_range, pool, layers, threads=available_cores(), tta=tta) as embedder:
         return embedder(chosen.windows())[0]

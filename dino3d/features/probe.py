@@ -24,7 +24,7 @@ from dino3d.data.conventions import DataError
 from dino3d.evaluation.protocols import PATHS, count_by_patient, nested_splits, one_hot, out_of_fold
 from dino3d.evaluation.statistics import BOOTSTRAP_ROUNDS, Bootstrap, bootstrap_weights, format_metric, with_interval
 from dino3d.evaluation.weighted_metrics import weighted_auc
-from dino3d.features.embedding import embed
+from dino3d.features.pooling import embed
 from dino3d.features.probe_crops import ProbeCrops
 from dino3d.files import read_json, write_json
 from dino3d.training.checkpoint import ALONE, load_checkpoint, save_checkpoint, to_cpu

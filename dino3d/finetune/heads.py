@@ -1,7 +1,7 @@
 """What stands on the encoder for a task with labels: one module = encoder + head, one forward, so that DDP sees it all.
 
-Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]. A classifier reads the encoder's embedding (B, D), of a
-ViT its class token, of a ResNet the mean of its last feature map; a segmenter feature maps (B, D, x, y, z).
+Volumes are (B, 1, X, Y, Z) in RAS with grey values in [0, 1]. A classifier reads one vector (B, F) of the
+encoder's tokens; a segmenter feature maps (B, D, x, y, z).
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino3d.command_line import UserError
 from dino3d.features.encoder import PretrainedEncoder
+from dino3d.features.pooling import embed, embedding_width
 from resnet3d import right_in_bf16
 from vision_transformer import Encoder
 
@@ -50,18 +51,19 @@ class OnEncoder(nn.Module):
 class Classifier(OnEncoder):
     """Encoder and classification head: (B, 1, X, Y, Z) -> logits (B, classes).
 
-    encoder: a `vision_transformer.Encoder`; head: gives logits (B, classes) of (B, D)
+    encoder: a `vision_transformer.Encoder`; head: gives logits (B, classes) of (B, F)
     freeze_encoder: the encoder stays as it is, to the last bit, and always in evaluation mode
+    pool: which tokens the head reads, see `pooling.embed`
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, freeze_encoder: bool = False):
+    def __init__(self, encoder: nn.Module, head: nn.Module, freeze_encoder: bool = False, pool: str = "cls"):
         super().__init__(encoder, freeze_encoder)
-        self.head = head
+        self.head, self.pool = head, pool
 
     def features(self, volumes: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) -> (B, D)."""
+        """(B, 1, X, Y, Z) -> (B, F)."""
         with self.encoding():
-            return self.encoder(volumes)
+            return embed(self.encoder, volumes, self.pool)
 
     def forward(self, volumes: Tensor) -> Tensor:
         return full_precision(self.head, self.features(volumes))  # (B, classes)
@@ -130,20 +132,28 @@ class NearestNeighbours(nn.Module):
 
 
 def build_classifier(
-    protocol: str, encoder: PretrainedEncoder, drop_path_rate: float | None, classes: int, known: int, knn_k: int | None
+    protocol: str,
+    encoder: PretrainedEncoder,
+    pool: str,
+    drop_path_rate: float | None,
+    classes: int,
+    known: int,
+    knn_k: int | None,
 ) -> Classifier:
-    """The Classifier of a protocol. encoder: PretrainedEncoder; known: training cases that a k-NN head remembers."""
+    """The Classifier of a protocol. pool: see `pooling.embed`; known: training cases that a k-NN head remembers."""
     model = encoder.build(drop_path_rate if protocol == "finetune" else 0.0)
+    width = embedding_width(model, pool)
     if protocol == "knn":
         k = knn_k or min(20, max(1, round(math.sqrt(known))))
-        return Classifier(model, NearestNeighbours(model.embed_dim, classes, known, k), freeze_encoder=True)
-    return Classifier(model, LinearHead(model.embed_dim, classes), freeze_encoder=protocol == "linear")
+        return Classifier(model, NearestNeighbours(width, classes, known, k), True, pool)
+    return Classifier(model, LinearHead(width, classes), protocol == "linear", pool)
 
 
 def classifier_of(encoder: PretrainedEncoder, config: dict[str, Any], state: dict[str, Tensor]) -> Classifier:
     """The Classifier that a fold's state dict belongs to."""
     known = len(state.get("head.known", ()))
-    return build_classifier(config["protocol"], encoder, 0.0, config["classes"], known, config["knn_k"])
+    pool = config.get("pool", "cls")  # older runs had no other
+    return build_classifier(config["protocol"], encoder, pool, 0.0, config["classes"], known, config["knn_k"])
 
 
 # -------------------------------------------------------------------------------------------------------- segmentation

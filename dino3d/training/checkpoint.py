@@ -41,6 +41,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # What to do where the checkpoint in the output folder can't be resumed from
 INSTEAD = "choose another --output_dir, or give it as --pretrained_weights"
 RESUME = "resume with the flags that it was made with (its config.json has them), or choose another --output_dir"
+BEFORE_THE_FLAG = {"pool": "cls"}  # what runs of older versions did, whose config does not say
 ALONE = Processes()
 EPOCH_SHARE = 0.1  # of the minutes between checkpoints: nearer to the last one, an epoch's end is no reason to save
 
@@ -294,9 +295,10 @@ def check_state(
     if not isinstance(config, dict):
         raise UserError(f"{path}: its 'config' is a {type(config).__name__}, expected a dict; {INSTEAD}")
     for name, value in (must_match or {}).items():
-        if name in config and _as_list(config[name]) != _as_list(value):
+        ran = config.get(name, BEFORE_THE_FLAG.get(name, value))
+        if _as_list(ran) != _as_list(value):
             raise UserError(
-                f"{path}: is of a run with --{name} {_shown(config[name])}, not {_shown(value)}; "
+                f"{path}: is of a run with --{name} {_shown(ran)}, not {_shown(value)}; "
                 "resume with the same or choose another --output_dir"
             )
     return state
