@@ -49,7 +49,7 @@ from dino3d.study.records import (
     tested_patients,
     told_of_records,
 )
-from dino3d.study.scores import FIGURES, METRIC, TaskScores, score_task
+from dino3d.study.scores import FEW_LABELS, FIGURES, METRIC, TaskScores, score_task
 
 
 def get_args_parser() -> ArgumentParser:
@@ -114,6 +114,12 @@ def get_args_parser() -> ArgumentParser:
         metavar="N",
         help="for few cases: each patient of --segmentation is tested once, by a model that the next N patients by "
         "name train and one more validates; default: main_lts_msd.py draws a test set and folds",
+    )
+    group.add_argument(
+        "--few_labels",
+        action="store_true",
+        help="the probe is also trained with 50, 25 and 10 %% of the training patients' labels; of finished runs too, "
+        "as nothing is run again",
     )
     group = parser.add_argument_group("statistics")
     group.add_argument(
@@ -218,7 +224,7 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if args.part and not ARM_NAME.fullmatch(args.part):
         parser.error(f"--part {args.part}: expected letters, digits and _ . + -")
     if args.from_records:
-        given = ("data_dir", *TASKS, *(f"{stage}_flags" for stage in STAGES), "training_cases")
+        given = ("data_dir", *TASKS, *(f"{stage}_flags" for stage in STAGES), "training_cases", "few_labels")
         given += ("arms_file", "seeds", "records", "parallel", "processes_per_job", "threads")
         for flag in given:
             if getattr(args, flag):
@@ -240,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------------------------- the study
     folder = Path(os.path.abspath(args.output_dir))  # jobs run where the study began, maybe elsewhere
     study, lines = define(folder, given_by(args), choose_arms(None, {}))
+    if args.few_labels and "probe" not in study.data:
+        parser.error("--few_labels: is for --probe DIR, which is missing")
     require_known("--against", args.against, [arm.name for arm in study.arms])
     units = all_units(study)
     jobs = [job for unit in units for job in unit]
@@ -347,7 +355,7 @@ def records_of(args: argparse.Namespace) -> RecordFolder | None:
             pass
     except OSError as error:
         raise UserError(f"--records {args.records}: can't be written to ({error.strerror})") from error
-    return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features or ()))
+    return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features or ()), args.few_labels)
 
 
 def finish(
@@ -368,7 +376,8 @@ def finish(
             if any(job.is_done() for job in jobs):  # where all is recorded, so are these, and their files not there
                 records.write_features(study)
             print(f"records      {records.folder}")
-        figures = [figure for task in study.tasks for figure in FIGURES[task]]
+        few = () if args.few_labels else FEW_LABELS
+        figures = [figure for task in study.tasks for figure in FIGURES[task] if figure not in few]
         scores = [one for figure in figures if (one := score_task(study, figure, jobs, args.draws)) is not None]
         found = compare_arms(scores, [arm.name for arm in study.arms])
     if scores:

@@ -1,49 +1,82 @@
-"""Pre-trained against from scratch by the share of labels: one table and one figure of the tables of label_fractions.sh
-and classification.sh.
+"""Pre-trained against not by the share of labels: one table and one figure of the tables of label_fractions.sh and
+classification.sh.
 
     python results/label_fractions.py --results results
 
-Writes label_fractions/results.csv, results.md and label_fractions.png below that folder. A share that was not run says
-so.
+Writes label_fractions/results.csv, results.md and label_fractions.png below that folder. What was not run says so.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dino3d.command_line import ArgumentParser, UserError, exit_status, help_flags  # noqa: E402
 from dino3d.files import TEXT, atomic_write, read_table, write_table  # noqa: E402
 
-# percent of the training patients: folder of the table, its pre-trained arm
-TABLE_OF_PERCENT = {10: ("labels_10", "trained"), 25: ("labels_25", "trained"), 50: ("labels_50", "trained")}
-TABLE_OF_PERCENT |= {100: ("classification", "nodules")}
+
+class Source(NamedTuple):
+    """Where a share's figures stand: folder of the table, task, arm that is pre-trained."""
+
+    folder: str
+    task: str
+    trained: str
+
+
+class Curve(NamedTuple):
+    """A way to use the encoder. title: in words; without: arm that is not pre-trained; sources: of each percentage of
+    the training patients"""
+
+    title: str
+    without: str
+    sources: dict[int, Source]
+
+
+def frozen(folder: str) -> dict[int, Source]:
+    tasks = {10: "probe_10", 25: "probe_25", 50: "probe_50", 100: "probe"}
+    return {percent: Source(folder, task, "trained") for percent, task in tasks.items()}
+
+
+PERCENTS = (10, 25, 50, 100)
+CURVES = (
+    Curve("frozen", "random", frozen("frozen")),
+    Curve("frozen, mean over 48 orientations", "random", frozen("frozen_turned")),
+    Curve(
+        "fine-tuned",
+        "scratch",
+        {percent: Source(f"labels_{percent}", "classification", "trained") for percent in PERCENTS[:-1]}
+        | {100: Source("classification", "classification", "nodules")},
+    ),
+)
 BY_HAND = "trivial-radial"
-SHARE_COLUMNS = [
-    "percent",
-    "arm",
-    "auc",
-    "low",
-    "high",
-    "seeds",
-    "patients",
-    "minus_scratch",
-    "minus_low",
-    "minus_high",
-]
+COLUMNS = ("how", "percent", "arm", "auc", "low", "high", "seeds", "patients", "minus", "minus_low", "minus_high")
 
 
-def with_bounds(row: dict[str, str], column: str) -> tuple[float, float, float]:
-    """A figure and the bounds of its interval."""
-    return tuple(float(row[name] or "nan") for name in (column, "low", "high"))
+class Row(NamedTuple):
+    """A line of results.csv. auc: (value, low, high) or None, not run; minus: the same of the difference from the arm
+    that is not pre-trained, or None"""
+
+    how: str
+    percent: int
+    arm: str
+    auc: tuple[float, float, float] | None
+    seeds: str = ""
+    patients: str = ""
+    minus: tuple[float, float, float] | None = None
+
+    def cells(self) -> list:
+        blank = ("", "", "")
+        auc, minus = self.auc or blank, self.minus or blank
+        return [self.how, self.percent, self.arm, *auc, self.seeds, self.patients, *minus]
 
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="label_fractions.py",
         usage="label_fractions.py --results DIR",
-        description="Pre-trained against from scratch by the share of labels: a table and a figure.",
+        description="Pre-trained against not by the share of labels: a table and a figure.",
     )
     group = parser.add_argument_group("tables")
     group.add_argument("--results", type=Path, required=True, metavar="DIR", help="folder with the tables of results/")
@@ -51,95 +84,109 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def rows_of_share(percent: int, folder: Path, trained: str) -> list[list]:
-    """Rows of SHARE_COLUMNS: pre-trained and from scratch; without figures where the table is not there."""
+def with_bounds(row: dict[str, str], column: str) -> tuple[float, float, float]:
+    """A figure and the bounds of its interval."""
+    return tuple(float(row[name] or "nan") for name in (column, "low", "high"))
+
+
+def rows_of_share(curve: Curve, percent: int, results: Path) -> list[Row]:
+    """Pre-trained, without, and by hand where there is such a row. Raises UserError."""
+    source = curve.sources[percent]
+    folder, names = results / source.folder, {"pre-trained": source.trained, curve.without: curve.without}
     if not (folder / "results.csv").is_file():
-        return [[percent, arm, *[""] * 8] for arm in ("pre-trained", "scratch")]
+        return [Row(curve.title, percent, arm, None) for arm in names]
     try:
-        return table_rows(percent, folder, trained)
+        return rows_of_table(curve, percent, folder, names | {BY_HAND: BY_HAND})
     except (OSError, KeyError, ValueError) as error:
         why = getattr(error, "strerror", None) or repr(error)
         raise UserError(f"{folder}: can't be read as tables of study.py --from_records ({why})") from error
 
 
-def table_rows(percent: int, folder: Path, trained: str) -> list[list]:
-    """Rows of a share that was run. Raises UserError, OSError, KeyError, ValueError."""
-    found = {row["arm"]: row for row in read_table(folder / "results.csv") if row["task"] == "classification"}
-    pairs = {
-        (row["arm"], row["minus"]): with_bounds(row, "difference")
-        for row in read_table(folder / "differences.csv")
-        if row["task"] == "classification"
-    }
+def rows_of_table(curve: Curve, percent: int, folder: Path, names: dict[str, str]) -> list[Row]:
+    """Rows of a share that was run. names: {in words: arm}. Raises OSError, KeyError, ValueError."""
+    task = curve.sources[percent].task
+    found = {row["arm"]: row for row in read_table(folder / "results.csv") if row["task"] == task}
+    differences = {}
+    for row in read_table(folder / "differences.csv"):
+        if row["task"] == task:
+            value, low, high = with_bounds(row, "difference")
+            differences[row["arm"], row["minus"]] = value, low, high
+            differences[row["minus"], row["arm"]] = -value, -high, -low
     rows = []
-    for arm, name in (("pre-trained", trained), ("scratch", "scratch")):
-        if name not in found:  # not run, or not all parts of it
-            rows.append([percent, arm, *[""] * 8])
-            continue
-        row, minus = found[name], [""] * 3
-        if arm != "scratch" and (name, "scratch") in pairs:
-            minus = pairs[name, "scratch"]
-        elif arm != "scratch" and ("scratch", name) in pairs:
-            value, low, high = pairs["scratch", name]
-            minus = -value, -high, -low
-        rows.append([percent, arm, *with_bounds(row, "value"), row["seeds"], row["patients"], *minus])
+    for words, arm in names.items():
+        if arm in found:
+            minus = differences.get((arm, curve.without)) if words == "pre-trained" else None
+            one = found[arm]
+            rows.append(
+                Row(curve.title, percent, words, with_bounds(one, "value"), one["seeds"], one["patients"], minus)
+            )
+        elif words != BY_HAND:
+            rows.append(Row(curve.title, percent, words, None))
     return rows
 
 
-def draw_shares(rows: Sequence[Sequence], by_hand: float | None, path: Path) -> None:
+def markdown_lines(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| | labels | pre-trained | without | difference | by hand | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for curve in CURVES:
+        for percent in PERCENTS:
+            mine = {row.arm: row for row in rows if (row.how, row.percent) == (curve.title, percent)}
+            trained, hand = mine["pre-trained"], mine.get(BY_HAND)
+            cells = ["not run" if row.auc is None else figure(row.auc) for row in (trained, mine[curve.without])]
+            cells += [figure(trained.minus, "+") if trained.minus else "", figure(hand.auc) if hand else ""]
+            lines.append(f"| {curve.title} | {percent} % | {' | '.join(cells)} | {trained.seeds} |")
+    return [*lines, "", "Without: a random encoder where it is frozen, else from scratch. By hand: the radial profile."]
+
+
+def figure(values: Sequence[float], sign: str = "") -> str:
+    value, low, high = (f"{one:{sign}.3f}" for one in values)
+    return f"{value} ({low} to {high})"
+
+
+def draw_shares(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure((5.2, 3.4), layout="constrained")
+    drawing = Figure((10.5, 3.4), layout="constrained")
     FigureCanvasAgg(drawing)
-    axes = drawing.subplots()
-    for arm, shift, colour in (("pre-trained", 0.985, "tab:blue"), ("scratch", 1.015, "tab:orange")):
-        mine = [row for row in rows if row[1] == arm and row[2] != ""]
-        if mine:
-            x, y = [row[0] * shift for row in mine], [row[2] for row in mine]
-            below, above = [row[2] - row[3] for row in mine], [row[4] - row[2] for row in mine]
-            axes.errorbar(x, y, [below, above], fmt="o-", capsize=3, color=colour, label=f"fine-tuned, {arm}")
-    if by_hand is not None:
-        axes.axhline(by_hand, color="0.4", linestyle=":", label="radial profile by hand, all labels")
-    axes.axhline(0.5, color="0.8", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xticks(list(TABLE_OF_PERCENT), [f"{percent} %" for percent in TABLE_OF_PERCENT])
-    axes.minorticks_off()
-    axes.set(xlabel="training patients whose labels are used", ylabel="AUC, 95 % interval")
-    axes.legend(loc="lower right", fontsize=8)
+    for axes, curve in zip(drawing.subplots(1, len(CURVES), sharey=True), CURVES):
+        styles = [("pre-trained", "o-", "tab:blue"), (curve.without, "o-", "tab:orange"), (BY_HAND, "s:", "0.5")]
+        for (arm, marker, colour), shift in zip(styles, (0.97, 1.0, 1.03)):
+            mine = [row for row in rows if (row.how, row.arm) == (curve.title, arm) and row.auc]
+            if mine:
+                middle, low, high = zip(*(row.auc for row in mine))
+                off = [[m - bound for m, bound in zip(middle, low)], [bound - m for m, bound in zip(middle, high)]]
+                label = "radial profile by hand" if arm == BY_HAND else arm
+                x = [row.percent * shift for row in mine]
+                axes.errorbar(x, middle, off, fmt=marker, capsize=3, color=colour, label=label)
+        axes.axhline(0.5, color="0.8", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlim(8, 125)
+        axes.set_xticks(PERCENTS, [f"{percent} %" for percent in PERCENTS])
+        axes.minorticks_off()
+        axes.set(title=curve.title, xlabel="training patients with labels")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower right", fontsize=8)
+    drawing.axes[0].set_ylabel("AUC, 95 % interval")
     with atomic_write(path) as part:
         drawing.savefig(part, dpi=150, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    rows = [
-        row
-        for percent, (name, arm) in TABLE_OF_PERCENT.items()
-        for row in rows_of_share(percent, args.results / name, arm)
-    ]
-    if not any(row[2] != "" for row in rows):
-        raise UserError(
-            f"--results {args.results}: holds none of {', '.join(name for name, _ in TABLE_OF_PERCENT.values())}"
-        )
-    main_table = args.results / TABLE_OF_PERCENT[100][0] / "results.csv"
-    main_rows = read_table(main_table) if main_table.is_file() else []
-    by_hand = next((float(row["value"]) for row in main_rows if row["arm"] == BY_HAND), None)
+    rows = [row for curve in CURVES for percent in PERCENTS for row in rows_of_share(curve, percent, args.results)]
+    if all(row.auc is None for row in rows):
+        folders = dict.fromkeys(source.folder for curve in CURVES for source in curve.sources.values())
+        raise UserError(f"--results {args.results}: holds none of {', '.join(folders)}")
     folder = args.results / "label_fractions"
     folder.mkdir(exist_ok=True)
-    write_table(folder / "results.csv", SHARE_COLUMNS, rows)
-    lines = [
-        "| labels | pre-trained | scratch | pre-trained minus scratch | seeds |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for trained, scratch in zip(rows[::2], rows[1::2]):
-        cells = [
-            "not run" if row[2] == "" else f"{row[2]:.3f} ({row[3]:.3f} to {row[4]:.3f})" for row in (trained, scratch)
-        ]
-        minus = "" if trained[7] == "" else f"{trained[7]:+.3f} ({trained[8]:+.3f} to {trained[9]:+.3f})"
-        lines.append(f"| {trained[0]} % | {cells[0]} | {cells[1]} | {minus} | {trained[5] or scratch[5]} |")
+    write_table(folder / "results.csv", COLUMNS, [row.cells() for row in rows])
+    lines = markdown_lines(rows)
     with atomic_write(folder / "results.md") as part:
         part.write_text("\n".join(lines) + "\n", **TEXT)
-    draw_shares(rows, by_hand, folder / "label_fractions.png")
+    draw_shares(rows, folder / "label_fractions.png")
     print(*lines, f"figure       {folder / 'label_fractions.png'}", sep="\n")
 
 

@@ -1,13 +1,14 @@
 #!/bin/sh
-# Fewer labels: the encoders that classification.sh has left in $WORK, and from scratch, fine-tuned on 50, 25 and 10 % of
-# the training patients at equal steps. And scratch given time: on all of them, three times as long, the epoch chosen by
+# Fewer labels: the encoders that classification.sh has left in $WORK, on 50, 25 and 10 % of the training patients. Frozen,
+# beside random ones: as they are, and with each crop turned and mirrored in all ways that a cube can be; fine-tuned at
+# equal steps, beside scratch. And scratch given time: on all of them, three times as long, the epoch chosen by
 # validation, for both. SEEDS="0" for some of the seeds.
 set -eu
 cd "$(dirname "$0")/.."
-SEEDS=${SEEDS:-0 1 2} WORK=${WORK:-evidence}
+FROZEN_SEEDS=${SEEDS:-0 1 2 3 4} SEEDS=${SEEDS:-0 1 2} WORK=${WORK:-evidence}
 LOST=
 for HALF in 0 1; do
-    for SEED in $SEEDS; do
+    for SEED in $FROZEN_SEEDS; do
         CHECKPOINT=$WORK/classification/half$HALF/arms/nodules/seed$SEED/pretrain/checkpoint.pth
         [ -f "$CHECKPOINT" ] || LOST=${LOST:-$CHECKPOINT}
     done
@@ -16,13 +17,21 @@ if [ -n "$LOST" ]; then
     case " $* " in *" --plan "*) echo "error: $LOST: is missing; run results/classification.sh first" >&2; exit 1 ;; esac
     # What is recorded is not run again, so that a fresh clone may lack them
     echo "$LOST: is missing: the encoders are pre-trained first, records of that in $WORK/encoders"
-    OUT=$WORK/encoders ARMS=nodules SEEDS=$SEEDS results/classification.sh "$@"
+    OUT=$WORK/encoders ARMS=nodules SEEDS=$FROZEN_SEEDS results/classification.sh "$@"
 fi
+frozen() {
+    NAME=$1 FLAGS=$2
+    shift 2
+    FINE_TUNING=no FROZEN=$FLAGS results/study_of_halves.sh "$NAME" "trained random" "$FROZEN_SEEDS" "random trivial-radial" \
+        --few_labels "$@"
+}
 study() {
     NAME=$1 FLAGS=$2
     shift 2
     FROZEN=no FINE_TUNING=$FLAGS results/study_of_halves.sh "$NAME" "trained scratch" "$SEEDS" scratch "$@"
 }
+frozen frozen "--pool cls+centre" "$@"
+frozen frozen_turned "--pool cls+centre --tta 48" "$@"
 study labels_50 "--pool cls+centre --label_fraction 0.5 --epochs 80 --val_freq 2" "$@"
 study labels_25 "--pool cls+centre --label_fraction 0.25 --epochs 160 --val_freq 4" "$@"
 study labels_10 "--pool cls+centre --label_fraction 0.1 --epochs 400 --val_freq 10" "$@"

@@ -181,6 +181,42 @@ def test_what_is_recorded_is_not_run_again(made, halves, tmp_path, stubs, capsys
     (stubs / "utils.py").unlink()
 
 
+def test_few_labels_of_a_finished_study(made, halves, tmp_path, capsys):
+    """Logistic regression of one figure orders cases as it does, however few patients it was trained on."""
+    shutil.copytree(made / "half0", tmp_path / "half0")
+    flags = study_flags(made, tmp_path / "half0", halves, "half0", 0, "--few_labels")
+    flags += ["--features", str(made / "strong.csv")]
+    capsys.readouterr()
+    study.main([*flags, "--table"])
+    said = capsys.readouterr().out
+    assert "begins" not in said and "frozen probe, 25 % of the training patients' labels: AUC of 40 cases" in said
+    values = {row["name"]: float(row["feature_0"]) for row in table(made / "strong.csv")}
+    names = sorted(row["name"] for row in table(made / "labels.csv"))
+    patients = {row["name"]: row["patient"] for row in table(made / "labels.csv")}
+    for share in ("50", "25", "10"):
+        record = json.loads((halves / f"probe_{share}-strong-half0.json").read_text())
+        assert len(record["repeats"]) == 10 and {*record["patients"]} == {*HALVES["half0"]}
+        mine = [name for name in names if patients[name] in HALVES["half0"]]
+        assert [patients[name] for name in mine] == record["patients"]
+        drawn = set()
+        for repeat in record["repeats"]:
+            for fold in set(repeat["folds"]):
+                cases = [i for i, one in enumerate(repeat["folds"]) if one == fold]
+                by_figure = sorted(cases, key=lambda i: values[mine[i]])
+                by_probe = sorted(cases, key=lambda i: repeat["values"][i][1])
+                assert by_figure == by_probe
+            drawn.add(json.dumps(repeat["values"]))
+        assert len(drawn) == 10  # other patients each time
+    # what is recorded without them is not taken for it
+    study.main([*study_flags(made, tmp_path / "b", halves, "half0", 0, "--few_labels"), "--plan"])
+    assert "6 of 6 units are in the records" in capsys.readouterr().out
+    (halves / "probe_25-none-seed1-half0.json").unlink()
+    study.main([*study_flags(made, tmp_path / "c", halves, "half0", 0, "--few_labels"), "--plan"])
+    assert "5 of 6 units are in the records" in capsys.readouterr().out
+    study.main([*study_flags(made, tmp_path / "d", halves, "half0", 0), "--plan"])
+    assert "6 of 6 units are in the records" in capsys.readouterr().out
+
+
 def test_weights_of_others_are_part_of_the_recipe(made, tmp_path, stubs, capsys):
     weights = tmp_path / "theirs.pth"
     (tmp_path / "arms.txt").write_text("theirs: theirs.pth\n")
@@ -351,6 +387,8 @@ def test_no_records(tmp_path):
         (["--part", "half0"], "--part: is for --records DIR"),
         (["--records", "r", "--part", "../x"], "--part ../x: expected letters"),
         (["--ensembles", "none"], "--ensembles: is for --from_records DIR"),
+        (["--classification", ".", "--few_labels"], "--few_labels: is for --probe DIR, which is missing"),
+        (["--from_records", "r", "--few_labels"], "--few_labels: --from_records makes tables of what was run"),
         (["--from_records", "r", "--list"], "--list and --from_records exclude each other"),
         (["--from_records", "r", "--data_dir", "x"], "--data_dir: --from_records makes tables of what was run"),
         (["--from_records", "r", "--parallel", "2"], "--parallel: --from_records makes tables of what was run"),

@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import extract_features
 import main_dino
 import main_lnc_luna16
 import main_lts_msd
@@ -64,6 +65,10 @@ def check_half(half, call, name, seeds, work):
     return args, main_lnc_luna16.get_args_parser().parse_args([*tuning, "--data_dir", "x"])
 
 
+def features_flags(words):
+    return extract_features.get_args_parser().parse_args([*words, "--weights", "w", "--input", "i", "--output", "o"])
+
+
 def check_tables(call, name):
     parser = study.get_args_parser()
     args = parser.parse_args(call[1:])
@@ -73,13 +78,22 @@ def check_tables(call, name):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
-@pytest.mark.parametrize("name, seeds", [("classification", "0 1 2 3 4"), ("augmentations", "0 1 2")])
-def test_scripts_give_the_product_flags_that_it_knows(tmp_path, monkeypatch, name, seeds):
+@pytest.mark.parametrize(
+    "name, seeds, pools",
+    [
+        ("classification", "0 1 2 3 4", ("cls+centre", "cls+centre")),
+        ("class_token", "0 1 2 3 4", ("cls", "cls+mean")),
+        ("augmentations", "0 1 2", ("cls+centre", "cls+centre")),
+    ],
+)
+def test_scripts_give_the_product_flags_that_it_knows(tmp_path, monkeypatch, name, seeds, pools):
     made, *halves, tables = calls_of(f"{name}.sh", tmp_path, monkeypatch)
     assert made == ["results/make_data.py", "--data", "d", "--output", f"{tmp_path}/w/data"]
     for half, call in enumerate(halves):
         args, tuning = check_half(half, call, name, seeds, tmp_path / "w")
         assert args.probe and tuning.epochs == 40
+        probe = split_flags("probe", args.probe_flags)
+        assert (tuning.pool, features_flags(probe).pool) == pools
     assert len(halves) == 2
     assert "trivial-radial" in check_tables(tables, name).arms
 
@@ -112,13 +126,13 @@ def test_encoders_that_a_clone_lacks_are_made_before_fewer_labels(tmp_path, monk
     work = tmp_path / "w"
     for half, call in enumerate(calls[:2]):
         args = study.get_args_parser().parse_args(call[1:])
-        assert args.arms == ["nodules"] and args.seeds == [0, 1, 2]
+        assert args.arms == ["nodules"] and args.seeds == [0, 1, 2, 3, 4]
         assert args.records == work / "encoders/runs/classification" and args.features
         # where the arm `trained` looks for them
         arms = read_arms(str(work / f"arms_of_half{half}.txt"))
         place = args.output_dir / "arms/nodules/seed2/pretrain/checkpoint.pth"
         assert arms["trained"].weights_of(2) == str(place)
-    assert len(calls) == 3 + 4 * 3
+    assert len(calls) == 3 + (2 + 4) * 3
     script = [ROOT / "results/label_fractions.sh", "--plan"]
     done = subprocess.run(script, env=os.environ | {"WORK": str(work)}, capture_output=True, cwd=tmp_path, text=True)
     assert done.returncode == 1 and "run results/classification.sh first" in done.stderr
@@ -138,35 +152,46 @@ def test_what_scripts_lack(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="sh")
 def test_fewer_labels_take_as_many_steps(tmp_path, monkeypatch):
     for half in (0, 1):
-        for seed in (0, 1, 2):
+        for seed in range(5):
             place = tmp_path / f"w/classification/half{half}/arms/nodules/seed{seed}/pretrain/checkpoint.pth"
             place.parent.mkdir(parents=True)
             place.touch()
     calls = [call for call in calls_of("label_fractions.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
-    for name, *of_study in zip(("labels_50", "labels_25", "labels_10", "long"), calls[::3], calls[1::3], calls[2::3]):
+    studies = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    for name, turned, of_study in zip(("frozen", "frozen_turned"), (1, 48), studies):
+        for call in of_study[:2]:
+            args = study.get_args_parser().parse_args(call[1:])
+            assert args.arms == ["trained", "random"] and args.few_labels and not args.classification
+            probe = split_flags("probe", args.probe_flags)
+            flags = features_flags(probe)
+            assert (flags.pool, flags.tta, flags.trivial) == ("cls+centre", turned, True)
+        assert check_tables(of_study[2], name).against == ["random", "trivial-radial"]
+    for name, of_study in zip(("labels_50", "labels_25", "labels_10", "long"), studies[2:]):
         for half, call in enumerate(of_study[:2]):
             args, tuning = check_half(half, call, name, "0 1 2", tmp_path / "w")
             assert args.arms == ["trained", "scratch"] and not args.probe
             share = 1 if name == "long" else int(name.rpartition("_")[2]) / 100
-            assert tuning.label_fraction == share and tuning.epochs == (120 if name == "long" else round(40 / share))
+            assert (
+                tuning.pool == "cls+centre"
+                and tuning.label_fraction == share
+                and tuning.epochs == (120 if name == "long" else round(40 / share))
+            )
         assert check_tables(of_study[2], name).arms == ["trained", "scratch"]
 
 
-def write_tables(folder, arms, values, minus):
-    """What study.py writes of classification: results.csv, differences.csv and seeds.csv."""
+def write_tables(folder, arms, values, minus, task="classification"):
+    """What study.py writes of a task: results.csv, differences.csv and seeds.csv."""
     folder.mkdir(parents=True)
-    rows = [["classification", arm, "AUC", value, value - 0.1, value + 0.1, 2, 93] for arm, value in zip(arms, values)]
+    rows = [[task, arm, "AUC", value, value - 0.1, value + 0.1, 2, 93] for arm, value in zip(arms, values)]
     write_table(folder / "results.csv", ["task", "arm", "metric", "value", "low", "high", "seeds", "patients"], rows)
-    pair = ["classification", *minus, values[0] - values[1] if minus[0] == arms[0] else values[1] - values[0]]
+    pair = [task, *minus, values[0] - values[1] if minus[0] == arms[0] else values[1] - values[0]]
     write_table(
         folder / "differences.csv",
         ["task", "arm", "minus", "difference", "low", "high"],
         [[*pair, pair[-1] - 0.02, pair[-1] + 0.05]],
     )
     seeds = [
-        ["classification", arm, seed, value + step]
-        for arm, value in zip(arms, values)
-        for seed, step in ((0, -0.01), (1, 0.01))
+        [task, arm, seed, value + step] for arm, value in zip(arms, values) for seed, step in ((0, -0.01), (1, 0.01))
     ]
     write_table(folder / "seeds.csv", ["task", "arm", "seed", "value"], seeds)
 
@@ -174,20 +199,30 @@ def write_tables(folder, arms, values, minus):
 def test_table_and_figure_of_label_fractions(tmp_path, capsys):
     write_tables(tmp_path / "classification", ("nodules", "scratch"), (0.9, 0.8), ("nodules", "scratch"))
     write_tables(tmp_path / "labels_10", ("trained", "scratch"), (0.7, 0.5), ("scratch", "trained"))
+    arms = ("trained", "random", "trivial-radial")
+    write_tables(tmp_path / "frozen", arms, (0.6, 0.5, 0.4), ("trained", "random"), "probe_25")
     assert exit_status(lambda: label_fractions.main(["--results", str(tmp_path)]))[0] == 0
-    rows = [
-        (row["percent"], row["arm"], row["auc"], row["minus_scratch"], row["minus_low"], row["minus_high"])
+    found = {
+        (row["how"], row["percent"], row["arm"]): [row[name] for name in ("auc", "minus", "minus_low", "minus_high")]
         for row in read_table(tmp_path / "label_fractions/results.csv")
-    ]
-    assert [row[:2] for row in rows] == [(p, a) for p in ("10", "25", "50", "100") for a in ("pre-trained", "scratch")]
-    assert [float(text) for text in rows[0][2:]] == pytest.approx([0.7, 0.2, 0.15, 0.22])  # turned round
-    assert [float(text) for text in rows[6][2:]] == pytest.approx([0.9, 0.1, 0.08, 0.15])
-    assert rows[1][2:] == ("0.5", "", "", "") and rows[2][2:] == ("", "", "", "")
+    }
+    assert len(found) == 3 * 4 * 2 + 1  # by hand where it was run
+    numbers = lambda *key: [float(text) for text in found[key]]  # noqa: E731
+    assert numbers("fine-tuned", "10", "pre-trained") == pytest.approx([0.7, 0.2, 0.15, 0.22])  # turned round
+    assert numbers("fine-tuned", "100", "pre-trained") == pytest.approx([0.9, 0.1, 0.08, 0.15])
+    assert numbers("frozen", "25", "pre-trained") == pytest.approx([0.6, 0.1, 0.08, 0.15])
+    assert found["fine-tuned", "10", "scratch"] == ["0.5", "", "", ""]
+    assert found["fine-tuned", "25", "pre-trained"] == [""] * 4 and found["frozen", "50", "random"] == [""] * 4
+    assert found["frozen", "25", "trivial-radial"] == ["0.4", "", "", ""]
     said = capsys.readouterr().out
-    assert "| 10 % | 0.700 (0.600 to 0.800) | 0.500 (0.400 to 0.600) | +0.200 (+0.150 to +0.220) | 2 |" in said
-    assert "| 25 % | not run | not run |  |  |" in said
+    ten = "0.700 (0.600 to 0.800) | 0.500 (0.400 to 0.600) | +0.200 (+0.150 to +0.220)"
+    assert f"| fine-tuned | 10 % | {ten} |  | 2 |" in said
+    assert (
+        "| frozen | 25 % | 0.600 (0.500 to 0.700) | 0.500 (0.400 to 0.600) | +0.100 (+0.080 to +0.150) | 0.400" in said
+    )
+    assert "| fine-tuned | 25 % | not run | not run |  |  |" in said
     assert (tmp_path / "label_fractions/label_fractions.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="holds none of labels_10, labels_25, labels_50, classification"):
+    with pytest.raises(UserError, match="holds none of frozen, frozen_turned, labels_10, labels_25, labels_50, class"):
         label_fractions.main(["--results", str(tmp_path / "label_fractions")])
     path = tmp_path / "labels_10" / "differences.csv"
     for text in (
@@ -224,7 +259,7 @@ def test_a_share_of_which_one_arm_was_run(tmp_path, capsys):
     path.write_text("".join(line for line in path.open() if "scratch" not in line))
     (tmp_path / "labels_25/differences.csv").write_text("task,arm,minus,difference,low,high\n")
     label_fractions.main(["--results", str(tmp_path)])
-    assert "| 25 % | 0.700 (0.600 to 0.800) | not run |  | 2 |" in capsys.readouterr().out
+    assert "| fine-tuned | 25 % | 0.700 (0.600 to 0.800) | not run |  |  | 2 |" in capsys.readouterr().out
 
 
 def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):

@@ -16,7 +16,15 @@ from dino3d.study.contrasts import IS_SHOWN, NOT_SHOWN, Comparison, Effect, Judg
 from dino3d.study.definition import Study
 from dino3d.study.jobs import StudyJob
 from dino3d.study.pool import TIMES
-from dino3d.study.scores import LOGISTIC_FOLDS, LOGISTIC_REPEATS, METRIC, TaskScores
+from dino3d.study.scores import (
+    FEW_LABELS,
+    FEW_LABELS_REPEATS,
+    LOGISTIC_FOLDS,
+    LOGISTIC_REPEATS,
+    METRIC,
+    SHARES,
+    TaskScores,
+)
 
 
 class Told(NamedTuple):
@@ -212,7 +220,7 @@ def result_table(told: Told, one: TaskScores, found: Comparison) -> tuple[list[s
             row.append(signed(pair) + (" *" if pair and shown(pair) == IS_SHOWN else ""))
         rows.append(row)
     for arm in told.arms:
-        belongs = arm != SCRATCH if one.task == "probe" else arm not in told.features
+        belongs = arm != SCRATCH if one.task in SHARES else arm not in told.features
         if belongs and arm not in one.values:
             rows.append([arm, "not run", "", *("" for _ in rivals)])
     return ["arm", f"{METRIC[one.task]} (95 % interval)", "seeds", *(f"minus {rival}" for rival in rivals)], rows
@@ -250,6 +258,8 @@ def outcome_lines(told: Told, scores: Sequence[TaskScores], found: Comparison) -
 
 def heading_of(one: TaskScores) -> str:
     what = {"probe": "frozen probe", "surface": "segmentation"}.get(one.task, one.task)
+    if one.task in FEW_LABELS:
+        what = f"frozen probe, {100 * SHARES[one.task]:.0f} % of the training patients' labels"
     return f"{what}: {METRIC[one.task]} of {one.cases} cases each, {one.patients} patients in all"
 
 
@@ -304,7 +314,8 @@ def write_study_page(told: Told, scores: Sequence[TaskScores], found: Comparison
         "Holm's adjustment for all pairs of all tasks and the claims; with one seed none does.",
         "Classification: AUC of the test cases' mean probabilities, by pairs of cases that the same models judged. "
         "Segmentation: mean Dice, and surface Dice, of the test cases. Probe: AUC of logistic regression on frozen "
-        f"features, in {LOGISTIC_FOLDS} nested folds by patient, repeated {LOGISTIC_REPEATS} times.",
+        f"features, in {LOGISTIC_FOLDS} nested folds by patient, repeated {LOGISTIC_REPEATS} times"
+        + (f", with few labels {FEW_LABELS_REPEATS} times." if any(one.task in FEW_LABELS for one in scores) else "."),
         "From scratch is fine-tuned from the random weights that pre-training of the same seed begins with, all layers "
         "with one learning rate; random is those weights frozen, of which the head alone is trained.",
     )

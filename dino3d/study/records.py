@@ -24,9 +24,11 @@ from dino3d.study.jobs import StudyJob, code_digest, settings
 from dino3d.study.outcome import Told
 from dino3d.study.pool import TIMES
 from dino3d.study.scores import (
+    FEW_LABELS,
     FIGURES,
     MASK_COLUMNS,
     METRIC,
+    SHARES,
     CaseScores,
     TaskScores,
     has_surface,
@@ -44,13 +46,18 @@ OF_ARMS = ("--seed", "--freeze_encoder", "--layer_decay")  # of fine-tuning, whi
 class RecordFolder(NamedTuple):
     """Where records are written, and what they say of this study. part: of several studies that belong together, or "";
     patients: whose cases count, None: all; note: what a reader must know; features: tables of features that are judged
-    beside the arms by the probe"""
+    beside the arms by the probe; few_labels: by the probe of few labels too"""
 
     folder: Path
     part: str = ""
     patients: frozenset[str] | None = None
     note: str = ""
     features: tuple[str, ...] = ()
+    few_labels: bool = False
+
+    def figures_of(self, stage: str) -> list[str]:
+        """What is recorded of a stage's job, surface Dice where it has any."""
+        return [name for name in FIGURES[stage] if self.few_labels or name not in FEW_LABELS]
 
     def path_of(self, task: str, arm: str, seed: int | None) -> Path:
         parts = [task, arm, *([] if seed is None else [f"seed{seed}"]), *([self.part] if self.part else [])]
@@ -62,9 +69,11 @@ class RecordFolder(NamedTuple):
         return all(self._is_valid(job, unit) for job in tasks)
 
     def _is_valid(self, job: StudyJob, unit: Sequence[StudyJob]) -> bool:
-        path = self.path_of(job.stage, job.arm, job.seed)
-        if not path.exists():
-            return False
+        paths = [self.path_of(name, job.arm, job.seed) for name in self.figures_of(job.stage) if name != "surface"]
+        return all(path.exists() and self._is_of(path, job, unit) for path in paths)
+
+    def _is_of(self, path: Path, job: StudyJob, unit: Sequence[StudyJob]) -> bool:
+        """Whether a record is of a job as it would be made now."""
         found = read_record(path)
         self._require_own_patients(path, found)
         same = (found["recipe"], found["code"], found["note"]) == (recipe_of(job, unit), code_digest(), self.note)
@@ -87,7 +96,7 @@ class RecordFolder(NamedTuple):
             "code": marker.get("code", ""),
             "seconds": {one.stage: seconds_of(one) for one in stages_behind(job, unit)},
         } | {name: marker.get(name, "") for name in MADE_WITH}
-        for figure in FIGURES[job.stage]:
+        for figure in self.figures_of(job.stage):
             if figure != "surface" or has_surface(job.folder):
                 cases = read_cases(study, figure, [job], [])[job.arm, job.seed]
                 self._save(figure, job.arm, job.seed, cases, made)
@@ -102,8 +111,11 @@ class RecordFolder(NamedTuple):
             paths = expand_patterns(self.features, "--features")
         except UserError:
             # Those of a run that was recorded elsewhere, beside which others were run here
-            kept = [path for path in self.folder.glob("probe-*.json") if "-seed" not in path.name]
-            if any(one["seed"] is None and one["part"] == self.part for one in map(read_record, kept)):
+            kept = [path for path in self.folder.glob("probe*.json") if "-seed" not in path.name]
+            of_part = {
+                one["task"] for one in map(read_record, kept) if one["seed"] is None and one["part"] == self.part
+            }
+            if of_part >= {*self.figures_of("probe")}:
                 return []
             raise
         names = [name.rpartition(".")[2] for name in table_names(paths)]  # ENCODER.trivial-radial: trivial-radial
@@ -113,10 +125,11 @@ class RecordFolder(NamedTuple):
                 f"--features {odd[0]}: is no name of its own, of letters, digits and _ . + -: rename the file"
             )
         for name, path in zip(names, paths):
-            cases = probe_tables(study.data["probe"], [read_features(path, name)], [])[0]
             recipe = digest({"features": "table"})
             made = {"flags": {}, "recipe": recipe, "code": code_digest(), "seconds": {}}
-            self._save("probe", name, None, cases, made | dict.fromkeys(MADE_WITH, ""))
+            for figure in self.figures_of("probe"):
+                cases = probe_tables(study.data["probe"], [read_features(path, name)], [], SHARES[figure])[0]
+                self._save(figure, name, None, cases, made | dict.fromkeys(MADE_WITH, ""))
         return names
 
     def _save(self, task: str, arm: str, seed: int | None, cases: Sequence[CaseScores], made: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from dino3d.data.lists import pairs_of_list
 from dino3d.evaluation.classification_metrics import read_probabilities
 from dino3d.evaluation.feature_tables import LoadedTable, read_features
 from dino3d.evaluation.labelled_cases import encode_labels, join, read_labels
-from dino3d.evaluation.protocols import PATHS, nested_splits, one_hot, out_of_fold
+from dino3d.evaluation.protocols import PATHS, fraction_splits, nested_splits, one_hot, out_of_fold
 from dino3d.evaluation.statistics import bootstrap_weights
 from dino3d.evaluation.weighted_metrics import weighted_auc
 from dino3d.files import read_json, read_table
@@ -21,11 +21,14 @@ from dino3d.study.definition import Study
 from dino3d.study.jobs import RESULTS, StudyJob
 
 # What a task is judged by, and figures of masks beside it
-METRIC = {"classification": "AUC", "segmentation": "Dice", "surface": "surface Dice", "probe": "AUC"}
+SHARES = {"probe": 1.0, "probe_50": 0.5, "probe_25": 0.25, "probe_10": 0.1}  # of the training patients' labels
+METRIC = {"classification": "AUC", "segmentation": "Dice", "surface": "surface Dice"} | dict.fromkeys(SHARES, "AUC")
 MASK_COLUMNS = {"segmentation": "dice", "surface": "surface_dice"}  # of cases.csv
-FIGURES = {"classification": ("classification",), "segmentation": tuple(MASK_COLUMNS), "probe": ("probe",)}
+FIGURES = {"classification": ("classification",), "segmentation": tuple(MASK_COLUMNS), "probe": tuple(SHARES)}
+FEW_LABELS = tuple(name for name, share in SHARES.items() if share < 1)  # figures that are made where asked for
 PROBE = "logistic"  # of dino3d.evaluation.protocols
 LOGISTIC_FOLDS, LOGISTIC_REPEATS = 5, 3  # few repeats: the seeds are repeats too
+FEW_LABELS_REPEATS = 10  # whose labels they are counts for more
 WEIGHTS_IN_MEMORY = 4_000_000  # numbers at once, 32 MB
 
 
@@ -76,9 +79,10 @@ def read_cases(
     study: Study, task: str, done: Sequence[StudyJob], notices: list[str]
 ) -> dict[tuple[str, int], list[CaseScores]]:
     """{(arm, seed): a CaseScores for each repeat} of the jobs of a figure of METRIC. Raises UserError."""
-    if task == "probe":
+    if task in SHARES:
         tables = [read_features(str(job.folder / RESULTS["probe"]), job.name) for job in done]
-        return {(job.arm, job.seed): one for job, one in zip(done, probe_tables(study.data[task], tables, notices))}
+        found = probe_tables(study.data["probe"], tables, notices, SHARES[task])
+        return {(job.arm, job.seed): one for job, one in zip(done, found)}
     if task == "classification":
         return {(job.arm, job.seed): [classified_cases(job.folder)] for job in done}
     owners, column = patients_of_masks(study.data["segmentation"]), MASK_COLUMNS[task]
@@ -167,9 +171,11 @@ def segmented_cases(folder: Path, owners: dict[str, str], column: str) -> CaseSc
     return CaseScores([owners.get(name, name) for name in names], None, means, np.zeros(len(names), int))
 
 
-def probe_tables(data: str, tables: Sequence[LoadedTable], notices: list[str]) -> list[list[CaseScores]]:
+def probe_tables(
+    data: str, tables: Sequence[LoadedTable], notices: list[str], share: float = 1.0
+) -> list[list[CaseScores]]:
     """A CaseScores for each repeat, of each table: logistic regression on frozen features, in nested folds by patient,
-    which are the same for all tables."""
+    which are the same for all tables. share: of the training patients whose labels are used. Raises UserError."""
     labels = read_labels(data, "label")
     cases = join(tables, labels)
     target = encode_labels([labels.values[i] for i in cases.numbers], "classification", None)
@@ -180,7 +186,14 @@ def probe_tables(data: str, tables: Sequence[LoadedTable], notices: list[str]) -
         raise UserError(f"--probe {data}: label {lone} has cases of one patient, expected two or more")
     if folds < LOGISTIC_FOLDS:
         notices.append(f"probe: {folds} folds, as a label has no more patients")
-    splits = nested_splits(cases.patients, target.y, folds, LOGISTIC_REPEATS, seed=0)
+    if share == 1:
+        splits = nested_splits(cases.patients, target.y, folds, LOGISTIC_REPEATS, seed=0)
+    else:
+        splits = fraction_splits(cases.patients, target.y, folds, FEW_LABELS_REPEATS, 0, share)
+    if splits is None:
+        raise UserError(
+            f"--few_labels: {100 * share:.0f} % of the training patients of --probe {data} lack a label: leave it out"
+        )
     y, path = one_hot(target.y, len(target.classes)), PATHS["classification"][PROBE]
     found = []
     for table, rows in zip(tables, cases.rows):
