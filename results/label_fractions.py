@@ -34,15 +34,15 @@ class Curve(NamedTuple):
     sources: dict[int, Source]
 
 
-def frozen(folder: str) -> dict[int, Source]:
+def frozen_sources(folder: str) -> dict[int, Source]:
     tasks = {10: "probe_10", 25: "probe_25", 50: "probe_50", 100: "probe"}
     return {percent: Source(folder, task, "trained") for percent, task in tasks.items()}
 
 
 PERCENTS = (10, 25, 50, 100)
 CURVES = (
-    Curve("frozen", "random", frozen("frozen")),
-    Curve("frozen, mean over 48 orientations", "random", frozen("frozen_turned")),
+    Curve("frozen", "random", frozen_sources("frozen")),
+    Curve("frozen, mean over 48 orientations", "random", frozen_sources("frozen_turned")),
     Curve(
         "fine-tuned",
         "scratch",
@@ -51,10 +51,10 @@ CURVES = (
     ),
 )
 BY_HAND = "trivial-radial"
-COLUMNS = ("how", "percent", "arm", "auc", "low", "high", "seeds", "patients", "minus", "minus_low", "minus_high")
+SHARE_COLUMNS = ("how", "percent", "arm", "auc", "low", "high", "seeds", "patients", "minus", "minus_low", "minus_high")
 
 
-class Row(NamedTuple):
+class ShareRow(NamedTuple):
     """A line of results.csv. auc: (value, low, high) or None, not run; minus: the same of the difference from the arm
     that is not pre-trained, or None"""
 
@@ -89,12 +89,12 @@ def with_bounds(row: dict[str, str], column: str) -> tuple[float, float, float]:
     return tuple(float(row[name] or "nan") for name in (column, "low", "high"))
 
 
-def rows_of_share(curve: Curve, percent: int, results: Path) -> list[Row]:
+def rows_of_share(curve: Curve, percent: int, results: Path) -> list[ShareRow]:
     """Pre-trained, without, and by hand where there is such a row. Raises UserError."""
     source = curve.sources[percent]
     folder, names = results / source.folder, {"pre-trained": source.trained, curve.without: curve.without}
     if not (folder / "results.csv").is_file():
-        return [Row(curve.title, percent, arm, None) for arm in names]
+        return [ShareRow(curve.title, percent, arm, None) for arm in names]
     try:
         return rows_of_table(curve, percent, folder, names | {BY_HAND: BY_HAND})
     except (OSError, KeyError, ValueError) as error:
@@ -102,7 +102,7 @@ def rows_of_share(curve: Curve, percent: int, results: Path) -> list[Row]:
         raise UserError(f"{folder}: can't be read as tables of study.py --from_records ({why})") from error
 
 
-def rows_of_table(curve: Curve, percent: int, folder: Path, names: dict[str, str]) -> list[Row]:
+def rows_of_table(curve: Curve, percent: int, folder: Path, names: dict[str, str]) -> list[ShareRow]:
     """Rows of a share that was run. names: {in words: arm}. Raises OSError, KeyError, ValueError."""
     task = curve.sources[percent].task
     found = {row["arm"]: row for row in read_table(folder / "results.csv") if row["task"] == task}
@@ -118,14 +118,14 @@ def rows_of_table(curve: Curve, percent: int, folder: Path, names: dict[str, str
             minus = differences.get((arm, curve.without)) if words == "pre-trained" else None
             one = found[arm]
             rows.append(
-                Row(curve.title, percent, words, with_bounds(one, "value"), one["seeds"], one["patients"], minus)
+                ShareRow(curve.title, percent, words, with_bounds(one, "value"), one["seeds"], one["patients"], minus)
             )
         elif words != BY_HAND:
-            rows.append(Row(curve.title, percent, words, None))
+            rows.append(ShareRow(curve.title, percent, words, None))
     return rows
 
 
-def markdown_lines(rows: Sequence[Row]) -> list[str]:
+def share_lines(rows: Sequence[ShareRow]) -> list[str]:
     lines = [
         "| | labels | pre-trained | without | difference | by hand | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -145,7 +145,7 @@ def figure(values: Sequence[float], sign: str = "") -> str:
     return f"{value} ({low} to {high})"
 
 
-def draw_shares(rows: Sequence[Row], path: Path) -> None:
+def draw_shares(rows: Sequence[ShareRow], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -182,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--results {args.results}: holds none of {', '.join(folders)}")
     folder = args.results / "label_fractions"
     folder.mkdir(exist_ok=True)
-    write_table(folder / "results.csv", COLUMNS, [row.cells() for row in rows])
-    lines = markdown_lines(rows)
+    write_table(folder / "results.csv", SHARE_COLUMNS, [row.cells() for row in rows])
+    lines = share_lines(rows)
     with atomic_write(folder / "results.md") as part:
         part.write_text("\n".join(lines) + "\n", **TEXT)
     draw_shares(rows, folder / "label_fractions.png")

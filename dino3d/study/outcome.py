@@ -19,10 +19,10 @@ from dino3d.study.pool import TIMES
 from dino3d.study.scores import (
     FEW_LABELS,
     FEW_LABELS_REPEATS,
+    LABEL_SHARES,
     LOGISTIC_FOLDS,
     LOGISTIC_REPEATS,
     METRIC,
-    SHARES,
     TaskScores,
 )
 
@@ -220,7 +220,7 @@ def result_table(told: Told, one: TaskScores, found: Comparison) -> tuple[list[s
             row.append(signed(pair) + (" *" if pair and shown(pair) == IS_SHOWN else ""))
         rows.append(row)
     for arm in told.arms:
-        belongs = arm != SCRATCH if one.task in SHARES else arm not in told.features
+        belongs = arm != SCRATCH if one.task in LABEL_SHARES else arm not in told.features
         if belongs and arm not in one.values:
             rows.append([arm, "not run", "", *("" for _ in rivals)])
     return ["arm", f"{METRIC[one.task]} (95 % interval)", "seeds", *(f"minus {rival}" for rival in rivals)], rows
@@ -259,7 +259,7 @@ def outcome_lines(told: Told, scores: Sequence[TaskScores], found: Comparison) -
 def heading_of(one: TaskScores) -> str:
     what = {"probe": "frozen probe", "surface": "segmentation"}.get(one.task, one.task)
     if one.task in FEW_LABELS:
-        what = f"frozen probe, {100 * SHARES[one.task]:.0f} % of the training patients' labels"
+        what = f"frozen probe, {100 * LABEL_SHARES[one.task]:.0f} % of the training patients' labels"
     return f"{what}: {METRIC[one.task]} of {one.cases} cases each, {one.patients} patients in all"
 
 

@@ -23,12 +23,13 @@ from dino3d.study.definition import PRETRAIN, TASKS, Study
 from dino3d.study.jobs import StudyJob, code_digest, settings
 from dino3d.study.outcome import Told
 from dino3d.study.pool import TIMES
+from dino3d.study.same_code import codes_like
 from dino3d.study.scores import (
     FEW_LABELS,
     FIGURES,
+    LABEL_SHARES,
     MASK_COLUMNS,
     METRIC,
-    SHARES,
     CaseScores,
     TaskScores,
     has_surface,
@@ -76,7 +77,8 @@ class RecordFolder(NamedTuple):
         """Whether a record is of a job as it would be made now."""
         found = read_record(path)
         self._require_own_patients(path, found)
-        same = (found["recipe"], found["code"], found["note"]) == (recipe_of(job, unit), code_digest(), self.note)
+        same = (found["recipe"], found["note"]) == (recipe_of(job, unit), self.note)
+        same = same and found["code"] in codes_like(self.folder, code_digest())
         return same and (self.patients is None or self.patients >= set(found["patients"]))
 
     def _require_own_patients(self, path: Path, found: dict[str, Any]) -> None:
@@ -128,7 +130,7 @@ class RecordFolder(NamedTuple):
             recipe = digest({"features": "table"})
             made = {"flags": {}, "recipe": recipe, "code": code_digest(), "seconds": {}}
             for figure in self.figures_of("probe"):
-                cases = probe_tables(study.data["probe"], [read_features(path, name)], [], SHARES[figure])[0]
+                cases = probe_tables(study.data["probe"], [read_features(path, name)], [], LABEL_SHARES[figure])[0]
                 self._save(figure, name, None, cases, made | dict.fromkeys(MADE_WITH, ""))
         return names
 
@@ -277,7 +279,7 @@ def are_counts(values: Sequence[Any]) -> bool:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a folder. Raises UserError."""
+    """The records of a folder, each with `like`, the versions of the code that count as its own. Raises UserError."""
     try:
         paths = sorted(folder / name for name in os.listdir(folder) if name.endswith(".json"))
     except OSError as error:  # which glob would pass over
@@ -290,7 +292,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         other = known.setdefault((one["task"], one["arm"], one["seed"], one["part"]), path)
         if other != path:
             raise UserError(f"{path}: is of the same run as {other}: remove one")
-        found.append(one)
+        found.append(one | {"like": frozenset(codes_like(folder, one["code"]))})
     return found
 
 
@@ -402,7 +404,7 @@ def unlike_flags(records: Sequence[dict[str, Any]], task: str) -> list[str]:
             f"{task}: its runs were made with {len(of_task)} sets of flags, so that not only arms differ: "
             + truncate_list(sorted(unlike_words(of_task)), 4)
         )
-    if (codes := len({one["code"] for one in made})) > 1:
+    if (codes := len({one["like"] for one in made})) > 1:
         notices.append(f"{task}: its runs were made by {codes} versions of the code")
     return notices
 

@@ -21,11 +21,13 @@ from dino3d.study.definition import Study
 from dino3d.study.jobs import RESULTS, StudyJob
 
 # What a task is judged by, and figures of masks beside it
-SHARES = {"probe": 1.0, "probe_50": 0.5, "probe_25": 0.25, "probe_10": 0.1}  # of the training patients' labels
-METRIC = {"classification": "AUC", "segmentation": "Dice", "surface": "surface Dice"} | dict.fromkeys(SHARES, "AUC")
+LABEL_SHARES = {"probe": 1.0, "probe_50": 0.5, "probe_25": 0.25, "probe_10": 0.1}  # of the training patients' labels
+METRIC = {"classification": "AUC", "segmentation": "Dice", "surface": "surface Dice"} | dict.fromkeys(
+    LABEL_SHARES, "AUC"
+)
 MASK_COLUMNS = {"segmentation": "dice", "surface": "surface_dice"}  # of cases.csv
-FIGURES = {"classification": ("classification",), "segmentation": tuple(MASK_COLUMNS), "probe": tuple(SHARES)}
-FEW_LABELS = tuple(name for name, share in SHARES.items() if share < 1)  # figures that are made where asked for
+FIGURES = {"classification": ("classification",), "segmentation": tuple(MASK_COLUMNS), "probe": tuple(LABEL_SHARES)}
+FEW_LABELS = tuple(name for name, share in LABEL_SHARES.items() if share < 1)  # figures that are made where asked for
 PROBE = "logistic"  # of dino3d.evaluation.protocols
 LOGISTIC_FOLDS, LOGISTIC_REPEATS = 5, 3  # few repeats: the seeds are repeats too
 FEW_LABELS_REPEATS = 10  # whose labels they are counts for more
@@ -79,9 +81,9 @@ def read_cases(
     study: Study, task: str, done: Sequence[StudyJob], notices: list[str]
 ) -> dict[tuple[str, int], list[CaseScores]]:
     """{(arm, seed): a CaseScores for each repeat} of the jobs of a figure of METRIC. Raises UserError."""
-    if task in SHARES:
+    if task in LABEL_SHARES:
         tables = [read_features(str(job.folder / RESULTS["probe"]), job.name) for job in done]
-        found = probe_tables(study.data["probe"], tables, notices, SHARES[task])
+        found = probe_tables(study.data["probe"], tables, notices, LABEL_SHARES[task])
         return {(job.arm, job.seed): one for job, one in zip(done, found)}
     if task == "classification":
         return {(job.arm, job.seed): [classified_cases(job.folder)] for job in done}
