@@ -5,20 +5,8 @@
 # validation, for both. SEEDS="0" for some of the seeds.
 set -eu
 cd "$(dirname "$0")/.."
-FROZEN_SEEDS=${SEEDS:-0 1 2 3 4} SEEDS=${SEEDS:-0 1 2} WORK=${WORK:-evidence}
-LOST=
-for HALF in 0 1; do
-    for SEED in $FROZEN_SEEDS; do
-        CHECKPOINT=$WORK/classification/half$HALF/arms/nodules/seed$SEED/pretrain/checkpoint.pth
-        [ -f "$CHECKPOINT" ] || LOST=${LOST:-$CHECKPOINT}
-    done
-done
-if [ -n "$LOST" ]; then
-    case " $* " in *" --plan "*) echo "error: $LOST: is missing; run results/classification.sh first" >&2; exit 1 ;; esac
-    # What is recorded is not run again, so that a fresh clone may lack them
-    echo "$LOST: is missing: the encoders are pre-trained first, records of that in $WORK/encoders"
-    OUT=$WORK/encoders ARMS=nodules SEEDS=$FROZEN_SEEDS results/classification.sh "$@"
-fi
+FROZEN_SEEDS=${SEEDS:-0 1 2 3 4} SEEDS=${SEEDS:-0 1 2}
+SEEDS=$FROZEN_SEEDS results/encoders.sh "$@"
 frozen() {
     NAME=$1 FLAGS=$2
     shift 2
@@ -37,4 +25,4 @@ study labels_25 "--pool cls+centre --label_fraction 0.25 --epochs 160 --val_freq
 study labels_10 "--pool cls+centre --label_fraction 0.1 --epochs 400 --val_freq 10" "$@"
 study long "--pool cls+centre --epochs 120" "$@"
 case " $* " in *" --plan "*) exit ;; esac
-"${PYTHON:-python}" results/label_fractions.py --results "${OUT:-results}"
+"${PYTHON:-python}" results/curves.py --results "${OUT:-results}"

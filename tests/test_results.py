@@ -21,7 +21,7 @@ from dino3d.files import read_table, write_table
 from dino3d.flag_files import read_flags
 from dino3d.study.arms import choose_arms, read_arms
 from dino3d.study.definition import split_flags
-from results import join_tables, label_fractions, make_masks, repeated
+from results import curves, join_tables, make_masks, repeated
 
 # In place of Python: notes its arguments, and says what kind of data there is
 STUB = """#!/bin/sh
@@ -179,6 +179,23 @@ def test_fewer_labels_take_as_many_steps(tmp_path, monkeypatch):
         assert check_tables(of_study[2], name).arms == ["trained", "scratch"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_fewer_epochs_of_the_same_schedule(tmp_path, monkeypatch):
+    for half in (0, 1):
+        for seed in range(5):
+            place = tmp_path / f"w/classification/half{half}/arms/nodules/seed{seed}/pretrain/checkpoint.pth"
+            place.parent.mkdir(parents=True)
+            place.touch()
+    calls = [call for call in calls_of("epochs.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
+    assert len(calls) == 9
+    for epochs, *of_study in zip((5, 10, 20), calls[::3], calls[1::3], calls[2::3]):
+        for half, call in enumerate(of_study[:2]):
+            args, tuning = check_half(half, call, f"epochs_{epochs}", "0 1 2 3 4", tmp_path / "w")
+            assert args.arms == ["trained", "scratch"] and not args.probe
+            assert (tuning.epochs, tuning.warmup_epochs / epochs, tuning.pool) == (epochs, 5 / 40, "cls+centre")
+        assert check_tables(of_study[2], f"epochs_{epochs}").against == ["scratch"]
+
+
 def write_tables(folder, arms, values, minus, task="classification"):
     """What study.py writes of a task: results.csv, differences.csv and seeds.csv."""
     folder.mkdir(parents=True)
@@ -201,9 +218,9 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
     write_tables(tmp_path / "labels_10", ("trained", "scratch"), (0.7, 0.5), ("scratch", "trained"))
     arms = ("trained", "random", "trivial-radial")
     write_tables(tmp_path / "frozen", arms, (0.6, 0.5, 0.4), ("trained", "random"), "probe_25")
-    assert exit_status(lambda: label_fractions.main(["--results", str(tmp_path)]))[0] == 0
+    assert exit_status(lambda: curves.main(["--results", str(tmp_path)]))[0] == 0
     found = {
-        (row["how"], row["percent"], row["arm"]): [row[name] for name in ("auc", "minus", "minus_low", "minus_high")]
+        (row["how"], row["point"], row["arm"]): [row[name] for name in ("auc", "minus", "minus_low", "minus_high")]
         for row in read_table(tmp_path / "label_fractions/results.csv")
     }
     assert len(found) == 3 * 4 * 2 + 1  # by hand where it was run
@@ -222,8 +239,11 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
     )
     assert "| fine-tuned | 25 % | not run | not run |  |  |" in said
     assert (tmp_path / "label_fractions/label_fractions.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="holds none of frozen, frozen_turned, labels_10, labels_25, labels_50, class"):
-        label_fractions.main(["--results", str(tmp_path / "label_fractions")])
+    with pytest.raises(UserError, match="holds none of frozen, frozen_turned, labels_10, .*, classification, epochs_5"):
+        curves.main(["--results", str(tmp_path / "label_fractions")])
+    # the main table stands for all labels, and for all epochs
+    assert "| fine-tuned | 40 | 0.900 (0.800 to 1.000) | 0.800" in said and "| fine-tuned | 5 | not run |" in said
+    assert (tmp_path / "epochs/epochs.png").read_bytes().startswith(b"\x89PNG")
     path = tmp_path / "labels_10" / "differences.csv"
     for text in (
         "task,arm,minus\nclassification,trained,scratch\n",
@@ -231,7 +251,7 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
     ):
         path.write_text(text)
         with pytest.raises(UserError, match="labels_10: can't be read as tables of study.py"):
-            label_fractions.main(["--results", str(tmp_path)])
+            curves.main(["--results", str(tmp_path)])
 
 
 def test_tables_of_other_data_are_not_compared(tmp_path, capsys):
@@ -258,7 +278,7 @@ def test_a_share_of_which_one_arm_was_run(tmp_path, capsys):
     path = tmp_path / "labels_25/results.csv"
     path.write_text("".join(line for line in path.open() if "scratch" not in line))
     (tmp_path / "labels_25/differences.csv").write_text("task,arm,minus,difference,low,high\n")
-    label_fractions.main(["--results", str(tmp_path)])
+    curves.main(["--results", str(tmp_path)])
     assert "| fine-tuned | 25 % | 0.700 (0.600 to 0.800) | not run |  |  | 2 |" in capsys.readouterr().out
 
 
