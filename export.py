@@ -44,6 +44,7 @@ from dino3d.data.conventions import AIR, DataError
 from dino3d.data.layouts import find_unlabelled, none_found
 from dino3d.evaluation.calibration import NEVER, Calibration
 from dino3d.features.encoder import ENCODER, find_weights, load_encoder
+from dino3d.features.pooling import pool_of
 from dino3d.files import versions, write_json
 from dino3d.finetune.crops import centre_window, read_crop
 from dino3d.finetune.fold_folders import SCRIPTS, fold_files, load_fold
@@ -550,7 +551,8 @@ def describe(source: Source) -> dict[str, Any]:
             "input_size": source.size,
             "patch_size": config["patch_size"] and list(config["patch_size"]),
             "embed_dim": getattr(source.networks[0], "encoder", source.networks[0]).embed_dim,
-            **{name: config[name] for name in ("protocol", "decoder") if name in config},
+            **({"protocol": config["protocol"], "pool": pool_of(config)} if "protocol" in config else {}),
+            **({"decoder": config["decoder"]} if "decoder" in config else {}),
         },
         "weights_crc32": [crc32_of_tensors(network.state_dict()) for network in source.networks],
         "input": {

@@ -37,7 +37,7 @@ from dino3d.data.requirements import hu_problem, hu_warnings, note_lines, requir
 from dino3d.data.scans import state_of
 from dino3d.data.volume import Volume
 from dino3d.features.cases import Subject, find_subjects
-from dino3d.features.embedding import Embedder
+from dino3d.features.embedding import Embedder, region_to_embed
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.features.journal import FeatureJournal
 from dino3d.features.map_pictures import are_done, save_maps
@@ -53,7 +53,7 @@ from dino3d.features.pooling import (
 )
 from dino3d.features.tables import SUFFIXES, FeatureTable, file_names, write_features
 from dino3d.features.trivial import mask_volume, trivial_figures
-from dino3d.features.windows import REGIONS, CtScan, Region, read_ct, region_of
+from dino3d.features.windows import REGIONS, CtScan, Region, read_ct
 from dino3d.files import write_table
 from dino3d.finetune.crops import read_ahead
 from dino3d.finetune.inference import reason_of
@@ -115,8 +115,9 @@ def get_args_parser() -> command_line.ArgumentParser:
         default=1,
         type=int,
         choices=ORIENTATIONS,
-        help="test-time augmentation: the mean embedding of each window as it is (1), mirrored along each axis (8), or "
-        "turned as well, in all ways that a cube can be (48), which costs as many times as much; default: 1",
+        metavar="N",
+        help="test-time augmentation: the mean embedding of each window as it is (1), in all 8 ways to mirror its "
+        "axes, or turned as well, in all 48 ways that a cube can be, which costs as many times as much",
     )
     group.add_argument(
         "--layers",
@@ -423,7 +424,7 @@ def extract(
     gathered = processes.all_gather((counts, notes, odd_hu))
     totals = sum((of_rank for of_rank, _, _ in gathered), collections.Counter())
     notes, odd_hu = (dict(pair for one in gathered for pair in one[k].items()) for k in (1, 2))
-    for line in [*region_lines(totals), *hu_lines(odd_hu), *note_lines([*notes], [*notes.values()])]:
+    for line in [*region_lines(totals, args.pool), *hu_lines(odd_hu), *note_lines([*notes], [*notes.values()])]:
         processes.print(line)
 
 
@@ -461,14 +462,7 @@ def features_of(
 def region_of_subject(subject: Subject, scan: CtScan, encoder: PretrainedEncoder, args: argparse.Namespace) -> Region:
     """What a row's features are of. Raises DataError."""
     how = "centre" if args.region == "auto" and subject.is_crop else args.region
-    region = region_of(scan, encoder.input_size, encoder.working_spacing, how, subject.point, subject.path)
-    if region.how == "whole" and reads_centre(args.pool):
-        raise DataError(
-            subject.path,
-            f"is larger than a crop, and --pool {args.pool} reads the middle of one: give points in it, or --region "
-            "centre for its own middle",
-        )
-    return region
+    return region_to_embed(scan, encoder, args.pool, args.tta, how, subject.point, subject.path)
 
 
 def trivial_of(subject: Subject, scan: CtScan, region: Region, masks: str | None) -> dict[str, np.ndarray]:
@@ -808,13 +802,14 @@ def hu_lines(problems: dict[str, str]) -> list[str]:
     return hu_warnings([*sure], [*sure.values()]) or hu_warnings([*problems], [*problems.values()], share=0.5)
 
 
-def region_lines(counts: collections.Counter[str]) -> list[str]:
+def region_lines(counts: collections.Counter[str], pool: str) -> list[str]:
     """How many rows were read as what, in words."""
     lines = []
     if counts["point"]:
         lines.append(f"{counts['point']} points: one window around each")
     if counts["centre"]:
-        lines.append(f"{counts['centre']} read as crops: one window in the middle of each (--region whole: all of it)")
+        other = "" if reads_centre(pool) else " (--region whole: all of it)"
+        lines.append(f"{counts['centre']} read as crops: one window in the middle of each{other}")
     if counts["whole"]:
         lines.append(
             f"{counts['whole']} read as whole scans: the mean over {counts['whole windows']} of "

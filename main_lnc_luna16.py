@@ -116,7 +116,8 @@ def get_args_parser() -> command_line.ArgumentParser:
         choices=POOLS,
         help="what the head reads: cls: the class token; mean: the mean of the patch tokens; centre: of those around "
         "the middle of the crop alone, where the candidate is; cls+mean, cls+centre: both, one after the other. A "
-        "ResNet has no class token: cls is the mean of its last feature map, as mean is",
+        "ResNet has no class token: cls is the mean of its last feature map, as mean is. --predict reads what its run "
+        "did",
     )
     group.add_argument(
         "--negatives",

@@ -48,8 +48,9 @@ from dino3d.study.records import (
     score_records,
     tested_patients,
     told_of_records,
+    unlike_shares,
 )
-from dino3d.study.scores import FEW_LABELS, FIGURES, METRIC, TaskScores, score_task
+from dino3d.study.scores import FEW_LABELS, FIGURES, METRIC, TaskScores, few_labels_of, score_task
 
 
 def get_args_parser() -> ArgumentParser:
@@ -248,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     study, lines = define(folder, given_by(args), choose_arms(None, {}))
     if args.few_labels and "probe" not in study.data:
         parser.error("--few_labels: is for --probe DIR, which is missing")
+    few, more = few_labels_of(study.data["probe"]) if args.few_labels else ((), [])  # before hours of runs
+    lines += more
     require_known("--against", args.against, [arm.name for arm in study.arms])
     units = all_units(study)
     jobs = [job for unit in units for job in unit]
@@ -260,11 +263,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         list_units(units, folder)
         return
     require_same_flags(jobs)
-    records = records_of(args)
+    records = records_of(args, few)
     if args.job is not None and args.job >= len(units):
         parser.error(f"--job {args.job}: the study has units 0 to {len(units) - 1}, see --list")
     if args.table:
-        finish(study, units, args, records, [])
+        finish(study, units, args, records, few, [])
         return
     try:
         parsed = estimate.parse_flags(jobs, study.work_dir)
@@ -304,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.plan:
                 return
             failures = slots.run(todo, len(todo), record)
-    finish(study, units, args, records, failures)
+    finish(study, units, args, records, few, failures)
 
 
 def given_by(args: argparse.Namespace) -> Given:
@@ -344,8 +347,8 @@ def list_units(units: Sequence[Sequence[StudyJob]], folder: Path) -> None:
     )
 
 
-def records_of(args: argparse.Namespace) -> RecordFolder | None:
-    """Where this study's records go; None: nowhere. Raises UserError."""
+def records_of(args: argparse.Namespace, few: tuple[str, ...]) -> RecordFolder | None:
+    """Where this study's records go; None: nowhere. few: of FEW_LABELS, that are recorded. Raises UserError."""
     if args.records is None:
         return None
     patients = tested_patients(args.patients) if args.patients else None
@@ -355,7 +358,7 @@ def records_of(args: argparse.Namespace) -> RecordFolder | None:
             pass
     except OSError as error:
         raise UserError(f"--records {args.records}: can't be written to ({error.strerror})") from error
-    return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features or ()), args.few_labels)
+    return RecordFolder(args.records, args.part, patients, args.note, tuple(args.features or ()), few)
 
 
 def finish(
@@ -363,9 +366,11 @@ def finish(
     units: Sequence[Sequence[StudyJob]],
     args: argparse.Namespace,
     records: RecordFolder | None,
+    few: Sequence[str],
     failures: Sequence[FailedJob],
 ) -> None:
-    """Write tables and records of what is done, and tell them. Raises UserError where a job failed."""
+    """Write tables and records of what is done, and tell them. few: of FEW_LABELS, that are made. Raises UserError
+    where a job failed."""
     jobs = [job for unit in units for job in unit]
     with threadpool_limits(1):  # small matrices: more threads are slower, and change the last digits
         if records:
@@ -376,8 +381,7 @@ def finish(
             if any(job.is_done() for job in jobs):  # where all is recorded, so are these, and their files not there
                 records.write_features(study)
             print(f"records      {records.folder}")
-        few = () if args.few_labels else FEW_LABELS
-        figures = [figure for task in study.tasks for figure in FIGURES[task] if figure not in few]
+        figures = [one for task in study.tasks for one in FIGURES[task] if one in few or one not in FEW_LABELS]
         scores = [one for figure in figures if (one := score_task(study, figure, jobs, args.draws)) is not None]
         found = compare_arms(scores, [arm.name for arm in study.arms])
     if scores:
@@ -461,7 +465,8 @@ def tables_from_records(
             raise UserError(f"--from_records {folder}: holds no run of {', '.join(arms)} with all of its parts")
         compared = compare_arms(scores, [*arms, *map(ensemble_name, ensembles)])
     compared = compared._replace(claims=[one for one in compared.claims if one.effect])
-    notices = [notice for one in scores for notice in one.notices] + limits(scores, compared, draws)
+    notices = [*unlike_shares(kept), *(notice for one in scores for notice in one.notices)]
+    notices += limits(scores, compared, draws)
     run = {one["arm"] for one in kept}
     for flag, chosen in (("--against", against or ()), ("--ensembles", ensembles)):
         notices += [f"{flag} {name}: no run of it is recorded" for name in chosen if name not in run]

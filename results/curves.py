@@ -169,7 +169,7 @@ def figure(values: Sequence[float], sign: str = "") -> str:
     return f"{value} ({low} to {high})"
 
 
-def draw_curves(these: Curves, rows: Sequence[PointRow], path: Path) -> None:
+def draw_point_rows(these: Curves, rows: Sequence[PointRow], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines = table_lines(these, rows)
         with atomic_write(folder / "results.md") as part:
             part.write_text("\n".join(lines) + "\n", **TEXT)
-        draw_curves(these, rows, folder / f"{these.name}.png")
+        draw_point_rows(these, rows, folder / f"{these.name}.png")
         print(*lines, f"figure       {folder / these.name}.png", "", sep="\n")
     if not drawn:
         sources = [source for these in ALL_CURVES for curve in these.curves for source in curve.sources.values()]

@@ -48,8 +48,8 @@ def is_pretrained(record: dict[str, Any]) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     kept, repeated = (
-        {(one["task"], one["arm"], one["seed"], one["part"]): one for one in read_records(folder)}
-        for folder in (args.kept, args.repeated)
+        {(one["task"], one["arm"], one["seed"], one["part"]): one for one in read_records(folder, flag)}
+        for flag, folder in (("--kept", args.kept), ("--repeated", args.repeated))
     )
     codes = {one["code"] for one in repeated.values()}
     if len(codes) != 1:

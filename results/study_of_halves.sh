@@ -7,8 +7,9 @@
 # OUT: results, unless what is there is to be repeated elsewhere; DATA: ../shared/data or a LUNA16 download; WORK: where
 # data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. FINE_TUNING: flags of
 # main_lnc_luna16.py beside those that all have, or no: frozen features alone; FROZEN: flags of extract_features.py, or
-# no: without the probe on frozen features; ENSEMBLES: arms whose seeds are judged together too. Start it again to
-# resume; with --plan it says how long each half will take.
+# no: without the probe on frozen features; BY_HAND: the trivial figure that stands beside it, in place of all;
+# ENSEMBLES: arms whose seeds are judged together too. Start it again to resume; with --plan it says how long each half
+# will take.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results}
@@ -28,7 +29,7 @@ esac
 
 FROZEN=${FROZEN:---pool cls+centre} FINE_TUNING=${FINE_TUNING:---pool cls+centre --epochs 40}
 TRIVIAL=
-[ "$FROZEN" = no ] || TRIVIAL="trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre"
+[ "$FROZEN" = no ] || TRIVIAL=${BY_HAND:-trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre}
 RIVALS=
 for ARM in $AGAINST; do
     case " $ARMS $TRIVIAL " in *" $ARM "*) RIVALS="$RIVALS $ARM" ;; esac
@@ -48,7 +49,7 @@ study_half() {
     fi
     if [ "$FROZEN" != no ]; then
         set -- --probe "$WORK/data/pairs" --probe_flags="$FROZEN --trivial" \
-            ${PROBED:+--features "$WORK/$NAME/half$HALF/arms/$PROBED/seed${SEEDS%% *}/probe/features.trivial-*.csv"} "$@"
+            ${PROBED:+--features "$WORK/$NAME/half$HALF/arms/$PROBED/seed${SEEDS%% *}/probe/features.${BY_HAND:-trivial-*}.csv"} "$@"
     fi
     # Two arms that are not pre-trained here: by classification.sh, and by whoever published the weights
     {
@@ -61,16 +62,19 @@ study_half() {
         --pretrain_flags="@recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0 --data_list '$WORK/data/pool_without_half$HALF.csv'" \
         --records "$OUT/runs/$NAME" --part "half$HALF" --patients "$WORK/data/half$HALF.txt" --note "$KIND" "$@"
 }
-study_half 0 "$@"
 # What has seen no pool is the same for both halves, and is judged on both
-for UNIT in "$WORK/$NAME"/half0/arms/scratch/seed* "$WORK/$NAME"/half0/arms/random/seed*; do
-    SAME=$WORK/$NAME/half1/${UNIT#"$WORK/$NAME/half0/"}
-    [ -d "$UNIT" ] && [ ! -d "$SAME" ] || continue
-    mkdir -p "$(dirname "$SAME")"
-    rm -rf "$WORK/$NAME/half1/part"
-    cp -R "$UNIT" "$WORK/$NAME/half1/part"
-    mv "$WORK/$NAME/half1/part" "$SAME"
-done
+share_units() {
+    for UNIT in "$WORK/$NAME"/half0/arms/scratch/seed* "$WORK/$NAME"/half0/arms/random/seed*; do
+        SAME=$WORK/$NAME/half1/${UNIT#"$WORK/$NAME/half0/"}
+        [ -d "$UNIT" ] && [ ! -d "$SAME" ] || continue
+        mkdir -p "$(dirname "$SAME")"
+        rm -rf "$WORK/$NAME/half1/part"
+        cp -R "$UNIT" "$WORK/$NAME/half1/part"
+        mv "$WORK/$NAME/half1/part" "$SAME"
+    done
+}
+study_half 0 "$@"
+case " $* " in *" --plan "*) ;; *) share_units ;; esac
 study_half 1 "$@"
 case " $* " in *" --plan "*) exit ;; esac
 # shellcheck disable=SC2086

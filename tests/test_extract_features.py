@@ -16,6 +16,7 @@ from raw_inputs import phantom, write_dicom, write_nifti
 
 import extract_features
 import utils
+from dino3d.data.conventions import DataError
 from dino3d.data.volume import Volume, write_volume
 from dino3d.features.embedding import embed_volume
 from dino3d.features.encoder import load_encoder
@@ -157,12 +158,18 @@ def test_the_centre_of_a_whole_scan_is_refused(tmp_path, capsys, weights):
     flags = ["--weights", weights, "--input", tmp_path / "in", "--output", tmp_path / "out.csv", "--pool", "cls+centre"]
     code, out, errors = extract(capsys, *flags, "--tta", "8")
     assert code == 1 and "cls+centre of the last 1 block, mean over 8 orientations" in out
-    assert len(errors) == 1 and "is larger than a crop, and --pool cls+centre reads the middle of" in errors[0]
+    assert len(errors) == 1 and "is larger than a crop, and pool cls+centre reads the middle of" in errors[0]
     features = read_csv(tmp_path / "out.csv")[1]
     assert features.shape == (2, 256) and np.isfinite(features).all(1).sum() == 1
     with Volume(tmp_path / "in" / "crop.nii.gz") as volume:
         encoder, hu = load_encoder(str(weights)), volume.read()
         found = embed_volume(encoder, hu, volume.affine, "cls+centre", tta=8)
+        with pytest.raises(ValueError, match="tta is 7; expected one of 1, 8, 48"):
+            embed_volume(encoder, hu, volume.affine, tta=7)
+        with pytest.raises(DataError, match="tta 48 turns windows, which must be cubes"):
+            embed_volume(encoder, hu, volume.affine, tta=48)
+        with pytest.raises(DataError, match="the volume: is larger than a crop, and pool centre reads the middle"):
+            embed_volume(encoder, np.tile(hu, (2, 2, 2)), volume.affine, "centre")
     assert (found == features[np.isfinite(features).all(1)][0]).all()
 
 

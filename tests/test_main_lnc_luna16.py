@@ -709,6 +709,7 @@ def test_prediction_repeats_the_test(crops, tmp_path, capsys):
 @pytest.mark.parametrize("protocol, pool", [("linear", "cls"), ("knn", "cls+mean"), ("finetune", "cls+centre")])
 def test_prediction_by_protocol_and_pool(crops, tmp_path, capsys, protocol, pool):
     flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1]
+    flags += ["--input_size", 36, 36, 18]  # three patches along each axis, of which the middle is one
     code, out, errors = run_main(capsys, *flags, "--protocol", protocol, "--pool", pool)
     assert code == 0 and f"vit_tiny ({protocol}, {pool})" in out, errors
     code, _, _ = run_main(

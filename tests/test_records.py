@@ -217,6 +217,32 @@ def test_few_labels_of_a_finished_study(made, halves, tmp_path, capsys):
     assert "6 of 6 units are in the records" in capsys.readouterr().out
 
 
+def test_few_labels_as_far_as_patients_go(made, tmp_path, capsys):
+    """Told before anything runs, from the labels alone; and probes of other features than their shares are told."""
+    rows = (made / "labels.csv").read_text().splitlines()
+    (tmp_path / "labels.csv").write_text("\n".join(rows[:17]) + "\n")  # 8 patients
+    flags = study_flags(made, tmp_path / "s", tmp_path / "records", "half0", 0, "--few_labels")
+    flags[flags.index("--probe") + 1] = tmp_path / "labels.csv"
+    flags = list(map(str, flags))
+    study.main([*flags, "--plan"])
+    said = capsys.readouterr().out
+    assert f"probe_10 is left out: 10 % of the training patients of --probe {tmp_path}/labels.csv are too few" in said
+    study.main(flags)
+    assert {path.name.partition("-")[0] for path in (tmp_path / "records").glob("*.json")} == {
+        *("classification", "probe", "probe_50", "probe_25")
+    }
+    capsys.readouterr()
+    study.main([*flags, "--plan"])
+    assert "6 of 6 units are in the records" in capsys.readouterr().out
+    path = tmp_path / "records/probe_25-none-seed1-half0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": "other"}))
+    tables_of(tmp_path / "records", tmp_path / "out")
+    assert "probe: what none has with few labels and with all is of other flags or code" in capsys.readouterr().out
+    (tmp_path / "labels.csv").write_text("\n".join([rows[0], *rows[1:17:2]]) + "\n")
+    with pytest.raises(UserError, match=r"--probe .*labels.csv: all 8 cases have label 0"):
+        study.main([*flags, "--plan"])
+
+
 def test_weights_of_others_are_part_of_the_recipe(made, tmp_path, stubs, capsys):
     weights = tmp_path / "theirs.pth"
     (tmp_path / "arms.txt").write_text("theirs: theirs.pth\n")

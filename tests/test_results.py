@@ -36,7 +36,7 @@ def calls_of(script, folder, monkeypatch, **more):
     stub.chmod(0o755)
     environment = os.environ | {"CALLS": str(calls), "PYTHON": str(stub), "WORK": str(folder / "w"), "OUT": "o"}
     environment |= {"DATA": "d"}
-    for name in ("SEEDS", "ARMS", "ENSEMBLES", "FROZEN", "FINE_TUNING"):
+    for name in ("SEEDS", "ARMS", "ENSEMBLES", "FROZEN", "FINE_TUNING", "BY_HAND"):
         environment.pop(name, None)
     subprocess.run([ROOT / "results" / script], env=environment | more, check=True, cwd=folder)
     monkeypatch.chdir(ROOT)
@@ -165,7 +165,8 @@ def test_fewer_labels_take_as_many_steps(tmp_path, monkeypatch):
             probe = split_flags("probe", args.probe_flags)
             flags = features_flags(probe)
             assert (flags.pool, flags.tta, flags.trivial) == ("cls+centre", turned, True)
-        assert check_tables(of_study[2], name).against == ["random", "trivial-radial"]
+        args = check_tables(of_study[2], name)
+        assert args.against == ["random", "trivial-radial"] and args.arms == ["trained", *args.against]
     for name, of_study in zip(("labels_50", "labels_25", "labels_10", "long"), studies[2:]):
         for half, call in enumerate(of_study[:2]):
             args, tuning = check_half(half, call, name, "0 1 2", tmp_path / "w")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from augmentations import scale_intensity
-from dino3d.command_line import available_cores
-from dino3d.data.conventions import Stored
+from dino3d.command_line import available_cores, format_values
+from dino3d.data.conventions import DataError, Stored
 from dino3d.features.encoder import PretrainedEncoder
-from dino3d.features.pooling import embed, orientations
-from dino3d.features.windows import read_ct, region_of
+from dino3d.features.pooling import embed, orientation_problem, orientations, reads_centre
+from dino3d.features.windows import CtScan, Region, read_ct, region_of
 from vision_transformer import Encoder
 
 
@@ -99,6 +99,29 @@ def _batches(windows: Iterable[np.ndarray], size: int) -> Iterable[list[np.ndarr
         yield batch
 
 
+def region_to_embed(
+    scan: CtScan,
+    encoder: PretrainedEncoder,
+    pool: str,
+    tta: int,
+    region: str = "auto",
+    point: Sequence[float] | None = None,
+    source: str = "the volume",
+) -> Region:
+    """The Region of a scan that an encoder makes a vector of. Raises DataError as `region_of` does, and for windows
+    that have no middle to read, or no `orientations`."""
+    found = region_of(scan, encoder.input_size, encoder.working_spacing, region, point, source)
+    if found.how == "whole" and reads_centre(pool):
+        raise DataError(
+            source,
+            f"is larger than a crop, and pool {pool} reads the middle of one: give points in it, or region centre for "
+            "its own middle",
+        )
+    if problem := orientation_problem(found.size, found.spacing, tta):
+        raise DataError(source, f"tta {tta} {problem}; they are of {format_values(found.spacing)} mm")
+    return found
+
+
 def embed_volume(
     encoder: PretrainedEncoder,
     hu: np.ndarray,
@@ -113,11 +136,12 @@ def embed_volume(
 
     encoder: of `load_encoder`; pool, layers: see `pooling.embed`; region, point: see `windows.region_of`; tta: see
     `Embedder`
-    It is what extract_features.py writes of the same scan. Raises DataError for what is no CT in HU.
+    It is what extract_features.py writes of the same scan. Raises DataError for what is no CT in HU, and as
+    `region_to_embed`; ValueError for another pool or tta.
     """
     hu = np.asarray(hu)
     stored = Stored(hu.shape, np.asarray(affine, float), lambda slices: hu[slices])
     scan = read_ct("the volume", stored)
-    chosen = region_of(scan, encoder.input_size, encoder.working_spacing, region, point)
+    chosen = region_to_embed(scan, encoder, pool, tta, region, point)
     with Embedder([encoder.build()], encoder.clip_range, pool, layers, threads=available_cores(), tta=tta) as embedder:
         return embedder(chosen.windows())[0]

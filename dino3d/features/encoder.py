@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dino3d.command_line import UserError, format_values
+from dino3d.features.pooling import POOLS, pool_of
 from dino3d.weights import architecture_in, config_of, crc32_of_tensors, find_network, fit_network, load_file
 from vision_transformer import ARCHITECTURES, Encoder, build_encoder, has_setting
 
@@ -166,6 +167,8 @@ def load_encoder(
     if not has_flags and not config.get("clip_range"):
         notices += (f"{path} does not say its clip range: HU {format_values(encoder.clip_range)} become 0 and 1",)
     crc32 = crc32_of_tensors({name: network.tensors[name] for name in model.state_dict() if name in network.tensors})
+    if not has_flags and (pool := pool_of(config)) != "cls":
+        notices += (f"{path} was fine-tuned with --pool {pool}: what that reads was trained, not the class token",)
     crop_spacing = None if config.get("crop_spacings_differ") else config.get("crop_spacing")
     return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=crop_spacing)
 
@@ -194,6 +197,7 @@ def encoder_config(checkpoint: dict[str, Any], path: str, flag: str = "--pretrai
         "input_size": lambda value: numbers(value, 3, 1, 4096, (int,)),
         "clip_range": lambda value: numbers(value, 2, -1e6, 1e6) and value[0] < value[1],
         "spacing": lambda value: numbers(value, 3, 1e-6, 1e6),
+        "pool": lambda value: value in POOLS,
         "crop_spacing": lambda value: numbers(value, 3, 1e-6, 1e6),
     }
     for name, fits in sound.items():

@@ -48,8 +48,8 @@ class Journal:
             found = lines[0].get("recipe") if lines else self.recipe
             if found != self.recipe:
                 found = found if isinstance(found, dict) else {}
-                different = [name for name, value in self.recipe.items() if found.get(name) != value] or ["recipe"]
-                raise UserError(refusal(" and ".join(different)))
+                different = [name for name in self.recipe | found if found.get(name) != self.recipe.get(name)]
+                raise UserError(refusal(" and ".join(different or ["recipe"])))
             kept |= {line["case"]: line for line in lines[1:] if _is_case(line)}
         kept = {case: one for case, one in kept.items() if not one["reason"] and is_done(case, one["state"])}
         try:  # the others go when the one is whole: a run that is killed here loses nothing

@@ -1,7 +1,8 @@
 """One vector for each window: which of an encoder's tokens it is made of."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ def centre_of(
     return tuple(places)
 
 
+def pool_of(config: Mapping[str, Any]) -> str:
+    """What the head of a fine-tuned classifier reads: older runs, whose config does not say, the class token."""
+    return config.get("pool") or "cls"
+
+
 def reads_centre(pool: str) -> bool:
     return pool.endswith("centre")
 
@@ -87,8 +93,10 @@ def embedding_width(encoder: Encoder, pool: str, layers: int = 1) -> int:
 
 
 def orientations(volumes: Tensor, count: int) -> list[Tensor]:
-    """Volumes (B, C, X, Y, Z) as they are (count 1), mirrored along each axis (8), or turned too, in all ways that a
-    cube can be (48), of which X = Y = Z is required."""
+    """Volumes (B, C, X, Y, Z) as they are (count 1), in all 8 ways to mirror their axes, or turned too, in all 48 ways
+    that a cube can be, of which X = Y = Z is required. Raises ValueError for another count."""
+    if count not in ORIENTATIONS:
+        raise ValueError(f"tta is {count}; expected one of {', '.join(map(str, ORIENTATIONS))}")
     if count == 1:
         return [volumes]
     axes = itertools.permutations((2, 3, 4)) if count == 48 else [(2, 3, 4)]

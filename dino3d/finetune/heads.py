@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dino3d.command_line import UserError
 from dino3d.features.encoder import PretrainedEncoder
-from dino3d.features.pooling import embed, embedding_width
+from dino3d.features.pooling import embed, embedding_width, pool_of
 from resnet3d import right_in_bf16
 from vision_transformer import Encoder
 
@@ -151,8 +151,7 @@ def build_classifier(
 
 def classifier_of(encoder: PretrainedEncoder, config: dict[str, Any], state: dict[str, Tensor]) -> Classifier:
     """The Classifier that a fold's state dict belongs to."""
-    known = len(state.get("head.known", ()))
-    pool = config.get("pool", "cls")  # older runs had no other
+    known, pool = len(state.get("head.known", ())), pool_of(config)
     return build_classifier(config["protocol"], encoder, pool, 0.0, config["classes"], known, config["knn_k"])
 
 

@@ -47,18 +47,18 @@ OF_ARMS = ("--seed", "--freeze_encoder", "--layer_decay")  # of fine-tuning, whi
 class RecordFolder(NamedTuple):
     """Where records are written, and what they say of this study. part: of several studies that belong together, or "";
     patients: whose cases count, None: all; note: what a reader must know; features: tables of features that are judged
-    beside the arms by the probe; few_labels: by the probe of few labels too"""
+    beside the arms by the probe; few_labels: figures of the probe with few labels that are recorded too"""
 
     folder: Path
     part: str = ""
     patients: frozenset[str] | None = None
     note: str = ""
     features: tuple[str, ...] = ()
-    few_labels: bool = False
+    few_labels: tuple[str, ...] = ()
 
     def figures_of(self, stage: str) -> list[str]:
         """What is recorded of a stage's job, surface Dice where it has any."""
-        return [name for name in FIGURES[stage] if self.few_labels or name not in FEW_LABELS]
+        return [name for name in FIGURES[stage] if name in self.few_labels or name not in FEW_LABELS]
 
     def path_of(self, task: str, arm: str, seed: int | None) -> Path:
         parts = [task, arm, *([] if seed is None else [f"seed{seed}"]), *([self.part] if self.part else [])]
@@ -278,14 +278,15 @@ def are_counts(values: Sequence[Any]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a folder, each with `like`, the versions of the code that count as its own. Raises UserError."""
+def read_records(folder: Path, flag: str = "--from_records") -> list[dict[str, Any]]:
+    """The records of a folder, each with `like`, the versions of the code that count as its own. flag: that the folder
+    is of. Raises UserError."""
     try:
         paths = sorted(folder / name for name in os.listdir(folder) if name.endswith(".json"))
     except OSError as error:  # which glob would pass over
-        raise UserError(f"--from_records {folder}: can't be read ({error.strerror})") from error
+        raise UserError(f"{flag} {folder}: can't be read ({error.strerror})") from error
     if not paths:
-        raise UserError(f"--from_records {folder}: holds no records, expected TASK-ARM-seedK.json of --records")
+        raise UserError(f"{flag} {folder}: holds no records, expected TASK-ARM-seedK.json of --records")
     found, known = [], {}
     for path in paths:
         one = read_record(path)
@@ -407,6 +408,19 @@ def unlike_flags(records: Sequence[dict[str, Any]], task: str) -> list[str]:
     if (codes := len({one["like"] for one in made})) > 1:
         notices.append(f"{task}: its runs were made by {codes} versions of the code")
     return notices
+
+
+def unlike_shares(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines on probes whose figures by share of labels are not of the same features."""
+    made: dict[tuple, set] = {}
+    for one in records:
+        if one["task"] in LABEL_SHARES and one["seed"] is not None:
+            made.setdefault((one["arm"], one["seed"], one["part"]), set()).add((one["recipe"], one["like"]))
+    arms = sorted({arm for (arm, *_), kinds in made.items() if len(kinds) > 1})
+    return [
+        f"probe: what {truncate_list(arms)} has with few labels and with all is of other flags or code: run study.py "
+        "--few_labels again"
+    ] * bool(arms)
 
 
 def without(flags: str, left_out: Sequence[str]) -> tuple[str, ...]:

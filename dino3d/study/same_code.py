@@ -15,7 +15,7 @@ from dino3d.files import read_table, write_table
 
 SAME_CODE = "same_code.csv"
 SAME_CODE_COLUMNS = ("code", "same_as", "records", "tasks", "device")
-SCORE_ROUNDING = 1e-6  # of scores, of which records keep seven digits
+SCORE_ROUNDING = 1.5e-7  # of scores: the last of the seven digits that records keep may fall either way
 
 
 def codes_like(folder: Path, code: str) -> set[str]:
@@ -25,6 +25,8 @@ def codes_like(folder: Path, code: str) -> set[str]:
         return found
     try:
         pairs = [{row["code"], row["same_as"]} for row in read_table(path)]
+        if any(None in pair or "" in pair for pair in pairs):
+            raise ValueError("a row lacks one of them")
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path}: can't be read ({getattr(error, 'strerror', None) or repr(error)}), expected the columns code and "

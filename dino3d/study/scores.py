@@ -1,7 +1,8 @@
 """What the finished jobs of a study say of each case, as one figure per weighting of the patients."""
 
 import collections
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ from dino3d.data.conventions import DataError
 from dino3d.data.lists import pairs_of_list
 from dino3d.evaluation.classification_metrics import read_probabilities
 from dino3d.evaluation.feature_tables import LoadedTable, read_features
-from dino3d.evaluation.labelled_cases import encode_labels, join, read_labels
-from dino3d.evaluation.protocols import PATHS, fraction_splits, nested_splits, one_hot, out_of_fold
+from dino3d.evaluation.labelled_cases import Labels, SharedCases, Target, encode_labels, join, read_labels
+from dino3d.evaluation.protocols import PATHS, NestedSplit, fraction_splits, nested_splits, one_hot, out_of_fold
 from dino3d.evaluation.statistics import bootstrap_weights
 from dino3d.evaluation.weighted_metrics import weighted_auc
 from dino3d.files import read_json, read_table
@@ -178,30 +179,75 @@ def probe_tables(
 ) -> list[list[CaseScores]]:
     """A CaseScores for each repeat, of each table: logistic regression on frozen features, in nested folds by patient,
     which are the same for all tables. share: of the training patients whose labels are used. Raises UserError."""
-    labels = read_labels(data, "label")
-    cases = join(tables, labels)
-    target = encode_labels([labels.values[i] for i in cases.numbers], "classification", None)
-    per_class = [len({p for p, y in zip(cases.patients, target.y) if y == k}) for k in range(len(target.classes))]
-    folds = min(LOGISTIC_FOLDS, *per_class)
-    if folds < 2:
-        lone = target.classes[int(np.argmin(per_class))]
-        raise UserError(f"--probe {data}: label {lone} has cases of one patient, expected two or more")
+    cases, target = probe_cases(data, tables)
+    folds = probe_folds(data, cases.patients, target)
     if folds < LOGISTIC_FOLDS:
         notices.append(f"probe: {folds} folds, as a label has no more patients")
-    if share == 1:
-        splits = nested_splits(cases.patients, target.y, folds, LOGISTIC_REPEATS, seed=0)
-    else:
-        splits = fraction_splits(cases.patients, target.y, folds, FEW_LABELS_REPEATS, 0, share)
+    splits = probe_splits(cases.patients, target, folds, share)
     if splits is None:
-        raise UserError(
-            f"--few_labels: {100 * share:.0f} % of the training patients of --probe {data} lack a label: leave it out"
-        )
+        raise UserError(f"--few_labels: with {100 * share:.0f} % of --probe {data} a label has no case: leave it out")
     y, path = one_hot(target.y, len(target.classes)), PATHS["classification"][PROBE]
     found = []
     for table, rows in zip(tables, cases.rows):
         repeats = [out_of_fold(path, table.features[rows], y, one) for one in splits]
         found.append([CaseScores(cases.patients, target.y, one.values, one.folds) for one in repeats])
     return found
+
+
+def probe_cases(data: str, tables: Sequence[LoadedTable]) -> tuple[SharedCases, Target]:
+    """The labelled cases that have features in all tables. Raises UserError."""
+    labels = labels_of_probe(data)
+    cases = join(tables, labels)
+    with named_probe(data):
+        return cases, encode_labels([labels.values[i] for i in cases.numbers], "classification", None)
+
+
+def labels_of_probe(data: str) -> Labels:
+    with named_probe(data):
+        return read_labels(data, "label")
+
+
+@contextlib.contextmanager
+def named_probe(data: str) -> Iterator[None]:
+    """A UserError that speaks of evaluate_features.py's flag speaks of --probe."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).removeprefix(f"--labels {data}: ").removeprefix("--labels: ")
+        raise UserError(f"--probe {data}: {text}") from error
+
+
+def probe_folds(data: str, patients: Sequence[str], target: Target) -> int:
+    """Raises UserError where a label has cases of one patient."""
+    per_class = [len({p for p, y in zip(patients, target.y) if y == k}) for k in range(len(target.classes))]
+    if min(per_class) < 2:
+        lone = target.classes[int(np.argmin(per_class))]
+        raise UserError(f"--probe {data}: label {lone} has cases of one patient, expected two or more")
+    return min(LOGISTIC_FOLDS, *per_class)
+
+
+def probe_splits(patients: Sequence[str], target: Target, folds: int, share: float) -> list[list[NestedSplit]] | None:
+    """Of each repeat; None where this share of the training patients leaves a label without a case."""
+    if share == 1:
+        return nested_splits(patients, target.y, folds, LOGISTIC_REPEATS, seed=0)
+    return fraction_splits(patients, target.y, folds, FEW_LABELS_REPEATS, 0, share)
+
+
+def few_labels_of(data: str) -> tuple[tuple[str, ...], list[str]]:
+    """(those of FEW_LABELS that --probe has patients enough for, lines on the others), by its labels alone. Raises
+    UserError."""
+    labels = labels_of_probe(data)
+    table = LoadedTable("", "", labels.keys, None, {}, np.zeros((len(labels.keys), 1), np.float32), [""], [])
+    cases, target = probe_cases(data, [table])
+    folds = probe_folds(data, cases.patients, target)
+    made = {name: probe_splits(cases.patients, target, folds, LABEL_SHARES[name]) for name in FEW_LABELS}
+    lines = [
+        f"--few_labels: {name} is left out: {100 * LABEL_SHARES[name]:.0f} % of the training patients of --probe "
+        f"{data} are too few to hold every label"
+        for name, splits in made.items()
+        if splits is None
+    ]
+    return tuple(name for name, splits in made.items() if splits is not None), lines
 
 
 def patients_of_masks(data: str) -> dict[str, str]:
