@@ -7,6 +7,7 @@ Writes results.csv, results.md and a picture to label_fractions/ and epochs/ bel
 run says so.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dino3d.command_line import ArgumentParser, UserError, exit_status, help_flags  # noqa: E402
-from dino3d.files import TEXT, atomic_write, read_table, write_table  # noqa: E402
+from dino3d.files import TEXT, atomic_write, read_json, read_table, write_table  # noqa: E402
 
 
 class Source(NamedTuple):
@@ -107,6 +108,22 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--results", type=Path, required=True, metavar="DIR", help="folder with the tables of results/")
     help_flags(group)
     return parser
+
+
+def require_one_pool(curve: Curve, results: Path) -> None:
+    """Raise UserError where the tables of a curve were made by reading other tokens."""
+    places: dict[str, Path] = {}
+    for source in curve.sources.values():
+        path = results / source.folder / "results.json"
+        if path.is_file():
+            flags = read_json(path)["study"]["flags"].get(source.task.partition("_")[0], "")
+            pool = (re.findall(r"--pool[ =](\S+)", flags) or [""])[-1]
+            places.setdefault(pool, path)
+    if len(places) > 1:
+        one, other = sorted(places)[:2]
+        raise UserError(
+            f"{places[other]}: was made by --pool {other}, {places[one]} by {one or 'none'}: run the older one again"
+        )
 
 
 def with_bounds(row: dict[str, str], column: str) -> tuple[float, float, float]:
@@ -202,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     drawn = False
     for these in ALL_CURVES:
+        for curve in these.curves:
+            require_one_pool(curve, args.results)
         rows = [
             row
             for curve in these.curves

@@ -29,7 +29,7 @@ case "$1" in -c) echo collection ;; *) printf '%s\\0' "$@" >> "$CALLS"; printf '
 """
 
 
-def calls_of(script, folder, monkeypatch, **more):
+def calls_of(script, folder, monkeypatch, words=(), **more):
     """What a script of results/ gives Python: a list of words for each call."""
     stub, calls = folder / "python", folder / "calls"
     stub.write_text(STUB)
@@ -38,7 +38,7 @@ def calls_of(script, folder, monkeypatch, **more):
     environment |= {"DATA": "d"}
     for name in ("SEEDS", "ARMS", "ENSEMBLES", "FROZEN", "FINE_TUNING", "BY_HAND"):
         environment.pop(name, None)
-    subprocess.run([ROOT / "results" / script], env=environment | more, check=True, cwd=folder)
+    subprocess.run([ROOT / "results" / script, *words], env=environment | more, check=True, cwd=folder)
     monkeypatch.chdir(ROOT)
     return [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
 
@@ -118,6 +118,25 @@ def test_some_of_the_arms(tmp_path, monkeypatch, arms, rivals, probed):
         assert args.features == ([place] if probed else None)
     args = check_tables(tables, "classification")
     assert args.against == rivals and set(args.against) <= set(args.arms) and args.ensembles is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_what_knows_no_pool_is_run_once(tmp_path, monkeypatch):
+    """Not copied while a plan is made, nor over what the other half has, nor what was pre-trained without the first."""
+    made = tmp_path / "w/classification"
+    for arm, seed in (("scratch", 0), ("scratch", 1), ("random", 0), ("nodules", 0)):
+        (made / f"half0/arms/{arm}/seed{seed}").mkdir(parents=True)
+        (made / f"half0/arms/{arm}/seed{seed}/of").write_text("half0")
+    (made / "half1/arms/scratch/seed1").mkdir(parents=True)
+    (made / "half1/arms/scratch/seed1/of").write_text("half1")
+    calls_of("classification.sh", tmp_path, monkeypatch, words=["--plan"])
+    assert sorted(path.parent.name for path in made.glob("half1/arms/*/*/of")) == ["seed1"]
+    calls_of("classification.sh", tmp_path, monkeypatch)
+    found = {
+        path.parent.relative_to(made / "half1/arms").as_posix(): path.read_text()
+        for path in made.glob("half1/*/*/*/of")
+    }
+    assert found == {"scratch/seed0": "half0", "scratch/seed1": "half1", "random/seed0": "half0"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
@@ -253,6 +272,17 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
         path.write_text(text)
         with pytest.raises(UserError, match="labels_10: can't be read as tables of study.py"):
             curves.main(["--results", str(tmp_path)])
+
+
+def test_curves_are_of_one_reading(tmp_path):
+    for name, flags in (("labels_25", "--pool cls+centre --epochs 160"), ("classification", "--epochs 40")):
+        arms = ("trained", "scratch") if name == "labels_25" else ("nodules", "scratch")
+        write_tables(tmp_path / name, arms, (0.7, 0.5), arms)
+        (tmp_path / name / "results.json").write_text(json.dumps({"study": {"flags": {"classification": flags}}}))
+    with pytest.raises(
+        UserError, match="labels_25/results.json: was made by --pool cls.centre, .*classification.* by none"
+    ):
+        curves.main(["--results", str(tmp_path)])
 
 
 def test_tables_of_other_data_are_not_compared(tmp_path, capsys):

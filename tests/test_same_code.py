@@ -24,8 +24,8 @@ def changed(stubs, made, halves, tmp_path):  # noqa: F811
     (stubs / "utils.py").unlink()
 
 
-def compare(kept, again):
-    same_code.main(["--kept", str(kept), "--repeated", str(again)])
+def compare(kept, again, *others):
+    same_code.main(["--kept", str(kept), *map(str, others), "--repeated", str(again)])
 
 
 def change(path, **more):
@@ -71,18 +71,42 @@ def test_what_is_not_the_same_is_refused(changed, tmp_path):
         compare(kept, spoilt)
     for path in spoilt.glob("probe-*"):
         path.unlink()
-    with pytest.raises(UserError, match="has no run of probe as version"):
+    with pytest.raises(UserError, match="has made probe, of which nothing was made anew"):
         compare(kept, spoilt)
     for path in spoilt.glob("*"):
         path.unlink()
     for task in ("classification", "probe"):
         shutil.copy(again / f"{task}-random-seed0-half0.json", spoilt)
-    with pytest.raises(UserError, match="has no run of pretrain as version"):  # encoders before training alone
+    with pytest.raises(
+        UserError, match="has made pretrain, of which nothing was made anew"
+    ):  # encoders before training alone
         compare(kept, spoilt)
     change(spoilt / "probe-random-seed0-half0.json", code="other")
     with pytest.raises(UserError, match="was made by 2 versions of the code"):
         compare(kept, spoilt)
     assert not (kept / SAME_CODE).exists()
+
+
+def test_a_stage_counts_for_every_table(changed, tmp_path, capsys):
+    """Of a table of its own, whose runs none were made anew; but not for a stage that was not."""
+    kept, again = changed
+    other = shutil.copytree(kept, tmp_path / "other")
+    for path in other.glob("*.json"):
+        change(path, recipe="of other flags")
+    compare(kept, again, other)
+    assert f"5 runs, written to {other}" in capsys.readouterr().out
+    assert (other / SAME_CODE).read_text() == (kept / SAME_CODE).read_text()
+    (kept / SAME_CODE).unlink()
+    dense = shutil.copytree(kept, tmp_path / "dense")
+    for path in dense.glob("probe*.json"):
+        path.unlink()
+    for path in dense.glob("classification*.json"):
+        labels = json.loads(path.read_text())["labels"]
+        repeats = [{"folds": [0] * len(labels), "values": [0.5] * len(labels)}]
+        change(path, task="segmentation", labels=None, repeats=repeats)
+    with pytest.raises(UserError, match="dense: version .* has made segmentation, of which nothing was made anew"):
+        compare(kept, again, dense)
+    assert (kept / SAME_CODE).exists() and not (dense / SAME_CODE).exists()
 
 
 def test_sameness_goes_through_others(halves, tmp_path):  # noqa: F811
