@@ -35,7 +35,7 @@ TEST = $(VENV)/.test-installed
 help:
 	@echo "make demo        install, fetch two lung CTs, pre-train a small model, fine-tune it and learn one lesion by heart (demo/)"
 	@echo "make study       install, make 20 synthetic chests, and compare four ways to pre-train on them (demo/study/)"
-	@echo "make results     the README's main table once more: published weights, and one seed pre-trained anew (DATA=../shared/data or LUNA16)"
+	@echo "make results     the README's main table (results/classification) once more: published weights, and one seed pre-trained anew (DATA=../shared/data or LUNA16)"
 	@echo "make results-all what results/ lacks of its tables: says how long first (hours), and resumes"
 	@echo "make test        install and run the tests"
 	@echo "make lint        install and check the code's format (ruff)"

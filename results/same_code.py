@@ -3,8 +3,9 @@
     OUT=evidence/again WORK=evidence/again SEEDS=0 results/classification.sh
     python results/same_code.py --kept results/runs/* --repeated evidence/again/runs/classification
 
-Where they do, to the last digit, a line in same_code.csv beside the kept records says so, and `make results-all` takes
-those for finished still. Of every stage that is kept one run at least must be made anew, of pre-training too.
+Where they do, to the last of seven digits, a line in same_code.csv beside the kept records says so, and
+`make results-all` takes those for finished still. Of every stage that is kept one run at least must be made anew, of
+pre-training too.
 """
 
 import shlex
