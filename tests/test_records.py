@@ -189,7 +189,7 @@ def test_few_labels_of_a_finished_study(made, halves, tmp_path, capsys):
     capsys.readouterr()
     study.main([*flags, "--table"])
     said = capsys.readouterr().out
-    assert "begins" not in said and "frozen probe, 25 % of the training patients' labels: AUC of 40 cases" in said
+    assert "begins" not in said and "frozen probe, 25 % of the labels: AUC of 40 cases" in said
     values = {row["name"]: float(row["feature_0"]) for row in table(made / "strong.csv")}
     names = sorted(row["name"] for row in table(made / "labels.csv"))
     patients = {row["name"]: row["patient"] for row in table(made / "labels.csv")}

@@ -259,7 +259,7 @@ def outcome_lines(told: Told, scores: Sequence[TaskScores], found: Comparison) -
 def heading_of(one: TaskScores) -> str:
     what = {"probe": "frozen probe", "surface": "segmentation"}.get(one.task, one.task)
     if one.task in FEW_LABELS:
-        what = f"frozen probe, {100 * LABEL_SHARES[one.task]:.0f} % of the training patients' labels"
+        what = f"frozen probe, {100 * LABEL_SHARES[one.task]:.0f} % of the labels"
     return f"{what}: {METRIC[one.task]} of {one.cases} cases each, {one.patients} patients in all"
 
 
@@ -358,7 +358,7 @@ def draw(told: Told, scores: Sequence[TaskScores], found: Comparison) -> Any:
             left.plot(seeds, [at + 0.22] * len(seeds), ".", color="0.5", markersize=4)
             bar(left, at, effect, "C0", True)
         left.set_yticks(range(len(arms)), [arm.replace("$", r"\$") for arm in arms])
-        left.set(title=heading_of(one), xlabel=METRIC[one.task], ylim=(len(arms) - 0.4, -0.6))
+        left.set(title=heading_of(one).replace(": ", ":\n"), xlabel=METRIC[one.task], ylim=(len(arms) - 0.4, -0.6))
         for number, rival in enumerate(rivals_of(one, told.against)):
             right.plot([], [], "o", color=f"C{number + 1}", label=f"minus {rival}")
             for at, arm in enumerate(arms):
