@@ -31,6 +31,8 @@ for number, whole in enumerate(torch.load({data!r})):
     evaluated = network.eval()(x.detach())
     found = {{"y": y.detach(), "gradients": gradients, "state": network.state_dict(), "evaluated": evaluated}}
     torch.save(found, {data!r} + f"{{number}}.{{dist.get_rank()}}")
+dist.barrier()  # without it the first to end takes its threads from the other, which aborts on a busy machine
+dist.destroy_process_group()
 """
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 

@@ -295,7 +295,7 @@ def test_weights_of_monai_are_known_by_their_names(crops, tmp_path, capsys, monk
     torch.save({"state_dict": state}, tmp_path / "monai.pth")
     flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--pretrained_weights", tmp_path / "monai.pth"]
     out = must(run_main(capsys, "lnc", *flags, "--input_size", *SIZE, "--protocol", "knn", *CLASSIFICATION))
-    assert "by its tensors' names it is a resnet18" in out and "resnet18 (knn)" in out
+    assert "by its tensors' names it is a resnet18" in out and "resnet18 (knn, cls)" in out
     encoder = load_encoder(str(tmp_path / "monai.pth"), flag="--weights")
     assert (encoder.arch, encoder.patch_size) == ("resnet18", None)
     theirs.fc, volumes = torch.nn.Identity(), torch.rand(2, 1, *SIZE)
