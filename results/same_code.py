@@ -72,7 +72,7 @@ def same_runs(kept: Sequence[dict[str, Any]], repeated: Sequence[dict[str, Any]]
         same = [old for old in of_run[run] if (old["recipe"], old["note"]) == (new["recipe"], new["note"])]
         if not same:
             raise UserError(f"{name}: was made anew with other flags or data, which say nothing of the code")
-        for old in [one for one in same if new["code"] not in one["like"]]:
+        for old in [one for one in same if one["code"] != new["code"]]:
             if (largest := score_difference(old, new)) > SCORE_ROUNDING:
                 raise UserError(
                     f"{name}: its scores differ by {largest:.3g} from the kept ones: the code is not the same"
@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         mine = [new for old, new in pairs if old["code"] == other]
         shown = set.union(*map(stages_of, mine))
         for folder, records in kept.items():
-            needed = [stages_of(one) for one in records if one["code"] == other and one["seed"] is not None]
+            theirs = [one for one in records if one["code"] == other and one["seed"] is not None]
+            needed = [stages_of(one) for one in theirs if code not in one["like"]]  # what is written there stays
             if missing := sorted(set().union(*needed) - shown):
                 lacking.append(
                     f"{folder}: version {other} has made {', '.join(missing)}, of which nothing was made anew"
