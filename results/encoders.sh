@@ -3,7 +3,7 @@
 # them. For scripts that use them; SEEDS: of which seeds.
 set -eu
 cd "$(dirname "$0")/.."
-WORK=${WORK:-evidence}
+WORK=${WORK:-evidence} SEEDS=${SEEDS:-0 1 2 3 4}
 LOST=
 for HALF in 0 1; do
     for SEED in $SEEDS; do

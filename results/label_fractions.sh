@@ -10,8 +10,8 @@ SEEDS=$FROZEN_SEEDS results/encoders.sh "$@"
 frozen() {
     NAME=$1 FLAGS=$2
     shift 2
-    FINE_TUNING=no FROZEN=$FLAGS BY_HAND=trivial-radial results/study_of_halves.sh "$NAME" "trained random" "$FROZEN_SEEDS" "random trivial-radial" \
-        --few_labels "$@"
+    FINE_TUNING=no FROZEN=$FLAGS BY_HAND=trivial-radial results/study_of_halves.sh "$NAME" "trained random" \
+        "$FROZEN_SEEDS" "random trivial-radial" --few_labels "$@"
 }
 study() {
     NAME=$1 FLAGS=$2

@@ -65,6 +65,15 @@ def check_half(half, call, name, seeds, work):
     return args, main_lnc_luna16.get_args_parser().parse_args([*tuning, "--data_dir", "x"])
 
 
+def leave_encoders(work):
+    """Where classification.sh leaves them."""
+    for half in (0, 1):
+        for seed in range(5):
+            place = work / f"classification/half{half}/arms/nodules/seed{seed}/pretrain/checkpoint.pth"
+            place.parent.mkdir(parents=True)
+            place.touch()
+
+
 def features_flags(words):
     return extract_features.get_args_parser().parse_args([*words, "--weights", "w", "--input", "i", "--output", "o"])
 
@@ -95,7 +104,12 @@ def test_scripts_give_the_product_flags_that_it_knows(tmp_path, monkeypatch, nam
         probe = split_flags("probe", args.probe_flags)
         assert (tuning.pool, features_flags(probe).pool) == pools
     assert len(halves) == 2
-    assert "trivial-radial" in check_tables(tables, name).arms
+    args = check_tables(tables, name)
+    assert "trivial-radial" in args.arms
+    kept = ROOT / "results" / name / "results.csv"  # the table that is kept is the script's, ensembles too
+    if kept.is_file():
+        told = {row["arm"] for row in read_table(kept)}
+        assert {arm for arm in told if arm.endswith("-ensemble")} == {f"{arm}-ensemble" for arm in args.ensembles or ()}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
@@ -170,11 +184,7 @@ def test_what_scripts_lack(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
 def test_fewer_labels_take_as_many_steps(tmp_path, monkeypatch):
-    for half in (0, 1):
-        for seed in range(5):
-            place = tmp_path / f"w/classification/half{half}/arms/nodules/seed{seed}/pretrain/checkpoint.pth"
-            place.parent.mkdir(parents=True)
-            place.touch()
+    leave_encoders(tmp_path / "w")
     calls = [call for call in calls_of("label_fractions.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
     studies = [calls[i : i + 3] for i in range(0, len(calls), 3)]
     for name, turned, of_study in zip(("frozen", "frozen_turned"), (1, 48), studies):
@@ -201,11 +211,7 @@ def test_fewer_labels_take_as_many_steps(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
 def test_fewer_epochs_of_the_same_schedule(tmp_path, monkeypatch):
-    for half in (0, 1):
-        for seed in range(5):
-            place = tmp_path / f"w/classification/half{half}/arms/nodules/seed{seed}/pretrain/checkpoint.pth"
-            place.parent.mkdir(parents=True)
-            place.touch()
+    leave_encoders(tmp_path / "w")
     calls = [call for call in calls_of("epochs.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
     assert len(calls) == 9
     for epochs, *of_study in zip((5, 10, 20), calls[::3], calls[1::3], calls[2::3]):
