@@ -9,7 +9,7 @@ case " $* " in *" --plan "*) echo "error: --plan: needs the encoders; docs/evide
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results} SEEDS=${SEEDS:-0 1 2}
 RUNS=$WORK/segmentation RECIPE="@recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0"
-FINETUNE="--epochs 30 --warmup_epochs 1 --batch_size_per_gpu 8 --layer_decay 1 --drop_path_rate 0"
+FINETUNE="--epochs 15 --warmup_epochs 1 --batch_size_per_gpu 8 --layer_decay 1 --drop_path_rate 0"
 FINETUNE="$FINETUNE --val_freq 1000 --overlap 0 --precision bf16"
 FROZEN="--decoder linear --freeze_encoder true --lr 0.01" TUNED="--lr 0.003"
 
