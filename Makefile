@@ -81,10 +81,10 @@ results: $(RUNTIME)
 	@printf '%s\n' "" "Repeated: evidence/repeated/classification/results.md; beside what is kept:"
 	"$(VENV)/bin/python" results/repeated.py --kept results/classification --repeated evidence/repeated/classification
 
-# epochs.sh and label_fractions.sh take the encoders that classification.sh leaves
+# epochs.sh, rates.sh and label_fractions.sh take the encoders that classification.sh leaves
 results-all: $(RUNTIME)
-	for NAME in classification class_token augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh --plan || exit 1; done
-	for NAME in classification class_token epochs label_fractions augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh || exit 1; done
+	for NAME in classification class_token pretraining augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh --plan || exit 1; done
+	for NAME in classification class_token epochs rates label_fractions pretraining augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh || exit 1; done
 	! test -f "$${DATA:-../shared/data}/nodules/nodules_51mm.npz" || PYTHON="$(VENV)/bin/python" results/segmentation.sh
 
 # Two at a time, each file by one process; one thread each: threads of several processes wait for one another

@@ -1,10 +1,9 @@
-"""Pre-trained against not, by the share of labels and by epochs of fine-tuning: tables and figures of the tables of
-label_fractions.sh, epochs.sh and classification.sh.
+"""Pre-trained against not, by the share of labels, by epochs and rate of fine-tuning, by epochs of pre-training: tables
+and figures of the tables of label_fractions.sh, epochs.sh, rates.sh, pretraining.sh and classification.sh.
 
     python results/curves.py --results results
 
-Writes results.csv, results.md and a picture to label_fractions/ and epochs/ below that folder, in which what was not
-run says so.
+Writes results.csv, results.md and a picture to a folder of each below that folder, in which what was not run says so.
 """
 
 import re
@@ -32,7 +31,7 @@ class Curve(NamedTuple):
 
     title: str
     without: str
-    sources: dict[int, Source]
+    sources: dict[float, Source]
 
 
 class Curves(NamedTuple):
@@ -44,7 +43,7 @@ class Curves(NamedTuple):
     curves: tuple[Curve, ...]
 
     @property
-    def points(self) -> list[int]:
+    def points(self) -> list[float]:
         return sorted({point for curve in self.curves for point in curve.sources})
 
 
@@ -53,7 +52,7 @@ def frozen_sources(folder: str) -> dict[int, Source]:
     return {percent: Source(folder, task, "trained") for percent, task in tasks.items()}
 
 
-def tuned_sources(folder: str, points: Sequence[int]) -> dict[int, Source]:
+def tuned_sources(folder: str, points: Sequence[float]) -> dict[float, Source]:
     return {point: Source(folder.format(point), "classification", "trained") for point in points}
 
 
@@ -75,6 +74,28 @@ ALL_CURVES = (
         "",
         (Curve("fine-tuned", "scratch", tuned_sources("epochs_{}", (5, 10, 20)) | {40: MAIN}),),
     ),
+    Curves(
+        "rates",
+        "learning rate of fine-tuning",
+        "",
+        (Curve("fine-tuned", "scratch", {0.0005: MAIN} | tuned_sources("rate_{}", (0.00025, 0.001, 0.002))),),
+    ),
+    Curves(
+        "pretraining",
+        "epochs of pre-training",
+        "",
+        (
+            Curve(
+                "frozen",
+                "random",
+                {
+                    18: Source("pretraining_epochs", "probe", "nodules_18_epochs"),
+                    54: Source("classification", "probe", "nodules"),
+                    162: Source("pretraining_epochs", "probe", "nodules_162_epochs"),
+                },
+            ),
+        ),
+    ),
 )
 BY_HAND = "trivial-radial"
 POINT_COLUMNS = ("how", "point", "arm", "auc", "low", "high", "seeds", "patients", "minus", "minus_low", "minus_high")
@@ -85,7 +106,7 @@ class PointRow(NamedTuple):
     that is not pre-trained, or None"""
 
     how: str
-    point: int
+    point: float
     arm: str
     auc: tuple[float, float, float] | None
     seeds: str = ""
@@ -131,7 +152,7 @@ def with_bounds(row: dict[str, str], column: str) -> tuple[float, float, float]:
     return tuple(float(row[name] or "nan") for name in (column, "low", "high"))
 
 
-def rows_of_point(curve: Curve, point: int, results: Path) -> list[PointRow]:
+def rows_of_point(curve: Curve, point: float, results: Path) -> list[PointRow]:
     """Pre-trained, without, and by hand where there is such a row. Raises UserError."""
     source = curve.sources[point]
     folder, names = results / source.folder, {"pre-trained": source.trained, curve.without: curve.without}
@@ -144,7 +165,7 @@ def rows_of_point(curve: Curve, point: int, results: Path) -> list[PointRow]:
         raise UserError(f"{folder}: can't be read as tables of study.py --from_records ({why})") from error
 
 
-def rows_of_table(curve: Curve, point: int, folder: Path, names: dict[str, str]) -> list[PointRow]:
+def rows_of_table(curve: Curve, point: float, folder: Path, names: dict[str, str]) -> list[PointRow]:
     """Rows of a point that was run. names: {in words: arm}. Raises OSError, KeyError, ValueError."""
     task = curve.sources[point].task
     found = {row["arm"]: row for row in read_table(folder / "results.csv") if row["task"] == task}
@@ -172,7 +193,7 @@ def table_lines(these: Curves, rows: Sequence[PointRow]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for curve in these.curves:
-        for point in curve.sources:
+        for point in sorted(curve.sources):
             mine = {row.arm: row for row in rows if (row.how, row.point) == (curve.title, point)}
             trained, hand = mine["pre-trained"], mine.get(BY_HAND)
             cells = ["not run" if row.auc is None else figure(row.auc) for row in (trained, mine[curve.without])]

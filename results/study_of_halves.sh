@@ -5,11 +5,11 @@
 #   results/study_of_halves.sh NAME "ARMS" "SEEDS" "ARMS TO COMPARE WITH" [flags of study.py]
 #
 # OUT: results, unless what is there is to be repeated elsewhere; DATA: ../shared/data or a LUNA16 download; WORK: where
-# data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. FINE_TUNING: flags of
-# main_lnc_luna16.py beside those that all have, or no: frozen features alone; FROZEN: flags of extract_features.py, or
-# no: without the probe on frozen features; BY_HAND: the trivial figure that stands beside it, in place of all;
-# ENSEMBLES: arms whose seeds are judged together too. Start it again to resume; with --plan it says how long each half
-# will take.
+# data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. PRETRAINING_EPOCHS: of arms
+# that have no other, 54. FINE_TUNING: flags of main_lnc_luna16.py beside those that all have, or no: frozen features alone;
+# FINE_TUNING_RATE: its learning rate; FROZEN: flags of extract_features.py, or no: without the probe on frozen features;
+# BY_HAND: the trivial figure that stands beside it, in place of all; ENSEMBLES: arms whose seeds are judged together
+# too. Start it again to resume; with --plan it says how long each half will take.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results}
@@ -45,7 +45,7 @@ study_half() {
     shift
     if [ "$FINE_TUNING" != no ]; then
         set -- --classification "$WORK/data/pairs" \
-            --classification_flags="--folds subsets $FINE_TUNING --batch_size_per_gpu 16 --layer_decay 1 --lr 0.0005 --drop_path_rate 0 --precision bf16" "$@"
+            --classification_flags="--folds subsets $FINE_TUNING --batch_size_per_gpu 16 --layer_decay 1 --lr ${FINE_TUNING_RATE:-0.0005} --drop_path_rate 0 --precision bf16" "$@"
     fi
     if [ "$FROZEN" != no ]; then
         set -- --probe "$WORK/data/pairs" --probe_flags="$FROZEN --trivial" \
@@ -59,7 +59,7 @@ study_half() {
     } > "$WORK/arms_of_half$HALF.txt"
     # shellcheck disable=SC2086 # arms and seeds are words
     "$PYTHON" study.py --output_dir "$WORK/$NAME/half$HALF" --arms_file "$WORK/arms_of_half$HALF.txt" --arms $ARMS --seeds $SEEDS \
-        --pretrain_flags="@recipes/nodules.txt --epochs 54 --num_workers 0 --saveckp_freq 0 --data_list '$WORK/data/pool_without_half$HALF.csv'" \
+        --pretrain_flags="@recipes/nodules.txt --epochs ${PRETRAINING_EPOCHS:-54} --num_workers 0 --saveckp_freq 0 --data_list '$WORK/data/pool_without_half$HALF.csv'" \
         --records "$OUT/runs/$NAME" --part "half$HALF" --patients "$WORK/data/half$HALF.txt" --note "$KIND" "$@"
 }
 # What has seen no pool is the same for both halves, and is judged on both

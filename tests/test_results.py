@@ -36,7 +36,16 @@ def calls_of(script, folder, monkeypatch, words=(), **more):
     stub.chmod(0o755)
     environment = os.environ | {"CALLS": str(calls), "PYTHON": str(stub), "WORK": str(folder / "w"), "OUT": "o"}
     environment |= {"DATA": "d"}
-    for name in ("SEEDS", "ARMS", "ENSEMBLES", "FROZEN", "FINE_TUNING", "BY_HAND"):
+    for name in (
+        "SEEDS",
+        "ARMS",
+        "ENSEMBLES",
+        "FROZEN",
+        "FINE_TUNING",
+        "FINE_TUNING_RATE",
+        "PRETRAINING_EPOCHS",
+        "BY_HAND",
+    ):
         environment.pop(name, None)
     subprocess.run([ROOT / "results" / script, *words], env=environment | more, check=True, cwd=folder)
     monkeypatch.chdir(ROOT)
@@ -89,11 +98,7 @@ def check_tables(call, name):
 @pytest.mark.skipif(os.name == "nt", reason="sh")
 @pytest.mark.parametrize(
     "name, seeds, pools",
-    [
-        ("classification", "0 1 2 3 4", ("cls+centre", "cls+centre")),
-        ("class_token", "0 1 2 3 4", ("cls", "cls+mean")),
-        ("augmentations", "0 1 2", ("cls+centre", "cls+centre")),
-    ],
+    [("classification", "0 1 2 3 4", ("cls+centre", "cls+centre")), ("class_token", "0 1 2 3 4", ("cls", "cls+mean"))],
 )
 def test_scripts_give_the_product_flags_that_it_knows(tmp_path, monkeypatch, name, seeds, pools):
     made, *halves, tables = calls_of(f"{name}.sh", tmp_path, monkeypatch)
@@ -220,6 +225,42 @@ def test_fewer_epochs_of_the_same_schedule(tmp_path, monkeypatch):
             assert args.arms == ["trained", "scratch"] and not args.probe
             assert (tuning.epochs, tuning.warmup_epochs / epochs, tuning.pool) == (epochs, 5 / 40, "cls+centre")
         assert check_tables(of_study[2], f"epochs_{epochs}").against == ["scratch"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+@pytest.mark.parametrize(
+    "name, table, epochs",
+    [
+        ("augmentations", "augmentations", dict.fromkeys(("none", "elastic", "paper", "all"), 18)),
+        ("pretraining", "pretraining_epochs", {"nodules_18_epochs": 18, "nodules_162_epochs": 162}),
+    ],
+)
+def test_what_pre_training_is_asked_frozen(tmp_path, monkeypatch, name, table, epochs):
+    _, *halves, tables = [call for call in calls_of(f"{name}.sh", tmp_path, monkeypatch) if "curves" not in call[0]]
+    for half, call in enumerate(halves):
+        args = study.get_args_parser().parse_args(call[1:])
+        assert args.classification is None and args.probe and args.seeds == [0, 1, 2] and args.part == f"half{half}"
+        assert features_flags(split_flags("probe", args.probe_flags)).pool == "cls+centre"
+        pretraining = split_flags("pretrain", args.pretrain_flags)
+        arms = {arm.name: arm for arm in choose_arms(args.arms, read_arms(args.arms_file))}
+        assert arms.keys() >= epochs.keys() | {"random"}
+        for arm, expected in epochs.items():
+            flags = [*pretraining, *arms[arm].flags, "--data_dir", "x", "--output_dir", "y"]
+            assert main_dino.get_args_parser().parse_args(flags[flags.index("--arch") :]).epochs == expected
+    assert len(halves) == 2 and "trivial-radial" in check_tables(tables, table).arms
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sh")
+def test_other_rates_are_tried_with_both_arms(tmp_path, monkeypatch):
+    leave_encoders(tmp_path / "w")
+    calls = [call for call in calls_of("rates.sh", tmp_path, monkeypatch) if call[0] == "study.py"]
+    assert len(calls) == 9
+    for rate, *of_study in zip((0.00025, 0.001, 0.002), calls[::3], calls[1::3], calls[2::3]):
+        for half, call in enumerate(of_study[:2]):
+            args, tuning = check_half(half, call, f"rate_{rate}", "0 1 2", tmp_path / "w")
+            assert args.arms == ["trained", "scratch"] and not args.probe
+            assert (tuning.lr, tuning.epochs, tuning.pool) == (rate, 40, "cls+centre")
+        assert check_tables(of_study[2], f"rate_{rate}").against == ["scratch"]
 
 
 def write_tables(folder, arms, values, minus, task="classification"):
@@ -412,8 +453,11 @@ def test_records_that_are_kept_hold_together():
 def test_the_arms_are_the_recipes():
     arms = read_arms(str(ROOT / "results" / "arms.txt"))
     for name, arm in arms.items():
-        flags = tuple(map(str, read_flags(str(ROOT / "recipes" / f"{name}.txt"))))
-        assert arm.flags == (*flags, "--epochs", "54")
+        recipe, _, epochs = (
+            name.removesuffix("_epochs").rpartition("_") if name.endswith("_epochs") else (name, "", "54")
+        )
+        flags = tuple(map(str, read_flags(str(ROOT / "recipes" / f"{recipe}.txt"))))
+        assert arm.flags == (*flags, "--epochs", epochs)
 
 
 WEIGHTS = sorted((ROOT / "results" / "weights").glob("*.safetensors"))
