@@ -4,12 +4,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import evaluate_features
 import extract_features
 import main_dino
 import main_lnc_luna16
@@ -21,7 +24,7 @@ from dino3d.files import read_table, write_table
 from dino3d.flag_files import read_flags
 from dino3d.study.arms import choose_arms, read_arms
 from dino3d.study.definition import split_flags
-from results import curves, join_tables, make_masks, repeated
+from results import curves, gpu, join_tables, make_masks, repeated
 
 # In place of Python: notes its arguments, and says what kind of data there is
 STUB = """#!/bin/sh
@@ -494,3 +497,62 @@ def test_the_readme_says_what_the_tables_say():
     tables = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*/results.md"))
     figures = re.findall(r"[+-]?\d\.\d{3} \([+-]?\d\.\d{3} to [+-]?\d\.\d{3}\)", readme)
     assert len(figures) > 5 and not [one for one in figures if one not in tables]
+
+
+def test_a_gpu_is_given_flags_that_the_scripts_know(tmp_path, monkeypatch, capsys):
+    """Scripts stood in for: what they are told, how many epochs fit, and the table and curve of what they leave."""
+    calls = []
+
+    def stand_in(script, *flags):
+        words = [str(flag) for flag in flags]
+        calls.append((script, words))
+        if script == "results/make_data.py":
+            for half in (0, 1):
+                (tmp_path / "data").mkdir(exist_ok=True)
+                (tmp_path / f"data/half{half}.txt").write_text(f"p{half}\n")
+                (tmp_path / f"data/pairs/subset0/label0/p{half}").mkdir(parents=True)
+        elif script == "main_dino.py":
+            args = main_dino.get_args_parser().parse_args(words)
+            assert args.data_list == str(tmp_path / "data/pool_without_half0.csv") and args.input_size[0] % 24 == 0
+            folder = Path(args.output_dir)
+            folder.mkdir()
+            seconds = 20 if args.arch == "vit_small" else 3
+            log = [{"epoch": i, "step": 4 * i, "seconds": seconds} for i in range(1, args.epochs + 1)]
+            (folder / "log.txt").write_text("".join(json.dumps(one) + "\n" for one in log))
+            for epoch in range(args.saveckp_freq or 999, args.epochs + 1, args.saveckp_freq or 999):
+                (folder / f"checkpoint{epoch:04}.pth").touch()
+        elif script == "extract_features.py":
+            assert extract_features.get_args_parser().parse_args(words).pool == "cls+centre"
+        else:
+            args = evaluate_features.get_args_parser().parse_args(words)
+            names = [Path(name).stem for name in [*args.features, *args.group]]
+            rows = [[name, "logistic", "auc", 0.7 + i / 100, 0.6, 0.9] for i, name in enumerate(names)]
+            (tmp_path / "evaluation").mkdir(exist_ok=True)
+            header = ["table", "protocol", "metric", "value", "low", "high"]
+            write_table(tmp_path / "evaluation/metrics.csv", header, rows)
+            assert sorted(path.name for path in Path(args.labels).glob("*/*/*")) == ["p0"]
+
+    monkeypatch.setattr(gpu, "run_script", stand_in)
+    gpu.main(["--output", str(tmp_path), "--minutes", "15"])
+    small, measured, fine = [words for script, words in calls if script == "main_dino.py"]
+    parsed = [main_dino.get_args_parser().parse_args(words) for words in (small, measured, fine)]
+    assert [(one.arch, one.batch_size_per_gpu, one.patches_per_volume) for one in parsed] == [
+        ("vit_micro", 256, 20),
+        ("vit_small", 64, 1),
+        ("vit_small", 64, 1),
+    ]
+    # a token of 3 mm where the recipe has 6, a view as large
+    assert [n * mm for n, mm in zip(parsed[2].input_size, parsed[2].spacing)] == [24, 24, 24]
+    assert parsed[2].epochs == int(12 * 60 / 20) - 1  # stood in for, all takes no time: but not quite
+    said = capsys.readouterr().out
+    assert "| small | 55,296 | 0." in said and "| fine, five random encoders | 0 |" in said
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    calls.clear()
+    shutil.rmtree(tmp_path / "data")
+    for name in ("small", "measured", "fine"):
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "fine_epochs.json").unlink()
+    gpu.main(["--output", str(tmp_path), "--minutes", "4"])
+    said = "fine_epochs.json: 9 epochs, expected 12 or more; remove it for more --minutes"
+    assert said in capsys.readouterr().out and [script for script, _ in calls].count("main_dino.py") == 2
