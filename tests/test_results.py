@@ -537,7 +537,7 @@ def test_a_gpu_is_given_flags_that_the_scripts_know(tmp_path, monkeypatch, capsy
     small, measured, fine = [words for script, words in calls if script == "main_dino.py"]
     parsed = [main_dino.get_args_parser().parse_args(words) for words in (small, measured, fine)]
     assert [(one.arch, one.batch_size_per_gpu, one.patches_per_volume) for one in parsed] == [
-        ("vit_micro", 256, 20),
+        ("vit_micro", 128, 20),
         ("vit_small", 64, 1),
         ("vit_small", 64, 1),
     ]
@@ -545,7 +545,7 @@ def test_a_gpu_is_given_flags_that_the_scripts_know(tmp_path, monkeypatch, capsy
     assert [n * mm for n, mm in zip(parsed[2].input_size, parsed[2].spacing)] == [24, 24, 24]
     assert parsed[2].epochs == int(12 * 60 / 20) - 1  # stood in for, all takes no time: but not quite
     said = capsys.readouterr().out
-    assert "| small | 55,296 | 0." in said and "| fine, five random encoders | 0 |" in said
+    assert "| small | 27,648 | 0." in said and "| fine, five random encoders | 0 |" in said
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
     calls.clear()
