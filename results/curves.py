@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [
             row
             for curve in these.curves
-            for point in curve.sources
+            for point in sorted(curve.sources)
             for row in rows_of_point(curve, point, args.results)
         ]
         if all(row.auc is None for row in rows):

@@ -1,18 +1,19 @@
 """What a quarter of an hour of a GPU adds to the evidence: the small recipe at 20 times the samples, then vit_small.
 
     python results/gpu.py --data ../shared/data --output evidence/gpu --minutes 15
+    python results/gpu.py --output evidence/gpu --evaluate
 
 Both are pre-trained without the patients of half0, on windows of 24 mm, and judged on these patients by frozen features
-on the way: `curve.png`, `table.md` and `evaluation/report.html`, random encoders and the radial profile beside.
-vit_small sees 96 x 96 x 48 voxels and takes what time is left: an epoch of it is measured, and as many are run as fit.
-Start it again to resume; the evaluation, minutes of a core, needs no GPU, and a copy of the folder is enough for it.
+on the way. vit_small sees 96 x 96 x 48 voxels and takes what time is left: epochs of it are measured, and as many are
+run as fit. Start it again to resume. --evaluate needs no GPU: from the features that there are it writes `table.md`,
+`curve.png` and `evaluation/report.html`, with random encoders and the radial profile beside.
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,22 +24,37 @@ from dino3d.command_line import ArgumentParser, UserError, exit_status, help_fla
 from dino3d.files import TEXT, atomic_write, read_json, read_log, read_table, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINTS = 6  # of each run, that the curve is drawn through
-FEWEST_EPOCHS = 12  # of vit_small, at least: fewer are no schedule
-# Beside recipes/nodules.txt, whose rate is 0.006 for a batch of 256
-SMALL = "--epochs 54 --batch_size_per_gpu 128 --lr 0.003"
-# A token is 3 mm instead of 6, and a view the same 24 mm
-FINE = (
-    "--arch vit_small --patch_size 12 12 6 --input_size 96 96 48 --spacing 0.25 0.25 0.5 --drop_path_rate 0.1 "
-    "--batch_size_per_gpu 64 --lr 0.0005 --momentum_teacher 0.996"
-)
+COPIES = 6  # of each run, that the curve is drawn through, the last one its end
+FEWEST_EPOCHS = 12  # of vit_small: fewer are no schedule
+MEASURED_EPOCHS = 8  # of which the later half counts, when the loader has no head start any more
+START_SECONDS = 90  # of data, imports and features, reckoned
+RANDOM = 5  # encoders beside each run
 
 
 class Run(NamedTuple):
-    """A pre-training. name: of its folder; flags: after the recipe's"""
+    """A pre-training, with flags beside those of recipes/nodules.txt."""
 
     name: str
-    flags: list[str]
+    title: str
+    batch: int
+    flags: str
+
+    @property
+    def words(self) -> list[str]:
+        return ["@recipes/nodules.txt", *self.flags.split(), "--batch_size_per_gpu", str(self.batch)]
+
+
+SMALL = Run(
+    "small", "vit_micro, the main table's recipe", 128, "--epochs 54 --lr 0.003"
+)  # the recipe has 0.006 for 256
+FINE = Run(  # a token is 3 mm instead of 6, and a view the same 24 mm; 0.002 for a batch of 256
+    "fine",
+    "vit_small, 96x96x48 voxels",
+    64,
+    "--arch vit_small --patch_size 12 12 6 --input_size 96 96 48 --spacing 0.25 0.25 0.5 --drop_path_rate 0.1 "
+    "--lr 0.0005 --momentum_teacher 0.996",
+)
+PUBLISHED, PUBLISHED_SAMPLES = "published_0000", 60_264  # the main table's encoder of seed 0: the curve's first point
 
 
 def get_args_parser() -> ArgumentParser:
@@ -57,7 +73,7 @@ def get_args_parser() -> ArgumentParser:
         type=number(float, 1),
         default=15.0,
         metavar="F",
-        help="in all; vit_small is given what the small recipe leaves of them, less a fifth for tables",
+        help="in all; vit_small is given what the small recipe leaves of four fifths of them",
     )
     group.add_argument(
         "--times",
@@ -66,52 +82,53 @@ def get_args_parser() -> ArgumentParser:
         metavar="N",
         help="samples of the small recipe, times those of the main table",
     )
+    group.add_argument("--evaluate", action="store_true", help="pre-train nothing, and judge what features there are")
     help_flags(group)
     return parser
 
 
 def run_script(script: str, *flags: object) -> None:
-    """Raises UserError where it fails, whose reason it has printed itself."""
-    words = [sys.executable, str(ROOT / script), *map(str, flags)]
-    if code := subprocess.run(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+    """Signals go on to it. Raises UserError where it fails, whose reason it has printed itself."""
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, flags)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    heeded = {
+        one: signal.signal(one, lambda number, _: child.send_signal(number)) for one in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        code = child.wait()
+    finally:
+        for one, before in heeded.items():
+            signal.signal(one, before)
+    if code:
         raise UserError(f"{script} ended with exit code {code}: what it did is kept, start the same command again")
 
 
-def pretrain(output: Path, run: Run) -> None:
-    """From the recipe without half0's patients, with CHECKPOINTS copies on the way."""
+def pretrain(output: Path, run: Run, name: str, *more: object) -> None:
+    """Without half0's patients."""
     lists = output / "data/pool_without_half0.csv"
-    run_script(
-        "main_dino.py", "@recipes/nodules.txt", *run.flags, "--data_list", lists, "--output_dir", output / run.name
-    )
+    run_script("main_dino.py", *run.words, *more, "--data_list", lists, "--output_dir", output / name)
 
 
-def fine_epochs(output: Path, left: float) -> int:
-    """How many epochs of vit_small fit into so many seconds, after one that warms up and one that is measured; what a
-    former call has found stands. Raises UserError where they would be no schedule."""
-    path = output / "fine_epochs.json"
+def seconds_of(folder: Path) -> float:
+    """What a run's epochs took."""
+    return sum(record["seconds"] for record in read_log(folder / "log.txt"))
+
+
+def fine_epochs(output: Path, minutes: float) -> int:
+    """How many epochs of vit_small fit into the minutes that are left; 0: too few. What a former call found stands."""
+    path, measured = output / "fine_epochs.json", output / "measured"
     if not path.is_file():
-        epochs, seconds = 0, None
+        left, epochs, rate = 48 * minutes - START_SECONDS - seconds_of(output / SMALL.name), 0, None
         if left > 60:
-            began, measured = (
-                time.monotonic(),
-                Run("measured", [*FINE.split(), "--epochs", "2", "--warmup_epochs", "1"]),
-            )
-            pretrain(output, measured)
-            seconds = read_log(output / measured.name / "log.txt")[-1]["seconds"]
-            left -= 1.5 * (time.monotonic() - began)  # what it took, and starting once more
-            epochs = max(int(left / seconds), 0)
-        write_json(path, {"epochs": epochs, "seconds_of_an_epoch": seconds, "seconds_left": left})
-    found = read_json(path)
-    print(
-        f"vit_small: {found['seconds_left']:.0f} s left, {found['seconds_of_an_epoch']} s an epoch: {found['epochs']} "
-        "epochs",
-        flush=True,
-    )
-    if found["epochs"] < FEWEST_EPOCHS:
-        raise UserError(
-            f"{path}: {found['epochs']} epochs, expected {FEWEST_EPOCHS} or more; remove it for more --minutes"
-        )
-    return found["epochs"]
+            pretrain(output, FINE, "measured", "--epochs", MEASURED_EPOCHS, "--warmup_epochs", 1, "--saveckp_freq", 0)
+            records = read_log(measured / "log.txt")
+            rates = [record["volumes_per_second"] for record in records[MEASURED_EPOCHS // 2 :]]
+            rate = sum(rates) / len(rates)
+            seconds = FINE.batch * records[0]["step"] / rate
+            epochs = max(0, int((left - seconds_of(measured)) / seconds))
+        write_json(path, {"epochs": epochs if epochs >= FEWEST_EPOCHS else 0, "samples_per_second": rate, "left": left})
+    return read_json(path)["epochs"]
 
 
 def unseen_pairs(output: Path) -> Path:
@@ -126,87 +143,125 @@ def unseen_pairs(output: Path) -> Path:
     return folder
 
 
-def extract(output: Path, run: Run, pairs: Path) -> dict[str, int]:
-    """Features of a run's copies and its end. Returns {table: steps of pre-training}."""
-    folder, tables = output / run.name, {}
+def extract(output: Path, name: str, weights: Path, *more: object) -> None:
+    """Features of the pairs, once."""
+    table = output / "features" / f"{name}.csv"
+    done = table.with_suffix(".done")
+    if not done.is_file():
+        begun = [*table.parent.glob(f"{name}.*"), *table.parent.glob(f".{name}.*")]
+        for one in begun:  # maybe on another device, which is refused
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+        flags = ("--weights", weights, "--input", unseen_pairs(output), "--output", table, "--pool", "cls+centre")
+        run_script("extract_features.py", *flags, *more)
+        done.touch()
+
+
+def extract_run(output: Path, run: Run) -> None:
+    """Features of a run's copies and its end, called by the samples that it has seen."""
+    folder = output / run.name
     steps = {record["epoch"]: record["step"] for record in read_log(folder / "log.txt")}
     end = max(steps)
     copies = {int(path.stem.removeprefix("checkpoint")): path for path in folder.glob("checkpoint[0-9]*.pth")}
-    for epochs, path in sorted((copies | {end: folder / "checkpoint.pth"}).items()):
-        name = f"{run.name}_{epochs:04d}"
-        tables[name] = steps[epochs]
-        beside = ("--random", 5, "--trivial") if epochs == end else ()
-        run_script(
-            "extract_features.py",
-            *("--weights", path, "--input", pairs, "--output", output / f"features/{name}.csv"),
-            *("--pool", "cls+centre", *beside),
-        )
-    return tables
+    for epoch, path in sorted((copies | {end: folder / "checkpoint.pth"}).items()):
+        name = f"{run.name}_{steps[epoch] * run.batch}"
+        extract(output, name, path, *(("--random", RANDOM, "--trivial") if epoch == end else ()))
 
 
-def tell(output: Path, batches: dict[str, int], found: dict[str, dict[str, int]]) -> None:
-    """Write table.md and curve.png. batches: {run: samples of a step}; found: {run: {table: steps}}"""
+def evaluate(output: Path) -> None:
+    """Judge all features that there are, and write the table and the figure. Raises UserError where there are none."""
+    done = [path.with_suffix(".csv") for path in sorted((output / "features").glob("*.done"))]
+    if not done:
+        raise UserError(f"--output {output}: has no features yet; run it without --evaluate, on a GPU")
+    beside = sorted(output.glob("features/*.random0.csv"))
+    groups = [str(path).replace(".random0.csv", ".random*.csv") for path in beside]
+    hand = sorted(output.glob("features/*.trivial-radial.csv"))[:1]
+    run_script(
+        "evaluate_features.py",
+        *("--features", *done, *hand, *(("--group", *groups) if groups else ())),
+        *("--labels", unseen_pairs(output), "--curves", "off", "--output_dir", output / "evaluation"),
+    )
+    tell(output)
+
+
+def tell(output: Path) -> None:
+    """Write table.md and curve.png from the evaluation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     auc = {
-        row["table"]: [float(row[name]) for name in ("value", "low", "high")]
+        row["table"]: tuple(float(row[name]) for name in ("value", "low", "high"))
         for row in read_table(output / "evaluation/metrics.csv")
         if (row["protocol"], row["metric"]) == ("logistic", "auc")
     }
-    named = lambda words: next(values for table, values in auc.items() if words in table)  # noqa: E731
     lines = ["| | samples | AUC (95 % interval) |", "| --- | --- | --- |"]
-    drawing = Figure((5.2, 3.6), layout="constrained")
+    drawing = Figure((5.6, 3.8), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots()
-    for (run, tables), colour in zip(found.items(), ("tab:blue", "tab:orange")):
-        beside = named(f"{list(tables)[-1]}.random")
-        points = [(steps * batches[run], *auc[table]) for table, steps in tables.items()]
-        lines += [f"| {run} | {seen:,} | {mean:.3f} ({low:.3f} to {high:.3f}) |" for seen, mean, low, high in points]
-        lines.append(f"| {run}, five random encoders | 0 | {beside[0]:.3f} ({beside[1]:.3f} to {beside[2]:.3f}) |")
+    for run, colour in ((SMALL, "tab:blue"), (FINE, "tab:orange")):
+        points = [
+            (int(name.partition("_")[2]), *figures)
+            for name, figures in auc.items()
+            if name.startswith(f"{run.name}_") and "." not in name
+        ]
+        if run is SMALL and PUBLISHED in auc:
+            points.append((PUBLISHED_SAMPLES, *auc[PUBLISHED]))
+        if not points:
+            lines.append(f"| {run.title} | not run | |")
+            continue
+        points.sort()
+        lines += [f"| {run.title} | {seen:,} | {figure(*figures)} |" for seen, *figures in points]
         seen, mean, low, high = zip(*points)
         off = [[m - bound for m, bound in zip(mean, low)], [bound - m for m, bound in zip(mean, high)]]
-        axes.errorbar(seen, mean, off, fmt="o-", capsize=3, color=colour, label=run)
-        axes.axhline(beside[0], color=colour, linestyle="--", label=f"{run}, random encoders")
-    hand = named("trivial-radial")
-    lines.append(f"| radial profile by hand | | {hand[0]:.3f} ({hand[1]:.3f} to {hand[2]:.3f}) |")
-    axes.axhline(hand[0], color="0.5", linestyle=":", label="radial profile by hand")
+        axes.errorbar(seen, mean, off, fmt="o-", capsize=3, color=colour, label=run.title)
+        for name, figures in auc.items():
+            if name.startswith(f"mean of {RANDOM}: {run.name}_"):
+                lines.append(f"| {run.title}: {RANDOM} random encoders | 0 | {figure(*figures)} |")
+                axes.axhline(figures[0], color=colour, linestyle="--", label="random encoders of the same")
+    for name, figures in auc.items():
+        if name.endswith(".trivial-radial"):
+            lines.append(f"| radial profile by hand | | {figure(*figures)} |")
+            axes.axhline(figures[0], color="0.5", linestyle=":", label="radial profile by hand")
     axes.set(xlabel="samples of pre-training", ylabel="AUC, 95 % interval", xlim=(0, None))
     axes.legend(loc="lower right", fontsize=8)
     with atomic_write(output / "curve.png") as part:
         drawing.savefig(part, dpi=150, format="png")
+    lines += ["", "Frozen, 47 patients of half0, one seed of each run: intervals are over patients alone."]
     with atomic_write(output / "table.md") as part:
         part.write_text("\n".join(lines) + "\n", **TEXT)
     print(*lines, f"figure       {output / 'curve.png'}", sep="\n")
 
 
+def figure(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("no GPU is visible, without which this takes days; --evaluate judges what a GPU has left")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    began, output = time.monotonic(), args.output
-    run_script("results/make_data.py", "--data", args.data, "--output", output / "data")
-    copies = ["--saveckp_freq", str(54 // CHECKPOINTS)]
-    runs = [Run("small", [*SMALL.split(), "--patches_per_volume", str(args.times), *copies])]
-    pretrain(output, runs[0])
-    try:
-        epochs = fine_epochs(output, 48 * args.minutes - (time.monotonic() - began))
-    except UserError as error:
-        print(f"vit_small is left out: {error}", flush=True)
-    else:
-        copies = ["--saveckp_freq", str(-(-epochs // CHECKPOINTS))]
-        warmup = ["--warmup_epochs", str(max(1, epochs // 10))]
-        runs.append(Run("fine", [*FINE.split(), "--epochs", str(epochs), *warmup, *copies]))
-        pretrain(output, runs[1])
-    pairs = unseen_pairs(output)
-    found = {run.name: extract(output, run, pairs) for run in runs}
-    tables = [output / f"features/{name}.csv" for mine in found.values() for name in mine]
-    hand = output / f"features/{list(found['small'])[-1]}.trivial-radial.csv"
-    groups = [output / f"features/{list(mine)[-1]}.random*.csv" for mine in found.values()]
-    run_script(
-        "evaluate_features.py",
-        *("--features", *tables, hand, "--group", *groups, "--labels", pairs),
-        *("--curves", "off", "--output_dir", output / "evaluation"),
-    )
-    tell(output, {"small": 128, "fine": 64}, found)
+    output = args.output.resolve()
+    if not args.evaluate:
+        require_gpu()
+        run_script("results/make_data.py", "--data", args.data.resolve(), "--output", output / "data")
+        extract(output, PUBLISHED, ROOT / "results/weights/nodules_without_half0.safetensors")
+        pretrain(output, SMALL, SMALL.name, "--patches_per_volume", args.times, "--saveckp_freq", 54 // COPIES)
+        extract_run(output, SMALL)
+        epochs = fine_epochs(output, args.minutes)
+        print(
+            f"vit_small: {epochs or f'fewer than {FEWEST_EPOCHS}'} epochs fit into the minutes that are left",
+            flush=True,
+        )
+        if epochs:
+            warmup = max(1, epochs // 10)
+            copies = -(-epochs // COPIES)
+            pretrain(output, FINE, FINE.name, "--epochs", epochs, "--warmup_epochs", warmup, "--saveckp_freq", copies)
+            extract_run(output, FINE)
+    evaluate(output)
 
 
 if __name__ == "__main__":

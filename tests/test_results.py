@@ -24,7 +24,7 @@ from dino3d.files import read_table, write_table
 from dino3d.flag_files import read_flags
 from dino3d.study.arms import choose_arms, read_arms
 from dino3d.study.definition import split_flags
-from results import curves, gpu, join_tables, make_masks, repeated
+from results import curves, gpu, join_tables, make_data, make_masks, repeated
 
 # In place of Python: notes its arguments, and says what kind of data there is
 STUB = """#!/bin/sh
@@ -499,60 +499,125 @@ def test_the_readme_says_what_the_tables_say():
     assert len(figures) > 5 and not [one for one in figures if one not in tables]
 
 
-def test_a_gpu_is_given_flags_that_the_scripts_know(tmp_path, monkeypatch, capsys):
-    """Scripts stood in for: what they are told, how many epochs fit, and the table and curve of what they leave."""
-    calls = []
+class Scripts:
+    """In place of the scripts that results/gpu.py runs: notes calls, whose flags the real parsers take, and leaves what
+    they would. stop_at: how many calls until one fails"""
 
-    def stand_in(script, *flags):
+    def __init__(self, output):
+        self.output, self.calls, self.stop_at, self.epoch_seconds = output, [], None, 1.6
+
+    def __call__(self, script, *flags):
         words = [str(flag) for flag in flags]
-        calls.append((script, words))
-        if script == "results/make_data.py":
-            for half in (0, 1):
-                (tmp_path / "data").mkdir(exist_ok=True)
-                (tmp_path / f"data/half{half}.txt").write_text(f"p{half}\n")
-                (tmp_path / f"data/pairs/subset0/label0/p{half}").mkdir(parents=True)
-        elif script == "main_dino.py":
-            args = main_dino.get_args_parser().parse_args(words)
-            assert args.data_list == str(tmp_path / "data/pool_without_half0.csv") and args.input_size[0] % 24 == 0
-            folder = Path(args.output_dir)
-            folder.mkdir()
-            seconds = 20 if args.arch == "vit_small" else 3
-            log = [{"epoch": i, "step": 4 * i, "seconds": seconds} for i in range(1, args.epochs + 1)]
-            (folder / "log.txt").write_text("".join(json.dumps(one) + "\n" for one in log))
-            for epoch in range(args.saveckp_freq or 999, args.epochs + 1, args.saveckp_freq or 999):
-                (folder / f"checkpoint{epoch:04}.pth").touch()
-        elif script == "extract_features.py":
-            assert extract_features.get_args_parser().parse_args(words).pool == "cls+centre"
-        else:
-            args = evaluate_features.get_args_parser().parse_args(words)
-            names = [Path(name).stem for name in [*args.features, *args.group]]
-            rows = [[name, "logistic", "auc", 0.7 + i / 100, 0.6, 0.9] for i, name in enumerate(names)]
-            (tmp_path / "evaluation").mkdir(exist_ok=True)
-            header = ["table", "protocol", "metric", "value", "low", "high"]
-            write_table(tmp_path / "evaluation/metrics.csv", header, rows)
-            assert sorted(path.name for path in Path(args.labels).glob("*/*/*")) == ["p0"]
+        self.calls.append((script, words))
+        if len(self.calls) == self.stop_at:
+            raise UserError(f"{script} ended with exit code 1")
+        getattr(self, Path(script).stem)(words)
 
+    def make_data(self, words):
+        make_data.get_args_parser().parse_args(words)
+        for half in (0, 1):
+            (self.output / f"data/pairs/subset0/label0/p{half}").mkdir(parents=True, exist_ok=True)
+            (self.output / f"data/half{half}.txt").write_text(f"p{half}\n")
+
+    def main_dino(self, words):
+        args = main_dino.get_args_parser().parse_args(words)
+        assert args.data_list == str(self.output / "data/pool_without_half0.csv")
+        folder, rate = Path(args.output_dir), 17 * args.batch_size_per_gpu / self.epoch_seconds
+        folder.mkdir(exist_ok=True)
+        log = [
+            {"epoch": i, "step": 17 * i, "seconds": self.epoch_seconds, "volumes_per_second": rate}
+            for i in range(1, args.epochs + 1)
+        ]
+        (folder / "log.txt").write_text("".join(json.dumps(one) + "\n" for one in log))
+        for epoch in range(args.saveckp_freq or 999, args.epochs + 1, args.saveckp_freq or 999):
+            (folder / f"checkpoint{epoch:04}.pth").touch()
+
+    def extract_features(self, words):
+        args = extract_features.get_args_parser().parse_args(words)
+        assert args.pool == "cls+centre" and [path.name for path in Path(args.input).glob("*/*/*")] == ["p0"]
+        table = Path(args.output)
+        table.parent.mkdir(exist_ok=True)
+        more = ["trivial-radial", *(f"random{i}" for i in range(args.random))] if args.random else []
+        for name in [table.name, *(f"{table.stem}.{one}.csv" for one in more)]:
+            assert not table.with_name(name).exists()
+            table.with_name(name).touch()
+
+    def evaluate_features(self, words):
+        args = evaluate_features.get_args_parser().parse_args(words)
+        tables = [Path(name).stem for name in args.features]
+        members = [path.stem for one in args.group for path in sorted(Path(one).parent.glob(Path(one).name))]
+        names = [*tables, *members, *(f"mean of 5: {Path(one).name}" for one in args.group)]
+        rows = [[name, "logistic", "auc", 0.5 + i / 100, 0.4, 0.9] for i, name in enumerate(names)]
+        (self.output / "evaluation").mkdir(exist_ok=True)
+        header = ["table", "protocol", "metric", "value", "low", "high"]
+        write_table(self.output / "evaluation/metrics.csv", header, rows)
+        self.told = {row[0]: f"{row[3]:.3f} (0.400 to 0.900) |" for row in rows}
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    stand_in = Scripts(tmp_path)
     monkeypatch.setattr(gpu, "run_script", stand_in)
+    monkeypatch.setattr(gpu, "require_gpu", lambda: None)
+    return stand_in
+
+
+def pretrained(scripts):
+    """{folder: flags} of what main_dino.py was called with."""
+    calls = [words for script, words in scripts.calls if script == "main_dino.py"]
+    parsed = [main_dino.get_args_parser().parse_args(words) for words in calls]
+    return {Path(args.output_dir).name: args for args in parsed}
+
+
+def test_a_gpu_runs_the_small_recipe_and_vit_small_for_what_is_left(scripts, tmp_path, capsys):
     gpu.main(["--output", str(tmp_path), "--minutes", "15"])
-    small, measured, fine = [words for script, words in calls if script == "main_dino.py"]
-    parsed = [main_dino.get_args_parser().parse_args(words) for words in (small, measured, fine)]
-    assert [(one.arch, one.batch_size_per_gpu, one.patches_per_volume) for one in parsed] == [
+    runs = pretrained(scripts)
+    assert [(one.arch, one.batch_size_per_gpu, one.patches_per_volume) for one in runs.values()] == [
         ("vit_micro", 128, 20),
         ("vit_small", 64, 1),
         ("vit_small", 64, 1),
     ]
-    # a token of 3 mm where the recipe has 6, a view as large
-    assert [n * mm for n, mm in zip(parsed[2].input_size, parsed[2].spacing)] == [24, 24, 24]
-    assert parsed[2].epochs == int(12 * 60 / 20) - 1  # stood in for, all takes no time: but not quite
-    said = capsys.readouterr().out
-    assert "| small | 27,648 | 0." in said and "| fine, five random encoders | 0 |" in said
+    fine = runs["fine"]
+    assert [n * mm for n, mm in zip(fine.input_size, fine.spacing)] == [24, 24, 24]
+    # of four fifths of the time, without the small recipe, what is measured, and starting
+    assert fine.epochs == int((12 * 60 - 54 * 1.6 - 8 * 1.6 - gpu.START_SECONDS) / 1.6)
+    said, told = capsys.readouterr().out, scripts.told
+    assert f"| vit_micro, the main table's recipe | {54 * 17 * 128:,} | " in said
+    end = fine.epochs * 17 * 64
+    assert f"| vit_small, 96x96x48 voxels: 5 random encoders | 0 | {told[f'mean of 5: fine_{end}.random*.csv']}" in said
+    assert f"| vit_small, 96x96x48 voxels | {end:,} | {told[f'fine_{end}']}" in said
+    assert f"| vit_micro, the main table's recipe | 60,264 | {told['published_0000']}" in said
+    assert said.count("| vit_small, 96x96x48 voxels | ") == gpu.COPIES
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
-    calls.clear()
-    shutil.rmtree(tmp_path / "data")
-    for name in ("small", "measured", "fine"):
-        shutil.rmtree(tmp_path / name)
-    (tmp_path / "fine_epochs.json").unlink()
-    gpu.main(["--output", str(tmp_path), "--minutes", "4"])
-    said = "fine_epochs.json: 9 epochs, expected 12 or more; remove it for more --minutes"
-    assert said in capsys.readouterr().out and [script for script, _ in calls].count("main_dino.py") == 2
+
+def test_a_gpu_that_stops_anywhere_resumes(scripts, tmp_path, capsys):
+    for stop_at in range(1, 40):
+        scripts.stop_at = len(scripts.calls) + stop_at
+        try:
+            gpu.main(["--output", str(tmp_path), "--minutes", "6"])
+            break
+        except UserError as error:
+            assert "exit code 1" in str(error)
+    assert stop_at > 5 and pretrained(scripts)["fine"].epochs == int((4.8 * 60 - 62 * 1.6 - gpu.START_SECONDS) / 1.6)
+    shutil.rmtree(tmp_path / "fine")
+    scripts.calls.clear()
+    gpu.main(["--output", str(tmp_path), "--evaluate"])  # elsewhere, from the features alone
+    assert [script for script, _ in scripts.calls] == ["evaluate_features.py"]
+    assert "vit_small, 96x96x48 voxels: 5 random" in capsys.readouterr().out
+
+
+def test_vit_small_is_left_out_where_no_schedule_fits(scripts, tmp_path, capsys):
+    scripts.epoch_seconds = 10
+    gpu.main(["--output", str(tmp_path), "--minutes", "15"])
+    assert pretrained(scripts).keys() == {"small", "measured"}
+    said = capsys.readouterr().out
+    assert "vit_small: fewer than 12 epochs fit" in said and "| vit_small, 96x96x48 voxels | not run | |" in said
+    with pytest.raises(UserError, match="has no features yet"):
+        gpu.main(["--output", str(tmp_path / "other"), "--evaluate"])
+
+
+def test_without_a_gpu_nothing_is_pre_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="no GPU is visible, .* --evaluate"):
+        gpu.main(["--output", str(tmp_path)])
