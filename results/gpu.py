@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dino3d.command_line import ArgumentParser, UserError, exit_status, help_flags, number  # noqa: E402
 from dino3d.files import TEXT, atomic_write, read_json, read_log, read_table, write_json  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-COPIES = 6  # of each run, that the curve is drawn through, the last one its end
+CHECKOUT = Path(__file__).resolve().parent.parent
+CURVE_POINTS = 6  # of each run, that the curve is drawn through, the last one its end
 FEWEST_EPOCHS = 12  # of vit_small: fewer are no schedule
 MEASURED_EPOCHS = 8  # of which the later half counts, when the loader has no head start any more
 START_SECONDS = 90  # of data, imports and features, reckoned
-RANDOM = 5  # encoders beside each run
+RANDOM_ENCODERS = 5  # encoders beside each run
 
 
 class Run(NamedTuple):
@@ -44,17 +44,17 @@ class Run(NamedTuple):
         return ["@recipes/nodules.txt", *self.flags.split(), "--batch_size_per_gpu", str(self.batch)]
 
 
-SMALL = Run(
+LONG_MICRO = Run(
     "small", "vit_micro, the main table's recipe", 128, "--epochs 54 --lr 0.003"
 )  # the recipe has 0.006 for 256
-FINE = Run(  # a token is 3 mm instead of 6, and a view the same 24 mm; 0.002 for a batch of 256
+FINE_SMALL = Run(  # a token is 3 mm instead of 6, and a view the same 24 mm; 0.002 for a batch of 256
     "fine",
     "vit_small, 96x96x48 voxels",
     64,
     "--arch vit_small --patch_size 12 12 6 --input_size 96 96 48 --spacing 0.25 0.25 0.5 --drop_path_rate 0.1 "
     "--lr 0.0005 --momentum_teacher 0.996",
 )
-PUBLISHED, PUBLISHED_SAMPLES = "published_0000", 60_264  # the main table's encoder of seed 0: the curve's first point
+KEPT_ENCODER, KEPT_SAMPLES = "published_0000", 60_264  # the main table's encoder of seed 0: the curve's first point
 
 
 def get_args_parser() -> ArgumentParser:
@@ -65,7 +65,7 @@ def get_args_parser() -> ArgumentParser:
     )
     group = parser.add_argument_group("what is run")
     group.add_argument(
-        "--data", type=Path, default=ROOT / "../shared/data", metavar="DIR", help="as make_data.py has it"
+        "--data", type=Path, default=CHECKOUT / "../shared/data", metavar="DIR", help="as make_data.py has it"
     )
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="where all goes; resumes")
     group.add_argument(
@@ -87,10 +87,12 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def run_script(script: str, *flags: object) -> None:
+def call_script(script: str, *flags: object) -> None:
     """Signals go on to it. Raises UserError where it fails, whose reason it has printed itself."""
     child = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, flags)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, str(CHECKOUT / script), *map(str, flags)],
+        cwd=CHECKOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     heeded = {
         one: signal.signal(one, lambda number, _: child.send_signal(number)) for one in (signal.SIGTERM, signal.SIGINT)
@@ -107,10 +109,10 @@ def run_script(script: str, *flags: object) -> None:
 def pretrain(output: Path, run: Run, name: str, *more: object) -> None:
     """Without half0's patients."""
     lists = output / "data/pool_without_half0.csv"
-    run_script("main_dino.py", *run.words, *more, "--data_list", lists, "--output_dir", output / name)
+    call_script("main_dino.py", *run.words, *more, "--data_list", lists, "--output_dir", output / name)
 
 
-def seconds_of(folder: Path) -> float:
+def epochs_seconds(folder: Path) -> float:
     """What a run's epochs took."""
     return sum(record["seconds"] for record in read_log(folder / "log.txt"))
 
@@ -119,14 +121,16 @@ def fine_epochs(output: Path, minutes: float) -> int:
     """How many epochs of vit_small fit into the minutes that are left; 0: too few. What a former call found stands."""
     path, measured = output / "fine_epochs.json", output / "measured"
     if not path.is_file():
-        left, epochs, rate = 48 * minutes - START_SECONDS - seconds_of(output / SMALL.name), 0, None
+        left, epochs, rate = 48 * minutes - START_SECONDS - epochs_seconds(output / LONG_MICRO.name), 0, None
         if left > 60:
-            pretrain(output, FINE, "measured", "--epochs", MEASURED_EPOCHS, "--warmup_epochs", 1, "--saveckp_freq", 0)
+            pretrain(
+                output, FINE_SMALL, "measured", "--epochs", MEASURED_EPOCHS, "--warmup_epochs", 1, "--saveckp_freq", 0
+            )
             records = read_log(measured / "log.txt")
             rates = [record["volumes_per_second"] for record in records[MEASURED_EPOCHS // 2 :]]
             rate = sum(rates) / len(rates)
-            seconds = FINE.batch * records[0]["step"] / rate
-            epochs = max(0, int((left - seconds_of(measured)) / seconds))
+            seconds = FINE_SMALL.batch * records[0]["step"] / rate
+            epochs = max(0, int((left - epochs_seconds(measured)) / seconds))
         write_json(path, {"epochs": epochs if epochs >= FEWEST_EPOCHS else 0, "samples_per_second": rate, "left": left})
     return read_json(path)["epochs"]
 
@@ -152,7 +156,7 @@ def extract(output: Path, name: str, weights: Path, *more: object) -> None:
         for one in begun:  # maybe on another device, which is refused
             shutil.rmtree(one) if one.is_dir() else one.unlink()
         flags = ("--weights", weights, "--input", unseen_pairs(output), "--output", table, "--pool", "cls+centre")
-        run_script("extract_features.py", *flags, *more)
+        call_script("extract_features.py", *flags, *more)
         done.touch()
 
 
@@ -164,7 +168,7 @@ def extract_run(output: Path, run: Run) -> None:
     copies = {int(path.stem.removeprefix("checkpoint")): path for path in folder.glob("checkpoint[0-9]*.pth")}
     for epoch, path in sorted((copies | {end: folder / "checkpoint.pth"}).items()):
         name = f"{run.name}_{steps[epoch] * run.batch}"
-        extract(output, name, path, *(("--random", RANDOM, "--trivial") if epoch == end else ()))
+        extract(output, name, path, *(("--random", RANDOM_ENCODERS, "--trivial") if epoch == end else ()))
 
 
 def evaluate(output: Path) -> None:
@@ -175,7 +179,7 @@ def evaluate(output: Path) -> None:
     beside = sorted(output.glob("features/*.random0.csv"))
     groups = [str(path).replace(".random0.csv", ".random*.csv") for path in beside]
     hand = sorted(output.glob("features/*.trivial-radial.csv"))[:1]
-    run_script(
+    call_script(
         "evaluate_features.py",
         *("--features", *done, *hand, *(("--group", *groups) if groups else ())),
         *("--labels", unseen_pairs(output), "--curves", "off", "--output_dir", output / "evaluation"),
@@ -197,14 +201,14 @@ def tell(output: Path) -> None:
     drawing = Figure((5.6, 3.8), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots()
-    for run, colour in ((SMALL, "tab:blue"), (FINE, "tab:orange")):
+    for run, colour in ((LONG_MICRO, "tab:blue"), (FINE_SMALL, "tab:orange")):
         points = [
             (int(name.partition("_")[2]), *figures)
             for name, figures in auc.items()
             if name.startswith(f"{run.name}_") and "." not in name
         ]
-        if run is SMALL and PUBLISHED in auc:
-            points.append((PUBLISHED_SAMPLES, *auc[PUBLISHED]))
+        if run is LONG_MICRO and KEPT_ENCODER in auc:
+            points.append((KEPT_SAMPLES, *auc[KEPT_ENCODER]))
         if not points:
             lines.append(f"| {run.title} | not run | |")
             continue
@@ -214,8 +218,8 @@ def tell(output: Path) -> None:
         off = [[m - bound for m, bound in zip(mean, low)], [bound - m for m, bound in zip(mean, high)]]
         axes.errorbar(seen, mean, off, fmt="o-", capsize=3, color=colour, label=run.title)
         for name, figures in auc.items():
-            if name.startswith(f"mean of {RANDOM}: {run.name}_"):
-                lines.append(f"| {run.title}: {RANDOM} random encoders | 0 | {figure(*figures)} |")
+            if name.startswith(f"mean of {RANDOM_ENCODERS}: {run.name}_"):
+                lines.append(f"| {run.title}: {RANDOM_ENCODERS} random encoders | 0 | {figure(*figures)} |")
                 axes.axhline(figures[0], color=colour, linestyle="--", label="random encoders of the same")
     for name, figures in auc.items():
         if name.endswith(".trivial-radial"):
@@ -247,10 +251,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output.resolve()
     if not args.evaluate:
         require_gpu()
-        run_script("results/make_data.py", "--data", args.data.resolve(), "--output", output / "data")
-        extract(output, PUBLISHED, ROOT / "results/weights/nodules_without_half0.safetensors")
-        pretrain(output, SMALL, SMALL.name, "--patches_per_volume", args.times, "--saveckp_freq", 54 // COPIES)
-        extract_run(output, SMALL)
+        call_script("results/make_data.py", "--data", args.data.resolve(), "--output", output / "data")
+        extract(output, KEPT_ENCODER, CHECKOUT / "results/weights/nodules_without_half0.safetensors")
+        pretrain(
+            output,
+            LONG_MICRO,
+            LONG_MICRO.name,
+            "--patches_per_volume",
+            args.times,
+            "--saveckp_freq",
+            54 // CURVE_POINTS,
+        )
+        extract_run(output, LONG_MICRO)
         epochs = fine_epochs(output, args.minutes)
         print(
             f"vit_small: {epochs or f'fewer than {FEWEST_EPOCHS}'} epochs fit into the minutes that are left",
@@ -258,9 +270,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if epochs:
             warmup = max(1, epochs // 10)
-            copies = -(-epochs // COPIES)
-            pretrain(output, FINE, FINE.name, "--epochs", epochs, "--warmup_epochs", warmup, "--saveckp_freq", copies)
-            extract_run(output, FINE)
+            copies = -(-epochs // CURVE_POINTS)
+            pretrain(
+                output,
+                FINE_SMALL,
+                FINE_SMALL.name,
+                "--epochs",
+                epochs,
+                "--warmup_epochs",
+                warmup,
+                "--saveckp_freq",
+                copies,
+            )
+            extract_run(output, FINE_SMALL)
     evaluate(output)
 
 

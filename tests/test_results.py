@@ -557,7 +557,7 @@ class Scripts:
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
     stand_in = Scripts(tmp_path)
-    monkeypatch.setattr(gpu, "run_script", stand_in)
+    monkeypatch.setattr(gpu, "call_script", stand_in)
     monkeypatch.setattr(gpu, "require_gpu", lambda: None)
     return stand_in
 
@@ -587,7 +587,7 @@ def test_a_gpu_runs_the_small_recipe_and_vit_small_for_what_is_left(scripts, tmp
     assert f"| vit_small, 96x96x48 voxels: 5 random encoders | 0 | {told[f'mean of 5: fine_{end}.random*.csv']}" in said
     assert f"| vit_small, 96x96x48 voxels | {end:,} | {told[f'fine_{end}']}" in said
     assert f"| vit_micro, the main table's recipe | 60,264 | {told['published_0000']}" in said
-    assert said.count("| vit_small, 96x96x48 voxels | ") == gpu.COPIES
+    assert said.count("| vit_small, 96x96x48 voxels | ") == gpu.CURVE_POINTS
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
