@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dino3d.command_line import UserError, exit_status
 from dino3d.launch import meet, read_environment
+from dino3d.malloc import keep_freed_memory
 from dino3d.mixed_precision import multiplies_bf16
 from dino3d.run_lock import own_folder
 from dino3d.weights import load_config, load_file, load_pretrained_weights  # noqa: F401  users import them from here
@@ -37,6 +38,8 @@ def run_script(main: Callable[[], None]) -> None:
     A thread of the process group that frees the last reference to a tensor needs the interpreter, and aborts the
     process if it finds it ending: so whatever refers to the group goes first, then the group with its threads.
     """
+
+    keep_freed_memory()
 
     def main_together() -> None:
         main()

@@ -84,6 +84,7 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
     "dino3d.files": 0,
     "dino3d.launch": 0,
     "dino3d.openmp": 0,
+    "dino3d.malloc": 0,
     "dino3d.run_lock": 0,
     "dino3d.bspline": 0,
     "dino3d.block_masks": 0,
