@@ -113,7 +113,7 @@ def nothing_left_open():
     yield
     if open_files() != before:
         gc.collect()  # what pytest keeps of an expected error may hold a memory map
-    assert open_files() == before
+    assert before is None or open_files() <= before  # fewer where files of another test were closed meanwhile
 
 
 @functools.cache
