@@ -2,7 +2,7 @@
 # MONAI 1.6.1: PydicomReader, by which LoadImage reads a folder of DICOM where the package itk is not installed, takes all
 # files of the folder for slices of one volume. SeriesInstanceUID is not looked at.
 # Expected: an error or a warning where a folder holds two series, or one of them, as SimpleITK 2.5.7 and TorchIO 1.2.1
-# give. A CT is mostly stored as two or more reconstructions of the same slices (soft and sharp kernel, thin and thick),
+# give. A CT is often stored as several reconstructions of the same slices (soft and sharp kernel, thin and thick),
 # and a download by study may put them into one folder.
 # Seen: two reconstructions of slices at 0, 5, 10 and 15 mm become one volume of 8 slices in which they take turns, not
 # even strictly, with an affine that says 2.14 mm (15 / 7) a slice: its extent in mm is right, so that nothing looks

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dino3d.command_line import ArgumentParser, UserError, exit_status, help_flags, number  # noqa: E402
 from dino3d.files import TEXT, atomic_write, read_json, read_log, read_table, write_json  # noqa: E402
+from results.curves import figure  # noqa: E402
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CURVE_POINTS = 6  # of each run, that the curve is drawn through, the last one its end
@@ -88,15 +89,15 @@ def get_args_parser() -> ArgumentParser:
 
 
 def call_script(script: str, *flags: object) -> None:
-    """Signals go on to it. Raises UserError where it fails, whose reason it has printed itself."""
+    """SIGTERM goes on to it, Ctrl-C reaches it from the terminal. Raises UserError where it fails, whose reason it has
+    printed itself."""
     child = subprocess.Popen(
         [sys.executable, str(CHECKOUT / script), *map(str, flags)],
         cwd=CHECKOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    heeded = {
-        one: signal.signal(one, lambda number, _: child.send_signal(number)) for one in (signal.SIGTERM, signal.SIGINT)
-    }
+    answers = {signal.SIGTERM: lambda *_: child.terminate(), signal.SIGINT: lambda *_: None}
+    heeded = {one: signal.signal(one, answer) for one, answer in answers.items()}
     try:
         code = child.wait()
     finally:
@@ -213,17 +214,17 @@ def tell(output: Path) -> None:
             lines.append(f"| {run.title} | not run | |")
             continue
         points.sort()
-        lines += [f"| {run.title} | {seen:,} | {figure(*figures)} |" for seen, *figures in points]
+        lines += [f"| {run.title} | {seen:,} | {figure(figures)} |" for seen, *figures in points]
         seen, mean, low, high = zip(*points)
         off = [[m - bound for m, bound in zip(mean, low)], [bound - m for m, bound in zip(mean, high)]]
         axes.errorbar(seen, mean, off, fmt="o-", capsize=3, color=colour, label=run.title)
         for name, figures in auc.items():
             if name.startswith(f"mean of {RANDOM_ENCODERS}: {run.name}_"):
-                lines.append(f"| {run.title}: {RANDOM_ENCODERS} random encoders | 0 | {figure(*figures)} |")
+                lines.append(f"| {run.title}: {RANDOM_ENCODERS} random encoders | 0 | {figure(figures)} |")
                 axes.axhline(figures[0], color=colour, linestyle="--", label="random encoders of the same")
     for name, figures in auc.items():
         if name.endswith(".trivial-radial"):
-            lines.append(f"| radial profile by hand | | {figure(*figures)} |")
+            lines.append(f"| radial profile by hand | | {figure(figures)} |")
             axes.axhline(figures[0], color="0.5", linestyle=":", label="radial profile by hand")
     axes.set(xlabel="samples of pre-training", ylabel="AUC, 95 % interval", xlim=(0, None))
     axes.legend(loc="lower right", fontsize=8)
@@ -233,10 +234,6 @@ def tell(output: Path) -> None:
     with atomic_write(output / "table.md") as part:
         part.write_text("\n".join(lines) + "\n", **TEXT)
     print(*lines, f"figure       {output / 'curve.png'}", sep="\n")
-
-
-def figure(value: float, low: float, high: float) -> str:
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def require_gpu() -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -249,7 +250,7 @@ def test_what_pre_training_is_asked_frozen(tmp_path, monkeypatch, name, table, e
         assert arms.keys() >= epochs.keys() | {"random"}
         for arm, expected in epochs.items():
             flags = [*pretraining, *arms[arm].flags, "--data_dir", "x", "--output_dir", "y"]
-            assert main_dino.get_args_parser().parse_args(flags[flags.index("--arch") :]).epochs == expected
+            assert main_dino.get_args_parser().parse_args(flags).epochs == expected
     assert len(halves) == 2 and "trivial-radial" in check_tables(tables, table).arms
 
 
@@ -621,3 +622,18 @@ def test_without_a_gpu_nothing_is_pre_trained(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="no GPU is visible, .* --evaluate"):
         gpu.main(["--output", str(tmp_path)])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_script_that_a_gpu_runs_ends_before_its_caller(tmp_path, monkeypatch):
+    """SIGTERM goes on to it, which saves first; the caller waits, and says that the same command resumes."""
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.3)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\ntime.sleep(1)\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "CHECKOUT", tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserError, match="exit code 75: what it did is kept"):
+        gpu.call_script("slow.py")
+    assert (tmp_path / "saved").exists() and signal.getsignal(signal.SIGTERM) is before
