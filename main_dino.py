@@ -678,6 +678,8 @@ def make_batches(
     for notice in notices:
         processes.print(notice)
     dataset.cache = VolumeCache(cache_bytes(workers, processes))
+    import nibabel  # noqa: F401  here, as each of the reading processes would import it for itself
+
     load = functools.partial(
         DataLoader,
         num_workers=workers,

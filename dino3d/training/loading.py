@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import multiprocessing.queues
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 from dino3d.command_line import UserError, available_cores
 from dino3d.files import TEXT
+from dino3d.malloc import give_back_freed_memory
 from dino3d.training.checkpoint import ignore_signals
 from utils import EXIT_FILES, Processes, is_worker_death, worker_death
 
@@ -70,9 +72,11 @@ def available_memory() -> int:
 
 
 def start_reading_process(_: int) -> None:
-    """worker_init_fn of a DataLoader: signals are for the main process, and a batch that can't be handed over ends the
-    reading process, where torch would lose it and wait for it without end."""
+    """worker_init_fn of a DataLoader: signals are for the main process, memory that it has freed is not held here too,
+    and a batch that can't be handed over ends the reading process, where torch would lose it and wait without end."""
     ignore_signals()
+    give_back_freed_memory()
+    gc.freeze()  # a collection writes to each object that it looks at, and to its page
     told = multiprocessing.queues.Queue._on_queue_feeder_error  # a hook, as the standard library uses it too
 
     def end(error: Exception, batch: Any) -> None:
