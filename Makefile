@@ -86,6 +86,7 @@ results-all: $(RUNTIME)
 	for NAME in classification class_token pretraining augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh --plan || exit 1; done
 	for NAME in classification class_token epochs rates label_fractions pretraining augmentations; do PYTHON="$(VENV)/bin/python" results/$$NAME.sh || exit 1; done
 	! test -f "$${DATA:-../shared/data}/nodules/nodules_51mm.npz" || PYTHON="$(VENV)/bin/python" results/segmentation.sh
+	"$(VENV)/bin/python" results/together.py --results results
 
 # Two at a time, each file by one process; one thread each: threads of several processes wait for one another
 test: $(TEST)

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from sklearn.metrics import roc_auc_score
 
 import evaluate_features
 import extract_features
@@ -25,7 +27,7 @@ from dino3d.files import read_table, write_table
 from dino3d.flag_files import read_flags
 from dino3d.study.arms import choose_arms, read_arms
 from dino3d.study.definition import split_flags
-from results import curves, gpu, join_tables, make_data, make_masks, repeated
+from results import curves, gpu, join_tables, make_data, make_masks, repeated, together
 
 # In place of Python: notes its arguments, and says what kind of data there is
 STUB = """#!/bin/sh
@@ -637,3 +639,85 @@ def test_a_script_that_a_gpu_runs_ends_before_its_caller(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exit code 75: what it did is kept"):
         gpu.call_script("slow.py")
     assert (tmp_path / "saved").exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+def written_records(folder, values):
+    """Records of two patients' halves, of two cases each. values: {(name, task, arm, seed): {case: probability}}"""
+    for (name, task, arm, seed), of_cases in values.items():
+        for half in (0, 1):
+            patients = [f"p{2 * half}", f"p{2 * half}", f"p{2 * half + 1}", f"p{2 * half + 1}"]
+            scores = [[1 - of_cases[p, n % 2], of_cases[p, n % 2]] for n, p in enumerate(patients)]
+            content = {
+                **{"format": 1, "task": task, "arm": arm, "seed": seed, "part": f"half{half}", "note": "collection"},
+                **{"flags": {}, "recipe": "r", "code": "c", "seconds": {}, "git_revision": "g", "device": "d"},
+                **{"versions": {}, "patients": patients, "labels": [0, 1, 0, 1]},
+                "repeats": [{"folds": [0, 0, 1, 1], "values": scores}],
+            }
+            place = folder / "runs" / name / f"{task}-{arm}-seed{seed}-half{half}.json"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(json.dumps(content))
+
+
+def test_profile_and_encoders_together_are_the_mean_of_their_probabilities(tmp_path, capsys):
+    """Against scikit-learn's AUC of means taken by hand."""
+    rng, values = np.random.default_rng(0), {}
+    cases = [(f"p{patient}", label) for patient in range(4) for label in (0, 1)]
+    runs = [("classification", "probe", "trivial-radial", None)]
+    for seed in (0, 1):
+        runs += [("classification", "classification", arm, seed) for arm in ("nodules", "scratch")]
+        runs += [("frozen_turned", "probe", arm, seed) for arm in ("trained", "random")]
+    for run in runs:
+        values[run] = {(patient, label): round(float(rng.uniform(0, 0.7) + 0.3 * label), 3) for patient, label in cases}
+    written_records(tmp_path, values)
+    together.main(["--results", str(tmp_path)])
+    rows = read_table(tmp_path / "together/results.csv")
+    assert len(rows) == 12
+    labels = [label for _, label in cases]
+
+    def auc(*of_runs):
+        return roc_auc_score(labels, np.mean([[values[run][case] for case in cases] for run in of_runs], 0))
+
+    profile = runs[0]
+    for title, name, task, arms in (
+        ("fine-tuned", "classification", "classification", ("nodules", "scratch")),
+        ("frozen, mean over 48 orientations", "frozen_turned", "probe", ("trained", "random")),
+    ):
+        ones, means = ([], [])
+        for arm in arms:
+            seeds = [(name, task, arm, seed) for seed in (0, 1)]
+            ones.append(np.mean([auc(profile, one) for one in seeds]))
+            means.append(auc(profile, profile, *seeds))
+        for of_row, (with_it, without) in ((f"{title}, one of 2", ones), (f"{title}, the mean of 2", means)):
+            found = [
+                (float(row["auc"]), row["minus"], float(row["difference"])) for row in rows if row["beside"] == of_row
+            ]
+            alone = auc(profile)
+            expected = [(with_it, "profile", with_it - alone), (without, "profile", without - alone)]
+            for got, wanted in zip(found, [*expected, (with_it, "without", with_it - without)], strict=True):
+                assert got[1] == wanted[1] and got[::2] == pytest.approx(wanted[::2])
+    # other cases, and cases that can't be told apart, are no match
+    place = tmp_path / "runs/classification/classification-scratch-seed1-half1.json"
+    place.write_text(place.read_text().replace("p3", "p9"))
+    with pytest.raises(UserError, match="classification: scratch was tested on other cases than trivial-radial"):
+        together.main(["--results", str(tmp_path)])
+    place.write_text(place.read_text().replace("p9", "p2"))
+    with pytest.raises(UserError, match="classification: two cases of a patient have one label"):
+        together.main(["--results", str(tmp_path)])
+
+
+def test_together_s_table_is_of_the_kept_records(tmp_path):
+    for name in ("classification", "frozen_turned"):
+        shutil.copytree(ROOT / "results/runs" / name, tmp_path / "runs" / name)
+    together.main(["--results", str(tmp_path)])
+    kept = (ROOT / "results/together/results.md").read_text(encoding="utf-8")
+    assert (tmp_path / "together/results.md").read_text(encoding="utf-8") == kept
+
+
+def test_together_says_what_was_not_run(tmp_path):
+    with pytest.raises(UserError, match="--results .*classification: can't be read"):
+        together.main(["--results", str(tmp_path)])
+    written_records(
+        tmp_path, {("classification", "probe", "random", 0): {(f"p{n}", k): 0.5 for n in range(4) for k in (0, 1)}}
+    )
+    with pytest.raises(UserError, match="holds no whole run of trivial-radial"):
+        together.main(["--results", str(tmp_path)])
