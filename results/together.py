@@ -43,7 +43,7 @@ VOICES = (
 )
 
 
-class Row(NamedTuple):
+class Beside(NamedTuple):
     """A table's row: AUC of the profile with a voice, what that adds to the profile, the same without pre-training, and
     what pre-training adds."""
 
@@ -126,7 +126,7 @@ def in_order(cases: CaseScores) -> CaseScores:
     return CaseScores(patients, cases.labels[order], cases.values[order], np.zeros(len(order), int))
 
 
-def rows_of(folder: Path, voice: Voice, profile: CaseScores) -> list[Row]:
+def rows_of(folder: Path, voice: Voice, profile: CaseScores) -> list[Beside]:
     """The rows of a voice: each of its seeds beside the profile, and all of them together. Raises UserError."""
     spoken = [mean_of_repeats(folder, voice.folder, voice.task, arm) for arm in voice.arms]
     seeds = sorted(set.intersection(*map(set, spoken)))
@@ -145,7 +145,7 @@ def rows_of(folder: Path, voice: Voice, profile: CaseScores) -> list[Row]:
     for title, suffix in (("one of {}", ""), ("the mean of {}", "-ensemble")):
         with_it, without = (f"{arm}{suffix}" for arm in voice.arms)
         rows.append(
-            Row(
+            Beside(
                 f"{voice.title}, {title.format(len(seeds))}",
                 effect_of(scores, {with_it: 1.0}),
                 effect_of(scores, {with_it: 1.0, PROFILE: -1.0}),
@@ -157,7 +157,7 @@ def rows_of(folder: Path, voice: Voice, profile: CaseScores) -> list[Row]:
     return rows
 
 
-def adjusted(rows: Sequence[Row]) -> list[Row]:
+def adjusted(rows: Sequence[Beside]) -> list[Beside]:
     """The same with Holm's adjustment over all differences of the table."""
     names = ("more", "without_more", "difference")
     p_values = iter(holm([getattr(row, name).p for row in rows for name in names]))
@@ -166,7 +166,7 @@ def adjusted(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def markdown_of(rows: Sequence[Row], profile: CaseScores) -> list[str]:
+def markdown_of(rows: Sequence[Beside], profile: CaseScores) -> list[str]:
     alone = score_cases("probe", {(PROFILE, 0): [profile]}, DRAWS, [])
     effect = effect_of(alone, {PROFILE: 1.0})
 
