@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import random
+import shutil
 
 import nibabel
 import numpy as np
@@ -354,8 +355,6 @@ def test_a_run_without_a_probe_so_far_gets_one(flags, straight, tmp_path, capsys
 
 
 def test_other_crops_are_refused_when_a_run_is_resumed(flags, crops, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(crops, tmp_path / "crops")
     run(capsys, flags, tmp_path / "out", "--probe_dir", tmp_path / "crops", "--epochs", 1)
     shutil.move(tmp_path / "crops", tmp_path / "moved")  # the same ones elsewhere
@@ -371,6 +370,32 @@ def test_other_crops_are_refused_when_a_run_is_resumed(flags, crops, tmp_path, c
     (tmp_path / "out" / "best_probe.pth").unlink()
     (tmp_path / "out" / "probe.json").unlink()
     run(capsys, flags, tmp_path / "out", "--probe_dir", tmp_path / "moved")
+
+
+def test_a_run_of_an_older_version_is_probed_on_as_it_was(flags, tmp_path, capsys, monkeypatch):
+    """Its files name no pool: class token and mean of the patch tokens."""
+    with monkeypatch.context() as older:
+        older.setattr(probe, "PROBE_POOL", "cls+mean")
+        run(capsys, flags, tmp_path / "whole")
+        run(capsys, flags, tmp_path / "older", "--max_steps", 4)
+    path, best = tmp_path / "older" / "probe.json", tmp_path / "older" / "best_probe.pth"
+    content = json.loads(path.read_text())
+    assert content.pop("pool") == "cls+mean"
+    path.write_text(json.dumps(content))
+    state = torch.load(best, weights_only=False)
+    assert state["probe"].pop("pool") == "cls+mean"
+    torch.save(state, best)
+    pools = []
+    monkeypatch.setattr(probe, "embed", lambda *args: pools.append(args[2]) or embed(*args))
+    assert "read by cls+mean in fp32" in run(capsys, flags, tmp_path / "older")
+    assert set(pools) == {"cls+mean"} and probed(tmp_path / "older") == probed(tmp_path / "whole")
+    # figures of two ways to read are never compared
+    path.unlink()
+    code, _, errors = run_main(capsys, *flags, "--output_dir", tmp_path / "older", "--epochs", 4)
+    assert (
+        code == 1
+        and "best_probe.pth: its figures are of features by cls+mean, those of probe.json by cls+centre" in errors[0]
+    )
 
 
 def test_damaged_files_of_a_probe(flags, tmp_path, capsys):
@@ -491,8 +516,6 @@ def test_crops_too_many_for_memory_are_read_again(crops, monkeypatch):
 
 
 def test_storage_that_fails_in_the_middle_of_a_run_ends_nothing(flags, crops, tmp_path, capsys, monkeypatch):
-    import shutil
-
     shutil.copytree(crops, tmp_path / "crops")
     monkeypatch.setattr(probe_crops, "KEPT_BYTES", 0)
     measure, moves = probe.Probe.measure, {2: ("crops", "hidden"), 3: ("hidden", "crops")}
@@ -577,8 +600,9 @@ def test_flags_that_contradict(noise, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_of_a_resnet_the_mean_of_its_last_map_is_judged(noise, crops, tmp_path, monkeypatch, capsys):
-    """It has no class token; and batch norm's statistics are those of a run without a probe."""
+def test_of_a_resnet_the_last_map_is_judged(noise, crops, tmp_path, monkeypatch, capsys):
+    """Its mean, as it has no class token, and its middle; and batch norm's statistics are those of a run without a
+    probe."""
     small = functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), width=4)
     monkeypatch.setitem(vision_transformer.ARCHITECTURES, "resnet18", small)
     seen = []
@@ -586,7 +610,7 @@ def test_of_a_resnet_the_mean_of_its_last_map_is_judged(noise, crops, tmp_path, 
     flags = ["--arch", "resnet18", "--data_dir", noise, "--epochs", 1, "--batch_size_per_gpu", 4]
     run(capsys, flags, tmp_path / "probed", "--probe_dir", crops)
     run(capsys, flags, tmp_path / "plain")
-    assert len(seen) == 6 and seen[0].shape == (16, 32)  # before training and after it, three batches of 40 crops
+    assert len(seen) == 6 and seen[0].shape == (16, 2 * 32)  # before training and after it, three batches of 40 crops
     one, other = (torch.load(tmp_path / name / "checkpoint.pth")["teacher"] for name in ("probed", "plain"))
     assert any("running" in name for name in one) and all(torch.equal(one[name], other[name]) for name in one)
     assert 0 <= probed(tmp_path / "probed")[0]["probe_logistic_auc"] <= 1

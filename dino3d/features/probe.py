@@ -24,7 +24,7 @@ from dino3d.data.conventions import DataError
 from dino3d.evaluation.protocols import PATHS, count_by_patient, nested_splits, one_hot, out_of_fold
 from dino3d.evaluation.statistics import BOOTSTRAP_ROUNDS, Bootstrap, bootstrap_weights, format_metric, with_interval
 from dino3d.evaluation.weighted_metrics import weighted_auc
-from dino3d.features.pooling import embed
+from dino3d.features.pooling import POOLS, embed
 from dino3d.features.probe_crops import ProbeCrops
 from dino3d.files import read_json, write_json
 from dino3d.training.checkpoint import ALONE, load_checkpoint, save_checkpoint, to_cpu
@@ -33,7 +33,8 @@ from utils import Processes
 from vision_transformer import Encoder
 
 PROBE_FOLDS = 5
-PROBE_POOL = "cls+mean"  # cls where there are no class tokens
+PROBE_POOL = "cls+centre"  # the middle of a crop holds what it is labelled for
+OLDER_POOL = "cls+mean"  # of runs whose files name none, which keep it; cls where there are no class tokens
 BEST_PROBE, COMPARED = "best_probe.pth", "probe.json"
 TRIVIAL_CURVE = "trivial-"  # before the names of curves
 PROBE_AUCS = ("logistic_auc", "knn_auc")
@@ -70,6 +71,7 @@ class Probe:
         """
         began, main = time.perf_counter(), self.processes.run_on_main
         self.reference = main(lambda: self._load_reference() if step else None)
+        self.pool = PROBE_POOL if self.reference is None else self.reference.get("pool", OLDER_POOL)
         lines, trivial = self.crops.read(trivial=self.reference is None)
         if self.reference is None:
             if step:
@@ -135,7 +137,7 @@ class Probe:
                 for number in self.crops.mine():
                     windows = torch.from_numpy(self.crops.windows(number)).to(self.processes.device)  # (B, x, y, z)
                     volumes = scale_intensity(windows, *self.config["clip_range"])[:, None]  # (B, 1, x, y, z)
-                    pool = PROBE_POOL if encoder.has_class_token else "cls"
+                    pool = "cls" if self.pool == OLDER_POOL and not encoder.has_class_token else self.pool
                     mine[number] = embed(encoder, volumes, pool).float().cpu().numpy()  # (B, F)
         except DataError as error:
             problem = str(error)
@@ -156,6 +158,7 @@ class Probe:
         judged = {curve: self._judge(of_curve) for curve, of_curve in features.items()}
         return {
             "crops": self.crops.identity,
+            "pool": self.pool,
             "curves": {curve: figures for curve, (figures, _) in judged.items()},
             "start_values": judged["start"][1].tolist(),
         }
@@ -166,7 +169,7 @@ class Probe:
         """Save the teacher's weights if they are the best so far; returns the epoch of the best ones in the file."""
         score = figures[LOGISTIC]
         if score is not None and (self.best is None or score > self.best[LOGISTIC]):
-            best = {"epoch": epoch, "step": step, "crops": self.crops.identity, **figures}
+            best = {"epoch": epoch, "step": step, "crops": self.crops.identity, "pool": self.pool, **figures}
             state = {"teacher": to_cpu(teacher.state_dict()), "config": self.config, "epoch": epoch, "step": step}
             try:
                 save_checkpoint(self.output_dir / BEST_PROBE, state | {"probe": best})
@@ -185,6 +188,7 @@ class Probe:
             values = np.array(reference["start_values"], float)
             whole = (
                 len(values) == reference["crops"]["crops"]
+                and reference.get("pool", OLDER_POOL) in POOLS
                 and values.ndim == 2
                 and all(
                     figures[name] is None or isinstance(figures[name], float)
@@ -215,6 +219,11 @@ class Probe:
         ):
             raise UserError(f"{path}: has no figures of a probe; move it away to go on without it")
         self._require_same(found.get("crops"), path)
+        if (pool := found.get("pool", OLDER_POOL)) != self.pool:
+            raise UserError(
+                f"{path}: its figures are of features by {pool}, those of {COMPARED} by {self.pool}: move it away to "
+                "go on without it"
+            )
         return found
 
     def _require_same(self, crops: Any, path: Path) -> None:
@@ -233,8 +242,8 @@ class Probe:
         trivial = ", ".join(f"{name} {format_metric(value)}" for name, value in self._trivial().items())
         return (
             f"probe every {self.every} epochs on {len(self.crops.labels)} crops ({counts}) of "
-            f"{len(set(self.crops.patients))} patients, in fp32; AUC by logistic regression before training "
-            f"{with_interval(start[LOGISTIC], start[LOGISTIC + '_interval'])}, of trivial figures: {trivial}"
+            f"{len(set(self.crops.patients))} patients, read by {self.pool} in fp32; AUC by logistic regression before "
+            f"training {with_interval(start[LOGISTIC], start[LOGISTIC + '_interval'])}, of trivial figures: {trivial}"
         )
 
     def _tell(self, epoch: int, figures: Mapping[str, Any]) -> str:
