@@ -35,6 +35,7 @@ from dino3d.command_line import UserError, format_values, number
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import case_names, find_crops
 from dino3d.data.lists import LABEL, crops_of_list
+from dino3d.data.requirements import alike_patients
 from dino3d.evaluation.calibration import (
     PROBABILITY_METRICS,
     Calibration,
@@ -332,7 +333,8 @@ def find_cases(
         if data_list:
             crops, names, problems, lines, label_names, digest = crops_of_list(data_list, label_column)
         else:
-            (crops, problems), names, lines, label_names, digest = find_crops(folder), [], [], None, None
+            (crops, problems), names, label_names, digest = find_crops(folder), [], None, None
+            lines = alike_patients([crop.patient for crop in crops], folder)
     except (DataError, UserError) as error:
         raise UserError(f"{flag} {error}") from error
     if problems:

@@ -308,3 +308,62 @@ def test_a_split_of_ones_own_names_scans_by_seriesuid(study, tmp_path, run):
         write_table(study[2]["test"], own, [series[0], spoilt])
         result = prepare(run, study, tmp_path / "third")
         assert result.code == 1 and f"{study[2]['test']}: line 3 (1.2.9): {said}" in result.errors[0]
+
+
+def own_table(folder, name, more=("patient", ["PAT0", "PAT0", "PAT1"]), flipped=False, moved=0.0):
+    """A table of one's own: two points in each of three scans."""
+    rows = [
+        (f"9.{scan}", more[1][scan], place[0] + moved, *place[1:], label ^ flipped)
+        for scan in range(3)
+        for label, place in write_scan(folder / f"in/9.{scan}.mhd").items()
+    ]
+    return write_table(folder / name, ["seriesuid", more[0], "coordX", "coordY", "coordZ", "class"], rows)
+
+
+def crop_own(run, folder, output, *tables):
+    flags = ["--size", 12, 12, 8, "--spacing", 3, 3, 3, "--workers", 1]
+    return run("luna16", "--input", folder / "in", "--output", output, "--table", *tables, *flags)
+
+
+def patients_in(output):
+    return {path.parent.name for path in output.glob("subset*/label*/*/*.nii.gz")}
+
+
+def test_the_tables_own_patients_are_taken(tmp_path, run):
+    result = crop_own(run, tmp_path, tmp_path / "out", own_table(tmp_path, "own.csv"))
+    assert result.code == 0 and "warning" not in result.out
+    assert patients_in(tmp_path / "out") == {"PAT0", "PAT1"}
+    # where a cell is empty the scan is its own patient, and --patients has the last word
+    table = own_table(tmp_path, "some.csv", ("Patient", ["PAT0", "PAT0", ""]))
+    assert crop_own(run, tmp_path, tmp_path / "some", table).code == 0
+    assert patients_in(tmp_path / "some") == {"PAT0", "9.2"}
+    given = write_table(tmp_path / "patients.csv", ["seriesuid", "patient"], [(f"9.{n}", "one") for n in range(3)])
+    assert crop_own(run, tmp_path, tmp_path / "given", table, "--patients", given).code == 0
+    assert patients_in(tmp_path / "given") == {"one"}
+    # a column that may tell patients and is not called so is told
+    table = own_table(tmp_path, "like.csv", ("patient_id", ["PAT0", "PAT0", "PAT1"]))
+    result = crop_own(run, tmp_path, tmp_path / "like", table)
+    assert result.code == 0 and "has no column patient, and patient_id is not read" in result.out
+    assert patients_in(tmp_path / "like") == {"9.0", "9.1", "9.2"}
+    table = own_table(tmp_path, "alike.csv", ("patient", ["PAT0", "Pat0", "PAT1"]))
+    result = crop_own(run, tmp_path, tmp_path / "alike", table)
+    assert result.code == 0 and "1 patients differ from another one in upper and lower case alone" in result.out
+
+
+def test_a_place_has_one_label_in_an_output(tmp_path, run):
+    """Also where the table was corrected under another name; what stands stays."""
+    assert crop_own(run, tmp_path, tmp_path / "out", own_table(tmp_path, "v1.csv")).code == 0
+    before = contents(tmp_path / "out")
+    result = crop_own(run, tmp_path, tmp_path / "out", own_table(tmp_path, "v2.csv", flipped=True))
+    assert result.code == 1 and len(result.errors) == 1
+    assert "is of the place that v2 has in line 2, with label 0 there and 1 here" in result.errors[0]
+    assert {name: data for name, data in contents(tmp_path / "out").items() if ".prepare" not in name} == before
+    # other places are added, and the crops of before are told
+    result = crop_own(run, tmp_path, tmp_path / "out", own_table(tmp_path, "v3.csv", moved=6.0))
+    assert (
+        result.code == 0 and "6 files from earlier runs stay, of inputs or tables that are not given now" in result.out
+    )
+    # the same table corrected: its crops move
+    result = crop_own(run, tmp_path, tmp_path / "moved", own_table(tmp_path, "v1.csv"))
+    result = crop_own(run, tmp_path, tmp_path / "moved", own_table(tmp_path, "v1.csv", flipped=True))
+    assert result.code == 0 and len(list((tmp_path / "moved").glob("subset*/label*/*/*.nii.gz"))) == 6

@@ -383,3 +383,22 @@ def test_hdf5_of_other_programs_is_looked_at(tmp_path):
         for path, told in ((tmp_path / name, refused), (tmp_path / f"own-{name}", False)):
             with Volume(path) as volume, pytest.raises(DataError) if told else contextlib.nullcontext():
                 PretrainingPatches([path], None, 0)._require_ct(volume)
+
+
+def test_one_person_in_two_writings_and_one_image_of_two_are_told(tmp_path, run, capsys):  # noqa: F811
+    voxels = np.random.default_rng(0).integers(-900, 100, (12, 8, 8, 8)).astype(np.int16)
+    voxels[3], voxels[5] = voxels[2], voxels[4]
+    for n, (label, patient) in enumerate(
+        [(0, "Pat0"), (1, "pat0"), (0, "a"), (0, "b"), (0, "c"), (1, "c"), *((n % 2, f"p{n}") for n in range(6, 12))]
+    ):
+        path = tmp_path / f"data/subset{n % 2}/label{label}/{patient}/{n}.nii.gz"
+        if patient == "c":
+            path = tmp_path / f"data/subset0/label{label}/{patient}/{n}.nii.gz"
+        path.parent.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(voxels[n], np.eye(4)), path)
+    told = run("check", tmp_path / "data", "--workers", 1).out
+    assert "1 patients differ from another one in upper and lower case alone, such as Pat0 and pat0" in told
+    assert "1 images stand in crops of two patients" in told and "(patient a)" in told and "(b)" in told
+    assert "1 images stand in crops of two labels" in told and "(label 0)" in told and "(1)" in told
+    _, lines = main_lnc_luna16.find_cases(str(tmp_path / "data"), None, "label", tmp_path / "out")
+    assert len(lines) == 1 and "Pat0 and pat0" in lines[0]

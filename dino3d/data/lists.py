@@ -14,6 +14,7 @@ from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
 from dino3d.data.dicom import is_dicom, read_header
 from dino3d.data.dicom_series import folder_and_uid
 from dino3d.data.layouts import LIST_SUFFIXES, Crop, Pair, crops_faults
+from dino3d.data.requirements import alike_patients
 from dino3d.files import read_rows, walk_files
 
 LABEL, MASK, PATIENT, SUBSET = "label", "mask", "patient", "subset"  # columns besides path
@@ -123,7 +124,8 @@ def names_of_files(files: Sequence[str]) -> list[str]:
 def _patients(path: Path | str, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """(whose each row's file is, lines on that): the table's column, else DICOM's PatientID, else the file itself."""
     if PATIENT in rows[0].cells:
-        return [row.cells[PATIENT] for row in rows], []
+        patients = [row.cells[PATIENT] for row in rows]
+        return patients, alike_patients(patients, path)
     named = [_patient_in_dicom(row.path) for row in rows]
     alone = sum(name is None for name in named)
     lines = [

@@ -292,6 +292,22 @@ def owners_of(classes: Sequence[Iterable[int]], names: Sequence[str]) -> dict[in
     return owners
 
 
+def alike_patients(patients: Iterable[str], source: Path | str) -> list[str]:
+    """[] or [a line on patients that differ in upper and lower case alone]: of one person they would be trained on and
+    tested."""
+    written, alike = {}, []
+    for patient in sorted(set(patients)):
+        other = written.setdefault(patient.casefold(), patient)
+        if other != patient:
+            alike.append(f"{other} and {patient}")
+    if not alike:
+        return []
+    return [
+        f"warning: {source}: {len(alike)} patients differ from another one in upper and lower case alone, such as "
+        f"{alike[0]}, and are taken for two: give one person one name"
+    ]
+
+
 def lone_class(
     owners: dict[int, list[str]], names: Iterable[str], folder: Path | str, who: str, what: str
 ) -> list[DataError]:

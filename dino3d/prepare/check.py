@@ -3,6 +3,7 @@
 import collections
 import functools
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from dino3d.data.lists import LABEL, MASK, columns_of, crops_of_list, is_table, 
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.requirements import (
     Header,
+    alike_patients,
     case_lines,
     class_faults,
     crop_faults,
@@ -60,6 +62,7 @@ class CheckedFile(NamedTuple):
     label_notes: tuple[str, ...] = ()
     indexed: bool = False  # whether its occupancy is stored
     slow: str = ""  # see Volume
+    code: int = 0  # checksum of a crop's voxels
 
     @property
     def header(self) -> Header:
@@ -139,8 +142,10 @@ def check_crops_of(folder: Path, workers: int, label_column: str = LABEL) -> Che
     if is_table(folder):
         crops, _, problems, odd, *_ = crops_of_list(folder, label_column)
     else:
-        (crops, problems), odd = find_crops(folder), []
+        crops, problems = find_crops(folder)
+        odd = alike_patients([crop.patient for crop in crops], folder)
     seen = check_files(check_volume, [crop.path for crop in crops], workers)
+    odd += same_voxels(crops, seen)
     patients = {crop.patient for crop in crops}
     print(f"classification layout: {len(crops)} crops of {len(patients)} patients in {folder}")
     print_balance(crops)
@@ -204,9 +209,29 @@ def check_volume(path: str) -> CheckedFile:
     """What check reads of a volume or crop."""
     try:
         with Volume(path) as volume:
-            return check_voxels(path, volume.read(), Header(volume.shape, volume.spacing, tuple(volume.notes)))
+            voxels = volume.read()
+            seen = check_voxels(path, voxels, Header(volume.shape, volume.spacing, tuple(volume.notes)))
+            return seen._replace(code=zlib.crc32(np.ascontiguousarray(voxels)))
     except DataError as error:
         return CheckedFile(path, error.reason)
+
+
+def same_voxels(crops: Sequence[Crop], seen: Sequence[CheckedFile]) -> list[str]:
+    """Lines on crops that hold the same voxels and are of two patients, or of two labels."""
+    found = collections.defaultdict(list)
+    for crop, one in zip(crops, seen):
+        if not one.problem:
+            found[one.code, one.size].append(crop)
+    lines = []
+    for name, what in (("patient", "patients, so that one image may be trained on and tested"), ("label", "labels")):
+        unlike = [of for of in found.values() if len({getattr(crop, name) for crop in of}) > 1]
+        if unlike:
+            one, other = unlike[0][0], next(c for c in unlike[0] if getattr(c, name) != getattr(unlike[0][0], name))
+            lines.append(
+                f"warning: {len(unlike)} images stand in crops of two {what}, such as {one.path} ({name} "
+                f"{getattr(one, name)}) and {other.path} ({getattr(other, name)})"
+            )
+    return lines
 
 
 def check_unlabelled(path: str) -> CheckedFile:

@@ -320,9 +320,8 @@ def report_outcome(outcome: Outcome) -> None:
         print(f"{len(noted)} files have a note in the manifest, such as {source}: {reason.removeprefix(NOTE)}")
     if outcome.kept:
         print(
-            f"note: {len(outcome.kept)} files from earlier runs stay, of inputs that are gone or can't be read "
-            "any more, "
-            f"such as {outcome.kept[0]['output']}"
+            f"note: {len(outcome.kept)} files from earlier runs stay, of inputs or tables that are not given now, or "
+            f"can't be read any more, such as {outcome.kept[0]['output']}"
         )
     print(f"manifest: {outcome.manifest}", flush=True)
     if count[FAILED]:

@@ -2,6 +2,7 @@
 layout."""
 
 import collections
+import itertools
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,9 @@ from dino3d.data.points import (
     scans_of_series,
     why_no_scan,
 )
+from dino3d.data.requirements import alike_patients
 from dino3d.data.scans import File, Scan
+from dino3d.evaluation.labelled_cases import LIKE_PATIENT
 from dino3d.files import read_rows
 from dino3d.prepare.conversion import (
     FAILED,
@@ -33,6 +36,7 @@ from dino3d.prepare.conversion import (
     WRITTEN,
     Job,
     Output,
+    Records,
     convert_all,
     fingerprint,
     note_of,
@@ -40,7 +44,7 @@ from dino3d.prepare.conversion import (
     report_outcome,
 )
 from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
-from dino3d.prepare.point_tables import Placed, read_point_tables, write_split
+from dino3d.prepare.point_tables import SERIES, Placed, columns_in, read_point_tables, write_split
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
@@ -94,11 +98,15 @@ def luna16(
         else:
             points, parts = read_candidates(input), {}
         found, refused = scans_of_series(input, [output], set(points), workers)
-        patient_of_series = (
-            read_patients(patients)
-            if patients
-            else {series: patient_of_scan(of_series[0], series) for series, of_series in found.items()}
-        )
+        if patients:
+            patient_of_series = read_patients(patients)
+        else:
+            patient_of_series = {series: patient_of_scan(of_series[0], series) for series, of_series in found.items()}
+            patient_of_series |= patients_of_tables(table or ())
+        for line in alike_patients(
+            [patient_of_series[series] for series in found if series in patient_of_series], input
+        ):
+            print(line)
         subset_of_patient, tasks = {}, []
         for series in sorted({*points, *found}):
             of_series, patient = found.get(series, []), patient_of_series.get(series, "")
@@ -118,6 +126,7 @@ def luna16(
             ]
             files = [*scan.files, *companions(input, scan.name)]
             tasks.append(CropTask(scan.name, files, patient, chosen, outputs))
+        require_one_label(tasks, records)
         jobs = [
             Job(
                 tuple(f"{task.source}{point_id(point)}" for point in task.points) or (task.source,),
@@ -249,6 +258,55 @@ def read_patients(path: Path | str) -> dict[str, str]:
                 f"one {patients[row['seriesuid']]}; correct it"
             )
     return patients
+
+
+def patients_of_tables(tables: Sequence[Path]) -> dict[str, str]:
+    """{series: patient} of one's own tables of points, where they have a column patient. Raises UserError."""
+    patients = {}
+    for table in tables:
+        header = [name.lower() for name in columns_in(table)]
+        if "patient" not in header:
+            if like := [name for name in columns_in(table) if LIKE_PATIENT.fullmatch(name)]:
+                print(
+                    f"warning: {table}: has no column patient, and {like[0]} is not read: if it tells whose the scans "
+                    "are, call it patient, so that folds do not share patients"
+                )
+            continue
+        if SERIES not in header:
+            raise UserError(f"{table}: has a column patient and none called {SERIES}: name the patients by --patients")
+        named = {series: patient for series, patient in read_patients(table).items() if patient}
+        for series, patient in named.items():
+            if patients.setdefault(series, patient) != patient:
+                raise UserError(
+                    f"{table}: has patient {patient} for series {series}, another table {patients[series]}; correct it"
+                )
+    return patients
+
+
+def require_one_label(tasks: Sequence[CropTask], records: Records) -> None:
+    """Raise UserError where a crop of an earlier run, which is of a table that is not among these, has the place of a
+    point of theirs and another label: one image would be trained on with both."""
+
+    def place(position: Sequence[float]) -> tuple[float, ...]:
+        return tuple(round(float(x), 2) + 0.0 for x in position)
+
+    now = {f"{task.source}{point_id(point)}" for task in tasks for point in task.points}
+    points = {
+        (task.source, *place(point.position)): point for task in tasks for point in task.points if not point.problem
+    }
+    for row in itertools.chain.from_iterable(records.earlier.values()):
+        if row["status"] != WRITTEN or row["source"] in now or not (records.output / row["output"]).is_file():
+            continue
+        try:
+            point = points.get((row["source"].rpartition("#")[0], *place([row[axis] for axis in "xyz"])))
+        except (KeyError, ValueError):  # a manifest that something else has changed
+            continue
+        if point and row.get("label") != ("" if point.label is None else str(point.label)):
+            raise UserError(
+                f"{records.output / row['output']}: is of the place that {point.table} has in line {point.line}, with "
+                f"label {row.get('label') or 'none'} there and {'none' if point.label is None else point.label} here: "
+                "give another --output, or the table of before with its labels corrected"
+            )
 
 
 def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTask]) -> Iterator[Output]:
