@@ -269,6 +269,7 @@ SLICE = Slice(
     decimals=0,
     position=(),
     rescale=("", ""),
+    unit="",
     thickness=0.0,
     kernel="",
     number="",
@@ -276,6 +277,20 @@ SLICE = Slice(
     content_time="",
     pixels=Pixels(ExplicitVRLittleEndian, 0, True, True, 16, 16, 15, 0, (), ()),
 )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"unit": "HU"},
+        {"unit": "US"},
+        {"unit": ""},
+        {"image_type": "DERIVED\\SECONDARY\\AXIAL\\MPR"},
+        {"image_type": "AMIPS"},
+    ],
+)
+def test_what_is_in_hu_is_taken(more):
+    assert dicom.why_no_ct(SLICE._replace(modality="CT", **more)) is None
 
 
 def without_offset(one):
@@ -288,6 +303,7 @@ def test_header_of_a_slice(tmp_path):
         noise((8, 5, 1)),
         OBLIQUE,
         ConvolutionKernel=["B30f", "3"],
+        RescaleType="HU",
         PatientID=" a patient ",
         PatientName="Doe^J",
         AcquisitionNumber=3,
@@ -312,6 +328,7 @@ def test_header_of_a_slice(tmp_path):
         spacing=(0.7, 0.9),
         decimals=14,
         rescale=("1", "-1024"),
+        unit="HU",
         thickness=2.5,
         kernel="B30f\\3",
         number="7",
@@ -472,6 +489,7 @@ def stack(n=20, step=2.5, axes=np.eye(3), decimals=9, **fields):
         orientation=(*axes[:, 0], *axes[:, 1]),
         decimals=9,
         rescale=("1", "-1024"),
+        unit="HU",
         thickness=2.5,
         kernel="B30f",
     )
@@ -505,6 +523,13 @@ LEFT_OUT = {  # name: (slices, reason)
     "secondary capture": (stack(sop_class=dicom.SECONDARY_CAPTURE), "not a CT image: a secondary capture"),
     "multi-frame capture": (stack(sop_class=dicom.SECONDARY_CAPTURE + ".2"), "not a CT image: a secondary capture"),
     "screen save": (stack(image_type="DERIVED\\SECONDARY\\SCREEN SAVE"), "not a CT image: a screen capture"),
+    "projections": (
+        stack(image_type="DERIVED\\SECONDARY\\PROJECTION IMAGE\\MIP"),
+        r"a projection of slices \(PROJECTION IMAGE\)",
+    ),
+    "thin maximum projections": (stack(image_type="DERIVED\\SECONDARY\\MIP"), r"a projection of slices \(MIP\)"),
+    "electron density": (stack(unit="ED"), "not a CT image in HU: its rescale type is ED"),
+    "mass density": (stack(unit="MGML"), "not a CT image in HU: its rescale type is MGML"),
     "colour": (stack(samples=3), "not a CT image: colour, 3 values per pixel"),
     "several frames": (stack(1, frames=40), "multi-frame file of 40; convert it to NIfTI first"),
     "enhanced CT": (stack(1, sop_class=dicom.ENHANCED_CT), "multi-frame file"),

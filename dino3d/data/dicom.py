@@ -61,7 +61,11 @@ TAGS = {  # those that are read of a header
     "PixelPaddingRangeLimit": 0x00280121,
     "RescaleIntercept": 0x00281052,
     "RescaleSlope": 0x00281053,
+    "RescaleType": 0x00281054,
 }
+# Units of rescaled values other than HU (DICOM PS3.3, C.11.1.1.2): optical and electron density, mg/ml, ...
+NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")
+PROJECTION = re.compile(r"(?<![A-Z0-9])(MIP|MINIP|PROJECTION IMAGE)(?![A-Z0-9])")  # in an image type
 OVERLAY_BITS = range(0x60000102, 0x60200102, 0x20000)  # OverlayBitPosition of each of 16 overlays
 
 
@@ -106,6 +110,7 @@ class Slice(NamedTuple):
     decimals: int  # that the orientation is given to
     position: tuple[float, ...]  # (3,) centre of the first pixel
     rescale: tuple[str, str]  # (slope, intercept) as they are written
+    unit: str  # of rescaled values, "" and US: not said
     thickness: float
     kernel: str
     number: str
@@ -222,6 +227,7 @@ def _slice_of(header: Any, path: str, offset: int) -> Slice | None:
         _decimals(orientation),
         _numbers(text("ImagePositionPatient"), 3),
         (text("RescaleSlope"), text("RescaleIntercept")),
+        text("RescaleType"),
         next(iter(_numbers(text("SliceThickness"), 1)), 0.0),
         text("ConvolutionKernel"),
         text("InstanceNumber"),
@@ -278,6 +284,10 @@ def why_no_ct(one: Slice) -> str | None:
         return "not a CT image: a scout (localizer)"
     if "SCREEN SAVE" in kinds or "SCREENSAVE" in kinds:
         return "not a CT image: a screen capture"
+    if found := PROJECTION.search(kinds):
+        return f"not a CT image: a projection of slices ({found[0]})"
+    if one.unit.upper() in NOT_HU:
+        return f"not a CT image in HU: its rescale type is {one.unit}"
     if one.samples > 1:
         return f"not a CT image: colour, {one.samples} values per pixel"
     if one.photometric and not one.photometric.upper().startswith("MONOCHROME"):
