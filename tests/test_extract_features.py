@@ -8,16 +8,18 @@ import sys
 
 import h5py
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
 from conftest import ROOT
-from raw_inputs import phantom, write_dicom, write_nifti
+from raw_inputs import phantom, write_dicom, write_nifti, write_series
 
 import extract_features
 import utils
 from dino3d.data.conventions import DataError
 from dino3d.data.volume import Volume, write_volume
+from dino3d.features.cases import find_subjects
 from dino3d.features.embedding import embed_volume
 from dino3d.features.encoder import load_encoder
 from dino3d.features.journal import Journal
@@ -533,6 +535,23 @@ def test_a_dicom_series_has_its_patient(tmp_path, capsys, weights):
     assert code == 0 and columns["name"] == ["1.5", "a#1.2.3.4"] and columns["patient"] == ["patient", "Q7"]
     one = ["--weights", weights, "--input", tmp_path / "in" / "a", "--output", tmp_path / "one.csv"]
     assert extract(capsys, *one)[0] == 0 and (read_csv(tmp_path / "one.csv")[1][0] == features[1]).all()
+
+
+def test_dicom_series_have_the_same_patients_however_they_are_named(tmp_path):
+    """By their folder, a list, a table or one by one: those that pydicom finds; Joe's UID begins Ann's."""
+    series = [("a", "9.9.10", "Ann"), ("b", "9.9.1", "Joe"), ("c", "9.9.5", "A"), ("d", "9.9.5", "B")]
+    for prefix, uid, patient in series:
+        write_series(tmp_path / "all", series=uid, patient=patient, prefix=prefix)
+    owners = {file.name[0]: pydicom.dcmread(file).PatientID for file in (tmp_path / "all").glob("*00.dcm")}
+    names = dict(zip("abcd", ("9.9.10", "9.9.1", "9.9.5", "9.9.5#2")))
+    expected = {uid: owners[prefix] for prefix, uid in names.items()}
+    (tmp_path / "list.txt").write_text("".join(f"all#{uid}\n" for uid in expected))
+    (tmp_path / "table.csv").write_text("path\n" + (tmp_path / "list.txt").read_text())
+    for source in ("all", "list.txt", "table.csv"):
+        found = find_subjects(str(tmp_path / source))[0]
+        assert {one.name.removeprefix("all#"): one.patient for one in found} == expected
+    for uid, patient in expected.items():
+        assert [one.patient for one in find_subjects(f"{tmp_path}/all#{uid}")[0]] == [patient]
 
 
 def test_what_is_no_ct_is_a_row_with_its_reason(tmp_path, capsys, weights):

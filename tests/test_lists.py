@@ -1,9 +1,11 @@
 """Tables of files as input: what they hold, what is wrong with them, and the scripts that train on and predict them."""
 
+import collections
 import shutil
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
 from raw_inputs import run, write_series, write_table
@@ -14,6 +16,7 @@ from dino3d.command_line import UserError
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import find_crops, read_data_list
 from dino3d.data.lists import crops_of_list, pairs_of_list, read_list
+from dino3d.data.volume import Volume
 from dino3d.files import read_json, read_table
 
 __all__ = ["run", "smaller_model"]  # fixtures
@@ -123,6 +126,22 @@ def test_dicom_series_belong_to_the_patient_in_their_header(tmp_path):
     found = crops_of_list(table)
     assert [(crop.patient, crop.label) for crop in found.crops] == [("Jane", 0), ("Joe", 1), ("Ann", 0)]
     assert found.names == ["a/dicom", "b#1.2.4", "b#1.2.5"]
+
+
+def test_series_in_one_folder_belong_to_the_patient_in_their_own_header(tmp_path):
+    """Where one UID begins with another, two patients share one, or it is missing: whose slices `Volume` reads."""
+    series = [("", "Eve"), ("9.9.10", "Ann"), ("9.9.1", "Joe"), ("9.9.5", "Jane"), ("9.9.5", "Jim"), ("9.9.7", "")]
+    for k, (uid, patient) in enumerate(series):
+        write_series(tmp_path / "all", series=uid, patient=patient, n=10 + k, prefix=f"{k}_")
+    slices = collections.Counter(pydicom.dcmread(file).PatientID for file in (tmp_path / "all").iterdir())
+    uids = ["no-SeriesInstanceUID", "9.9.10", "9.9.1", "9.9.5", "9.9.5#2", "9.9.7"]
+    table = write_table(tmp_path / "list.csv", ["path", "label"], [(f"all#{uid}", k % 2) for k, uid in enumerate(uids)])
+    found = crops_of_list(table)
+    assert len({crop.patient for crop in found.crops}) == 6
+    for crop in found.crops:
+        with Volume(crop.path) as volume:
+            assert volume.shape[2] == slices["" if crop.patient == "all#9.9.7" else crop.patient]
+    assert "no column patient: each of 1 files" in found.lines[0]
 
 
 def test_pretraining_takes_the_column_path(crops, tmp_path):

@@ -397,6 +397,21 @@ def open_series(path: Path | str, closing: contextlib.ExitStack) -> Stored:
     Raises DataError.
     """
     path = os.fspath(path)
+    return stored_series(assemble(_part_at(path).slices, 2, path), path)
+
+
+def patient_of_series(path: Path | str) -> str:
+    """PatientID of the series that `open_series` opens, "" where it has none or where nothing can be opened."""
+    if os.path.isfile(path):
+        return ""
+    try:
+        return _part_at(os.fspath(path)).slices[0].patient  # `series_key` has it: all slices of a part share one
+    except (DataError, OSError):  # it is told when it is read
+        return ""
+
+
+def _part_at(path: str) -> Part:
+    """The Part that a path names, see `open_series`. Raises DataError."""
     folder, uid = folder_and_uid(path)
     if not os.path.isdir(folder):
         raise DataError(path, "can't be read: no such file or folder")
@@ -414,7 +429,7 @@ def open_series(path: Path | str, closing: contextlib.ExitStack) -> Stored:
         name = f".#{uid}"
         if name not in parts:
             raise DataError(path, f"can't be read: no such DICOM series in the folder {folder}")
-    return stored_series(assemble(parts[name].slices, 2, path), path)
+    return parts[name]
 
 
 def folder_and_uid(path: str) -> tuple[str, str | None]:

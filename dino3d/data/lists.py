@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
-from dino3d.data.dicom import is_dicom, read_header
-from dino3d.data.dicom_series import folder_and_uid
+from dino3d.data.dicom_series import folder_and_uid, patient_of_series
 from dino3d.data.layouts import LIST_SUFFIXES, Crop, Pair, crops_faults
 from dino3d.data.requirements import alike_patients
-from dino3d.files import read_rows, walk_files
+from dino3d.files import read_rows
 
 LABEL, MASK, PATIENT, SUBSET = "label", "mask", "patient", "subset"  # columns besides path
 MAX_CLASSES = 100  # more classes than anyone has: the column is something else
@@ -126,26 +125,13 @@ def _patients(path: Path | str, rows: Sequence[Row]) -> tuple[list[str], list[st
     if PATIENT in rows[0].cells:
         patients = [row.cells[PATIENT] for row in rows]
         return patients, alike_patients(patients, path)
-    named = [_patient_in_dicom(row.path) for row in rows]
-    alone = sum(name is None for name in named)
+    named = [patient_of_series(row.path) for row in rows]
+    alone = named.count("")
     lines = [
         f"warning: {path} has no column {PATIENT}: each of {alone} files counts as a patient of its own, so that files "
         "of one person may be trained on and tested; add the column"
     ] * bool(alone)
-    return [row.name if name is None else name for row, name in zip(rows, named)], lines
-
-
-def _patient_in_dicom(path: str) -> str | None:
-    """PatientID in the header of a DICOM series, None where the path is no series or has none."""
-    if os.path.isfile(path):
-        return None
-    folder, uid = folder_and_uid(path)
-    for here, names in walk_files(folder, lambda error: None):
-        for name in names:
-            file = os.path.join(here, name)
-            if is_dicom(file) and (header := read_header(file)) and (uid is None or uid.startswith(header.series)):
-                return header.patient or None
-    return None
+    return [name or row.name for row, name in zip(rows, named)], lines
 
 
 def _rows_digest(rows: Sequence[tuple[str, ...]]) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from dino3d.command_line import UserError, available_cores
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
+from dino3d.data.dicom_series import folder_and_uid, patient_of_series
 from dino3d.data.layouts import find_unlabelled_scans, none_found, read_data_list
 from dino3d.data.points import AXES, patient_of_scan, read_points, scans_of_series, why_no_scan
 from dino3d.data.scans import Scan
@@ -53,7 +54,7 @@ def find_subjects(source: str, scans: str | None = None) -> tuple[list[Subject],
             return _of_paths([(path, "", "") for path in read_data_list(source)], source), []
         except DataError as error:
             raise UserError(f"--input {error}") from error
-    if not os.path.exists(source) and not os.path.isdir(source.rpartition("#")[0]):
+    if not os.path.exists(source) and folder_and_uid(source)[1] is None:
         raise UserError(f"--input {source}: no such file or folder")
     if os.path.isfile(source) and not is_kind(source, VOLUME_SUFFIXES):
         raise UserError(
@@ -74,7 +75,7 @@ def _of_folder(folder: str) -> tuple[list[Subject], list[str]]:
     paths = [os.path.join(folder, scan.name) for scan in found]
     names = names_of(paths, folder)
     subjects = [
-        Subject(name, owner_of(path, scan, name), path, is_crop=bool(CROP_LAYOUT.fullmatch(_slashes(path))))
+        Subject(name, owner_of(path, scan) or name, path, is_crop=bool(CROP_LAYOUT.fullmatch(_slashes(path))))
         for name, path, scan in zip(names, paths, found)
     ]
     return subjects, [f"passed over below {folder}: {passed_over}"] if passed_over else []
@@ -92,7 +93,7 @@ def _of_paths(rows: Sequence[tuple[str, str, str]], source: str) -> list[Subject
         twice = counts.most_common(1)[0][0]
         raise UserError(f"--input {source}: has {twice} twice; expected one scan of each name")
     return [
-        Subject(name, patient or owner_of(path, None, name), path, is_crop=bool(CROP_LAYOUT.fullmatch(_slashes(path))))
+        Subject(name, patient or owner_of(path) or name, path, is_crop=bool(CROP_LAYOUT.fullmatch(_slashes(path))))
         for name, path, (_, patient, _) in zip(names, paths, rows)
     ]
 
@@ -125,7 +126,7 @@ def _of_table(table: str, folder: str | None) -> tuple[list[Subject], list[str]]
         scans = [scan for scan in found.get(series, []) if not _is_written(os.path.join(folder, scan.name))]
         problem = why_no_scan(scans, refused.get(series, ""), folder)
         path = "" if problem else os.path.join(folder, scans[0].name)
-        patient = patients.get(series) or (owner_of(path, scans[0], series) if path else series)
+        patient = patients.get(series) or (path and owner_of(path, scans[0])) or series
         numbered += [
             (
                 point.line,
@@ -175,11 +176,14 @@ def _is_written(path: str) -> bool:
     return is_features(path) or is_map(path)
 
 
-def owner_of(path: str, scan: Scan | None, name: str) -> str:
-    """Whose a scan is: as the layout of crops or of pre-training says, or the DICOM header, else its name."""
+def owner_of(path: str, scan: Scan | None = None) -> str:
+    """Whose a scan is: as the layout of crops says, the DICOM header or the layout of pre-training, "" where none does.
+
+    scan: what a search has found at the path, with its header; None: it is looked for there
+    """
     if crop := CROP_LAYOUT.fullmatch(_slashes(path)):
         return crop[1]
-    return patient_of_scan(scan or Scan(path, []), name)
+    return patient_of_scan(scan, "") if scan else patient_of_series(path) or patient_of_scan(Scan(path, []), "")
 
 
 def _slashes(path: str | Path) -> str:
