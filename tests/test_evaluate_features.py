@@ -7,6 +7,8 @@ import h5py
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, KFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
 from test_report import Parsed
 
 import evaluate_features
@@ -600,6 +602,92 @@ def test_tables_that_group_cases_to_other_patients(noise):
         evaluate(noise)
     write_labels(noise / "labels.csv", np.arange(30) % 2, patient=[f"q{i // 2}" for i in range(30)])
     assert evaluate(noise, "--curves", "off")["patients"] == 15
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """(features, labels, patients, names) of 30 patients with 4 scans each, which are alike; labels are random."""
+    rng = np.random.default_rng(3)
+    patients = np.repeat([f"p{i:02d}" for i in range(30)], 4)
+    features = np.repeat(rng.normal(size=(30, 6)), 4, axis=0) + 0.05 * rng.normal(size=(120, 6))
+    labels, names = np.repeat(rng.permutation(30) % 2, 4), [f"s{i:03d}" for i in rng.permutation(120)]
+    for column in ("patient", "patient_id"):
+        rows = zip(names, labels, patients)
+        write_csv(tmp_path / f"{column}.csv", ["name", "label", column], rows)
+    write_csv(tmp_path / "neither.csv", ["name", "label"], zip(names, labels))
+    return features, labels, patients, names
+
+
+def write_patients(path, features, names, patients):
+    write_features(path, FeatureTable(names, list(patients), [""] * len(names), features.astype(np.float32)))
+    return read_features(str(path), path.stem)
+
+
+@pytest.mark.parametrize("form", ["t.csv", "t.npz", "t.h5", "folder"])
+def test_patients_that_are_the_names_again_are_none(tmp_path, repeated, form):
+    """As extract_features.py writes them where nothing tells whose a scan is."""
+    features, _, patients, names = repeated
+    tables = [write_patients(tmp_path / form, features, names, names)]
+    cases = join(tables, read_labels(str(tmp_path / "neither.csv"), "label"))
+    assert cases.patients == cases.names
+    assert len(cases.notices) == 1 and "each case is taken for a patient of its own" in cases.notices[0]
+    with pytest.raises(UserError, match="but patient_id, and .* knows 120 of 120 cases by their own names alone"):
+        join(tables, read_labels(str(tmp_path / "patient_id.csv"), "label"))
+    cases = join(tables, read_labels(str(tmp_path / "patient.csv"), "label"))
+    assert dict(zip(cases.names, cases.patients)) == dict(zip(names, patients)) and not cases.notices
+
+
+def test_scans_of_one_patient_are_no_evidence(tmp_path, repeated, capsys):
+    """Each of its own, the nearest is the patient's other scan; by patient it is chance. So in scikit-learn's folds."""
+    features, labels, patients, names = repeated
+    write_patients(tmp_path / "a.csv", features, names, names)
+    auc = {}
+    for column, folds in (("neither", KFold(5, shuffle=True, random_state=0)), ("patient", GroupKFold(5))):
+        found = evaluate(tmp_path, "--curves", "off", features=["a.csv"], labels=f"{column}.csv")
+        ours = found["tables"]["a"]["metrics"]["knn"]["auc"]["value"]
+        nearest, groups = KNeighborsClassifier(3, metric="cosine"), patients if column == "patient" else None
+        told = cross_val_predict(nearest, features, labels, groups=groups, cv=folds, method="predict_proba")[:, 1]
+        auc[column] = ours, roc_auc_score(labels, told)
+        assert found["patients"] == {"neither": 120, "patient": 30}[column]
+        assert ("for a patient of its own" in capsys.readouterr().out) == (column == "neither")
+    assert min(auc["neither"]) > 0.95 and max(auc["patient"]) < 0.65, auc
+
+
+def test_tables_that_know_some_patients(tmp_path, repeated):
+    features, _, patients, names = repeated
+    some = [*patients[:80], *names[80:]]
+    tables = [write_patients(tmp_path / "some.csv", features, names, some)]
+    neither, maybe = (read_labels(str(tmp_path / f"{one}.csv"), "label") for one in ("neither", "patient_id"))
+    cases = join(tables, neither)
+    assert dict(zip(cases.names, cases.patients)) == dict(zip(names, some))
+    assert len(cases.notices) == 1 and "the patient of 40 of 120 cases is but their own name" in cases.notices[0]
+    with pytest.raises(UserError, match="but patient_id, and .*some.csv knows 40 of 120 cases by their own names"):
+        join(tables, maybe)
+    none = write_patients(tmp_path / "none.csv", features, names, names)
+    full = write_patients(tmp_path / "full.csv", features, names, patients)
+    for labels in (neither, maybe):  # the first table that knows any is taken
+        cases = join([none, full], labels)
+        assert dict(zip(cases.names, cases.patients)) == dict(zip(names, patients)) and not cases.notices
+    with pytest.raises(UserError, match="full.csv: groups the cases to other patients than .*some.csv"):
+        join([*tables, full], neither)
+
+
+def test_a_patient_who_is_called_as_one_of_the_scans_is_known(tmp_path):
+    table = write_patients(tmp_path / "a.csv", np.eye(4), ["A", "A2", "B", "B2"], ["A", "A", "B", "B"])
+    write_csv(tmp_path / "l.csv", ["name", "label", "mrn"], [[name, 1, 7] for name in ("A", "A2", "B", "B2")])
+    cases = join([table], read_labels(str(tmp_path / "l.csv"), "label"))
+    assert cases.patients == ["A", "A", "B", "B"] and not cases.notices
+
+
+def test_points_of_a_scan_stay_together_where_no_patient_is_known(tmp_path):
+    points = np.arange(12).reshape(4, 3)
+    series = ["1.2", "1.2", "1.3", "1.3"]
+    write_features(tmp_path / "a.npz", FeatureTable(series, series, [""] * 4, np.eye(4, dtype=np.float32), points))
+    rows = [[name, *point, 1] for name, point in zip(series, points)]
+    write_csv(tmp_path / "l.csv", ["seriesuid", *AXES, "label"], rows)
+    labels = read_labels(str(tmp_path / "l.csv"), "label")
+    cases = join([read_features(str(tmp_path / "a.npz"), "a")], labels)
+    assert cases.patients == series and "each scan is taken for a patient of its own" in cases.notices[0]
 
 
 def test_a_folder_that_can_not_be_written_to(noise):

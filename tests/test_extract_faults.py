@@ -14,6 +14,7 @@ from raw_inputs import write_nifti
 from test_extract_features import SPACING, chest, extract, read_csv, write_checkpoint
 
 from dino3d.data import images
+from dino3d.features.cases import find_subjects
 from dino3d.features.tables import FeatureTable, file_names, write_features
 from dino3d.weights import load_file
 
@@ -87,6 +88,23 @@ def test_a_scan_is_of_one_patient(tmp_path, capsys, weights, scans):
     with_points(table, *rows, "1.2.3,-20,-20,20,B", header=f"{HEADER},patient")
     code, _, errors = extract(capsys, *flags)
     assert code == 1 and "line 5 has patient B for 1.2.3, another line A" in errors[0]
+
+
+@pytest.mark.parametrize("column", ["label", "patient_id", "PatientID", "mrn"])
+def test_a_table_that_tells_no_patient_is_told(tmp_path, scans, column):
+    """As --data_list does; a column that tells them by another name is named."""
+    (tmp_path / "paths.csv").write_text(f"path,{column}\nscans/1.2.3.nii,A\nscans/1.2.4.nii,A\n")
+    with_points(tmp_path / "points.csv", "1.2.3,1,2,3,A", "1.2.3,4,5,6,A", "1.2.4,1,2,3,A", header=f"{HEADER},{column}")
+    remedy = "add the column" if column == "label" else f"does {column} tell whose they are, call it patient"
+    for name in ("paths.csv", "points.csv"):
+        subjects, lines = find_subjects(str(tmp_path / name), str(scans) if name == "points.csv" else None)
+        assert {one.patient for one in subjects} == {"1.2.3", "1.2.4"} and len(lines) == 1
+        assert "has no column patient: each of 2 scans counts as a patient of its own" in lines[0]
+        assert lines[0].endswith(f"; {remedy}")
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace(column, "Patient"))
+        subjects, lines = find_subjects(str(tmp_path / name), str(scans) if name == "points.csv" else None)
+        assert {one.patient for one in subjects} == {"A"} and not lines
 
 
 def test_a_scan_of_many_points_is_copied_once(tmp_path, capsys, weights, scans, monkeypatch):

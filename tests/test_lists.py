@@ -67,6 +67,8 @@ def test_words_become_classes_in_sorted_order(crops):
     renamed = crops_of_list(table, "finding")
     assert renamed.crops == found.crops and renamed.digest != found.digest  # else a run would have both names
     assert "no column patient: each of 15 files" in found.lines[0] and len({crop.patient for crop in found.crops}) == 15
+    write_table(table, ["path", "finding", "subject"], [(*row[:2], "p") for row in rows_of(crops, "ab".__getitem__)])
+    assert crops_of_list(table, "finding").lines[0].endswith("does subject tell whose they are, call it patient")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ A table has the column path and, for training, a label or mask; relative paths b
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from dino3d.data.requirements import alike_patients
 from dino3d.files import read_rows
 
 LABEL, MASK, PATIENT, SUBSET = "label", "mask", "patient", "subset"  # columns besides path
+LIKE_PATIENT = re.compile(r"(patient|subject|participant|person)[ _]?(id|no|nr|uid|number|name|key)?|pid|mrn", re.I)
 MAX_CLASSES = 100  # more classes than anyone has: the column is something else
 
 
@@ -126,12 +127,24 @@ def _patients(path: Path | str, rows: Sequence[Row]) -> tuple[list[str], list[st
         patients = [row.cells[PATIENT] for row in rows]
         return patients, alike_patients(patients, path)
     named = [patient_of_series(row.path) for row in rows]
-    alone = named.count("")
-    lines = [
-        f"warning: {path} has no column {PATIENT}: each of {alone} files counts as a patient of its own, so that files "
-        "of one person may be trained on and tested; add the column"
-    ] * bool(alone)
-    return [name or row.name for row, name in zip(rows, named)], lines
+    return [name or row.name for row, name in zip(rows, named)], alone_lines(path, named.count(""), "files")
+
+
+def alone_lines(path: Path | str, alone: int, what: str) -> list[str]:
+    """What to say of a table without the column patient, of which so many files (`what`) are of nobody who is known."""
+    if not alone:
+        return []
+    like = like_patient(next(read_rows(path))[1])
+    remedy = f"does {like} tell whose they are, call it {PATIENT}" if like else "add the column"
+    return [
+        f"warning: {path} has no column {PATIENT}: each of {alone} {what} counts as a patient of its own, so that "
+        f"{what} of one person may be trained on and tested; {remedy}"
+    ]
+
+
+def like_patient(header: Iterable[str]) -> str | None:
+    """The first of these columns that by its name tells patients, None where none does."""
+    return next((column for column in header if LIKE_PATIENT.fullmatch((column or "").strip())), None)
 
 
 def _rows_digest(rows: Sequence[tuple[str, ...]]) -> str:

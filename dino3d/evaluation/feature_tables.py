@@ -30,7 +30,7 @@ LARGEST = 1e30  # of a feature's size: squares and sums of what is larger leave 
 class LoadedTable(NamedTuple):
     """Features of N cases.
 
-    keys: what each case is joined by, its name, or its name and place; patients: (N,) or None where it has none
+    keys: what each case is joined by, its name, or its name and place; patients: (N,) or None where it has no column
     reasons: {key: why it has no features} of further cases; columns: (F,) names of the features
     """
 
@@ -389,6 +389,18 @@ def _checked(
         )
     left_out = {keys[i]: reason for i, reason in enumerate(reasons) if reason}
     return LoadedTable(name, path, [keys[i] for i in kept], chosen, left_out, found, columns, notices)
+
+
+def known_patients(table: LoadedTable) -> np.ndarray:
+    """(N,) whether a table with patients knows each case's.
+
+    One that is but the case's own name again, as `extract_features.py` writes it where nothing tells whose a scan is,
+    is none, unless cases of other names have it too.
+    """
+    names = collections.defaultdict(set)
+    for key, patient in zip(table.keys, table.patients):
+        names[patient].add(key[0])
+    return np.array([names[patient] != {key[0]} for key, patient in zip(table.keys, table.patients)])
 
 
 def first_of_each(rows: Sequence[Hashable]) -> list[int]:

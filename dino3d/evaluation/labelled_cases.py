@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from dino3d.command_line import UserError, did_you_mean, truncate_list
 from dino3d.data.conventions import DataError, stem
 from dino3d.data.layouts import find_crops
+from dino3d.data.lists import like_patient
 from dino3d.data.points import AXES
 from dino3d.evaluation.feature_tables import (
     LARGEST,
@@ -19,13 +19,13 @@ from dino3d.evaluation.feature_tables import (
     find_column,
     first_of_each,
     format_key,
+    known_patients,
     parse_number,
     parse_numbers,
     read_cells,
 )
 
 MISSING = ("", "nan", "na", "n/a", "none", "null", "?")
-LIKE_PATIENT = re.compile(r"(patient|subject|participant|person)[ _]?(id|no|nr|uid|number|name|key)?|pid|mrn", re.I)
 CASE_COLUMNS = ("name", "seriesuid", "case")  # of a table of labels, the first one that it has
 
 
@@ -100,7 +100,7 @@ def read_labels(path: str, label_column: str) -> Labels:
     if patients is not None and not all(patients):
         raise UserError(f"--labels {path}: the patient of {names[patients.index('')]} is empty")
     values = [cells[place[label_at]].strip() for _, cells in kept]
-    maybe = next((column for column in header if column not in names_at and LIKE_PATIENT.fullmatch(column)), None)
+    maybe = like_patient(column for column in header if column not in names_at)
     return Labels(path, case_keys(path, names, coordinates), values, patients, {}, without, maybe)
 
 
@@ -201,8 +201,8 @@ def _finite_number(text: str) -> float | None:
 def join(tables: Sequence[LoadedTable], labels: Labels) -> SharedCases:
     """The cases that have a label and features in every table: differences of tables are then those of the same cases.
 
-    Patients are those of the labels, else of the tables, else each case is one of its own; the notices say which, and
-    how many cases were left out for what. Raises UserError.
+    Patients are those of the labels, else of the first table that knows any, else each case is one of its own; the
+    notices say which, and how many cases were left out for what. Raises UserError.
     """
     found = [_rows_of(table, labels) for table in tables]
     shared = sorted(set.intersection(*map(set, found)), key=lambda number: labels.keys[number])
@@ -273,25 +273,22 @@ def _patients_of(
     tables: Sequence[LoadedTable], labels: Labels, shared: Sequence[int], rows: Sequence[np.ndarray]
 ) -> tuple[list[str], list[str]]:
     """(patients of the shared cases, notices)."""
-    told = {}
+    told, notices = {}, []  # {table: (patients, of how many cases it knows none)}
     for table, places in zip(tables, rows):
         if table.patients is not None:
-            told[table.path] = [table.patients[place] for place in places]
+            alone = int((~known_patients(table)[places]).sum())
+            told[table.path] = [table.patients[place] for place in places], alone
+    knowing = {path: one for path, one in told.items() if one[1] < len(shared)}
     if labels.patients is not None:
-        chosen, source = [labels.patients[number] for number in shared], labels.path
-    elif told:
-        source, chosen = next(iter(told.items()))
-    elif labels.maybe_patient:
-        raise UserError(
-            f"{labels.path}: has no column patient, but {labels.maybe_patient}: does it tell whose the cases are, call "
-            "it patient, so that no patient is in two folds; else leave it out"
-        )
+        source, chosen, alone = labels.path, [labels.patients[number] for number in shared], 0
     else:
-        return [format_key(labels.keys[number]) for number in shared], [
-            f"neither {labels.path} nor the tables have a column patient: each case is taken for a patient of its own; "
-            "where patients have several cases, intervals are then too narrow and folds leak"
-        ]
-    for path, patients in told.items():
+        names = [format_key(labels.keys[number]) for number in shared]
+        source, (chosen, alone) = next(iter((knowing or told).items()), ("", (names, len(shared))))
+    if alone:
+        notices.append(_alone_notice(labels, source, chosen, alone))
+    if alone == len(shared):
+        return chosen, notices
+    for path, (patients, _) in knowing.items():
         if _grouping(patients) != _grouping(chosen):
             if labels.patients is None:
                 raise UserError(
@@ -303,10 +300,33 @@ def _patients_of(
     for patient in chosen:
         other = written.setdefault(patient.lower(), patient)
         if other != patient:
-            return chosen, [
+            notices.append(
                 f"{source}: patients {other} and {patient} differ in upper and lower case alone, and are taken for two"
-            ]
-    return chosen, []
+            )
+            break
+    return chosen, notices
+
+
+def _alone_notice(labels: Labels, source: str, chosen: Sequence[str], alone: int) -> str:
+    """What to say where nothing tells whose `alone` of the cases are.
+
+    source: the table whose patients are chosen, "" where none has any
+    Raises UserError where a column of the labels may tell it by its name.
+    """
+    if labels.maybe_patient:
+        without = f", and {source} knows {alone} of {len(chosen)} cases by their own names alone" if source else ""
+        raise UserError(
+            f"{labels.path}: has no column patient, but {labels.maybe_patient}{without}: does it tell whose the cases "
+            "are, call it patient, so that no patient is in two folds; else leave it out"
+        )
+    leak = "where patients have several, intervals are then too narrow and folds leak"
+    if alone < len(chosen):
+        return (
+            f"{source}: the patient of {alone} of {len(chosen)} cases is but their own name: each such name is taken "
+            f"for a patient of its own; {leak}"
+        )
+    what = "case" if len(set(chosen)) == len(chosen) else "scan"  # the points of one stay together
+    return f"neither {labels.path} nor the tables tell patients: each {what} is taken for a patient of its own; {leak}"
 
 
 def _grouping(patients: Sequence[str]) -> list[int]:

@@ -11,6 +11,7 @@ from dino3d.command_line import UserError, available_cores
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
 from dino3d.data.dicom_series import folder_and_uid, patient_of_series
 from dino3d.data.layouts import find_unlabelled_scans, none_found, read_data_list
+from dino3d.data.lists import PATIENT, alone_lines
 from dino3d.data.points import AXES, patient_of_scan, read_points, scans_of_series, why_no_scan
 from dino3d.data.scans import Scan
 from dino3d.features.map_pictures import is_map
@@ -112,7 +113,8 @@ def _of_table(table: str, folder: str | None) -> tuple[list[Subject], list[str]]
             for _, row in rows
             if row["path"]
         ]
-        return _of_paths(rows, table), []
+        subjects = _of_paths(rows, table)
+        return subjects, _alone_lines(table, header, subjects)
     if "seriesuid" not in header:
         raise UserError(
             f"--input {table}: has neither a column path nor seriesuid, {', '.join(AXES)}, only {', '.join(header)}"
@@ -136,7 +138,14 @@ def _of_table(table: str, folder: str | None) -> tuple[list[Subject], list[str]]
             )
             for point in of_series
         ]
-    return [subject for _, subject in sorted(numbered, key=lambda pair: pair[0])], []
+    subjects = [subject for _, subject in sorted(numbered, key=lambda pair: pair[0])]
+    return subjects, _alone_lines(table, header, subjects)
+
+
+def _alone_lines(table: str, header: Sequence[str], subjects: Sequence[Subject]) -> list[str]:
+    """A line where the table has no column patient, and nothing else tells whose some of its scans are."""
+    alone = {one.name for one in subjects if one.patient == one.name}
+    return [] if PATIENT in header else alone_lines(table, len(alone), "scans")
 
 
 def _patients_of_table(table: str) -> dict[str, str]:
