@@ -14,7 +14,7 @@ from dino3d.command_line import Preempted, UserError
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import case_names
 from dino3d.evaluation.statistics import bootstrap_interval, interval_notes, mean_and_deviation
-from dino3d.features.encoder import ENCODER, load_encoder
+from dino3d.features.encoder import ENCODER, find_weights, load_encoder
 from dino3d.files import read_json, read_table, write_json, write_table
 from dino3d.finetune.crops import (
     READ_AHEAD,
@@ -557,6 +557,31 @@ def test_folds_of_a_run(tmp_path):
         (tmp_path / str(fold) / "best.pth").touch()
     assert fold_files(tmp_path) == [tmp_path / fold / "best.pth" for fold in ("0", "2", "10")]
     assert fold_files(tmp_path / "2") == [tmp_path / "2" / "best.pth"] == fold_files(tmp_path / "2" / "best.pth")
+
+
+def test_only_finished_folds_of_a_run_are_taken(tmp_path, capsys):
+    """By metrics.json, which a fold writes last; splits.json, which a run writes first, tells how many there are."""
+    write_json(tmp_path / "splits.json", {"data": {}, "splits": [{}] * 5})
+    with pytest.raises(UserError, match=r"no fold is finished \(folds 0, 1, 2, 3, 4 not begun\): start"):
+        fold_files(tmp_path)
+    for fold in (0, 1, 2, 3):
+        (tmp_path / str(fold)).mkdir()
+    best = [tmp_path / str(fold) / "best.pth" for fold in (0, 1, 2)]
+    for path in best:
+        path.touch()
+    for read in (fold_files, lambda path: find_weights(str(path), "--weights")):
+        with pytest.raises(UserError, match=f"^--weights {tmp_path}: no fold is finished .*such as {best[0]}$"):
+            read(tmp_path)
+    for fold in (1, 2, 3):
+        (tmp_path / str(fold) / "metrics.json").touch()
+    assert fold_files(tmp_path) == best[1:]
+    told = "fold 0 not finished; fold 3 without best.pth; fold 4 not begun"
+    assert capsys.readouterr().out == f"note: left out of {tmp_path}: {told}\n"
+    file, lines = find_weights(str(tmp_path))
+    assert file == str(best[1]) and lines[0].endswith(f"{tmp_path / '2'}; left out: {told}") and len(lines) == 1
+    (tmp_path / "splits.json").write_text("{")  # then what was not begun is not known
+    assert fold_files(tmp_path) == best[1:] and "fold 0 not finished\n" in capsys.readouterr().out
+    assert fold_files(tmp_path / "0") == best[:1] == fold_files(best[0]) and not capsys.readouterr().out
 
 
 def test_json_is_readable(tmp_path):

@@ -1,5 +1,9 @@
 """Fine-tuned models as --pretrained_weights and --weights of every script that trains or predicts."""
 
+import functools
+import shutil
+
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -10,8 +14,11 @@ from test_main_lnc_luna16 import write_cases
 from test_main_lts_msd import assert_one_error, phantom, save, write_case
 from test_main_lts_msd import run_main as segment
 
-from dino3d.features.encoder import PretrainedEncoder
+from dino3d.features.encoder import PretrainedEncoder, load_encoder
+from dino3d.files import write_json
 from dino3d.finetune.heads import build_classifier, build_segmenter
+from dino3d.finetune.mask_inference import segment_volume
+from export import weight_files
 
 __all__ = ["smaller_model"]  # a fixture
 SIZES = {"arch": "vit_micro", "patch_size": [12, 12, 6], "input_size": [24, 24, 12], "clip_range": [-1200.0, 300.0]}
@@ -100,6 +107,41 @@ def test_pretraining_starts_from_a_fine_tuned_encoder(runs, data, task, tmp_path
     new = encoder_of(tmp_path / "checkpoint.pth", "backbone.")
     old = encoder_of(runs[task] / "0" / "best.pth", "encoder.")
     assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_folds_that_are_not_finished_predict_nothing(runs, data, tmp_path, capsys):
+    """Fold 0 is tested, fold 1 stopped within its training, fold 2 was not begun: all readers take fold 0 alone."""
+    crop, scan = next(data["lnc"].rglob("*.nii.gz")), data["lts"] / "images" / "case0.nii.gz"
+    told = "fold 1 not finished; fold 2 not begun"
+    for task in ("lnc", "lts"):
+        run = shutil.copytree(runs[task], tmp_path / task)
+        write_json(run / "splits.json", {"data": {}, "splits": [{}] * 3})
+        predict = functools.partial(classify, capsys) if task == "lnc" else segment
+        made = []
+        for where in (run, run / "0"):
+            if where == run:
+                flags = [
+                    "--predict",
+                    crop if task == "lnc" else scan,
+                    "--weights",
+                    run,
+                    "--output_dir",
+                    tmp_path / "no",
+                ]
+                assert_one_error(predict(*flags, tiny=[]), "no fold is finished (folds 0, 1 not finished; fold 2 not")
+                (run / "0" / "metrics.json").write_text("{}")
+            out = tmp_path / f"{task} {where.name}"
+            flags = ["--predict", crop if task == "lnc" else scan, "--weights", where, "--output_dir", out]
+            code, said, errors = predict(*flags, tiny=[])
+            assert code == 0 and "mean of 1 fold," in said, errors
+            assert (f"note: left out of {run}: {told}\n" in said) == (where == run)
+            made.append((out / ("predictions.csv" if task == "lnc" else "volumes.csv")).read_bytes())
+        assert made[0] == made[1]
+        assert weight_files(str(run)) == [run / "0" / "best.pth"] and told in capsys.readouterr().out
+        assert load_encoder(str(run)).notices[0].endswith(f"taken is {run / '0' / 'best.pth'}; left out: {told}")
+    image = nibabel.load(scan)
+    masks = [segment_volume(where, np.asarray(image.dataobj), image.affine) for where in (run, run / "0")]
+    np.testing.assert_array_equal(*masks)
 
 
 def test_each_script_predicts_with_its_own_models(runs, data, tmp_path, capsys):

@@ -706,6 +706,25 @@ def test_prediction_repeats_the_test(crops, tmp_path, capsys):
         assert mean[case, None] == pytest.approx((tested[case, "0"] + tested[case, "1"]) / 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("protocol", ["finetune", "linear"])
+def test_a_fold_that_stopped_early_does_not_predict(crops, tmp_path, capsys, protocol):
+    """The best of its first epochs is there, and is no result yet; the finished run predicts with all folds."""
+    out, flags = tmp_path / "out", ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 3]
+    flags += ["--protocol", protocol, "--batch_size_per_gpu", 64]  # an epoch is a step
+    predict = ["--predict", crops / "subset3", "--weights", out, "--output_dir"]
+    assert run_main(capsys, *flags, "--max_steps", 2)[0] == 0
+    code, _, errors = run_main(capsys, *predict, tmp_path / "early")
+    assert code == 1 and "no fold is finished (fold 0 not finished; fold 1 not begun)" in errors[0]
+    assert errors[0].endswith(f"or give a fold's best epoch so far, such as {out / '0' / 'best.pth'}")
+    assert run_main(capsys, *flags, "--max_steps", 2)[0] == 0
+    assert (out / "1" / "best.pth").is_file() and (out / "0" / "metrics.json").is_file()
+    code, said, _ = run_main(capsys, *predict, tmp_path / "new")
+    assert code == 0 and f"note: left out of {out}: fold 1 not finished\n" in said and "mean of 1 fold," in said
+    assert run_main(capsys, *flags)[0] == 0
+    code, said, _ = run_main(capsys, *predict, tmp_path / "whole")
+    assert code == 0 and "left out" not in said and "mean of 2 folds" in said
+
+
 @pytest.mark.parametrize("protocol, pool", [("linear", "cls"), ("knn", "cls+mean"), ("finetune", "cls+centre")])
 def test_prediction_by_protocol_and_pool(crops, tmp_path, capsys, protocol, pool):
     flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1]

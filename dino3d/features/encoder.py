@@ -1,12 +1,14 @@
 """The pre-trained encoder: what to build it with, from a checkpoint and flags."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dino3d.command_line import UserError, format_values
+from dino3d.command_line import UserError, format_values, truncate_list
 from dino3d.features.pooling import POOLS, pool_of
+from dino3d.files import read_json
 from dino3d.weights import architecture_in, config_of, crc32_of_tensors, find_network, fit_network, load_file
 from vision_transformer import ARCHITECTURES, Encoder, build_encoder, has_setting
 
@@ -63,12 +65,52 @@ class PretrainedEncoder(NamedTuple):
 
 
 CHECKPOINT, BEST = "checkpoint.pth", "best.pth"  # newest state of a run, best epoch of a fold
+SPLITS, FOLD_METRICS = "splits.json", "metrics.json"  # a run's first file; a fold's last one
 
 
-def best_epochs(folder: Path) -> list[Path]:
-    """The best.pth files of a run's folds 0, 1, ..., in order."""
+class TrainedFolds(NamedTuple):
+    """files: best.pth of a run's finished folds, in order; left_out: why the other folds are not among them, or ""."""
+
+    files: list[Path]
+    left_out: str
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a fold is trained and tested: its metrics are the last thing that is written."""
+    return (folder / FOLD_METRICS).is_file()
+
+
+def trained_folds(folder: Path, flag: str) -> TrainedFolds:
+    """The TrainedFolds of a run's folds 0, 1, ..., of which its splits.json tells how many there are to be.
+
+    A folder of nothing but best.pth files, as one copies them to another machine, does not tell what is finished: all
+    are taken. Raises UserError, with the flag that names the folder, where folds were begun and none is finished.
+    """
     found = [one for one in folder.glob(f"*/{BEST}") if one.parent.name.isdecimal() and one.is_file()]
-    return sorted(found, key=lambda one: int(one.parent.name))
+    files = dict(sorted((int(one.parent.name), one) for one in found))
+    finished = {fold: file for fold, file in files.items() if is_finished(file.parent)}
+    if not finished and not (folder / SPLITS).is_file():
+        return TrainedFolds(list(files.values()), "")
+    planned = 0
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged one doesn't tell
+        planned = len(read_json(folder / SPLITS)["splits"])
+    others = {"not finished": [], "without " + BEST: [], "not begun": []}
+    for fold in sorted({*range(planned), *files} - {*finished}):
+        here = folder / str(fold)
+        reason = "not begun" if not here.is_dir() else "without " + BEST if is_finished(here) else "not finished"
+        others[reason].append(fold)
+    left_out = "; ".join(
+        f"fold{'s' * (len(folds) > 1)} {truncate_list(list(map(str, folds)), 8)} {reason}"
+        for reason, folds in others.items()
+        if folds
+    )
+    if not finished:
+        now = f", or give a fold's best epoch so far, such as {next(iter(files.values()))}" if files else ""
+        raise UserError(
+            f"{flag} {folder}: no fold is finished ({left_out}): start its training command again, which resumes{now}",
+            everywhere=True,
+        )
+    return TrainedFolds(list(finished.values()), left_out)
 
 
 def find_weights(path: str, flag: str = "--pretrained_weights") -> tuple[str, tuple[str, ...]]:
@@ -84,21 +126,22 @@ def find_weights(path: str, flag: str = "--pretrained_weights") -> tuple[str, tu
                 f"{flag} {path}: no such file; expected a checkpoint, or the output folder of a run", everywhere=True
             )
         return path, ()
-    folds = best_epochs(folder)
+    if (folder / BEST).is_file():
+        return str(folder / BEST), ()
+    folds, left_out = trained_folds(folder, flag)
     newest = (folder / CHECKPOINT).is_file()
-    if folds and newest and not (folder / BEST).is_file():
+    if folds and newest:
         raise UserError(
             f"{flag} {path}: holds both a pre-training run ({CHECKPOINT}) and a fine-tuned one "
             f"({folds[0].relative_to(folder)}): give the file itself",
             everywhere=True,
         )
-    if (folder / BEST).is_file():
-        return str(folder / BEST), ()
     if newest:
         return str(folder / CHECKPOINT), ()
     if folds:
         others = f", the first of {len(folds)} folds; another one: {folds[1].parent}" if len(folds) > 1 else ""
-        return str(folds[0]), (f"{flag} {path}: taken is {folds[0]}{others}",)
+        told = f"; left out: {left_out}" if left_out else ""
+        return str(folds[0]), (f"{flag} {path}: taken is {folds[0]}{others}{told}",)
     raise UserError(
         f"{flag} {path}: holds no checkpoint; expected {CHECKPOINT} of a pre-training run, {BEST} of a fold, or folds "
         f"0, 1, ... with {BEST}",

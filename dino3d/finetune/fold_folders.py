@@ -1,4 +1,4 @@
-"""A fold's folder: its checkpoints, its best epoch, and whether it is finished."""
+"""A fold's folder: its checkpoints, its best epoch, its results."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import nn
 
 from dino3d.command_line import UserError
 from dino3d.evaluation.statistics import mean_and_deviation
-from dino3d.features.encoder import BEST, ENCODER, PretrainedEncoder, best_epochs
+from dino3d.features.encoder import BEST, ENCODER, FOLD_METRICS, SPLITS, PretrainedEncoder, trained_folds
 from dino3d.files import read_json, read_table, write_config, write_table
 from dino3d.finetune.splits import Split, save_splits
 from dino3d.training.checkpoint import load_checkpoint, load_newest, load_on_all
@@ -59,11 +59,12 @@ def start_run(
     processes.run_on_main(check)
     if processes.is_main:
         write_config(output_dir / "config.json", config, processes, device_name(processes.device), cases=cases)
-        save_splits(output_dir / "splits.json", splits, data)
+        save_splits(output_dir / SPLITS, splits, data)
 
 
 def fold_files(path: Path | str) -> list[Path]:
-    """The best.pth files that --weights names: one, a fold's, or those of a run's folds in order. Raises UserError."""
+    """The best.pth files that --weights names: one, a fold's, or those of a run's finished folds in order; prints which
+    folds are left out. Raises UserError."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -71,7 +72,11 @@ def fold_files(path: Path | str) -> list[Path]:
         raise UserError(
             f"--weights {path}: no such folder; expected the --output_dir of a trained run, a fold in it, or its {BEST}"
         )
-    found = [path / BEST] if (path / BEST).is_file() else best_epochs(path)
+    if (path / BEST).is_file():
+        return [path / BEST]
+    found, left_out = trained_folds(path, "--weights")
+    if left_out:
+        print(f"note: left out of {path}: {left_out}", flush=True)
     if not found:
         raise UserError(f"--weights {path}: holds no trained fold (looked for {BEST} there and in 0, 1, ...)")
     return found
@@ -106,12 +111,7 @@ def load_fold(
 def start_folder(folder: Path) -> None:
     """Make a fold's folder; its results will be new."""
     folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").unlink(missing_ok=True)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a fold is trained and tested: its metrics are the last thing that is written."""
-    return (folder / "metrics.json").is_file()
+    (folder / FOLD_METRICS).unlink(missing_ok=True)
 
 
 def file_name(case: str) -> str:
@@ -136,7 +136,7 @@ def collect_folds(
     """
     tables = [read_table(output_dir / str(fold) / table) for fold in range(folds)]
     records = [
-        complete(read_json(output_dir / str(fold) / "metrics.json"), rows) for fold, rows in zip(range(folds), tables)
+        complete(read_json(output_dir / str(fold) / FOLD_METRICS), rows) for fold, rows in zip(range(folds), tables)
     ]
     write_table(output_dir / table, header, [[row.get(name, "") for name in header] for rows in tables for row in rows])
     return records, tables, *mean_and_deviation(records, names)

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 import utils
 from dino3d.command_line import Preempted, UserError
 from dino3d.evaluation.statistics import format_metric
+from dino3d.features.encoder import is_finished
 from dino3d.files import append_json, truncate_log
 from dino3d.finetune.crops import CropBatch, TrainingBatches, collate_crops
-from dino3d.finetune.fold_folders import PARTS, is_finished, load_best, start_folder
+from dino3d.finetune.fold_folders import PARTS, load_best, start_folder
 from dino3d.finetune.runtime import Runtime
 from dino3d.training import batch_norm
 from dino3d.training.checkpoint import (
