@@ -80,6 +80,7 @@ from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, 
 from dino3d.finetune.prediction import Predictions, predict_windows, weights_recipe
 from dino3d.finetune.run_report import report_classification
 from dino3d.finetune.runtime import Runtime, start_runtime
+from dino3d.finetune.same_data import contents_of
 from dino3d.finetune.splits import Split, fraction_text, make_splits, of_patients
 
 SCORE = Score("auc", "AUC")  # by which the best epoch is chosen
@@ -194,6 +195,7 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
             ("crop_size", "crop_spacing"),
             cases.digest,
             args.label_fraction,
+            contents_of(dict(zip(cases.names, cases.paths))),
         )
     )
     case_splits = [case_numbers(split, cases, args.eval_negatives, args.seed) for split in splits]

@@ -72,6 +72,7 @@ from dino3d.finetune.prediction import Predictions, weights_recipe
 from dino3d.finetune.resampled_cache import CachedPatches, CaseInfo, ResampledCache
 from dino3d.finetune.run_report import report_segmentation
 from dino3d.finetune.runtime import Runtime, start_runtime
+from dino3d.finetune.same_data import contents_of
 from dino3d.finetune.splits import Split, fraction_text, make_splits, of_patients
 from dino3d.training.checkpoint import StopRequested
 from dino3d.training.pictures import save_picture
@@ -225,6 +226,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
             ("spacing", "classes"),
             digest,
             args.label_fraction,
+            contents_of({f"{pair.name} (image)": pair.image for pair in pairs})
+            | contents_of({f"{pair.name} (mask)": pair.label for pair in pairs}, whole=True),
         )
     )
     sides = [Split(*(of_patients(side, patients) for side in split)) for split in splits]

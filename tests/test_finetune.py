@@ -3,10 +3,12 @@
 import argparse
 import itertools
 import json
+import os
 
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from augmentations import PAPER, Policy, collate_views, paper_policy, scale_intensity
@@ -31,6 +33,7 @@ from dino3d.finetune.fold_folders import fold_files
 from dino3d.finetune.fold_loop import FoldProgress, TrainConfig
 from dino3d.finetune.inference import gather_rows
 from dino3d.finetune.runtime import Runtime
+from dino3d.finetune.same_data import contents_of
 from dino3d.finetune.splits import (
     Split,
     count_by_patient,
@@ -162,6 +165,60 @@ def test_splits_are_read_back(tmp_path):
     path.write_text(path.read_text()[:100])
     with pytest.raises(UserError, match="can't be read"):
         make(path, *flags)
+
+
+def test_a_files_content_is_known_again_wherever_it_lies(tmp_path):
+    """By its size and some of its bytes, or by all; not by its time or place."""
+    path, copy = tmp_path / "a.nii", tmp_path / "b" / "a.nii"
+    path.write_bytes(np.random.default_rng(0).bytes(40000))
+    copy.parent.mkdir()
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, (0, 0))
+
+    def of(path, whole):
+        return contents_of({"a": str(path)}, whole)
+
+    kept = {whole: of(path, whole) for whole in (False, True)}
+    assert all(of(copy, whole) == kept[whole] and kept[whole]["a"].startswith("40000 bytes, ") for whole in kept)
+    for at, seen in ((0, True), (10000, False), (20000, True), (39999, True)):
+        changed = bytearray(path.read_bytes())
+        changed[at] ^= 1
+        copy.write_bytes(changed)
+        assert (of(copy, False) != kept[False]) == seen and of(copy, True) != kept[True]
+    assert of(tmp_path / "none.nii", False) == {"a": ""}
+    many = {str(n): str(path) for n in range(1234)}
+    assert contents_of(many) == dict.fromkeys(many, kept[False]["a"]) and contents_of({}) == {}
+
+
+def test_a_header_is_known_by_the_voxels_beside_it(tmp_path):
+    volume = sitk.GetImageFromArray(np.zeros((4, 5, 6), np.int16))
+    sitk.WriteImage(volume, str(tmp_path / "a.mhd"))
+    before = contents_of({"a": str(tmp_path / "a.mhd")})
+    (tmp_path / "a.raw").write_bytes(b"\1" * 240)
+    assert contents_of({"a": str(tmp_path / "a.mhd")}) != before
+
+
+def test_splits_remember_the_files(tmp_path):
+    path, names = tmp_path / "splits.json", list("abcdefgh")
+    flags = ("patients", 3, 2, 0, names, [0] * 8, [""] * 8, ())
+    files = {name: f"9 bytes, 0000000{name}" for name in names}
+    splits, data = make_splits(path, *flags)
+    assert "files" not in data
+    save_splits(path, splits, data)  # as an older version did
+    assert make_splits(path, *flags, contents=files)[1]["files"] == files
+    splits, data = make_splits(path, *flags, contents=files | {"b": ""})
+    save_splits(path, splits, data)
+    assert make_splits(path, *flags, contents=files | {"c": ""}) == (splits, data | {"files": files})  # what is known
+    moved = {name: one for name, one in files.items() if name != "a"} | {"z": "9 bytes, 00000000"}
+    for now, says in (
+        (files | {"c": "8 bytes, 0000000c", "d": "9 bytes, 00000000"}, "of 8 files 2 have changed, such as c; put"),
+        (moved, "of 8 files 1 are gone, such as a, 1 are new, such as z; put the data of before back, or choose"),
+    ):
+        with pytest.raises(UserError, match=f"^{path}: is of a run on other data: {says}"):
+            make_splits(path, *flags, contents=now)
+    save_splits(path, splits, data | {"files": 5})
+    with pytest.raises(UserError, match="can't be read"):
+        make_splits(path, *flags, contents=files)
 
 
 FRACTIONS = (0.05, 0.1, 0.25, 0.5, 0.9, 1)

@@ -154,6 +154,7 @@ SPLITS = {
         "cases": [2, 2],
         "patients": 4,
         "window": 3,
+        "files": {"a": "9 bytes, 0a1b2c3d"},
     },
     "splits": [
         {"train": ["a"], "validation": ["b"], "test": ["c", "d"]},

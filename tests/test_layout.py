@@ -18,6 +18,7 @@ WITHOUT_TORCH = (
     "dino3d.data",
     "dino3d.prepare",
     "dino3d.evaluation",
+    "dino3d.finetune.same_data",
     "dino3d.finetune.splits",
     "dino3d.study",
 )

@@ -543,6 +543,43 @@ def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
     assert (tmp_path / "out" / "config.json").read_bytes() == kept
 
 
+def test_other_data_are_no_way_to_go_on(crops, tmp_path, capsys):
+    """Other voxels under the same names; labels or subsets that two patients exchange. A copy elsewhere is the same."""
+    data, out = shutil.copytree(crops, tmp_path / "data"), tmp_path / "out"
+    flags = ["--output_dir", out, "--protocol", "knn", "--num_test", 4]
+    assert run_main(capsys, "--data_dir", data, *flags)[0] == 0
+    kept = {path: path.read_bytes() for path in out.glob("**/*.csv")} | {"splits": (out / "splits.json").read_bytes()}
+    first, changed = data / "subset1" / "label1" / "p01", tmp_path / "changed"
+
+    def assert_refused(says):
+        code, said, errors = run_main(capsys, "--data_dir", changed, *flags)
+        assert code == 1 and not said and len(errors) == 1 and says in errors[0], errors
+        assert f"error: {out / 'splits.json'}: is of a run on other data: of 15 files " in errors[0]
+        shutil.rmtree(changed)
+
+    path = shutil.copytree(data, changed) / first.relative_to(data) / "crop0.nii.gz"
+    voxels = np.asarray(nibabel.load(path).dataobj) + np.int16(20)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([0.8, 0.8, 1.4, 1.0])), path)
+    assert_refused("1 have changed, such as subset1/label1/p01/crop0; put the data of before back, or choose another")
+    for one, other in (  # counts of labels, subsets and patients stay
+        (("subset1/label1/p01", "subset1/label0/p01"), ("subset2/label0/p02", "subset2/label1/p02")),
+        (("subset1/label1/p01", "subset3/label1/p01"), ("subset3/label1/p07", "subset1/label1/p07")),
+    ):
+        shutil.copytree(data, changed)
+        for old, new in (one, other):
+            (changed / new).parent.mkdir(exist_ok=True)
+            (changed / old).rename(changed / new)
+        assert_refused(f"2 are gone, such as {one[0]}/crop0, 2 are new, such as ")
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy, copy_function=shutil.copyfile)
+    shutil.rmtree(data)
+    code, said, _ = run_main(capsys, "--data_dir", copy, *flags)
+    assert code == 0 and said.count("done before") == 2
+    assert kept == {path: path.read_bytes() for path in out.glob("**/*.csv")} | {
+        "splits": (out / "splits.json").read_bytes()
+    }
+
+
 def test_a_run_of_before_pool_was_a_flag_read_the_class_token(crops, tmp_path, capsys):
     flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1]
     assert run_main(capsys, *flags)[0] == 0

@@ -807,6 +807,30 @@ def test_other_flags_are_no_way_to_go_on(cases, straight, weights, tmp_path):
     assert (straight / "config.json").read_bytes() == kept
 
 
+def test_other_masks_are_no_way_to_go_on(cases, tmp_path):
+    """Not even where a correction keeps the file's size, its head, middle and end."""
+    data, flags = tmp_path / "data", ["--output_dir", tmp_path / "out", *QUICK, "--max_steps", 1]
+    for path in sorted((cases / "images").iterdir()):
+        save(data / "images" / path.name, *in_ras(path))
+        save(data / "labels" / path.name.removesuffix(".gz"), *in_ras(cases / "labels" / path.name))
+    assert run_main("--data_dir", data, *flags)[0] == 0
+    mask = data / "labels" / "lung_002.nii"
+    before = mask.read_bytes()
+    changed = bytearray(before)
+    changed[10000] ^= 1
+    mask.write_bytes(changed)
+    says = "is of a run on other data: of 14 files 1 have changed, such as lung_002 (mask); put the data of before back"
+    assert_one_error(run_main("--data_dir", data, *flags), says)
+    mask.write_bytes(before)
+    image = data / "images" / "lung_001.nii.gz"
+    voxels, affine = in_ras(image)
+    save(image, voxels[::-1], affine)
+    assert_one_error(run_main("--data_dir", data, *flags), "1 have changed, such as lung_001 (image)")
+    save(image, voxels, affine)
+    code, said, errors = run_main("--data_dir", data, *flags)
+    assert code == 0 and "fold 0: resuming after step 1" in said, errors
+
+
 def test_a_share_of_the_cases(cases, straight, tmp_path):
     """Validation and test sides stay, and so does the spacing, which needs no labels."""
     flags = ["--data_dir", cases, "--output_dir", tmp_path, "--cache_dir", straight / "cache", *QUICK, "--max_steps", 1]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from dino3d.data.dicom import ARCHIVE_SUFFIXES, Slice, is_dicom, read_header, wh
 from dino3d.data.dicom_series import folder_and_uid, lost_names, numbered, parts_of, series_key
 from dino3d.data.itk import voxel_files
 from dino3d.data.parallel import in_processes, progress
-from dino3d.files import file_state, walk_files
+from dino3d.data.sidecar import identity_of
+from dino3d.files import crc32_of, file_state, walk_files
 
 FILES_PER_TASK = 500  # that a worker looks into at a time, if no folder has more
 LARGEST_FOLDER = 5000  # files, up to which a folder is looked into as a whole
@@ -132,7 +134,29 @@ def find_scans(folder: Path | str, skip: Sequence[Path | str] = (), workers: int
 
 def state_of(path: Path | str) -> str:
     """16 hex digits that change when a file does from which `Volume` reads what the path stands for."""
-    path = os.fspath(path)
+    files = _files_behind(os.fspath(path))
+    return hashlib.sha256(repr([(one, file_state(one)) for one in files]).encode()).hexdigest()[:16]
+
+
+def content_of(path: Path | str, whole: bool = False) -> str:
+    """Size and CRC-32 of the files from which `Volume` reads what the path stands for, as text: what a copy has too,
+    wherever it lies; "" where one can't be read.
+
+    whole: the checksum of all bytes, not of some as `sidecar.identity_of` takes them
+    """
+    found = []
+    try:
+        for file in _files_behind(os.fspath(path)):
+            with open(file, "rb") as stream:
+                size, code, _ = identity_of(stream)
+                found.append((size, crc32_of(stream, size) if whole else code))
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
+        return ""
+    return f"{sum(size for size, _ in found)} bytes, {zlib.crc32(repr(found).encode()):08x}"
+
+
+def _files_behind(path: str) -> list[str]:
+    """The files from which `Volume` reads what a path stands for."""
     files = [path]
     if is_kind(path, (".mhd", ".nhdr")):
         with contextlib.suppress(DataError):  # it is refused when its turn comes
@@ -140,7 +164,7 @@ def state_of(path: Path | str) -> str:
     elif not is_kind(path, VOLUME_SUFFIXES):
         folder = folder_and_uid(path)[0]
         files = sorted(os.path.join(here, name) for here, names in walk_files(folder, lambda _: None) for name in names)
-    return hashlib.sha256(repr([(one, file_state(one)) for one in files]).encode()).hexdigest()[:16]
+    return files
 
 
 def _tasks(folders: Sequence[list[str]]) -> Iterator[list[str]]:

@@ -16,6 +16,7 @@ import numpy as np
 from dino3d.command_line import UserError
 from dino3d.evaluation.protocols import count_by_patient, divide
 from dino3d.files import read_json, write_json
+from dino3d.finetune.same_data import require_same_data
 
 NUM_TEST = 37  # cases of the paper's test set
 
@@ -168,13 +169,15 @@ def make_splits(
     known: Sequence[str],
     digest: str | None = None,
     label_fraction: float = 1,
+    contents: dict[str, str] | None = None,
 ) -> tuple[list[Split], dict[str, Any]]:
     """(splits, data) of a run: from its splits.json or, for a new one, made; data: {name: value} that they depend on.
 
     patients, labels, subsets: of each case; known: names that a splits.json has in its data besides
     digest: what changes when the --data_list does, None for a --data_dir
     label_fraction: see `labelled_share`
-    Raises UserError, also where splits.json is of other flags or patients.
+    contents: of the files, see `same_data.contents_of`; a splits.json of an older version has none, and takes these
+    Raises UserError, also where splits.json is of other flags, patients or files.
     """
     described = {
         "folds": folds,
@@ -186,6 +189,7 @@ def make_splits(
         "data_list": digest,
         "label_fraction": None if label_fraction == 1 else label_fraction,  # older files have none
     }
+    files = {} if contents is None else {"files": contents}
     saved = load_splits(path, described, known)
     if saved is None:
         splits = (
@@ -195,11 +199,14 @@ def make_splits(
         )
         if label_fraction < 1:
             splits = labelled_share(splits, label_fraction, seed, patients, labels)
-        return splits, described
-    named = [{patient for side in split for patient in side} for split in saved[0]]
+        return splits, described | files
+    splits, data = saved
+    named = [{patient for side in split for patient in side} for split in splits]
     if any(some - set(patients) or label_fraction == 1 and some != set(patients) for some in named):
         raise UserError(f"{path}: names other patients than the data; choose another --output_dir")
-    return saved
+    if files and "files" in data:
+        files = {"files": require_same_data(path, data["files"], contents)}
+    return splits, data | files
 
 
 def of_patients(chosen: Iterable[str], patients: Sequence[str]) -> np.ndarray:
@@ -230,6 +237,8 @@ def load_splits(
             for side in split
         ):
             raise ValueError("its splits are no lists of patients")
+        if not isinstance(data.get("files", {}), dict):
+            raise ValueError("its files are no names with their contents")
         missing = [name for name in known if name not in data]
         if missing:
             raise KeyError(missing[0])
