@@ -441,7 +441,10 @@ def test_labels_and_patients_that_differ_in_case_alone(noise, capsys):
         encode_labels(["1_0", "2", "3"], "regression", None)
     write_labels(noise / "labels.csv", np.arange(30) % 2, patient=["pP"[i % 2] + str(i // 2) for i in range(30)])
     assert evaluate(noise, "--curves", "off")["patients"] == 30
-    assert "patients p0 and P0 differ in upper and lower case alone, and are taken for two" in capsys.readouterr().out
+    assert (
+        "15 patients differ from another one in upper and lower case alone, such as P0 and p0, and are"
+        in capsys.readouterr().out
+    )
 
 
 def test_names_that_mean_something_to_matplotlib(noise):

@@ -12,6 +12,7 @@ from dino3d.data.conventions import DataError, stem
 from dino3d.data.layouts import find_crops
 from dino3d.data.lists import like_patient
 from dino3d.data.points import AXES
+from dino3d.data.requirements import alike_patients
 from dino3d.evaluation.feature_tables import (
     LARGEST,
     LoadedTable,
@@ -296,14 +297,7 @@ def _patients_of(
                     "patient of --labels"
                 )
             return chosen, [f"{path}: groups the cases to other patients than {source}, whose are taken"]
-    written = {}
-    for patient in chosen:
-        other = written.setdefault(patient.lower(), patient)
-        if other != patient:
-            notices.append(
-                f"{source}: patients {other} and {patient} differ in upper and lower case alone, and are taken for two"
-            )
-            break
+    notices += [line.removeprefix("warning: ") for line in alike_patients(chosen, source)]
     return chosen, notices
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dino3d.data import images
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, format_size, is_kind
+from dino3d.data.dicom_series import folder_and_uid
 from dino3d.data.itk import voxel_files
 from dino3d.data.scans import File
 from dino3d.files import file_state, walk_files
@@ -43,7 +44,7 @@ def files_of(root: Path | str, name: str) -> list[File]:
     """The Files that a volume is read from: its own, those that its header names, those in a DICOM series' folder."""
     if is_kind(name, VOLUME_SUFFIXES):
         return [file_at(root, name), *companions(root, name)]
-    folder = os.path.join(root, name.rpartition("#")[0] or name)
+    folder, _ = folder_and_uid(os.path.join(root, name))
     if not os.path.isdir(folder):
         return [file_at(root, name)]
     paths = [os.path.join(here, one) for here, names in walk_files(folder, lambda error: None) for one in names]

@@ -15,6 +15,7 @@ from dino3d.command_line import UserError
 from dino3d.data import images
 from dino3d.data.conventions import DataError
 from dino3d.data.layouts import UNLABELLED
+from dino3d.data.lists import like_patient
 from dino3d.data.points import (
     AXES,
     Point,
@@ -28,7 +29,6 @@ from dino3d.data.points import (
 )
 from dino3d.data.requirements import alike_patients
 from dino3d.data.scans import File, Scan
-from dino3d.evaluation.labelled_cases import LIKE_PATIENT
 from dino3d.files import read_rows
 from dino3d.prepare.conversion import (
     FAILED,
@@ -266,9 +266,9 @@ def patients_of_tables(tables: Sequence[Path]) -> dict[str, str]:
     for table in tables:
         header = [name.lower() for name in columns_in(table)]
         if "patient" not in header:
-            if like := [name for name in columns_in(table) if LIKE_PATIENT.fullmatch(name)]:
+            if like := like_patient(columns_in(table)):
                 print(
-                    f"warning: {table}: has no column patient, and {like[0]} is not read: if it tells whose the scans "
+                    f"warning: {table}: has no column patient, and {like} is not read: if it tells whose the scans "
                     "are, call it patient, so that folds do not share patients"
                 )
             continue
