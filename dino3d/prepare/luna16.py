@@ -44,7 +44,7 @@ from dino3d.prepare.conversion import (
     report_outcome,
 )
 from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
-from dino3d.prepare.point_tables import SERIES, Placed, columns_in, read_point_tables, write_split
+from dino3d.prepare.point_tables import SERIES, Placed, columns_in, place_of_point, read_point_tables, write_split
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
@@ -286,19 +286,18 @@ def patients_of_tables(tables: Sequence[Path]) -> dict[str, str]:
 def require_one_label(tasks: Sequence[CropTask], records: Records) -> None:
     """Raise UserError where a crop of an earlier run, which is of a table that is not among these, has the place of a
     point of theirs and another label: one image would be trained on with both."""
-
-    def place(position: Sequence[float]) -> tuple[float, ...]:
-        return tuple(round(float(x), 2) + 0.0 for x in position)
-
     now = {f"{task.source}{point_id(point)}" for task in tasks for point in task.points}
     points = {
-        (task.source, *place(point.position)): point for task in tasks for point in task.points if not point.problem
+        (task.source, *place_of_point(point.position)): point
+        for task in tasks
+        for point in task.points
+        if not point.problem
     }
     for row in itertools.chain.from_iterable(records.earlier.values()):
         if row["status"] != WRITTEN or row["source"] in now or not (records.output / row["output"]).is_file():
             continue
         try:
-            point = points.get((row["source"].rpartition("#")[0], *place([row[axis] for axis in "xyz"])))
+            point = points.get((row["source"].rpartition("#")[0], *place_of_point(float(row[axis]) for axis in "xyz")))
         except (KeyError, ValueError):  # a manifest that something else has changed
             continue
         if point and row.get("label") != ("" if point.label is None else str(point.label)):

@@ -138,6 +138,11 @@ def require_labels(points: Mapping[str, Iterable[Point]], table: Path, label_col
                 raise UserError(f"{table}: line {point.line} ({series}): {why}")
 
 
+def place_of_point(position: Iterable[float]) -> tuple[float, ...]:
+    """A position in mm as it tells points apart: to 0.01 mm."""
+    return tuple(round(x, 2) + 0.0 for x in position)
+
+
 def unique_places(points: Mapping[str, Sequence[Point]], strict: bool) -> dict[str, list[Point]]:
     """Points without those that an earlier row of the same table has in the same place (to 0.01 mm), which is told.
 
@@ -147,9 +152,7 @@ def unique_places(points: Mapping[str, Sequence[Point]], strict: bool) -> dict[s
     for series, those in points.items():
         kept[series], seen = [], collections.defaultdict(list)
         for point in those:
-            same = (
-                [] if point.problem or point.label is None else seen[tuple(round(x, 2) + 0.0 for x in point.position)]
-            )
+            same = [] if point.problem or point.label is None else seen[place_of_point(point.position)]
             at = f"{point.table} line {point.line}"
             if other := next((one for one in same if one.label != point.label), None):
                 unlike.append(
