@@ -14,9 +14,9 @@
     python benchmark.py scale                    what many volumes and ranks cost besides the steps, simulated
     python benchmark.py gpu                      all that a GPU has to show, its tests first, in ten minutes
 
-Seconds are wall-clock, of peers and scale those of the CPU. What it is compared with stands in dino3d/baselines.py.
-Baseline and ours take turns, so that a machine that slows down slows both; reported are medians over the repeats, with
-the lowest and highest. With --json the last line on standard output is one JSON object.
+Seconds are wall-clock, of peers and scale those of the CPU. What it is compared with stands in
+dino3d/benchmarks/baselines.py. Baseline and ours take turns, so that a machine that slows down slows both; reported are
+medians over the repeats, with the lowest and highest. With --json the last line on standard output is one JSON object.
 
 A further benchmark is a function that returns `comparison(...)`, and a sub-command with its flags.
 """
@@ -61,8 +61,9 @@ import augmentations
 import main_dino
 import utils
 from augmentations import PAPER, MultiCropAugmentation, collate_views, paper_policy
-from dino3d import baselines, command_line, transformer_block
-from dino3d import peers as others
+from dino3d import command_line, transformer_block
+from dino3d.benchmarks import baselines
+from dino3d.benchmarks import peers as others
 from dino3d.block_masks import BlockMasks, collate_masks
 from dino3d.command_line import UserError, number
 from dino3d.data.conventions import LPS, format_size

@@ -12,7 +12,7 @@ import augmentations
 import main_dino
 import utils
 from augmentations import PAPER, MultiCropAugmentation, paper_policy
-from dino3d import baselines
+from dino3d.benchmarks import baselines
 from dino3d.data.pretraining import Sample, collate
 from dino3d.training import grouped
 from dino3d.training.nonfinite import NonFiniteSteps

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dino3d.baselines import load_into_monai
+from dino3d.benchmarks.baselines import load_into_monai
 from vision_transformer import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer, vit_micro, vit_tiny
 
 SMALL = {"img_size": (16, 12, 6), "patch_size": (4, 3, 2), "embed_dim": 48, "depth": 3, "num_heads": 4}  # grid 4 4 3
