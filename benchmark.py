@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from inspect import getsource
 from pathlib import Path
@@ -64,11 +64,32 @@ from augmentations import PAPER, MultiCropAugmentation, collate_views, paper_pol
 from dino3d import command_line, transformer_block
 from dino3d.benchmarks import baselines
 from dino3d.benchmarks import peers as others
+from dino3d.benchmarks.scans import (
+    BATCH,
+    CLIP_RANGE,
+    GLOBAL,
+    LOCAL,
+    LOCAL_NUMBER,
+    POLICY,
+    SCAN_SIZE,
+    base_patches,
+    cut,
+    scan,
+)
+from dino3d.benchmarks.turns import (
+    comparison,
+    device_label,
+    milliseconds,
+    print_report,
+    sources,
+    synchronise,
+    take_turns,
+)
 from dino3d.block_masks import BlockMasks, collate_masks
 from dino3d.command_line import UserError, number
 from dino3d.data.conventions import LPS, format_size
 from dino3d.data.hdf5 import write_volume
-from dino3d.data.pretraining import BatchStream, PretrainingPatches, Sample, collate, epoch_order, place_patch
+from dino3d.data.pretraining import BatchStream, PretrainingPatches, Sample, collate, epoch_order
 from dino3d.data.sidecar import index_path
 from dino3d.data.sources import find_data
 from dino3d.data.volume import Volume
@@ -76,7 +97,6 @@ from dino3d.files import TEXT, read_log, versions
 from dino3d.malloc import keep_freed_memory
 from dino3d.mixed_precision import multiplies_bf16
 from dino3d.prepare.index import store_index
-from dino3d.study.devices import cpu_name
 from dino3d.training import checkpoint, grouped
 from dino3d.training.loading import cores_per_process
 from dino3d.training.monitor import peak_memory
@@ -85,13 +105,7 @@ from dino3d.training.operators import count_operators
 from utils import PRECISIONS
 from vision_transformer import ARCHITECTURES, MultiCropWrapper, has_setting
 
-SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
-SCAN = Path(__file__).resolve().parent.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
-GLOBAL, LOCAL, LOCAL_NUMBER = (96, 96, 48), (24, 24, 12), 8  # voxels; two views are global
 PATCH_SIZE = (12, 12, 6)
-POLICY = paper_policy(PAPER)
-CLIP_RANGE = (-1000, 1000)  # HU
-BATCH = {"cpu": 4, "cuda": 64}  # samples per call
 VALUES = {
     "lr": 0.0005,
     "weight_decay": 0.04,
@@ -348,16 +362,6 @@ def augment(device: str, repeats: int, samples: int) -> dict[str, Any]:
             "our_samples_per_repeat": batches * len(patches),
         },
     )
-
-
-def base_patches(volume: np.ndarray, crops: MultiCropAugmentation, number: int) -> list[np.ndarray]:
-    """Random base patches of a volume, as pre-training reads them."""
-    rng, patches = np.random.RandomState(0), []
-    for _ in range(number):
-        start = place_patch(rng, np.array(volume.shape), np.array(crops.core), np.array(crops.patch_size))
-        # A file's slowest axis is z: what is read from one lies in memory in that order
-        patches.append(np.asfortranarray(cut(volume, start, crops.patch_size)))
-    return patches
 
 
 def our_views(patches: Sequence[np.ndarray], crops: MultiCropAugmentation, first: int, device: str) -> float:
@@ -1796,166 +1800,6 @@ def gpu_attention(batch_size: int, heads: int, lengths: Sequence[int], repeats: 
                 times[name] = None
     told = (f"{name} {'not here' if time is None else f'{time:.2f} ms'}" for name, time in times.items())
     return {"note": ", ".join(told), "milliseconds": times}
-
-
-def milliseconds(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Median of so many calls, after two to warm up, until the device is done."""
-    seconds = []
-    for _ in range(2 + repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        call()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds[2:])
-
-
-# ------------------------------------------------------------------------------------------------ what they all share
-
-
-def scan(size: Sequence[int]) -> tuple[np.ndarray, np.ndarray, str]:
-    """((X, Y, Z) int16 HU in RAS, (4, 4) affine, where it is from): a real CT where it is at hand, or a phantom.
-
-    A CT that is smaller than `size` goes on as its mirror image, which keeps its noise and so what it compresses to.
-    """
-    if not SCAN.is_file():
-        from dino3d.prepare.phantoms import chest_phantom
-
-        origin = f"chest phantom of {format_size(size)} voxels (no {SCAN.name} here)"
-        return *chest_phantom(0, size, (0.7, 0.7, 1.5)), origin
-    with Volume(SCAN) as file:
-        volume, affine = file.read(), file.affine
-    origin = (
-        f"real CT {SCAN.name} of {format_size(volume.shape)} voxels, "
-        f"mirrored or cut at its far ends to {format_size(size)}"
-    )
-    volume = np.pad(volume, [(0, max(0, n - old)) for n, old in zip(size, volume.shape)], "symmetric")
-    return np.ascontiguousarray(cut(volume, (0, 0, 0), size)), affine, origin
-
-
-def sources(*objects: Callable) -> str:
-    return "\n\n".join(map(getsource, objects))
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def cut(volume: np.ndarray, start: Iterable[int], size: Iterable[int]) -> np.ndarray:
-    return volume[tuple(slice(a, a + n) for a, n in zip(start, size))]
-
-
-def take_turns(
-    tasks: dict[str, tuple[Callable[[int], Any], float]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """{name: [seconds per item, of each repeat]}: every task once to warm up, then all of them in turn, `repeats`
-    times.
-
-    tasks: {name: (function of the turn's number, items that it handles per call)}; clock: in seconds
-    """
-    times = {name: [] for name in tasks}
-    for turn in range(repeats + 1):
-        for name, (run, items) in tasks.items():
-            start = clock()
-            run(turn)
-            times[name].append((clock() - start) / items)
-    return {name: seconds[1:] for name, seconds in times.items()}
-
-
-def comparison(
-    goal: float,
-    unit: str,
-    times: dict[str, list[float]],
-    notes: dict[str, str],
-    baseline_code: str,
-    parameters: dict[str, Any],
-) -> dict[str, Any]:
-    """What a benchmark found, as it goes into the report and the JSON.
-
-    goal: least ratio wanted; unit: of the times; times: {"baseline": [seconds, ...], "ours": [...], further rows ...}
-    notes: {row: what was timed}; baseline_code: source text; parameters: a dict
-    """
-    rows = {
-        name: {
-            "seconds": statistics.median(seconds),
-            "spread": [min(seconds), max(seconds)],
-            "note": notes.get(name, ""),
-        }
-        for name, seconds in times.items()
-    }
-    ratios = [baseline / ours for baseline, ours in zip(times["baseline"], times["ours"])]
-    return {
-        "ratio": rows["baseline"]["seconds"] / rows["ours"]["seconds"],
-        "goal": goal,
-        "unit": unit,
-        "baseline": rows["baseline"]["seconds"],
-        "ours": rows["ours"]["seconds"],
-        "spread": {
-            "baseline": rows["baseline"]["spread"],
-            "ours": rows["ours"]["spread"],
-            "ratio": [min(ratios), max(ratios)],
-        },
-        "rows": rows,
-        "parameters": parameters,
-        "baseline_code": baseline_code,
-    }
-
-
-def print_report(result: dict[str, Any]) -> None:
-    rows = result["rows"]
-    width = max(map(len, rows))
-    print(
-        f"{result['what']}: {result['unit']}; median (lowest to highest) of {result['parameters']['repeats']} repeats"
-    )
-    for name, row in rows.items():
-        if row["seconds"] is None:
-            print(f"  {name:{width}}  {row['note']}")
-            continue
-        low, high = row["spread"]
-        print(f"  {name:{width}}  {row['seconds']:8.4f} ({low:.4f} to {high:.4f})  {row['note']}".rstrip())
-    if "ratio" in result:
-        low, high = result["spread"]["ratio"]
-        print(
-            f"baseline / ours: {result['ratio']:.1f} ({low:.1f} to {high:.1f} within a repeat), goal {result['goal']}"
-        )
-    if "nifti_ratio" in result:
-        print(f"nii.gz / ours: {result['nifti_ratio']:.1f}")
-    if "volumes_per_second_and_core" in result:
-        print(f"ours: {result['volumes_per_second_and_core']:.2f} volumes per second and core")
-    if "teraflops" in result:
-        rate = result.get("matrix_product_teraflops")
-        print(
-            f"ours: {result['teraflops']:.3g} TFLOP/s" + (f" of {rate:.3g} in a large matrix product" if rate else "")
-        )
-    for part, counts in result.get("operators", {}).items():
-        name = "operators of a step" if part == "all" else f"  {part}"
-        print(f"{name}: {counts['operators']}, of which casts {counts['casts']}")
-    for flags, cost in result.get("objectives", {}).items():
-        low, high = cost["spread"]
-        print(f"a step with {flags} takes {cost['ratio']:.2f} times as long ({low:.2f} to {high:.2f} within a repeat)")
-    if "samples_per_second" in result:
-        print(
-            f"ours: {result['samples_per_second']:.4g} samples per second, {result['waiting_for_data']:.1%} of "
-            "the time waiting "
-            f"for data, {result['peak_memory_gib']:.1f} GiB"
-        )
-    for name, sides in result.get("measured", {}).items():
-        print(f"{name}: baseline {sides['baseline']:.4g}, ours {sides['ours']:.4g}")
-    print(f"device {result['device']}: {result['device_name']}; CPU threads: {result['threads']}")
-    print("versions: " + ", ".join(f"{name} {number}" for name, number in result["versions"].items()))
-    print("parameters:")
-    for name, value in result["parameters"].items():
-        print(f"  {name}: {format_size(value) if isinstance(value, (tuple, list)) else value}")
-    if "baseline_code" in result:
-        print("the baseline's code:\n")
-        print("\n".join("    " + line if line else "" for line in result["baseline_code"].rstrip().splitlines()))
-
-
-def device_label(device: str) -> str:
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}; baseline: {device_label('cpu')}"
-    return cpu_name()
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_baseline_stands_in_the_report_as_it_ran(run):
     what, process = run
     result = json.loads(process.stdout.splitlines()[-1])
     assert [node.name for node in ast.parse(result["baseline_code"]).body] == BASELINES[what]
-    source = (ROOT / "benchmark.py").read_text() + (ROOT / "dino3d" / "benchmarks" / "baselines.py").read_text()
+    source = "".join(path.read_text() for path in [ROOT / "benchmark.py", *ROOT.glob("dino3d/benchmarks/*.py")])
     assert all(part.strip() in source for part in result["baseline_code"].split("\n\n\n"))
     report = process.stdout[: process.stdout.rindex('{"what"')]
     assert all(line.strip() in report for line in result["baseline_code"].splitlines())
