@@ -274,22 +274,21 @@ def test_a_picture_that_has_no_folder_is_refused_before_anything_is_timed(tmp_pa
 
 def test_peers_that_are_missing_are_said_to_be(monkeypatch, capsys):
     """Rows of others have a ratio to ours; here one of them can't be imported, whatever is installed."""
-    import benchmark
+    from dino3d.benchmarks import peer_comparison
+    from dino3d.benchmarks.turns import print_report
 
-    monkeypatch.setattr(benchmark.others, "missing", lambda name: "" if name == "monai" else f"missing: {name}")
-    monkeypatch.setattr(benchmark, "GLOBAL", (24, 24, 12))
-    monkeypatch.setattr(benchmark, "LOCAL", (12, 12, 6))
-    monkeypatch.setattr(benchmark, "SCAN_SIZE", (130, 125, 121))
-    result = benchmark.peers("cpu", 1, None)
+    monkeypatch.setattr(peer_comparison.others, "missing", lambda name: "" if name == "monai" else f"missing: {name}")
+    monkeypatch.setattr(peer_comparison, "GLOBAL", (24, 24, 12))
+    monkeypatch.setattr(peer_comparison, "LOCAL", (12, 12, 6))
+    monkeypatch.setattr(peer_comparison, "SCAN_SIZE", (130, 125, 121))
+    result = peer_comparison.peers("cpu", 1, None)
     rows = result["rows"]
     for number in ("three", "six"):
         assert rows[f"ten views, {number}: ours"]["ratio"] == 1
         assert rows[f"ten views, {number}: MONAI, one resampling to the view"]["ratio"] > 0
         assert rows[f"ten views, {number}: batchgeneratorsv2"]["seconds"] is None
     assert rows["a patch: zarr 3"]["note"] == "missing: zarr" and rows["a patch: npy, uncompressed"]["ratio"] > 0
-    benchmark.print_report(
-        {"what": "peers", **result, "threads": 1, "device": "cpu", "device_name": "", "versions": {}}
-    )
+    print_report({"what": "peers", **result, "threads": 1, "device": "cpu", "device_name": "", "versions": {}})
     assert "missing: torchio" in capsys.readouterr().out
 
 
