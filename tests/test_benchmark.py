@@ -116,7 +116,7 @@ def test_baseline_stands_in_the_report_as_it_ran(run):
     what, process = run
     result = json.loads(process.stdout.splitlines()[-1])
     assert [node.name for node in ast.parse(result["baseline_code"]).body] == BASELINES[what]
-    source = "".join(path.read_text() for path in [ROOT / "benchmark.py", *ROOT.glob("dino3d/benchmarks/*.py")])
+    source = "".join(path.read_text() for path in ROOT.glob("dino3d/benchmarks/*.py"))
     assert all(part.strip() in source for part in result["baseline_code"].split("\n\n\n"))
     report = process.stdout[: process.stdout.rindex('{"what"')]
     assert all(line.strip() in report for line in result["baseline_code"].splitlines())
@@ -139,7 +139,7 @@ def test_a_step_of_vit_small_takes_226_gigaflop():
     """The count of earlier work, every block's matrix products for every token, and ours without what nothing reads:
     in the last block the class token alone goes on. Within 2 %: torch counts the attention's backward pass as 2.5
     times its forward."""
-    import benchmark
+    from dino3d.benchmarks.step import flops_per_sample
 
     tokens, width, hidden, out_dim = 513, 384, 2048, 65536
     per_view = 12 * tokens * (24 * width**2 + 4 * tokens * width) + 2 * 512 * width * 12 * 12 * 6
@@ -150,7 +150,7 @@ def test_a_step_of_vit_small_takes_226_gigaflop():
     )  # teacher; student, forward and twice that backward
     assert whole == pytest.approx(226e9, rel=0.02)
     spared = 512 * (18 * width**2 + 4 * 513 * width) * 2 * 4 + 4 * (18 * width**2 + 4 * 5 * width) * 8 * 3
-    assert benchmark.flops_per_sample("vit_small", out_dim) == pytest.approx(whole - spared, rel=0.02)
+    assert flops_per_sample("vit_small", out_dim) == pytest.approx(whole - spared, rel=0.02)
 
 
 def test_a_block_takes_half_the_operators_that_it_took():
@@ -158,27 +158,28 @@ def test_a_block_takes_half_the_operators_that_it_took():
     cast together, each block took 128, of which casts 38, and a step of vit_small 1,915 in all."""
     import functools
 
-    import benchmark
+    from dino3d.benchmarks.step import step_operators
+    from vision_transformer import ARCHITECTURES
 
     counts = {}
     for depth in (2, 4):
         with pytest.MonkeyPatch.context() as patch:
-            build = functools.partial(benchmark.ARCHITECTURES["vit_micro"], depth=depth)
-            patch.setitem(benchmark.ARCHITECTURES, "vit_micro", build)
-            counts[depth] = benchmark.step_operators("vit_micro", 64, "bf16")["all"]
+            build = functools.partial(ARCHITECTURES["vit_micro"], depth=depth)
+            patch.setitem(ARCHITECTURES, "vit_micro", build)
+            counts[depth] = step_operators("vit_micro", 64, "bf16")["all"]
     block = {kind: (counts[4][kind] - counts[2][kind]) / 2 for kind in counts[4]}
     assert 18 < block["operators"] <= 128 / 2 and block["casts"] <= 38 / 2, block
 
 
 def test_growth_draws_a_picture(tmp_path, monkeypatch):
     """With the timing left out."""
-    import benchmark
+    from dino3d.benchmarks.training import draw_growth
 
     panels = {"samples per batch": [(1, None), (2, None)], "processes": [(1, None)]}
     rows = {
         f"{panel}: {at}": {"seconds": 1.0, "spread": [0.9, 1.2]} for panel, cases in panels.items() for at, _ in cases
     }
-    benchmark.draw_growth(tmp_path / "growth.png", panels, rows, "title")
+    draw_growth(tmp_path / "growth.png", panels, rows, "title")
     from PIL import Image
 
     assert Image.open(tmp_path / "growth.png").size[0] > 500
@@ -199,23 +200,24 @@ def test_many_volumes_and_ranks_are_simulated():
 
 def test_what_a_gpu_has_to_show_is_measured_on_a_cpu_too():
     """The parts of `benchmark.py gpu`, on a CPU and small."""
-    import benchmark
+    from dino3d.benchmarks import gpu
 
-    step = benchmark.gpu_step("vit_micro", 64, 1, False, True, 1, "cpu")
+    step = gpu.gpu_step("vit_micro", 64, 1, False, True, 1, "cpu")
     assert step["milliseconds"] > 0 and step["launches"] == 0 and not step["kernels"]
-    assert not benchmark.grouped.IN_GROUPS
-    attention = benchmark.gpu_attention(2, 2, (9, 8), 1, "cpu")["milliseconds"]
+    assert not gpu.grouped.IN_GROUPS
+    attention = gpu.gpu_attention(2, 2, (9, 8), 1, "cpu")["milliseconds"]
     assert attention["9 tokens math"] > 0 and attention["8 tokens flash"] > 0 and attention["9 tokens cudnn"] is None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "SCAN_SIZE", (150, 150, 110))
-        views = benchmark.gpu_views(1, 1, "cpu")
+        patch.setattr(gpu, "SCAN_SIZE", (150, 150, 110))
+        views = gpu.gpu_views(1, 1, "cpu")
     assert views["milliseconds"].keys() == {"3 augmentations, plain", "6 augmentations, plain"}  # no kernel on a CPU
     assert views["difference"] == 0
 
 
 def test_a_part_that_fails_or_takes_too_long_leaves_the_others(monkeypatch, capsys):
     """`benchmark.py gpu` with its parts replaced: what goes wrong is a row, and the rest is measured."""
-    import benchmark
+    from dino3d.benchmarks import gpu
+    from dino3d.benchmarks.turns import print_report
 
     def training(folder, arch, *_):
         if arch == "vit_base":
@@ -223,29 +225,29 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(monkeypatch, caps
         return {"note": f"{arch} trained"}
 
     def child(task, *arguments):
-        if task is benchmark.gpu_views:
+        if task is gpu.gpu_views:
             raise RuntimeError("CUDA error: an illegal\nmemory access")
-        monkeypatch.setattr(benchmark.time, "monotonic", lambda: 1e9 if task is benchmark.gpu_attention else 0.0)
+        monkeypatch.setattr(gpu.time, "monotonic", lambda: 1e9 if task is gpu.gpu_attention else 0.0)
         return {"note": task.__name__}
 
-    monkeypatch.setattr(benchmark, "scan", lambda size: (None, None, "nothing"))
-    monkeypatch.setattr(benchmark, "write_copies", lambda *_: None)
-    monkeypatch.setattr(benchmark, "gpu_tests", lambda seconds: {"note": "41 passed"})
-    monkeypatch.setattr(benchmark, "gpu_training", training)
-    monkeypatch.setattr(benchmark, "in_child", child)
-    result = benchmark.gpu("cuda", 1, 10)
+    monkeypatch.setattr(gpu, "scan", lambda size: (None, None, "nothing"))
+    monkeypatch.setattr(gpu, "write_copies", lambda *_: None)
+    monkeypatch.setattr(gpu, "gpu_tests", lambda seconds: {"note": "41 passed"})
+    monkeypatch.setattr(gpu, "gpu_training", training)
+    monkeypatch.setattr(gpu, "in_child", child)
+    result = gpu.gpu("cuda", 1, 10)
     notes = {name: row["note"] for name, row in result["rows"].items()}
     assert notes["tests marked gpu"] == "41 passed" and notes["vit_large from the disk"] == "vit_large trained"
     assert notes["vit_base from the disk"].startswith("not done after")
     assert notes["ten views"] == "failed: RuntimeError: CUDA error: an illegal memory access"
     assert notes["attention"] == "gpu_attention"
-    benchmark.print_report({"what": "gpu", "device": "cuda", "device_name": "", "threads": 1, "versions": {}, **result})
+    print_report({"what": "gpu", "device": "cuda", "device_name": "", "threads": 1, "versions": {}, **result})
     assert capsys.readouterr().out.count("41 passed") == 2  # at once, and in the table
-    assert benchmark.gpu("cuda", 1, 0.01)["rows"]["attention"]["note"].startswith("left out")
+    assert gpu.gpu("cuda", 1, 0.01)["rows"]["attention"]["note"].startswith("left out")
 
 
 def test_tests_that_take_too_long_are_told_as_far_as_they_came(monkeypatch):
-    import benchmark
+    from dino3d.benchmarks import gpu
 
     output = b"tests/a.py::test_x[1 2] PASSED [ 10%]\ntests/a.py::test_y FAILED [ 20%]\ntests/a.py::test_z "
 
@@ -254,11 +256,11 @@ def test_tests_that_take_too_long_are_told_as_far_as_they_came(monkeypatch):
             raise subprocess.TimeoutExpired(words, timeout, output)
         return subprocess.CompletedProcess(words, 1, b"", b"No module named pytest")
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
-    found = benchmark.gpu_tests(0.4)
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    found = gpu.gpu_tests(0.4)
     assert found["failed"] == ["tests/a.py::test_y"] and len(found["passed"]) == 1
     assert found["note"] == "1 passed, 1 failed, not done after 0 s; tests/a.py::test_y"
-    assert benchmark.gpu_tests(2)["note"] == "No module named pytest, exit code 1"
+    assert gpu.gpu_tests(2)["note"] == "No module named pytest, exit code 1"
 
 
 def test_a_picture_that_has_no_folder_is_refused_before_anything_is_timed(tmp_path):
