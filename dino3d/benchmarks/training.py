@@ -46,21 +46,8 @@ def train(
     cores, rate = cores_per_process(utils.Processes()), matrix_rate(device, precision)
     volume, affine, origin = scan(SCAN_SIZE)
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            "--arch",
-            arch,
-            "--batch_size_per_gpu",
-            batch_size,
-            "--out_dim",
-            out_dim,
-            "--epochs",
-            2 + repeats,
-            "--precision",
-            precision,
-            *AUGMENTED,
-            *["--compile"] * compile,
-            *(["--num_workers", workers] if workers is not None else []),
-        ]
+        flags = training_flags(arch, batch_size, out_dim, 2 + repeats, precision)
+        flags += ["--compile"] * compile + (["--num_workers", workers] if workers is not None else [])
         write_copies(folder, volume, affine, steps * batch_size)
         records = our_training(folder, flags, device)
         baselines.write_itk(os.path.join(folder, "itk.h5"), volume, affine)
@@ -148,21 +135,8 @@ def growth(
         volume, affine, origin = scan(SCAN_SIZE)
         for processes, _ in panels["processes"]:
             write_copies(folder, volume, affine, 6 * batch_size * processes)
-            flags = [
-                "--arch",
-                arch,
-                "--batch_size_per_gpu",
-                batch_size,
-                "--out_dim",
-                out_dim,
-                "--epochs",
-                1 + repeats,
-                "--precision",
-                precision,
-                *AUGMENTED,
-                "--num_workers",
-                1 if device == "cpu" else 16,
-            ]
+            flags = training_flags(arch, batch_size, out_dim, 1 + repeats, precision)
+            flags += ["--num_workers", 1 if device == "cpu" else 16]
             times = [1 / record["volumes_per_second"] for record in our_training(folder, flags, device, processes)]
             rows[f"processes: {processes}"] = {
                 "seconds": statistics.median(times),
@@ -184,6 +158,11 @@ def growth(
             "picture": output,
         },
     }
+
+
+def training_flags(arch: str, batch_size: int, out_dim: int, epochs: int, precision: str) -> list[Any]:
+    flags = ["--arch", arch, "--batch_size_per_gpu", batch_size, "--out_dim", out_dim]
+    return [*flags, "--epochs", epochs, "--precision", precision, *AUGMENTED]
 
 
 def write_copies(folder: str, volume: np.ndarray, affine: np.ndarray, samples: int, copies: int = 16) -> None:
