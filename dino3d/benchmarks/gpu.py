@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from augmentations import MultiCropAugmentation, paper_policy
 from dino3d.benchmarks.scans import CLIP_RANGE, GLOBAL, LOCAL, LOCAL_NUMBER, POLICY, SCAN_SIZE, base_patches, scan
 from dino3d.benchmarks.step import flops_per_sample, matrix_rate, our_step
 from dino3d.benchmarks.training import AUGMENTED, our_training, write_copies
-from dino3d.benchmarks.turns import milliseconds, synchronise
+from dino3d.benchmarks.turns import seconds_until_done, synchronise
 from dino3d.data.pretraining import Sample, collate
 from dino3d.files import TEXT
 from dino3d.study.jobs import ROOT
@@ -190,3 +191,8 @@ def gpu_attention(batch_size: int, heads: int, lengths: Sequence[int], repeats: 
                 times[name] = None
     told = (f"{name} {'not here' if time is None else f'{time:.2f} ms'}" for name, time in times.items())
     return {"note": ", ".join(told), "milliseconds": times}
+
+
+def milliseconds(call: Callable[[], Any], repeats: int, device: str) -> float:
+    """Median of so many calls, after two to warm up."""
+    return 1e3 * statistics.median(seconds_until_done(call, 2 + repeats, device)[2:])

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from dino3d.benchmarks import baselines
 from dino3d.benchmarks import peers as others
 from dino3d.benchmarks.reading import read_volume, write_prepared
 from dino3d.benchmarks.scans import BATCH, CLIP_RANGE, GLOBAL, LOCAL, LOCAL_NUMBER, SCAN_SIZE, base_patches, cut, scan
-from dino3d.benchmarks.turns import take_turns
+from dino3d.benchmarks.turns import ratio_within_turns, report_row, take_turns
 from dino3d.command_line import UserError
 
 
@@ -53,15 +52,9 @@ def peers_at(
         if seconds is None:
             rows[f"{what}: {name}"] = {"seconds": None, "spread": None, "note": task}
             continue
-        ratios = [one / other for one, other in zip(seconds, ours)]
-        ratio, spread = statistics.median(ratios), [min(ratios), max(ratios)]
-        rows[f"{what}: {name}"] = {
-            "seconds": statistics.median(seconds),
-            "spread": [min(seconds), max(seconds)],
-            "ratio": ratio,
-            "ratio_spread": spread,
-            "note": "" if seconds is ours else f"{ratio:.2f} times ours ({spread[0]:.2f} to {spread[1]:.2f})",
-        }
+        ratio, *spread = ratio_within_turns(seconds, ours)
+        note = "" if seconds is ours else f"{ratio:.2f} times ours ({spread[0]:.2f} to {spread[1]:.2f})"
+        rows[f"{what}: {name}"] = {**report_row(seconds, note), "ratio": ratio, "ratio_spread": spread}
     return rows
 
 

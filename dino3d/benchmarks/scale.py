@@ -16,6 +16,7 @@ import torch
 
 import utils
 from dino3d.benchmarks.step import our_state
+from dino3d.benchmarks.turns import report_row
 from dino3d.data.pretraining import BatchStream, epoch_order
 from dino3d.data.sources import find_data
 from dino3d.training import checkpoint
@@ -104,13 +105,8 @@ def scale_row(seconds: Sequence[float], megabytes: float, ranks: int) -> dict[st
     """A row of `scale`. ranks: how many do the same, one by one where they share a core"""
     total = ranks * statistics.median(seconds)
     all_of_them = f"{ranks} ranks side by side: {total:.1f} s and {ranks * megabytes:.0f} MB in all (reckoned)"
-    return {
-        "seconds": statistics.median(seconds),
-        "spread": [min(seconds), max(seconds)],
-        "note": f"{megabytes:.0f} MB; " + (all_of_them if ranks > 1 else "rank 0 alone"),
-        "seconds_of_all": total,
-        "megabytes": megabytes,
-    }
+    note = f"{megabytes:.0f} MB; " + (all_of_them if ranks > 1 else "rank 0 alone")
+    return {**report_row(seconds, note), "seconds_of_all": total, "megabytes": megabytes}
 
 
 def send_list(path: str, processes: utils.Processes) -> list[str]:

@@ -1,8 +1,6 @@
 """A training step on ready views: its time and memory beside the plain one, its operators, its FLOP."""
 
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +15,7 @@ import utils
 from dino3d import transformer_block
 from dino3d.benchmarks import baselines
 from dino3d.benchmarks.scans import GLOBAL, LOCAL, LOCAL_NUMBER
-from dino3d.benchmarks.turns import comparison, sources, synchronise, take_turns
+from dino3d.benchmarks.turns import comparison, ratio_within_turns, seconds_until_done, sources, take_turns, until_done
 from dino3d.block_masks import BlockMasks, collate_masks
 from dino3d.command_line import UserError
 from dino3d.data.conventions import format_size
@@ -58,10 +56,7 @@ def step(
         possible = {"koleo": batch_size > 1, "ibot": has_setting(arch, "patch_size"), "centering": True}
         if all(possible[name] for name in objective):
             sides[flags] = our_step(**settings, compiled=compile, objective=objective)
-    times = take_turns(
-        {name: (lambda turn, take=take: (take(), synchronise(device)), batch_size) for name, take in sides.items()},
-        repeats,
-    )
+    times = take_turns({name: (until_done(take, device), batch_size) for name, take in sides.items()}, repeats)
     del sides
     memory = {
         "baseline": step_memory("baseline", settings),
@@ -90,8 +85,8 @@ def step(
     result["operators"] = step_operators(arch, out_dim, precision)
     result["objectives"] = {}
     for flags in filter(times.get, OBJECTIVES):
-        ratios = [seconds / plain for seconds, plain in zip(times[flags], times["ours"])]
-        result["objectives"][flags] = {"ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
+        ratio, *spread = ratio_within_turns(times[flags], times["ours"])
+        result["objectives"][flags] = {"ratio": ratio, "spread": spread}
     return result
 
 
@@ -277,11 +272,5 @@ def flops_per_sample(arch: str, out_dim: int, size: Sequence[int] = GLOBAL, loca
 def matrix_rate(device: str, precision: str) -> float:
     """Floating point operations per second of a large square matrix product: the best of ten."""
     n, dtype = {"cpu": 2048, "cuda": 8192}[device], PRECISIONS[precision]
-    a, b, seconds = torch.rand(n, n, device=device, dtype=dtype), torch.rand(n, n, device=device, dtype=dtype), []
-    for _ in range(10):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    a, b = (torch.rand(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds_until_done(lambda: a @ b, 10, device))

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from augmentations import PAPER
 from dino3d.benchmarks import baselines
 from dino3d.benchmarks.scans import GLOBAL, LOCAL, SCAN_SIZE, scan
 from dino3d.benchmarks.step import flops_per_sample, matrix_rate, new_model, our_step, plain_trainer
-from dino3d.benchmarks.turns import comparison, device_label, sources, synchronise, take_turns
+from dino3d.benchmarks.turns import comparison, device_label, report_row, sources, take_turns, until_done
 from dino3d.command_line import UserError
 from dino3d.data.hdf5 import write_volume
 from dino3d.files import TEXT, read_log
@@ -116,20 +115,13 @@ def growth(
         ],
     }
     rows = {}
-    our_step(
-        **settings, batch_size=8 * batch_size
-    )()  # a process that has never held as much is slower: its memory is new
+    # A process that has never held as much is slower: its memory is new
+    our_step(**settings, batch_size=8 * batch_size)()
     for panel, cases in panels.items():
         for at, changes in cases:
             take = our_step(**settings | changes)
-            times = take_turns(
-                {"": (lambda turn, take=take: (take(), synchronise(device)), changes["batch_size"])}, repeats
-            )[""]
-            rows[f"{panel}: {at}"] = {
-                "seconds": statistics.median(times),
-                "spread": [min(times), max(times)],
-                "note": "",
-            }
+            times = take_turns({"": (until_done(take, device), changes["batch_size"])}, repeats)
+            rows[f"{panel}: {at}"] = report_row(times[""])
     panels["processes"] = [(n, None) for n in ((1, 2) if device == "cpu" else (1,))]
     with tempfile.TemporaryDirectory() as folder:
         volume, affine, origin = scan(SCAN_SIZE)
@@ -138,11 +130,7 @@ def growth(
             flags = training_flags(arch, batch_size, out_dim, 1 + repeats, precision)
             flags += ["--num_workers", 1 if device == "cpu" else 16]
             times = [1 / record["volumes_per_second"] for record in our_training(folder, flags, device, processes)]
-            rows[f"processes: {processes}"] = {
-                "seconds": statistics.median(times),
-                "spread": [min(times), max(times)],
-                "note": "main_dino.py from the disk",
-            }
+            rows[f"processes: {processes}"] = report_row(times, "main_dino.py from the disk")
     student = new_model(arch, out_dim)
     gradients = 4 * sum(p.numel() for p in student.parameters() if p.requires_grad)
     draw_growth(output, panels, rows, f"{arch}, out_dim {out_dim}, {precision}, {device_label(device)}")

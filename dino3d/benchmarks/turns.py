@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import getsource
 from typing import Any
 
@@ -34,16 +34,36 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Median of so many calls, after two to warm up, until the device is done."""
+def until_done(call: Callable[[], Any], device: str) -> Callable[[int], None]:
+    """A function for `take_turns` that ends when the device has done what is called."""
+
+    def run(turn: int) -> None:
+        call()
+        synchronise(device)
+
+    return run
+
+
+def seconds_until_done(call: Callable[[], Any], repeats: int, device: str) -> list[float]:
+    """Of so many calls, on a device that is idle when they begin."""
     seconds = []
-    for _ in range(2 + repeats):
+    for _ in range(repeats):
         synchronise(device)
         start = time.perf_counter()
         call()
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds[2:])
+    return seconds
+
+
+def report_row(seconds: Sequence[float], note: str = "") -> dict[str, Any]:
+    return {"seconds": statistics.median(seconds), "spread": [min(seconds), max(seconds)], "note": note}
+
+
+def ratio_within_turns(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    """[median, lowest, highest] of the ratios of two that took turns."""
+    ratios = [one / other for one, other in zip(seconds, others)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def comparison(
@@ -59,15 +79,7 @@ def comparison(
     goal: least ratio wanted; unit: of the times; times: {"baseline": [seconds, ...], "ours": [...], further rows ...}
     notes: {row: what was timed}; baseline_code: source text; parameters: a dict
     """
-    rows = {
-        name: {
-            "seconds": statistics.median(seconds),
-            "spread": [min(seconds), max(seconds)],
-            "note": notes.get(name, ""),
-        }
-        for name, seconds in times.items()
-    }
-    ratios = [baseline / ours for baseline, ours in zip(times["baseline"], times["ours"])]
+    rows = {name: report_row(seconds, notes.get(name, "")) for name, seconds in times.items()}
     return {
         "ratio": rows["baseline"]["seconds"] / rows["ours"]["seconds"],
         "goal": goal,
@@ -77,7 +89,7 @@ def comparison(
         "spread": {
             "baseline": rows["baseline"]["spread"],
             "ours": rows["ours"]["spread"],
-            "ratio": [min(ratios), max(ratios)],
+            "ratio": ratio_within_turns(times["baseline"], times["ours"])[1:],
         },
         "rows": rows,
         "parameters": parameters,

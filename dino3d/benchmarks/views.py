@@ -1,6 +1,5 @@
 """Ten views of a sample: against MONAI's transforms, and local views of 27 tokens against those of 8."""
 
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,15 @@ from dino3d.benchmarks.scans import (
     scan,
 )
 from dino3d.benchmarks.step import our_step
-from dino3d.benchmarks.turns import comparison, sources, synchronise, take_turns
+from dino3d.benchmarks.turns import (
+    comparison,
+    ratio_within_turns,
+    report_row,
+    sources,
+    synchronise,
+    take_turns,
+    until_done,
+)
 from dino3d.command_line import UserError
 from dino3d.data.conventions import format_size
 from dino3d.data.pretraining import Sample, collate
@@ -115,22 +122,15 @@ def views(
     for name in ("8 tokens", "27 tokens"):
         sizes = {"size": input_size, "patch_size": patch_size, "local": kinds[name].local_size}
         take = our_step(arch, out_dim, batch_size, device, precision, compile, **sizes)
-        tasks[f"step, {name}"] = (lambda turn, take=take: (take(), synchronise(device)), batch_size)
+        tasks[f"step, {name}"] = (until_done(take, device), batch_size)
     times = take_turns(tasks, repeats)
     notes = {name: f"local views {format_size(crops.local_size)}" for name, crops in kinds.items()}
-    rows = {
-        name: {
-            "seconds": statistics.median(seconds),
-            "spread": [min(seconds), max(seconds)],
-            "note": notes[name.split(", ", 1)[1]],
-        }
-        for name, seconds in times.items()
-    }
-    costs = {}
+    rows, costs = {}, {}
     for name, seconds in times.items():
-        ratios = [one / base for one, base in zip(seconds, times[name.split(", ")[0] + ", 8 tokens"])]
-        costs[name] = [statistics.median(ratios), min(ratios), max(ratios)]
-        rows[name]["note"] += f"; {costs[name][0]:.2f} times 8 tokens ({costs[name][1]:.2f} to {costs[name][2]:.2f})"
+        what, kind = name.split(", ", 1)
+        costs[name] = ratio_within_turns(seconds, times[f"{what}, 8 tokens"])
+        note = f"{notes[kind]}; {costs[name][0]:.2f} times 8 tokens ({costs[name][1]:.2f} to {costs[name][2]:.2f})"
+        rows[name] = report_row(seconds, note)
     return {
         "unit": "seconds per sample",
         "rows": rows,
