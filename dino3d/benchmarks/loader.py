@@ -18,14 +18,13 @@ from torch.utils.data import DataLoader
 
 from augmentations import PAPER, MultiCropAugmentation
 from dino3d.benchmarks import baselines
-from dino3d.benchmarks.scans import BATCH, CLIP_RANGE, GLOBAL, LOCAL, LOCAL_NUMBER, POLICY, SCAN_SIZE, scan
+from dino3d.benchmarks.reading import write_prepared
+from dino3d.benchmarks.scans import BATCH, CLIP_RANGE, GLOBAL, LOCAL, LOCAL_NUMBER, POLICY, SCAN_SIZE, VIEWS, scan
 from dino3d.benchmarks.turns import comparison, sources, synchronise, take_turns
 from dino3d.command_line import UserError
-from dino3d.data.conventions import format_size
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.pretraining import PretrainingPatches, collate
 from dino3d.data.sidecar import index_path
-from dino3d.prepare.index import store_index
 from dino3d.study.jobs import ROOT
 
 
@@ -68,7 +67,7 @@ def data(device: str, repeats: int, samples: int) -> dict[str, Any]:
         sources(baselines.Patches, baselines.read_itk, baselines.monai_transforms, baselines.monai_views),
         {
             "data": origin,
-            "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+            "views": VIEWS,
             "policy": vars(POLICY),
             "baseline_patch": baselines.PATCH,
             "our_patch": crops.patch_size,
@@ -99,8 +98,7 @@ def loader(
         folders = {name: os.path.join(parent, name) for name in found}
         for number in range(volumes):
             path = os.path.join(parent, "scan.hdf5")
-            write_volume(path, np.roll(volume, number, 0), affine)
-            store_index(path)
+            write_prepared(path, np.roll(volume, number, 0), affine)
             for again in range(8):  # a batch of many volumes opens as many files, as in a large data set
                 for name in found:
                     new = os.path.join(folders[name], f"{number}.{again}.hdf5")

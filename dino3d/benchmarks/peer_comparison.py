@@ -14,8 +14,8 @@ import torch
 from augmentations import PAPER, MultiCropAugmentation, collate_views, paper_policy
 from dino3d.benchmarks import baselines
 from dino3d.benchmarks import peers as others
-from dino3d.benchmarks.reading import read_volume, write_prepared
-from dino3d.benchmarks.scans import BATCH, CLIP_RANGE, GLOBAL, LOCAL, LOCAL_NUMBER, SCAN_SIZE, base_patches, cut, scan
+from dino3d.benchmarks.reading import read_volume, require_voxels, write_prepared
+from dino3d.benchmarks.scans import BATCH, CLIP_RANGE, GLOBAL, LOCAL, LOCAL_NUMBER, SCAN_SIZE, base_patches, scan
 from dino3d.benchmarks.turns import ratio_within_turns, report_row, take_turns
 from dino3d.command_line import UserError
 
@@ -122,7 +122,6 @@ def peer_reads(
             continue
         path = os.path.join(folder, ending)
         write(path)
-        if not np.array_equal(take(path, starts[0], size), cut(volume, starts[0], size)):
-            raise UserError(f"{name}: the patch at {starts[0].tolist()} has other voxels than the scan")
+        require_voxels(take(path, starts[0], size), volume, starts[0], size, name)
         tasks[name] = (functools.partial(reading, take, path), reads)
     return tasks

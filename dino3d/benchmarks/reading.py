@@ -37,16 +37,15 @@ def read(device: str, repeats: int, reads: int, size: Sequence[int]) -> dict[str
         }
         paths = {name: os.path.join(folder, file) for name, file in layouts.items()}
         baselines.write_itk(paths["baseline"], volume, affine)
-        for name, compression in {"ours": "blosc", "gzip": "gzip", "none": "none"}.items():
-            write_volume(paths[name], volume, affine, compression)
-        store_index(paths["ours"])  # as prepare_data.py nlst does
+        write_prepared(paths["ours"], volume, affine)
+        for compression in ("gzip", "none"):
+            write_volume(paths[compression], volume, affine, compression)
         for name in ("nii.gz", "nii"):
             nibabel.save(nibabel.Nifti1Image(volume, affine), paths[name])
         takes = {name: baselines.read_itk if name == "baseline" else read_volume for name in paths}
         for name, take in takes.items():
             for start in starts[0]:
-                if not np.array_equal(take(paths[name], start, baselines.PATCH), cut(volume, start, baselines.PATCH)):
-                    raise UserError(f"{layouts[name]}: the patch at {start.tolist()} has other voxels than the scan")
+                require_voxels(take(paths[name], start, baselines.PATCH), volume, start, baselines.PATCH, layouts[name])
 
         def reading(name: str) -> Callable[[int], None]:
             def run(turn: int) -> None:
@@ -100,3 +99,9 @@ def write_prepared(path: str, volume: np.ndarray, affine: np.ndarray) -> None:
     """A scan as prepare_data.py nlst leaves it."""
     write_volume(path, volume, affine, "blosc")
     store_index(path)
+
+
+def require_voxels(patch: np.ndarray, volume: np.ndarray, start: np.ndarray, size: Sequence[int], source: str) -> None:
+    """Raise UserError unless a patch that was read has the voxels of the scan. source: named in the error"""
+    if not np.array_equal(patch, cut(volume, start, size)):
+        raise UserError(f"{source}: the patch at {start.tolist()} has other voxels than the scan")

@@ -13,6 +13,7 @@ from dino3d.study.jobs import ROOT
 SCAN_SIZE = (479, 400, 198)  # voxels of a usual chest CT
 SCAN = ROOT.parent / "shared/data/ct/cptac_c3n_00247.nii.gz"
 GLOBAL, LOCAL, LOCAL_NUMBER = (96, 96, 48), (24, 24, 12), 8  # voxels; two views are global
+VIEWS = f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}"
 POLICY = paper_policy(PAPER)
 CLIP_RANGE = (-1000, 1000)  # HU
 BATCH = {"cpu": 4, "cuda": 64}  # samples per call

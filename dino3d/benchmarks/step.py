@@ -14,11 +14,10 @@ import main_dino
 import utils
 from dino3d import transformer_block
 from dino3d.benchmarks import baselines
-from dino3d.benchmarks.scans import GLOBAL, LOCAL, LOCAL_NUMBER
+from dino3d.benchmarks.scans import GLOBAL, LOCAL_NUMBER, VIEWS
 from dino3d.benchmarks.turns import comparison, ratio_within_turns, seconds_until_done, sources, take_turns, until_done
 from dino3d.block_masks import BlockMasks, collate_masks
 from dino3d.command_line import UserError
-from dino3d.data.conventions import format_size
 from dino3d.malloc import keep_freed_memory
 from dino3d.training.monitor import peak_memory
 from dino3d.training.nonfinite import NonFiniteSteps
@@ -74,7 +73,7 @@ def step(
         sources(baselines.plain_step, baselines.Model, baselines.monai_encoder, baselines.ViT),
         {
             "data": "random views",
-            "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+            "views": VIEWS,
             "repeats": repeats,
             **settings,
             "peak_memory_gib": memory,
@@ -258,9 +257,7 @@ def flops_per_sample(arch: str, out_dim: int, size: Sequence[int] = GLOBAL, loca
     with torch.device("meta"):
         student, teacher = (new_model(arch, out_dim, size) for _ in range(2))
         loss = main_dino.DINOLoss(out_dim, 0.9)
-        views = [torch.empty(2, 1, *size), torch.empty(local_number, 1, *(n // 4 for n in size))][
-            : 1 + bool(local_number)
-        ]
+    views = random_views(1, "meta", size, local_number)
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             teacher_logits = teacher(views[:1])

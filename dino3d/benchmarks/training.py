@@ -56,6 +56,7 @@ def train(
             ),
             "ours": [1 / record["volumes_per_second"] for record in records],
         }
+    flops = flops_per_sample(arch, out_dim)
     waiting, memory = (max(record[name] for record in records) for name in ("waiting_for_data", "peak_memory_gib"))
     result = comparison(
         25,
@@ -87,14 +88,14 @@ def train(
             "repeats": len(records),
             "cores": cores,
             "flags": " ".join(map(str, flags)),
-            "gflop_per_sample": flops_per_sample(arch, out_dim) / 1e9,
+            "gflop_per_sample": flops / 1e9,
         },
     )
     result |= {
         "samples_per_second": 1 / result["ours"],
         "waiting_for_data": waiting,
         "peak_memory_gib": memory,
-        "teraflops": flops_per_sample(arch, out_dim) / result["ours"] / 1e12,
+        "teraflops": flops / result["ours"] / 1e12,
         "matrix_product_teraflops": rate / 1e12,
     }
     return result

@@ -16,6 +16,7 @@ from dino3d.benchmarks.scans import (
     LOCAL_NUMBER,
     POLICY,
     SCAN_SIZE,
+    VIEWS,
     base_patches,
     cut,
     scan,
@@ -72,7 +73,7 @@ def augment(device: str, repeats: int, samples: int) -> dict[str, Any]:
         sources(baselines.monai_transforms, baselines.monai_views),
         {
             "data": origin,
-            "views": f"2 of {format_size(GLOBAL)} and {LOCAL_NUMBER} of {format_size(LOCAL)}",
+            "views": VIEWS,
             "policy": vars(POLICY),
             "baseline_patch": baselines.PATCH,
             "our_patch": crops.patch_size,
