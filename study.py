@@ -38,12 +38,12 @@ from dino3d.study.arms import ARM_NAME, BUILT_IN, COMPARED_WITH, choose_arms, re
 from dino3d.study.contrasts import Comparison, compare_arms, smallest_p
 from dino3d.study.definition import PRETRAIN, STAGES, TASKS, Given, Study, define, save_study, study_in_words
 from dino3d.study.devices import make_slots, memory_for, require_one_process, visible_gpus
+from dino3d.study.ensembles import ensemble_name
 from dino3d.study.jobs import StudyJob, all_units, require_same_flags
 from dino3d.study.outcome import Told, made_with, outcome_lines, tested, write_outcome, write_times
 from dino3d.study.pool import FailedJob, Pool
 from dino3d.study.records import (
     RecordFolder,
-    ensemble_name,
     read_records,
     score_records,
     tested_patients,

@@ -20,6 +20,7 @@ from dino3d.command_line import ArgumentParser, UserError, exit_status, help_fla
 from dino3d.evaluation.statistics import format_metric, holm, with_interval  # noqa: E402
 from dino3d.files import TEXT, atomic_write, write_table  # noqa: E402
 from dino3d.study.contrasts import IS_SHOWN, Effect, effect_of  # noqa: E402
+from dino3d.study.ensembles import add_ensembles  # noqa: E402
 from dino3d.study.outcome import cell, cells, shown, signed  # noqa: E402
 from dino3d.study.records import cases_of, read_records  # noqa: E402
 from dino3d.study.scores import CaseScores, score_cases  # noqa: E402
@@ -126,21 +127,26 @@ def in_order(cases: CaseScores) -> CaseScores:
     return CaseScores(patients, cases.labels[order], cases.values[order], np.zeros(len(order), int))
 
 
+def joined(one: CaseScores, other: CaseScores) -> CaseScores:
+    return one._replace(values=(one.values + other.values) / 2)
+
+
 def rows_of(folder: Path, voice: Voice, profile: CaseScores) -> list[Beside]:
     """The rows of a voice: each of its seeds beside the profile, and all of them together. Raises UserError."""
     spoken = [mean_of_repeats(folder, voice.folder, voice.task, arm) for arm in voice.arms]
     seeds = sorted(set.intersection(*map(set, spoken)))
     if len(seeds) < 2:
         return []
-    tested = {(PROFILE, seed): [profile] for seed in seeds}
+    tested, without = {(PROFILE, None): [profile]}, {}
     for arm, runs in zip(voice.arms, spoken):
-        mean = profile._replace(values=np.mean([runs[seed].values for seed in seeds], 0))
-        for seed in seeds:
-            for name, one in ((arm, runs[seed]), (f"{arm}-ensemble", mean)):
-                if (one.patients, one.labels.tolist()) != (profile.patients, profile.labels.tolist()):
-                    raise UserError(f"{folder}/runs/{voice.folder}: {arm} was tested on other cases than {PROFILE}")
-                tested[name, seed] = [profile._replace(values=(profile.values + one.values) / 2)]
-    scores = score_cases(voice.task, tested, DRAWS, [])
+        if any(
+            (one.patients, one.labels.tolist()) != (profile.patients, profile.labels.tolist()) for one in runs.values()
+        ):
+            raise UserError(f"{folder}/runs/{voice.folder}: {arm} was tested on other cases than {PROFILE}")
+        whole = {(arm, seed): [joined(profile, runs[seed])] for seed in seeds}
+        without |= add_ensembles(whole, [arm], voice.task, [])
+        tested |= whole
+    scores = score_cases(voice.task, tested, DRAWS, [], without)
     rows = []
     for title, suffix in (("one of {}", ""), ("the mean of {}", "-ensemble")):
         with_it, without = (f"{arm}{suffix}" for arm in voice.arms)

@@ -15,7 +15,7 @@ from test_study import flags_of, table
 import study
 from dino3d.command_line import UserError
 from dino3d.study import jobs
-from dino3d.study.records import RECORD_FORMAT
+from dino3d.study.records import RECORD_FORMAT, rounded_scores
 
 PATIENTS = [f"p{i}" for i in range(20)]
 HALVES = {"half0": PATIENTS[::2], "half1": PATIENTS[1::2]}
@@ -141,6 +141,35 @@ def test_an_ensemble_is_the_mean_of_its_seeds_predictions(halves, tmp_path, caps
     said = capsys.readouterr().out
     assert "classification: no ensemble of none: it needs two seeds, 1 was run" in said
     assert "probe: no ensemble of none: its seeds were tested in other folds" in said
+
+
+def test_ensembles_that_are_compared_are_of_the_same_seeds(halves, tmp_path, capsys):
+    """Of more seeds an ensemble predicts better, whatever the arm."""
+    for path in [*halves.glob("classification-none-seed*.json")]:
+        record = json.loads(path.read_text())
+        (halves / path.name.replace("seed1", "seed2").replace("seed0", "seed3")).write_text(
+            json.dumps(record | {"seed": {0: 3, 1: 2}[record["seed"]]})
+        )
+    out = tables_of(halves, tmp_path / "out", "--ensembles", "none", "scratch")
+    said = capsys.readouterr().out
+    assert "classification: ensembles are of seeds 0, 1 alone, which all of none, scratch have" in said
+    seeds = {row["arm"]: row["seeds"] for row in table(out / "results.csv") if row["task"] == "classification"}
+    assert seeds == {"none": "4", "scratch": "2", "random": "2", "none-ensemble": "2", "scratch-ensemble": "2"}
+    alone = tables_of(halves, tmp_path / "alone", "--ensembles", "none")
+    seeds = {row["arm"]: row["seeds"] for row in table(alone / "results.csv") if row["task"] == "classification"}
+    assert seeds["none-ensemble"] == "4"
+
+
+def test_a_record_keeps_the_order_of_what_a_sure_model_says():
+    """Its AUC is that of what was predicted, by scikit-learn: near 0 and 1 more places are kept."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    for scale in (1, 10, 20, 25):
+        probability = 1 / (1 + np.exp(-scale * rng.normal(labels, 1)))
+        kept = np.array(rounded_scores(probability))
+        assert roc_auc_score(labels, kept) == pytest.approx(roc_auc_score(labels, probability), abs=1e-4)
+        assert np.abs(kept - probability).max() <= 5e-8
+    assert rounded_scores(np.array([0.123456789, 0, 1, np.nan])) == [0.1234568, 0, 1, None]
 
 
 def test_records_hold_no_paths_and_each_patient_once(made, halves):

@@ -22,6 +22,7 @@ from dino3d.study.contrasts import (
     reason,
     share_of,
 )
+from dino3d.study.ensembles import add_ensembles
 from dino3d.study.scores import CaseScores, TaskScores, under_weights
 
 DRAWS = 2000
@@ -78,6 +79,60 @@ def test_arms_share_the_spread_of_seeds():
     own = stats.sem(figures[4] - figures[0])
     assert error_by_seeds(found, {"a4": 1.0, "a0": -1.0}, range(seeds))[0] == pytest.approx(own)
     assert own > math.sqrt(2 * shared / seeds)
+
+
+def test_what_has_no_seed_changes_no_error_by_seeds():
+    """Tables of features stand beside every seed with one figure: they tell nothing of how much seeds matter."""
+    rng = np.random.default_rng(1)
+    arms = {arm: spread(rng, 0.5, 6, 3, 0.02) for arm in "ab"}
+    tables = {f"t{i}": dict.fromkeys(range(3), rng.uniform(size=6)) for i in range(6)}
+    alone, beside = scores_of(arms, draws=10), scores_of(arms | tables, draws=10)
+    beside = beside._replace(seedless=dict.fromkeys(tables, {}))
+    for weights in ({"a": 1.0, "b": -1.0}, {"a": 1.0}):
+        assert error_by_seeds(beside, weights, range(3)) == pytest.approx(error_by_seeds(alone, weights, range(3)))
+    assert error_by_seeds(beside, {"a": 1.0, "t0": -1.0}, range(3)) == pytest.approx(
+        error_by_seeds(alone, {"a": 1.0}, range(3))
+    )
+    assert error_by_seeds(beside, {"t0": 1.0, "t1": -1.0}, range(3))[0] == 0
+    # nor does an arm whose seeds all have the same weights make the others' spread better known
+    fixed = scores_of(arms | {"t0": tables["t0"]}, draws=10)
+    assert error_by_seeds(fixed, {"a": 1.0, "b": -1.0}, range(3)) == pytest.approx(
+        error_by_seeds(alone, {"a": 1.0, "b": -1.0}, range(3))
+    )
+
+
+def test_an_ensemble_s_error_by_seeds_is_the_jackknife_s():
+    """Each seed left out in turn, AUC by scikit-learn; beside another ensemble their difference, seed by seed."""
+    rng = np.random.default_rng(2)
+    names, labels = [f"p{i:02}" for i in range(30)] * 2, np.repeat([0, 1], 30)
+    said = {arm: rng.normal(labels, 1.5, (4, 60)) for arm in "ab"}
+    said = {arm: 1 / (1 + np.exp(-one)) for arm, one in said.items()}
+    runs = {
+        (arm, seed): [CaseScores(names, labels, np.stack([1 - p, p], 1), np.zeros(60, int))]
+        for arm, of_arm in said.items()
+        for seed, p in enumerate(of_arm)
+    }
+    without = add_ensembles(runs, ["a", "b"], "classification", [])
+    found = scores.score_cases("classification", runs | {("table", None): runs["a", 0]}, 50, [], without)
+
+    def jackknife(of_seeds):
+        left_out = [of_seeds([one for one in range(4) if one != seed]) for seed in range(4)]
+        return math.sqrt(3 / 4 * np.sum((left_out - np.mean(left_out)) ** 2))
+
+    def auc(arm, seeds):
+        return roc_auc_score(labels, said[arm][seeds].mean(0))
+
+    assert found.values["a-ensemble"][2][0] == pytest.approx(auc("a", [0, 1, 2, 3]))
+    alone, both = jackknife(lambda seeds: auc("a", seeds)), jackknife(lambda seeds: auc("a", seeds) - auc("b", seeds))
+    for weights, expected in (
+        ({"a-ensemble": 1.0}, alone),
+        ({"a-ensemble": 1.0, "table": -1.0}, alone),
+        ({"a-ensemble": 1.0, "b-ensemble": -1.0}, both),
+    ):
+        assert error_by_seeds(found, weights, range(4)) == pytest.approx((expected, 3))
+    run = error_by_seeds(found, {"b": 1.0}, range(4))[0]
+    with_run = error_by_seeds(found, {"a-ensemble": 1.0, "b": -1.0}, range(4))[0]
+    assert with_run >= math.hypot(alone, run) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("patients, seeds, between_seeds", [(60, 2, 0.02), (60, 3, 0.02), (6, 1, 0.0)])

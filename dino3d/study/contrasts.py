@@ -100,21 +100,38 @@ def error_by_seeds(scores: TaskScores, weights: Mapping[str, float], seeds: Sequ
     leaves out the truth far too often. So all arms that have the seeds share one spread, as in a two-way layout of arms
     and seeds: of a difference the mean square of what is left of arms and seeds, of a mean that of the seeds too
     (Satterthwaite 1946, doi 10.2307/3002019). Where the arms themselves spread more than that, theirs counts.
+
+    What has one figure for all seeds has no part in that spread. A table of features has no error by seeds; that of an
+    ensemble is the jackknife's, which leaves out one of its seeds at a time (Tukey 1958).
     """
-    own = sum(weight * np.array([scores.values[arm][seed][0] for seed in seeds]) for arm, weight in weights.items())
-    arms = [arm for arm, of_seeds in scores.values.items() if set(seeds) <= set(of_seeds)]
-    table = np.array([[scores.values[arm][seed][0] for seed in seeds] for arm in arms])  # (arms, seeds)
-    table = table[~np.isnan(table).any(1)]
-    if np.isnan(own).any():
+    runs = {arm: weight for arm, weight in weights.items() if arm not in scores.seedless}
+    ensembles = {arm: weight for arm, weight in weights.items() if scores.seedless.get(arm)}
+
+    def of_seed(arm: str, seed: int) -> float:
+        return scores.seedless[arm][seed] if arm in scores.seedless else scores.values[arm][seed][0]
+
+    def by_seed(arms: Mapping[str, float]) -> np.ndarray:
+        return np.array([sum(weight * of_seed(arm, seed) for arm, weight in arms.items()) for seed in seeds])
+
+    if not runs and not ensembles or np.isnan(own := by_seed(runs | ensembles)).any():
         return 0.0, 1.0
-    arms_left, left = len(table) - 1, len(seeds) - 1
-    residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
-    parts, freedom = [(residual**2).sum() / max(1, arms_left * left)], [max(1, arms_left * left)]
-    if abs(sum(weights.values())) > 1e-9:  # else what a seed does to all arms alike falls out
-        parts = [table.mean(0).var(ddof=1), parts[0] * arms_left / len(table)]
-        freedom = [left, *freedom]
-    total, of_parts = sum(parts), sum(part**2 / degrees for part, degrees in zip(parts, freedom))
-    variance = max(total * sum(weight**2 for weight in weights.values()), own.var(ddof=1))
+    left, parts = len(seeds) - 1, []  # (variance, its degrees of freedom)
+    if runs:
+        of_arms = [arm for arm in scores.values if arm not in scores.seedless and set(seeds) <= set(scores.values[arm])]
+        table = np.array([by_seed({arm: 1.0}) for arm in of_arms])  # (arms, seeds)
+        table = table[~np.isnan(table).any(1)]
+        if (varies := np.ptp(table, 1) > 0).any():  # all seeds of an arm may have the same weights
+            table = table[varies]
+        arms_left, squares = len(table) - 1, sum(weight**2 for weight in runs.values())
+        residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+        degrees = max(1, arms_left * left)
+        parts = [(squares * (residual**2).sum() / degrees, degrees)]
+        if abs(sum(runs.values())) > 1e-9:  # else what a seed does to all arms alike falls out
+            parts = [(squares * table.mean(0).var(ddof=1), left), (parts[0][0] * arms_left / len(table), degrees)]
+    if ensembles:
+        parts.append((by_seed(ensembles).var(ddof=1), left))
+    total, of_parts = sum(part for part, _ in parts), sum(part**2 / degrees for part, degrees in parts)
+    variance = max(total, own.var(ddof=1))
     return float(np.sqrt(variance / len(seeds))), float(total**2 / of_parts) if of_parts else float(left)
 
 

@@ -20,6 +20,7 @@ from dino3d.evaluation.feature_tables import expand_patterns, read_features, tab
 from dino3d.files import TEXT, atomic_write, read_json, read_json_lines
 from dino3d.study.arms import ARM_NAME, checksum
 from dino3d.study.definition import PRETRAIN, TASKS, Study
+from dino3d.study.ensembles import add_ensembles
 from dino3d.study.jobs import StudyJob, code_digest, settings
 from dino3d.study.outcome import Told
 from dino3d.study.pool import TIMES
@@ -36,10 +37,11 @@ from dino3d.study.scores import (
     probe_tables,
     read_cases,
     score_cases,
+    score_of_all,
 )
 
 RECORD_FORMAT = 1
-DIGITS = 7  # of a probability or Dice
+DIGITS = 7  # of a probability or its distance from 1, of Dice behind the point
 MADE_WITH = ("git_revision", "versions", "device")
 OF_ARMS = ("--seed", "--freeze_encoder", "--layer_decay")  # of fine-tuning, which a study gives its arms each
 
@@ -168,8 +170,13 @@ class RecordFolder(NamedTuple):
 
 
 def rounded_scores(values: np.ndarray) -> list:
-    """Scores for JSON, None where undefined."""
-    found = np.round(values.astype(float), DIGITS).astype(object)
+    """Scores for JSON, None where undefined. A sure model's differ near 0 and 1 alone, where more places are kept: AUC
+    goes by their order."""
+    values = values.astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zeros = -np.floor(np.log10(np.minimum(values, 1 - values))) - 1  # behind the point, of the nearer end
+    places = DIGITS + np.where(np.isfinite(zeros), zeros.clip(0, 15 - DIGITS), 0).astype(int)
+    found = np.vectorize(round, otypes=[object])(values, places)
     found[np.isnan(values)] = None
     return found.tolist()
 
@@ -329,27 +336,11 @@ def join_parts(parts: Sequence[list[CaseScores]]) -> list[CaseScores]:
     return joined
 
 
-def ensemble_name(arm: str) -> str:
-    return f"{arm}-ensemble"
-
-
-def mean_of_seeds(arm: str, whole: dict[tuple[str, int | None], list[CaseScores]]) -> tuple[str, list[CaseScores]]:
-    """(why not, or ""; an ensemble: each case with the mean of what the seeds of an arm say of it)."""
-    seeds = [cases for (name, seed), cases in whole.items() if name == arm and seed is not None]
-    if len(seeds) < 2:
-        return f"it needs two seeds, {len(seeds)} {'was' if len(seeds) == 1 else 'were'} run", []
-    repeats = list(zip(*seeds, strict=True))
-    for first, *others in repeats:
-        if any(one.patients != first.patients or not np.array_equal(one.folds, first.folds) for one in others):
-            return "its seeds were tested in other folds, or on other cases", []
-    return "", [one[0]._replace(values=np.mean([seed.values for seed in one], 0)) for one in repeats]
-
-
 def score_records(
     records: Sequence[dict[str, Any]], task: str, draws: int, ensembles: Sequence[str] = ()
 ) -> TaskScores | None:
-    """TaskScores of a task's records, all parts of a run together; None where there are none. A table of features, or
-    an ensemble of the seeds of an arm, has no seed and stands beside every seed. Raises UserError."""
+    """TaskScores of a task's records, all parts of a run together; None where there are none. ensembles: arms whose
+    seeds are judged together too. Raises UserError."""
     mine = [one for one in records if one["task"] == task]
     if not mine:
         return None
@@ -373,17 +364,10 @@ def score_records(
         if len(set().union(*people)) != sum(map(len, people)):
             raise UserError(f"{task}, {arm}: a patient stands in two parts; --patients of each names its own alone")
         whole[arm, seed] = join_parts([cases_of(found[part]) for part in parts])
-    for arm in () if task in MASK_COLUMNS else [arm for arm in ensembles if any(one["arm"] == arm for one in mine)]:
-        why_not, cases = mean_of_seeds(arm, whole)
-        if why_not:
-            notices.append(f"{task}: no ensemble of {arm}: {why_not}")
-        else:
-            whole[ensemble_name(arm), None] = cases
-    seeds = sorted({seed for _, seed in whole if seed is not None}) or [0]
-    tested = {}
-    for (arm, seed), cases in whole.items():
-        tested |= {(arm, one): cases for one in (seeds if seed is None else [seed])}
-    return score_cases(task, tested, draws, notices) if tested else None
+    known = {one["arm"] for one in mine}
+    named = [] if task in MASK_COLUMNS else [arm for arm in ensembles if arm in known]
+    without = add_ensembles(whole, named, task, notices)
+    return score_cases(task, whole, draws, notices, without) if whole else None
 
 
 def unlike_flags(records: Sequence[dict[str, Any]], task: str) -> list[str]:
@@ -482,4 +466,4 @@ def describe_part(record: dict[str, Any]) -> str:
 
 def score_of(record: dict[str, Any]) -> float:
     """A record's own figure, of its cases alone."""
-    return float(np.mean([one.score(np.ones(len(one.patients))) for one in cases_of(record)]))
+    return score_of_all(cases_of(record))

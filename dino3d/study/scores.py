@@ -2,8 +2,9 @@
 
 import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,8 @@ class CaseScores(NamedTuple):
 
 class TaskScores(NamedTuple):
     """What a task came to. values: {arm: {seed: (1 + draws + P,) figures}}: of all patients, of drawn ones, without
-    each; cases, patients: how many; notices: what was odd"""
+    each; cases, patients: how many; notices: what was odd; seedless: arms that have one figure for all seeds, with the
+    jackknife's pseudo-value of each seed of an ensemble, and with nothing for a table of features"""
 
     task: str
     values: dict[str, dict[int, np.ndarray]]
@@ -64,6 +66,7 @@ class TaskScores(NamedTuple):
     patients: int
     draws: int
     notices: list[str]
+    seedless: Mapping[str, Mapping[int, float]] = MappingProxyType({})
 
 
 def score_task(study: Study, task: str, jobs: Sequence[StudyJob], draws: int) -> TaskScores | None:
@@ -98,18 +101,41 @@ def has_surface(folder: Path) -> bool:
 
 
 def score_cases(
-    task: str, tested: dict[tuple[str, int], list[CaseScores]], draws: int, notices: list[str]
+    task: str,
+    tested: Mapping[tuple[str, int | None], list[CaseScores]],
+    draws: int,
+    notices: list[str],
+    without: Mapping[tuple[str, int], list[CaseScores]] = MappingProxyType({}),
 ) -> TaskScores:
-    """TaskScores of cases as {(arm, seed): a CaseScores for each repeat} has them. Raises UserError for arms that were
-    tested on different cases."""
-    require_same_cases(tested, task)
+    """TaskScores of cases, which are those of an arm's repeats with a seed.
+
+    A table of features has the seed None, and stands beside all seeds; so has an ensemble, which stands beside its own.
+    without: ensembles without a seed, by their arm and that seed. Raises UserError for arms that were tested on
+    different cases.
+    """
+    seeds = sorted({seed for _, seed in tested if seed is not None}) or [0]
+    members = {arm: sorted(seed for other, seed in without if other == arm) for arm, seed in tested if seed is None}
+    beside = {(arm, seed): [seed] if seed is not None else members[arm] or seeds for arm, seed in tested}
+    require_same_cases({(key[0], seed): tested[key] for key, of_key in beside.items() for seed in of_key}, task)
     names = sorted({patient for runs in tested.values() for patient in runs[0].patients})
     cases = max(len(runs[0].patients) for runs in tested.values())
     weights = np.concatenate(bootstrap_weights(names, draws, seed=0))  # the same patients drawn for every run
     values: dict[str, dict[int, np.ndarray]] = {}
-    for (arm, seed), runs in tested.items():
-        values.setdefault(arm, {})[seed] = under_weights(runs, names, weights, draws)
-    return TaskScores(task, values, cases, len(names), draws, notices)
+    for key, of_key in beside.items():
+        values.setdefault(key[0], {}).update(dict.fromkeys(of_key, under_weights(tested[key], names, weights, draws)))
+    seedless = {
+        arm: {
+            seed: len(of_arm) * values[arm][seed][0] - (len(of_arm) - 1) * score_of_all(without[arm, seed])
+            for seed in of_arm
+        }
+        for arm, of_arm in members.items()
+    }
+    return TaskScores(task, values, cases, len(names), draws, notices, seedless)
+
+
+def score_of_all(runs: Sequence[CaseScores]) -> float:
+    """The mean of a run's repeats, of all its cases."""
+    return float(np.mean([one.score(np.ones(len(one.patients))) for one in runs]))
 
 
 def under_weights(runs: Sequence[CaseScores], names: Sequence[str], weights: np.ndarray, draws: int) -> np.ndarray:
