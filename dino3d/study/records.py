@@ -175,7 +175,7 @@ def rounded_scores(values: np.ndarray) -> list:
     values = values.astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
         zeros = -np.floor(np.log10(np.minimum(values, 1 - values))) - 1  # behind the point, of the nearer end
-    places = DIGITS + np.where(np.isfinite(zeros), zeros.clip(0, 15 - DIGITS), 0).astype(int)
+    places = DIGITS + np.where(np.isfinite(zeros), zeros.clip(0), 0).astype(int)
     found = np.vectorize(round, otypes=[object])(values, places)
     found[np.isnan(values)] = None
     return found.tolist()
