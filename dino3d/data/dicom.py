@@ -293,7 +293,10 @@ def why_no_ct(one: Slice) -> str | None:
     if one.photometric and not one.photometric.upper().startswith("MONOCHROME"):
         return f"not a CT image: colour, {one.photometric:.20}"
     if one.sop_class == ENHANCED_CT or one.frames > 1:
-        return f"not a CT image of one slice: a multi-frame file of {one.frames}; convert it to NIfTI first"
+        return (
+            f"not a CT image of one slice: a multi-frame file of {one.frames}; convert it to NIfTI first, with "
+            "software that rescales each frame: air has -1000 HU then"
+        )
     if one.sop_class != CT_IMAGE:
         return f"not a CT image: SOP class {one.sop_class:.70}"
     return None
