@@ -194,7 +194,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
             train_one_epoch(state, batches, steps, progress, frozen, monitor, after_step)
             progress.end_epoch(samples_per_epoch, global_batch)
             probed = probe.measure(teacher, progress.epoch, progress.step) if progress.position == 0 else None
-            monitor.log_epoch(progress.epoch, progress.step, schedules.at(progress.samples), probed)
+            monitor.log_epoch(progress.epoch, progress.step, schedules.at(progress), probed)
             ends = progress.step >= last_step
             after_step(True, saves=ends or probed is not None or keeps_copy(progress, args.saveckp_freq))
         checkpoints.wait()
@@ -311,7 +311,7 @@ def train_one_epoch(
             show_pictures(state, micro_batches[0], progress, monitor)
 
         utils.seed_step(state.seed, progress.step, state.processes.rank)
-        scheduled = state.schedules.at(progress.samples)
+        scheduled = state.schedules.at(progress)
         masks = [batch.masks and batch.masks.to(state.processes.device) for batch in micro_batches]
         step = train_step(state, map(state.render, micro_batches), scheduled, frozen, masks)
         progress.count_step(state.global_batch)
@@ -536,8 +536,13 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
 
 @dataclass
 class Schedules:
-    """Everything that changes along a run, as functions of the samples seen. total, warmup, temp_warmup: samples."""
+    """Everything that changes along a run, as functions of the share of it that is done: an epoch counts as long as it
+    is now, whatever the data, the batch or the processes were before the run was resumed.
 
+    epoch: samples of one that fill batches; total, warmup, temp_warmup: samples
+    """
+
+    epoch: int
     total: float
     lr: float
     min_lr: float
@@ -553,6 +558,7 @@ class Schedules:
     def of_run(cls, args: argparse.Namespace, steps_per_epoch: int, global_batch: int) -> "Schedules":
         epoch = steps_per_epoch * global_batch  # samples
         return cls(
+            epoch=epoch,
             total=args.epochs * epoch,
             lr=args.lr if args.lr_unscaled else args.lr * global_batch / 256,
             min_lr=args.min_lr,
@@ -565,8 +571,9 @@ class Schedules:
             temp_warmup=args.warmup_teacher_temp_epochs * epoch,
         )
 
-    def at(self, samples: int) -> dict[str, float]:
-        """{name: value} for the step that begins after so many samples."""
+    def at(self, progress: Progress) -> dict[str, float]:
+        """{name: value} for the step that begins there."""
+        samples = progress.epoch * self.epoch + progress.position
         return {
             "lr": cosine_schedule(samples, self.lr, self.min_lr, self.total, self.warmup),
             "weight_decay": cosine_schedule(samples, self.weight_decay, self.weight_decay_end, self.total),

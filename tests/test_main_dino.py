@@ -299,6 +299,33 @@ def test_a_run_goes_on_where_it_stopped(volumes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "before, after, batch, done",
+    [
+        (2, ["--patches_per_volume", 1], 4, 2),  # 8 samples of an epoch that has 8 now
+        (1, ["--patches_per_volume", 2], 4, 1 + 4 / 16),
+        (2, ["--patches_per_volume", 2, "--batch_size_per_gpu", 6], 6, 1 + 8 / 12),  # 4 of 16 fill no batch
+    ],
+)
+def test_schedules_go_by_the_share_of_the_run_that_is_done(volumes, tmp_path, capsys, before, after, batch, done):
+    """Resumed in the second of four epochs, which are shorter or longer from then on, or of fewer steps: the formulas
+    in terms of that share, up to its end."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--data_dir", volumes, "--output_dir", tmp_path, "--epochs", 4, "--batch_size_per_gpu", 4]
+    flags, stop = [*flags, "--warmup_epochs", 0, "--log_every", 1], 3 * before
+    assert run_main(capsys, *flags, "--patches_per_volume", before, "--max_steps", stop)[0] == 0
+    teacher = checkpoint(tmp_path)["teacher"]
+    assert run_main(capsys, *flags, *after)[0] == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name, start, end in (("lr", 0.0005 * batch / 256, 1e-6), ("weight_decay", 0.04, 0.4), ("momentum_teacher", 0.996, 1)):
+        values = {event.step: event.value for event in events.Scalars(f"schedule/{name}")}
+        expected = end + (start - end) * (1 + math.cos(math.pi * done / 4)) / 2
+        assert values[stop + 1] == pytest.approx(expected, rel=1e-5)
+        assert end not in values.values() and read_log(tmp_path / "log.txt")[-1][name] == end
+    assert not same(teacher, checkpoint(tmp_path)["teacher"])[0]
+
+
+@pytest.mark.parametrize(
     "flags, steps, copies",
     [
         ([], [8], []),
