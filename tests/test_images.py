@@ -177,6 +177,23 @@ def test_headers_written_by_hand(tmp_path):
         assert_is(read_image(str(tmp_path / "ct.nrrd")), *canonical(stored, affine))
 
 
+def test_a_key_of_nrrd_is_no_field(tmp_path):
+    """`key:=value` is whatever its writer liked, as ITK has it, and `field: value` counts."""
+    path, stored = tmp_path / "ct.nrrd", noise()
+    image = itk_image(stored)
+    for key, value in (("units", "cm"), ("space units", '"m" "m" "m"'), ("data file", "other.raw"), ("encoding", "gz")):
+        image.SetMetaData(key, value)
+    sitk.WriteImage(image, path)
+    assert b"\nunits:=cm\n" in path.read_bytes() and b"\ndata file:=other.raw\n" in path.read_bytes()
+    with Volume(path) as volume:
+        np.testing.assert_allclose(nibabel.affines.voxel_sizes(volume.affine), sitk.ReadImage(path).GetSpacing())
+        np.testing.assert_array_equal(np.sort(volume.read(), axis=None), np.sort(stored, axis=None))
+    head, voxels = path.read_bytes().split(b"\n\n", 1)
+    path.write_bytes(head.replace(b"units:=cm", b'space units: "cm" "cm" "cm"') + b"\n\n" + voxels)
+    with Volume(path) as volume:
+        np.testing.assert_allclose(nibabel.affines.voxel_sizes(volume.affine), 10 * np.array(image.GetSpacing()))
+
+
 @pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint32, np.float32, np.float64])
 def test_other_voxel_types_are_rounded_and_clamped(dtype, suffix, tmp_path):

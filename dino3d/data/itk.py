@@ -171,11 +171,11 @@ def _read_metaimage(start: bytes, path: Path | str) -> ItkHeader:
 
 def _read_nrrd(start: bytes, path: Path | str) -> ItkHeader:
     head = re.match(rb".*?(\n\r?\n|\Z)", start, re.S)[0]
-    fields = {
+    fields = {  # "field: value"; "key:=value" is whatever its writer liked
         name.decode(errors="replace").lower().replace(" ", ""): value.decode(errors="replace")
-        for name, value in re.findall(rb"^([^#:\n]+?)[ \t]*:=?[ \t]*(.*?)[ \t\r]*$", head, re.M)
+        for name, value in re.findall(rb"^([^#:\n]+?)[ \t]*:(?!=)[ \t]*(.*?)[ \t\r]*$", head, re.M)
     }
-    data = re.search(rb"^data ?file:[ \t]*(\S.*?)[ \t\r]*$", head, re.M | re.I)
+    data = re.search(rb"^data ?file:(?!=)[ \t]*(\S.*?)[ \t\r]*$", head, re.M | re.I)
     several = bool(data and re.match(rb"LIST|.*%", data[1]))
     return ItkHeader(
         fields,
