@@ -32,8 +32,9 @@ ROLES = {"teacher": {"teacher", "momentum", "ema", "target"}, "student": {"stude
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 CHUNKED_BLOCK = re.compile(r"(?:(?<=\.)|^)blocks\.\d+\.(?=\d+\.)")  # dinov2 writes blocks.<chunk>.<block>.
 # In names beside the model's: parts of another ViT's trunk, on which its other weights rely; and what is no such part
-TRUNK = {"token", "tokens", "pos", "position", "rope", "embed", "pre", "prompt", "prompts"}
-NO_TRUNK = {"mask", "masked", "decoder", "predictor", "head", "logits"}
+TRUNK = {"token", "tokens", "pos", "position", "rope", "embed", "embedding", "embeddings", "bias", "ln", "pre"}
+TRUNK |= {"prompt", "prompts"}
+NO_TRUNK = {"mask", "masked", "decoder", "predictor", "head", "logit", "logits"}
 # What a download leaves instead of a file: how it begins, what it is
 NO_CHECKPOINT = {
     b"version h": "it is a pointer of Git LFS: get the file itself (git lfs pull)",

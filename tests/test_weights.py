@@ -312,6 +312,9 @@ REFUSED = {  # what the file holds, the key, what the message says
     "a norm before the blocks": (TEACHER | {"norm_pre.weight": torch.ones(12)}, "teacher", "unknown norm_pre.weight"),
     "rotary positions": (TEACHER | {"rope_embed.periods": torch.ones(4)}, "teacher", "unknown rope_embed.periods"),
     "a bias by position": (TEACHER | {"rel_pos_bias.table": torch.ones(9, 3)}, "teacher", "unknown rel_pos_bias.table"),
+    "a norm at the input": (TEACHER | {"ln_in.weight": torch.ones(12)}, "teacher", "unknown ln_in.weight"),
+    "positions in time": (TEACHER | {"temporal_embedding": torch.ones(12)}, "teacher", "unknown temporal_embedding"),
+    "a bias of attention": (TEACHER | {"attn_bias": torch.ones(3, 9, 9)}, "teacher", "unknown attn_bias"),
     "dinov3's tokens": (TEACHER | {"storage_tokens": torch.ones(1, 4, 12)}, "teacher", "unknown storage_tokens"),
     "an average as a list beside the network": (
         {"state_dict": STUDENT, "ema": {"decay": 0.99, "shadow_params": list(TEACHER.values())}},
