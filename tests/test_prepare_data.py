@@ -565,6 +565,28 @@ def test_a_scan_of_which_no_point_is_drawn_has_its_row(tmp_path, run):
     assert run(*flags).code == 0 and times(tmp_path / "output") == before
 
 
+def test_a_candidate_that_stands_twice_is_cropped_once(tmp_path, run, monkeypatch):
+    """The crops of the table without the repeats, which are counted; an output that an older version began goes on."""
+    source = write_luna16(tmp_path / "input", {"1.2.1": "subset0"}, negatives=4, annotated=False)
+    flags = ["luna16", "--input", source, "--size", 4, 4, 4, "--spacing", 8, 8, 14, "--negatives_per_scan", 3]
+    result = run(*flags, "--output", tmp_path / "once")
+    assert result.code == 0 and "repeat" not in result.out
+    table = source / "candidates_V2.csv"
+    header, *lines = table.read_text().splitlines()
+    table.write_text("\n".join([header, *lines, lines[0], *lines[-4:]]) + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(luna16, "unique_places", lambda points: points)
+        assert run(*flags, "--output", tmp_path / "older").code == 0
+    assert len(written(tmp_path / "older")) == len(centres(0)) + 1 + 3
+    for name in ("twice", "older"):
+        result = run(*flags, "--output", tmp_path / name)
+        assert result.code == 0 and "note: 5 points repeat an earlier one of their table and are left out" in result.out
+    once, twice, older = (contents(tmp_path / name) for name in ("once", "twice", "older"))
+    images = [name for name in once if name.endswith(".nii.gz")]
+    assert {name: twice[name] for name in twice if name.endswith(".nii.gz")} == {name: once[name] for name in images}
+    assert all(older[name] == once[name] for name in images)
+
+
 def test_annotations_without_a_candidate_are_added(tmp_path, run):
     """A nodule whose candidates all lie outside it; the others' diameters are told."""
     source = write_luna16(tmp_path / "input", {"1.2.1": "subset0"}, negatives=0)

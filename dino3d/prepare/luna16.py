@@ -44,7 +44,15 @@ from dino3d.prepare.conversion import (
     report_outcome,
 )
 from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
-from dino3d.prepare.point_tables import SERIES, Placed, columns_in, place_of_point, read_point_tables, write_split
+from dino3d.prepare.point_tables import (
+    SERIES,
+    Placed,
+    columns_in,
+    place_of_point,
+    read_point_tables,
+    unique_places,
+    write_split,
+)
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
@@ -96,7 +104,7 @@ def luna16(
         if table:
             points, parts = read_point_tables(table, label_column)
         else:
-            points, parts = read_candidates(input), {}
+            points, parts = unique_places(read_candidates(input)), {}
         found, refused = scans_of_series(input, [output], set(points), workers)
         if patients:
             patient_of_series = read_patients(patients)

@@ -65,7 +65,7 @@ def read_point_tables(tables: Sequence[Path], label_column: str) -> tuple[dict[s
             require_labels(found, table, label_column)
         for series, those in found.items():
             points[series] += [point._replace(table=name) for point in those]
-    points = unique_places(points, strict)
+    points = unique_places(points, strict, keeps_repeats=not strict)
     parts = dict(zip(names, parts))
     for line in describe_split(points, parts) if parts else ():
         print(line)
@@ -143,10 +143,13 @@ def place_of_point(position: Iterable[float]) -> tuple[float, ...]:
     return tuple(round(x, 2) + 0.0 for x in position)
 
 
-def unique_places(points: Mapping[str, Sequence[Point]], strict: bool) -> dict[str, list[Point]]:
+def unique_places(
+    points: Mapping[str, Sequence[Point]], strict: bool = False, keeps_repeats: bool = False
+) -> dict[str, list[Point]]:
     """Points without those that an earlier row of the same table has in the same place (to 0.01 mm), which is told.
 
     strict: raise UserError where one place has two labels, in one table or in two; else that alone is told
+    keeps_repeats: tell of them, and keep them
     """
     kept, again, shared, unlike = {}, [], [], []
     for series, those in points.items():
@@ -169,14 +172,14 @@ def unique_places(points: Mapping[str, Sequence[Point]], strict: bool) -> dict[s
     if unlike:
         print(f"warning: {len(unlike)} points have another label than an earlier one: {unlike[0]}")
     if again:
-        done = "left out" if strict else "taken twice"
+        done = "taken twice" if keeps_repeats else "left out"
         print(f"note: {len(again)} points repeat an earlier one of their table and are {done}: {truncate_list(again)}")
     if shared:
         print(
             f"warning: {len(shared)} points stand in two parts of the split, so that one nodule is trained on and "
             f"tested: {truncate_list(shared)}"
         )
-    return kept if strict else dict(points)
+    return dict(points) if keeps_repeats else kept
 
 
 # --------------------------------------------------------------------------------------------------- a published split
