@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import ROOT
 from raw_inputs import (  # noqa: F401
     call,
@@ -434,12 +435,41 @@ def test_files_of_inputs_that_are_gone_or_broken_stay_with_a_note(tmp_path, run)
 
 
 def test_a_file_whose_input_is_left_out_now_is_removed(tmp_path, run):
+    """And counted, with the reason."""
     flags = [*small_inputs(tmp_path)["nlst"], "--output", tmp_path / "output"]
     run(*flags)
-    (tmp_path / "nlst" / "dicom" / "07.dcm").unlink()
-    assert run(*flags).code == 0
-    assert written(tmp_path / "output") == ["p0/t0/scan.hdf5", "p1/t0/scan.hdf5"]
-    assert outcomes(tmp_path / "output")["dicom#1.2.3.1"][0] == "left out"
+    write_image(tmp_path / "nlst" / "p1" / "scan.nii.gz", sitk.Cast(scan(1) > 0, sitk.sitkInt16))
+    result = run(*flags)
+    assert result.code == 0
+    assert [name for name in written(tmp_path / "output") if name.startswith("p")] == ["p0/t0/scan.hdf5"]
+    status, reason = outcomes(tmp_path / "output")["p1/scan.nii.gz"]
+    assert status == "left out"
+    assert f"note: 1 files of earlier runs removed, such as p1/t0/scan.hdf5: left out now ({reason})\n" in result.out
+    assert "removed" not in run(*flags).out
+
+
+@pytest.mark.parametrize("lost, reason", [([7], "missing slices"), (range(1, 14), "too few slices")])
+def test_a_file_whose_series_has_lost_slices_stays(tmp_path, run, lost, reason):
+    """As that of a series that is gone; with the slices back it is as if nothing had been."""
+    flags = [*small_inputs(tmp_path)["nlst"], "--output", tmp_path / "output"]
+    write_series(tmp_path / "nlst" / "dicom", n=20)
+    run(*flags)
+    before, stood = contents(tmp_path / "output"), times(tmp_path / "output")
+    for number in lost:
+        (tmp_path / "nlst" / "dicom" / f"{number:02}.dcm").rename(tmp_path / f"{number:02}")
+    for _ in range(2):
+        result = run(*flags)
+        assert result.code == 0 and f"left out      1  {reason}, such as dicom" in result.out
+        assert "note: 1 files from earlier runs stay, of inputs or tables that are not given now" in result.out
+        assert "have lost slices" in result.out and "removed" not in result.out
+        now = contents(tmp_path / "output")
+        assert now.pop(conversion.MANIFEST) != before[conversion.MANIFEST]
+        assert now == {name: before[name] for name in now} and len(now) == len(before) - 1
+    for number in lost:
+        (tmp_path / f"{number:02}").rename(tmp_path / "nlst" / "dicom" / f"{number:02}.dcm")
+    assert run(*flags).code == 0 and contents(tmp_path / "output") == before
+    after = times(tmp_path / "output")
+    assert all(after[name] == stood[name] for name in after if name != conversion.MANIFEST)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ MANIFEST = "manifest.csv"
 RECIPE = "prepare.json"  # what the output was made with
 WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
 NOTE = "note: "  # before the reason of a file that was written all the same
+# How the reasons begin for which a series that was whole is left out when slices of it are deleted
+FEWER_SLICES = ("missing slices", "too few slices", "uneven spacing")
 OUTPUT_FORMAT = 2  # raise it when the same input and options give another output
 
 
@@ -152,20 +154,29 @@ class Records:
         with open(self.journal, "a", **TEXT) as file:
             file.write(json.dumps(rows) + "\n")
 
-    def finish(self, rows: list[dict[str, str]], columns: Sequence[str]) -> list[dict[str, str]]:
-        """Write the manifest; returns the rows that earlier runs left in it.
+    def finish(
+        self, rows: list[dict[str, str]], columns: Sequence[str]
+    ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """Write the manifest; returns the rows that earlier runs left in it, and those of inputs that are left out now,
+        with the reason, whose files were removed.
 
-        A file of an earlier run is removed if its input now leads elsewhere. One whose input is gone or can't be read
-        any more stays, and so does its row.
+        A file of an earlier run is removed if its input now leads elsewhere. One whose input is gone, has lost slices
+        or can't be read any more stays, and so does its row.
         """
         outputs = {row["output"] for row in rows}
-        replaced = {row["source"] for row in rows if row["status"] != FAILED}
-        kept = []
+        replaced = {
+            row["source"]: row
+            for row in rows
+            if row["status"] != FAILED and not (row["status"] == LEFT_OUT and row["reason"].startswith(FEWER_SLICES))
+        }
+        kept, removed = [], []
         for row in itertools.chain.from_iterable(self.earlier.values()):
             if row.get("output") and row["output"] not in outputs and (self.output / row["output"]).is_file():
                 if row["source"] in replaced:
                     index_path(self.output / row["output"]).unlink(missing_ok=True)  # first: killed here, it goes on
                     (self.output / row["output"]).unlink()
+                    if replaced[row["source"]]["status"] == LEFT_OUT:
+                        removed.append({**row, "reason": replaced[row["source"]]["reason"]})
                 else:
                     kept.append(row)
         rows = sorted(rows + kept, key=lambda row: (row["source"], row["output"]))
@@ -174,7 +185,7 @@ class Records:
         if not manifest.exists() or manifest.read_bytes() != table:
             with atomic_write(manifest, folder=self.output / WORK, sync=True) as part:
                 part.write_bytes(table)
-        return kept
+        return kept, removed
 
 
 def _is_whole(row: Any) -> bool:
@@ -238,15 +249,16 @@ def convert_all(
             records.add(result)
             rows += result
             bar.update()
-    return Outcome(rows, before, records.finish(rows, columns), records.output / MANIFEST)
+    return Outcome(rows, before, *records.finish(rows, columns), records.output / MANIFEST)
 
 
 class Outcome(NamedTuple):
-    """rows: of the manifest; before: files that were there; kept: rows of earlier runs besides; manifest: its path."""
+    """rows: of the manifest; before: files that were there; kept, removed: see `Records.finish`; manifest: its path."""
 
     rows: list[dict[str, str]]
     before: int
     kept: list[dict[str, str]]
+    removed: list[dict[str, str]]
     manifest: Path
 
 
@@ -320,8 +332,14 @@ def report_outcome(outcome: Outcome) -> None:
         print(f"{len(noted)} files have a note in the manifest, such as {source}: {reason.removeprefix(NOTE)}")
     if outcome.kept:
         print(
-            f"note: {len(outcome.kept)} files from earlier runs stay, of inputs or tables that are not given now, or "
-            f"can't be read any more, such as {outcome.kept[0]['output']}"
+            f"note: {len(outcome.kept)} files from earlier runs stay, of inputs or tables that are not given now, have "
+            f"lost slices or can't be read any more, such as {outcome.kept[0]['output']}"
+        )
+    if outcome.removed:
+        first = outcome.removed[0]
+        print(
+            f"note: {len(outcome.removed)} files of earlier runs removed, such as {first['output']}: left out now "
+            f"({first['reason']})"
         )
     print(f"manifest: {outcome.manifest}", flush=True)
     if count[FAILED]:
