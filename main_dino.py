@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Processes) -> None:
     """Train from where the checkpoint in the output folder is, or from the start."""
+    processes.run_on_main(lambda: checkpoint.refuse_missing(output_dir / "checkpoint.pth"))  # before it is written to
     args.precision, notices = utils.choose_precision(
         args.precision, args.use_fp16, processes, output_dir / "checkpoint.pth"
     )

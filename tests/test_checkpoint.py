@@ -165,7 +165,9 @@ def test_all_damaged_is_one_error(tmp_path, capsys):
     path = save_all(tmp_path, 1, 2, 3, keep_last=3)
     for damaged in tmp_path.iterdir():
         flip(damaged, 2000)
-    with pytest.raises(UserError, match=r"checkpoint.pth: .*; so is every earlier one \(2\); move it away"):
+    with pytest.raises(
+        UserError, match=r"checkpoint.pth: .*; so is every earlier one \(2\); move it and checkpoint.1.pth, .* away"
+    ):
         load_newest(path)
     assert not capsys.readouterr().err and len(list(tmp_path.iterdir())) == 3
 
@@ -178,7 +180,13 @@ def test_another_runs_checkpoint_is_no_damaged_one(tmp_path):
     with pytest.raises(UserError, match="no checkpoint of this script: it has no 'config'"):
         load_newest(path)
     path.unlink()
-    assert load_newest(path) is None  # moved away to start anew
+    with pytest.raises(UserError, match="checkpoint.pth: is missing, beside checkpoint.1.pth: rename one"):
+        load_newest(path)
+    (tmp_path / "checkpoint.1.pth").rename(tmp_path / "checkpoint0020.pth")
+    with pytest.raises(UserError, match="checkpoint.pth: is missing, beside checkpoint0020.pth: rename one"):
+        load_newest(path)
+    (tmp_path / "checkpoint0020.pth").unlink()
+    assert load_newest(path) is load_newest(tmp_path / "none" / path.name) is None  # moved away to start anew
 
 
 def test_a_fine_tunings_checkpoint_is_told_from_pre_trainings(volumes, tmp_path, capsys, monkeypatch):

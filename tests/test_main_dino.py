@@ -790,6 +790,28 @@ def test_going_on_from_existing_weights(volumes, tmp_path, capsys):
     assert code == 0 and "head is new" in out
 
 
+def test_a_run_without_its_newest_checkpoint_is_refused(volumes, tmp_path, capsys):
+    """Before anything is written; under its name an earlier one is resumed from."""
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--output_dir", tmp_path, "--save_every_minutes", 0]
+    assert run_main(capsys, *flags, "--epochs", 2, "--saveckp_freq", 1)[0] == 0
+    (tmp_path / "checkpoint.pth").unlink()
+
+    def stands():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    before = stands()
+    code, _, errors = run_main(capsys, *flags, "--epochs", 3)
+    assert code == 1 and errors == [
+        f"error: {tmp_path / 'checkpoint.pth'}: is missing, beside checkpoint.1.pth, checkpoint0001.pth, "
+        "checkpoint0002.pth: rename one to checkpoint.pth to resume from it, or choose another --output_dir to start "
+        "anew"
+    ]
+    assert stands() == before
+    (tmp_path / "checkpoint0002.pth").rename(tmp_path / "checkpoint.pth")
+    code, out, _ = run_main(capsys, *flags, "--epochs", 3)
+    assert code == 0 and "resuming after step 2, epoch 2" in out
+
+
 def test_nan_stops_the_run_in_one_line(volumes, tmp_path, capsys, monkeypatch):
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 4, "--output_dir", tmp_path]
     assert run_main(capsys, *flags, "--epochs", 1)[0] == 0

@@ -208,10 +208,15 @@ def rotate(path: Path, keep_last: int) -> None:
     keep_copy(path, names[0])
 
 
-def list_backups(path: Path) -> list[Path]:
-    """Paths of the earlier checkpoints that are kept beside `path`, the latest first."""
-    pattern = re.compile(re.escape(path.stem) + r"\.(\d+)" + re.escape(path.suffix))
-    found = {int(match[1]): other for other in path.parent.iterdir() if (match := pattern.fullmatch(other.name))}
+def names_beside(path: Path) -> list[str]:
+    """Names of the earlier checkpoints beside `path`, and of the copies that stay, as checkpoint0020.pth."""
+    return [other.name for other in list_backups(path) + list_backups(path, r"(\d{4,})")]
+
+
+def list_backups(path: Path, number: str = r"\.(\d+)") -> list[Path]:
+    """Paths of the earlier checkpoints that are kept beside `path`, the latest first. number: in their names"""
+    pattern = re.compile(re.escape(path.stem) + number + re.escape(path.suffix))
+    found = {int(match[1]): other for other in path.parent.glob("*") if (match := pattern.fullmatch(other.name))}
     return [found[k] for k in sorted(found)]
 
 
@@ -249,9 +254,10 @@ def load_newest(
     """As `load_checkpoint`; where the file is damaged, the last whole one before it takes its place, with a warning.
 
     parts: names that a state must have, as `check` has them
-    For the main process alone: the damaged file is moved out of the way.
+    For the main process alone: the damaged file is moved out of the way. Raises UserError as `refuse_missing` does.
     """
     path, problems = Path(path), []
+    refuse_missing(path)
     if not path.exists():
         return None
     for candidate in (path, *list_backups(path)):
@@ -264,16 +270,21 @@ def load_newest(
             damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
             keep_copy(path, damaged)
             keep_copy(candidate, path)
-            print(
-                f"warning: {problems[0]}; resuming from the one before, {candidate.name}, and keeping the "
-                "damaged one as "
-                f"{damaged.name}",
-                file=sys.stderr,
-                flush=True,
-            )
+            done = f"resuming from the one before, {candidate.name}, and keeping the damaged one as {damaged.name}"
+            print(f"warning: {problems[0]}; {done}", file=sys.stderr, flush=True)
         return state
     others = f"; so is every earlier one ({len(problems) - 1})" if len(problems) > 1 else ""
-    raise UserError(f"{problems[0]}{others}; move it away to start anew or put back a whole one")
+    away = " and ".join(filter(None, ["it", truncate_list(names_beside(path))]))
+    raise UserError(f"{problems[0]}{others}; move {away} away to start anew or put back a whole one")
+
+
+def refuse_missing(path: Path) -> None:
+    """UserError where other checkpoints of a run stand and its newest does not: a new run would replace them."""
+    if not path.exists() and (found := names_beside(path)):
+        raise UserError(
+            f"{path}: is missing, beside {truncate_list(found)}: rename one to {path.name} to resume from it, or "
+            "choose another --output_dir to start anew"
+        )
 
 
 def load_on_all(
