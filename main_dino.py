@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +46,16 @@ from dino3d.data.read_watchdog import in_time, with_read_timeout
 from dino3d.data.requirements import odd_headers
 from dino3d.data.sources import data_changes, find_data
 from dino3d.data.volume_cache import VolumeCache, is_quick
-from dino3d.features.encoder import find_weights
+from dino3d.features.encoder import domain_changes, find_weights
 from dino3d.features.probe import Probe
 from dino3d.files import truncate_log, write_config
-from dino3d.pretraining_flags import CENTER_MOMENTUM, PROBE_EVERY, add_pretraining_flags, check_pretraining_flags
+from dino3d.pretraining_flags import (
+    CENTER_MOMENTUM,
+    PROBE_EVERY,
+    add_pretraining_flags,
+    check_pretraining_flags,
+    long_warmups,
+)
 from dino3d.training import batch_norm, checkpoint
 from dino3d.training.collapse import TeacherOutputs
 from dino3d.training.grouped import lerp_all, scale_each
@@ -95,6 +101,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         args.precision, args.use_fp16, processes, output_dir / "checkpoint.pth"
     )
     notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank) + idle_strengths(args)
+    notices += long_warmups(args)
 
     # ---------------------------------------------------------------------------------------------------------- data
     paths, weights = processes.run_on_main(
@@ -108,7 +115,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     require_a_step(args, paths, steps_per_epoch, global_batch, processes)
 
     # --------------------------------------------------------------------------------------------------------- model
-    student, teacher = build_models(args, notices)
+    student, teacher = build_models(args, told := [])
     student, teacher = student.to(processes.device), teacher.to(processes.device).requires_grad_(False)
     probe = make_probe(args, output_dir, processes, teacher.backbone)
     if args.compile:
@@ -145,7 +152,9 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     progress.end_epoch(samples_per_epoch, global_batch)  # resumed with a larger batch: the rest may fill none
     last_step = progress.step + steps_left(samples_per_epoch, global_batch, args.epochs, progress)
     last_step = min(last_step, args.max_steps or last_step)
-    for notice in notices:
+    if args.pretrained_weights and progress.step:
+        told = ["--pretrained_weights has no effect: the run is resumed from its checkpoint"]
+    for notice in notices + told:
         processes.print(notice)
     if progress.epoch >= args.epochs or progress.step >= last_step:
         processes.print(
@@ -741,7 +750,8 @@ def build_models(args: argparse.Namespace, notices: list[str]) -> tuple[MultiCro
         teacher = build(drop_path_rate=None, norm_last_layer=True)  # follows the student without gradients
     teacher = teacher.to_empty(device="cpu")
     if args.pretrained_weights:
-        notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key)
+        domain = {"clip_range": args.clip_range, "spacing": args.spacing}
+        notices += load_initial_weights(student, args.pretrained_weights, args.checkpoint_key, domain)
     teacher.load_state_dict(student.state_dict())
     return student, teacher
 
@@ -788,16 +798,19 @@ def optimizer_groups(model: MultiCropWrapper, layer_decay: float, patch_embed_lr
     return [group | {"decays": group["weight_decay"] > 0} for group in groups]
 
 
-def load_initial_weights(model: MultiCropWrapper, path: str, checkpoint_key: str) -> list[str]:
+def load_initial_weights(
+    model: MultiCropWrapper, path: str, checkpoint_key: str, domain: Mapping[str, Any] | None = None
+) -> list[str]:
     """Load the backbone, and what stands beside it in the file if it fits (heads, iBOT's mask token); returns notices.
 
-    path: see `encoder.find_weights`
+    path: see `encoder.find_weights`; domain: see `encoder.domain_changes`
     """
     path, found = find_weights(path)
     try:
         checkpoint = weights.load_file(path)
         network = weights.find_network(model.backbone, checkpoint, path, checkpoint_key)
         notices = weights.fit_network(model.backbone, network, checkpoint, path)
+        notices += domain_changes(checkpoint, path, domain or {})
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--pretrained_weights {error}", everywhere=True) from error
     lacking = []

@@ -329,6 +329,30 @@ def add_optimisation_flags(parser: command_line.ArgumentParser) -> None:
     command_line.max_skipped_steps_flag(group)
 
 
+def long_warmups(args: argparse.Namespace) -> list[str]:
+    """Notices of warm-ups that last to the end of the run, as defaults do in a short one."""
+    notices, epochs = [], args.epochs
+    if args.warmup_epochs >= epochs:
+        notices.append(
+            f"--warmup_epochs {args.warmup_epochs:g} of --epochs {epochs}: the learning rate rises to the end and "
+            f"reaches {100 * epochs / args.warmup_epochs:.3g} % of its peak: lower --warmup_epochs"
+        )
+    if args.freeze_last_layer >= epochs:
+        notices.append(
+            f"--freeze_last_layer {args.freeze_last_layer} of --epochs {epochs}: the prototypes are never trained: "
+            "lower --freeze_last_layer"
+        )
+    start, length = args.warmup_teacher_temp, args.warmup_teacher_temp_epochs
+    if length >= epochs and start != args.teacher_temp:
+        reached = start + (args.teacher_temp - start) * epochs / length
+        notices.append(
+            f"--warmup_teacher_temp_epochs {length:g} of --epochs {epochs}: the teacher's temperature changes to the "
+            f"end and reaches {reached:.3g} of --teacher_temp {args.teacher_temp:g}: lower "
+            "--warmup_teacher_temp_epochs"
+        )
+    return notices
+
+
 def add_probe_flags(parser: command_line.ArgumentParser) -> None:
     group = parser.add_argument_group("probe (what the teacher's features are worth on labelled crops, as it trains)")
     group.add_argument(

@@ -16,6 +16,7 @@ from conftest import ROOT
 import main_dino
 import utils
 import vision_transformer
+from dino3d import pretraining_flags
 from dino3d.data.hdf5 import write_volume
 from dino3d.files import read_log, truncate_log
 from dino3d.training.collapse import TeacherOutputs
@@ -317,7 +318,8 @@ def test_schedules_go_by_the_share_of_the_run_that_is_done(volumes, tmp_path, ca
     teacher = checkpoint(tmp_path)["teacher"]
     assert run_main(capsys, *flags, *after)[0] == 0
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    for name, start, end in (("lr", 0.0005 * batch / 256, 1e-6), ("weight_decay", 0.04, 0.4), ("momentum_teacher", 0.996, 1)):
+    ends = {"lr": (0.0005 * batch / 256, 1e-6), "weight_decay": (0.04, 0.4), "momentum_teacher": (0.996, 1)}
+    for name, (start, end) in ends.items():
         values = {event.step: event.value for event in events.Scalars(f"schedule/{name}")}
         expected = end + (start - end) * (1 + math.cos(math.pi * done / 4)) / 2
         assert values[stop + 1] == pytest.approx(expected, rel=1e-5)
@@ -784,10 +786,44 @@ def test_going_on_from_existing_weights(volumes, tmp_path, capsys):
     assert run_main(capsys, *flags, "--output_dir", tmp_path / "a", "--seed", 1)[0] == 0
     weights = ["--pretrained_weights", tmp_path / "a" / "checkpoint.pth"]
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "b", *weights)
-    assert code == 0 and f"starting from {tmp_path}" in out
+    assert code == 0 and f"starting from {tmp_path}" in out and "was trained with" not in out
+    code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "b", *weights, "--max_steps", 2)
+    assert code == 0 and "starting from" not in out and "resuming after step 1" in out
+    assert "--pretrained_weights has no effect: the run is resumed from its checkpoint\n" in out
     assert same(checkpoint(tmp_path / "a")["teacher"], checkpoint(tmp_path / "b")["student"])[0]
     code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "c", *weights, "--out_dim", 128)
     assert code == 0 and "head is new" in out
+
+
+def test_weights_of_another_domain_are_told(volumes, tmp_path, capsys):
+    """Another --clip_range or --spacing than theirs, with both values; a config of something else says nothing."""
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1]
+    assert run_main(capsys, *flags, "--output_dir", tmp_path / "a", "--clip_range", -1000, 400)[0] == 0
+    path = tmp_path / "a" / "checkpoint.pth"
+    weights = ["--pretrained_weights", path]
+    code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "b", *weights, "--spacing", 2, 2, 2)
+    assert code == 0 and f"{path} was trained with --clip_range -1000 400, this run has -1000 1000: " in out
+    assert f"{path} was trained with --spacing none, this run has 2 2 2: " in out
+    torch.save(checkpoint(tmp_path / "a") | {"config": {"clip_range": "wide"}}, path)
+    code, out, _ = run_main(capsys, *flags, "--output_dir", tmp_path / "c", *weights)
+    assert code == 0 and "starting from" in out and "was trained with" not in out
+
+
+def test_a_warm_up_as_long_as_the_run_is_told():
+    def notices(*flags):
+        argv = ["--data_dir", "data", "--output_dir", "out", *map(str, flags)]
+        return pretraining_flags.long_warmups(main_dino.get_args_parser().parse_args(argv))
+
+    assert notices("--epochs", 11) == notices("--epochs", 2, "--warmup_epochs", 1.9) == []
+    told = "--warmup_epochs 10 of --epochs 3: the learning rate rises to the end and reaches 30 % of its peak: lower"
+    assert notices("--epochs", 3) == [f"{told} --warmup_epochs"]
+    (line,) = notices("--epochs", 11, "--freeze_last_layer", 11)
+    assert line.startswith("--freeze_last_layer 11 of --epochs 11: the prototypes are never trained")
+    temperature = ["--epochs", 11, "--warmup_teacher_temp_epochs", 22]
+    assert notices(*temperature) == []  # from 0.04 to 0.04
+    (line,) = notices(*temperature, "--teacher_temp", 0.06)
+    reached = utils.linear_schedule(11, 0.04, 0.06, 22)
+    assert f"reaches {reached:g} of --teacher_temp 0.06" in line and "lower --warmup_teacher_temp_epochs" in line
 
 
 def test_a_run_without_its_newest_checkpoint_is_refused(volumes, tmp_path, capsys):

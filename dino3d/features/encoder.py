@@ -1,6 +1,7 @@
 """The pre-trained encoder: what to build it with, from a checkpoint and flags."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,6 +215,27 @@ def load_encoder(
         notices += (f"{path} was fine-tuned with --pool {pool}: what that reads was trained, not the class token",)
     crop_spacing = None if config.get("crop_spacings_differ") else config.get("crop_spacing")
     return encoder._replace(state=model.state_dict(), notices=notices, crc32=crc32, crop_spacing=crop_spacing)
+
+
+def domain_changes(checkpoint: dict[str, Any], path: str, domain: Mapping[str, Any]) -> list[str]:
+    """Lines on what a checkpoint's config says that its network was trained on and a run that starts from it is not.
+
+    domain: {name of the config: the run's value}
+    """
+
+    def typed(value: Any) -> str:
+        return "none" if value is None else format_values(value)
+
+    try:
+        config = encoder_config(checkpoint, path)
+    except UserError:  # a config of something else, which says nothing of these
+        return []
+    return [
+        f"{path} was trained with --{name} {typed(config[name])}, this run has {typed(value)}: a change of what its "
+        "weights see; give the same, unless that is meant"
+        for name, value in domain.items()
+        if name in config and (config[name] and list(config[name])) != (value and list(value))
+    ]
 
 
 def lacks_setting(name: str, value: Any, arch: str) -> str:
