@@ -121,6 +121,19 @@ def test_a_rerun_makes_only_what_changed(pairs, tmp_path, monkeypatch):
     assert made[6:] == ["case0", "case1", "case2"] and len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_runs_of_other_masks_of_the_same_cts_share_a_folder(pairs, tmp_path):
+    """One that makes its copies while another trains leaves the other's masks alone."""
+    first = copies_of(pairs[:1], tmp_path / "cache")
+    first.make(Processes(), 0)
+    before = first.read(0)[1]
+    mask = nibabel.load(pairs[0].label)
+    nibabel.save(nibabel.Nifti1Image(1 - mask.get_fdata().astype(np.uint8), mask.affine), tmp_path / "case0.nii.gz")
+    other = copies_of([pairs[0]._replace(label=str(tmp_path / "case0.nii.gz"))], tmp_path / "cache")
+    other.make(Processes(), 0)
+    np.testing.assert_array_equal(first.read(0)[1], before)
+    assert (other.read(0)[1] != before).any() and copies_of(pairs[:1], tmp_path / "cache")._found(0)
+
+
 def test_worker_processes_make_the_same_files(pairs, tmp_path):
     contents = []
     for workers in (0, 2):

@@ -130,7 +130,8 @@ class ResampledCache:
 
     def _base(self, case: int) -> Path:
         pair = self.pairs[case]
-        return self.folder / f"{pair.name.replace('/', '_')}-{zlib.crc32(os.fsencode(os.path.abspath(pair.image))):08x}"
+        paths = b"\0".join(os.fsencode(os.path.abspath(path)) for path in (pair.image, pair.label))
+        return self.folder / f"{pair.name.replace('/', '_')}-{zlib.crc32(paths):08x}"
 
     def _files(self, case: int) -> tuple[str, str]:
         base = self._base(case)
