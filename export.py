@@ -47,7 +47,7 @@ from dino3d.features.encoder import ENCODER, find_weights, load_encoder
 from dino3d.features.pooling import pool_of
 from dino3d.files import versions, write_json
 from dino3d.finetune.crops import centre_window, read_crop
-from dino3d.finetune.fold_folders import SCRIPTS, fold_files, load_fold
+from dino3d.finetune.fold_folders import fold_files, load_folds
 from dino3d.finetune.heads import classifier_of, segmenter_of
 from dino3d.prepare.phantoms import chest_phantom
 from dino3d.weights import SAFETENSORS_CONFIG, config_of, crc32_of_tensors, load_file
@@ -250,23 +250,9 @@ def load_source(weights: str, model: str | None, checkpoint_key: str) -> Source:
         article = "an" if trained == "encoder" else "a"
         raise UserError(f"--model {model}: --weights {files[0]} holds {article} {trained}, and no {model}")
     known_by, build = TRAINED[model]
-    networks, configs, best = [], [], []
-    for file in files:
-        try:
-            network, config, known = load_fold(file, build, known_by)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"--weights {file}: is no whole checkpoint of {SCRIPTS[known_by]} ({reason})") from error
-        networks.append(network.eval())
-        configs.append(config)
-        best.append(known)
-    for name in (*ENCODER, "classes"):
-        if any(config[name] != configs[0][name] for config in configs):
-            raise UserError(
-                f"--weights {weights}: its folds differ in {name}, so they are not of one run; give one of them, such "
-                f"as {files[0].parent}"
-            )
-    config, folds = configs[-1], [file.parent.name if len(files) > 1 else "" for file in files]
+    networks, config, best = load_folds(files, build, known_by)
+    networks = [network.eval() for network in networks]
+    folds = [file.parent.name if len(files) > 1 else "" for file in files]
     classes = config["classes"]
     if model == "classifier":
         graph = ClassifierGraph(networks, config["clip_range"], list(map(Calibration.from_best, best)))

@@ -73,7 +73,7 @@ from dino3d.finetune.crops import (
     spacing_warning,
 )
 from dino3d.finetune.flags import FIXED_FLAGS
-from dino3d.finetune.fold_folders import collect_folds, load_fold, refuse_pretraining_run, start_run
+from dino3d.finetune.fold_folders import collect_folds, load_folds, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import Classifier, NearestNeighbours, build_classifier, classifier_of
 from dino3d.finetune.inference import failed_cases, find_folds, find_new_cases, infer_windows
@@ -518,13 +518,10 @@ def predict(source: str, points: str | None, weights: str, output_dir: Path, run
     table in the CTs there. Raises UserError if some failed."""
     processes = runtime.processes
     files = processes.run_on_main(lambda: find_folds(weights, output_dir))
-    models, calibrations, thresholds, config = [], [], [], {}
-    for file in files:
-        model, config, best = load_fold(file, classifier_of, "protocol")
-        models.append(model.to(processes.device).eval())
-        calibrations.append(Calibration.from_best(best))
-        thresholds.append(best["threshold"])
-    threshold = float(np.mean(thresholds))
+    models, config, best = load_folds(files, classifier_of, "protocol")
+    models = [model.to(processes.device).eval() for model in models]
+    calibrations = list(map(Calibration.from_best, best))
+    threshold = float(np.mean([of_fold["threshold"] for of_fold in best]))
 
     def rows_of(volumes: Tensor) -> list[list[Any]]:  # (B, 1, X, Y, Z)
         of_folds = [one.apply(classify(model, volumes).cpu().numpy()) for model, one in zip(models, calibrations)]

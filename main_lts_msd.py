@@ -47,7 +47,7 @@ from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures
 from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice, read_headers
 from dino3d.finetune.flags import FIXED_FLAGS
-from dino3d.finetune.fold_folders import collect_folds, file_name, load_fold, refuse_pretraining_run, start_run
+from dino3d.finetune.fold_folders import collect_folds, file_name, load_folds, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
 from dino3d.finetune.heads import DECODERS, Segmenter, build_segmenter, choose_decoder, segmenter_of
 from dino3d.finetune.inference import NewCases, failed_cases, find_folds, find_new_cases, map_over_ranks
@@ -523,10 +523,8 @@ def predict(
     processes = runtime.processes
     new, files = processes.run_on_main(lambda: find_new_scans(source, weights, output_dir))
     names, paths = new.names, new.paths
-    networks, config = [], None
-    for file in files:
-        model, config, _ = load_fold(file, segmenter_of, "decoder")
-        networks.append(model.to(processes.device).eval())
+    networks, config, _ = load_folds(files, segmenter_of, "decoder")
+    networks = [network.to(processes.device).eval() for network in networks]
     settings = inference_settings(config | given, runtime.batch_size, skip_air)
     outputs = [outputs_of(output_dir, name, config["classes"], save_probabilities) for name in names]
     require_own_names(outputs, names)

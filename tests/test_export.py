@@ -14,12 +14,14 @@ import torch
 
 import export
 import main_lnc_luna16
-from dino3d.command_line import UserError
+import main_lts_msd
+from dino3d.command_line import UserError, format_values
 from dino3d.data.conventions import AIR
 from dino3d.features import sliding_window
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.files import read_json, read_table
 from dino3d.finetune import heads
+from dino3d.finetune.mask_inference import segment_volume
 from dino3d.weights import load_file
 from vision_transformer import ARCHITECTURES, VisionTransformer
 
@@ -345,11 +347,36 @@ def test_refused(runs, tmp_path, weights, more, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_folds_of_other_runs_are_refused(tmp_path):
-    for fold, size in enumerate(([12, 12, 6], [12, 12, 12])):
-        save_fold(tmp_path / "run" / str(fold), heads.classifier_of, CLASSIFIER | {"input_size": size}, 0, {})
-    says = refused("--weights", tmp_path / "run", "--output", tmp_path / "x")
-    assert "its folds differ in input_size" in says and str(tmp_path / "run" / "0") in says
+@pytest.mark.parametrize(
+    "build, config, name, values",
+    [
+        (heads.classifier_of, CLASSIFIER, "input_size", ([12, 12, 6], [12, 12, 12])),
+        (heads.classifier_of, CLASSIFIER, "label_names", (["benign", "malignant"], ["malignant", "benign"])),
+        (heads.segmenter_of, SEGMENTER, "spacing", ([1.0, 1.0, 2.0], [1.5, 1.5, 2.0])),
+    ],
+)
+def test_folds_of_other_runs_are_refused(tmp_path, build, config, name, values):
+    """By all that take the mean of folds."""
+    run, says = (
+        tmp_path / "run",
+        f"its folds differ in {name}, so they are not of one run ({format_values(values[0])} in 0, ",
+    )
+    for fold, value in enumerate(values):
+        save_fold(run / str(fold), build, config | {name: value}, 0, {"threshold": 0.5, "dice": 0.5})
+    scan = tmp_path / "new" / "scan.nii.gz"
+    scan.parent.mkdir()
+    nibabel.save(nibabel.Nifti1Image(hounsfield(1, [16, 16, 12])[0, 0].astype(np.int16), np.eye(4)), scan)
+    script = main_lnc_luna16 if build is heads.classifier_of else main_lts_msd
+    takers = [
+        lambda: export.main(["--weights", str(run), "--output", str(tmp_path / "x")]),
+        lambda: script.main(["--predict", str(scan), "--weights", str(run), "--output_dir", str(tmp_path / "out")]),
+        lambda: segment_volume(run, hounsfield(1)[0, 0], np.eye(4)),
+    ]
+    for take in takers if script is main_lts_msd else takers[:2]:
+        with pytest.raises(UserError) as error:
+            take()
+        told = str(error.value)
+        assert says in told and told.endswith(f"give one of them, such as {run / '0'}") and "\n" not in told
 
 
 def test_broken_models_are_refused(runs, tmp_path):

@@ -17,7 +17,7 @@ from dino3d.data.conventions import DataError
 from dino3d.data.layouts import case_names
 from dino3d.evaluation.statistics import bootstrap_interval, interval_notes, mean_and_deviation
 from dino3d.features.encoder import ENCODER, find_weights, load_encoder
-from dino3d.files import read_json, read_table, write_json, write_table
+from dino3d.files import append_json, read_json, read_table, write_json, write_table
 from dino3d.finetune.crops import (
     READ_AHEAD,
     EvaluationCrops,
@@ -641,6 +641,24 @@ def test_only_finished_folds_of_a_run_are_taken(tmp_path, capsys):
     assert fold_files(tmp_path / "0") == best[:1] == fold_files(best[0]) and not capsys.readouterr().out
 
 
+def test_a_fold_of_fewer_epochs_than_another_is_not_finished(tmp_path, capsys):
+    """As where a start with more --epochs has come to fold 0 alone; a fold without a log does not tell."""
+    for fold, epochs in enumerate((6, 2, 2, 0)):
+        (tmp_path / str(fold)).mkdir()
+        for name in ("best.pth", "metrics.json"):
+            (tmp_path / str(fold) / name).touch()
+        for epoch in range(1, epochs + 1):
+            append_json(tmp_path / str(fold) / "log.txt", {"epoch": epoch, "step": 3 * epoch})
+    assert fold_files(tmp_path) == [tmp_path / fold / "best.pth" for fold in "03"]
+    told = "folds 1, 2 of 2 epochs, where fold 0 has 6"
+    assert capsys.readouterr().out == f"note: left out of {tmp_path}: {told}\n"
+    assert find_weights(str(tmp_path))[1][0].endswith(f"left out: {told}")
+    for fold in "03":
+        (tmp_path / fold / "metrics.json").unlink()
+    with pytest.raises(UserError, match=f"no fold is finished .folds 0, 3 not finished; {told}.: start its training"):
+        fold_files(tmp_path)
+
+
 def test_json_is_readable(tmp_path):
     write_json(tmp_path / "x.json", {"a": None})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None} == read_json(tmp_path / "x.json")
@@ -684,3 +702,30 @@ def test_another_scripts_checkpoint_in_a_folds_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="is a checkpoint of DINO pre-training .* it has no 'model'"):
         start_run(tmp_path, {"lr": 0.5, "weights_crc32": ""}, ("lr",), [], {}, Processes(), 3)
     assert not (tmp_path / "splits.json").exists()
+
+
+def test_every_folds_checkpoint_is_of_the_run_that_is_started(tmp_path):
+    """Also where fold 0's folder was removed, to train it again."""
+    from dino3d.finetune.fold_folders import PARTS, start_run
+    from dino3d.training.checkpoint import save_checkpoint
+
+    config = {"lr": 0.1, "weights_crc32": "a", "pretrained_weights": "w.pth", "epochs": 3}
+
+    def start(**changed):
+        start_run(tmp_path, config | changed, ("lr",), [], {}, Processes(), 3)
+
+    for fold, (epoch, position) in {2: (1, 0), 10: (2, 4)}.items():
+        (tmp_path / str(fold)).mkdir()
+        state = dict.fromkeys(PARTS) | {"epoch": epoch, "position": position, "config": config}
+        save_checkpoint(tmp_path / str(fold) / "checkpoint.pth", state)
+    start()
+    start(epochs=5)
+    kept = (tmp_path / "config.json").read_bytes()
+    for changed, says in (
+        ({"lr": 0.5}, "2/checkpoint.pth: is of a run with --lr 0.1, not 0.5"),
+        ({"weights_crc32": "b"}, "w.pth: holds other weights than when .*2/checkpoint.pth was made"),
+        ({"epochs": 2}, "^--epochs 2: .*10/checkpoint.pth has come to epoch 3, .* give --epochs 3 or more, or"),
+    ):
+        with pytest.raises(UserError, match=says):
+            start(**changed)
+    assert (tmp_path / "config.json").read_bytes() == kept

@@ -523,6 +523,31 @@ def test_a_process_that_is_killed(crops, tmp_path):
     assert predictions(tmp_path / "straight") == predictions(tmp_path / "killed")
 
 
+def test_folds_of_one_run_have_the_same_flags_and_epochs(crops, tmp_path, capsys):
+    """Fold 0's folder removed, to train it again; fewer epochs; more epochs, which fold 1 has not come to."""
+    out = tmp_path / "out"
+    flags = ["--data_dir", crops, "--output_dir", out, "--batch_size_per_gpu", 2, "--warmup_epochs", 0]
+    code, said, _ = run_main(capsys, *flags, "--epochs", 2)
+    assert code == 0 and "never falls" not in said
+    steps = torch.load(out / "0" / "checkpoint.pth")["step"] // 2
+    code, _, errors = run_main(capsys, *flags, "--epochs", 1)
+    assert code == 1 and len(errors) == 1 and errors[0].startswith("error: --epochs 1: ")
+    assert "has come to epoch 2, and" in errors[0] and "give --epochs 2 or more, or" in errors[0]
+    assert run_main(capsys, *flags, "--epochs", 3, "--max_steps", steps)[0] == 0
+    predict = ["--predict", crops / "subset0", "--weights", out, "--output_dir"]
+    code, said, _ = run_main(capsys, *predict, tmp_path / "half", tiny=[])
+    assert code == 0 and "fold 1 of 2 epochs, where fold 0 has 3" in said and "mean of 1 fold," in said
+    assert run_main(capsys, *flags, "--epochs", 3)[0] == 0
+    code, said, _ = run_main(capsys, *predict, tmp_path / "whole", tiny=[])
+    assert code == 0 and "mean of 2 folds" in said and "left out" not in said
+    shutil.rmtree(out / "0")
+    code, _, errors = run_main(capsys, *flags, "--epochs", 3, "--lr", 0.1)
+    assert code == 1 and len(errors) == 1 and "1/checkpoint.pth: is of a run with --lr 0.001, not 0.1" in errors[0]
+    code, said, _ = run_main(capsys, *flags, "--epochs", 3, tiny=TINY[:-2])
+    assert code == 0 and "fold 1: done before" in said
+    assert "--precision fp32: in which the run was trained before" in said
+
+
 def test_other_flags_are_no_way_to_go_on(crops, tmp_path, capsys, weights):
     flags = ["--data_dir", crops, "--output_dir", tmp_path / "out", "--epochs", 1]
     assert run_main(capsys, *flags)[0] == 0

@@ -1040,7 +1040,7 @@ def test_oblique_and_anisotropic_scans(tmp_path, monkeypatch):
         "min_volume": 0.0,
         "tolerance": 2.0,
     }
-    monkeypatch.setattr(main_lts_msd, "load_fold", lambda *_: (Thresholding(), config, {}))
+    monkeypatch.setattr(main_lts_msd, "load_folds", lambda *_: ([Thresholding()], config, [{}]))
     code, _, errors = predict(tmp_path / "new", tmp_path / "run", tmp_path / "out", "--batch_size_per_gpu", 64)
     assert code == 0 and not errors, errors
     for name, (directions, spacing, shape) in scans.items():

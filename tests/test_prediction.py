@@ -36,7 +36,7 @@ def run(tmp_path, monkeypatch):
     """A folder that stands for a trained run, whose network takes what is denser than 0 HU."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.pth").touch()
-    monkeypatch.setattr(main_lts_msd, "load_fold", lambda *_: (Thresholding(), CONFIG, {}))
+    monkeypatch.setattr(main_lts_msd, "load_folds", lambda *_: ([Thresholding()], CONFIG, [{}]))
     return tmp_path / "run"
 
 

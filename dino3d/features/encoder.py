@@ -9,7 +9,7 @@ import torch
 
 from dino3d.command_line import UserError, format_values, truncate_list
 from dino3d.features.pooling import POOLS, pool_of
-from dino3d.files import read_json
+from dino3d.files import read_json, read_log
 from dino3d.weights import architecture_in, config_of, crc32_of_tensors, find_network, fit_network, load_file
 from vision_transformer import ARCHITECTURES, Encoder, build_encoder, has_setting
 
@@ -67,6 +67,7 @@ class PretrainedEncoder(NamedTuple):
 
 CHECKPOINT, BEST = "checkpoint.pth", "best.pth"  # newest state of a run, best epoch of a fold
 SPLITS, FOLD_METRICS = "splits.json", "metrics.json"  # a run's first file; a fold's last one
+LOG = "log.txt"  # of a fold: a line for each of its epochs
 
 
 class TrainedFolds(NamedTuple):
@@ -81,11 +82,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / FOLD_METRICS).is_file()
 
 
+def epochs_of(folder: Path) -> int:
+    """Epochs that a fold has been trained for, by its log; 0 where that does not tell."""
+    with contextlib.suppress(OSError):
+        return max((one["epoch"] for one in read_log(folder / LOG) if isinstance(one.get("epoch"), int)), default=0)
+    return 0
+
+
 def trained_folds(folder: Path, flag: str) -> TrainedFolds:
     """The TrainedFolds of a run's folds 0, 1, ..., of which its splits.json tells how many there are to be.
 
-    A folder of nothing but best.pth files, as one copies them to another machine, does not tell what is finished: all
-    are taken. Raises UserError, with the flag that names the folder, where folds were begun and none is finished.
+    One of fewer epochs than another, which a start with more --epochs has not come to, is not finished. A folder of
+    nothing but best.pth files, as one copies them to another machine, does not tell what is finished: all are taken.
+    Raises UserError, with the flag that names the folder, where folds were begun and none is finished.
     """
     found = [one for one in folder.glob(f"*/{BEST}") if one.parent.name.isdecimal() and one.is_file()]
     files = dict(sorted((int(one.parent.name), one) for one in found))
@@ -95,15 +104,21 @@ def trained_folds(folder: Path, flag: str) -> TrainedFolds:
     planned = 0
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged one doesn't tell
         planned = len(read_json(folder / SPLITS)["splits"])
-    others = {"not finished": [], "without " + BEST: [], "not begun": []}
+    epochs = {fold: epochs_of(file.parent) for fold, file in files.items()}
+    longest = max(epochs, key=epochs.get, default=None)
+    shorter = {fold for fold in finished if 0 < epochs[fold] < epochs[longest]}
+    finished = {fold: file for fold, file in finished.items() if fold not in shorter}
+    others = {}  # {why: folds}
     for fold in sorted({*range(planned), *files} - {*finished}):
         here = folder / str(fold)
-        reason = "not begun" if not here.is_dir() else "without " + BEST if is_finished(here) else "not finished"
-        others[reason].append(fold)
+        if fold in shorter:
+            reason = f"of {epochs[fold]} epochs, where fold {longest} has {epochs[longest]}"
+        else:
+            reason = "not begun" if not here.is_dir() else "without " + BEST if is_finished(here) else "not finished"
+        others.setdefault(reason, []).append(fold)
     left_out = "; ".join(
         f"fold{'s' * (len(folds) > 1)} {truncate_list(list(map(str, folds)), 8)} {reason}"
         for reason, folds in others.items()
-        if folds
     )
     if not finished:
         now = f", or give a fold's best epoch so far, such as {next(iter(files.values()))}" if files else ""

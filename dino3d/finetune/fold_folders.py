@@ -1,20 +1,22 @@
 """A fold's folder: its checkpoints, its best epoch, its results."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dino3d.command_line import UserError
+from dino3d.command_line import UserError, format_values
 from dino3d.evaluation.statistics import mean_and_deviation
-from dino3d.features.encoder import BEST, ENCODER, FOLD_METRICS, SPLITS, PretrainedEncoder, trained_folds
+from dino3d.features.encoder import BEST, CHECKPOINT, ENCODER, FOLD_METRICS, SPLITS, PretrainedEncoder, trained_folds
 from dino3d.files import read_json, read_table, write_config, write_table
 from dino3d.finetune.splits import Split, save_splits
 from dino3d.training.checkpoint import load_checkpoint, load_newest, load_on_all
 from utils import Processes, device_name
 
 SCRIPTS = {"protocol": "main_lnc_luna16.py", "decoder": "main_lts_msd.py", "out_dim": "main_dino.py"}  # by their flags
+# Of a config: in what folds must agree for the mean of them to mean something
+SHARED = (*ENCODER, "classes", "label_names", "crop_size", "crop_spacing")
 PARTS = ("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases")  # of a fold's checkpoint.pth
 
 
@@ -34,6 +36,12 @@ def refuse_pretraining_run(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir}: holds a pre-training run; choose another folder")
 
 
+def fold_checkpoints(output_dir: Path) -> Iterator[Path]:
+    """The checkpoint.pth of each fold of a run that has one, in order."""
+    found = (path for path in output_dir.glob(f"*/{CHECKPOINT}") if path.parent.name.isdecimal())
+    yield from sorted(found, key=lambda path: int(path.parent.name))
+
+
 def start_run(
     output_dir: Path,
     config: dict,
@@ -43,17 +51,25 @@ def start_run(
     processes: Processes,
     cases: int,
 ) -> None:
-    """Write config.json and splits.json of a run. Raises UserError, on all ranks, where the first fold's checkpoint is
-    of a run in which one of the `fixed` names of the config had another value, or the encoder's file other weights."""
+    """Write config.json and splits.json of a run. Raises UserError, on all ranks, where a fold's checkpoint is of a run
+    in which one of the `fixed` names of the config had another value, or the encoder's file other weights, or is of
+    more epochs."""
 
     def check() -> None:
-        path = output_dir / "0" / "checkpoint.pth"
-        state = load_newest(path, {name: config[name] for name in fixed}, PARTS)
-        weights = config["weights_crc32"]
-        if state and state["config"].get("weights_crc32", weights) != weights:  # older runs have none
+        weights, trained = config["weights_crc32"], {}
+        for path in fold_checkpoints(output_dir):
+            state = load_newest(path, {name: config[name] for name in fixed}, PARTS)
+            if state["config"].get("weights_crc32", weights) != weights:  # older runs have none
+                raise UserError(
+                    f"--pretrained_weights {config['pretrained_weights']}: holds other weights than when {path} was "
+                    "made: put those back, or choose another --output_dir"
+                )
+            trained[path] = state["epoch"] + (state["position"] > 0)
+        longest = max(trained, key=trained.get, default=None)
+        if longest and trained[longest] > config["epochs"]:
             raise UserError(
-                f"--pretrained_weights {config['pretrained_weights']}: holds other weights than when {path} was made: "
-                "put those back, or choose another --output_dir"
+                f"--epochs {config['epochs']}: {longest} has come to epoch {trained[longest]}, and all folds are to "
+                f"have as many: give --epochs {trained[longest]} or more, or choose another --output_dir"
             )
 
     processes.run_on_main(check)
@@ -106,6 +122,35 @@ def load_fold(
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"--weights {path}: does not fit {config['arch']} ({reason})", everywhere=True) from error
     return model, config, state["best"]
+
+
+def load_folds(
+    files: Sequence[Path], build: Callable[[PretrainedEncoder, dict, dict], nn.Module], known_by: str
+) -> tuple[list[nn.Module], dict, list[dict]]:
+    """(models, config of their run, what was known of the best epoch of each) of folds' best.pth files, to take the
+    mean of. build, known_by: see `load_fold`. Raises UserError, also where the folds are not of one run."""
+    models, configs, best = [], [], []
+    for file in files:
+        try:
+            model, config, known = load_fold(file, build, known_by)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(
+                f"--weights {file}: is no whole checkpoint of {SCRIPTS[known_by]} ({reason})", everywhere=True
+            ) from error
+        for name in (one for one in SHARED if configs and one in config):
+            first, value = (format_values(one.get(name, config[name])) for one in (configs[0], config))
+            if first != value:
+                raise UserError(
+                    f"--weights {files[0].parent.parent}: its folds differ in {name}, so they are not of one run "
+                    f"({first} in {files[0].parent.name}, {value} in {file.parent.name}); give one of them, such as "
+                    f"{files[0].parent}",
+                    everywhere=True,
+                )
+        models.append(model)
+        configs.append(config)
+        best.append(known)
+    return models, configs[-1], best
 
 
 def start_folder(folder: Path) -> None:

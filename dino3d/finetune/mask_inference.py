@@ -21,7 +21,7 @@ from dino3d.features import sliding_window
 from dino3d.features.sliding_window import Windows, grid_of
 from dino3d.finetune import mask_metrics
 from dino3d.finetune.cpu_inference import faster
-from dino3d.finetune.fold_folders import fold_files, load_fold
+from dino3d.finetune.fold_folders import fold_files, load_folds
 from dino3d.finetune.heads import Segmenter, segmenter_of
 from dino3d.finetune.runtime import Runtime
 
@@ -129,8 +129,7 @@ def segment_volume(
     if precision not in (None, *utils.PRECISIONS):
         raise UserError(f"precision {precision}: expected bf16, fp16 or fp32")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = [load_fold(file, segmenter_of, "decoder") for file in fold_files(weights)]
-    config = loaded[-1][1]
+    networks, config, _ = load_folds(fold_files(weights), segmenter_of, "decoder")
     processes = utils.Processes(device=device)
     dtype = utils.PRECISIONS[utils.choose_precision(precision, None, processes)[0]]
     runtime = Runtime(processes, dtype, batch_size=1, workers=0)
@@ -139,6 +138,6 @@ def segment_volume(
     with Volume("array", stored) as scan:
         image = make_image(scan.read(), scan.affine)
         require_ct(voxels_of(image), "array")
-        networks = [model.to(device).eval() for model, *_ in loaded]
+        networks = [network.to(device).eval() for network in networks]
         mask = mask_of(networks, image, config["spacing"], inference_settings(config, 1), runtime)
         return np.ascontiguousarray(scan.in_file_order(voxels_of(mask)))

@@ -14,6 +14,7 @@ import utils
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values
 from dino3d.data.read_watchdog import with_read_timeout
+from dino3d.finetune.fold_folders import fold_checkpoints
 from dino3d.training.checkpoint import StopSignal
 from dino3d.training.loading import cores_per_process
 
@@ -71,8 +72,8 @@ def start_runtime(values: Mapping[str, Any]) -> Iterator[tuple[Runtime, str, lis
     output_dir, workers = Path(values["output_dir"]), values["num_workers"]
     processes = utils.distributed_init()
     with utils.own_output_dir(output_dir, processes):
-        resumed = None if values["predict"] else output_dir / "0" / "checkpoint.pth"
-        precision, notices = utils.choose_precision(values["precision"], values["use_fp16"], processes, resumed)
+        first = None if values["predict"] else processes.run_on_main(lambda: next(fold_checkpoints(output_dir), None))
+        precision, notices = utils.choose_precision(values["precision"], values["use_fp16"], processes, first)
         notices += command_line.ignored_flags(dist_url=values["dist_url"], local_rank=values["local_rank"])
         workers = min(16, cores_per_process(processes)) if workers is None else workers
         stop_signal = StopSignal(processes, output_dir / "preempted")
