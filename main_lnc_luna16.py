@@ -69,7 +69,7 @@ from dino3d.finetune.crops import (
     WindowAugmentation,
     check_crops,
     new_crop_lines,
-    one_step_notice,
+    schedule_notices,
     spacing_warning,
 )
 from dino3d.finetune.flags import FIXED_FLAGS
@@ -232,7 +232,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
         functools.partial(case_order, split.train, cases.labels, args.negatives, args.seed) for split in case_splits
     ]
     longest = max(len(order(0)) for order in orders)
-    notices += one_step_notice(longest, train_config.epochs, args.batch_size_per_gpu * processes.world_size)
+    global_batch = args.batch_size_per_gpu * processes.world_size
+    notices += schedule_notices(longest, train_config.epochs, args.warmup_epochs, global_batch)
     for line in [*notices, run_summary(config, processes, cases, splits, case_splits)]:
         processes.print(line)
     steps_left = args.max_steps or math.inf

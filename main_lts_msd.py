@@ -45,7 +45,7 @@ from dino3d.features import sliding_window
 from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.files import write_json, write_table
 from dino3d.finetune import flags, mask_metrics, mask_pictures
-from dino3d.finetune.crops import CropBatch, WindowAugmentation, one_step_notice, read_headers
+from dino3d.finetune.crops import CropBatch, WindowAugmentation, read_headers, schedule_notices
 from dino3d.finetune.flags import FIXED_FLAGS
 from dino3d.finetune.fold_folders import collect_folds, file_name, load_folds, refuse_pretraining_run, start_run
 from dino3d.finetune.fold_loop import Fold, FoldState, Score, TrainConfig, Validation, run_fold
@@ -274,7 +274,8 @@ def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:
     # ------------------------------------------------------------------------------------------------------ training
     start_run(output_dir, config, FIXED, splits, data, processes, len(names))
     longest = max(len(side.train) for side in sides) * args.patches_per_case
-    notices += one_step_notice(longest, args.epochs, args.batch_size_per_gpu * processes.world_size)
+    global_batch = args.batch_size_per_gpu * processes.world_size
+    notices += schedule_notices(longest, train_config.epochs, args.warmup_epochs, global_batch)
     for line in [*notices, run_summary(config, processes, cases, splits)]:
         processes.print(line)
     steps_left = args.max_steps or math.inf

@@ -941,6 +941,8 @@ def test_warnings(crops, tmp_path, capsys, weights):
         capsys, "--data_dir", crops, "--output_dir", tmp_path / "d", "--epochs", 1, "--batch_size_per_gpu", 20
     )
     assert code == 0 and "is one step: 1 epochs are 1 steps" in out
+    told = "--warmup_epochs 5 of --epochs 1: the learning rate rises to the end and never falls: lower --warmup_epochs"
+    assert out.count(told) == 1
 
 
 def test_older_flags_are_accepted(crops, tmp_path, capsys):

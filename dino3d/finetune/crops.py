@@ -327,11 +327,18 @@ class TrainingBatches(Sampler):
             position = 0
 
 
-def one_step_notice(longest: int, epochs: int, global_batch: int) -> list[str]:
-    """[] or [one line] where an epoch, of `longest` samples at most, is a single step, of which few epochs make few."""
-    if longest > global_batch or not epochs:
-        return []
-    return [
-        f"an epoch of {longest} samples is one step: {epochs} epochs are {epochs} steps; for more of them lower "
-        "--batch_size_per_gpu"
-    ]
+def schedule_notices(longest: int, epochs: int, warmup_epochs: float, global_batch: int) -> list[str]:
+    """Lines where an epoch, of `longest` samples at most, is a single step, of which few epochs make few, and where the
+    learning rate does not come to its peak."""
+    lines = []
+    if epochs and longest <= global_batch:
+        lines.append(
+            f"an epoch of {longest} samples is one step: {epochs} epochs are {epochs} steps; for more of them lower "
+            "--batch_size_per_gpu"
+        )
+    if epochs and warmup_epochs >= epochs:
+        lines.append(
+            f"--warmup_epochs {warmup_epochs:g} of --epochs {epochs}: the learning rate rises to the end and never "
+            "falls: lower --warmup_epochs"
+        )
+    return lines
