@@ -8,6 +8,7 @@ Loads no torch.
 """
 
 import argparse
+import collections
 import math
 import os
 import shlex
@@ -29,7 +30,7 @@ from dino3d.evaluation.feature_report import (
     write_page,
     write_results,
 )
-from dino3d.evaluation.feature_tables import LoadedTable, expand_patterns, read_features, table_names
+from dino3d.evaluation.feature_tables import LoadedTable, expand_patterns, group_names, read_features, table_names
 from dino3d.evaluation.labelled_cases import SharedCases, Target, encode_labels, join, read_labels
 from dino3d.evaluation.protocols import NEIGHBOURS, PENALTIES, STRENGTHS
 from dino3d.evaluation.statistics import FEWEST_PATIENTS
@@ -223,8 +224,11 @@ def read_tables(args: argparse.Namespace) -> tuple[list[LoadedTable], list[tuple
     twice = [path for path in paths if sum(path in found for found in members) > 1]
     if twice:
         raise UserError(f"--group: {twice[0]} belongs to two groups, expected one")
+    named = group_names(args.group, list(map(len, members)))
+    alike = [name for name, count in collections.Counter([*names.values(), *named]).items() if count > 1]
+    if alike:
+        raise UserError(f"--features, --group: two would be called {alike[0]} in the results: rename a file of them")
     tables = [read_features(path, names[path], args.name_column, args.feature_columns) for path in paths]
-    named = [f"mean of {len(found)}: {os.path.basename(pattern)}" for pattern, found in zip(args.group, members)]
     return tables, [(name, [names[path] for path in found]) for name, found in zip(named, members)]
 
 

@@ -1,6 +1,7 @@
 """evaluate_features.py: tables of every form and from elsewhere, what is refused, and what the results say."""
 
 import csv
+import itertools
 import json
 
 import h5py
@@ -143,6 +144,35 @@ def test_a_group_is_the_mean_of_its_tables(tmp_path):
         (pair,) = (p for p in found["differences"] if (p["protocol"], p["metric"]) == (protocol, "auc"))
         mine = found["tables"]["mine"]["metrics"][protocol]["auc"]["value"]
         assert pair["value"] == pytest.approx(mine - np.mean(values)) and pair["shown"]
+
+
+def test_groups_of_one_pattern_in_two_folders(tmp_path):
+    """Each has its own name, figures and difference, as two tables of one name have."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(30) % 2
+    patterns = [str(tmp_path / folder / "random*.csv") for folder in "ab"]
+    for folder, name in itertools.product("ab", ("random0", "random1")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        features = rng.normal(size=(30, 3)) + 2 * labels[:, None] * (folder == "a")
+        write_cases(tmp_path / folder / f"{name}.csv", features)
+    write_labels(tmp_path / "labels.csv", labels)
+    write_cases(tmp_path / "mine.csv", rng.normal(size=(30, 3)))
+    found = evaluate(tmp_path, "--curves", "off", "--group", *patterns, features=["mine.csv"])
+    names = [f"mean of 2: {pattern}" for pattern in patterns]
+    groups = {name: one for name, one in found["tables"].items() if one.get("members")}
+    assert list(groups) == names
+    auc = [groups[name]["metrics"]["logistic"]["auc"]["value"] for name in names]
+    (pair,) = (
+        p
+        for p in found["differences"]
+        if [p["one"], p["other"], p["protocol"], p["metric"]] == [*names, "logistic", "auc"]
+    )
+    assert pair["value"] == pytest.approx(auc[0] - auc[1]) and pair["value"] > 0.2
+    write_cases(tmp_path / "mean of 2: [ab]*.csv.csv", rng.normal(size=(30, 3)))
+    for name in "ab":
+        write_cases(tmp_path / f"{name}.csv", rng.normal(size=(30, 3)))
+    with pytest.raises(UserError, match=r"two would be called mean of 2: \[ab\]\*.csv in the results: rename"):
+        evaluate(tmp_path, "--group", str(tmp_path / "[ab]*.csv"), features=["mean of 2: [ab]*.csv.csv"])
 
 
 def test_more_than_two_classes_and_values(tmp_path):

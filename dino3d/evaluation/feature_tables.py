@@ -67,7 +67,21 @@ def table_names(paths: Sequence[str]) -> list[str]:
             raise UserError(f"--features {path}: is the same table as {other}; give each once")
     stems = [os.path.basename(os.path.normpath(path)) for path in paths]
     stems = [os.path.splitext(stem)[0] if stem.lower().endswith(TABLE_SUFFIXES) else stem for stem in stems]
-    return [stem if stems.count(stem) == 1 else os.path.normpath(path) for stem, path in zip(stems, paths)]
+    return own_names(stems, paths)
+
+
+def group_names(patterns: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """What the means of groups are called: their pattern without folders, or with them where two would be called alike.
+
+    counts: of tables in each
+    """
+    names = own_names([os.path.basename(pattern) for pattern in patterns], patterns)
+    return [f"mean of {count}: {name}" for count, name in zip(counts, names)]
+
+
+def own_names(short: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The short name of each path, or the whole path where two would be called alike."""
+    return [name if short.count(name) == 1 else os.path.normpath(path) for name, path in zip(short, paths)]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
