@@ -77,12 +77,19 @@ def test_words_become_classes_in_sorted_order(crops):
         (lambda rows: spoilt(rows, 3, 0, "none.nii.gz"), "line 3 names .*none.nii.gz: no such file"),
         (lambda rows: spoilt(rows, 4, 0, rows[0][0]), "lines 2 and 4 name one file"),
         (lambda rows: spoilt(rows, 4, 0, "./" + rows[0][0]), "lines 2 and 4 name one file"),
-        (lambda rows: spoilt(rows, 5, 1, ""), "line 5 has nothing in the column label"),
         (lambda rows: spoilt(rows, 5, 2, " "), "line 5 has nothing in the column patient"),
         (lambda rows: spoilt(rows, 2, 1, "malignant"), "line 2 has 'malignant' in the column label, others"),
         (lambda rows: spoilt(rows, 2, 1, "0.5"), "line 2 has 0.5 in the column label"),
         (lambda rows: spoilt(rows, 2, 1, "-1"), "line 2 has -1 in the column label"),
-        (lambda rows: spoilt(rows, 2, 1, "nan"), "line 2 has 'nan' in the column label"),
+        (lambda rows: spoilt(rows, 2, 1, "inf"), "line 2 has 'inf' in the column label"),
+        (
+            lambda rows: [(row[0], "N/A", *row[2:]) for row in rows],
+            "none of its 15 files has a label in the column label",
+        ),
+        (
+            lambda rows: [(row[0], "Bb"[line % 2] + "enign", *row[2:]) for line, row in enumerate(rows)],
+            "column label: labels Benign, benign differ in upper and lower case alone: write those of one class alike",
+        ),
         (lambda rows: spoilt(rows, 2, 1, "1e9"), "values up to 1000000000 in the column label"),
         (lambda rows: spoilt(rows, 2, 0, "list.csv"), "line 2 names .*list.csv: expected .hdf5"),
         (lambda rows: [], "names no file"),
@@ -91,6 +98,19 @@ def test_words_become_classes_in_sorted_order(crops):
 def test_what_is_wrong_with_a_table(crops, spoil, said):
     with pytest.raises(DataError, match="list.csv: .*" + said):
         crops_of_list(write_table(crops / "list.csv", COLUMNS, spoil(rows_of(crops))))
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_files_without_a_label_are_left_out(crops, words):
+    """By the words that evaluate_features.py has for it too, which are no classes."""
+    rows = rows_of(crops, "ab".__getitem__ if words else str)
+    whole = crops_of_list(write_table(crops / "list.csv", COLUMNS, rows))
+    for line, text in enumerate(("", "NA", "nan", "None", "?"), 2):
+        rows = spoilt(rows, line, 1, text)
+    found = crops_of_list(write_table(crops / "list.csv", COLUMNS, rows))
+    assert found.crops == whole.crops[5:] and found.names == whole.names[5:]
+    assert found.label_names == whole.label_names and found.digest.startswith("10 files, ")
+    assert f"{crops / 'list.csv'}: files that have no label and are left out: 5" in found.lines
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dino3d.command_line import truncate_list
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, is_kind, stem
 from dino3d.data.dicom_series import folder_and_uid, patient_of_series
 from dino3d.data.layouts import LIST_SUFFIXES, Crop, Pair, crops_faults
@@ -18,6 +19,7 @@ from dino3d.files import read_rows
 
 LABEL, MASK, PATIENT, SUBSET = "label", "mask", "patient", "subset"  # columns besides path
 LIKE_PATIENT = re.compile(r"(patient|subject|participant|person)[ _]?(id|no|nr|uid|number|name|key)?|pid|mrn", re.I)
+MISSING = ("", "nan", "na", "n/a", "none", "null", "?")  # in letters of any case, of a case that has no label
 MAX_CLASSES = 100  # more classes than anyone has: the column is something else
 
 
@@ -73,18 +75,20 @@ def _read(path: Path | str, columns: Sequence[str], optional: Sequence[str]) -> 
     return rows
 
 
-def read_list(path: Path | str, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> list[Row]:
+def read_list(
+    path: Path | str, columns: Sequence[str] = (), optional: Sequence[str] = (), empty: Sequence[str] = ()
+) -> list[Row]:
     """The Rows of a table of volumes, in its order; each file is called by its path below the folder that all of them
     share, without suffix.
 
-    columns: that it must have besides path; optional: that are read where it has them
-    Raises DataError, UserError for missing columns, empty cells, files that are not there or of no kind that is read
-    here, and one that stands there twice.
+    columns: that it must have besides path; optional: that are read where it has them; empty: those whose cells may be
+    Raises DataError, UserError for missing columns, other empty cells, files that are not there or of no kind that is
+    read here, and one that stands there twice.
     """
     rows = _read(path, ("path", *columns), optional)
     for line, row in rows:
         for name, text in row.items():
-            if not text:
+            if not text and name not in empty:
                 raise DataError(path, f"line {line} has nothing in the column {name}")
     files = [_file_at(path, line, row["path"]) for line, row in rows]
     names, seen = names_of_files(files), {}
@@ -156,12 +160,18 @@ def _rows_digest(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def crops_of_list(path: Path | str, label_column: str = LABEL) -> LabelledCrops:
-    """The LabelledCrops of a table with the columns path and `label_column`, and patient and subset if it has them.
+    """The LabelledCrops of a table with the columns path and `label_column`, and patient and subset if it has them;
+    files without a label are left out.
 
     Raises DataError, UserError.
     """
-    rows = sorted(read_list(path, [label_column], [PATIENT, SUBSET]), key=lambda row: row.name)
+    found = sorted(read_list(path, [label_column], [PATIENT, SUBSET], [label_column]), key=lambda row: row.name)
+    rows = [row for row in found if not is_missing(row.cells[label_column])]
+    if not rows:
+        raise DataError(path, f"none of its {len(found)} files has a label in the column {label_column}")
     patients, lines = _patients(path, rows)
+    if len(rows) < len(found):
+        lines.append(f"{path}: files that have no label and are left out: {len(found) - len(rows)}")
     classes, label_names = classes_of([(row.line, row.cells[label_column]) for row in rows], path, label_column)
     if label_names:
         numbered = ", ".join(f"{name} = {k}" for k, name in enumerate(label_names))
@@ -174,10 +184,23 @@ def crops_of_list(path: Path | str, label_column: str = LABEL) -> LabelledCrops:
     return LabelledCrops(crops, names, crops_faults(crops, path, f"{label_column} "), lines, label_names, digest)
 
 
+def is_missing(label: str) -> bool:
+    """Whether the cell of a label says that there is none."""
+    return label.lower() in MISSING
+
+
+def alike_but_for_case(labels: Sequence[str]) -> str:
+    """What is wrong with names of classes that differ in upper and lower case alone; "" where none do."""
+    lower = [label.lower() for label in labels]
+    alike = [label for label in labels if lower.count(label.lower()) > 1]
+    told = f"labels {truncate_list(alike)} differ in upper and lower case alone: write those of one class alike"
+    return told if alike else ""
+
+
 def classes_of(labels: Sequence[tuple[int, str]], path: Path | str, column: str) -> tuple[list[int], list[str] | None]:
     """(class of each label, names of the classes where labels are words, in sorted order). labels: (line, text)
 
-    Raises DataError for numbers that are no classes, words among numbers, and too many classes.
+    Raises DataError for numbers that are no classes, words among numbers, words of one spelling, and too many classes.
     """
     numbers = [(line, text, _number_in(text)) for line, text in labels]
     words = [(line, text) for line, text, number in numbers if number is None]
@@ -192,6 +215,8 @@ def classes_of(labels: Sequence[tuple[int, str]], path: Path | str, column: str)
     if len(values) > MAX_CLASSES or not words and values[-1] >= MAX_CLASSES:
         raise DataError(path, f"has {len(values)} values up to {values[-1]} in the column {column}: {expected}")
     if words:
+        if told := alike_but_for_case(values):
+            raise DataError(path, f"column {column}: {told}")
         return [values.index(text) for _, text in labels], values
     return [int(number) for *_, number in numbers], None
 

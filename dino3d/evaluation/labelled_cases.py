@@ -10,7 +10,7 @@ import numpy as np
 from dino3d.command_line import UserError, did_you_mean, truncate_list
 from dino3d.data.conventions import DataError, stem
 from dino3d.data.layouts import find_crops
-from dino3d.data.lists import like_patient
+from dino3d.data.lists import alike_but_for_case, is_missing, like_patient
 from dino3d.data.points import AXES
 from dino3d.data.requirements import alike_patients
 from dino3d.evaluation.feature_tables import (
@@ -26,7 +26,6 @@ from dino3d.evaluation.feature_tables import (
     read_cells,
 )
 
-MISSING = ("", "nan", "na", "n/a", "none", "null", "?")
 CASE_COLUMNS = ("name", "seriesuid", "case")  # of a table of labels, the first one that it has
 
 
@@ -84,7 +83,7 @@ def read_labels(path: str, label_column: str) -> Labels:
         hint = did_you_mean(missing, header) or f", only {truncate_list(header)}"
         flag = "" if not names_at else " (--label_column names the labels')"
         raise UserError(f"--labels {path}: has no column {missing}{hint}{flag}")
-    kept = [(number, cells) for number, cells in lines if cells[place[label_at]].strip().lower() not in MISSING]
+    kept = [(number, cells) for number, cells in lines if not is_missing(cells[place[label_at]].strip())]
     without = len(lines) - len(kept)
     columns = [place[one] for one in (names_at[0], label_at, patient_at, *axes) if one is not None]
     kept = [kept[i] for i in first_of_each([tuple(cells[one].strip() for one in columns) for _, cells in kept])]
@@ -166,12 +165,8 @@ def encode_labels(values: Sequence[str], task: str, positive: str | None) -> Tar
     if len(set(numbers)) > len(distinct):
         raise UserError("--labels: some values differ by less than a millionth: such are no classes")
     values = [f"{number:g}" for number in numbers] if numeric else values
-    alike = [name for name in distinct if [other.lower() for other in distinct].count(name.lower()) > 1]
-    if alike:
-        raise UserError(
-            f"--labels: labels {truncate_list(alike)} differ in upper and lower case alone: write those of one class "
-            "alike"
-        )
+    if told := alike_but_for_case(distinct):
+        raise UserError(f"--labels: {told}")
     if len(distinct) < 2:
         raise UserError(f"--labels: all {len(values)} cases have label {distinct[0]}: two classes are the least")
     if positive is not None:
