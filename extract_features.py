@@ -42,7 +42,7 @@ from dino3d.features.encoder import PretrainedEncoder, load_encoder
 from dino3d.features.journal import FeatureJournal
 from dino3d.features.map_pictures import are_done, save_maps
 from dino3d.features.maps import has_attention, scan_maps, voxel_at
-from dino3d.features.neighbours import NEIGHBOUR_COLUMNS, nearest, neighbour_picture, spread
+from dino3d.features.neighbours import NEIGHBOUR_COLUMNS, PLACE_COLUMNS, nearest, neighbour_picture, spread
 from dino3d.features.pooling import (
     ORIENTATIONS,
     POOLS,
@@ -63,6 +63,8 @@ from dino3d.training.pictures import save_picture
 MAIN = "features"  # name of the table of --weights among those of one run
 SCANS_AT_ONCE = 2  # that are read
 QUERIES = 6  # rows whose neighbours are shown
+# Of what a row holds; to be counted up when that changes: a table that was begun before is then begun anew
+FEATURE_RULES = 1
 MOST_POINTS = 16  # of a scan, each with a map
 TOKENS_AT_ONCE, VOXELS_AT_ONCE = 8192, 1 << 21  # in a batch of windows of --maps, of a ViT and of other encoders
 
@@ -298,6 +300,7 @@ def run(args: argparse.Namespace, processes: utils.Processes) -> None:
     flags = ("pool", "layers", "region", "random", "trivial", "masks")
     recipe = settings | {name: getattr(args, name) for name in flags} | {"device": processes.device.type}
     recipe |= {"tta": args.tta} if args.tta > 1 else {}  # older versions had none
+    recipe |= {"rules": FEATURE_RULES} if FEATURE_RULES > 1 else {}
     with utils.own_output_dir(work, processes, "--output"), StopSignal(processes, work / "preempted") as stop_signal:
         keys = keys_of(subjects)
         states = processes.run_on_main(lambda: states_of(subjects, args.masks))
@@ -631,6 +634,7 @@ def draw_neighbours(
                 print(f"note: {subjects[at].name} has no neighbours: {others} has features", flush=True)
             rows += [
                 [subjects[at].name, patients[at], rank, subjects[one.row].name, patients[one.row], one.similarity]
+                + [x for row in (at, one.row) for x in subjects[row].point or ()]
                 for rank, one in enumerate(neighbours, 1)
             ]
             shown = [(at, f"query: {label_of(subjects[at])}")]
@@ -641,7 +645,8 @@ def draw_neighbours(
             seen = [seen_volume(subjects[row], encoder, args) for row, _ in shown]
             picture = neighbour_picture(*zip(*seen), [label for _, label in shown])
             save_picture(folder / f"{file_name}.png", picture)
-        write_table(folder / "neighbours.csv", NEIGHBOUR_COLUMNS, rows)
+        header = [*NEIGHBOUR_COLUMNS, *(PLACE_COLUMNS if any(one.point for one in subjects) else ())]
+        write_table(folder / "neighbours.csv", header, rows)
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror or error})") from error
     return folder

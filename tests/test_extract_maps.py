@@ -181,3 +181,29 @@ def test_neighbours_are_those_of_the_table(tmp_path, capsys, weights):
     with open(folder / "neighbours.csv", newline="") as file:
         assert {row["name"] for row in csv.DictReader(file)} == set(names[1:])
     assert os.path.isfile(folder / "p0_t0_0.png")
+
+
+def test_neighbours_of_points_say_where_they_are(tmp_path, capsys, weights):
+    """Several points of a scan have its name: each neighbour is found in the table by its place."""
+    for number, series in enumerate(("1.2.3", "4.5.6")):
+        write_volume(tmp_path / "in" / f"{series}.hdf5", chest(number, (40, 36, 14)), AFFINE)
+    voxels = {"1.2.3": [(12, 16, 5), (20, 15, 8), (28, 18, 6)], "4.5.6": [(16, 20, 7), (20, 15, 8)]}
+    points = [(series, *lps(voxel).tolist()) for series, those in voxels.items() for voxel in those]
+    lines = ["seriesuid,coordX,coordY,coordZ", *(",".join(map(str, point)) for point in points)]
+    (tmp_path / "points.csv").write_text("\n".join(lines) + "\n")
+    flags = ["--weights", weights, "--input", tmp_path / "points.csv", "--scans", tmp_path / "in"]
+    code, out, errors = extract(capsys, *flags, "--output", tmp_path / "a.csv", "--neighbours", 2)
+    assert code == 0, (out, errors)
+    vectors = {}
+    with open(tmp_path / "a.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            vector = [float(value) for name, value in row.items() if name.startswith("feature_")]
+            vectors[row["name"], row["coordX"], row["coordY"], row["coordZ"]] = np.array(vector)
+    with open(tmp_path / "a.neighbours" / "neighbours.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(points)
+    for row in rows:
+        one = vectors[row["query"], row["query_coordX"], row["query_coordY"], row["query_coordZ"]]
+        other = vectors[row["name"], row["coordX"], row["coordY"], row["coordZ"]]
+        cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+        assert float(row["similarity"]) == pytest.approx(cosine, abs=1e-5)

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dino3d.data.points import AXES
 from dino3d.training.pictures import EVEN, montage, plane
 
 NEIGHBOUR_COLUMNS = ("query", "query_patient", "rank", "name", "patient", "similarity")
+PLACE_COLUMNS = (*(f"query_{axis}" for axis in AXES), *AXES)  # of a table of points besides: which those are, LPS mm
 NEIGHBOUR_TILE = 120  # pixels of the largest plane, at least
 AXIAL_CORONAL_SAGITTAL = (2, 1, 0)
 
