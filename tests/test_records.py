@@ -15,7 +15,9 @@ from test_study import flags_of, table
 import study
 from dino3d.command_line import UserError
 from dino3d.study import jobs
-from dino3d.study.records import RECORD_FORMAT, rounded_scores
+from dino3d.study.definition import load_study
+from dino3d.study.jobs import settings
+from dino3d.study.records import RECORD_FORMAT, digest, rounded_scores
 
 PATIENTS = [f"p{i}" for i in range(20)]
 HALVES = {"half0": PATIENTS[::2], "half1": PATIENTS[1::2]}
@@ -285,6 +287,50 @@ def test_weights_of_others_are_part_of_the_recipe(made, tmp_path, stubs, capsys)
     plan("a", 1.0)
     assert "1 of 1 units are in the records" in plan("b", 1.0, "--plan")
     assert "in the records" not in plan("c", 2.0, "--plan")
+
+
+@pytest.mark.parametrize("flags", ["--pretrained_weights start.pth", "--pretrained_weights=start.pth"])
+def test_weights_that_pre_training_begins_from_are_part_of_the_recipe(
+    made, tmp_path, stubs, capsys, monkeypatch, flags
+):
+    """Other weights are another recipe, and may not take the place of those that a study began with; without any the
+    recipe is what it always was."""
+    weights = tmp_path / "start.pth"
+    monkeypatch.chdir(tmp_path)  # where the studies begin, whose relative paths are of there
+    (tmp_path / "arms.txt").write_text(f"cont: {flags}\nempty: --pretrained_weights=\nplain: --strength 1\n")
+
+    def begin(folder, content, *more):
+        weights.write_text(content)
+        arms = ["--arms_file", tmp_path / "arms.txt", "--records", tmp_path / "records", *more]
+        chosen = ("cont", "empty", "plain", "random")
+        study.main(flags_of(tmp_path / folder, made / "data", *arms, arms=chosen, seeds=(0,)))
+        return capsys.readouterr().out
+
+    begin("a", "one")
+    found = {path.name.split("-")[1]: path.read_text() for path in (tmp_path / "records").glob("*.json")}
+    recipe = {arm: json.loads(text)["recipe"] for arm, text in found.items()}
+    random = read_units(tmp_path / "a", "random")
+    assert recipe["random"] == digest({one.stage: settings(one.flags) for one in random})
+    assert not [text for text in found.values() if "start.pth" in text]
+    assert "4 of 4 units are in the records" in begin("b", "one", "--plan")
+    assert "3 of 4 units are in the records" in begin("c", "two", "--plan")
+    monkeypatch.chdir(tmp_path.parent)
+    for again in ("a", "c"):
+        weights.write_text("other" if again == "c" else "two")
+        with pytest.raises(UserError, match="start.pth: has changed since the study in .* began"):
+            study.main(["--output_dir", str(tmp_path / again), "--seeds", "1"])
+    weights.unlink()
+    with pytest.raises(UserError, match="start.pth: can't be read .No such file"):
+        study.main(["--output_dir", str(tmp_path / "a"), "--table"])
+    weights.mkdir()
+    with pytest.raises(UserError, match="start.pth: can't be read .is a folder, expected a file"):
+        study.main(["--output_dir", str(tmp_path / "a"), "--table"])
+
+
+def read_units(folder, arm):
+    """The jobs of an arm of a study of one seed."""
+    (unit,) = [unit for unit in jobs.all_units(load_study(folder)) if unit[0].arm == arm]
+    return unit
 
 
 def test_a_half_that_was_not_run(halves, tmp_path, capsys):

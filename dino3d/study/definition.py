@@ -31,8 +31,8 @@ OWN_FLAGS = {
 
 class Study(NamedTuple):
     """A study. data: {stage: folder or table}; flags: {stage: flags that all arms share}; processes: of a job; threads:
-    of each process on CPUs; work_dir: that relative paths in flags belong to; files: {path: CRC-32} of the arms'
-    weights; training_cases: see `folds.leave_one_out`, 0: as the script draws folds"""
+    of each process on CPUs; work_dir: that relative paths in flags belong to; files: {path: CRC-32} of the weights that
+    arms are, or begin from; training_cases: see `folds.leave_one_out`, 0: as the script draws folds"""
 
     folder: Path
     data: dict[str, str]
@@ -233,9 +233,21 @@ def check_training_cases(study: Study) -> None:
     leave_one_out(segmentation_patients(study.data["segmentation"])[0], study.training_cases)
 
 
+def start_of(study: Study, arm: Arm) -> str:
+    """The weights that an arm's pre-training begins from, "" where it has none of them."""
+    if arm.weights or arm.kind != PRETRAINED:  # the encoder before training begins from none: see `jobs.UNTRAINED`
+        return ""
+    flag, path = "--pretrained_weights", ""
+    words = (*study.flags.get(PRETRAIN, ()), *arm.flags)
+    for before, word in zip(("", *words), words):  # the last one counts
+        path = word if before == flag else word.removeprefix(f"{flag}=") if word.startswith(f"{flag}=") else path
+    return path and os.path.join(study.work_dir, path)
+
+
 def checked_files(study: Study) -> dict[str, str]:
-    """{path: CRC-32} of the arms' weights. Raises UserError where some have changed."""
+    """{path: CRC-32} of the weights that arms are, or begin from. Raises UserError where some have changed."""
     paths = [arm.weights_of(seed) for arm in study.arms if arm.weights for seed in study.seeds]
+    paths += [path for arm in study.arms if (path := start_of(study, arm))]
     found = {path: checksum(path) for path in dict.fromkeys(paths)}
     for path, crc32 in found.items():
         if study.files.get(path, crc32) != crc32:

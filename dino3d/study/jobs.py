@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dino3d.command_line import UserError
 from dino3d.files import read_json
 from dino3d.study.arms import RANDOM, SCRATCH, Arm
-from dino3d.study.definition import PRETRAIN, Study
+from dino3d.study.definition import PRETRAIN, Study, start_of
 from dino3d.study.folds import fold_flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,8 @@ PLACES = (
 
 class StudyJob(NamedTuple):
     """A run of a script. flags: of the script; unit: folder of the arm and seed; needs: the stage before it, if any;
-    training_cases: of the folds that it is given, 0: it draws its own; folds: how many of them, None: all"""
+    training_cases: of the folds that it is given, 0: it draws its own; folds: how many of them, None: all; start:
+    CRC-32 of the weights that pre-training begins from, "": none"""
 
     arm: str
     seed: int
@@ -55,6 +56,7 @@ class StudyJob(NamedTuple):
     needs: str | None
     training_cases: int = 0
     folds: int | None = None
+    start: str = ""
 
     @property
     def name(self) -> str:
@@ -80,7 +82,12 @@ class StudyJob(NamedTuple):
 
 def settings(flags: Sequence[str]) -> list[str]:
     """Flags without those that say where things lie."""
-    return [word for before, word in zip(("", *flags), flags) if not {before, word} & {*PLACES}]
+    begins = "--pretrained_weights="  # with nothing behind it says that there are none
+    return [
+        word
+        for before, word in zip(("", *flags), flags)
+        if not {before, word} & {*PLACES} and (word == begins or not word.startswith(begins))
+    ]
 
 
 def code_digest() -> str:
@@ -134,7 +141,8 @@ def jobs_of(study: Study, arm: Arm, seed: int) -> list[StudyJob]:
         flags = (*study.flags.get(PRETRAIN, ()), *arm.flags, *pretraining_paths(study, unit / PRETRAIN, seed))
         if arm.kind in (SCRATCH, RANDOM):
             flags += UNTRAINED
-        jobs.append(StudyJob(arm.name, seed, PRETRAIN, flags, unit, None))
+        start = start_of(study, arm)
+        jobs.append(StudyJob(arm.name, seed, PRETRAIN, flags, unit, None, start=start and study.files[start]))
         weights, needs = str(unit / PRETRAIN / RESULTS[PRETRAIN]), PRETRAIN
     for task in tasks:
         flags = task_flags(study, task, arm.kind, weights, unit / task, seed)

@@ -188,9 +188,11 @@ def stages_behind(job: StudyJob, unit: Sequence[StudyJob]) -> list[StudyJob]:
 
 def recipe_of(job: StudyJob, unit: Sequence[StudyJob]) -> str:
     """Hash of the flags that a job's result comes from, wherever its files lie, and of weights that none of its own
-    stages has trained."""
-    of_stages = {one.stage: settings(one.flags) for one in stages_behind(job, unit)}
-    weights = {} if job.needs else {"weights": checksum(weights_of_job(job))}
+    stages has trained, or that they begin from."""
+    first, *_ = stages = stages_behind(job, unit)
+    of_stages = {one.stage: settings(one.flags) for one in stages}
+    given = first.start if job.needs else checksum(weights_of_job(job))
+    weights = {"weights": given} if given else {}
     return digest(of_stages | weights | ({"training_cases": job.training_cases} if job.training_cases else {}))
 
 
