@@ -14,10 +14,11 @@ from test_study import flags_of, table
 
 import study
 from dino3d.command_line import UserError
-from dino3d.study import jobs
+from dino3d.study import jobs, pool, records
 from dino3d.study.definition import load_study
 from dino3d.study.jobs import settings
 from dino3d.study.records import RECORD_FORMAT, digest, rounded_scores
+from dino3d.study.same_code import SAME_CODE
 
 PATIENTS = [f"p{i}" for i in range(20)]
 HALVES = {"half0": PATIENTS[::2], "half1": PATIENTS[1::2]}
@@ -210,6 +211,47 @@ def test_what_is_recorded_is_not_run_again(made, halves, tmp_path, stubs, capsys
     (stubs / "utils.py").write_text("changed = True\n")
     assert "are in the records" not in again("d", "--plan")
     (stubs / "utils.py").unlink()
+
+
+def test_what_several_versions_of_the_code_have_made_counts_for_none(made, tmp_path, monkeypatch, capsys):
+    """A task after a pre-training of older code, a job that is resumed by newer code, or during which it changes."""
+    code, changed = ["older"], "the code changed since it began, so that its record counts for no version; remove "
+    monkeypatch.setattr(pool, "code_digest", lambda: code.pop(0) if len(code) > 1 else code[0])
+    monkeypatch.setattr(records, "code_digest", lambda: "newer")
+
+    def run(folder, *codes):
+        code[:] = codes
+        kept = tmp_path / f"records_{folder}"
+        more = ["--records", kept, "--job", 0]  # which measures nothing first
+        study.main(flags_of(tmp_path / folder, made / "data", *more, arms=("none",), seeds=(0,)))
+        return capsys.readouterr().out, json.loads((kept / "classification-none-seed0.json").read_text())["code"], kept
+
+    said, found, kept = run("resumed", "older")
+    assert found == "older" and "changed since" not in said
+    unit = tmp_path / "resumed/arms/none/seed0"
+    (unit / "classification.done.json").unlink()
+    said, found, _ = run("resumed", "newer")
+    assert found == "older+newer" and "changed since" not in said  # each stage is of one
+    tables_of(kept, tmp_path / "out")
+    assert "classification: its runs were made by 2 versions of the code" in capsys.readouterr().out
+    (kept / SAME_CODE).write_text("code,same_as\nnewer,older\n")
+    tables_of(kept, tmp_path / "out")
+    assert "versions of the code" not in capsys.readouterr().out
+    for one in (kept, tmp_path / "records_alone"):
+        flags = flags_of(tmp_path / "b", made / "data", "--records", one, "--plan", arms=("none",), seeds=(0,))
+        study.main(flags)
+        assert ("1 of 1 units are in the records" in capsys.readouterr().out) == (one != kept)
+        if one == kept:
+            assert run("alone", "newer")[1] == "newer"
+    (unit / "pretrain/checkpoint.pth").unlink()  # what is run again may go on with what stands there
+    said, found, _ = run("resumed", "third")
+    assert found == "older+third+newer" and f"none seed 0 pretrain: {changed}" in said
+    assert f"remove {unit} to run it again" in said
+    # from before the start of one to after its end, each of two jobs
+    said, found, _ = run("during", "older", "older", "older", "newer")
+    assert found == "older+newer" and said.count("the code changed since it began") == 1
+    assert f"none seed 0 classification: {changed}" in said
+    assert not list(tmp_path.glob("*/arms/*/*/*.begun.json"))
 
 
 def test_few_labels_of_a_finished_study(made, halves, tmp_path, capsys):

@@ -112,6 +112,21 @@ def test_a_stage_counts_for_every_table(changed, tmp_path, capsys):
     assert (kept / SAME_CODE).exists() and not (dense / SAME_CODE).exists()
 
 
+def test_what_several_versions_have_made_certifies_nothing(changed, tmp_path):
+    """Neither as what is kept nor as what was made anew."""
+    kept, again = changed
+    of_two, new_of_two = (shutil.copytree(one, tmp_path / f"two_{i}") for i, one in enumerate((kept, again)))
+    for path in [*of_two.glob("*.json"), *new_of_two.glob("*.json")]:
+        code = json.loads(path.read_text())["code"]
+        change(path, code=f"older+{code}")
+    with pytest.raises(UserError, match="has no run of another version of the code"):
+        compare(of_two, again)
+    with pytest.raises(UserError, match="was made by 2 versions of the code, expected one"):
+        compare(kept, new_of_two)
+    compare(kept, again, of_two)
+    assert (kept / SAME_CODE).exists() and not (of_two / SAME_CODE).exists() and not (new_of_two / SAME_CODE).exists()
+
+
 def test_sameness_goes_through_others(halves, tmp_path):  # noqa: F811
     (tmp_path / SAME_CODE).write_text("code,same_as\nd,c\nb,a\nc,b\nx,y\n")
     assert codes_like(tmp_path, "a") == codes_like(tmp_path, "d") == {"a", "b", "c", "d"}

@@ -76,6 +76,11 @@ class StudyJob(NamedTuple):
         """Written when the script has ended well."""
         return self.unit / f"{self.stage}.done.json"
 
+    @property
+    def begun(self) -> Path:
+        """Written when the script begins: the code that works at a job which is not done."""
+        return self.unit / f"{self.stage}.begun.json"
+
     def is_done(self) -> bool:
         return self.marker.is_file() and (self.folder / RESULTS[self.stage]).is_file()
 

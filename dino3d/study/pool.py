@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino3d.command_line import EXIT_PREEMPTED, ONE_REQUEST, Preempted, git_revision
-from dino3d.files import TEXT, append_json, versions, write_json
+from dino3d.files import TEXT, append_json, read_json, versions, write_json
 from dino3d.study.devices import Slot, device_of_slots
 from dino3d.study.folds import place_folds
 from dino3d.study.jobs import StudyJob, code_digest, command_of
+from dino3d.study.same_code import UNKNOWN, codes_in, join_codes
 
 try:
     import fcntl
@@ -42,12 +43,15 @@ class FailedJob(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A job that runs. began: seconds of time.monotonic"""
+    """A job that runs. began: seconds of time.monotonic; git_revision: when it began; code: and what has worked at it
+    before"""
 
     job: StudyJob
     slot: int
     process: subprocess.Popen
     began: float
+    git_revision: str
+    code: str
 
     @property
     def seconds(self) -> float:
@@ -63,12 +67,7 @@ class Pool:
     def __init__(self, slots: Sequence[Slot], processes: int, work_dir: str, say: Callable[[str], None]) -> None:
         self.slots, self.processes, self.work_dir, self.say = slots, processes, work_dir, say
         self._signal = 0
-        self._made_with = {
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "code": code_digest(),
-            "device": device_of_slots(slots),
-        }
+        self._made_with = {"versions": versions(), "device": device_of_slots(slots)}
         self._before_start = end_with_parent()
 
     def run(
@@ -80,8 +79,8 @@ class Pool:
         """
         again = {(job.unit, job.stage) for job in jobs if not job.is_done()}
         for job in jobs:  # what stands on a stage that is run again is asked again too
-            if (job.unit, job.needs) in again:
-                job.marker.unlink(missing_ok=True)
+            if {(job.unit, job.needs), (job.unit, job.stage)} & again and job.marker.exists():
+                job.marker.replace(job.begun)
         waiting = [job for job in jobs if not job.is_done()]
         failures, running, done = [], [], total - len(waiting)
         with self._heeding_signals():
@@ -124,6 +123,8 @@ class Pool:
         wait_for_lock(job.folder, self.say)
         if job.training_cases:
             place_folds(job.folder, job.training_cases, job.flags, job.folds)
+        revision, code = git_revision(), join_codes([*code_before(job), code_digest()])
+        write_json(job.begun, {"code": code})
         command = command_of(job, self.processes, self.slots[slot].workers)
         with open(job.log, "a", **TEXT) as log:
             log.write(f"$ {' '.join(command[1:])}\n")
@@ -138,7 +139,7 @@ class Pool:
                 start_new_session=True,
                 preexec_fn=self._before_start,
             )
-        return Running(job, slot, process, time.monotonic())
+        return Running(job, slot, process, time.monotonic(), revision, code)
 
     def _finish(self, one: Running) -> FailedJob | None:
         """Note that a job has ended; its FailedJob, if it is one."""
@@ -147,8 +148,16 @@ class Pool:
         if code:
             by = f"ended by signal {-code}; " if code < 0 else ""
             return FailedJob(job, by + last_words(job.log))
-        write_json(job.marker, {"flags": job.flags} | self._made_with)
+        made_by = join_codes([one.code, code_digest()])  # which may have changed since it began
+        made_with = {"git_revision": one.git_revision, "code": made_by}
+        write_json(job.marker, {"flags": job.flags} | made_with | self._made_with)
         if job.is_done():
+            job.begun.unlink(missing_ok=True)
+            if len(codes_in(made_by)) > 1:
+                self.say(
+                    f"{job.name}: the code changed since it began, so that its record counts for no version; remove "
+                    f"{job.unit} to run it again"
+                )
             return None
         job.marker.unlink()
         return FailedJob(job, "ended without an error and without a result")
@@ -188,6 +197,16 @@ class Pool:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def code_before(job: StudyJob) -> list[str]:
+    """The code that has worked at a job before, whose work it may go on with."""
+    try:
+        return [str(read_json(job.begun).get("code", ""))]
+    except FileNotFoundError:
+        return []
+    except (ValueError, AttributeError, RecursionError):
+        return [UNKNOWN]
 
 
 def note_time(one: Running) -> None:

@@ -24,7 +24,7 @@ from dino3d.study.ensembles import add_ensembles
 from dino3d.study.jobs import StudyJob, code_digest, settings
 from dino3d.study.outcome import Told
 from dino3d.study.pool import TIMES
-from dino3d.study.same_code import codes_like
+from dino3d.study.same_code import codes_in, codes_like, join_codes
 from dino3d.study.scores import (
     FEW_LABELS,
     FIGURES,
@@ -93,12 +93,12 @@ class RecordFolder(NamedTuple):
 
     def write(self, study: Study, job: StudyJob, unit: Sequence[StudyJob]) -> None:
         """The record of a job that is done. Raises UserError, OSError."""
-        marker = read_json(job.marker)
+        marker, stages = read_json(job.marker), stages_behind(job, unit)
         made = {
-            "flags": {one.stage: shlex.join(settings(one.flags)) for one in stages_behind(job, unit)},
+            "flags": {one.stage: shlex.join(settings(one.flags)) for one in stages},
             "recipe": recipe_of(job, unit),
-            "code": marker.get("code", ""),
-            "seconds": {one.stage: seconds_of(one) for one in stages_behind(job, unit)},
+            "code": join_codes(read_json(one.marker).get("code", "") if one.marker.exists() else "" for one in stages),
+            "seconds": {one.stage: seconds_of(one) for one in stages},
         } | {name: marker.get(name, "") for name in MADE_WITH}
         for figure in self.figures_of(job.stage):
             if figure != "surface" or has_surface(job.folder):
@@ -288,8 +288,8 @@ def are_counts(values: Sequence[Any]) -> bool:
 
 
 def read_records(folder: Path, flag: str = "--from_records") -> list[dict[str, Any]]:
-    """The records of a folder, each with `like`, the versions of the code that count as its own. flag: that the folder
-    is of. Raises UserError."""
+    """The records of a folder, each with `like`, the versions of the code that count as its own, and `made_by`, these
+    for each version of it. flag: that the folder is of. Raises UserError."""
     try:
         paths = sorted(folder / name for name in os.listdir(folder) if name.endswith(".json"))
     except OSError as error:  # which glob would pass over
@@ -302,7 +302,8 @@ def read_records(folder: Path, flag: str = "--from_records") -> list[dict[str, A
         other = known.setdefault((one["task"], one["arm"], one["seed"], one["part"]), path)
         if other != path:
             raise UserError(f"{path}: is of the same run as {other}: remove one")
-        found.append(one | {"like": frozenset(codes_like(folder, one["code"]))})
+        made_by = {frozenset(codes_like(folder, code)) for code in codes_in(one["code"])}
+        found.append(one | {"like": frozenset(codes_like(folder, one["code"])), "made_by": made_by})
     return found
 
 
@@ -391,7 +392,7 @@ def unlike_flags(records: Sequence[dict[str, Any]], task: str) -> list[str]:
             f"{task}: its runs were made with {len(of_task)} sets of flags, so that not only arms differ: "
             + truncate_list(sorted(unlike_words(of_task)), 4)
         )
-    if (codes := len({one["like"] for one in made})) > 1:
+    if (codes := len(set().union(*(one["made_by"] for one in made)))) > 1:
         notices.append(f"{task}: its runs were made by {codes} versions of the code")
     return notices
 

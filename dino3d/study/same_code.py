@@ -4,7 +4,7 @@ A hash can't tell a faster loader from another loss. So `same_code.csv` beside t
 versions gave the same scores to the last digit where both were run: results/same_code.py compares them and adds a line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,19 @@ from dino3d.files import read_table, write_table
 SAME_CODE = "same_code.csv"
 SAME_CODE_COLUMNS = ("code", "same_as", "records", "tasks", "device")
 SCORE_ROUNDING = 1.5e-7  # of scores: the last of the seven digits that records keep may fall either way
+
+SEVERAL = "+"  # between the versions that have made one result, which counts for none of them
+UNKNOWN = "unknown"
+
+
+def join_codes(codes: Iterable[str]) -> str:
+    """The version of the code that made a result, or all of them, where its stages or attempts were of several."""
+    return SEVERAL.join(dict.fromkeys(one for code in codes for one in codes_in(code)))
+
+
+def codes_in(code: str) -> list[str]:
+    """The versions of the code in what `join_codes` gave."""
+    return (code or UNKNOWN).split(SEVERAL)
 
 
 def codes_like(folder: Path, code: str) -> set[str]:
