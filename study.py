@@ -381,6 +381,7 @@ def finish(
             if any(job.is_done() for job in jobs):  # where all is recorded, so are these, and their files not there
                 records.write_features(study)
             print(f"records      {records.folder}")
+            print(*(f"note: {line}\n" for line in records.told_of_patients(units)), sep="", end="")
         figures = [one for task in study.tasks for one in FIGURES[task] if one in few or one not in FEW_LABELS]
         scores = [one for figure in figures if (one := score_task(study, figure, jobs, args.draws)) is not None]
         found = compare_arms(scores, [arm.name for arm in study.arms])

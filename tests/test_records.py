@@ -254,6 +254,54 @@ def test_what_several_versions_of_the_code_have_made_counts_for_none(made, tmp_p
     assert not list(tmp_path.glob("*/arms/*/*/*.begun.json"))
 
 
+def test_a_record_of_fewer_patients_stands_for_no_more(made, tmp_path, capsys):
+    """A wider list of patients, or none, runs again; whom no case is of makes no difference, and is told."""
+    kept = tmp_path / "records"
+
+    def run(names, *more, folder="s"):
+        more = ["--records", kept, *more]
+        more += ["--patients", names_file(tmp_path / "names.txt", names)] if names else []
+        study.main(flags_of(tmp_path / folder, made / "data", *more, arms=("none",), seeds=(0,)))
+        return capsys.readouterr().out
+
+    def record(name="classification-none-seed0"):
+        return json.loads((kept / f"{name}.json").read_text())
+
+    def is_held(names):
+        return "1 of 1 units are in the records" in run(names, "--plan", folder="other")
+
+    said = run([*PATIENTS[:8], "patient", "P9"])
+    assert "note: --patients: 2 of its 10 names have no case, such as P9, patient: correct them" in said
+    assert set(record()["patients"]) == {*PATIENTS[:8]} and record()["left_out"] == sorted(PATIENTS[8:])
+    assert is_held(PATIENTS[:8]) and is_held([*PATIENTS[:8], "nobody"])
+    assert not is_held(PATIENTS[:16]) and not is_held(None) and not is_held(PATIENTS[:4])
+    assert "note: --patients" not in run(PATIENTS[:16]) and set(record()["patients"]) == {*PATIENTS[:16]}
+    assert "of 1 names have no case" not in run(None) and record()["left_out"] == [] and is_held(None)
+    assert is_held(PATIENTS) and not is_held(PATIENTS[:16])
+    said = run(["nobody", *PATIENTS], folder="other")  # all is recorded
+    assert "1 of 1 units are in the records" in said and "1 of its 21 names have no case, such as nobody" in said
+    # of older records, which do not say whom they lack, those of the very names; for all patients it is told
+    run(PATIENTS[:8])
+    older = {name: value for name, value in record().items() if name != "left_out"}
+    (kept / "classification-none-seed0.json").write_text(json.dumps(older))
+    assert is_held(PATIENTS[:8]) and not is_held(PATIENTS[:16]) and not is_held(PATIENTS[:4])
+    assert "note: 1 older records do not say if --patients left some out: taken for all" in run(None, folder="other")
+    assert record() == older
+
+
+def test_tables_of_features_of_fewer_patients_are_not_kept(made, halves, tmp_path):
+    """Where their files are not there any more, and a run beside them is made again."""
+    (halves / "probe-none-seed1-half0.json").unlink()
+    path = halves / "probe-weak-half0.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"left_out": ["another", *content["left_out"]]}))
+    names = names_file(tmp_path / "names.txt", ["another", *HALVES["half0"]])
+    flags = study_flags(made, tmp_path / "b", halves, "half0", 0, "--features", str(tmp_path / "gone.*.csv"))
+    flags[flags.index("--patients") + 1] = str(names)
+    with pytest.raises(UserError, match="no file has such a name"):
+        study.main(flags)
+
+
 def test_few_labels_of_a_finished_study(made, halves, tmp_path, capsys):
     """Logistic regression of one figure orders cases as it does, however few patients it was trained on."""
     shutil.copytree(made / "half0", tmp_path / "half0")
@@ -418,6 +466,8 @@ def test_a_half_that_was_not_run(halves, tmp_path, capsys):
                 ("seconds", {"pretrain": "1"}, "its seconds are no numbers"),
                 ("git_revision", None, "are no text"),
                 ("patients", [1] * 20, "are no text"),
+                ("left_out", [1], "are no text"),
+                ("left_out", None, "is no record of a study"),
             )
         ),
         *(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino3d.command_line import EXIT_PREEMPTED, ONE_REQUEST, Preempted, git_revision
-from dino3d.files import TEXT, append_json, read_json, versions, write_json
+from dino3d.files import TEXT, append_json, read_json, read_json_lines, versions, write_json
 from dino3d.study.devices import Slot, device_of_slots
 from dino3d.study.folds import place_folds
 from dino3d.study.jobs import StudyJob, code_digest, command_of
@@ -220,6 +220,12 @@ def note_time(one: Running) -> None:
             "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
         },
     )
+
+
+def seconds_of(job: StudyJob) -> float | None:
+    """Of all attempts at a job; None where they are not known."""
+    found = [one["seconds"] for one in read_json_lines(job.unit / TIMES) if one.get("stage") == job.stage]
+    return round(sum(found), 1) if found else None
 
 
 def next_ready(waiting: Sequence[StudyJob], running: Sequence[StudyJob]) -> StudyJob | None:

@@ -17,13 +17,13 @@ import numpy as np
 
 from dino3d.command_line import UserError, truncate_list
 from dino3d.evaluation.feature_tables import expand_patterns, read_features, table_names
-from dino3d.files import TEXT, atomic_write, read_json, read_json_lines
+from dino3d.files import TEXT, atomic_write, read_json
 from dino3d.study.arms import ARM_NAME, checksum
 from dino3d.study.definition import PRETRAIN, TASKS, Study
 from dino3d.study.ensembles import add_ensembles
 from dino3d.study.jobs import StudyJob, code_digest, settings
 from dino3d.study.outcome import Told
-from dino3d.study.pool import TIMES
+from dino3d.study.pool import seconds_of
 from dino3d.study.same_code import codes_in, codes_like, join_codes
 from dino3d.study.scores import (
     FEW_LABELS,
@@ -81,7 +81,30 @@ class RecordFolder(NamedTuple):
         self._require_own_patients(path, found)
         same = (found["recipe"], found["note"]) == (recipe_of(job, unit), self.note)
         same = same and found["code"] in codes_like(self.folder, code_digest())
-        return same and (self.patients is None or self.patients >= set(found["patients"]))
+        return same and self._is_of_those_asked(found)
+
+    def _is_of_those_asked(self, found: dict[str, Any]) -> bool:
+        """Whether a record holds all of the tested patients that --patients names, and no others."""
+        had = set(found["patients"])
+        if "left_out" in found:
+            return had == (self.patients or {*had, *found["left_out"]}) & {*had, *found["left_out"]}
+        return self.patients in (None, had)  # older records do not say whom they lack
+
+    def told_of_patients(self, units: Sequence[Sequence[StudyJob]]) -> list[str]:
+        """Lines on names of --patients without a case in what is recorded, and on records that may lack patients."""
+        jobs = [job for unit in units for job in unit if job.stage != PRETRAIN]
+        paths = [self.path_of(name, job.arm, job.seed) for job in jobs for name in self.figures_of(job.stage)]
+        found = [read_record(path) for path in paths if path.exists()]
+        if self.patients is None:
+            older = sum("left_out" not in one for one in found)
+            return [f"{older} older records do not say if --patients left some out: taken for all patients"] * (
+                older > 0
+            )
+        unknown = self.patients.difference(*(one["patients"] + one.get("left_out", []) for one in found))
+        return [
+            f"--patients: {len(unknown)} of its {len(self.patients)} names have no case, such as "
+            f"{truncate_list(sorted(unknown))}: correct them, and start again"
+        ] * bool(found and unknown)
 
     def _require_own_patients(self, path: Path, found: dict[str, Any]) -> None:
         """Raise UserError where a record would be replaced by one of other patients, as without --part."""
@@ -116,10 +139,9 @@ class RecordFolder(NamedTuple):
         except UserError:
             # Those of a run that was recorded elsewhere, beside which others were run here
             kept = [path for path in self.folder.glob("probe*.json") if "-seed" not in path.name]
-            of_part = {
-                one["task"] for one in map(read_record, kept) if one["seed"] is None and one["part"] == self.part
-            }
-            if of_part >= {*self.figures_of("probe")}:
+            of_part = [one for one in map(read_record, kept) if one["seed"] is None and one["part"] == self.part]
+            figures = {one["task"] for one in of_part}
+            if figures >= {*self.figures_of("probe")} and all(map(self._is_of_those_asked, of_part)):
                 return []
             raise
         names = [name.rpartition(".")[2] for name in table_names(paths)]  # ENCODER.trivial-radial: trivial-radial
@@ -158,6 +180,7 @@ class RecordFolder(NamedTuple):
             "note": self.note,
             **made,
             "patients": [patient for patient, keep in zip(cases[0].patients, kept) if keep],
+            "left_out": sorted({patient for patient, keep in zip(cases[0].patients, kept) if not keep}),
             "labels": None if labels is None else labels[kept].tolist(),
             "repeats": [
                 {"folds": one.folds[kept].tolist(), "values": rounded_scores(one.values[kept])} for one in cases
@@ -204,12 +227,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def seconds_of(job: StudyJob) -> float | None:
-    """Of all attempts at a job; None where they are not known."""
-    found = [one["seconds"] for one in read_json_lines(job.unit / TIMES) if one.get("stage") == job.stage]
-    return round(sum(found), 1) if found else None
-
-
 def tested_patients(path: str) -> frozenset[str]:
     """The patients that a text file names, one in each line. Raises UserError."""
     try:
@@ -251,8 +268,11 @@ def require_plain(record: dict[str, Any]) -> None:
     if record["part"] != "" and not ARM_NAME.fullmatch(record["part"]):
         raise ValueError(f"its part is {record['part']!r}")
     texts = [record[name] for name in ("note", "recipe", "code", "git_revision", "device")]
-    if not all(isinstance(text, str) for text in (*texts, *record["patients"], *record["flags"].values())):
-        raise ValueError("its patients, flags, note, recipe, code, git_revision or device are no text")
+    if not all(
+        isinstance(text, str)
+        for text in (*texts, *record["patients"], *record.get("left_out", ()), *record["flags"].values())
+    ):
+        raise ValueError("its patients, left_out, flags, note, recipe, code, git_revision or device are no text")
     if not all(isinstance(value, int | float | None) for value in record["seconds"].values()):
         raise ValueError("its seconds are no numbers")
 
