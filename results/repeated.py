@@ -4,7 +4,8 @@
 
 Other processors round otherwise, so that the same seed gives nearly, not exactly, the same figure. The spread of seeds
 is their standard deviation, of all arms of a task together; a figure further than MOST_SPREADS of them from the mean
-of the kept seeds ends with exit code 1.
+of the kept seeds ends with exit code 1. So does an arm that is kept and was not repeated, but for ensembles, which take
+two seeds.
 """
 
 import collections
@@ -16,8 +17,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dino3d.command_line import ArgumentParser, UserError, exit_status, help_flags  # noqa: E402
+from dino3d.command_line import ArgumentParser, UserError, exit_status, help_flags, truncate_list  # noqa: E402
 from dino3d.files import read_table  # noqa: E402
+from dino3d.study.ensembles import ensemble_name  # noqa: E402
 
 MOST_SPREADS = 3
 KEPT_AS = {"published": "nodules"}  # arms that are called otherwise in the kept table
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         of_kept, of_repeated = (", ".join(sorted(found)) for found in notes)
         print(f"the kept table is of {of_kept}, this one of {of_repeated}: not compared")
         return
+    ensembles = {(task, ensemble_name(arm)) for task, arm in kept}
+    missing = kept.keys() - ensembles - {(task, KEPT_AS.get(arm, arm)) for task, arm in repeated}
     odd, compared = [], 0
     for (task, arm), seeds in sorted(repeated.items()):
         others = kept.get((task, KEPT_AS.get(arm, arm)))
@@ -87,12 +91,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         compared += 1
         odd += [f"{task} {arm}"] if abs(value - mean) > MOST_SPREADS * spread else []
-    if odd or not compared:
+    for task, arm in sorted(missing):
+        print(f"{task} {arm}: is kept and was not repeated")
+    if odd:
         raise UserError(
             f"{args.repeated}: {', '.join(odd)}: further than {MOST_SPREADS} spreads of seeds from what is kept"
-            if odd
-            else f"{args.repeated}: has no arm of {args.kept}"
         )
+    if not compared:
+        raise UserError(f"{args.repeated}: has no arm of {args.kept}")
+    if missing:
+        names = truncate_list([f"{task} {arm}" for task, arm in sorted(missing)])
+        raise UserError(f"{args.repeated}: lacks {names}, which {args.kept} has: repeat them too")
     print(f"all {compared} within {MOST_SPREADS} spreads of seeds")
 
 

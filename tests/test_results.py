@@ -366,6 +366,28 @@ def test_a_share_of_which_one_arm_was_run(tmp_path, capsys):
     assert "| fine-tuned | 25 % | 0.700 (0.600 to 0.800) | not run |  |  | 2 |" in capsys.readouterr().out
 
 
+def test_a_table_that_was_repeated_in_part_is_told(tmp_path, capsys):
+    """What `make results` makes of the kept main table is all of it but its ensembles, which take two seeds."""
+    asked = re.search(r'^results:.*?ARMS="([^"]+)"', (ROOT / "Makefile").read_text(), re.M | re.S)[1].split()
+    by_hand = [f"trivial-{name}" for name in ("radial", "all", "mean", "histogram", "centre")]
+    kept = ROOT / "results" / "classification"
+    values = {(row["task"], row["arm"]): row["value"] for row in read_table(kept / "seeds.csv") if row["seed"] == "0"}
+    made = [("classification", arm) for arm in asked]
+    made += [("probe", arm) for arm in (*asked, *by_hand) if arm != "scratch"]
+    rows = [[*one, 0, values[one[0], repeated.KEPT_AS.get(one[1], one[1])]] for one in made]
+
+    def compare(some):
+        write_table(tmp_path / "seeds.csv", ["task", "arm", "seed", "value"], some)
+        repeated.main(["--kept", str(kept), "--repeated", str(tmp_path)])
+
+    compare(rows)
+    assert f"all {len(made)} within 3 spreads" in capsys.readouterr().out
+    with pytest.raises(UserError, match="lacks classification scratch, probe trivial-all, which .*: repeat them too"):
+        compare([row for row in rows if row[:2] not in (["classification", "scratch"], ["probe", "trivial-all"])])
+    said = capsys.readouterr().out
+    assert "probe trivial-all: is kept and was not repeated" in said and "within 3 spreads" not in said
+
+
 def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):
     write_tables(tmp_path / "kept", ("nodules", "scratch"), (0.9, 0.8), ("nodules", "scratch"))
     write_tables(tmp_path / "near", ("published", "scratch"), (0.91, 0.8), ("published", "scratch"))
