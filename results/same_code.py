@@ -20,7 +20,7 @@ from dino3d.command_line import ArgumentParser, UserError, exit_status, help_fla
 from dino3d.study.definition import PRETRAIN  # noqa: E402
 from dino3d.study.jobs import UNTRAINED  # noqa: E402
 from dino3d.study.records import read_records  # noqa: E402
-from dino3d.study.same_code import SCORE_ROUNDING, add_same_code, codes_in, score_difference  # noqa: E402
+from dino3d.study.same_code import SCORE_ROUNDING, add_same_code, score_difference  # noqa: E402
 from dino3d.study.scores import FIGURES  # noqa: E402
 
 
@@ -59,9 +59,8 @@ def stages_of(record: dict[str, Any]) -> set[str]:
 
 
 def same_runs(kept: Sequence[dict[str, Any]], repeated: Sequence[dict[str, Any]]) -> list[tuple[dict, dict]]:
-    """(kept, made anew by another version of the code) of each run that both have, with the same scores; what several
-    versions have made stands for none of them. Raises UserError for other scores, and for a run that is kept with other
-    flags alone."""
+    """(kept, made anew by another version of the code) of each run that both have, with the same scores. Raises
+    UserError for other scores, and for a run that is kept with other flags alone."""
     of_run, pairs = {}, []
     for one in kept:
         of_run.setdefault((one["task"], one["arm"], one["seed"], one["part"]), []).append(one)
@@ -73,7 +72,7 @@ def same_runs(kept: Sequence[dict[str, Any]], repeated: Sequence[dict[str, Any]]
         same = [old for old in of_run[run] if (old["recipe"], old["note"]) == (new["recipe"], new["note"])]
         if not same:
             raise UserError(f"{name}: was made anew with other flags or data, which say nothing of the code")
-        for old in [one for one in same if one["code"] != new["code"] and len(codes_in(one["code"])) == 1]:
+        for old in [one for one in same if one["code"] != new["code"]]:
             if (largest := score_difference(old, new)) > SCORE_ROUNDING:
                 raise UserError(
                     f"{name}: its scores differ by {largest:.3g} from the kept ones: the code is not the same"
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     kept = {folder: read_records(folder, "--kept") for folder in args.kept}
     repeated = read_records(args.repeated, "--repeated")
-    codes = {code for one in repeated for code in codes_in(one["code"])}
+    codes = {one["code"] for one in repeated}
     if len(codes) != 1:
         raise UserError(f"--repeated {args.repeated}: was made by {len(codes)} versions of the code, expected one")
     code = codes.pop()

@@ -51,7 +51,14 @@ def codes_like(folder: Path, code: str) -> set[str]:
 
 
 def add_same_code(folder: Path, code: str, same_as: str, records: Sequence[dict[str, Any]]) -> None:
-    """Another line. records: of `code`, which were compared. Raises OSError."""
+    """Another line. records: of `code`, which were compared. Raises OSError, UserError for what several versions have
+    made, which shows nothing of any."""
+    for one in (code, same_as):
+        if len(codes_in(one)) > 1:
+            raise UserError(
+                f"{folder}: records of {one} were made by several versions of the code, so that their scores show "
+                "nothing of one: run them again by one, or remove them"
+            )
     path = folder / SAME_CODE
     rows = [[row.get(name, "") for name in SAME_CODE_COLUMNS] for row in read_table(path)] if path.exists() else []
     tasks, devices = (" ".join(sorted({one[name] for one in records})) for name in ("task", "device"))
