@@ -111,7 +111,16 @@ LEVELS = {  # a module imports from lower levels, and from its own room; see `le
 }
 
 
-SCRIPTS = ("prepare_data", "benchmark", "extract_features", "evaluate_features", "export", "study", "hubconf")
+SCRIPTS = (
+    "prepare_data",
+    "benchmark",
+    "extract_features",
+    "evaluate_features",
+    "export",
+    "describe",
+    "study",
+    "hubconf",
+)
 
 
 def is_script(name):

@@ -26,6 +26,7 @@ SCRIPTS = (
     "extract_features",
     "evaluate_features",
     "export",
+    "describe",
     "study",
     "results.make_data",
 )

@@ -34,7 +34,7 @@ UNTRAINED = ("--pretrained_weights=", "--max_steps", "1", "--lr", "0", "--min_lr
 # Code that no job runs
 NOT_OF_JOBS = (
     *("benchmark.py", "study.py", "prepare_data.py", "evaluate_features.py", "export.py", "hubconf.py"),
-    *("dino3d/study/", "dino3d/prepare/", "dino3d/benchmarks/"),
+    *("describe.py", "dino3d/study/", "dino3d/prepare/", "dino3d/benchmarks/"),
 )
 # Where things lie: what they are is held in other ways
 PLACES = (
