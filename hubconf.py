@@ -10,6 +10,8 @@ from collections.abc import Callable as _Callable  # torch.hub takes what has no
 from collections.abc import Sequence as _Sequence
 from pathlib import Path as _Path
 
+import torch as _torch
+
 dependencies = ["torch", "numpy"]
 
 # Other repositories have a `vision_transformer` too, facebookresearch/dino among them, and a process has one module of
@@ -40,7 +42,8 @@ def encoder(
     checkpoint_key: which network of the file, where it holds several: teacher, student, ...
     arch, img_size (3,), patch_size (3,): where the checkpoint does not say; another img_size interpolates positions
     drop_path_rate: stochastic depth, for training on; like patch_size of a vision transformer alone
-    Attributes clip_range (HU that become 0 and 1) and spacing (mm per voxel, or None) say what it was trained on.
+    Attributes clip_range (HU that become 0 and 1) and spacing (mm per voxel, or None) say what it was trained on. Of
+    pre-trained ones the first call warns where its values are no such grey values.
     """
     given = {"arch": arch, "input_size": img_size and list(img_size), "patch_size": patch_size and list(patch_size)}
     given = dict.fromkeys(_encoder.ENCODER) | given
@@ -50,7 +53,28 @@ def encoder(
             warnings.warn(notice, stacklevel=2)
     model = found.build(drop_path_rate).eval()
     model.clip_range, model.spacing = found.clip_range, found.working_spacing
+    if weights:
+        model.values_seen = False
+        model.register_forward_pre_hook(_look_at_values)
     return model
+
+
+def _look_at_values(model: "_encoder.Encoder", inputs: tuple[_torch.Tensor, ...]) -> None:
+    """Warn where the first call has other values than [0, 1], which noise and resampling may leave by a little: of HU
+    that nobody scaled an encoder makes features that look as good as any."""
+    if model.values_seen or _torch.compiler.is_compiling():  # what depends on values can't be compiled or exported
+        return
+    if not inputs or not inputs[0].numel():
+        return
+    model.values_seen = True
+    low, high = (float(value) for value in inputs[0].aminmax())
+    if low < -1 or high > 2:
+        bottom, top = model.clip_range
+        warnings.warn(
+            f"values from {low:g} to {high:g}, where the encoder was trained on 0 to 1: scale HU by "
+            f"((hu - ({bottom:g})) / {top - bottom:g}).clip(0, 1)",
+            stacklevel=2,
+        )
 
 
 def _of_architecture(name: str) -> _Callable[..., "_encoder.Encoder"]:

@@ -115,3 +115,31 @@ print([str(one.message)[-72:] for one in caught])
     assert lines[5] == "--drop_path_rate 0.1: resnet18 has none; leave it out"
     assert lines[6] == "--patch_size 6 6 6: resnet18 has none; leave it out"
     assert "interpolated (trilinear) from 2 x 2 x 2 patches to 4 x 2 x 2" in lines[7]
+
+
+def test_hu_that_nobody_scaled_are_told(checkpoint, tmp_path):
+    """Once, and in the words that mend it; neither grey values nor random weights, nor what is compiled or exported."""
+    code = """
+import copy, warnings
+load = lambda **more: torch.hub.load(REPO, "encoder", source="local", **more)
+def told(model, volume):
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        model(volume)
+    return [str(one.message) for one in caught]
+hu = torch.linspace(-1000, 400, 24 * 24 * 12).reshape(1, 1, 24, 24, 12)
+model = load(weights="checkpoint.pth")
+assert not told(model, hu[:0])
+print(json.dumps([told(copy.deepcopy(model), hu), told(model, hu), told(model, hu)]))
+grey = eval(told(load(weights="checkpoint.pth"), hu)[0].rpartition("by ")[2])
+noise = 0.2 * torch.randn(grey.shape)
+print(json.dumps([told(load(weights="checkpoint.pth"), one) for one in (grey, grey + noise)]))
+print(json.dumps(told(load(arch="vit_micro", img_size=(24, 24, 12), patch_size=(12, 12, 6)), hu)))
+exported = torch.export.export(load(weights="checkpoint.pth"), (grey,)).module()
+print(bool(torch.allclose(exported(grey), model(grey), atol=1e-5)), float(grey.min()), float(grey.max()))
+"""
+    lines = run(code, tmp_path).stdout.splitlines()
+    of_copy, first, again = json.loads(lines[0])
+    assert len(first) == 1 and first[0].startswith("values from -1000 to 400, ") and of_copy == first and not again
+    assert json.loads(lines[1]) == [[], []] and json.loads(lines[2]) == []
+    assert lines[3] == "True 0.23333333432674408 1.0"
