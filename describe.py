@@ -139,6 +139,8 @@ def about_file(file: Path, checkpoint: Mapping[str, Any], script: str | None) ->
         what = "the whole state of a run" if "optimizer" in checkpoint else best
     elif wanted:
         what = f"an export by revision {exported.get('git_revision')}"
+        if origins := exported.get("weights_from"):  # older ones do not say it
+            what += " of " + "; ".join(", ".join(f"{name} {value}" for name, value in one.items()) for one in origins)
     else:
         what = "weights alone: the file does not say what trained them"
     return [
@@ -302,7 +304,7 @@ def about_code(file: Path, config: Mapping[str, Any], script: str) -> list[tuple
 
 def about_flags(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """All that the file says of how it was made."""
-    given = {name: value for name, value in config.items() if value not in (None, "")}
+    given = {name: value for name, value in config.items() if value not in (None, "") and name != "weights_from"}
     text = " ".join(f"--{name} {format_values(value)}" for name, value in given.items())
     return [("flags", text)] if given else []
 

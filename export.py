@@ -60,6 +60,7 @@ TRAINED = {"classifier": ("protocol", classifier_of), "segmenter": ("decoder", s
 MODELS = ("encoder", *TRAINED)
 OPSET = 20
 TOLERANCE = 1e-3  # of the largest value of an output; single precision leaves 2e-5, more where windows are flat
+FROM = "weights_from"  # name of the origins in the JSON and the metadata
 MEASURED = 7  # crops, in batches of 1, 3 and 3
 LARGEST_PROTOBUF = 1_800_000_000  # bytes of weights; ONNX keeps more than 2 GB beside the graph, in FILE.data
 
@@ -221,6 +222,7 @@ class Source(NamedTuple):
 
     model: one of MODELS; networks: of its folds, one of an encoder; in evaluation mode
     config: of the run that trained it; best: what is known of each fold's best epoch; folds: their names
+    origins: of each network, which one of which file it is, and how long it was trained
     graph: takes HU (B, 1, X, Y, Z), gives `outputs`, {name: (shape, what it is)}
     """
 
@@ -232,6 +234,7 @@ class Source(NamedTuple):
     graph: nn.Module
     outputs: dict[str, tuple[list[Any], str]]
     notices: list[str]
+    origins: list[dict[str, Any]]
 
     @property
     def size(self) -> list[int]:
@@ -267,7 +270,8 @@ def load_source(weights: str, model: str | None, checkpoint_key: str) -> Source:
             )
         }
     notice = f"{model} of {weights}: mean of {len(files)} folds" if len(files) > 1 else f"{model} of {files[0]}"
-    return Source(model, networks, config, best, folds, graph.eval(), outputs, [notice])
+    origins = [{"file": f"{file.parent.name}/{file.name}", "epoch": one.get("epoch")} for file, one in zip(files, best)]
+    return Source(model, networks, config, best, folds, graph.eval(), outputs, [notice], origins)
 
 
 def encoder_source(files: Sequence[Path], checkpoint_key: str) -> Source:
@@ -285,8 +289,16 @@ def encoder_source(files: Sequence[Path], checkpoint_key: str) -> Source:
     if len(files) > 1:
         notices.append(f"encoder of fold {files[0].parent.name} alone, the first of {len(files)}")
     graph = EncoderGraph(network, encoder.clip_range).eval()
-    config = encoder.settings() | {"crop_spacing": encoder.crop_spacing}
-    return Source("encoder", [network], config, [{}], [""], graph, outputs, notices)
+    state = load_file(files[0])
+    trained = config_of(state)
+    config = encoder.settings() | {"crop_spacing": encoder.crop_spacing, "pool": trained.get("pool")}
+    taken = next(line for line in notices if line.startswith("weights of")).rpartition(": ")[2]
+    origin = {"file": files[0].name, "network": taken, "pool": config["pool"]}
+    origin |= {name: (state.get("best") or state).get(name) for name in ("epoch", "step", "samples")}
+    if len(trained.get(FROM) or ()) == 1:  # an export of an export
+        origin |= trained[FROM][0]
+    origin = {name: value for name, value in origin.items() if isinstance(value, (str, int))}
+    return Source("encoder", [network], config, [{}], [""], graph, outputs, notices, [origin])
 
 
 def weight_files(weights: str) -> list[Path]:
@@ -498,8 +510,8 @@ def write_safetensors(path: Path, source: Source) -> None:
         for fold, network in zip(source.folds, source.networks)
         for name, tensor in network.state_dict().items()
     }
-    known = {name: source.config.get(name) for name in (*ENCODER, "crop_spacing")}
-    config = {name: value for name, value in known.items() if value is not None}
+    known = {name: source.config.get(name) for name in (*ENCODER, "crop_spacing", "pool")}
+    config = {name: value for name, value in known.items() if value is not None} | {FROM: source.origins}
     metadata = {"format": "pt", SAFETENSORS_CONFIG: json.dumps(config, allow_nan=False)}
     path.write_bytes(safetensors.torch.save(tensors, metadata))  # save_file lets nobody else read the file
     found = load_file(path)
@@ -540,6 +552,7 @@ def describe(source: Source) -> dict[str, Any]:
             **({"protocol": config["protocol"], "pool": pool_of(config)} if "protocol" in config else {}),
             **({"decoder": config["decoder"]} if "decoder" in config else {}),
         },
+        FROM: source.origins,
         "weights_crc32": [crc32_of_tensors(network.state_dict()) for network in source.networks],
         "input": {
             "name": "hu",

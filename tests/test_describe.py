@@ -189,6 +189,10 @@ def test_published_weights(tmp_path, capsys):
     assert found["file"][1].startswith("whole: ") and about["git_revision"] in found["what"][0]
     assert about["weights_crc32"][0] in found["network"][0]
     (tmp_path / weights.name).write_bytes(weights.read_bytes())
+    about["weights_from"] = [{"file": "run.pth", "network": "key 'student'", "epoch": 3}]  # newer exports have it
+    (tmp_path / "nodules.json").write_text(json.dumps(about))
+    found = told(capsys, tmp_path / weights.name)
+    assert found["what"][0].endswith(" of file run.pth, network key 'student', epoch 3")
     about["files"][weights.name]["sha256"] = "0" * 64
     (tmp_path / "nodules.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="another file"):

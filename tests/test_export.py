@@ -236,6 +236,29 @@ def test_safetensors_round_trip(runs, exported):
     assert all(torch.equal(one.state[name], tensor) for name, tensor in other.state.items())
 
 
+def test_an_export_tells_whose_weights_it_has(runs, tmp_path):
+    """The student's, which look like any other's; what of a fine-tuned encoder was trained; through a second export."""
+    teacher, student = runs[1]["encoder"], randomised(ARCHITECTURES["vit_tiny"](SIZE, PATCH), 7)
+    state = {name: network.state_dict() for name, network in (("teacher", teacher), ("student", student))}
+    torch.save({**state, "config": SETTINGS, "epoch": 3, "step": 40, "samples": 160}, tmp_path / "run.pth")
+    flags = ["--checkpoint_key", "student", "--output"]
+    export.main(["--weights", str(tmp_path / "run.pth"), *flags, str(tmp_path / "one.safetensors")])
+    export.main(["--weights", str(tmp_path / "one.safetensors"), "--output", str(tmp_path / "two.safetensors")])
+    wanted = [{"file": "run.pth", "network": "key 'student'", "epoch": 3, "step": 40, "samples": 160}]
+    for name in ("one", "two"):
+        assert read_json(tmp_path / f"{name}.json")["weights_from"] == wanted
+        assert load_file(tmp_path / f"{name}.safetensors")["config"]["weights_from"] == wanted
+        assert torch.equal(load_file(tmp_path / f"{name}.safetensors")["pos_embed"], student.pos_embed)
+
+    fold = tmp_path / "lnc" / "0"
+    save_fold(fold, heads.classifier_of, CLASSIFIER | {"pool": "cls+centre"}, 0, {"threshold": 0.5, "epoch": 2})
+    export.main(["--weights", str(fold), "--output", str(tmp_path / "model.safetensors")])
+    export.main(["--weights", str(fold), "--model", "encoder", "--output", str(tmp_path / "part.safetensors")])
+    assert read_json(tmp_path / "model.json")["weights_from"] == [{"file": "0/best.pth", "epoch": 2}]
+    assert read_json(tmp_path / "part.json")["weights_from"][0]["pool"] == "cls+centre"
+    assert "fine-tuned with --pool cls+centre" in load_encoder(str(tmp_path / "part.safetensors")).notices[-1]
+
+
 def test_safetensors_of_folds(runs, tmp_path):
     """One model's names are its own, several folds have their numbers before them."""
     export.main(["--weights", str(runs[0] / "lnc"), "--output", str(tmp_path / "all.safetensors")])
