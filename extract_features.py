@@ -459,7 +459,10 @@ def features_of(
     found = dict(zip([MAIN, *(f"random{k}" for k in range(args.random))], rows))
     if args.trivial:
         found |= {f"trivial-{name}": values for name, values in trivial_of(subject, scan, region, args.masks).items()}
-    return found, {region.how: 1, f"{region.how} windows": len(region.starts), f"{region.how} count": region.count}
+    counts = {region.how: 1, f"{region.how} windows": len(region.starts), f"{region.how} count": region.count}
+    extent = np.array(scan.hu.shape) * scan.spacing / region.spacing  # in voxels of the window
+    counts["smaller"] = int(region.how != "point" and (extent < np.array(region.size) - 0.5).any())
+    return found, counts
 
 
 def region_of_subject(subject: Subject, scan: CtScan, encoder: PretrainedEncoder, args: argparse.Namespace) -> Region:
@@ -820,6 +823,8 @@ def region_lines(counts: collections.Counter[str], pool: str) -> list[str]:
             f"{counts['whole']} read as whole scans: the mean over {counts['whole windows']} of "
             f"{counts['whole count']} windows, without those of nothing but air (--region centre: one in the middle)"
         )
+    if counts["smaller"]:
+        lines.append(f"warning: {counts['smaller']} of them are smaller than a window: air is put around them")
     return lines
 
 

@@ -570,7 +570,8 @@ def new_crops(
     paths = new.paths
     names = runtime.processes.run_on_main(lambda: case_names(paths, new.folder))
     predictions = start(new.columns, names, paths, {}, known=new.known())
-    for line in new_crop_lines(paths, config["crop_spacing"], runtime.processes):
+    seen = np.minimum(config["crop_size"], config["input_size"])
+    for line in new_crop_lines(paths, config["crop_spacing"], seen, runtime.processes):
         runtime.processes.print(line)
     dataset = EvaluationCrops(paths, config["input_size"], trained=(config["crop_size"], config["crop_spacing"]))
     return predictions, lambda: predict_windows(rows_of, dataset, predictions, config["clip_range"], runtime)

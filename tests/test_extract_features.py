@@ -208,6 +208,7 @@ def test_crops_are_known_by_their_folders_and_their_size(tmp_path, capsys, weigh
     code, out, _ = extract(capsys, "--weights", weights, "--input", tmp_path / "in", "--output", tmp_path / "t.csv")
     assert code == 0 and "passed over below" in out and "1 labels or masks, such as labels/small.nii.gz" in out
     assert "3 read as crops" in out and "2 read as whole scans" in out
+    assert "warning: 1 of them are smaller than a window: air is put around them" in out  # p5's
     columns, features = read_csv(tmp_path / "t.csv")
     assert columns["name"] == ["large", "p5/t0/scan", "small", "subset0/label1/p1/a", "subset3/0/p2/b"]
     assert columns["patient"] == ["large", "p5", "small", "p1", "p2"] and columns["reason"] == [""] * 5

@@ -328,15 +328,33 @@ def test_a_whole_ct_is_no_new_crop(shape, spacing, told, tmp_path):
     assert EvaluationCrops([str(path)], (24, 24, 12), trained=trained)[0].startswith(f"{path}: a mask, not a CT")
 
 
+SEEN = (12, 12, 12)  # voxels of a crop that the model sees
+
+
+def test_new_crops_that_are_smaller_are_told(tmp_path):
+    """Where the model saw more of training's crops: what it saw is no larger than they, nor than its input."""
+    paths = [str(tmp_path / f"{i}.nii.gz") for i in range(3)]
+    for path, side in zip(paths, (12, 13, 11)):
+        write_nifti(Path(path), noise(0, (14, side, 12)), np.eye(4))
+    (line,) = new_crop_lines(paths, (1.0, 1.0, 1.0), SEEN, Processes())
+    assert line.startswith(
+        "warning: 1 of 3 files have less than the 12 x 12 x 12 voxels that the model saw of training's "
+    )
+    assert line.endswith(f"{paths[2]}: 14 x 11 x 12: air is put around them")
+    assert not new_crop_lines(paths, (1.0, 1.0, 1.0), (12, 11, 12), Processes())
+
+
 def test_new_crops_of_other_spacings_are_told(tmp_path):
     paths = [str(tmp_path / f"{i}.nii.gz") for i in range(3)]
     for path, spacing in zip(paths, (1.0, 1.01, 2.0)):
         write_nifti(Path(path), noise(), np.diag([spacing, 1, 1, 1]))
     (tmp_path / "broken.nii.gz").write_bytes(b"")  # which has its own row
-    (line,) = new_crop_lines([str(tmp_path / "broken.nii.gz"), *paths], (1.0, 1.0, 1.0), Processes())
+    (line,) = new_crop_lines([str(tmp_path / "broken.nii.gz"), *paths], (1.0, 1.0, 1.0), SEEN, Processes())
     assert line.startswith("warning: 1 of 3 files have another spacing than training's crops, 1 x 1 x 1 mm, such as ")
     assert f"{paths[2]}: 2 x 1 x 1 mm" in line
-    assert not new_crop_lines(paths[:2], (1.0, 1.0, 1.0), Processes()) and not new_crop_lines(paths, None, Processes())
+    assert not new_crop_lines(paths[:2], (1.0, 1.0, 1.0), SEEN, Processes()) and not new_crop_lines(
+        paths, None, SEEN, Processes()
+    )
 
 
 @pytest.mark.parametrize("raised, told", [(2, False), (3, True), (5, True)])
@@ -346,7 +364,7 @@ def test_new_crops_that_are_not_in_hu_are_told(raised, told, tmp_path):
     for i, path in enumerate(paths):
         write_nifti(Path(path), noise(i) + 1024 * (i < raised), np.eye(4))
     write_nifti(tmp_path / "mask.nii.gz", to_mask(noise()), np.eye(4))
-    lines = new_crop_lines([*paths, str(tmp_path / "mask.nii.gz")], (1.0, 1.0, 1.0), Processes())
+    lines = new_crop_lines([*paths, str(tmp_path / "mask.nii.gz")], (1.0, 1.0, 1.0), SEEN, Processes())
     assert len(lines) == told and all(line.startswith(f"warning: {raised} of 5 files are no CT in") for line in lines)
 
 

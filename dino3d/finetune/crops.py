@@ -25,7 +25,7 @@ from augmentations import (
     warp,
 )
 from dino3d.command_line import UserError, format_values
-from dino3d.data.conventions import DataError
+from dino3d.data.conventions import DataError, format_size
 from dino3d.data.requirements import (
     Header,
     crop_faults,
@@ -108,8 +108,13 @@ def look_at_some(paths: Sequence[str], processes: Processes) -> dict[str, tuple[
     return dict(zip(few, try_on_all(look, few, processes)))
 
 
-def new_crop_lines(paths: Sequence[str], expected: Sequence[float] | None, processes: Processes) -> list[str]:
-    """Lines on what is odd about crops to predict, as far as they can be read. expected: (3,) mm of training's crops"""
+def new_crop_lines(
+    paths: Sequence[str], expected: Sequence[float] | None, seen: Sequence[int], processes: Processes
+) -> list[str]:
+    """Lines on what is odd about crops to predict, as far as they can be read.
+
+    expected: (3,) mm of training's crops; seen: (3,) voxels that the model saw of them
+    """
     found = [(path, head) for path, head in zip(paths, try_on_all(header_of, paths, processes)) if type(head) is Header]
     if not found:
         return []
@@ -117,6 +122,13 @@ def new_crop_lines(paths: Sequence[str], expected: Sequence[float] | None, proce
     # Those that are no image at all have a row with the reason
     hu = {path: one[1] for path, one in look_at_some(names, processes).items() if type(one) is tuple and not one[0]}
     lines = hu_warnings([*hu], [*hu.values()], share=0.5) + note_lines(names, [header.notes for header in headers])
+    smaller = [(name, one.shape) for name, one in zip(names, headers) if any(n < m for n, m in zip(one.shape, seen))]
+    if smaller:
+        name, shape = smaller[0]
+        lines.append(
+            f"warning: {len(smaller)} of {len(names)} files have less than the {format_size(seen)} voxels that the "
+            f"model saw of training's crops, such as {name}: {format_size(shape)}: air is put around them"
+        )
     if expected is None:
         return lines
     return spacing_warnings(names, [header.spacing for header in headers], expected, "training's crops") + lines
