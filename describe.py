@@ -45,10 +45,11 @@ from vision_transformer import ARCHITECTURES
 RUN_CONFIG, VOLUME_LISTS = "config.json", "data_list*.txt"  # of a run
 SCRIPT_BY = {"protocol": "main_lnc_luna16.py", "decoder": "main_lts_msd.py", "momentum_teacher": "main_dino.py"}
 FOLD_SIDES = ("train", "validation", "test")
-SHOWN_FIGURES = ("kl", "teacher_entropy_share", "effective_rank", "effective_rank_first_steps", "mutual_information")
+SHOWN_FIGURES = ("kl", "teacher_entropy_share", "effective_rank", "mutual_information")
 SHOWN_FIGURES += ("winning_prototypes", "lr", "skipped_steps", "bad_files")
 SHOWN_SCORES = ("auc", "accuracy", "brier", "dice", "surface_dice", "loss")
 LOGISTIC_AUC = "probe_logistic_auc"
+SHOWN_PROBES = 10
 MOST_SHOWN = 8  # names in a line
 TIME_FOLDER = re.compile(r"t\d+")  # folders of a patient's scans in the layout of pre-training
 
@@ -250,8 +251,9 @@ def about_pretraining(file: Path, checkpoint: Mapping[str, Any], config: Mapping
     if not records:
         return [*facts, ("figures", f"not known: {log} is not there, or of later steps")]
     last = records[-1]
+    first_rank = max(one.get("effective_rank_first_steps", 0.0) for one in records)
     shown = ", ".join(f"{name} {last[name]:.4g}" for name in SHOWN_FIGURES if isinstance(last.get(name), (int, float)))
-    facts.append(("figures", f"epoch {last['epoch']}: {shown}"))
+    facts.append(("figures", f"epoch {last['epoch']}: {shown}; effective_rank at first {first_rank:.4g}"))
     if {"teacher_entropy", "kl", "winning_prototypes", "effective_rank"} <= last.keys():
         warning = collapse_warning(
             last["teacher_entropy"],
@@ -260,14 +262,17 @@ def about_pretraining(file: Path, checkpoint: Mapping[str, Any], config: Mapping
             config["out_dim"],
             ENOUGH_VIEWS,
             last["effective_rank"],
-            max(one.get("effective_rank_first_steps", 0.0) for one in records),
+            first_rank,
             config.get("centering") == "sinkhorn",
         )
         facts.append(("figures", warning or "no sign of collapse; what the features are worth, only labels tell"))
-    curve = [(one["epoch"], one[LOGISTIC_AUC]) for one in records if isinstance(one.get(LOGISTIC_AUC), float)]
-    if curve:
-        told = ", ".join(f"{auc:.3f} after epoch {epoch + 1}" for epoch, auc in curve[-MOST_SHOWN:])
-        facts.append(("probe", f"AUC by logistic regression {told}"))
+    probed = [one for one in records if isinstance(one.get(LOGISTIC_AUC), float)]
+    if probed:
+        curve = [f"{one[LOGISTIC_AUC]:.3f} after epoch {one['epoch']}" for one in probed[-SHOWN_PROBES:]]
+        start = probed[-1].get("probe_start_logistic_auc")
+        before = f"{start:.3f} before training, " if isinstance(start, float) else ""
+        facts.append(("probe", f"AUC by logistic regression {before}{', '.join(curve)}"))
+        facts.append(("probe", f"on the crops below {config.get('probe_dir')}, which chose best_probe.pth"))
     return facts
 
 

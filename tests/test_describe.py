@@ -55,7 +55,7 @@ def run(tmp_path):
     folder.mkdir()
     state = {"teacher": backbone(teacher), "student": backbone(student), "optimizer": {}, "config": CONFIG}
     save_checkpoint(folder / "checkpoint.pth", state | {"epoch": 2, "step": 20, "samples": 80})
-    records = [RECORD | {"epoch": epoch, "step": 10 * (epoch + 1)} for epoch in range(3)]
+    records = [RECORD | {"epoch": epoch, "step": 10 * epoch} for epoch in (1, 2, 3)]
     records[2]["kl"] = 0.7  # after the checkpoint
     (folder / "log.txt").write_text("".join(json.dumps(one) + "\n" for one in records))
     (folder / "config.json").write_text(json.dumps({"arguments": CONFIG, "git_revision": "abc", "versions": {}}))
@@ -90,7 +90,7 @@ def test_a_pretraining_run(run, capsys):
         "HU -1350 150 become 0 and 1; what lies beyond is clipped",
     ]
     assert found["trained"] == ["2 of 3 epochs, 20 steps, 80 samples"]
-    assert found["figures"][0].startswith("epoch 1: kl 0.4,")  # the log goes on behind the checkpoint
+    assert found["figures"][0].startswith("epoch 2: kl 0.4,")  # the log goes on behind the checkpoint
     assert found["figures"][1].startswith("no sign of collapse")
     assert "revision abc" in found["code"][0] and len(found["code"]) == 1
     assert found["seen"] == ["pre-training: 5: Pat1, Pat2, loose, scan7, scan9"]
@@ -99,16 +99,12 @@ def test_a_pretraining_run(run, capsys):
 
 def test_what_the_log_says_of_a_collapse(run, capsys):
     folder, *_ = run
-    record = RECORD | {
-        "epoch": 1,
-        "step": 20,
-        "winning_prototypes": 1,
-        "teacher_entropy": 0.01,
-        "probe_logistic_auc": 0.7,
-    }
+    record = RECORD | {"epoch": 2, "step": 20, "winning_prototypes": 1, "teacher_entropy": 0.01}
+    record |= {"probe_logistic_auc": 0.7, "probe_start_logistic_auc": 0.6}
     (folder / "log.txt").write_text(json.dumps(record) + "\n")
     found = told(capsys, folder)
-    assert "it has collapsed" in found["figures"][1] and found["probe"][0].endswith("0.700 after epoch 2")
+    assert "it has collapsed" in found["figures"][1]
+    assert found["probe"][0].endswith(" 0.600 before training, 0.700 after epoch 2")
 
 
 def test_another_start(run, capsys):
