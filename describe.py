@@ -11,6 +11,7 @@ import dino3d.openmp  # noqa: F401  before torch is loaded
 
 # isort: split
 
+import contextlib
 import hashlib
 import json
 import re
@@ -128,7 +129,9 @@ def about_file(file: Path, checkpoint: Mapping[str, Any], script: str | None) ->
         whole = "whole: it matches its checksum" if content.read().startswith(CHECKSUM) else ""
     beside = file.with_suffix(".json")  # of an export
     exported = read_beside(beside)
-    wanted = exported.get("files", {}).get(file.name, {}).get("sha256")
+    wanted = None
+    with contextlib.suppress(LookupError, TypeError):  # there is none, or it is another program's
+        wanted = exported["files"][file.name]["sha256"]
     if wanted not in (None, sha256):
         raise UserError(f"--weights {file}: its SHA-256 is {sha256}, {beside} says {wanted}: damaged, or another file")
     if wanted:
@@ -324,8 +327,11 @@ def seen_names(file: Path, config: Mapping[str, Any]) -> SeenNames:
     """Whom weights have seen, and whom those that they began from."""
     folder, start = file.absolute().parent, config.get("pretrained_weights")
     if folder.name.isdecimal() and (folder.parent / SPLITS).is_file():
-        of_fold = read_beside(folder.parent / SPLITS)["splits"][int(folder.name)]
-        seen = [(f"fold {folder.name}, {side}", set(of_fold[side])) for side in FOLD_SIDES]
+        try:
+            of_fold = read_beside(folder.parent / SPLITS)["splits"][int(folder.name)]
+            seen = [(f"fold {folder.name}, {side}", set(of_fold[side])) for side in FOLD_SIDES]
+        except (LookupError, TypeError) as error:
+            raise UserError(f"{folder.parent / SPLITS}: does not say who is in fold {folder.name}") from error
     else:
         lists = [Path(config["data_list"])] if config.get("data_list") else sorted(folder.glob(VOLUME_LISTS))
         seen = [("pre-training", set().union(*(names_in(one) for one in lists if one.is_file())))]
@@ -361,14 +367,17 @@ def about_seen(seen: SeenNames) -> list[tuple[str, str]]:
 
 def about_cases(source: str, seen: SeenNames) -> list[tuple[str, str]]:
     """Which of the cases that are to be tested have been seen, by their patients' names or, of scans, their own."""
-    subjects, _ = find_subjects(source)
+    try:
+        subjects, _ = find_subjects(source)
+    except UserError as error:
+        raise UserError(str(error).replace("--input", "--cases", 1)) from error
     names = {one.patient.rpartition("/")[2] for one in subjects}
     names |= {one.name.rpartition("/")[2] for one in subjects if not one.is_crop}
     names = {name.casefold() for name in names}
     facts = []
     for one, known in seen:
         common = sorted(name for name in known if name.casefold() in names)
-        found = f"{len(common)} of them: {truncate_list(common, MOST_SHOWN)}" if common else "none of them"
+        found = f"{len(common)} names: {truncate_list(common, MOST_SHOWN)}" if common else "none of them"
         facts.append(("cases", f"{one}: {found if known else 'not known'}"))
     return [*facts, ("cases", "names alone are compared: a person under another name is not noticed")]
 

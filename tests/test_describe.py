@@ -122,7 +122,7 @@ def test_whom_it_has_seen(run, tmp_path, capsys):
         path.parent.mkdir(parents=True)
         nibabel.save(image, path)
     found = told(capsys, folder, "--cases", tmp_path / "cases")
-    assert found["cases"][0] == "pre-training: 2 of them: Pat2, loose"  # a crop's file name is no scan's
+    assert found["cases"][0] == "pre-training: 2 names: Pat2, loose"  # a crop's file name is no scan's
 
     fold = tmp_path / "tuned" / "0"
     fold.mkdir(parents=True)
@@ -135,17 +135,22 @@ def test_whom_it_has_seen(run, tmp_path, capsys):
     (fold / "metrics.json").write_text(json.dumps({"auc": 0.625}))
     found = told(capsys, fold, "--cases", tmp_path / "cases")
     assert found["cases"][:3] == [
-        "fold 0, train: 1 of them: New",
+        "fold 0, train: 1 names: New",
         "fold 0, validation: none of them",
-        "fold 0, test: 1 of them: pat2",
+        "fold 0, test: 1 names: pat2",
     ]
-    assert found["cases"][3].endswith("checkpoint.pth: pre-training: 2 of them: Pat2, loose")
+    assert found["cases"][3].endswith("checkpoint.pth: pre-training: 2 names: Pat2, loose")
     assert found["figures"] == ["validation: auc 0.75", "test: auc 0.625"]
     assert found["trained"][1] == f"from {folder}, CRC-32 {crc32(teacher)}"
+    with pytest.raises(UserError, match="--cases nothing: no such file or folder"):
+        describe.main(["--weights", str(fold), "--cases", "nothing"])
     (folder / "checkpoint.pth").unlink()
     (folder / "log.txt").unlink()
     folder.rename(tmp_path / "elsewhere")
     assert told(capsys, fold)["seen"][3] == f"{folder}, which it began from: not known"
+    (fold.parent / "splits.json").write_text('{"splits": []}')
+    with pytest.raises(UserError, match="does not say who is in fold 0"):
+        describe.main(["--weights", str(fold)])
 
 
 def test_a_copy_without_its_folder(run, tmp_path, capsys):
@@ -193,3 +198,5 @@ def test_published_weights(tmp_path, capsys):
     (tmp_path / "nodules.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="another file"):
         describe.main(["--weights", str(tmp_path / weights.name)])
+    (tmp_path / "nodules.json").write_text('{"files": ["of another program"]}')
+    assert told(capsys, tmp_path / weights.name)["file"][1].startswith("read to its end")
