@@ -12,7 +12,7 @@ from dino3d import __version__
 from dino3d.command_line import ArgumentParser, did_you_mean, format_values, number
 
 TRAINING = ("main_dino", "main_lnc_luna16", "main_lts_msd")
-SCRIPTS = (*TRAINING, "prepare_data", "benchmark", "export", "evaluate_features", "study")
+SCRIPTS = (*TRAINING, "prepare_data", "benchmark", "export", "describe", "evaluate_features", "study")
 
 
 def parser_of(script):
