@@ -54,7 +54,9 @@ from dino3d.pretraining_flags import (
     PROBE_EVERY,
     add_pretraining_flags,
     check_pretraining_flags,
+    idle_flags,
     long_warmups,
+    rising_rate,
 )
 from dino3d.training import batch_norm, checkpoint
 from dino3d.training.collapse import TeacherOutputs
@@ -101,7 +103,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
         args.precision, args.use_fp16, processes, output_dir / "checkpoint.pth"
     )
     notices += command_line.ignored_flags(dist_url=args.dist_url, local_rank=args.local_rank) + idle_strengths(args)
-    notices += long_warmups(args)
+    notices += long_warmups(args) + idle_flags(args)
 
     # ---------------------------------------------------------------------------------------------------------- data
     paths, weights = processes.run_on_main(
@@ -127,6 +129,7 @@ def pretrain(args: argparse.Namespace, output_dir: Path, processes: utils.Proces
     optimizer = utils.make_optimizer(args.optimizer, optimizer_groups(student, args.layer_decay, args.patch_embed_lr))
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.precision == "fp16")
     schedules = Schedules.of_run(args, steps_per_epoch, global_batch)
+    notices += rising_rate(args, schedules.lr)
 
     # ------------------------------------------------------------------------------------------------------ training
     state = TrainState(

@@ -42,6 +42,7 @@ class Preempted(Exception):
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 XYZ = ("X", "Y", "Z")  # metavar of what is given per axis
+CHECKPOINT_KEY = "teacher"  # of a pre-training run's two networks the better one
 ENOUGH_FILES = 1 << 16
 EXIT_INTERRUPTED = 130  # as shells tell that Ctrl-C ended a program
 # Seconds in which a second signal is no second request: a launcher passes on what all have got already
@@ -409,7 +410,7 @@ def checkpoint_key_flag(group: Any) -> None:
     """--checkpoint_key."""
     group.add_argument(
         "--checkpoint_key",
-        default="teacher",
+        default=CHECKPOINT_KEY,
         metavar="NAME",
         help="which network of the weights to load, where the file holds several: teacher (momentum and ema "
         "mean the same), student, or as the file names it, such as teacher_backbone or state_dict.model",

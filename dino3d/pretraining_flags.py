@@ -8,7 +8,7 @@ from dino3d.data.foreground import FOREGROUND_SHARE, FOREGROUNDS
 from dino3d.data.sources import source_fault
 from dino3d.training import checkpoint
 from dino3d.training.objectives import TISSUE_HU
-from dino3d.training.view_flags import add_view_flags, check_view_flags
+from dino3d.training.view_flags import LOCAL_SCALE, add_view_flags, check_view_flags
 from vision_transformer import ARCHITECTURES, has_setting
 
 PROBE_EVERY = 10  # epochs
@@ -165,7 +165,8 @@ def add_dino_flags(parser: command_line.ArgumentParser) -> None:
         "--warmup_teacher_temp",
         default=0.04,
         type=number(float, above=0),
-        help="teacher's temperature at the start; lower it if the loss does not fall",
+        help="teacher's temperature at the start of a warm-up of --warmup_teacher_temp_epochs, without which it has no "
+        "effect; lower it if the loss does not fall",
     )
     group.add_argument(
         "--teacher_temp",
@@ -350,6 +351,36 @@ def long_warmups(args: argparse.Namespace) -> list[str]:
             f"end and reaches {reached:.3g} of --teacher_temp {args.teacher_temp:g}: lower "
             "--warmup_teacher_temp_epochs"
         )
+    return notices
+
+
+def rising_rate(args: argparse.Namespace, peak: float) -> list[str]:
+    """A notice where --min_lr is above the peak learning rate of a run's global batch, so that the cosine rises."""
+    if peak >= args.min_lr:
+        return []
+    return [
+        f"--lr {args.lr:g} makes a peak of {peak:.3g} for this global batch, below --min_lr {args.min_lr:g}: the "
+        "learning rate rises to that over the run: lower --min_lr or raise --lr"
+    ]
+
+
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """Notices of flags that are given and change nothing."""
+    notices, start, end = [], args.warmup_teacher_temp, args.teacher_temp
+    if start != end and not args.warmup_teacher_temp_epochs:
+        notices.append(
+            f"--warmup_teacher_temp {start:g} has no effect with --warmup_teacher_temp_epochs 0: the teacher's "
+            f"temperature is {end:g} from the first step on, by --teacher_temp"
+        )
+    if start == end and args.warmup_teacher_temp_epochs:
+        notices.append(
+            f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs:g} has no effect: --warmup_teacher_temp "
+            f"and --teacher_temp are both {end:g}"
+        )
+    if args.checkpoint_key != command_line.CHECKPOINT_KEY and not args.pretrained_weights:
+        notices.append(f"--checkpoint_key {args.checkpoint_key} has no effect without --pretrained_weights")
+    if args.local_crops_scale != LOCAL_SCALE and not args.local_crops_number:
+        notices.append(f"--local_crops_scale {args.local_crops_scale:g} has no effect with --local_crops_number 0")
     return notices
 
 

@@ -826,6 +826,49 @@ def test_a_warm_up_as_long_as_the_run_is_told():
     assert f"reaches {reached:g} of --teacher_temp 0.06" in line and "lower --warmup_teacher_temp_epochs" in line
 
 
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ([], None),
+        (["--teacher_temp", 0.04, "--warmup_teacher_temp", 0.04, "--local_crops_scale", 0.25], None),
+        (["--teacher_temp", 0.07, "--warmup_teacher_temp_epochs", 30], None),
+        (["--checkpoint_key", "student", "--pretrained_weights", "a.pth", "--local_crops_scale", 0.5], None),
+        (["--warmup_teacher_temp", 0.02], "--warmup_teacher_temp 0.02"),
+        (["--warmup_teacher_temp", 0.04, "--teacher_temp", 0.07], "--warmup_teacher_temp 0.04"),
+        (["--warmup_teacher_temp_epochs", 30], "--warmup_teacher_temp_epochs 30"),
+        (["--checkpoint_key", "student"], "--checkpoint_key student"),
+        (["--local_crops_number", 0, "--local_crops_scale", 0.5], "--local_crops_scale 0.5"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_flags_that_change_nothing_are_told(given, told):
+    """Told of just those whose default gives the same schedule, views and weights."""
+    parser = main_dino.get_args_parser()
+
+    def parse(words):
+        args = parser.parse_args(["--data_dir", "data", "--output_dir", "out", *map(str, words)])
+        pretraining_flags.check_pretraining_flags(parser, args)
+        return args
+
+    notices = pretraining_flags.idle_flags(parse(given))
+    assert [line.partition(" has no effect")[0] for line in notices] == [told] * bool(told)
+    if told and "temp" in told:  # the schedule with the flag is that without it
+
+        def temperatures(words):
+            schedules = main_dino.Schedules.of_run(parse(words), 4, 8)
+            return [schedules.at(main_dino.Progress(epoch, 8))["teacher_temp"] for epoch in range(100)]
+
+        at = given.index(told.split()[0])
+        assert temperatures(given) == temperatures(given[:at] + given[at + 2 :])
+
+
+def test_idle_flags_are_told_when_a_run_starts(volumes, tmp_path, capsys):
+    flags = ["--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 8, "--max_steps", 1]
+    code, out, _ = run_main(capsys, *flags, "--warmup_teacher_temp", 0.02, "--lr", 1.6e-5)
+    assert code == 0 and "--warmup_teacher_temp 0.02 has no effect with --warmup_teacher_temp_epochs 0: " in out
+    assert "--lr 1.6e-05 makes a peak of 5e-07 for this global batch, below --min_lr 1e-06: " in out
+
+
 def test_a_run_without_its_newest_checkpoint_is_refused(volumes, tmp_path, capsys):
     """Before anything is written; under its name an earlier one is resumed from."""
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--output_dir", tmp_path, "--save_every_minutes", 0]

@@ -128,7 +128,7 @@ def collapse_warning(
     if share > UNIFORM_ENTROPY and kl < UNIFORM_KL:
         return (
             f"the teacher is nearly uniform (entropy {share:.2f} of ln(out_dim), KL {kl:.3f}): nothing is learnt. "
-            "Lower --teacher_temp and --warmup_teacher_temp (0.04), or --lr where it is high"
+            "Lower --teacher_temp, and --warmup_teacher_temp where there is a warm-up (0.04), or --lr where it is high"
         )
     if share > FLAT_ENTROPY:
         advice = "Lower --teacher_temp"
@@ -147,7 +147,7 @@ def collapse_warning(
         return (
             f"the teacher answers nearly the same to every view (entropy {share:.2f} of ln(out_dim), {winners} "
             "prototypes winning): it has collapsed. Use a --center_momentum of 0.9 or --centering sinkhorn, lower "
-            "--lr, keep --norm_last_layer true, raise --warmup_teacher_temp, or lower --out_dim for small data"
+            "--lr, keep --norm_last_layer true, raise --teacher_temp, or lower --out_dim for small data"
         )
     return None
 

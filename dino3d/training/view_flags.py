@@ -8,6 +8,7 @@ from augmentations import AUGMENTATION_FLAGS, AUGMENTATIONS, MultiCropAugmentati
 from dino3d.command_line import XYZ, format_values, number
 
 PROBABILITY = Policy().prob
+LOCAL_SCALE = 0.25
 LARGEST_GLOBAL = 2  # the base patch grows with its cube
 ZOOMS = (0.1, 10)  # voxels of an unresized view per voxel of a resized one: beyond, it shows next to nothing
 
@@ -110,7 +111,7 @@ def add_resized_crop_flags(group: Any) -> None:
     )
     group.add_argument(
         "--local_crops_scale",
-        default=0.25,
+        default=LOCAL_SCALE,
         nargs="+",
         type=number(float, above=0, high=1),
         metavar=("SCALE", "HIGH"),
