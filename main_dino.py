@@ -826,6 +826,7 @@ def load_initial_weights(
             if head.path != expected:
                 raise ValueError("another network's")
             weights.fit_network(part, head, checkpoint, path)
+            notices += keep_unit_length(part, name.replace("_", " "), path)
         except ValueError:
             lacking.append(name.replace("_", " "))
     groups = weights.named_tensors(checkpoint, path).items()
@@ -841,6 +842,19 @@ def load_initial_weights(
         return [*found, f"starting from {path}: {network.origin}", *notices]
     new = "; ".join(f"the {name} is new, the file has none of this shape" for name in lacking)
     return [*found, f"starting from the backbone of {path}: {network.origin}; {new}", *notices]
+
+
+def keep_unit_length(head: DINOHead, name: str, path: str) -> list[str]:
+    """Bring the prototypes of a head that was loaded to the unit length at which --norm_last_layer keeps them; returns
+    notices. Other lengths, of a run without it, would stay as they are to the end."""
+    lengths = head.last_layer.parametrizations.weight.original0  # (out_dim, 1)
+    if lengths.requires_grad or (lengths == 1).all():
+        return []
+    low, high = lengths.aminmax()
+    told = f"prototypes of the {name} in {path} had a length of {low:.3g} to {high:.3g}, by --norm_last_layer of 1 now"
+    with torch.no_grad():
+        lengths.fill_(1)
+    return [told]
 
 
 def wrap_ddp(

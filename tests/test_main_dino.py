@@ -795,6 +795,24 @@ def test_going_on_from_existing_weights(volumes, tmp_path, capsys):
     assert code == 0 and "head is new" in out
 
 
+def test_prototypes_of_another_length_become_of_unit_length(volumes, tmp_path, capsys):
+    """As --norm_last_layer says, by default; weights of a run without it keep theirs without it."""
+    flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1, "--freeze_last_layer", 0, "--ibot", 1]
+    learnt = ["--norm_last_layer", "false", "--lr", 1, "--warmup_epochs", 0]
+    assert run_main(capsys, *flags, *learnt, "--output_dir", tmp_path / "a")[0] == 0
+    weights = ["--pretrained_weights", tmp_path / "a" / "checkpoint.pth", "--lr", 0, "--min_lr", 0]
+    for folder, more, unit in (("b", [], True), ("c", ["--norm_last_layer", "false"], False)):
+        code, out, _ = run_main(capsys, *flags, *weights, *more, "--output_dir", tmp_path / folder)
+        assert code == 0 and out.count("by --norm_last_layer of 1 now") == 2 * unit  # of both heads
+        before, after = checkpoint(tmp_path / "a")["teacher"], checkpoint(tmp_path / folder)["student"]
+        for head in ("head", "patch_head"):
+            weight = f"{head}.last_layer.parametrizations.weight.original"
+            v, g = after[f"{weight}1"], after[f"{weight}0"]
+            length = (v * g / v.norm(dim=1, keepdim=True)).norm(dim=1)
+            assert (length - 1).abs().max() < 1e-6 if unit else (length - 1).abs().max() > 1e-5
+            assert torch.equal(v, before[f"{weight}1"])
+
+
 def test_weights_of_another_domain_are_told(volumes, tmp_path, capsys):
     """Another --clip_range or --spacing than theirs, with both values; a config of something else says nothing."""
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--max_steps", 1]
