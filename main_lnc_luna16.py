@@ -162,9 +162,10 @@ def check_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    idle = flags.idle_finetune_flags(parser, args)
     check_flags(parser, args)
     with start_runtime(vars(args)) as (runtime, args.precision, notices):
-        run(args, runtime, notices)
+        run(args, runtime, notices + idle)
 
 
 def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:

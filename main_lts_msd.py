@@ -190,9 +190,10 @@ def get_args_parser() -> command_line.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    idle = flags.idle_finetune_flags(parser, args)
     flags.check_finetune_flags(parser, vars(args), LAYOUT)
     with start_runtime(vars(args)) as (runtime, args.precision, notices):
-        run(args, runtime, notices)
+        run(args, runtime, notices + idle)
 
 
 def run(args: argparse.Namespace, runtime: Runtime, notices: list[str]) -> None:

@@ -914,6 +914,30 @@ def test_other_settings_run(crops, tmp_path, capsys, flags):
     assert ("air is put around" in out) == (flags[0] == "--input_size")
 
 
+@pytest.mark.parametrize(
+    "flags, idle",
+    [
+        (["--protocol", "knn"], ["--lr", 0.5, "--drop_path_rate", 0.5, "--use_rotation", "false", "--epochs", 9]),
+        (["--protocol", "linear", "--epochs", 2], ["--layer_decay", 0.1, "--drop_path_rate", 0.9, "--knn_k", 2]),
+        (["--protocol", "knn", "--folds", "subsets"], ["--k_fold", 3, "--num_test", 2, "--checkpoint_key", "student"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_flags_that_change_nothing_are_told(crops, tmp_path, capsys, flags, idle):
+    """The probabilities with them are those without them, to the last digit."""
+    flags = ["--data_dir", crops, *flags, "--shift_range", 0, 0, 0]
+    for folder, more in (("a", []), ("b", idle)):
+        code, out, _ = run_main(capsys, *flags, *more, "--output_dir", tmp_path / folder)
+        lines = " ".join(line for line in out.splitlines() if line.startswith("no effect"))
+        assert code == 0 and all(f"{flag} {value}" in lines for flag, value in zip(more[::2], more[1::2]))
+        assert more or not any(f"{flag} " in lines for flag in idle[::2] if flag not in TINY)
+    assert predictions(tmp_path / "a") == predictions(tmp_path / "b")
+    code, out, _ = run_main(
+        capsys, "--predict", crops, "--weights", tmp_path / "a", "--output_dir", tmp_path / "c", *idle[:2]
+    )
+    assert code == 0 and f"{idle[0]} {idle[1]}" in out.partition("no effect with --predict, ")[2].partition("\n")[0]
+
+
 def test_warnings(crops, tmp_path, capsys, weights):
     state = torch.load(weights)
     state["config"]["spacing"] = [0.7, 0.7, 2.5]

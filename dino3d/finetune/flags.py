@@ -1,5 +1,6 @@
 """The flags that both fine-tuning scripts share."""
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +33,41 @@ FIXED_FLAGS = (
     "shift_range",
     *augmentations.AUGMENTATION_FLAGS,
     "seed",
+)
+
+# What --predict goes by, besides what its run was trained with
+OF_PREDICTION = (
+    "predict",
+    "points",
+    "weights",
+    "output_dir",
+    "overlap",
+    "largest_component",
+    "min_volume",
+    "skip_air",
+    "save_probabilities",
+    "batch_size_per_gpu",
+    "precision",
+    "num_workers",
+    "read_timeout",
+    "use_fp16",
+    "dist_url",
+    "local_rank",
+)
+OF_ENCODER_TRAINING = ("drop_path_rate", "layer_decay")
+OF_TRAINING = (
+    *OF_ENCODER_TRAINING,
+    "epochs",
+    "lr",
+    "min_lr",
+    "warmup_epochs",
+    "weight_decay",
+    "optimizer",
+    "val_freq",
+    "max_steps",
+    "max_skipped_steps",
+    "shift_range",
+    *augmentations.AUGMENTATION_FLAGS,
 )
 
 
@@ -293,6 +329,28 @@ def check_finetune_flags(parser: command_line.ArgumentParser, given: Mapping[str
             f"--input_size {format_values(size)} is not a multiple of --patch_size {format_values(patch)} along "
             "each axis"
         )
+
+
+def idle_finetune_flags(parser: command_line.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Notices of flags that are given, other than their defaults, and change nothing. args: as they were typed"""
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    knn, linear = (given.get("protocol") == protocol for protocol in ("knn", "linear"))
+    if args.predict is not None:
+        cases = [(given.keys() - OF_PREDICTION, "with --predict, which goes by the run of --weights")]
+    else:
+        cases = [
+            (("save_probabilities",), "without --predict"),
+            (OF_TRAINING if knn else (), "with --protocol knn, which trains nothing"),
+            (() if knn else ("knn_k",), "without --protocol knn"),
+            (OF_ENCODER_TRAINING if linear or args.freeze_encoder and not knn else (), "on an encoder that is frozen"),
+            (() if args.pretrained_weights else ("checkpoint_key",), "without --pretrained_weights"),
+            (("k_fold", "num_test") if "folds" in given else (), "with --folds subsets, each of which is a fold"),
+        ]
+    notices = []
+    for idle, why in cases:
+        if named := [f"--{name} {format_values(value)}" for name, value in given.items() if name in idle]:
+            notices.append(f"no effect {why}: {', '.join(named)}")
+    return notices
 
 
 def encoder_settings(encoder: PretrainedEncoder, drop_path_rate: float | None) -> dict[str, Any]:
