@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -43,6 +44,8 @@ from dino3d.command_line import UserError
 from dino3d.data import parallel
 from dino3d.data.conventions import DataError, LeftOut
 from dino3d.data.parallel import in_processes
+from dino3d.data.volume import Volume
+from dino3d.files import read_table
 from dino3d.prepare import conversion
 from dino3d.prepare.conversion import Job, Output, convert_all, open_output
 
@@ -448,7 +451,16 @@ def test_a_file_whose_input_is_left_out_now_is_removed(tmp_path, run):
     assert "removed" not in run(*flags).out
 
 
-@pytest.mark.parametrize("lost, reason", [([7], "missing slices"), (range(1, 14), "too few slices")])
+@pytest.mark.parametrize(
+    "lost, reason",
+    [
+        ([7], "missing slices"),
+        (range(1, 14), "too few slices"),
+        (range(17, 20), "missing slices"),  # at one end: what is left is an even stack
+        (range(3), "missing slices"),
+        ([0, 19], "missing slices"),
+    ],
+)
 def test_a_file_whose_series_has_lost_slices_stays(tmp_path, run, lost, reason):
     """As that of a series that is gone; with the slices back it is as if nothing had been."""
     flags = [*small_inputs(tmp_path)["nlst"], "--output", tmp_path / "output"]
@@ -470,6 +482,105 @@ def test_a_file_whose_series_has_lost_slices_stays(tmp_path, run, lost, reason):
     assert run(*flags).code == 0 and contents(tmp_path / "output") == before
     after = times(tmp_path / "output")
     assert all(after[name] == stood[name] for name in after if name != conversion.MANIFEST)
+
+
+@pytest.mark.parametrize("more", [[], ["--crop_to_body", 4], ["--one_per_study"]])
+def test_a_shorter_series_is_taken_once_its_file_is_removed(more, tmp_path, run):
+    """Of a study as well, of which no other series takes its place meanwhile."""
+    source, output = tmp_path / "input", tmp_path / "output"
+    write_series(source / "best", series="1.2.3.1", n=24, thickness=1.0)
+    write_series(source / "other", series="1.2.3.2", n=24)
+    flags = ["nlst", "--input", source, "--output", output, *more]
+    run(*flags)
+    first, stood = contents(output), written(output)
+    del first[conversion.MANIFEST]
+    assert stood == ["P1/t0/1.2.3.1.hdf5", *["P1/t0/1.2.3.2.hdf5"] * ("--one_per_study" not in more)]
+    for number in range(18, 24):
+        (source / "best" / f"{number}.dcm").unlink()
+    assert "left out      1  missing slices, such as best#1.2.3.1" in run(*flags).out
+    (reason,) = (row["reason"] for row in read_table(output / conversion.MANIFEST) if "missing" in row["reason"])
+    assert reason.endswith("; its file of an earlier run stays until you remove it")
+    assert {name: content for name, content in contents(output).items() if name != conversion.MANIFEST} == first
+    (output / stood[0]).unlink()
+    result = run(*flags)
+    assert result.code == 0 and written(output) == stood and "stay" not in result.out
+    with Volume(output / stood[0]) as volume:
+        assert volume.shape[2] == 18
+    after = times(output)
+    run(*flags)
+    assert times(output) == after
+
+
+def test_crops_of_a_series_that_has_lost_its_end_stay(tmp_path, run):
+    """They would have air where its slices were."""
+    source, output = tmp_path / "input", tmp_path / "output"
+    write_series(source, n=24)
+    header = ["seriesuid", "coordX", "coordY", "coordZ", "class"]
+    table = write_table(tmp_path / "t.csv", header, [("1.2.3.1", 0, 0, 40, 1), ("1.2.3.1", 0, 0, 20, 0)])
+    flags = ["luna16", "--input", source, "--output", output, "--table", table, "--size", 8, 8, 8]
+    run(*flags)
+    first, stood = contents(output), written(output)
+    del first[conversion.MANIFEST]
+    for number in range(21, 24):
+        (source / f"{number}.dcm").unlink()
+    for _ in range(2):
+        result = run(*flags)
+        assert "left out      2  missing slices" in result.out and "2 files from earlier runs stay" in result.out
+        assert {name: content for name, content in contents(output).items() if name != conversion.MANIFEST} == first
+    for name in stood:
+        (output / name).unlink()
+    assert run(*flags).code == 0 and written(output) == stood
+    near, far = (nibabel.load(output / f"subset0/label{label}/P1/t_00000{3 - label}.nii.gz") for label in (0, 1))
+    assert (np.asarray(far.dataobj)[..., -1] == -1024).all() and (np.asarray(near.dataobj) > -1024).all()
+
+
+def test_points_that_a_table_has_no_more_lose_their_crops(tmp_path, run):
+    """Rows behind a deleted one move up a line: the last crop of before would stand there twice."""
+    source, output = write_luna16(tmp_path / "input", {"1.2.1": "subset0", "1.2.2": "subset0"}), tmp_path / "output"
+    header = ["seriesuid", "coordX", "coordY", "coordZ", "class"]
+    rows = [(series, 0, 0, z, z % 2) for series in ("1.2.1", "1.2.2") for z in range(4)]
+    table, other = write_table(tmp_path / "t.csv", header, rows), write_table(tmp_path / "u.csv", header, rows[:1])
+    flags = ["luna16", "--input", source, "--output", output, "--size", 8, 8, 8, "--table"]
+    run(*flags, other)
+    run(*flags, table)
+
+    def places():
+        found = [row for row in manifest(output).values() if "#t:" in row["source"]]
+        return sorted((row["source"].split("#")[0], float(row["z"]), int(row["label"])) for row in found)
+
+    def expected():
+        return sorted((f"subset0/{row[0]}.mhd", float(row[3]), int(row[4])) for row in rows)
+
+    assert places() == expected() and len(written(output)) == 9
+    del rows[2]
+    rows[-1] = (*rows[-1][:-1], 0)  # and its label is corrected
+    write_table(table, header, rows)
+    result = run(*flags, table)
+    assert result.code == 0 and places() == expected() and len(written(output)) == 8  # one of them of u.csv
+    assert (
+        "note: 2 files of earlier runs removed, such as subset0/label1/1.2.1/t_000005.nii.gz: left out now"
+        in result.out
+    )
+    assert "files of earlier runs were made anew, as their inputs or tables have changed, such as subset0" in result.out
+    del rows[:3]  # the whole of a scan
+    write_table(table, header, rows)
+    result = run(*flags, table)
+    assert result.code == 0 and places() == expected()
+    (source / "subset0" / "1.2.2.mhd").rename(tmp_path / "gone.mhd")
+    result = run(*flags, other)
+    assert result.code == 0 and len(written(output)) == 5 and "removed" not in result.out
+
+
+def test_what_is_made_anew_is_told(tmp_path, run):
+    for command, flags in small_inputs(tmp_path).items():
+        output = tmp_path / f"output_{command}"
+        assert "anew" not in run(*flags, "--output", output).out
+        assert "anew" not in run(*flags, "--output", output).out
+        changed = sorted((tmp_path / command).rglob("*.nii.gz" if command != "luna16" else "*.mhd"))[0]
+        os.utime(changed)
+        result = run(*flags, "--output", output)
+        assert "files of earlier runs were made anew, as their inputs or tables have changed, such as " in result.out
+        assert "anew" not in run(*flags, "--output", output).out
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,20 @@ journal of what is done, from which a rerun resumes. Both are gone when a run en
 
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino3d.command_line import UserError
-from dino3d.data.conventions import DataError, LeftOut
+from dino3d.data.conventions import DataError, LeftOut, format_size
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.sidecar import index_path
 from dino3d.files import TEXT, atomic_write, file_state, read_json, read_rows, table_bytes
@@ -30,6 +33,7 @@ WRITTEN, LEFT_OUT, FAILED = "written", "left out", "failed"
 NOTE = "note: "  # before the reason of a file that was written all the same
 # How the reasons begin for which a series that was whole is left out when slices of it are deleted
 FEWER_SLICES = ("missing slices", "too few slices", "uneven spacing")
+STAYS = "; its file of an earlier run stays until you remove it"  # how they end where there is one
 OUTPUT_FORMAT = 2  # raise it when the same input and options give another output
 
 
@@ -38,11 +42,13 @@ class Job(NamedTuple):
 
     sources: what the manifest calls them; stamp: changes when they do
     task: what the converting function takes, whatever it is
+    before: whether there is a file of an earlier run that may be better than what would be written now
     """
 
     sources: tuple[str, ...]
     stamp: str
     task: Any
+    before: bool = False
 
 
 class Output(NamedTuple):
@@ -61,6 +67,20 @@ class Output(NamedTuple):
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that stand for the parts: anything that has a repr."""
     return hashlib.sha256(repr((OUTPUT_FORMAT, parts)).encode()).hexdigest()[:16]
+
+
+def require_as_many(shape: Sequence[int], before: str, source: str) -> None:
+    """Raise LeftOut for a series of fewer voxels than an earlier run's: slices are gone, at one end or all over.
+
+    before: shape then, "" without one
+    """
+    if before and math.prod(shape) < math.prod(map(int, before.split(" x "))):
+        raise LeftOut(source, f"missing slices: {format_size(shape)} voxels, where an earlier run had {before}")
+
+
+def with_file(reason: str, before: str) -> str:
+    """A reason for which an input is left out, and that its file of an earlier run stays, where it does."""
+    return reason + STAYS if before and reason.startswith(FEWER_SLICES) else reason
 
 
 # --------------------------------------------------------------------------------------------------- the output folder
@@ -141,7 +161,22 @@ class Records:
     def finished(self, job: Job) -> list[dict[str, str]] | None:
         """The rows of a job that an earlier run has done and whose files are still there; None if it has to be done."""
         rows = self.earlier.get(job.stamp, [])
+        if not job.before and any(row.get("reason", "").endswith(STAYS) for row in rows):
+            return None  # that file has been removed
         return rows if len(rows) >= len(job.sources) and all(map(self.stands, rows)) else None
+
+    @functools.cached_property
+    def standing(self) -> dict[str, dict[str, str]]:
+        """{source, and output too: row} of the files of earlier runs that are there."""
+        rows = [row for row in itertools.chain.from_iterable(self.earlier.values()) if row["status"] == WRITTEN]
+        there = [row for row in rows if self.stands(row)]
+        return {row[name]: row for name in ("source", "output") for row in there}
+
+    def shape_of(self, *names: str, column: str = "shape") -> str:
+        """A column with a shape of the first of these sources or outputs that has a file of an earlier run, else ""."""
+        row = next((self.standing[name] for name in names if name in self.standing), {})
+        shape = row.get(column) or ""
+        return shape if re.fullmatch(r"\d+( x \d+)*", shape) else ""
 
     def stands(self, row: dict[str, str]) -> bool:
         """Whether what a row says still holds: its file is there and as large, or its input was left out."""
@@ -155,28 +190,33 @@ class Records:
             file.write(json.dumps(rows) + "\n")
 
     def finish(
-        self, rows: list[dict[str, str]], columns: Sequence[str]
-    ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        """Write the manifest; returns the rows that earlier runs left in it, and those of inputs that are left out now,
-        with the reason, whose files were removed.
+        self, rows: list[dict[str, str]], columns: Sequence[str], gone: Callable[[dict[str, str]], str]
+    ) -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, str]]]:
+        """Write the manifest; returns the rows that earlier runs left in it; those of files that were removed as their
+        input is left out now, with the reason; and those of files that were made anew of a changed input.
 
-        A file of an earlier run is removed if its input now leads elsewhere. One whose input is gone, has lost slices
-        or can't be read any more stays, and so does its row.
+        A file of an earlier run is removed if its input now leads elsewhere, or `gone` says why. Else one whose input
+        is gone, has lost slices or can't be read any more stays, and so does its row.
         """
-        outputs = {row["output"] for row in rows}
+        sources, outputs = {row["source"] for row in rows}, {row["output"]: row for row in rows}
         replaced = {
             row["source"]: row
             for row in rows
             if row["status"] != FAILED and not (row["status"] == LEFT_OUT and row["reason"].startswith(FEWER_SLICES))
         }
-        kept, removed = [], []
+        kept, removed, anew = [], [], []
         for row in itertools.chain.from_iterable(self.earlier.values()):
-            if row.get("output") and row["output"] not in outputs and (self.output / row["output"]).is_file():
-                if row["source"] in replaced:
+            if row["output"] in outputs:
+                anew += [row] * (row["output"] != "" and row["stamp"] != outputs[row["output"]]["stamp"])
+            elif (self.output / row["output"]).is_file():
+                now = replaced.get(row["source"])
+                reason = now["reason"] * (now["status"] == LEFT_OUT) if now else ""
+                if row["source"] not in sources:
+                    reason = gone(row)
+                if now or reason:
                     index_path(self.output / row["output"]).unlink(missing_ok=True)  # first: killed here, it goes on
                     (self.output / row["output"]).unlink()
-                    if replaced[row["source"]]["status"] == LEFT_OUT:
-                        removed.append({**row, "reason": replaced[row["source"]]["reason"]})
+                    removed += [{**row, "reason": reason}] * bool(reason)
                 else:
                     kept.append(row)
         rows = sorted(rows + kept, key=lambda row: (row["source"], row["output"]))
@@ -185,7 +225,7 @@ class Records:
         if not manifest.exists() or manifest.read_bytes() != table:
             with atomic_write(manifest, folder=self.output / WORK, sync=True) as part:
                 part.write_bytes(table)
-        return kept, removed
+        return kept, removed, anew
 
 
 def _is_whole(row: Any) -> bool:
@@ -212,12 +252,13 @@ def convert_all(
     columns: Sequence[str],
     workers: int,
     unit: str,
+    gone: Callable[[dict[str, str]], str] = lambda row: "",
 ) -> "Outcome":
     """Do the jobs that are not done yet, then write the manifest; returns an Outcome for `report_outcome`.
 
     convert: a module's function from a job's task to an iterator of Outputs; it runs in a worker and may raise
         DataError
-    columns: of the manifest; unit: what the progress bar counts
+    columns: of the manifest; unit: what the progress bar counts; gone: see `Records.finish`
     Raises UserError where the output can't be written; what is done stays done.
     """
     rows, before, todo = [], 0, []
@@ -249,16 +290,18 @@ def convert_all(
             records.add(result)
             rows += result
             bar.update()
-    return Outcome(rows, before, *records.finish(rows, columns), records.output / MANIFEST)
+    return Outcome(rows, before, *records.finish(rows, columns, gone), records.output / MANIFEST)
 
 
 class Outcome(NamedTuple):
-    """rows: of the manifest; before: files that were there; kept, removed: see `Records.finish`; manifest: its path."""
+    """rows: of the manifest; before: files that were there; kept, removed, anew: see `Records.finish`; manifest: its
+    path."""
 
     rows: list[dict[str, str]]
     before: int
     kept: list[dict[str, str]]
     removed: list[dict[str, str]]
+    anew: list[dict[str, str]]
     manifest: Path
 
 
@@ -330,6 +373,11 @@ def report_outcome(outcome: Outcome) -> None:
     if noted:
         source, reason = noted[0]
         print(f"{len(noted)} files have a note in the manifest, such as {source}: {reason.removeprefix(NOTE)}")
+    if outcome.anew:
+        print(
+            f"note: {len(outcome.anew)} files of earlier runs were made anew, as their inputs or tables have changed, "
+            f"such as {outcome.anew[0]['output']}"
+        )
     if outcome.kept:
         print(
             f"note: {len(outcome.kept)} files from earlier runs stay, of inputs or tables that are not given now, have "

@@ -5,7 +5,7 @@ import collections
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from dino3d.command_line import UserError
 from dino3d.data import images
-from dino3d.data.conventions import DataError
+from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, LeftOut, format_size, is_kind
 from dino3d.data.layouts import UNLABELLED
 from dino3d.data.lists import like_patient
 from dino3d.data.points import (
@@ -42,6 +42,8 @@ from dino3d.prepare.conversion import (
     note_of,
     open_output,
     report_outcome,
+    require_as_many,
+    with_file,
 )
 from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
 from dino3d.prepare.point_tables import (
@@ -54,8 +56,10 @@ from dino3d.prepare.point_tables import (
     write_split,
 )
 
-LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", *IMAGE_COLUMNS]
+LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", "scan_shape", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
+NO_POINTS = "no points"  # how a reason begins
+NOT_IN_TABLE = "no point: its table has it no more, or in another line, or it is not drawn any more"
 
 
 class CropTask(NamedTuple):
@@ -134,16 +138,26 @@ def luna16(
             ]
             files = [*scan.files, *companions(input, scan.name)]
             tasks.append(CropTask(scan.name, files, patient, chosen, outputs))
-        require_one_label(tasks, records)
-        jobs = [
-            Job(
-                tuple(f"{task.source}{point_id(point)}" for point in task.points) or (task.source,),
-                fingerprint(task),
-                (str(input), size, spacing if any(spacing) else None, task),
-            )
-            for task in tasks
-        ]
-        outcome = convert_all(convert_crops, jobs, records, LUNA16_COLUMNS, workers, "scan")
+        # A table that is given has all of its points in the scans that can be cropped from
+        given = {point.table for of_series in points.values() for point in of_series}
+        there = {task.source for task in tasks if task.points or task.reason.startswith(NO_POINTS)}
+
+        def gone(row: dict[str, str]) -> str:
+            scan, _, point = row["source"].rpartition("#")
+            return NOT_IN_TABLE if scan in there and point.rpartition(":")[0] in given else ""
+
+        require_one_label(tasks, records, gone)
+        before = {  # of DICOM series, of which slices may be lost
+            row["source"].rpartition("#")[0]: records.shape_of(row["source"], column="scan_shape")
+            for row in records.standing.values()
+        }
+        jobs = []
+        for task in tasks:
+            shape = before.get(task.source, "") if task.points and not is_kind(task.source, VOLUME_SUFFIXES) else ""
+            sources = tuple(f"{task.source}{point_id(point)}" for point in task.points) or (task.source,)
+            convertible = (str(input), size, spacing if any(spacing) else None, shape, task)
+            jobs.append(Job(sources, fingerprint(task), convertible, bool(shape)))
+        outcome = convert_all(convert_crops, jobs, records, LUNA16_COLUMNS, workers, "scan", gone)
         if parts:
             written = {row["output"] for row in outcome.rows if row["status"] == WRITTEN}
             placed = [
@@ -169,9 +183,9 @@ def reason_unusable(
     if no_scan:
         return (FAILED, no_scan) if scans else (LEFT_OUT, f"{no_scan}: {len(points)} points")
     if not points:
-        return LEFT_OUT, "no points: the table names none in this scan"
+        return LEFT_OUT, f"{NO_POINTS}: the table names none in this scan"
     if not chosen:
-        return LEFT_OUT, f"no points: all {len(points)} are of label 0, of which --negatives_per_scan takes none"
+        return LEFT_OUT, f"{NO_POINTS}: all {len(points)} are of label 0, of which --negatives_per_scan takes none"
     if not patient:
         return FAILED, f"no patient: {patients} does not name this series"
     return None
@@ -291,8 +305,8 @@ def patients_of_tables(tables: Sequence[Path]) -> dict[str, str]:
     return patients
 
 
-def require_one_label(tasks: Sequence[CropTask], records: Records) -> None:
-    """Raise UserError where a crop of an earlier run, which is of a table that is not among these, has the place of a
+def require_one_label(tasks: Sequence[CropTask], records: Records, gone: Callable[[dict[str, str]], str]) -> None:
+    """Raise UserError where a crop of an earlier run that stays, of a table that is not among these, has the place of a
     point of theirs and another label: one image would be trained on with both."""
     now = {f"{task.source}{point_id(point)}" for task in tasks for point in task.points}
     points = {
@@ -302,7 +316,12 @@ def require_one_label(tasks: Sequence[CropTask], records: Records) -> None:
         if not point.problem
     }
     for row in itertools.chain.from_iterable(records.earlier.values()):
-        if row["status"] != WRITTEN or row["source"] in now or not (records.output / row["output"]).is_file():
+        if (
+            row["status"] != WRITTEN
+            or row["source"] in now
+            or gone(row)
+            or not (records.output / row["output"]).is_file()
+        ):
             continue
         try:
             point = points.get((row["source"].rpartition("#")[0], *place_of_point(float(row[axis]) for axis in "xyz")))
@@ -316,15 +335,19 @@ def require_one_label(tasks: Sequence[CropTask], records: Records) -> None:
             )
 
 
-def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTask]) -> Iterator[Output]:
+def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, str, CropTask]) -> Iterator[Output]:
     """Outputs of a CropTask: a crop for each point, or the reason why not."""
-    folder, size, spacing, task = task
+    folder, size, spacing, before, task = task
     if task.status:
         yield Output(
             {"source": task.source, "patient": task.patient, "status": task.status, "reason": task.reason}, None
         )
         return
-    image, notes = open_ct(os.path.join(folder, task.source))
+    try:
+        image, notes = open_ct(os.path.join(folder, task.source))
+        require_as_many(image.GetSize(), before, task.source)
+    except LeftOut as error:
+        raise LeftOut(error.path, with_file(error.reason, before)) from error
     for point, output in zip(task.points, task.outputs):
         row = {
             "source": task.source + point_id(point),
@@ -332,6 +355,7 @@ def convert_crops(task: tuple[str, Sequence[int], Sequence[float] | None, CropTa
             "diameter_mm": point.diameter,
             "label": "" if point.label is None else point.label,
             **dict(zip("xyz", point.position)),
+            "scan_shape": format_size(image.GetSize()),
         }
         try:
             crop = crop_around(image, point, size, spacing, row["source"])

@@ -24,6 +24,7 @@ from dino3d.data.volume import Volume
 from dino3d.prepare.conversion import (
     FAILED,
     LEFT_OUT,
+    STAYS,
     Job,
     Output,
     convert_all,
@@ -31,6 +32,8 @@ from dino3d.prepare.conversion import (
     note_of,
     open_output,
     report_outcome,
+    require_as_many,
+    with_file,
 )
 from dino3d.prepare.index import store_index
 from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
@@ -42,11 +45,15 @@ NLST_COLUMNS = ["source", "output", "patient", "study_date", "slice_thickness", 
 
 
 class ScanTask(NamedTuple):
-    """Scans to be converted, or of which the first that can be used is (one_of_them), with the outputs' paths."""
+    """Scans to be converted, or of which the first that can be used is (one_of_them), with the outputs' paths.
+
+    before: shapes of the files that earlier runs made of series, "" where there is none
+    """
 
     input: str
     scans: list[Scan]
     outputs: list[str]
+    before: list[str]
     one_of_them: bool
     min_slices: int
     crop_to_body: float | None
@@ -69,12 +76,18 @@ def nlst(input: Path, output: Path, workers: int, one_per_study: bool, **options
         for scan in sorted(scans, key=series_preference):
             study = one_per_study and scan.header and scan.header.study  # which badly anonymised patients may share
             groups[(patient_of(scan.header), study) if study else scan.name].append(scan)
-        tasks = [
-            ScanTask(str(input), group, [places[scan.name] for scan in group], len(group) > 1, **options)
-            for group in groups.values()
-        ]
+        tasks = []
+        for group in groups.values():
+            outputs = [places[scan.name] for scan in group]
+            before = [records.shape_of(place, scan.name) if scan.header else "" for scan, place in zip(group, outputs)]
+            tasks.append(ScanTask(str(input), group, outputs, before, len(group) > 1, **options))
         jobs = [
-            Job(tuple(scan.name for scan in task.scans), fingerprint(watched(input, task.scans), task.outputs), task)
+            Job(
+                tuple(scan.name for scan in task.scans),
+                fingerprint(watched(input, task.scans), task.outputs),
+                task,
+                any(task.before),
+            )
             for task in tasks
         ]
         outcome = convert_all(convert_scans, jobs, records, NLST_COLUMNS, workers, "scan")
@@ -152,7 +165,7 @@ def patient_of(header: Slice) -> str:
 def convert_scans(task: ScanTask) -> Iterator[Output]:
     """Outputs of a ScanTask; one for each scan, with a file or with the reason why not."""
     kept = None
-    for scan, output in zip(task.scans, task.outputs):
+    for scan, output, before in zip(task.scans, task.outputs, task.before):
         row = {"source": scan.name}
         if scan.header:
             row |= {
@@ -166,9 +179,12 @@ def convert_scans(task: ScanTask) -> Iterator[Output]:
             continue
         try:
             image, notes = read_scan(task, scan)
+            require_as_many(image.GetSize(), before, scan.name)
         except DataError as error:
-            status = LEFT_OUT if isinstance(error, LeftOut) else FAILED
-            yield Output({**row, "status": status, "reason": error.reason}, None)
+            status, reason = LEFT_OUT if isinstance(error, LeftOut) else FAILED, with_file(error.reason, before)
+            if reason.endswith(STAYS) and task.one_of_them:
+                kept = scan.name
+            yield Output({**row, "status": status, "reason": reason}, None)
             continue
         kept = scan.name if task.one_of_them else None
         folder = output.split("/")[0]
