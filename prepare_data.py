@@ -12,6 +12,7 @@ Everything is brought to RAS and int16 Hounsfield units. A run that was stopped 
 is started again. What became of every input stands in manifest.csv.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any
 from dino3d.command_line import XYZ, ArgumentParser, UserError, available_cores, exit_status, help_flags, number
 from dino3d.data.conventions import DataError, format_size
 from dino3d.data.hdf5 import FILTERS
+from dino3d.finetune.splits import patient_splits
 from dino3d.prepare.check import check
 from dino3d.prepare.demo import demo
 from dino3d.prepare.index import index
@@ -204,7 +206,7 @@ def add_check(commands: Any) -> None:
     required, options = add_command(
         commands,
         "check",
-        check,
+        functools.partial(check, make_folds=patient_splits),
         "read a folder and tell what the training scripts would say and refuse",
         "FOLDER [flags]",
     )

@@ -571,16 +571,16 @@ def test_points_that_a_table_has_no_more_lose_their_crops(tmp_path, run):
     assert result.code == 0 and len(written(output)) == 5 and "removed" not in result.out
 
 
-def test_what_is_made_anew_is_told(tmp_path, run):
+def test_files_of_changed_inputs_are_counted(tmp_path, run):
     for command, flags in small_inputs(tmp_path).items():
         output = tmp_path / f"output_{command}"
-        assert "anew" not in run(*flags, "--output", output).out
-        assert "anew" not in run(*flags, "--output", output).out
+        assert "made anew" not in run(*flags, "--output", output).out
+        assert "made anew" not in run(*flags, "--output", output).out
         changed = sorted((tmp_path / command).rglob("*.nii.gz" if command != "luna16" else "*.mhd"))[0]
         os.utime(changed)
         result = run(*flags, "--output", output)
         assert "files of earlier runs were made anew, as their inputs or tables have changed, such as " in result.out
-        assert "anew" not in run(*flags, "--output", output).out
+        assert "made anew" not in run(*flags, "--output", output).out
 
 
 @pytest.mark.parametrize(

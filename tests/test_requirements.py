@@ -17,6 +17,7 @@ from dino3d.data.conventions import DataError
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.pretraining import PretrainingPatches
 from dino3d.data.requirements import hu_problem
+from dino3d.data.sources import find_data
 from dino3d.data.volume import Volume
 from dino3d.finetune.crops import EvaluationCrops, new_crop_lines
 from utils import Processes
@@ -264,7 +265,7 @@ class Started(Exception):
     """Training would begin now."""
 
 
-def start_of_training(script, folder, out, monkeypatch, capsys):
+def start_of_training(script, folder, out, monkeypatch, capsys, more=("--k_fold", 2)):
     """(whether training would begin, what the script printed) of its start."""
     from dino3d.command_line import UserError
 
@@ -275,7 +276,7 @@ def start_of_training(script, folder, out, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "run_fold", begin)
     flags = ["--arch", "vit_micro", "--input_size", 24, 24, 12]
-    flags += ["--num_workers", 0, "--k_fold", 2, "--data_dir", folder, "--output_dir", out]
+    flags += ["--num_workers", 0, *more, "--data_dir", folder, "--output_dir", out]
     try:
         module.main(list(map(str, flags)))
     except Started:
@@ -374,6 +375,34 @@ def test_check_tells_too_few_patients(tmp_path, run):
         result = run("check", tmp_path / str(count))
         assert f"warning: {count} cases are too few for a test set and --k_fold 5" in result.out
         assert result.code == 0 and told in result.out
+
+
+@pytest.mark.parametrize("carriers, fold", [((3, 5), 0), ((3, 6), 2), ((0, 1), None), ((0, 2), None)])
+def test_check_tells_where_a_default_fold_lacks_a_class(carriers, fold, tmp_path, run, monkeypatch, capsys):
+    """Two cases have class 2; by the default flags 3 and 5 are tested and 6 is the third fold's validation."""
+    folder = tmp_path / "data"
+    write_pairs(folder)
+    for i in carriers:
+        spoil(f"labels/p{i}.nii.gz", lambda voxels: np.where(np.arange(14) == 7, 2 * voxels, voxels))(folder)
+    began, said = start_of_training("lts", folder, tmp_path / "out", monkeypatch, capsys, more=())
+    result, told = run("check", folder), f"fold {fold} has no case with class 2 to train on"
+    assert began is (fold is None) and (told in said) is (told in result.out) is not began
+    assert result.code == 0 and ("warning:" in result.out) is not began
+
+
+def test_check_takes_lists_as_pre_training_does(tmp_path, run):
+    """Which may name a volume twice, to weight it."""
+    for i in range(2):
+        write_nifti(tmp_path / f"{i}.nii.gz", noise(i), np.eye(4))
+    table = tmp_path / "table.csv"
+    table.write_text("path\n0.nii.gz\n1.nii.gz\n0.nii.gz\n")
+    assert len(find_data(None, None, str(table), tmp_path / "index").paths) == 3
+    result = run("check", table)
+    assert result.code == 0 and "2 volumes" in result.out
+    assert f"note: --predict would refuse it: {table}: lines 2 and 4 name one file" in result.out
+    table.write_text("path\n0.nii.gz\n2.nii.gz\n")
+    result = run("check", table)
+    assert result.code == 1 and "2.nii.gz: can't be read: no such file" in result.errors[0]
 
 
 def test_pre_training_data_is_looked_at_without_its_labels(tmp_path, run):

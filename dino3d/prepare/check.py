@@ -4,7 +4,7 @@ import collections
 import functools
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +23,13 @@ from dino3d.data.layouts import (
     find_volumes,
     none_found,
     pairs_of,
+    read_data_list,
     read_pair,
 )
 from dino3d.data.lists import LABEL, MASK, columns_of, crops_of_list, is_table, pairs_of_list, read_list
 from dino3d.data.parallel import in_processes, progress
 from dino3d.data.requirements import (
+    DEFAULT_PATIENTS,
     Header,
     alike_patients,
     case_lines,
@@ -69,12 +71,16 @@ class CheckedFile(NamedTuple):
         return Header(self.size, self.spacing, self.notes)
 
 
+Folds = Sequence[Any]  # Splits
 Checked = tuple[list[CheckedFile], list[DataError], list[str]]  # files, what would be refused, lines on what is odd
 
 
-def check(folder: Path, workers: int, label_column: str | None = None) -> None:
+def check(folder: Path, workers: int, make_folds: Callable[..., Folds], label_column: str | None = None) -> None:
     """Print what a folder of data, or a table of files, holds and what the training scripts would say and refuse of it,
-    and why. label_column: of a table of labelled crops"""
+    and why.
+
+    make_folds: `finetune.splits.patient_splits`; label_column: of a table of labelled crops
+    """
     if label_column and not is_table(folder):
         raise UserError(f"--label_column {label_column} is a column of a table (.csv), and {folder} is none")
     if not folder.is_dir() and not (is_table(folder) and folder.is_file()):
@@ -83,11 +89,11 @@ def check(folder: Path, workers: int, label_column: str | None = None) -> None:
         raise UserError(f"{folder}: is no folder" + ("" if is_table(folder) else ", and no table of files (.csv)"))
     kinds = ("images", "labels", "imagesTr", "labelsTr")
     if not folder.is_dir():
-        look = look_at_table(folder, label_column)
+        look = look_at_table(folder, make_folds, label_column)
     elif any((folder / kind).is_dir() for kind in kinds) or (folder / "dataset.json").is_file():
-        look = check_cases
+        look = functools.partial(check_cases, make_folds=make_folds)
     elif any(path.is_dir() and path.name.startswith("subset") for path in folder.iterdir()):
-        look = check_crops_of
+        look = functools.partial(check_crops_of, make_folds=make_folds)
     else:
         look = check_volumes
     try:
@@ -105,18 +111,20 @@ def check(folder: Path, workers: int, label_column: str | None = None) -> None:
     print("nothing would be refused")
 
 
-def look_at_table(path: Path, label_column: str | None) -> Callable[[Path, int], Checked]:
+def look_at_table(
+    path: Path, make_folds: Callable[..., Folds], label_column: str | None
+) -> Callable[[Path, int], Checked]:
     """What looks at a table: as masks where it has such a column and no other is asked for, as labels, or as volumes
     alone."""
     columns = columns_of(path, [MASK, label_column or LABEL])
     if MASK in columns and not label_column:
-        return check_cases
+        return functools.partial(check_cases, make_folds=make_folds)
     if label_column or LABEL in columns:
-        return functools.partial(check_crops_of, label_column=label_column or LABEL)
+        return functools.partial(check_crops_of, make_folds=make_folds, label_column=label_column or LABEL)
     return check_volumes
 
 
-def check_cases(folder: Path, workers: int) -> Checked:
+def check_cases(folder: Path, workers: int, make_folds: Callable[..., Folds]) -> Checked:
     """What main_lts_msd.py would say of a folder or table."""
     if is_table(folder):
         found = pairs_of_list(folder)
@@ -134,10 +142,13 @@ def check_cases(folder: Path, workers: int) -> Checked:
     problems += class_faults(classes, [pair.name for pair in usable], folder)
     headers = [one.header for _, one in good] + [one.header._replace(notes=one.label_notes) for _, one in good]
     lines = told + case_lines(usable, classes, [one.faults[1] for _, one in good], headers)
-    return seen, problems, lines + few_patients(len(set(patients)), "patients" if is_table(folder) else "cases")
+    lines += few_patients(len(set(patients)), "patients" if is_table(folder) else "cases")
+    if not problems and len(good) == len(pairs):
+        lines += unlearnt(make_folds, patients, [0] * len(pairs), classes, "case with class ")
+    return seen, problems, lines
 
 
-def check_crops_of(folder: Path, workers: int, label_column: str = LABEL) -> Checked:
+def check_crops_of(folder: Path, workers: int, make_folds: Callable[..., Folds], label_column: str = LABEL) -> Checked:
     """What main_lnc_luna16.py would say of a folder or table."""
     if is_table(folder):
         crops, _, problems, odd, *_ = crops_of_list(folder, label_column)
@@ -156,18 +167,55 @@ def check_crops_of(folder: Path, workers: int, label_column: str = LABEL) -> Che
     names = [] if is_table(folder) else find_volumes(folder)
     unlabelled = sum(name.split(os.sep)[1:2] == [UNLABELLED] for name in names)
     told = [f"note: {unlabelled} crops in {UNLABELLED} folders are for --predict: not trained on"] if unlabelled else []
-    return seen, problems + faults, odd + lines + told + few_patients(len(patients), "patients")
+    lines += told + few_patients(len(patients), "patients")
+    if not problems:
+        labels = [crop.label for crop in crops]
+        lines += unlearnt(
+            make_folds, [crop.patient for crop in crops], labels, [{k} for k in labels], "patient with label"
+        )
+    return seen, problems + faults, odd + lines
+
+
+def unlearnt(
+    make_folds: Callable[..., Folds],
+    patients: Sequence[str],
+    labels: Sequence[int],
+    classes: Sequence[Iterable[int]],
+    what: str,
+) -> list[str]:
+    """[] or [a line on a class that nobody has in a fold's training, with which training would not begin].
+
+    patients, labels, classes: of each case, labels as training divides by them; what: to call one with a class
+    """
+    try:
+        folds = make_folds(patients, labels, None, DEFAULT_PATIENTS - 1, 0)
+    except UserError:  # too few, which is told
+        return []
+    everywhere = {k for of_case in classes for k in of_case}
+    for number, fold in enumerate(folds):
+        train = set(fold.train)
+        trained = {k for patient, of_case in zip(patients, classes) if patient in train for k in of_case}
+        if missing := everywhere - trained:
+            return [
+                f"warning: by the default --k_fold {DEFAULT_PATIENTS - 1} and --seed 0 fold {number} has no {what}"
+                f"{min(missing)} to train on, and training would refuse: lower --k_fold or --num_test, take another "
+                "--seed, or add such cases"
+            ]
+    return []
 
 
 def check_volumes(folder: Path, workers: int) -> Checked:
     """What main_dino.py would say of a folder or table."""
     if is_table(folder):
-        paths, passed_over = [row.path for row in read_list(folder)], ""
-        of_patients = ""
+        paths, passed_over, of_patients = list(dict.fromkeys(read_data_list(folder))), "", ""
         print(
             f"note: {folder} has no column {LABEL} or {MASK}: checked for pre-training and --predict alone; "
             "--label_column names a column of labels"
         )
+        try:
+            read_list(folder)
+        except DataError as error:  # pre-training takes a volume twice
+            print(f"note: --predict would refuse it: {error}")
     else:
         names, passed_over = find_unlabelled(folder)
         paths = [str(folder / name) for name in names]
