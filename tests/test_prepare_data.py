@@ -817,6 +817,36 @@ def test_scans_are_dicom_series_and_converted_files_too(tmp_path, run):
         np.testing.assert_allclose(crop.affine, found["nifti"].affine, atol=1e-4)
 
 
+def test_series_of_fewer_images_than_the_download_should_have_are_told(tmp_path, run):
+    """By the metadata.csv of TCIA's downloader, since a stack without its end is even."""
+    source = tmp_path / "input" / "manifest-1"
+    for k in range(3):
+        write_series(source / "NLST" / f"P{k}" / "1.000000-0OPAGELS", series=f"1.2.3.{k}", patient=f"P{k}", n=20)
+    for i in range(17, 20):
+        (source / "NLST" / "P1" / "1.000000-0OPAGELS" / f"{i}.dcm").unlink()
+    header = ["Series UID", "Collection", "Subject ID", "Number of Images", "File Location"]
+    rows = [(f"1.2.3.{k}", "NLST", f"P{k}", 20, f"./NLST/P{k}") for k in range(2)]
+    write_table(source / "metadata.csv", header, [*rows, ("1.2.3.9", "NLST", "P9", 7, ".")])
+    write_table(source.parent / "metadata.csv", ["name", "value"], [("another", "table")])
+    flags = ["nlst", "--input", source.parent, "--output", tmp_path / "output"]
+    told = "metadata.csv has 20 images of this series, of which 17 are here"
+    for _ in range(2):
+        result = run(*flags)
+        name = "manifest-1/NLST/P1/1.000000-0OPAGELS#1.2.3.1"
+        assert result.code == 0 and f"warning: 1 series are incomplete, such as {name}: {told}" in result.out
+        reasons = {source[-1]: reason for source, (_, reason) in outcomes(tmp_path / "output").items()}
+        assert reasons == {"0": "", "1": f"note: {told}", "2": ""}
+    table = write_table(tmp_path / "t.csv", [*POINTS, "class"], [("1.2.3.1", 0, 0, 20, 1)])
+    flags = ["luna16", "--input", source.parent, "--output", tmp_path / "crops", "--table", table, "--size", 8, 8, 8]
+    assert told in run(*flags).out
+    write_series(source / "NLST" / "P1" / "1.000000-0OPAGELS", series="1.2.3.1", patient="P1", n=20)
+    result = run("nlst", "--input", source.parent, "--output", tmp_path / "output")
+    assert (
+        result.code == 0 and "incomplete" not in result.out and "1 files of earlier runs were made anew" in result.out
+    )
+    assert outcomes(tmp_path / "output")[name] == ("written", "")
+
+
 def test_scans_and_cases_that_are_no_ct_in_hu_are_left_out(tmp_path, run):
     source = write_luna16(tmp_path / "input", {f"1.2.{i}": "subset0" for i in range(3)}, positives=1, negatives=1)
     stored = sitk.ReadImage(str(source / "subset0" / "1.2.1.mhd"))

@@ -1,21 +1,25 @@
 """What the sub-commands of prepare_data.py share: input files, safe names, tables, and what the manifest says of an
 image."""
 
+import collections
+import contextlib
 import os
 import re
 import unicodedata
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dino3d.command_line import UserError
 from dino3d.data import images
 from dino3d.data.conventions import VOLUME_SUFFIXES, DataError, format_size, is_kind
 from dino3d.data.dicom_series import folder_and_uid
 from dino3d.data.itk import voxel_files
-from dino3d.data.scans import File
-from dino3d.files import file_state, walk_files
+from dino3d.data.scans import File, Scan
+from dino3d.files import file_state, read_rows, walk_files
 from dino3d.prepare.conversion import MANIFEST, RECIPE
 
 if TYPE_CHECKING:
@@ -49,6 +53,35 @@ def files_of(root: Path | str, name: str) -> list[File]:
         return [file_at(root, name)]
     paths = [os.path.join(here, one) for here, names in walk_files(folder, lambda error: None) for one in names]
     return [file_at(root, os.path.relpath(path, root)) for path in paths]
+
+
+def cut_short(folder: Path, scans: Iterable[Scan]) -> dict[str, str]:
+    """{SeriesInstanceUID: what to note of it} of DICOM series with fewer files than the metadata.csv says that TCIA's
+    downloader leaves in or right below a folder. Prints how many they are."""
+    told = {}
+    for path in sorted([*folder.glob("metadata.csv"), *folder.glob("*/metadata.csv")]):
+        with contextlib.suppress(UserError, OSError):  # of another kind
+            for _, row in read_rows(path, ["Series UID", "Number of Images"]):
+                if row["Number of Images"].isdecimal():
+                    told[row["Series UID"]] = int(row["Number of Images"])
+    files, first = collections.Counter(), {}
+    for scan in scans:
+        if scan.header and scan.header.series in told:
+            files[scan.header.series] += len(scan.files)
+            first.setdefault(scan.header.series, scan.name)
+    notes = {
+        series: f"metadata.csv has {told[series]} images of this series, of which {count} are here"
+        for series, count in files.items()
+        if count < told[series]
+    }
+    if notes:
+        series = min(notes, key=first.get)
+        print(
+            f"warning: {len(notes)} series are incomplete, such as {first[series]}: {notes[series]}; where slices of "
+            "an end are missing, nothing else shows it: fetch them again",
+            flush=True,
+        )
+    return notes
 
 
 def safe_name(text: str, otherwise: str) -> str:

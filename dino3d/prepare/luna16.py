@@ -45,7 +45,7 @@ from dino3d.prepare.conversion import (
     require_as_many,
     with_file,
 )
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, cut_short, image_statistics, safe_name
 from dino3d.prepare.point_tables import (
     SERIES,
     Placed,
@@ -110,6 +110,7 @@ def luna16(
         else:
             points, parts = unique_places(read_candidates(input)), {}
         found, refused = scans_of_series(input, [output], set(points), workers)
+        cut_short(input, itertools.chain.from_iterable(found.values()))
         if patients:
             patient_of_series = read_patients(patients)
         else:

@@ -36,7 +36,7 @@ from dino3d.prepare.conversion import (
     with_file,
 )
 from dino3d.prepare.index import store_index
-from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, image_statistics, safe_name
+from dino3d.prepare.inputs import IMAGE_COLUMNS, companions, cut_short, image_statistics, safe_name
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -48,12 +48,14 @@ class ScanTask(NamedTuple):
     """Scans to be converted, or of which the first that can be used is (one_of_them), with the outputs' paths.
 
     before: shapes of the files that earlier runs made of series, "" where there is none
+    notes: what is known to be odd of each, "" where nothing is
     """
 
     input: str
     scans: list[Scan]
     outputs: list[str]
     before: list[str]
+    notes: list[str]
     one_of_them: bool
     min_slices: int
     crop_to_body: float | None
@@ -76,15 +78,16 @@ def nlst(input: Path, output: Path, workers: int, one_per_study: bool, **options
         for scan in sorted(scans, key=series_preference):
             study = one_per_study and scan.header and scan.header.study  # which badly anonymised patients may share
             groups[(patient_of(scan.header), study) if study else scan.name].append(scan)
-        tasks = []
+        tasks, short = [], cut_short(input, scans)
         for group in groups.values():
             outputs = [places[scan.name] for scan in group]
             before = [records.shape_of(place, scan.name) if scan.header else "" for scan, place in zip(group, outputs)]
-            tasks.append(ScanTask(str(input), group, outputs, before, len(group) > 1, **options))
+            notes = [short.get(scan.header.series, "") if scan.header else "" for scan in group]
+            tasks.append(ScanTask(str(input), group, outputs, before, notes, len(group) > 1, **options))
         jobs = [
             Job(
                 tuple(scan.name for scan in task.scans),
-                fingerprint(watched(input, task.scans), task.outputs),
+                fingerprint(watched(input, task.scans), task.outputs, *filter(None, task.notes)),
                 task,
                 any(task.before),
             )
@@ -165,7 +168,7 @@ def patient_of(header: Slice) -> str:
 def convert_scans(task: ScanTask) -> Iterator[Output]:
     """Outputs of a ScanTask; one for each scan, with a file or with the reason why not."""
     kept = None
-    for scan, output, before in zip(task.scans, task.outputs, task.before):
+    for scan, output, before, note in zip(task.scans, task.outputs, task.before, task.notes):
         row = {"source": scan.name}
         if scan.header:
             row |= {
@@ -190,7 +193,7 @@ def convert_scans(task: ScanTask) -> Iterator[Output]:
         folder = output.split("/")[0]
         if scan.header and folder != scan.header.patient:
             notes = [*notes, f"the patient's name is no folder's: {scan.header.patient!r} stands as {folder}"]
-        if notes:
+        if notes := [*notes, *filter(None, [note])]:
             row["reason"] = note_of(notes)
         voxels, affine = images.voxels_of(image), images.affine_of(image)
         yield Output(
