@@ -1145,6 +1145,42 @@ def test_resampled_cases(tmp_path, run):
         np.testing.assert_array_equal(label, (nodules > 0).repeat(2, 0).repeat(2, 1).repeat(2, 2))
 
 
+def test_a_label_outside_the_body_is_not_cut_off(tmp_path, run):
+    """As where an arm or a limb lies apart from the largest part."""
+    volume = np.full((60, 40, 30), -1000, np.int16)
+    volume[5:30, 5:30, 3:27], volume[50:56, 10:16, 10:16] = 40, 40
+    volume[10:25, 10:25, 6:24] = -850
+    label = np.zeros(volume.shape, np.uint8)
+    label[52:54, 12:14, 12:14], label[12:14, 12:14, 12:14] = 2, 1
+    write_nifti(tmp_path / "input/imagesTr/a.nii.gz", volume, np.diag([5.0, 5, 5, 1]))
+    write_nifti(tmp_path / "input/labelsTr/a.nii.gz", label, np.diag([5.0, 5, 5, 1]))
+    flags = ["msd", "--input", tmp_path / "input", "--crop", "body", "--margin", 5, "--output"]
+    assert run(*flags, tmp_path / "output").code == 0
+    ((pair,), _) = find_pairs(tmp_path / "output")
+    image, found, moved = read_pair(pair)
+    first = np.rint(moved[:3, 3] / 5).astype(int)
+    part = tuple(slice(a, a + n) for a, n in zip(first, found.shape))
+    np.testing.assert_array_equal(found, label[part])
+    np.testing.assert_array_equal(image, volume[part])
+    assert np.bincount(found.ravel()).tolist()[1:] == [8, 8] and part[0].stop == 54 and found.size < volume.size
+
+
+def test_a_class_that_resampling_loses_is_told(tmp_path, run):
+    source = write_decathlon(tmp_path / "input", ["a"], index=False)
+    volume, affine, nodules = phantom()
+    label = np.zeros(nodules.shape, np.uint8)
+    label[4:12, 4:12, 4:12], label[10, 10, 10] = 1, 2
+    write_nifti(source / "labelsTr" / "a.nii.gz", label, affine)
+    flags = ["msd", "--input", source, "--output"]
+    assert run(*flags, tmp_path / "whole").code == 0
+    assert run(*flags, tmp_path / "coarse", "--spacing", 16, 16, 28).code == 0
+    assert outcomes(tmp_path / "whole")["labelsTr/a.nii.gz"] == ("written", "")
+    reason = "note: at this --spacing no voxel is left of class 2"
+    assert outcomes(tmp_path / "coarse")["labelsTr/a.nii.gz"] == ("written", reason)
+    ((pair,), _) = find_pairs(tmp_path / "coarse")
+    assert 2 not in read_pair(pair)[1]
+
+
 @pytest.mark.parametrize("crop", ["body", "label"])
 def test_cropped_cases(crop, tmp_path, run):
     volume, affine, nodules = phantom()

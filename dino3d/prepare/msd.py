@@ -16,6 +16,7 @@ from dino3d.data.scans import File
 from dino3d.prepare.conversion import Job, Output, convert_all, fingerprint, note_of, open_output, report_outcome
 from dino3d.prepare.inputs import IMAGE_COLUMNS, files_of, image_statistics, safe_name
 
+Box = tuple[np.ndarray, np.ndarray]  # (3,) first voxel, (3,) size
 MSD_COLUMNS = ["source", "output", "labels", "millilitres", *IMAGE_COLUMNS]
 
 
@@ -65,14 +66,18 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
     require_ct(image, there.image)
     notes = [[*header_of(path).notes] for path in (there.image, there.label)]
     notes[0] += filter(None, [too_bright(image)])
-    image, label = images.make_image(image, affine), images.make_image(label, affine)
+    image, label, labelled = images.make_image(image, affine), images.make_image(label, affine), {*np.unique(label)}
     if crop != "none":
         box = resampling.body_box(image, margin) if crop == "body" else resampling.mask_box(label != 0, image, margin)
+        if crop == "body" and labelled != {0}:  # a label may lie outside the largest part
+            box = joined(box, resampling.mask_box(label != 0, image, 0))
         image, label = resampling.crop_to_box(image, box), resampling.crop_to_box(label, box)
     if spacing:
         image, label = resampling.resample(image, spacing), resampling.resample(label, spacing, is_label=True)
     name = safe_name(pair.name, "case") + ".nii.gz"
     voxels, (classes, counts) = np.prod(label.GetSpacing()), np.unique(images.voxels_of(label), return_counts=True)
+    if gone := sorted(labelled - {*classes, 0}):
+        notes[1].append(f"at this --spacing no voxel is left of class {format_list(gone)}")
     volumes = [f"{count * voxels / 1000:.3g}" for value, count in zip(classes, counts) if value]
     yield Output(
         {"source": pair.image, "output": f"images/{name}", **image_statistics(image), "reason": note_of(notes[0])},
@@ -90,6 +95,12 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
         },
         lambda path: images.save_image(path, label),
     )
+
+
+def joined(one: Box, other: Box) -> Box:
+    """The box around two of them."""
+    low, high = np.minimum(one[0], other[0]), np.maximum(one[0] + one[1], other[0] + other[1])
+    return low, high - low
 
 
 def format_list(values: Iterable[Any]) -> str:
