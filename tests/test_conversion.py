@@ -484,6 +484,27 @@ def test_a_file_whose_series_has_lost_slices_stays(tmp_path, run, lost, reason):
     assert all(after[name] == stood[name] for name in after if name != conversion.MANIFEST)
 
 
+@pytest.mark.parametrize("lost", [[10], range(19, 24)])
+def test_a_study_keeps_its_file_where_the_series_loses_slices(lost, tmp_path, run):
+    """Though another series has more of them now, and would be taken instead of a broken one."""
+    source, output = tmp_path / "input", tmp_path / "output"
+    write_series(source / "best", series="1.2.3.1", n=24)
+    write_series(source / "other", series="1.2.3.2", n=22)
+    flags = ["nlst", "--input", source, "--output", output, "--one_per_study"]
+    run(*flags)
+    before = contents(output)
+    for number in lost:
+        (source / "best" / f"{number}.dcm").unlink()
+    for _ in range(2):
+        result = run(*flags)
+        assert "1 files from earlier runs stay" in result.out and "removed" not in result.out
+        now = contents(output)
+        assert now.pop(conversion.MANIFEST) != before[conversion.MANIFEST]
+        assert now == {name: content for name, content in before.items() if name != conversion.MANIFEST}
+    shutil.rmtree(output / "P1")
+    assert run(*flags).code == 0 and written(output) == ["P1/t0/1.2.3.2.hdf5"]
+
+
 @pytest.mark.parametrize("more", [[], ["--crop_to_body", 4], ["--one_per_study"]])
 def test_a_shorter_series_is_taken_once_its_file_is_removed(more, tmp_path, run):
     """Of a study as well, of which no other series takes its place meanwhile."""

@@ -74,8 +74,13 @@ def require_as_many(shape: Sequence[int], before: str, source: str) -> None:
 
     before: shape then, "" without one
     """
-    if before and math.prod(shape) < math.prod(map(int, before.split(" x "))):
+    if before and math.prod(shape) < voxels_in(before):
         raise LeftOut(source, f"missing slices: {format_size(shape)} voxels, where an earlier run had {before}")
+
+
+def voxels_in(shape: str) -> int:
+    """How many voxels a shape of the manifest has."""
+    return math.prod(map(int, shape.split(" x ")))
 
 
 def with_file(reason: str, before: str) -> str:

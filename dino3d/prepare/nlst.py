@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import os
 import re
 import zlib
@@ -33,6 +34,7 @@ from dino3d.prepare.conversion import (
     open_output,
     report_outcome,
     require_as_many,
+    voxels_in,
     with_file,
 )
 from dino3d.prepare.index import store_index
@@ -75,13 +77,14 @@ def nlst(input: Path, output: Path, workers: int, one_per_study: bool, **options
         if not scans:
             raise UserError(f"--input {input}: holds no DICOM files and no {', '.join(VOLUME_SUFFIXES)}{passed_over}")
         places, groups = place_scans(scans), collections.defaultdict(list)
-        for scan in sorted(scans, key=series_preference):
+        shapes = {scan.name: records.shape_of(places[scan.name], scan.name) if scan.header else "" for scan in scans}
+        for scan in sorted(scans, key=lambda scan: series_preference(scan, shapes[scan.name])):
             study = one_per_study and scan.header and scan.header.study  # which badly anonymised patients may share
             groups[(patient_of(scan.header), study) if study else scan.name].append(scan)
         tasks, short = [], cut_short(input, scans)
         for group in groups.values():
             outputs = [places[scan.name] for scan in group]
-            before = [records.shape_of(place, scan.name) if scan.header else "" for scan, place in zip(group, outputs)]
+            before = [shapes[scan.name] for scan in group]
             notes = [short.get(scan.header.series, "") if scan.header else "" for scan in group]
             tasks.append(ScanTask(str(input), group, outputs, before, notes, len(group) > 1, **options))
         jobs = [
@@ -109,14 +112,16 @@ def watched(input: Path, scans: Sequence[Scan]) -> list[tuple[Any, ...]]:
     ]
 
 
-def series_preference(scan: Scan) -> tuple[float, int, int, str]:
-    """Sort key of --one_per_study: thinnest slices, softest kernel, most slices, then by name."""
+def series_preference(scan: Scan, before: str) -> tuple[float, int, int, str]:
+    """Sort key of --one_per_study: thinnest slices, softest kernel, most slices, then by name.
+
+    before: shape of the file that an earlier run made of it, which may have slices that are lost now
+    """
     header = scan.header
-    return (
-        (header.thickness or np.inf, sharpness(header.kernel), -len(scan.files), scan.name)
-        if header
-        else (np.inf, 0, 0, scan.name)
-    )
+    if not header:
+        return np.inf, 0, 0, scan.name
+    lost = voxels_in(before) // max(1, math.prod(header.size)) if before else 0
+    return header.thickness or np.inf, sharpness(header.kernel), -max(len(scan.files), lost), scan.name
 
 
 def place_scans(scans: Sequence[Scan]) -> dict[str, str]:
