@@ -592,6 +592,19 @@ def test_points_that_a_table_has_no_more_lose_their_crops(tmp_path, run):
     assert result.code == 0 and len(written(output)) == 5 and "removed" not in result.out
 
 
+def test_crops_of_luna16s_first_table_give_way_to_the_second(tmp_path, run):
+    source, output = write_luna16(tmp_path / "input", {"1.2.1": "subset0"}, negatives=30), tmp_path / "output"
+    (source / "candidates_V2.csv").rename(source / "candidates.csv")
+    flags = ["luna16", "--input", source, "--output", output, "--size", 8, 8, 8, "--negatives_per_scan", 5]
+    run(*flags)
+    number = len(written(output))
+    (source / "candidates.csv").rename(source / "candidates_V2.csv")
+    result = run(*flags)
+    assert result.code == 0 and len(written(output)) == number and "stay" not in result.out
+    assert f"note: {number} files of earlier runs removed, such as subset0/label" in result.out
+    assert all("/candidates_V2_" in name for name in written(output))
+
+
 def test_files_of_changed_inputs_are_counted(tmp_path, run):
     for command, flags in small_inputs(tmp_path).items():
         output = tmp_path / f"output_{command}"

@@ -58,6 +58,7 @@ from dino3d.prepare.point_tables import (
 
 LUNA16_COLUMNS = ["source", "output", "patient", "label", "x", "y", "z", "diameter_mm", "scan_shape", *IMAGE_COLUMNS]
 NEGATIVES_PER_SCAN = 20  # of LUNA16's 850 candidates
+OF_LUNA16 = ("candidates_V2", "candidates", "annotations")  # its tables, of the first two of which one is read
 NO_POINTS = "no points"  # how a reason begins
 NOT_IN_TABLE = "no point: its table has it no more, or in another line, or it is not drawn any more"
 
@@ -141,6 +142,7 @@ def luna16(
             tasks.append(CropTask(scan.name, files, patient, chosen, outputs))
         # A table that is given has all of its points in the scans that can be cropped from
         given = {point.table for of_series in points.values() for point in of_series}
+        given |= set() if table else {*OF_LUNA16}
         there = {task.source for task in tasks if task.points or task.reason.startswith(NO_POINTS)}
 
         def gone(row: dict[str, str]) -> str:
@@ -219,7 +221,7 @@ def read_candidates(folder: Path) -> dict[str, list[Point]]:
     of annotations.csv in which none lies, as positives too."""
 
     candidates, annotations = (
-        find_table(folder, *names) for names in (("candidates_V2.csv", "candidates.csv"), ("annotations.csv",))
+        find_table(folder, *(f"{name}.csv" for name in names)) for names in (OF_LUNA16[:2], OF_LUNA16[2:])
     )
     if candidates is None:
         raise UserError(
