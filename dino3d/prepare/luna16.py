@@ -151,8 +151,9 @@ def luna16(
 
         require_one_label(tasks, records, gone)
         before = {  # of DICOM series, of which slices may be lost
-            row["source"].rpartition("#")[0]: records.shape_of(row["source"], column="scan_shape")
+            row["source"].rpartition("#")[0]: shape
             for row in records.standing.values()
+            if (shape := records.shape_of(row["source"], column="scan_shape"))
         }
         jobs = []
         for task in tasks:
