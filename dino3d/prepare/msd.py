@@ -70,7 +70,7 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
     if crop != "none":
         box = resampling.body_box(image, margin) if crop == "body" else resampling.mask_box(label != 0, image, margin)
         if crop == "body" and labelled != {0}:  # a label may lie outside the largest part
-            box = joined(box, resampling.mask_box(label != 0, image, 0))
+            box = enclosing_box(box, resampling.mask_box(label != 0, image, 0))
         image, label = resampling.crop_to_box(image, box), resampling.crop_to_box(label, box)
     if spacing:
         image, label = resampling.resample(image, spacing), resampling.resample(label, spacing, is_label=True)
@@ -97,7 +97,7 @@ def convert_pair(task: tuple[str, Sequence[float] | None, str, float, PairTask])
     )
 
 
-def joined(one: Box, other: Box) -> Box:
+def enclosing_box(one: Box, other: Box) -> Box:
     """The box around two of them."""
     low, high = np.minimum(one[0], other[0]), np.maximum(one[0] + one[1], other[0] + other[1])
     return low, high - low
