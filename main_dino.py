@@ -55,6 +55,7 @@ from dino3d.pretraining_flags import (
     add_pretraining_flags,
     check_pretraining_flags,
     idle_flags,
+    learning_changes,
     long_warmups,
     rising_rate,
 )
@@ -952,7 +953,7 @@ def restore(state: TrainState, output_dir: Path, config: dict[str, Any]) -> Prog
         )
     checkpoint.load_parts(parts, saved, path)
     progress = checkpoint.load_progress(Progress, saved, path)
-    for line in data_changes(saved["config"], config, progress.position):
+    for line in data_changes(saved["config"], config, progress.position) + learning_changes(saved["config"], config):
         state.processes.print(line)
     return progress
 

@@ -1,17 +1,27 @@
 """The flags of main_dino.py, a function for each group."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from dino3d import command_line
 from dino3d.command_line import XYZ, format_values, number
 from dino3d.data.foreground import FOREGROUND_SHARE, FOREGROUNDS
-from dino3d.data.sources import source_fault
+from dino3d.data.sources import changed_flags, source_fault
 from dino3d.training import checkpoint
 from dino3d.training.objectives import TISSUE_HU
 from dino3d.training.view_flags import LOCAL_SCALE, add_view_flags, check_view_flags
 from vision_transformer import ARCHITECTURES, has_setting
 
 PROBE_EVERY = 10  # epochs
+# Flags that don't change what a run learns from its data, and those of which a resumed run tells otherwise
+NOT_OF_LEARNING = (
+    *("data_dir", "data_weights", "data_list", "patches_per_volume", "foreground", "foreground_share"),
+    *("output_dir", "pretrained_weights", "checkpoint_key", "samples_per_epoch", "precision", "use_fp16"),
+    *("grad_checkpointing", "compile", "num_workers", "dist_url", "local_rank", "read_timeout"),
+    *("max_steps", "save_every_steps", "save_every_minutes", "keep_last", "saveckp_freq", "log_every"),
+    *("probe_dir", "probe_every", "max_skipped_steps", "max_bad_files", "strict_data"),
+)
 CENTER_MOMENTUM = 0.9
 
 
@@ -352,6 +362,15 @@ def long_warmups(args: argparse.Namespace) -> list[str]:
             "--warmup_teacher_temp_epochs"
         )
     return notices
+
+
+def learning_changes(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """[] or [one line]: flags by which a resumed run learns otherwise than its checkpoint did.
+
+    saved, config: arguments of both, of which an older version may lack some
+    """
+    changes = changed_flags([name for name in saved if name not in NOT_OF_LEARNING], saved, config)
+    return [f"resuming with other flags: {', '.join(changes)}"] if changes else []
 
 
 def rising_rate(args: argparse.Namespace, peak: float) -> list[str]:

@@ -376,6 +376,7 @@ def test_refused(runs, tmp_path, weights, more, says):
         (heads.classifier_of, CLASSIFIER, "input_size", ([12, 12, 6], [12, 12, 12])),
         (heads.classifier_of, CLASSIFIER, "label_names", (["benign", "malignant"], ["malignant", "benign"])),
         (heads.segmenter_of, SEGMENTER, "spacing", ([1.0, 1.0, 2.0], [1.5, 1.5, 2.0])),
+        (heads.segmenter_of, SEGMENTER, "min_volume", (0.0, 0.1)),
     ],
 )
 def test_folds_of_other_runs_are_refused(tmp_path, build, config, name, values):

@@ -887,6 +887,32 @@ def test_idle_flags_are_told_when_a_run_starts(volumes, tmp_path, capsys):
     assert "--lr 1.6e-05 makes a peak of 5e-07 for this global batch, below --min_lr 1e-06: " in out
 
 
+def test_a_run_resumed_with_other_flags_tells_them(volumes, tmp_path, capsys):
+    """Those that decide what is learnt, with both values; of the others, and of a run resumed as it was, nothing."""
+    flags = ["--data_dir", volumes, "--output_dir", tmp_path, "--batch_size_per_gpu", 4, "--clip_grad", 2]
+    code, out, _ = run_main(capsys, *flags, "--max_steps", 1)
+    assert code == 0 and "other flags" not in out
+    code, out, _ = run_main(capsys, *flags, "--max_steps", 2, "--num_workers", 1, "--keep_last", 1)
+    assert code == 0 and "resuming after step 1" in out and "other flags" not in out
+    other = ["--seed", 3, "--teacher_temp", 0.05, "--global_crops_scale", 0.5, 1]
+    code, out, _ = run_main(capsys, *flags[:-2], *other, "--max_steps", 3)
+    (line,) = [line for line in out.splitlines() if line.startswith("resuming with other flags: ")]
+    told = line.partition(": ")[2].split(", ")
+    assert code == 0 and sorted(one.partition(" instead")[0] for one in told) == [
+        "--clip_grad 3",
+        "--global_crops_scale 0.5 1",
+        "--seed 3",
+        "--teacher_temp 0.05",
+    ]
+    assert "--seed 3 instead of 0" in told and "--clip_grad 3 instead of 2" in told
+
+
+def test_flags_that_change_nothing_learnt_are_flags():
+    """So that none of those which are passed over has another name by now."""
+    flags = {action.dest for action in main_dino.get_args_parser()._actions} | {"samples_per_epoch"}
+    assert set(pretraining_flags.NOT_OF_LEARNING) < flags
+
+
 def test_a_run_without_its_newest_checkpoint_is_refused(volumes, tmp_path, capsys):
     """Before anything is written; under its name an earlier one is resumed from."""
     flags = ["--data_dir", volumes, "--batch_size_per_gpu", 8, "--output_dir", tmp_path, "--save_every_minutes", 0]

@@ -120,8 +120,8 @@ def _found_twice(found: Sequence[Sequence[str]]) -> list[str]:
 def data_changes(saved: Mapping[str, Any], config: Mapping[str, Any], position: int) -> list[str]:
     """Lines on what a resumed run draws from otherwise than its checkpoint did. saved, config: arguments of both;
     position: samples of the epoch that are done"""
-    changes = _changed(("data_dir", "data_weights", "data_list", "patches_per_volume"), saved, config)
-    drawn = _changed(("foreground", "foreground_share"), saved, config)
+    changes = changed_flags(("data_dir", "data_weights", "data_list", "patches_per_volume"), saved, config)
+    drawn = changed_flags(("foreground", "foreground_share"), saved, config)
     lines = [f"resuming with patches drawn elsewhere: {', '.join(drawn)}"] if drawn else []
     size = "samples_per_epoch"  # which older checkpoints lack
     if not changes and saved.get(size, config[size]) != config[size]:
@@ -137,7 +137,7 @@ def data_changes(saved: Mapping[str, Any], config: Mapping[str, Any], position: 
 OF_OLDER = {"patches_per_volume": 1, "foreground": "none"}  # what runs had that do not name it
 
 
-def _changed(names: Sequence[str], saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+def changed_flags(names: Sequence[str], saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The flags that differ, with both values. Flags that `config` does not name are passed over."""
     return [
         f"--{name} {_typed(config[name])} instead of {_typed(saved.get(name, OF_OLDER.get(name)))}"

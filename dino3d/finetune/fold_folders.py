@@ -16,7 +16,7 @@ from utils import Processes, device_name
 
 SCRIPTS = {"protocol": "main_lnc_luna16.py", "decoder": "main_lts_msd.py", "out_dim": "main_dino.py"}  # by their flags
 # Of a config: in what folds must agree for the mean of them to mean something
-SHARED = (*ENCODER, "classes", "label_names", "crop_size", "crop_spacing")
+SHARED = (*ENCODER, "classes", "label_names", "crop_size", "crop_spacing", "overlap", "largest_component", "min_volume")
 PARTS = ("model", "optimizer", "scaler", "best", "epoch", "position", "step", "cases")  # of a fold's checkpoint.pth
 
 

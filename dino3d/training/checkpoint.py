@@ -245,7 +245,7 @@ def load_checkpoint(path: Path | str, must_match: Mapping[str, Any] | None = Non
     try:
         return check_state(load_file(path), path, must_match)
     except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{error}; move it away to start anew or put back a whole one") from error
+        raise UserError(f"{error}; put back a whole one") from error
 
 
 def load_newest(
