@@ -239,6 +239,20 @@ def test_nifti_scaling_and_byte_order(suffix, endian, tmp_path):
         )
 
 
+def test_nifti_offset_without_a_slope_is_told(tmp_path):
+    """The standard and nibabel apply neither, SimpleITK the offset: its HU are others, without a word."""
+    path, stored = tmp_path / "ct.nii", noise((4, 3, 5), -900, 900).astype(np.int16)
+    for inter, told in ((0, False), (-1024, True)):
+        nifti_with(path, stored, scl_slope=0, scl_inter=inter)
+        assert_is(read_image(str(path)), stored, np.eye(4))
+        with Volume(path) as volume:
+            assert volume.notes[-1:] == (
+                (f"its scl_inter {inter} stands beside a scl_slope of 0 and was not applied",) * told
+            )
+        by_itk = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T
+        assert np.unique(by_itk - stored).tolist() == [inter]
+
+
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
 def test_one_frame_is_a_volume_and_several_are_none(suffix, tmp_path):
     path = str(tmp_path / f"ct{suffix}")

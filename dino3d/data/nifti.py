@@ -43,6 +43,8 @@ def open_nifti(path: Path | str) -> Stored:
     codes = [(name, int(stored[name])) for name in ("sform_code", "qform_code") if stored[name] != image.header[name]]
     affine, notes = geometry_of(image, shape[:3])
     notes = (*(f"its {name} is {code}, which is none: 0 was taken" for name, code in codes), *notes)
+    if stored["scl_slope"] == 0 and np.isfinite(stored["scl_inter"]) and stored["scl_inter"]:
+        notes += (f"its scl_inter {stored['scl_inter']:g} stands beside a scl_slope of 0 and was not applied",)
 
     def take(slices: tuple[slice, ...]) -> np.ndarray:
         whole = all(part.indices(n)[:2] == (0, n) for part, n in zip(slices, shape))
