@@ -76,8 +76,8 @@ study: $(RUNTIME)
 
 # DATA, WORK and SEEDS as results/study_of_halves.sh has them. The published weights, and one seed pre-trained anew
 results: $(RUNTIME)
-	SEEDS="$${SEEDS:-0}" ARMS="published nodules random scratch" OUT=evidence/repeated PYTHON="$(VENV)/bin/python" \
-		results/classification.sh
+	SEEDS="$${SEEDS:-0}" OUT=evidence/repeated PYTHON="$(VENV)/bin/python" \
+		results/classification.sh ARMS="published nodules random scratch"
 	@printf '%s\n' "" "Repeated: evidence/repeated/classification/results.md; beside what is kept:"
 	"$(VENV)/bin/python" results/repeated.py --kept results/classification --repeated evidence/repeated/classification
 

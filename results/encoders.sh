@@ -15,5 +15,5 @@ if [ -n "$LOST" ]; then
     case " $* " in *" --plan "*) echo "error: $LOST: is missing; run results/classification.sh first" >&2; exit 1 ;; esac
     # What is recorded is not run again, so that a fresh clone may lack them
     echo "$LOST: is missing: the encoders are pre-trained first, records of that in $WORK/encoders"
-    OUT=$WORK/encoders ARMS=nodules SEEDS=$SEEDS results/classification.sh "$@"
+    OUT=$WORK/encoders SEEDS=$SEEDS results/classification.sh ARMS=nodules "$@"
 fi

@@ -10,13 +10,13 @@ SEEDS=$FROZEN_SEEDS results/encoders.sh "$@"
 frozen() {
     NAME=$1 FLAGS=$2
     shift 2
-    FINE_TUNING=no FROZEN=$FLAGS BY_HAND=trivial-radial results/study_of_halves.sh "$NAME" "trained random" \
-        "$FROZEN_SEEDS" "random trivial-radial" --few_labels "$@"
+    results/study_of_halves.sh "$NAME" "trained random" "$FROZEN_SEEDS" "random trivial-radial" \
+        FINE_TUNING=no FROZEN="$FLAGS" BY_HAND=trivial-radial --few_labels "$@"
 }
 study() {
     NAME=$1 FLAGS=$2
     shift 2
-    FROZEN=no FINE_TUNING=$FLAGS results/study_of_halves.sh "$NAME" "trained scratch" "$SEEDS" scratch "$@"
+    results/study_of_halves.sh "$NAME" "trained scratch" "$SEEDS" scratch FROZEN=no FINE_TUNING="$FLAGS" "$@"
 }
 frozen frozen "--pool cls+centre" "$@"
 frozen frozen_turned "--pool cls+centre --tta 48" "$@"

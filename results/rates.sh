@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export SEEDS="${SEEDS:-0 1 2}"
 results/encoders.sh "$@"
 for RATE in 0.00025 0.001 0.002; do
-    FROZEN=no FINE_TUNING_RATE=$RATE results/study_of_halves.sh "rate_$RATE" "trained scratch" "$SEEDS" scratch "$@"
+    results/study_of_halves.sh "rate_$RATE" "trained scratch" "$SEEDS" scratch FROZEN=no FINE_TUNING_RATE="$RATE" "$@"
 done
 case " $* " in *" --plan "*) exit ;; esac
 "${PYTHON:-python}" results/curves.py --results "${OUT:-results}"

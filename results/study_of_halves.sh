@@ -2,11 +2,12 @@
 # A study on patients whom no encoder has seen: once for each half of the patients, which is tested by encoders that were
 # pre-trained without it. Records of all runs go to $OUT/runs/NAME, tables made from them to $OUT/NAME.
 #
-#   results/study_of_halves.sh NAME "ARMS" "SEEDS" "ARMS TO COMPARE WITH" [flags of study.py]
+#   results/study_of_halves.sh NAME "ARMS" "SEEDS" "ARMS TO COMPARE WITH" [SETTING=VALUE ...] [flags of study.py]
 #
-# OUT: results, unless what is there is to be repeated elsewhere; DATA: ../shared/data or a LUNA16 download; WORK: where
-# data and runs go; PYTHON: the interpreter; relative paths are relative to the repository. PRETRAINING_EPOCHS: of arms
-# that have no other, 54. FINE_TUNING: flags of main_lnc_luna16.py beside those that all have, or no: frozen features alone;
+# Of the environment it takes OUT: results, unless what is there is to be repeated elsewhere; DATA: ../shared/data or a
+# LUNA16 download; WORK: where data and runs go; PYTHON: the interpreter; relative paths are relative to the repository.
+# What a table is of are arguments, lest a variable of the user's shell change it. PRETRAINING_EPOCHS: of arms that have no
+# other; FINE_TUNING: flags of main_lnc_luna16.py beside those that all have, or no: frozen features alone;
 # FINE_TUNING_RATE: its learning rate; FROZEN: flags of extract_features.py, or no: without the probe on frozen features;
 # BY_HAND: the trivial figure that stands beside it, in place of all; ENSEMBLES: arms whose seeds are judged together
 # too. Start it again to resume; with --plan it says how long each half will take.
@@ -15,6 +16,23 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results}
 NAME=$1 ARMS=$2 SEEDS=$3 AGAINST=$4
 shift 4
+
+PRETRAINING_EPOCHS=54 FINE_TUNING="--pool cls+centre --epochs 40" FINE_TUNING_RATE=0.0005 FROZEN="--pool cls+centre"
+BY_HAND= ENSEMBLES=
+while [ $# -gt 0 ]; do
+    VALUE=${1#*=}
+    case $1 in
+    PRETRAINING_EPOCHS=*) PRETRAINING_EPOCHS=$VALUE ;;
+    FINE_TUNING=*) FINE_TUNING=$VALUE ;;
+    FINE_TUNING_RATE=*) FINE_TUNING_RATE=$VALUE ;;
+    FROZEN=*) FROZEN=$VALUE ;;
+    BY_HAND=*) BY_HAND=$VALUE ;;
+    ENSEMBLES=*) ENSEMBLES=$VALUE ;;
+    -*) break ;;
+    *) echo "error: $1: is no setting of this table; flags of study.py begin with --, SEEDS=0 stands before the script" >&2; exit 2 ;;
+    esac
+    shift
+done
 
 mkdir -p "$WORK"
 "$PYTHON" results/make_data.py --data "$DATA" --output "$WORK/data"
@@ -27,7 +45,6 @@ collection:*) ;;
     ;;
 esac
 
-FROZEN=${FROZEN:---pool cls+centre} FINE_TUNING=${FINE_TUNING:---pool cls+centre --epochs 40}
 TRIVIAL=
 [ "$FROZEN" = no ] || TRIVIAL=${BY_HAND:-trivial-radial trivial-all trivial-mean trivial-histogram trivial-centre}
 RIVALS=
@@ -45,7 +62,7 @@ study_half() {
     shift
     if [ "$FINE_TUNING" != no ]; then
         set -- --classification "$WORK/data/pairs" \
-            --classification_flags="--folds subsets $FINE_TUNING --batch_size_per_gpu 16 --layer_decay 1 --lr ${FINE_TUNING_RATE:-0.0005} --drop_path_rate 0 --precision bf16" "$@"
+            --classification_flags="--folds subsets $FINE_TUNING --batch_size_per_gpu 16 --layer_decay 1 --lr $FINE_TUNING_RATE --drop_path_rate 0 --precision bf16" "$@"
     fi
     if [ "$FROZEN" != no ]; then
         set -- --probe "$WORK/data/pairs" --probe_flags="$FROZEN --trivial" \
@@ -59,7 +76,7 @@ study_half() {
     } > "$WORK/arms_of_half$HALF.txt"
     # shellcheck disable=SC2086 # arms and seeds are words
     "$PYTHON" study.py --output_dir "$WORK/$NAME/half$HALF" --arms_file "$WORK/arms_of_half$HALF.txt" --arms $ARMS --seeds $SEEDS \
-        --pretrain_flags="@recipes/nodules.txt --epochs ${PRETRAINING_EPOCHS:-54} --num_workers 0 --saveckp_freq 0 --data_list '$WORK/data/pool_without_half$HALF.csv'" \
+        --pretrain_flags="@recipes/nodules.txt --epochs $PRETRAINING_EPOCHS --num_workers 0 --saveckp_freq 0 --data_list '$WORK/data/pool_without_half$HALF.csv'" \
         --records "$OUT/runs/$NAME" --part "half$HALF" --patients "$WORK/data/half$HALF.txt" --note "$KIND" "$@"
 }
 # What has seen no pool is the same for both halves, and is judged on both

@@ -33,6 +33,8 @@ from results import curves, gpu, join_tables, make_data, make_masks, repeated, t
 STUB = """#!/bin/sh
 case "$1" in -c) echo collection ;; *) printf '%s\\0' "$@" >> "$CALLS"; printf '\\n' >> "$CALLS" ;; esac
 """
+# What a table is of: arguments of the scripts, whatever a shell has exported by these names
+SETTINGS = ("ARMS", "ENSEMBLES", "FROZEN", "FINE_TUNING", "FINE_TUNING_RATE", "PRETRAINING_EPOCHS", "BY_HAND")
 
 
 def calls_of(script, folder, monkeypatch, words=(), **more):
@@ -41,18 +43,8 @@ def calls_of(script, folder, monkeypatch, words=(), **more):
     stub.write_text(STUB)
     stub.chmod(0o755)
     environment = os.environ | {"CALLS": str(calls), "PYTHON": str(stub), "WORK": str(folder / "w"), "OUT": "o"}
-    environment |= {"DATA": "d"}
-    for name in (
-        "SEEDS",
-        "ARMS",
-        "ENSEMBLES",
-        "FROZEN",
-        "FINE_TUNING",
-        "FINE_TUNING_RATE",
-        "PRETRAINING_EPOCHS",
-        "BY_HAND",
-    ):
-        environment.pop(name, None)
+    environment |= {"DATA": "d"} | dict.fromkeys(SETTINGS, "of the user's shell")
+    environment.pop("SEEDS", None)
     subprocess.run([ROOT / "results" / script, *words], env=environment | more, check=True, cwd=folder)
     monkeypatch.chdir(ROOT)
     return [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
@@ -135,8 +127,8 @@ def test_scripts_give_the_product_flags_that_it_knows(tmp_path, monkeypatch, nam
 def test_some_of_the_arms(tmp_path, monkeypatch, arms, rivals, probed):
     """ARMS as the script's head has it: compared with those that there are, trivial figures from an arm that is run."""
     (tmp_path / "w w").mkdir()
-    work = {"WORK": str(tmp_path / "w w"), "ARMS": arms, "SEEDS": "3 4"}
-    _, *halves, tables = calls_of("classification.sh", tmp_path, monkeypatch, **work)
+    work = {"WORK": str(tmp_path / "w w"), "SEEDS": "3 4"}
+    _, *halves, tables = calls_of("classification.sh", tmp_path, monkeypatch, [f"ARMS={arms}"], **work)
     for half, call in enumerate(halves):
         args, _ = check_half(half, call, "classification", "3 4", tmp_path / "w w")
         place = f"{tmp_path}/w w/classification/half{half}/arms/{probed}/seed3/probe/features.trivial-*.csv"
@@ -187,9 +179,17 @@ def test_what_scripts_lack(tmp_path):
     for script, code, said in (
         ("outside_test.sh", 2, "expected two folders"),
         ("publish.sh", 1, "checkpoint.pth: is m"),
+        ("classification.sh SEEDS=0", 2, "SEEDS=0: is no setting"),
+        ("augmentations.sh ARMS=none", 2, "ARMS=none: is no setting"),
     ):
         work = os.environ | {"WORK": str(tmp_path), "PYTHON": "false"}
-        done = subprocess.run([ROOT / "results" / script], env=work, capture_output=True, cwd=tmp_path, text=True)
+        done = subprocess.run(
+            [ROOT / "results" / script.split()[0], *script.split()[1:]],
+            env=work,
+            capture_output=True,
+            cwd=tmp_path,
+            text=True,
+        )
         assert (done.returncode, done.stderr.count("\n")) == (code, 1) and said in done.stderr
 
 
@@ -351,7 +351,7 @@ def test_tables_of_other_data_are_not_compared(tmp_path, capsys):
 def test_published_weights_are_not_tested_on_their_own_patients(tmp_path, monkeypatch, kind, arms):
     """LUNA16's scans are of LIDC-IDRI's patients, of whom the published encoders have seen some."""
     monkeypatch.setattr(sys.modules[__name__], "STUB", STUB.replace("collection", kind))
-    _, *halves, tables = calls_of("classification.sh", tmp_path, monkeypatch, ARMS="published random")
+    _, *halves, tables = calls_of("classification.sh", tmp_path, monkeypatch, ["ARMS=published random"])
     for call in halves:
         assert study.get_args_parser().parse_args(call[1:]).arms == arms
     assert study.get_args_parser().parse_args(tables[1:]).arms[: len(arms)] == arms
