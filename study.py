@@ -8,7 +8,7 @@
 Each arm is a set of flags of main_dino.py; it is pre-trained, then fine-tuned and probed, for each seed, by the scripts
 as they stand. Start the same command again to resume; with more --arms, --seeds or tasks to add those. The folder holds
 report.html, study.png, results.csv, results.md, seeds.csv, differences.csv, claims.csv, results.json, times.csv,
-study.json (what the study is) and arms/ARM/seedK/ (what each run wrote). Loads no torch.
+study.json (what the study is) and arms/ARM/seedK/ (what each run wrote).
 """
 
 import argparse

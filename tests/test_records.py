@@ -413,8 +413,11 @@ def test_weights_that_pre_training_begins_from_are_part_of_the_recipe(
     with pytest.raises(UserError, match="start.pth: can't be read .No such file"):
         study.main(["--output_dir", str(tmp_path / "a"), "--table"])
     weights.mkdir()
-    with pytest.raises(UserError, match="start.pth: can't be read .is a folder, expected a file"):
+    (weights / "checkpoint.pth").write_text("two")  # of a run's folder, what the scripts take
+    with pytest.raises(UserError, match="start.pth: has changed since the study in .* began"):
         study.main(["--output_dir", str(tmp_path / "a"), "--table"])
+    (weights / "checkpoint.pth").write_text("one")
+    study.main(["--output_dir", str(tmp_path / "a"), "--table"])
 
 
 def read_units(folder, arm):

@@ -96,7 +96,8 @@ def test_arms_of_a_file(tmp_path):
         ("a: --seed 3\n", "arm a: --seed is given by the study itself"),
         ("a: --output_dir=x\n", "arm a: --output_dir is given by the study itself"),
         ("a: missing.pth\n", "missing.pth: can't be read (No such file"),
-        ("a: .\n", "is a folder, expected a file"),
+        ("a: .\n", "holds no checkpoint; expected checkpoint.pth"),
+        ("a: --pretrained_weights .\n", "holds no checkpoint; expected checkpoint.pth"),
         ("a: --lr 1\nA: --lr 2\n", "arms a and A"),
     ],
 )

@@ -107,10 +107,13 @@ def expand_flags(words: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def checksum(path: str) -> str:
-    """CRC-32 of the weights of an arm. Raises UserError."""
+    """CRC-32 of weights; of a run's folder, of those that the scripts take. Raises UserError."""
+    if os.path.isdir(path):
+        from dino3d.features.encoder import find_weights  # loads torch, which a study does without else
+
+        path, _ = find_weights(path, "weights")
     try:
         with open(path, "rb") as file:
             return f"{crc32_of(file, os.stat(path).st_size):08x}"
     except OSError as error:
-        what = "is a folder, expected a file, such as checkpoint.pth in it" if os.path.isdir(path) else error.strerror
-        raise UserError(f"{path}: can't be read ({what})") from error
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
