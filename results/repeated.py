@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dino3d.command_line import ArgumentParser, UserError, exit_status, help_flags, truncate_list  # noqa: E402
-from dino3d.files import read_table  # noqa: E402
+from dino3d.files import read_rows, read_table  # noqa: E402
 from dino3d.study.ensembles import ensemble_name  # noqa: E402
 
 MOST_SPREADS = 3
@@ -44,7 +44,7 @@ def read_seeds(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     try:
         for row in read_table(folder / "seeds.csv"):
             found[row["task"], row["arm"]][row["seed"]] = value = float(row["value"])
-            if not np.isfinite(value):
+            if not 0 <= value <= 1:  # AUC and Dice
                 raise ValueError(f"{row['arm']} seed {row['seed']} has the value {row['value']}")
     except (OSError, KeyError, ValueError) as error:
         why = getattr(error, "strerror", None) or repr(error)
@@ -55,7 +55,7 @@ def read_seeds(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
 def data_of(folder: Path) -> set[str]:
     """Which data the runs of a table are of, as its runs.csv notes; none where it is not there. Raises UserError."""
     path = folder / "runs.csv"
-    return {row.get("note", "") for row in read_table(path)} if path.is_file() else set()
+    return {row["note"] for _, row in read_rows(path, ["note"])} if path.is_file() else set()
 
 
 def spread_of_seeds(kept: dict[tuple[str, str], dict[str, float]], task: str) -> float | None:

@@ -75,10 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     profile = mean_of_repeats(folder, "classification", "probe", PROFILE)
     if not profile:
         raise UserError(f"{folder}/runs/classification: holds no whole run of {PROFILE}: run results/classification.sh")
-    rows = [row for voice in VOICES for row in rows_of(folder, voice, profile[None])]
-    if not rows:
-        raise UserError(f"{folder}/runs: no encoder was run beside it: run results/classification.sh")
-    rows = adjusted(rows)
+    rows = adjusted([row for voice in VOICES for row in rows_of(folder, voice, profile[None])])
     output = folder / "together"
     output.mkdir(exist_ok=True)
     header = ["beside", "auc", "low", "high", "minus", "difference", "difference_low", "difference_high"]
@@ -136,7 +133,11 @@ def rows_of(folder: Path, voice: Voice, profile: CaseScores) -> list[Beside]:
     spoken = [mean_of_repeats(folder, voice.folder, voice.task, arm) for arm in voice.arms]
     seeds = sorted(set.intersection(*map(set, spoken)))
     if len(seeds) < 2:
-        return []
+        arms = " and ".join(voice.arms)
+        raise UserError(
+            f"{folder}/runs/{voice.folder}: {arms} have {len(seeds)} whole seeds in common, expected two: run "
+            "results/classification.sh and results/label_fractions.sh"
+        )
     tested, without = {(PROFILE, None): [profile]}, {}
     for arm, runs in zip(voice.arms, spoken):
         if any(

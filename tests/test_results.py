@@ -344,6 +344,9 @@ def test_tables_of_other_data_are_not_compared(tmp_path, capsys):
         write_table(tmp_path / name / "runs.csv", ["arm", "note"], [["nodules", note]])
     repeated.main(["--kept", str(tmp_path / "kept"), "--repeated", str(tmp_path / "repeated")])
     assert "the kept table is of collection, this one of LUNA16: not compared" in capsys.readouterr().out
+    write_table(tmp_path / "repeated" / "runs.csv", ["arm"], [["nodules"]])  # says nothing of the data
+    with pytest.raises(UserError, match="runs.csv: has no column note"):
+        repeated.main(["--kept", str(tmp_path / "kept"), "--repeated", str(tmp_path / "repeated")])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
@@ -411,9 +414,10 @@ def test_repeated_tables_are_compared_by_the_spread_of_seeds(tmp_path, capsys):
     with pytest.raises(UserError, match="seeds.csv: can't be read|seeds.csv"):
         compare("missing")
     text = (tmp_path / "near" / "seeds.csv").read_text()
-    (tmp_path / "near" / "seeds.csv").write_text(text.replace("0.92", "nan"))
-    with pytest.raises(UserError, match="seeds.csv: can't be read .*has the value nan"):
-        compare("near")
+    for odd in ("nan", "1.92"):
+        (tmp_path / "near" / "seeds.csv").write_text(text.replace("0.92", odd))
+        with pytest.raises(UserError, match=f"seeds.csv: can't be read .*has the value {odd}"):
+            compare("near")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sh")
@@ -733,6 +737,10 @@ def test_together_s_table_is_of_the_kept_records(tmp_path):
     together.main(["--results", str(tmp_path)])
     kept = (ROOT / "results/together/results.md").read_text(encoding="utf-8")
     assert (tmp_path / "together/results.md").read_text(encoding="utf-8") == kept
+    for path in (tmp_path / "runs/frozen_turned").glob("probe-trained-seed[1-9]*"):
+        path.unlink()
+    with pytest.raises(UserError, match="frozen_turned: trained and random have 1 whole seeds in common, expected two"):
+        together.main(["--results", str(tmp_path)])
 
 
 def test_together_says_what_was_not_run(tmp_path):
