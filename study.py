@@ -40,7 +40,7 @@ from dino3d.study.definition import PRETRAIN, STAGES, TASKS, Given, Study, defin
 from dino3d.study.devices import make_slots, memory_for, require_one_process, visible_gpus
 from dino3d.study.ensembles import ensemble_name
 from dino3d.study.jobs import StudyJob, all_units, require_same_flags
-from dino3d.study.outcome import Told, made_with, outcome_lines, tested, write_outcome, write_times
+from dino3d.study.outcome import Told, made_with, outcome_lines, tested, write_outcome, write_times, writing_to
 from dino3d.study.pool import FailedJob, Pool
 from dino3d.study.records import (
     RecordFolder,
@@ -403,8 +403,9 @@ def finish(
             notices + limits(scores, found, args.draws),
             args.against or COMPARED_WITH,
         )
-        write_outcome(told, scores, found)
-        write_times(study)
+        with writing_to("--output_dir", study.folder):
+            write_outcome(told, scores, found)
+            write_times(study)
         print(*outcome_lines(told, scores, found), sep="\n")
     elif not failures and not records:
         raise UserError(f"--output_dir {study.folder}: no task of it is done yet")
@@ -473,7 +474,8 @@ def tables_from_records(
         notices += [f"{flag} {name}: no run of it is recorded" for name in chosen if name not in run]
     told = told_of_records(kept, arms, output, notices, against or COMPARED_WITH)
     output.mkdir(parents=True, exist_ok=True)
-    write_outcome(told, scores, compared)
+    with writing_to("--output_dir", output):
+        write_outcome(told, scores, compared)
     print(*outcome_lines(told, scores, compared), sep="\n")
 
 

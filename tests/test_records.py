@@ -1,13 +1,19 @@
 """study.py --records and --from_records: a file for each finished run, and tables from them alone; two halves of the
 patients, each from a study of its own, against scikit-learn."""
 
+import contextlib
 import csv
+import errno
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from run_study import write_stubs
 from sklearn.metrics import roc_auc_score
 from test_study import flags_of, table
@@ -190,7 +196,7 @@ def test_records_hold_no_paths_and_each_patient_once(made, halves):
 
 
 def test_what_is_recorded_is_not_run_again(made, halves, tmp_path, stubs, capsys):
-    """In another folder, as of a fresh clone; with other flags or another code it is."""
+    """In another folder, as of a fresh clone; with other flags, of other data, or with another code it is."""
 
     def again(folder, *more, strength=0):
         study.main(study_flags(made, tmp_path / folder, halves, "half0", strength, *more))
@@ -208,6 +214,7 @@ def test_what_is_recorded_is_not_run_again(made, halves, tmp_path, stubs, capsys
     first = json.loads(before["probe-none-seed1-half0.json"])
     assert record["repeats"] == first["repeats"] and record["patients"] == first["patients"]
     assert "are in the records" not in again("c", "--plan", strength=7)
+    assert "are in the records" not in again("n", "--plan", "--note", "other data")
     (stubs / "utils.py").write_text("changed = True\n")
     assert "are in the records" not in again("d", "--plan")
     (stubs / "utils.py").unlink()
@@ -567,6 +574,31 @@ def test_tables_of_features_that_are_recorded_need_no_files(made, halves, tmp_pa
     assert (halves / "probe-none-seed1-half0.json").exists() and (halves / "probe-weak-half0.json").exists()
     with pytest.raises(UserError, match="no file has such a name"):
         study.main(study_flags(made, tmp_path / "b", tmp_path / "other", "half0", 0, *features))
+
+
+def test_a_full_disk_is_named(made, halves, tmp_path, monkeypatch):
+    """That of the tables, by a limit on the size of files, and that of the records."""
+    resource = pytest.importorskip("resource")
+    command = [ROOT / "study.py", "--from_records", halves, "--output_dir", tmp_path / "out", "--draws", "400"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"error: --output_dir {tmp_path}/out: can't be written to (File too large); make room for it\n"
+    )
+
+    @contextlib.contextmanager
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    monkeypatch.setattr(records, "atomic_write", full)
+    with pytest.raises(UserError, match="--records .*/records: can't be written to .No space left"):
+        study.main([*study_flags(made, made / "half0", halves, "half0", 0), "--table"])
 
 
 def test_no_records(tmp_path):

@@ -1,12 +1,14 @@
 """What a study is told by: lines on the console, CSV, JSON, a figure and a page. Without times, so that the same jobs
 give the same files to the last bit; those stand in times.csv."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino3d.command_line import UserError
 from dino3d.evaluation.comparison import LEVEL
 from dino3d.evaluation.report import Report
 from dino3d.evaluation.statistics import FEWEST_PATIENTS, format_metric, with_interval
@@ -42,6 +44,17 @@ class Told(NamedTuple):
     against: Sequence[str] = COMPARED_WITH
     runs: tuple[list[str], list[list[Any]]] | None = None
     features: frozenset[str] = frozenset()
+
+
+@contextlib.contextmanager
+def writing_to(flag: str, folder: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, becomes a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise UserError(f"{flag} {folder}: can't be written to ({error.strerror}); make room for it") from error
 
 
 def signed(effect: Effect | None) -> str:

@@ -22,7 +22,7 @@ from dino3d.study.arms import ARM_NAME, checksum
 from dino3d.study.definition import PRETRAIN, TASKS, Study
 from dino3d.study.ensembles import add_ensembles
 from dino3d.study.jobs import StudyJob, code_digest, settings
-from dino3d.study.outcome import Told
+from dino3d.study.outcome import Told, writing_to
 from dino3d.study.pool import seconds_of
 from dino3d.study.same_code import codes_in, codes_like, join_codes
 from dino3d.study.scores import (
@@ -188,7 +188,7 @@ class RecordFolder(NamedTuple):
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
-        with atomic_write(path) as part:
+        with writing_to("--records", self.folder), atomic_write(path) as part:
             part.write_text("{\n" + ",\n".join(lines) + "\n}\n", **TEXT)
 
 
