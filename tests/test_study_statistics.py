@@ -221,6 +221,15 @@ def test_fewer_than_five_patients_have_no_interval():
     assert contrasts.reason(comparison.pairs[0]) == "no interval: too few patients"
 
 
+@pytest.mark.parametrize("patients", [5, 8])
+def test_few_patients_who_all_agree_are_no_surer_than_a_sign_test(patients):
+    """Against scipy's, however far apart two arms are."""
+    rng = np.random.default_rng(0)
+    found = scores_of({"a": spread(rng, 0.9, patients), "b": spread(rng, 0.1, patients)})
+    effect = effect_of(found, {"a": 1.0, "b": -1.0})
+    assert effect.interval[0] > 0.7 and effect.p == pytest.approx(stats.binomtest(0, patients).pvalue)
+
+
 def test_only_seeds_of_both_arms_are_compared():
     rng = np.random.default_rng(0)
     arms = {
