@@ -6,6 +6,7 @@ and figures of the tables of label_fractions.sh, epochs.sh, rates.sh, pretrainin
 Writes results.csv, results.md and a picture to a folder of each below that folder, in which what was not run says so.
 """
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -137,8 +138,11 @@ def require_one_pool(curve: Curve, results: Path) -> None:
     for source in curve.sources.values():
         path = results / source.folder / "results.json"
         if path.is_file():
-            flags = read_json(path)["study"]["flags"].get(source.task.partition("_")[0], "")
-            pool = (re.findall(r"--pool[ =](\S+)", flags) or [""])[-1]
+            try:
+                flags = read_json(path)["study"]["flags"].get(source.task.partition("_")[0], "")
+                pool = (re.findall(r"--pool[ =](\S+)", flags) or [""])[-1]
+            except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+                raise unreadable(path.parent, error) from error
             places.setdefault(pool, path)
     if len(places) > 1:
         one, other = sorted(places)[:2]
@@ -161,8 +165,12 @@ def rows_of_point(curve: Curve, point: float, results: Path) -> list[PointRow]:
     try:
         return rows_of_table(curve, point, folder, names | {BY_HAND: BY_HAND})
     except (OSError, KeyError, ValueError) as error:
-        why = getattr(error, "strerror", None) or repr(error)
-        raise UserError(f"{folder}: can't be read as tables of study.py --from_records ({why})") from error
+        raise unreadable(folder, error) from error
+
+
+def unreadable(folder: Path, error: Exception) -> UserError:
+    why = getattr(error, "strerror", None) or repr(error)
+    return UserError(f"{folder}: can't be read as tables of study.py --from_records ({why})")
 
 
 def rows_of_table(curve: Curve, point: float, folder: Path, names: dict[str, str]) -> list[PointRow]:
@@ -203,8 +211,9 @@ def table_lines(these: Curves, rows: Sequence[PointRow]) -> list[str]:
 
 
 def figure(values: Sequence[float], sign: str = "") -> str:
+    """A value with its interval, of which few patients have none."""
     value, low, high = (f"{one:{sign}.3f}" for one in values)
-    return f"{value} ({low} to {high})"
+    return value if math.isnan(values[1]) else f"{value} ({low} to {high})"
 
 
 def draw_point_rows(these: Curves, rows: Sequence[PointRow], path: Path) -> None:

@@ -317,6 +317,15 @@ def test_table_and_figure_of_label_fractions(tmp_path, capsys):
     # the main table stands for all labels, and for all epochs
     assert "| fine-tuned | 40 | 0.900 (0.800 to 1.000) | 0.800" in said and "| fine-tuned | 5 | not run |" in said
     assert (tmp_path / "epochs/epochs.png").read_bytes().startswith(b"\x89PNG")
+    path = tmp_path / "labels_10" / "results.csv"
+    path.write_text(path.read_text().replace("AUC,0.7,0.6,0.7999999999999999", "AUC,0.7,,"))  # as of four patients
+    curves.main(["--results", str(tmp_path)])
+    assert "| fine-tuned | 10 % | 0.700 | 0.500 (0.400 to 0.600) |" in capsys.readouterr().out
+    for text in ("{", "{}", "[]"):
+        (tmp_path / "labels_10" / "results.json").write_text(text)
+        with pytest.raises(UserError, match="labels_10: can't be read as tables of study.py"):
+            curves.main(["--results", str(tmp_path)])
+    (tmp_path / "labels_10" / "results.json").unlink()
     path = tmp_path / "labels_10" / "differences.csv"
     for text in (
         "task,arm,minus\nclassification,trained,scratch\n",
