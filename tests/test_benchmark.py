@@ -7,8 +7,11 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+
+from dino3d.command_line import UserError
 
 COMMANDS = {
     "augment": ["--repeats", "1", "--samples", "1"],
@@ -121,6 +124,35 @@ def test_baseline_stands_in_the_report_as_it_ran(run):
     report = process.stdout[: process.stdout.rindex('{"what"')]
     assert all(line.strip() in report for line in result["baseline_code"].splitlines())
     assert "CPU threads: 1" in report and all(name in report for name in result["parameters"])
+
+
+def test_tasks_take_turns_of_which_the_first_does_not_count():
+    from dino3d.benchmarks.turns import comparison, take_turns
+
+    now, begun = [0.0], []
+
+    def task(name, *seconds):
+        def run(turn):
+            begun.append((turn, name))
+            now[0] += seconds[turn]
+
+        return run
+
+    tasks = {"baseline": (task("baseline", 900, 2, 18, 4), 2), "ours": (task("ours", 9, 1, 3, 1), 1)}
+    times = take_turns(tasks, 3, lambda: now[0])
+    assert begun == [(turn, name) for turn in range(4) for name in tasks]
+    assert times == {"baseline": [1, 9, 2], "ours": [1, 3, 1]}  # seconds of one item
+    result = comparison(3, "seconds", times, {}, "", {})
+    assert (result["ratio"], result["spread"]["ratio"], result["spread"]["ours"]) == (2, [1, 3], [1, 3])
+
+
+def test_a_patch_of_other_voxels_is_not_timed():
+    from dino3d.benchmarks.reading import require_voxels
+
+    volume = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    require_voxels(volume[1:3, :2, :2], volume, np.array([1, 0, 0]), (2, 2, 2), "file")
+    with pytest.raises(UserError, match=r"file: the patch at \[1, 0, 0\] has other voxels than the scan"):
+        require_voxels(volume[:2, :2, :2], volume, np.array([1, 0, 0]), (2, 2, 2), "file")
 
 
 def test_views_of_27_tokens_against_8():
