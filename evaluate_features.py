@@ -31,7 +31,7 @@ from dino3d.evaluation.feature_report import (
     write_results,
 )
 from dino3d.evaluation.feature_tables import LoadedTable, expand_patterns, group_names, read_features, table_names
-from dino3d.evaluation.labelled_cases import SharedCases, Target, encode_labels, join, read_labels
+from dino3d.evaluation.labelled_cases import Target, encode_labels, join, read_labels
 from dino3d.evaluation.protocols import NEIGHBOURS, PENALTIES, STRENGTHS
 from dino3d.evaluation.statistics import FEWEST_PATIENTS
 from dino3d.files import versions
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries += [comparison.mean_of_group(name, [by_name[one] for one in members]) for name, members in groups]
     found = comparison.differences(entries, plan)
     print_results(measured, entries, found, plan)
-    how = protocol_in_words(args, plan, cases)
+    how = protocol_in_words(args, plan)
     facts = {
         "command": shlex.join(["evaluate_features.py", *parser.words]),
         "said": said,
@@ -318,7 +318,7 @@ def print_results(
     print()
 
 
-def protocol_in_words(args: argparse.Namespace, plan: comparison.Plan, cases: SharedCases) -> list[str]:
+def protocol_in_words(args: argparse.Namespace, plan: comparison.Plan) -> list[str]:
     grids = {
         "classification": f"k-NN by cosine (k of {', '.join(map(str, NEIGHBOURS))}) and logistic regression (C of "
         f"{', '.join(f'{value:g}' for value in STRENGTHS)})",

@@ -34,6 +34,7 @@ from scipy.ndimage import map_coordinates
 from dino3d.data.conventions import AIR
 from dino3d.data.hdf5 import write_volume
 from dino3d.data.layouts import find_crops, find_pairs, read_pair
+from dino3d.data.points import Point
 from dino3d.data.volume import Volume
 from dino3d.prepare import luna16, nlst
 from dino3d.prepare.inputs import safe_name
@@ -546,6 +547,17 @@ def test_all_positives_and_some_negatives(tmp_path, run):
     assert {key for key in five if key[0] != "1.2.3"} == chosen("fewer", "--negatives_per_scan", 5)
     reason = f"no scan of this series below --input: {30 + len(centres(2))} points"
     assert outcomes(tmp_path / "fewer")["1.2.3"] == ("left out", reason)
+
+
+def test_which_negatives_are_drawn_hangs_on_the_seed_and_the_scan():
+    points = [Point("t", line, (0.0, 0.0, float(line)), line % 20 == 0) for line in range(100)]
+    drawn = {
+        (seed, series): tuple(one.line for one in luna16.draw_points(points, 5, seed, series))
+        for seed in (0, 1)
+        for series in ("1.2.3", "1.2.4")
+    }
+    assert len(set(drawn.values())) == 4 and all(len(lines) == 10 for lines in drawn.values())
+    assert drawn[0, "1.2.3"] == tuple(one.line for one in luna16.draw_points(points, 5, 0, "1.2.3"))
 
 
 def test_a_scan_of_which_no_point_is_drawn_has_its_row(tmp_path, run):

@@ -210,6 +210,16 @@ def test_weighted_metrics_against_scikit_learn(classes):
             assert found[name][i] == pytest.approx(value, abs=1e-12), name
 
 
+def test_a_share_never_leaves_a_class_without_a_case():
+    """Each fold trains on one of two patients with label 1, of whom a tenth may be none; of one a fold has none."""
+    patients = [f"p{i}" for i in range(20)]
+    for rare, share, is_made in ((2, 0.25, True), (2, 0.1, False), (1, 0.5, False)):
+        labels = (np.arange(20) < rare).astype(int)
+        found = protocols.fraction_splits(patients, labels, 2, 10, 0, share)
+        assert (found is not None) == is_made
+        assert all(set(labels[split.train]) == {0, 1} for repeat in found or () for split in repeat)
+
+
 def test_weighted_regression_metrics_against_scipy():
     from scipy.stats import spearmanr
 
