@@ -211,19 +211,25 @@ class Records:
         }
         kept, removed, anew = [], [], []
         for row in itertools.chain.from_iterable(self.earlier.values()):
+            path = self.output / row["output"]
             if row["output"] in outputs:
-                anew += [row] * (row["output"] != "" and row["stamp"] != outputs[row["output"]]["stamp"])
-            elif (self.output / row["output"]).is_file():
-                now = replaced.get(row["source"])
-                reason = now["reason"] * (now["status"] == LEFT_OUT) if now else ""
-                if row["source"] not in sources:
-                    reason = gone(row)
-                if now or reason:
-                    index_path(self.output / row["output"]).unlink(missing_ok=True)  # first: killed here, it goes on
-                    (self.output / row["output"]).unlink()
-                    removed += [{**row, "reason": reason}] * bool(reason)
-                else:
-                    kept.append(row)
+                if row["output"] and row["stamp"] != outputs[row["output"]]["stamp"]:
+                    anew.append(row)
+                continue
+            if not path.is_file():
+                continue
+            now = replaced.get(row["source"])
+            if row["source"] not in sources:
+                reason = gone(row)
+            else:
+                reason = now["reason"] if now and now["status"] == LEFT_OUT else ""
+            if not (now or reason):
+                kept.append(row)
+                continue
+            index_path(path).unlink(missing_ok=True)  # first: killed here, it goes on
+            path.unlink()
+            if reason:
+                removed.append({**row, "reason": reason})
         rows = sorted(rows + kept, key=lambda row: (row["source"], row["output"]))
         manifest = self.output / MANIFEST
         table = table_bytes(columns, [[row.get(name, "") for name in columns] for row in rows])
