@@ -14,19 +14,23 @@ import dino3d.openmp  # noqa: F401  before torch is loaded
 import contextlib
 import hashlib
 import json
+import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 import utils
 from dino3d import command_line
 from dino3d.command_line import UserError, format_values, truncate_list
-from dino3d.data.conventions import is_kind, stem
-from dino3d.features.cases import find_subjects
+from dino3d.data.conventions import DataError, is_kind, stem
+from dino3d.data.layouts import read_data_list
+from dino3d.data.lists import PATIENT, is_table
+from dino3d.data.scans import Scan
+from dino3d.features.cases import CROP_LAYOUT, find_subjects, owner_of
 from dino3d.features.encoder import (
     ENCODER,
     FOLD_METRICS,
@@ -38,20 +42,24 @@ from dino3d.features.encoder import (
     load_encoder,
 )
 from dino3d.features.pooling import pool_of
+from dino3d.features.probe import BEST_PROBE
 from dino3d.files import CHECKSUM, CHECKSUM_BYTES, read_json, read_log, read_rows
+from dino3d.prepare.inputs import safe_name
 from dino3d.training.collapse import ENOUGH_VIEWS, collapse_warning
 from dino3d.weights import load_config, load_file, named_tensors
 from vision_transformer import ARCHITECTURES
 
 RUN_CONFIG, VOLUME_LISTS = "config.json", "data_list*.txt"  # of a run
 SCRIPT_BY = {"protocol": "main_lnc_luna16.py", "decoder": "main_lts_msd.py", "momentum_teacher": "main_dino.py"}
-FOLD_SIDES = ("train", "validation", "test")
+FOLD_SIDES = {"train": "train", "validation": "validation, which chose its epoch", "test": "test, not trained on"}
+GRAPHS = (".onnx", ".pt2")  # exports that are no checkpoints
 SHOWN_FIGURES = ("kl", "teacher_entropy_share", "effective_rank", "mutual_information")
 SHOWN_FIGURES += ("winning_prototypes", "lr", "skipped_steps", "bad_files")
 SHOWN_SCORES = ("auc", "accuracy", "brier", "dice", "surface_dice", "loss")
 LOGISTIC_AUC = "probe_logistic_auc"
 SHOWN_PROBES = 10
 MOST_SHOWN = 8  # names in a line
+NAMED_KEY = re.compile(r"such as --checkpoint_key (\S+)")  # in an error, of a network that is there
 TIME_FOLDER = re.compile(r"t\d+")  # folders of a patient's scans in the layout of pre-training
 
 
@@ -83,9 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     path, lines = find_weights(args.weights, "--weights")
     file = Path(path)
+    if is_kind(file, GRAPHS):
+        raise UserError(f"--weights {path}: is a graph; {file.with_suffix('.json')} says what it is; give .safetensors")
     try:
         checkpoint = load_file(file)
-        groups = named_tensors(checkpoint, path) if isinstance(checkpoint, dict) else {}
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint's dict")
+        groups = named_tensors(checkpoint, path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--weights {error}") from error
     config = encoder_config(checkpoint, path, "--weights")
@@ -95,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(
         [
             *(("file", line) for line in lines),
-            *about_file(file, checkpoint, script),
+            *about_file(file, checkpoint, config, script),
             *(about_networks(networks, config) if networks else about_tensors(groups)),
             *problems,
             *about_training(file, checkpoint, config, script),
@@ -120,7 +132,9 @@ def show(facts: Sequence[tuple[str, str]]) -> None:
 # ------------------------------------------------------------------------------------------------ what the file holds
 
 
-def about_file(file: Path, checkpoint: Mapping[str, Any], script: str | None) -> list[tuple[str, str]]:
+def about_file(
+    file: Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any], script: str | None
+) -> list[tuple[str, str]]:
     """What it is, and whether it is whole: `load_file` has read it, and refuses what is cut off or damaged."""
     size, written = file.stat().st_size, time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
     with open(file, "rb") as content:
@@ -141,9 +155,9 @@ def about_file(file: Path, checkpoint: Mapping[str, Any], script: str | None) ->
     elif script:
         best = "the best epoch of a fold" if "best" in checkpoint else "weights of a run"
         what = "the whole state of a run" if "optimizer" in checkpoint else best
-    elif wanted:
-        what = f"an export by revision {exported.get('git_revision')}"
-        if origins := exported.get("weights_from"):  # older ones do not say it
+    elif wanted or config.get("weights_from"):
+        what = f"an export by revision {exported.get('git_revision')}" if wanted else "an export"
+        if origins := exported.get("weights_from") or config.get("weights_from"):  # older ones do not say it
             what += " of " + "; ".join(", ".join(f"{name} {value}" for name, value in one.items()) for one in origins)
     else:
         what = "weights alone: the file does not say what trained them"
@@ -156,13 +170,17 @@ def about_file(file: Path, checkpoint: Mapping[str, Any], script: str | None) ->
 
 
 def load_networks(path: str) -> tuple[dict[str, PretrainedEncoder], list[tuple[str, str]]]:
-    """({role: encoder}, why others are not loaded): what each --checkpoint_key gives, one where both give the same."""
-    found, problems = {}, []
-    for key in ("teacher", "student"):
+    """({--checkpoint_key: encoder}, why others are not loaded): teacher and student, one where both are the same; where
+    the file has neither, the first that it names."""
+    found, problems, keys = {}, [], ["teacher", "student"]
+    for key in keys:
         try:
             found[key] = load_encoder(path, key, flag="--weights")
         except UserError as error:
             problems.append((key, f"is not loaded: {str(error).removeprefix(f'--weights {path}: ')}"))
+            named = NAMED_KEY.search(str(error))
+            if named and key == "student" and not found and named[1] not in keys:
+                keys.append(named[1])
     if len(found) == 2 and found["teacher"].crc32 == found["student"].crc32:
         found = {"network": found["teacher"]}
     return found, problems
@@ -192,7 +210,8 @@ def about_networks(networks: Mapping[str, PretrainedEncoder], config: Mapping[st
         facts.append(("input", f"taken for granted, as the file does not say it: {names} (see docs/features.md)"))
     if (pool := pool_of(config)) != "cls":
         facts.append(("encoder", f"its head reads --pool {pool}"))
-    load = 'torch.hub.load(CHECKOUT, "encoder", source="local", weights=FILE), an encoder in evaluation mode'
+    flags = "".join(f', checkpoint_key="{key}"' for key in networks if not {"network", "teacher"} & networks.keys())
+    load = f'torch.hub.load(CHECKOUT, "encoder", source="local", weights=FILE{flags}), an encoder in evaluation mode'
     return [*sorted(facts, key=lambda fact: fact[0] == "input"), ("load", load)]
 
 
@@ -247,7 +266,7 @@ def about_training(
 def about_pretraining(file: Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a checkpoint and, up to its step, the log beside it say; that of an older version may lack figures."""
     step, samples = checkpoint.get("step"), checkpoint.get("samples")
-    done = f"{checkpoint.get('epoch')} of {config.get('epochs')} epochs, {step} steps"
+    done = f"{checkpoint.get('epoch')} of {config.get('epochs')} epochs" + (f", {step} steps" if step else "")
     done += f", {samples:,} samples" if samples else ""
     facts, log = [("trained", done)], file.parent / LOG
     records = [one for one in read_log(log) if one["step"] <= (step or 0)] if log.is_file() else []
@@ -284,12 +303,16 @@ def about_fold(file: Path, checkpoint: Mapping[str, Any], config: Mapping[str, A
     best, tested = checkpoint["best"] or {}, read_beside(file.parent / FOLD_METRICS)
     validation = ", ".join(f"{name} {best[name]:.4g}" for name in SHOWN_SCORES if isinstance(best.get(name), float))
     test = ", ".join(f"{name} {tested[name]:.4g}" for name in SHOWN_SCORES if isinstance(tested.get(name), float))
-    start = config.get("pretrained_weights")
+    start, whole = config.get("pretrained_weights"), "optimizer" in checkpoint
+    epochs = f"of {config.get('epochs')} epochs"
+    done = f"{checkpoint.get('epoch')} {epochs}; the best" if whole else f"best {epochs}"
+    fold = f"fold {file.parent.name}: " * file.absolute().parent.name.isdecimal()
+    unknown = "none, its training has not ended" if (file.parent / LOG).is_file() else "not known"
     return [
-        ("trained", f"fold {file.parent.name}: best epoch {best.get('epoch')} of {config.get('epochs')}"),
+        ("trained", f"{fold}{done}: {best.get('epoch', 'none yet')}"),
         ("trained", f"from {start}, CRC-32 {config.get('weights_crc32')}" if start else "from random weights"),
-        ("figures", f"validation: {validation or 'none'}"),
-        ("figures", f"test: {test}" if test else "test: none, its training has not ended"),
+        ("figures", f"validation{', of the best' * whole}: {validation or 'none'}"),
+        ("figures", f"test{', of best.pth' * whole}: {test}" if test else f"test: {unknown}"),
     ]
 
 
@@ -304,7 +327,8 @@ def about_code(file: Path, config: Mapping[str, Any], script: str) -> list[tuple
     facts = [
         ("code", f"revision {beside.get('git_revision')}; {named}; {beside.get('world_size')} x {beside.get('device')}")
     ]
-    other = [name for name in arguments if name in config and arguments[name] != json.loads(json.dumps(config[name]))]
+    stored = json.loads(json.dumps({name: config[name] for name in arguments if name in config}, default=str))
+    other = [name for name in stored if stored[name] != arguments[name]]
     if other:
         facts.append(("code", f"{path} is of another start than this file: other {truncate_list(other, MOST_SHOWN)}"))
     return facts
@@ -320,66 +344,129 @@ def about_flags(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 # ----------------------------------------------------------------------------------------------------- whom it has seen
 
 
-SeenNames = list[tuple[str, set[str]]]  # (what for, names of patients and files; none: not known)
+NOT_KNOWN = "not known"
 
 
-def seen_names(file: Path, config: Mapping[str, Any]) -> SeenNames:
-    """Whom weights have seen, and whom those that they began from."""
-    folder, start = file.absolute().parent, config.get("pretrained_weights")
-    if folder.name.isdecimal() and (folder.parent / SPLITS).is_file():
+class Seen(NamedTuple):
+    """Who was seen by weights in one way.
+
+    what: in which; who: to be printed; known: names by which one may be known again
+    """
+
+    what: str
+    who: str = NOT_KNOWN
+    known: frozenset[str] = frozenset()
+
+
+def seen_names(file: Path, config: Mapping[str, Any], before: Sequence[Path] = ()) -> list[Seen]:
+    """Whom weights have seen, and whom those that they began from. before: files whose own beginning these are"""
+    folder, seen = file.resolve().parent, []
+    if "momentum_teacher" in config:
+        given = config.get("data_list")
+        lists = [*sorted(folder.glob(VOLUME_LISTS)), *([Path(given)] if isinstance(given, str) else [])]
+        seen += [names_in(one, f"pre-training by {one.name}") for one in lists] or [Seen("pre-training")]
+        if file.name == BEST_PROBE:
+            seen.append(
+                names_below(config.get("probe_dir") or "", f"probe, which chose its epoch, {config.get('probe_dir')}")
+            )
+    elif folder.name.isdecimal() and (folder.parent / SPLITS).is_file():
         try:
             of_fold = read_beside(folder.parent / SPLITS)["splits"][int(folder.name)]
-            seen = [(f"fold {folder.name}, {side}", set(of_fold[side])) for side in FOLD_SIDES]
+            for side, what in FOLD_SIDES.items():
+                patients = of_fold[side]
+                known = frozenset().union(*(names for _, names in names_on(patients)), patients)
+                seen.append(Seen(f"fold {folder.name}, {what}", told("patients", len(patients), patients), known))
         except (LookupError, TypeError) as error:
             raise UserError(f"{folder.parent / SPLITS}: does not say who is in fold {folder.name}") from error
     else:
-        lists = [Path(config["data_list"])] if config.get("data_list") else sorted(folder.glob(VOLUME_LISTS))
-        seen = [("pre-training", set().union(*(names_in(one) for one in lists if one.is_file())))]
-    if not start or Path(start).absolute() in (folder, file.absolute()):
+        seen.append(Seen("training"))
+    start = config.get("pretrained_weights")
+    if not start or not isinstance(start, str):
+        return seen
+    before = [*before, folder, file.resolve()]
+    if Path(start).resolve() in before:
         return seen
     if not Path(start).exists():
-        return [*seen, (f"{start}, which it began from", set())]
-    start = Path(find_weights(start, "--pretrained_weights")[0])
-    return seen + [(f"{start}: {one}", names) for one, names in seen_names(start, load_config(start) or {})]
-
-
-def names_in(table: Path) -> set[str]:
-    """Names of the patients and files in a list of volumes: a file's, and that of its folder, or of the one above t<k>,
-    as the layout of pre-training has it."""
-    if is_kind(table, (".csv", ".tsv")):
-        rows = [(row["path"], row.get("patient")) for _, row in read_rows(table, ["path"], ["patient"])]
-    else:
-        lines = table.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        rows = [(line.strip(), "") for line in lines if line.strip() and not line.startswith("#")]
-    found = set()
-    for path, patient in rows:
-        folders = [name for name in Path(path).parts[:-1] if not TIME_FOLDER.fullmatch(name)]
-        found |= {stem(path), patient or "", folders[-1] if folders else ""}
-    return found - {""}
-
-
-def about_seen(seen: SeenNames) -> list[tuple[str, str]]:
-    return [
-        ("seen", f"{one}: " + (f"{len(names)}: {truncate_list(sorted(names), MOST_SHOWN)}" if names else "not known"))
-        for one, names in seen
+        return [*seen, Seen(f"{start}, which it began from")]
+    path = Path(find_weights(start, "--pretrained_weights")[0])
+    wanted, other = config.get("weights_crc32"), ""
+    if wanted and wanted != load_encoder(str(path), config.get("checkpoint_key") or "teacher").crc32:
+        other = ", whose weights are others by now"
+    return seen + [
+        one._replace(what=f"{path}{other}: {one.what}") for one in seen_names(path, load_config(path) or {}, before)
     ]
 
 
-def about_cases(source: str, seen: SeenNames) -> list[tuple[str, str]]:
-    """Which of the cases that are to be tested have been seen, by their patients' names or, of scans, their own."""
+def names_in(table: Path, what: str) -> Seen:
+    """Who is in a list of volumes, by their paths and a column of patients."""
+    try:
+        paths, patients = read_data_list(table, os.sep), []
+        with contextlib.suppress(UserError):  # it has no such column
+            patients = [row[PATIENT] for _, row in read_rows(table, ["path", PATIENT])] if is_table(table) else []
+    except (DataError, UserError):
+        return Seen(what)
+    named = names_on([path.replace("#", os.sep) for path in paths])  # of DICOM: a folder and a series in it
+    known = frozenset().union(*(names for _, names in named), patients)
+    return Seen(what, told("volumes", len(paths), {*patients} or {owner for owner, _ in named}), known)
+
+
+def names_on(paths: Sequence[str]) -> list[tuple[str, set[str]]]:
+    """(whose it is, all that may name him or her) of each file: folders beyond those that all lie in, and its own name
+    without suffix; of a crop in our layout its patient alone."""
+    parts = [folders_and_name(path) for path in paths]
+    shared, found = len(os.path.commonprefix([folders for *folders, _ in parts])), []
+    for path, own in zip(paths, parts):
+        owner = owner_of(path, Scan(path, [])) or own[shared]
+        found.append((owner, {owner} if CROP_LAYOUT.fullmatch(path) else {owner, *own[shared:]}))
+    return found
+
+
+def folders_and_name(path: str) -> list[str]:
+    """Folders, without the layout's t<k>, and the file's name without suffix."""
+    return [*(name for name in Path(path).parts[:-1] if not TIME_FOLDER.fullmatch(name)), stem(path)]
+
+
+def names_below(folder: str, what: str) -> Seen:
+    """Whose the crops below a folder are."""
+    try:
+        patients = {one.patient for one in find_subjects(folder)[0]}
+    except UserError:
+        return Seen(what)
+    return Seen(what, told("patients", len(patients), patients), frozenset(patients))
+
+
+def told(kind: str, count: int, names: Iterable[str]) -> str:
+    return f"{count} {kind}: {truncate_list(sorted(names), MOST_SHOWN)}"
+
+
+def about_seen(seen: Sequence[Seen]) -> list[tuple[str, str]]:
+    return [("seen", f"{one.what}: {one.who}") for one in seen]
+
+
+def about_cases(source: str, seen: Sequence[Seen]) -> list[tuple[str, str]]:
+    """Which of the cases that are to be tested have been seen, by their patients' names or, of scans, all on their
+    paths."""
     try:
         subjects, _ = find_subjects(source)
     except UserError as error:
         raise UserError(str(error).replace("--input", "--cases", 1)) from error
-    names = {one.patient.rpartition("/")[2] for one in subjects}
-    names |= {one.name.rpartition("/")[2] for one in subjects if not one.is_crop}
-    names = {name.casefold() for name in names}
+    names = []  # of each case; a patient's as it is, and as the converter writes it
+    for one in subjects:
+        of_scan = () if one.is_crop else (*folders_and_name(one.name), *Path(one.path).parent.parts[-1:])
+        names.append({name.casefold() for name in (one.patient, safe_name(one.patient, ""), *of_scan)})
     facts = []
-    for one, known in seen:
-        common = sorted(name for name in known if name.casefold() in names)
-        found = f"{len(common)} names: {truncate_list(common, MOST_SHOWN)}" if common else "none of them"
-        facts.append(("cases", f"{one}: {found if known else 'not known'}"))
-    return [*facts, ("cases", "names alone are compared: a person under another name is not noticed")]
+    for one in seen:
+        known = {name.casefold(): name for name in one.known - {""}}
+        common = [known.keys() & of_case for of_case in names]
+        if by := sorted({known[name] for of_case in common for name in of_case}):
+            found = f"{sum(map(bool, common))} of {len(names)} cases, by {truncate_list(by, MOST_SHOWN)}"
+        else:
+            found = NOT_KNOWN if one.who == NOT_KNOWN else f"none of {len(names)} cases"
+        facts.append(("cases", f"{one.what}: {found}"))
+    return [
+        *facts,
+        ("cases", "names alone are compared, of a pool those on its paths: a person under another is not noticed"),
+    ]
 
 
 if __name__ == "__main__":
