@@ -55,19 +55,25 @@ def encoder(
     model.clip_range, model.spacing = found.clip_range, found.working_spacing
     if weights:
         model.values_seen = False
-        model.register_forward_pre_hook(_look_at_values)
+        model.register_forward_pre_hook(_look_at_values, with_kwargs=True)
     return model
 
 
-def _look_at_values(model: "_encoder.Encoder", inputs: tuple[_torch.Tensor, ...]) -> None:
+def _look_at_values(
+    model: "_encoder.Encoder", args: tuple[_torch.Tensor, ...], named: dict[str, _torch.Tensor]
+) -> None:
     """Warn where the first call has other values than [0, 1], which noise and resampling may leave by a little: of HU
     that nobody scaled an encoder makes features that look as good as any."""
     if model.values_seen or _torch.compiler.is_compiling():  # what depends on values can't be compiled or exported
         return
-    if not inputs or not inputs[0].numel():
+    volume = next(iter((*args, *named.values())), None)
+    if volume is None or not volume.numel():
+        return
+    try:
+        low, high = (float(value) for value in volume.aminmax())
+    except RuntimeError:  # those of vmap, meta and fake tensors can't be looked at
         return
     model.values_seen = True
-    low, high = (float(value) for value in inputs[0].aminmax())
     if low < -1 or high > 2:
         bottom, top = model.clip_range
         warnings.warn(

@@ -143,3 +143,26 @@ print(bool(torch.allclose(exported(grey), model(grey), atol=1e-5)), float(grey.m
     assert len(first) == 1 and first[0].startswith("values from -1000 to 400, ") and of_copy == first and not again
     assert json.loads(lines[1]) == [[], []] and json.loads(lines[2]) == []
     assert lines[3] == "True 0.23333333432674408 1.0"
+
+
+def test_values_that_nobody_can_look_at(checkpoint, tmp_path):
+    """Those of meta tensors, vmap and fake ones raise where one asks for them; the next call is looked at."""
+    code = """
+import warnings
+from torch._subclasses.fake_tensor import FakeTensorMode
+load = lambda: torch.hub.load(REPO, "encoder", source="local", weights="checkpoint.pth")
+hu = torch.full((1, 1, 24, 24, 12), -700.0)
+model = load()
+with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    weights = dict(model.named_parameters())
+    one = lambda volume: torch.func.functional_call(model, weights, (volume[None],))[0]
+    print(torch.func.vmap(one)(hu).shape)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        print(model(fake.from_tensor(hu)).shape)
+    print(load().to("meta")(hu.to("meta")).shape)
+    before = len([one for one in caught if "scale HU" in str(one.message)])
+    model(x=hu)
+print(before, len([one for one in caught if "scale HU" in str(one.message)]))
+"""
+    assert run(code, tmp_path).stdout.splitlines() == [*["torch.Size([1, 128])"] * 3, "0 1"]
