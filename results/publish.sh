@@ -4,6 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} WORK=${WORK:-evidence}
+[ $# = 0 ] || { echo "error: $0: takes no arguments, found $*" >&2; exit 2; }
 for HALF in 0 1; do
     CHECKPOINT=$WORK/classification/half$HALF/arms/nodules/seed0/pretrain/checkpoint.pth
     [ -f "$CHECKPOINT" ] || { echo "error: $CHECKPOINT: is missing; run results/classification.sh first" >&2; exit 1; }

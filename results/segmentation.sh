@@ -5,6 +5,7 @@
 # seeds; relative paths are relative to the repository. Start it again to resume; flags go to every study, such as
 # --parallel 1.
 set -eu
+case ${1:-} in "" | -*) ;; *) echo "error: $1: flags of study.py begin with --, SEEDS=0 stands before the script" >&2; exit 2 ;; esac
 case " $* " in *" --plan "*) echo "error: --plan: needs the encoders; docs/evidence.md says how long it takes" >&2; exit 2 ;; esac
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DATA=${DATA:-../shared/data} WORK=${WORK:-evidence} OUT=${OUT:-results} SEEDS=${SEEDS:-0 1 2}

@@ -181,6 +181,8 @@ def test_what_scripts_lack(tmp_path):
         ("publish.sh", 1, "checkpoint.pth: is m"),
         ("classification.sh SEEDS=0", 2, "SEEDS=0: is no setting"),
         ("augmentations.sh ARMS=none", 2, "ARMS=none: is no setting"),
+        ("segmentation.sh SEEDS=0", 2, "SEEDS=0 stands before the script"),  # hours before study.py would refuse it
+        ("publish.sh --plan", 2, "takes no arguments, found --plan"),
     ):
         work = os.environ | {"WORK": str(tmp_path), "PYTHON": "false"}
         done = subprocess.run(
