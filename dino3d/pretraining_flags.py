@@ -23,6 +23,7 @@ NOT_OF_LEARNING = (
     *("probe_dir", "probe_every", "max_skipped_steps", "max_bad_files", "strict_data"),
 )
 CENTER_MOMENTUM = 0.9
+WARMUP_TEACHER_TEMP = 0.04
 
 
 def add_pretraining_flags(parser: command_line.ArgumentParser) -> None:
@@ -173,7 +174,7 @@ def add_dino_flags(parser: command_line.ArgumentParser) -> None:
     )
     group.add_argument(
         "--warmup_teacher_temp",
-        default=0.04,
+        default=WARMUP_TEACHER_TEMP,
         type=number(float, above=0),
         help="teacher's temperature at the start of a warm-up of --warmup_teacher_temp_epochs, without which it has no "
         "effect; lower it if the loss does not fall",
@@ -386,7 +387,8 @@ def rising_rate(args: argparse.Namespace, peak: float) -> list[str]:
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """Notices of flags that are given and change nothing."""
     notices, start, end = [], args.warmup_teacher_temp, args.teacher_temp
-    if start != end and not args.warmup_teacher_temp_epochs:
+    warms_up = end > start or start not in (end, WARMUP_TEACHER_TEMP)  # a lower --teacher_temp alone wants no warm-up
+    if warms_up and not args.warmup_teacher_temp_epochs:
         notices.append(
             f"--warmup_teacher_temp {start:g} has no effect with --warmup_teacher_temp_epochs 0: the teacher's "
             f"temperature is {end:g} from the first step on, by --teacher_temp"

@@ -849,6 +849,7 @@ def test_a_warm_up_as_long_as_the_run_is_told():
     [
         ([], None),
         (["--teacher_temp", 0.04, "--warmup_teacher_temp", 0.04, "--local_crops_scale", 0.25], None),
+        (["--teacher_temp", 0.02], None),  # as the warning of a uniform teacher advises
         (["--teacher_temp", 0.07, "--warmup_teacher_temp_epochs", 30], None),
         (["--checkpoint_key", "student", "--pretrained_weights", "a.pth", "--local_crops_scale", 0.5], None),
         (["--warmup_teacher_temp", 0.02], "--warmup_teacher_temp 0.02"),
