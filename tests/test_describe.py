@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 import zlib
 
@@ -253,6 +254,21 @@ def test_weights_of_other_code(tmp_path, capsys):
     found = told(capsys, tmp_path / "student.pth")
     assert "is not loaded: has no 'teacher'" in found["teacher"][0] and crc32(network) in found["student"][0]
     assert "taken for granted, as the file does not say it: clip_range, spacing" in found["input"][-1]
+
+
+def test_the_patients_of_a_probe_chose_its_best_epoch(run, tmp_path, capsys):
+    folder, teacher, _ = run
+    image = tmp_path / "probe/subset0/label1/Pat5/crop.nii.gz"
+    image.parent.mkdir(parents=True)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), image)
+    state = {"teacher": backbone(teacher), "config": CONFIG | {"probe_dir": str(tmp_path / "probe")}, "probe": {}}
+    save_checkpoint(folder / "best_probe.pth", state)
+    found = told(capsys, folder / "best_probe.pth", "--cases", image)
+    assert found["seen"][1] == f"probe, which chose its epoch, {tmp_path / 'probe'}: 1 patients: Pat5"
+    assert found["cases"][1].endswith(": 1 of 1 cases, by Pat5")
+    shutil.rmtree(tmp_path / "probe")
+    assert told(capsys, folder / "best_probe.pth")["seen"][1].endswith(": not known")
+    assert len(told(capsys, folder)["seen"]) == 1  # the newest state, which no probe chose
 
 
 def test_files_that_are_no_checkpoint_of_one_network(tmp_path, capsys):
