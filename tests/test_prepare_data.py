@@ -838,9 +838,10 @@ def test_series_of_fewer_images_than_the_download_should_have_are_told(tmp_path,
         (source / "NLST" / "P1" / "1.000000-0OPAGELS" / f"{i}.dcm").unlink()
     header = ["Series UID", "Collection", "Subject ID", "Number of Images", "File Location"]
     rows = [(f"1.2.3.{k}", "NLST", f"P{k}", 20, f"./NLST/P{k}") for k in range(2)]
-    write_table(source / "metadata.csv", header, [*rows, ("1.2.3.9", "NLST", "P9", 7, ".")])
-    write_table(source.parent / "metadata.csv", ["name", "value"], [("another", "table")])
     flags = ["nlst", "--input", source.parent, "--output", tmp_path / "output"]
+    assert "incomplete" not in run(*flags).out
+    write_table(source / "metadata.csv", header, [*rows, ("1.2.3.9", "NLST", "P9", 7, ".")])  # fetched later
+    write_table(source.parent / "metadata.csv", ["name", "value"], [("another", "table")])
     told = "metadata.csv has 20 images of this series, of which 17 are here"
     for _ in range(2):
         result = run(*flags)

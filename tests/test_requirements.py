@@ -388,6 +388,9 @@ def test_check_tells_where_a_default_fold_lacks_a_class(carriers, fold, tmp_path
     result, told = run("check", folder), f"fold {fold} has no case with class 2 to train on"
     assert began is (fold is None) and (told in said) is (told in result.out) is not began
     assert result.code == 0 and ("warning:" in result.out) is not began
+    (folder / "images" / "p4.nii.gz").write_bytes(b"no image")  # whose classes are not known
+    result = run("check", folder)
+    assert result.code == 1 and "to train on" not in result.out
 
 
 def test_check_takes_lists_as_pre_training_does(tmp_path, run):
