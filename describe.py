@@ -406,8 +406,10 @@ def names_in(table: Path, what: str) -> Seen:
     except (DataError, UserError):
         return Seen(what)
     named = names_on([path.replace("#", os.sep) for path in paths])  # of DICOM: a folder and a series in it
-    known = frozenset().union(*(names for _, names in named), patients)
-    return Seen(what, told("volumes", len(paths), {*patients} or {owner for owner, _ in named}), known)
+    owners, of_files = {owner for owner, _ in named}, [names for _, names in named]
+    of_all = set.intersection(*of_files) if len(owners) > 1 else set()  # ct of Pat1/ct.nii.gz, Pat2/ct.nii.gz: nobody's
+    known = frozenset().union(*of_files, patients) - of_all
+    return Seen(what, told("volumes", len(paths), {*patients} or owners), known)
 
 
 def names_on(paths: Sequence[str]) -> list[tuple[str, set[str]]]:

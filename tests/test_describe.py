@@ -178,6 +178,17 @@ def test_names_on_paths(run, tmp_path, capsys, volume, case, by):
     assert found.endswith(f": 1 of 1 cases, by {by}" if by else ": none of 1 cases")
 
 
+def test_what_all_files_of_a_pool_are_called_is_nobodys_name(run, tmp_path, capsys):
+    folder, *_ = run
+    (folder / "data_list.txt").write_text("# volumes below DIR\nPat1/ct.nii.gz\nPat2/ct.nii.gz\n")
+    for name in ("Pat2", "New"):
+        path = tmp_path / "cases" / name / "ct.nii.gz"
+        path.parent.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
+    found = told(capsys, folder, "--cases", tmp_path / "cases")["cases"][0]
+    assert found == "pre-training by data_list.txt: 1 of 2 cases, by Pat2"
+
+
 def test_a_patient_of_dicom_files_as_the_converter_calls_him(run, tmp_path, capsys, monkeypatch):
     folder, *_ = run
     source, output = tmp_path / "dicom", tmp_path / "converted"
