@@ -375,7 +375,7 @@ def seen_names(file: Path, config: Mapping[str, Any], before: Sequence[Path] = (
             for side, what in FOLD_SIDES.items():
                 patients = of_fold[side]
                 known = frozenset().union(*(names for _, names in names_on(patients)), patients)
-                seen.append(Seen(f"fold {folder.name}, {what}", told("patients", len(patients), patients), known))
+                seen.append(Seen(f"fold {folder.name}, {what}", told("patient", len(patients), patients), known))
         except (LookupError, TypeError) as error:
             raise UserError(f"{folder.parent / SPLITS}: does not say who is in fold {folder.name}") from error
     else:
@@ -409,7 +409,7 @@ def names_in(table: Path, what: str) -> Seen:
     owners, of_files = {owner for owner, _ in named}, [names for _, names in named]
     of_all = set.intersection(*of_files) if len(owners) > 1 else set()  # ct of Pat1/ct.nii.gz, Pat2/ct.nii.gz: nobody's
     known = frozenset().union(*of_files, patients) - of_all
-    return Seen(what, told("volumes", len(paths), {*patients} or owners), known)
+    return Seen(what, told("volume", len(paths), {*patients} or owners), known)
 
 
 def names_on(paths: Sequence[str]) -> list[tuple[str, set[str]]]:
@@ -434,11 +434,11 @@ def names_below(folder: str, what: str) -> Seen:
         patients = {one.patient for one in find_subjects(folder)[0]}
     except UserError:
         return Seen(what)
-    return Seen(what, told("patients", len(patients), patients), frozenset(patients))
+    return Seen(what, told("patient", len(patients), patients), frozenset(patients))
 
 
 def told(kind: str, count: int, names: Iterable[str]) -> str:
-    return f"{count} {kind}: {truncate_list(sorted(names), MOST_SHOWN)}"
+    return f"{count} {kind}{'s' * (count != 1)}: {truncate_list(sorted(names), MOST_SHOWN)}"
 
 
 def about_seen(seen: Sequence[Seen]) -> list[tuple[str, str]]:

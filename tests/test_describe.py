@@ -275,7 +275,7 @@ def test_the_patients_of_a_probe_chose_its_best_epoch(run, tmp_path, capsys):
     state = {"teacher": backbone(teacher), "config": CONFIG | {"probe_dir": str(tmp_path / "probe")}, "probe": {}}
     save_checkpoint(folder / "best_probe.pth", state)
     found = told(capsys, folder / "best_probe.pth", "--cases", image)
-    assert found["seen"][1] == f"probe, which chose its epoch, {tmp_path / 'probe'}: 1 patients: Pat5"
+    assert found["seen"][1] == f"probe, which chose its epoch, {tmp_path / 'probe'}: 1 patient: Pat5"
     assert found["cases"][1].endswith(": 1 of 1 cases, by Pat5")
     shutil.rmtree(tmp_path / "probe")
     assert told(capsys, folder / "best_probe.pth")["seen"][1].endswith(": not known")
