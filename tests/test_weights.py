@@ -521,7 +521,7 @@ def test_another_input_size_interpolates_the_position_embedding(pretrained, old,
 def test_pretraining_starts_from_another_input_size(pretrained):
     """Backbone interpolated, head as it was."""
     path, state = pretrained((48, 24, 12))
-    model = MultiCropWrapper(tiny((24, 48, 12)), DINOHead(12, 16))
+    model = MultiCropWrapper(tiny((24, 48, 12)), DINOHead(12, 16, norm_last_layer=False))
     first, said = main_dino.load_initial_weights(model, path, "teacher")
     assert first == f"starting from {path}: key 'teacher', prefix 'backbone.'" and "interpolated" in said
     found = model.state_dict()
@@ -544,7 +544,7 @@ def test_pretraining_never_mixes_two_networks(tmp_path):
     for name, content in files.items():
         for more, says in (({}, "the head is new"), (put(name_of_head(content), head), "starting from /")):
             torch.save({"state_dict": content | more}, tmp_path / "file.pth")
-            model = MultiCropWrapper(tiny(), DINOHead(12, 16))
+            model = MultiCropWrapper(tiny(), DINOHead(12, 16, norm_last_layer=False))
             before = {key: tensor.clone() for key, tensor in model.head.state_dict().items()}
             notices = main_dino.load_initial_weights(model, str(tmp_path / "file.pth"), "teacher")
             assert says in notices[0], (name, notices)

@@ -33,7 +33,17 @@ def convert(device: str, repeats: int, size: Sequence[int]) -> dict[str, Any]:
         def prepared(path: str, compression: str) -> Callable[[int], None]:
             def run(turn: int) -> None:
                 scans = find_scans(series).scans
-                task = ScanTask(series, scans, list(place_scans(scans).values()), False, 16, None, compression)
+                task = ScanTask(
+                    input=series,
+                    scans=scans,
+                    outputs=list(place_scans(scans).values()),
+                    before=[""] * len(scans),
+                    notes=[""] * len(scans),
+                    one_of_them=False,
+                    min_slices=16,
+                    crop_to_body=None,
+                    compression=compression,
+                )
                 for scanned in convert_scans(task):
                     if scanned.write is None:
                         reason = scanned.row["reason"]
