@@ -467,7 +467,7 @@ def about_cases(source: str, seen: Sequence[Seen]) -> list[tuple[str, str]]:
         facts.append(("cases", f"{one.what}: {found}"))
     return [
         *facts,
-        ("cases", "names alone are compared, of a pool those on its paths: a person under another is not noticed"),
+        ("cases", "names alone are compared, of a pool those on its paths: a person of two names is not noticed"),
     ]
 
 
